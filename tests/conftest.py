@@ -1,0 +1,51 @@
+"""Fixtures shared by the whole suite."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("REGRAFT_SHARED", REPOSITORY.parent / "shared")).resolve()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with a sentence, what needs the shared data where there is none (`.ci/run` fails if any was)."""
+    if (SHARED / "data").is_dir():
+        return
+    skip = pytest.mark.skip(reason=f"no shared data and weights at {SHARED}: set REGRAFT_SHARED to their folder")
+    for item in items:
+        if item.get_closest_marker("shared"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of real images and weights; mark tests that use it with `pytest.mark.shared`."""
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep every test out of the user's cache and home."""
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> object:
+    """Fail a test that leaves environment variables of the launcher or of torch behind."""
+    watched = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_", "OMP_NUM_THREADS")
+
+    def seen() -> dict[str, str]:
+        return {k: v for k, v in os.environ.items() if k.startswith(watched)}
+
+    before = seen()
+    yield
+    after = seen()
+    if after != before:
+        pytest.fail(f"the test leaked environment variables: {sorted(after.items() ^ before.items())}")

@@ -1,0 +1,1 @@
+"""From a folder of images to global batches: index, checks, decoding, augmentation, order."""
