@@ -1,0 +1,387 @@
+"""What a run is: frozen dataclasses, filled from defaults < YAML (`--config`) < `--section.key value`.
+
+Rules that one value breaks alone, or two break together, stand in `__post_init__`; the texts under the
+fields are the program's `--help`.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from trainer.errors import UserError
+from trainer.schedule import parse_duration
+
+QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+
+
+def _require(holds: bool, text: str) -> None:
+    if not holds:
+        raise UserError(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives, and on what it runs."""
+
+    dir: str = "runs/default"
+    """Folder of everything that the run writes."""
+    seed: int = 0
+    """Seed of the initialisation, the order of the examples, their crops and flips."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: go on from the run folder's last epoch, or start; never: start, an earlier run is moved aside; must: go on, or stop."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    threads: int | None = None
+    """CPU threads of each process; null: the cores available here divided among this machine's processes (1 on a GPU's host is enough, so there torch's own default stays)."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.dir.strip()), "run.dir is empty: give the folder that the run may write to")
+        _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}: expected 0 to 2^63 - 1")
+        _require(self.threads is None or self.threads >= 1, f"run.threads is {self.threads}: expected 1 or more, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images, and how they become the model's input."""
+
+    root: str | None = None
+    """A folder with train/ and val/ or test/, a folder of one folder per class, a CSV (path,label,split), or a known name: hotdog, synthetic-source, synthetic-target."""
+    image_size: int | None = None
+    """Side of the square that the model sees [pixels]; null: that of the weights."""
+    resize_size: int | None = None
+    """Size to which test images are resized before the central crop [pixels]; null: that of the weights, in proportion to image_size."""
+    resize: Literal["squash", "shorter"] = "squash"
+    """Test images: squash both sides to resize_size (the note), or bring the shorter side to it and keep the proportions."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Resampling of every resize; null: that of the weights."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of red, green and blue in [0, 1] that is subtracted; null: that of the weights."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of red, green and blue in [0, 1] that is divided by; null: that of the weights."""
+    augment: Literal["recipe", "none", "trivialaugment", "randaugment", "augmix"] = "recipe"
+    """Training images: recipe is RandomResizedCrop and a horizontal flip; none is the test transform; the others come on top of the recipe (torchvision v2)."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Least and greatest share of the picture's area that a training crop covers."""
+    val_fraction: float = 0.0
+    """Share of train/ cut out, by class and seed, to select the best epoch on; 0: none."""
+    test_fraction: float = 0.2
+    """Share held out for the test where the folder brings no val/ or test/ of its own."""
+    seed: int = 0
+    """Seed of the splits, and of the pictures of the synthetic data sets."""
+    extensions: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+    """File name endings taken for images, in any case; the others are passed over, counted and said."""
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    """Images that cannot be read: stop before training and list them, or skip them, counted and listed."""
+    workers: int | None = None
+    """Processes that decode ahead, for each training process; null: by the cores available; 0: none."""
+    cache: str | None = None
+    """Folder of downloads, drawn data sets and verdicts; null: $REGRAFT_CACHE, else ~/.cache/regraft."""
+
+    def __post_init__(self) -> None:
+        for key in ("image_size", "resize_size"):
+            value = getattr(self, key)
+            _require(value is None or 1 <= value <= 8192, f"data.{key} is {value}: expected 1 to 8192 pixels, or null")
+        _require((self.mean is None) == (self.std is None), "data.mean and data.std go together: give both, or neither")
+        _require(self.std is None or min(self.std) > 0, f"data.std is {self.std}: expected three numbers above 0")
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, f"data.crop_scale is {self.crop_scale}: expected 0 < least <= greatest <= 1")
+        for key in ("val_fraction", "test_fraction"):
+            value = getattr(self, key)
+            _require(0 <= value < 1, f"data.{key} is {value}: expected a share from 0 to below 1")
+        _require(0 <= self.seed < 2**63, f"data.seed is {self.seed}: expected 0 to 2^63 - 1")
+        _require(self.workers is None or self.workers >= 0, f"data.workers is {self.workers}: expected 0 or more, or null")
+        wrong = [e for e in self.extensions if not (e.startswith(".") and len(e) > 1)]
+        _require(not wrong, f"data.extensions holds {wrong}: expected endings with their dot, as in ['.jpg', '.gif']")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The source model, and the start of its new output layer."""
+
+    name: str = "resnet18"
+    """A classification model of torchvision."""
+    weights: str | None = "DEFAULT"
+    """A torchvision weights name (DEFAULT, IMAGENET1K_V1, ...), a .safetensors or .pth file, or null: from scratch."""
+    head_init: Literal["xavier", "torch"] = "xavier"
+    """Start of the new output layer: Xavier-uniform weight (the bias keeps torch's default), or torch's default for both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig:
+    """What of the source model changes."""
+
+    batch_norm: Literal["train", "frozen"] = "train"
+    """BatchNorm layers: use and update the batch's statistics, or use the source's stored ones and leave them as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer, its parameter groups and its learning rate."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """The optimizer."""
+    lr: float = 1e-3
+    """Peak learning rate of every layer but the head. Under loss_reduction sum it belongs to the summed loss: divide a mean's by batch_size."""
+    head_lr_scale: float = 10.0
+    """The head's learning rate as a multiple of lr."""
+    weight_decay: float = 1e-4
+    """Added to the gradient times the weight (sgd), or decoupled from it (adamw); on every parameter."""
+    momentum: float = 0.9
+    """Momentum; sgd only."""
+    loss_reduction: Literal["mean", "sum"] = "mean"
+    """What is differentiated: the mean, or the sum, of the cross-entropy over the examples of the global batch."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate after the warm-up: constant, or a half cosine down to 0 at the end."""
+    warmup: str = "0 steps"
+    """Length of the linear warm-up: '100 steps', '1 epochs' or '5%'."""
+    clip_norm: float | None = None
+    """Greatest norm of the whole gradient; null: not clipped."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.lr < math.inf, f"optim.lr is {self.lr}: expected a number above 0")
+        _require(0 < self.head_lr_scale < math.inf, f"optim.head_lr_scale is {self.head_lr_scale}: expected a number above 0")
+        _require(0 <= self.weight_decay < math.inf, f"optim.weight_decay is {self.weight_decay}: expected 0 or more")
+        _require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}: expected 0 to below 1")
+        _require(self.clip_norm is None or self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}: expected a number above 0, or null")
+        parse_duration("optim.warmup", self.warmup)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how much at once, and in what precision."""
+
+    epochs: int = 5
+    """Passes over the training set."""
+    batch_size: int = 32
+    """Examples of one update, over all processes (the global batch)."""
+    accumulation: int = 1
+    """Parts into which each process cuts its share of a batch, one after the other, to save memory; the update stays the same."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of forward and backward; auto: bf16 or fp16 on a GPU by what it can do, fp32 on a CPU."""
+    channels_last: bool = True
+    """Memory layout NHWC for images and convolutions; the results are the same but for rounding."""
+    points_per_epoch: int = 5
+    """How often in an epoch figures are read from the device, shown and written."""
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size", "accumulation", "points_per_epoch"):
+            value = getattr(self, key)
+            _require(value >= 1, f"train.{key} is {value}: expected 1 or more")
+        _require(
+            self.accumulation <= self.batch_size,
+            f"train.accumulation is {self.accumulation}, train.batch_size {self.batch_size}: "
+            "a batch cannot be cut into more parts than it has examples",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """A source model of one's own, trained first (the note's first step)."""
+
+    root: str | None = None
+    """The source data set, as data.root; null: no such stage, the weights come from model.weights."""
+    epochs: int = 10
+    """Passes over the source training set."""
+    lr: float = 0.05
+    """Peak learning rate of every layer, the output layer included."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, f"source.epochs is {self.epochs}: expected 1 or more")
+        _require(self.lr > 0, f"source.lr is {self.lr}: expected a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScratchConfig:
+    """The note's comparison: the same network from scratch under the same budget."""
+
+    lr: float | None = None
+    """Learning rate of every layer when training from scratch; null: no comparison."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr is None or self.lr > 0, f"scratch.lr is {self.lr}: expected a number above 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, whole."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    source: SourceConfig = field(default_factory=SourceConfig)
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    debug: bool = False
+    """One process, no workers, a handful of batches: every stage shown with shapes and times, and whether one batch can be learnt by heart."""
+
+    def __post_init__(self) -> None:
+        _require(
+            not (self.train.precision == "fp16" and self.run.device == "cpu"),
+            "train.precision fp16 and run.device cpu do not go together: a CPU has no fp16 training; choose fp32 or bf16",
+        )
+        _require(
+            not (self.source.root and self.model.weights),
+            f"source.root ({self.source.root}) and model.weights ({self.model.weights}) are two sources: set one of them to null",
+        )
+        _require(
+            not (self.scratch.lr and not (self.source.root or self.model.weights)),
+            "scratch.lr asks for a comparison with scratch, but this run starts from scratch itself: "
+            "set model.weights or source.root, or scratch.lr to null",
+        )
+
+
+def _parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="trainer/main.py",
+        exit_on_error=False,
+        description="Fine-tune a pretrained image classifier: accelerate launch trainer/main.py [--config FILE] [--section.key VALUE ...]. "
+        f"With neither --config nor --data.root it runs configs/{QUICKSTART.name}, offline.",
+    )
+    parser.add_argument("--config", action="config", help="A YAML file of these options; what stands on the command line wins.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def keys(config_class: type = Config, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of the configuration: `run.dir`, ..., `debug`."""
+    hints = get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from keys(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}"
+
+
+def _unknown(key: str, where: str) -> UserError:
+    known = list(keys())
+    section = key.split(".")[0]
+    near = [k for k in known if k.split(".")[0] == section] or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    guess = difflib.get_close_matches(key, known, n=1)
+    hint = f" Did you mean {guess[0]}?" if guess else ""
+    return UserError(f"{where}: there is no option {key!r}.{hint} Valid: {', '.join(near or known)}")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without the silent rule that the last of two equal keys wins."""
+
+
+def _mapping_once(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    found = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    twice = sorted({str(k) for k in found if found.count(k) > 1})
+    if twice:
+        raise UserError(f"{node.start_mark.name}, line {node.start_mark.line + 1}: given twice: {', '.join(twice)}")
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_once)
+
+
+def _check_file(path: Path) -> None:
+    """Raise a UserError for a file that is not a YAML of known keys."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_named(path))  # noqa: S506 (a SafeLoader)
+    except FileNotFoundError:
+        near = ", ".join(sorted(p.name for p in QUICKSTART.parent.glob("*.yaml")))
+        raise UserError(f"--config {path}: there is no such file. The recipes in {QUICKSTART.parent}: {near}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: not a readable YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected sections with keys, as in 'optim:' and below it '  lr: 0.001'")
+    known = set(keys())
+    sections = {k.split(".")[0] for k in known if "." in k}
+    for section, values in content.items():
+        if section in sections:
+            if not isinstance(values, dict):
+                raise UserError(f"--config {path}: section {section!r} holds {values!r}: expected keys below it")
+            for key in values:
+                if f"{section}.{key}" not in known:
+                    raise _unknown(f"{section}.{key}", f"--config {path}")
+        elif section not in known:
+            raise _unknown(str(section), f"--config {path}")
+
+
+def _named(path: Path) -> type[yaml.SafeLoader]:
+    """Return the strict loader, set to name this file in its errors."""
+
+    class Loader(_StrictLoader):
+        def __init__(self, stream: str) -> None:
+            super().__init__(stream)
+            self.name = str(path)
+
+    return Loader
+
+
+def _check_arguments(argv: Sequence[str]) -> list[str]:
+    """Return argv with a bare `--debug` spelt out; raise a UserError for an option that does not exist."""
+    known = {*keys(), "config", "help", "print_config", *(f.name for f in dataclasses.fields(Config))}
+    spelt: list[str] = []
+    for i, token in enumerate(argv):
+        following = argv[i + 1] if i + 1 < len(argv) else "--"
+        spelt.append("--debug=true" if token == "--debug" and following not in ("true", "false") else token)
+        if token.startswith("--"):
+            key = token[2:].split("=", 1)[0].removesuffix("+")
+            if key not in known:
+                raise _unknown(key, "command line")
+    return spelt
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Return the run that the command line and its YAML describe.
+
+    `--help` and `--print_config` print and raise SystemExit(0).
+
+    Raises:
+        UserError: an unknown key, a wrong type, an impossible value or pair; it names the key.
+
+    """
+    arguments = _check_arguments(argv)
+    given = [a.split("=", 1)[0] for a in arguments]
+    for i, token in enumerate(arguments):
+        if token == "--config" and i + 1 < len(arguments):
+            _check_file(Path(arguments[i + 1]))
+        elif token.startswith("--config="):
+            _check_file(Path(token.removeprefix("--config=")))
+    if "--config" not in given and "--data.root" not in given:
+        if not QUICKSTART.is_file():
+            raise UserError("neither --config nor --data.root was given: name a recipe, or the folder of your images")
+        arguments = [f"--config={QUICKSTART}", *arguments]
+    parser = _parser()
+    try:
+        return _instantiate(parser, parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise UserError(_plain(str(error))) from None
+
+
+def _instantiate(parser: ArgumentParser, namespace: Any) -> Config:
+    values = parser.instantiate(namespace)
+    return Config(**{item.name: values[item.name] for item in dataclasses.fields(Config)})
+
+
+def _plain(message: str) -> str:
+    """Return jsonargparse's message with our words for a key."""
+    message = message.replace('Parser key "', 'option "')
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    return re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
+
+
+def dump(config: Config) -> str:
+    """Return the configuration as YAML that `parse(['--config', file])` reads again to the same."""
+    return yaml.safe_dump(_plain_values(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain_values(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain_values(v) for k, v in value.items()}
+    return [_plain_values(v) for v in value] if isinstance(value, list | tuple) else value
+

@@ -1,0 +1,186 @@
+"""Which examples make which update, and how they get to the device.
+
+The order is a pure function of (seed, epoch); step s updates on `order[s * B : (s + 1) * B]` of its epoch,
+whatever the number of processes: rank r of w takes every w-th of those. Nothing is padded or repeated, so
+shares may be unequal, and empty at the ragged end of an epoch.
+"""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from trainer.data.augment import Transform, apply_seeded, example_seed, to_array
+from trainer.data.decode import UnreadableImage, decode
+from trainer.errors import UserError
+
+
+class Draw(NamedTuple):
+    """One example as it is seen in one epoch."""
+
+    epoch: int
+    example: int
+
+
+class Batch(NamedTuple):
+    """One process's share of a global batch; B may be 0."""
+
+    images: Tensor
+    """uint8 [B, 3, H, W], strides of channels_last."""
+    labels: Tensor
+    """int64 [B]."""
+    examples: Tensor
+    """int64 [B]: positions in the training (or test) list."""
+
+
+class Images(Dataset[tuple[np.ndarray, int, int]]):
+    """Decoded and transformed pictures; reading one is the only thing that a worker does."""
+
+    def __init__(self, examples: Sequence[tuple[str, int]], transform: Transform, *, seed: int) -> None:
+        self.paths = [path for path, _ in examples]
+        self.labels = np.array([label for _, label in examples], dtype=np.int64)
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, draw: Draw) -> tuple[np.ndarray, int, int]:
+        path = self.paths[draw.example]
+        try:
+            image = decode(path)
+        except UnreadableImage as error:
+            raise UserError(f"{path} could be read before training and cannot be read now: {error}") from None
+        image = apply_seeded(self.transform, image, example_seed(self.seed, draw.epoch, draw.example))
+        return to_array(image), int(self.labels[draw.example]), draw.example
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The order of the training examples: (seed, epoch) -> permutation, cut into global batches."""
+
+    examples: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of updates of an epoch; the last batch may be ragged."""
+        return -(-self.examples // self.batch_size)
+
+    def permutation(self, epoch: int) -> Tensor:
+        """Return the order of epoch `epoch` (counted from 0), int64 [examples]."""
+        generator = torch.Generator().manual_seed(example_seed(self.seed, epoch, 2**64 - 1))
+        return torch.randperm(self.examples, generator=generator)
+
+    def batch(self, epoch: int, step: int) -> list[int]:
+        """Return the examples of the global batch `step` of that epoch."""
+        return self.permutation(epoch)[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+
+    def size(self, step: int) -> int:
+        """Return the number of examples of the global batch at update `step` of the run, without drawing it."""
+        start = (step % self.steps_per_epoch) * self.batch_size
+        return min(self.batch_size, self.examples - start)
+
+
+class Shares:
+    """A batch sampler: one rank's shares from update `start_step` of the run to its end.
+
+    It runs through the epochs without a stop, so that workers decode ahead while the test set is evaluated.
+    """
+
+    batch_size = 1  # accelerate reads it; the real sizes are those of the lists
+
+    def __init__(self, order: Order, *, epochs: int, start_step: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.order, self.epochs, self.start_step, self.rank, self.world = order, epochs, start_step, rank, world
+
+    def __len__(self) -> int:
+        return self.order.steps_per_epoch * self.epochs - self.start_step
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        steps, size = self.order.steps_per_epoch, self.order.batch_size
+        first_epoch, first_step = divmod(self.start_step, steps)
+        for epoch in range(first_epoch, self.epochs):
+            permutation = self.order.permutation(epoch)
+            for step in range(first_step if epoch == first_epoch else 0, steps):
+                share = permutation[step * size : (step + 1) * size][self.rank :: self.world]
+                yield [Draw(epoch, example) for example in share.tolist()]
+
+
+class Slices:
+    """A batch sampler for evaluation: every world-th example, each once, in batches."""
+
+    def __init__(self, examples: int, *, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.mine = range(rank, examples, world)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for start in range(0, len(self.mine), self.batch_size):
+            yield [Draw(0, example) for example in self.mine[start : start + self.batch_size]]
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Stack a share; an empty one becomes tensors of length 0."""
+
+    image_size: int
+
+    def __call__(self, items: list[tuple[np.ndarray, int, int]]) -> Batch:
+        if items:
+            stacked = torch.from_numpy(np.stack([image for image, _, _ in items]))
+        else:
+            stacked = torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
+        labels = torch.tensor([label for _, label, _ in items], dtype=torch.int64)
+        examples = torch.tensor([example for _, _, example in items], dtype=torch.int64)
+        # pictures lie in memory as [H, W, 3]; seen as [3, H, W] that already is channels_last
+        return Batch(stacked.permute(0, 3, 1, 2), labels, examples)
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle; it ends its workers
+    # On a CPU the workers share the cores with the training: niced, they use what it leaves idle.
+    if not torch.cuda.is_available():
+        os.nice(19)
+
+
+def make_loader(
+    images: Images,
+    sampler: Shares | Slices,
+    *,
+    image_size: int,
+    workers: int,
+    accelerator: Accelerator,
+) -> DataLoader[Batch]:
+    """Return a loader whose batches arrive on the accelerator's device, prefetched by `workers` processes."""
+    loader: DataLoader[Batch] = DataLoader(
+        images,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        collate_fn=Collate(image_size),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        persistent_workers=workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=_start_worker,
+    )
+    # Shares are cut by our sampler: accelerate is told of one process, so that it places batches on the
+    # device and neither shards nor pads.
+    return prepare_data_loader(
+        loader,
+        device=accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        rng_types=[],
+        non_blocking=True,
+    )  # type: ignore[no-any-return]

@@ -1,0 +1,58 @@
+"""Durations become steps here, and a step becomes a learning rate: pure functions.
+
+The learning rate is a function of the step alone, not an object with a state: a resumed run, and one
+on another number of processes, cannot disagree about it.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.errors import UserError
+
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
+
+
+@dataclass(frozen=True)
+class Duration:
+    """An amount of training: a number of steps, of epochs, or a percentage of the whole."""
+
+    amount: float
+    unit: Literal["step", "epoch", "%"]
+
+
+def parse_duration(key: str, text: str) -> Duration:
+    """Return the duration that a text like '100 steps', '1 epochs' or '5%' means.
+
+    Raises:
+        UserError: it is none; `key` is named.
+
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise UserError(f"{key} is {text!r}: expected a duration, as in '100 steps', '1 epochs' or '5%'")
+    amount, unit = float(match[1]), match[2].rstrip("s")
+    if unit == "%" and amount > 100:
+        raise UserError(f"{key} is {text!r}: expected at most 100%")
+    return Duration(amount, unit)  # type: ignore[arg-type]
+
+
+def to_steps(duration: Duration, *, steps_per_epoch: int, total_steps: int) -> int:
+    """Return the duration in steps, rounded to the nearest."""
+    whole = {"step": 1.0, "epoch": float(steps_per_epoch), "%": total_steps / 100}[duration.unit]
+    return round(duration.amount * whole)
+
+
+def lr_factor(step: int, *, total_steps: int, warmup_steps: int, kind: Literal["constant", "cosine"]) -> float:
+    """Return the share of the peak learning rate at which update `step` (counted from 0) is made.
+
+    A linear warm-up over `warmup_steps` that ends on 1, then constant, or half a cosine that would reach
+    0 at `total_steps` (Loshchilov & Hutter 2017, SGDR, without restarts).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if kind == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
