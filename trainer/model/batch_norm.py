@@ -1,0 +1,96 @@
+"""BatchNorm under fine-tuning: frozen statistics, batches of one example, several processes.
+
+What is changed is changed on the single layer, by module-level functions: it survives `train()`, `deepcopy`,
+wrapping by DDP and pickling.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the model's BatchNorm layers that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def freeze_batch_norm(model: nn.Module) -> int:
+    """Keep BatchNorm's running statistics as they are, and in use, whatever `train()` says; return how many layers.
+
+    Weights and biases of these layers go on training: their gradients do not depend on this.
+    """
+    layers = batch_norms(model)
+    for layer in layers:
+        layer.eval()
+        layer.train = partial(_stay_in_eval, layer)  # type: ignore[method-assign]
+    return len(layers)
+
+
+def _stay_in_eval(layer: _BatchNorm, mode: bool = True) -> _BatchNorm:
+    return layer
+
+
+def _is_frozen(layer: _BatchNorm) -> bool:
+    return "train" in vars(layer)
+
+
+@contextmanager
+def batch_norm_in_eval(model: nn.Module) -> Iterator[None]:
+    """Let every BatchNorm layer use its running statistics, unchanged, for a block; then restore each one's mode."""
+    modes = [(layer, layer.training) for layer in batch_norms(model)]
+    try:
+        for layer, _ in modes:
+            layer.training = False
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+
+
+def guard_single_values(model: nn.Module) -> int:
+    """Let a batch with one value per channel train on, where torch raises; return how many layers are guarded.
+
+    A ragged last batch of one example, or a process's share of one, meets BatchNorm over 1 x 1 maps with a
+    single value per channel: it has no variance. For that forward the layer uses its running statistics, and
+    leaves them. SyncBatchNorm is not touched: it sees the other processes' values.
+    """
+    layers = [m for m in batch_norms(model) if not isinstance(m, nn.SyncBatchNorm)]
+    for layer in layers:
+        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+    return len(layers)
+
+
+def _forward(layer: _BatchNorm, images: Tensor) -> Tensor:
+    if layer.training and images.numel() == images.shape[1]:
+        return functional.batch_norm(
+            images,
+            layer.running_mean,
+            layer.running_var,
+            layer.weight,
+            layer.bias,
+            training=False,
+            eps=layer.eps,
+        )
+    return type(layer).forward(layer, images)
+
+
+def average_statistics(model: nn.Module, world: int) -> None:
+    """Replace running means and variances by their averages over the `world` processes, in one all-reduce.
+
+    Every process calls it, with the same model. Frozen layers and num_batches_tracked are left.
+    """
+    layers = [layer for layer in batch_norms(model) if not _is_frozen(layer)]
+    if world == 1 or not layers:
+        return
+    statistics = [s for layer in layers for s in (layer.running_mean, layer.running_var) if s is not None]
+    flat = torch.cat([s.detach().float() for s in statistics])
+    torch.distributed.all_reduce(flat)
+    flat /= world
+    with torch.no_grad():
+        for statistic, average in zip(statistics, flat.split([s.numel() for s in statistics]), strict=True):
+            statistic.copy_(average)

@@ -1,0 +1,140 @@
+"""torchvision's classification models by name, at an image size that they can take.
+
+Order: `build` -> `head.find_heads` -> `head.graft` -> `weights.load_weights`.
+"""
+
+import difflib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torchvision import models
+
+from trainer.errors import UserError
+from trainer.model.head import trial_forward
+from trainer.model.weights import find_enum, is_file
+
+_NUM_CLASSES = 1000  # as the published weights have it
+_LARGEST_TRIED = 768
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How pictures are prepared for a model's published weights."""
+
+    image_size: int
+    """Side of the square that the model sees, in pixels."""
+    resize_size: int
+    """Side to which a picture's shorter side is resized before the centre crop, in pixels."""
+    interpolation: Literal["bilinear", "bicubic"]
+    mean: tuple[float, float, float]
+    """Of each channel, for values in [0, 1]."""
+    std: tuple[float, float, float]
+
+
+def names() -> list[str]:
+    """Return torchvision's classification models."""
+    return cast(list[str], models.list_models(module=models))
+
+
+def check_name(name: str) -> None:
+    """Raise a UserError, with what was probably meant, unless `name` is one of `names()`."""
+    known = names()
+    if name not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=3)
+        meant = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(f"there is no model {name!r}.{meant} The models are: {', '.join(known)}")
+
+
+def preset(name: str, weights: str | None) -> Preset:
+    """Return the preprocessing of the model's weights: those named, or the default ones for a file or none.
+
+    Raises:
+        UserError: an unknown model, or weights that it does not have.
+
+    """
+    check_name(name)
+    entry = find_enum(name, "DEFAULT" if weights is None or is_file(weights) else weights)
+    transforms = entry.transforms()
+    return Preset(
+        image_size=int(transforms.crop_size[0]),
+        resize_size=int(transforms.resize_size[0]),
+        interpolation=transforms.interpolation.value,
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+    )
+
+
+def build(name: str, *, image_size: int, num_classes: int | None = None) -> nn.Module:
+    """Return the model with weights drawn from torch's current random numbers, in train mode, on the CPU.
+
+    Args:
+        name: one of `names()`.
+        image_size: side of the square pictures in pixels; tried without memory before anything is drawn.
+        num_classes: outputs, 1000 by default.
+
+    Raises:
+        UserError: an unknown model, or an image size that it cannot take.
+
+    """
+    check_name(name)
+    reason = _misfit(name, image_size)
+    if reason is not None:
+        raise UserError(
+            f"{name} cannot be trained on images of {image_size} x {image_size} px: {reason}.{_nearest(name, image_size)}"
+        )
+    return _construct(name, image_size, _NUM_CLASSES if num_classes is None else num_classes)
+
+
+def _construct(name: str, image_size: int, num_classes: int) -> nn.Module:
+    settings: dict[str, Any] = {"weights": None, "num_classes": num_classes}
+    # Three families take settings of their own; the others find out the size of their input as they run.
+    if name.startswith("vit_"):
+        settings["image_size"] = image_size
+    elif name.startswith("maxvit_"):
+        settings["input_size"] = (image_size, image_size)
+    elif name in ("googlenet", "inception_v3"):
+        # Built as their published weights were. init_weights=False leaves torch's own, much faster initialisation.
+        settings |= {"aux_logits": True, "transform_input": True, "init_weights": False}
+    return cast(nn.Module, models.get_model(name, **settings))
+
+
+@lru_cache(maxsize=256)
+def _misfit(name: str, image_size: int) -> str | None:
+    """Return why the model cannot take such images, or None where it can."""
+    if image_size < 1:
+        return "a side has at least one pixel"
+    if name.startswith("vit_") and image_size % (patch := _patch_size(name)):
+        return f"its patches are {patch} x {patch} px, and the side must be a multiple of that"
+    with torch.random.fork_rng(devices=[]), init_empty_weights():  # some layers draw before they are emptied
+        try:
+            model = _construct(name, image_size, _NUM_CLASSES)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            return str(error).splitlines()[0].rstrip(".")
+    try:
+        trial_forward(model, image_size)
+    except UserError as error:
+        return str(error.__cause__ or error).splitlines()[0].rstrip(".")
+    return None
+
+
+def _patch_size(name: str) -> int:
+    size = preset(name, None).image_size
+    with torch.random.fork_rng(devices=[]), init_empty_weights():
+        return cast(int, _construct(name, size, _NUM_CLASSES).patch_size)
+
+
+def _nearest(name: str, image_size: int) -> str:
+    """Return a sentence with sizes near `image_size` that the model can take."""
+    step = _patch_size(name) if name.startswith("vit_") else 32
+    at = max(image_size, 0)
+    smaller = range(at - at % step, 0, -step)
+    larger = range(at - at % step + step, max(_LARGEST_TRIED, at + step) + 1, step)
+    fitting = [
+        next((s for s in sizes if s != at and _misfit(name, s) is None), None) for sizes in (smaller, larger)
+    ]
+    listed = " or ".join(str(size) for size in fitting if size is not None)
+    return f" data.image_size {listed} would do" if listed else ""

@@ -1,0 +1,54 @@
+"""The target model: the source's design and weights, all but a new output layer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from trainer.model.batch_norm import freeze_batch_norm, guard_single_values
+from trainer.model.build import build
+from trainer.model.head import find_heads, graft
+from trainer.model.weights import load_weights, read_weights
+
+
+@dataclass(frozen=True)
+class Created:
+    """A model ready to train."""
+
+    model: nn.Module
+    heads: tuple[str, ...]
+    """Dotted names of the new output layers, auxiliary ones included."""
+    source: str
+    """Where the other layers' weights came from."""
+    lines: tuple[str, ...]
+    """What was done, for a reader."""
+
+
+def create(
+    name: str,
+    *,
+    image_size: int,
+    num_classes: int,
+    weights: str | None,
+    head_init: Literal["xavier", "torch"],
+    frozen_batch_norm: bool,
+) -> Created:
+    """Build a model with a new head, drawn from torch's generator, and copy the source weights into the rest.
+
+    Raises:
+        UserError: an unknown name, weights that do not fit, a head that is not found, or too small an image.
+
+    """
+    model = build(name, image_size=image_size)
+    heads = find_heads(model, image_size)
+    graft(model, heads, num_classes, head_init)
+    lines = [f"{name}: new output layer{'s' * (len(heads) > 1)} {', '.join(head.name for head in heads)}"]
+    source = "from scratch"
+    if weights is not None:
+        state, source = read_weights(name, weights)
+        report = load_weights(model, heads, state, name=name, image_size=image_size, source=source)
+        lines += report.lines()
+    if frozen_batch_norm:
+        lines.append(f"{freeze_batch_norm(model)} BatchNorm layers keep the source's statistics")
+    guard_single_values(model)
+    return Created(model, tuple(head.name for head in heads), source, tuple(lines))
