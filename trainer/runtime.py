@@ -1,0 +1,180 @@
+"""The machine side of a run: processes, device, threads and precision, checked before any work.
+
+Accelerate and torch are quick to run N copies of a job by accident, or one thread where there are many
+cores (`accelerate launch` sets OMP_NUM_THREADS=1); what is chosen here is said.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+
+from trainer.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_ACCELERATE_NAME = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+# One rank may draw, download or check images while the others wait at a barrier.
+_PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a run runs on."""
+
+    accelerator: Accelerator
+    precision: Precision
+    threads: int
+    """CPU threads of this process."""
+    cores: int
+    """CPU cores open to each process of this machine."""
+    notes: tuple[str, ...]
+    """What was chosen, and why; one line each."""
+
+    @property
+    def rank(self) -> int:
+        """Return this process's number among all, from 0."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        """Return the number of processes."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Return whether this process is the one that speaks and writes."""
+        return bool(self.accelerator.is_main_process)
+
+
+def start(
+    *,
+    device: Literal["auto", "cpu", "cuda"],
+    precision: Literal["auto", "fp32", "bf16", "fp16"],
+    threads: int | None,
+) -> Runtime:
+    """Join the process group, if there is one, and return what the run runs on.
+
+    Raises:
+        UserError: a device or precision that this machine lacks, or processes that do not know of one another.
+
+    """
+    refuse_copies(os.environ)
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "run.device is cuda, but torch finds no GPU here: install a driver and a CUDA build of torch, "
+            "or set run.device to auto"
+        )
+    chosen, why = choose_precision(precision, on_cpu=on_cpu, environment=os.environ)
+    _forget_earlier()
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=_ACCELERATE_NAME[chosen],
+        kwargs_handlers=[
+            # BatchNorm's statistics are averaged before they are used: no broadcast in every forward.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=_PATIENCE),
+        ],
+    )
+    _check_group(accelerator)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = max(1, available_cores() // local_world)
+    used = threads or (cores if on_cpu else max(1, cores // 2))
+    torch.set_num_threads(used)
+    notes = (
+        f"device {accelerator.device} x {accelerator.num_processes}, {used} CPU thread{'s' * (used > 1)} each",
+        f"precision {chosen}: {why}",
+    )
+    return Runtime(accelerator, chosen, used, cores, notes)
+
+
+def choose_precision(
+    asked: Literal["auto", "fp32", "bf16", "fp16"], *, on_cpu: bool, environment: Mapping[str, str]
+) -> tuple[Precision, str]:
+    """Return the precision to use, and why.
+
+    Raises:
+        UserError: fp16 on a CPU, which accelerate would silently run as fp32.
+
+    """
+    from_launcher = {"bf16": "bf16", "fp16": "fp16"}.get(environment.get("ACCELERATE_MIXED_PRECISION", ""))
+    if asked != "auto":
+        chosen, why = asked, "as train.precision asks"
+    elif from_launcher is not None:
+        chosen, why = from_launcher, "as accelerate launch --mixed_precision asks"  # type: ignore[assignment]
+    elif on_cpu:
+        chosen, why = "fp32", "the safe choice on a CPU; bf16 may be faster on one with AMX or AVX-512 BF16"
+    elif torch.cuda.is_bf16_supported(including_emulation=False):
+        chosen, why = "bf16", "this GPU computes in it, and it needs no loss scaling"
+    else:
+        chosen, why = "fp16", "this GPU has no bf16; the loss is scaled"
+    if chosen == "fp16" and on_cpu:
+        raise UserError("precision fp16 was asked for on a CPU, which has no fp16 training: choose fp32 or bf16")
+    return chosen, why  # type: ignore[return-value]
+
+
+def available_cores() -> int:
+    """Return the CPU cores open to this process: its affinity, or its container's quota where that is less."""
+    cores = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, _, period = quota.read_text(encoding="ascii").strip().partition(" ")
+        if limit.isdigit() and period.isdigit():
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores
+
+
+def refuse_copies(environment: Mapping[str, str]) -> None:
+    """Raise a UserError where a launcher has started several processes that know nothing of one another."""
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if "WORLD_SIZE" not in environment and tasks.isdigit() and int(tasks) > 1:
+        raise UserError(
+            f"srun has started {tasks} tasks and no WORLD_SIZE is set: each would train the whole job by itself. "
+            "Start one task a node, and in it torchrun (or accelerate launch), which starts the processes"
+        )
+
+
+def _check_group(accelerator: Accelerator) -> None:
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise UserError(
+            f"WORLD_SIZE is {expected}, but accelerate has formed a group of {accelerator.num_processes}: "
+            f"{expected} copies of the same run would write into one folder. Launch with "
+            f"torchrun --nproc-per-node {expected} trainer/main.py"
+        )
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in known:
+        raise UserError(
+            f"accelerate is set to {accelerator.distributed_type}, expected plain data-parallel processes: "
+            "launch with torchrun, or choose another file by accelerate launch --config_file"
+        )
+
+
+def _forget_earlier() -> None:
+    """Drop the state that accelerate keeps for the process, so that several runs may follow one another in it."""
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state()
+    if PartialState._shared_state and not torch.distributed.is_initialized():
+        PartialState._reset_state()
+
+
+@contextmanager
+def main_first(accelerator: Accelerator, *, local: bool = False) -> Iterator[None]:
+    """Let rank 0 (of each machine, if `local`) through the block before the others: it makes, they find."""
+    with accelerator.local_main_process_first() if local else accelerator.main_process_first():
+        yield
+
+
+def shut_down() -> None:
+    """Leave the process group, if this process is in one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
