@@ -6,11 +6,10 @@ Transforms work on PIL images, whose resize is the recipe's own (antialiased), a
 conversion to normalised floats is done in batches on the device (`normalise`).
 """
 
-import hashlib
-import struct
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +40,32 @@ class Preprocessing:
     interpolation: Literal["nearest", "bilinear", "bicubic"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Preprocessing":
+        """Return the preprocessing that a file describes.
+
+        Raises:
+            ValueError, TypeError, KeyError: a field is missing, of the wrong type, or out of its range.
+
+        """
+        for key in ("image_size", "resize_size"):
+            if not (isinstance(fields[key], int) and 1 <= fields[key] <= 8192):
+                raise ValueError(f"{key} is {fields[key]!r}, expected 1 to 8192 pixels")
+        if fields["resize"] not in ("squash", "shorter"):
+            raise ValueError(f"resize is {fields['resize']!r}, expected squash or shorter")
+        red_green_blue = {key: tuple(float(value) for value in fields[key]) for key in ("mean", "std")}
+        if not all(len(values) == 3 and all(map(math.isfinite, values)) for values in red_green_blue.values()):
+            raise ValueError("mean and std are not three finite numbers each")
+        if min(red_green_blue["std"]) <= 0:
+            raise ValueError("std is not above 0")
+        return cls(
+            image_size=fields["image_size"],
+            resize_size=fields["resize_size"],
+            resize=fields["resize"],
+            interpolation=InterpolationMode(fields["interpolation"]).value,
+            **red_green_blue,  # type: ignore[arg-type]
+        )
 
     @property
     def mode(self) -> InterpolationMode:
@@ -75,12 +100,6 @@ def train_transform(preprocessing: Preprocessing, augment: Augmentation, crop_sc
     return v2.Compose(steps)
 
 
-def example_seed(seed: int, epoch: int, example: int) -> int:
-    """Return the 64-bit seed of one example in one epoch: a hash, so that neighbours are unrelated."""
-    digest = hashlib.blake2b(struct.pack("<QQQ", seed, epoch, example), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
 def apply_seeded(transform: Transform, image: Image.Image, seed: int) -> Image.Image:
     """Return `transform(image)` with its randomness taken from `seed`; torch's own state is left as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -93,11 +112,18 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Return uint8 images [B, 3, H, W] as float32, scaled to [0, 1], less the mean, over the deviation.
+class Normalise:
+    """uint8 images [B, 3, H, W] -> float32, scaled to [0, 1], less the mean, over the deviation.
 
-    One multiply and one add for each value; the memory layout of `images` is kept.
+    The constants lie on the device from the start, so that no batch waits for their copy; the memory layout
+    of the images is kept.
     """
-    mean = torch.tensor(preprocessing.mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std, device=images.device).view(1, 3, 1, 1)
-    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
+        mean = torch.tensor(preprocessing.mean, dtype=torch.float64).view(1, 3, 1, 1)
+        std = torch.tensor(preprocessing.std, dtype=torch.float64).view(1, 3, 1, 1)
+        self._scale = (1 / (255 * std)).float().to(device)
+        self._shift = (-mean / std).float().to(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.addcmul(self._shift, images.float(), self._scale)

@@ -18,9 +18,10 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.data.augment import Transform, apply_seeded, example_seed, to_array
+from trainer.data.augment import Transform, apply_seeded, to_array
 from trainer.data.decode import UnreadableImage, decode
 from trainer.errors import UserError
+from trainer.seeds import derive_seed
 
 
 class Draw(NamedTuple):
@@ -34,7 +35,7 @@ class Batch(NamedTuple):
     """One process's share of a global batch; B may be 0."""
 
     images: Tensor
-    """uint8 [B, 3, H, W], strides of channels_last."""
+    """uint8 [B, 3, H, W]."""
     labels: Tensor
     """int64 [B]."""
     examples: Tensor
@@ -59,7 +60,7 @@ class Images(Dataset[tuple[np.ndarray, int, int]]):
             image = decode(path)
         except UnreadableImage as error:
             raise UserError(f"{path} could be read before training and cannot be read now: {error}") from None
-        image = apply_seeded(self.transform, image, example_seed(self.seed, draw.epoch, draw.example))
+        image = apply_seeded(self.transform, image, derive_seed("crop", self.seed, draw.epoch, draw.example))
         return to_array(image), int(self.labels[draw.example]), draw.example
 
 
@@ -78,17 +79,18 @@ class Order:
 
     def permutation(self, epoch: int) -> Tensor:
         """Return the order of epoch `epoch` (counted from 0), int64 [examples]."""
-        generator = torch.Generator().manual_seed(example_seed(self.seed, epoch, 2**64 - 1))
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
         return torch.randperm(self.examples, generator=generator)
 
     def batch(self, epoch: int, step: int) -> list[int]:
-        """Return the examples of the global batch `step` of that epoch."""
+        """Return the examples of the global batch `step` (counted from 0) of that epoch."""
         return self.permutation(epoch)[step * self.batch_size : (step + 1) * self.batch_size].tolist()
 
-    def size(self, step: int) -> int:
-        """Return the number of examples of the global batch at update `step` of the run, without drawing it."""
-        start = (step % self.steps_per_epoch) * self.batch_size
-        return min(self.batch_size, self.examples - start)
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Return the number of examples of each global batch of an epoch."""
+        starts = range(0, self.examples, self.batch_size)
+        return tuple(min(self.batch_size, self.examples - start) for start in starts)
 
 
 class Shares:
@@ -135,6 +137,7 @@ class Collate:
     """Stack a share; an empty one becomes tensors of length 0."""
 
     image_size: int
+    channels_last: bool
 
     def __call__(self, items: list[tuple[np.ndarray, int, int]]) -> Batch:
         if items:
@@ -143,8 +146,9 @@ class Collate:
             stacked = torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
         labels = torch.tensor([label for _, label, _ in items], dtype=torch.int64)
         examples = torch.tensor([example for _, _, example in items], dtype=torch.int64)
-        # pictures lie in memory as [H, W, 3]; seen as [3, H, W] that already is channels_last
-        return Batch(stacked.permute(0, 3, 1, 2), labels, examples)
+        # Pictures lie in memory as [H, W, 3]: seen as [3, H, W], that already is channels_last.
+        images = stacked.permute(0, 3, 1, 2)
+        return Batch(images if self.channels_last else images.contiguous(), labels, examples)
 
 
 def _start_worker(_: int) -> None:
@@ -159,6 +163,7 @@ def make_loader(
     sampler: Shares | Slices,
     *,
     image_size: int,
+    channels_last: bool,
     workers: int,
     accelerator: Accelerator,
 ) -> DataLoader[Batch]:
@@ -166,7 +171,7 @@ def make_loader(
     loader: DataLoader[Batch] = DataLoader(
         images,
         batch_sampler=sampler,  # type: ignore[arg-type]
-        collate_fn=Collate(image_size),
+        collate_fn=Collate(image_size, channels_last),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         persistent_workers=workers > 0,

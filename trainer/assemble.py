@@ -1,0 +1,173 @@
+"""Sections of the config -> the parts of a run. Only here, and in the verbs, is the whole config known."""
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.data import DataLoader
+
+from trainer import runtime
+from trainer.config import Config, DataConfig
+from trainer.data.augment import Normalise, Preprocessing, test_transform, train_transform
+from trainer.data.index import Example, ImageIndex
+from trainer.data.loader import Batch, Images, Order, Shares, Slices, make_loader
+from trainer.data.prepare import Prepared, prepare
+from trainer.evaluate import evaluate
+from trainer.loop import Evaluations, Plan
+from trainer.model.create import Created, create
+from trainer.optim import Group, group_parameters
+from trainer.report.console import checking
+from trainer.runtime import Runtime
+from trainer.schedule import lr_factor, parse_duration, to_steps
+from trainer.seeds import derive_seed
+
+
+def load_examples(data: DataConfig, machine: Runtime, console: Console) -> Prepared:
+    """Return the checked examples; one process of each machine draws, downloads and checks, the others find."""
+    with runtime.main_first(machine.accelerator, local=True):
+        show = partial(checking, console) if machine.is_main else None
+        return prepare(data, workers=machine.cores, show=show)
+
+
+def evaluated(index: ImageIndex) -> dict[str, tuple[Example, ...]]:
+    """Return name -> examples of what is evaluated: `test` is what is reported, `val` what is selected on."""
+    reported = {"test": index.part(index.evaluation)}
+    return reported if index.selection is None else {"val": index.val, **reported}
+
+
+def describe(prepared: Prepared) -> str:
+    """Return what the data is, in a few lines."""
+    index = prepared.index
+    named = ", ".join(index.classes[:8]) + (", ..." if len(index.classes) > 8 else "")
+    counts = [f"{len(index.train)} to train on"]
+    if index.selection:
+        counts.append(f"{len(index.val)} to select the best epoch on")
+    counts.append(f"{len(index.part(index.evaluation))} to report on ({index.evaluation})")
+    lines = [f"{index.root}: {len(index.classes)} classes ({named}); {', '.join(counts)}", *prepared.notes]
+    return "\n".join(lines)
+
+
+def preprocessing_of(data: DataConfig) -> Preprocessing:
+    """Return the preprocessing of a resolved config."""
+    return Preprocessing(
+        image_size=data.image_size,  # type: ignore[arg-type]
+        resize_size=data.resize_size,  # type: ignore[arg-type]
+        resize=data.resize,
+        interpolation=data.interpolation,  # type: ignore[arg-type]
+        mean=data.mean,  # type: ignore[arg-type]
+        std=data.std,  # type: ignore[arg-type]
+    )
+
+
+def training_images(index: ImageIndex, preprocessing: Preprocessing, config: Config) -> Images:
+    """Return the training images under the config's augmentation."""
+    transform = train_transform(preprocessing, config.data.augment, config.data.crop_scale)
+    return Images(index.train, transform, seed=config.run.seed)
+
+
+def loader_of(images: Images, sampler: Shares | Slices, config: Config, machine: Runtime) -> DataLoader[Batch]:
+    """Return the loader of this process's batches."""
+    return make_loader(
+        images,
+        sampler,
+        image_size=config.data.image_size,  # type: ignore[arg-type]
+        channels_last=config.train.channels_last,
+        workers=input_workers(config.data.workers, machine),
+        accelerator=machine.accelerator,
+    )
+
+
+def input_workers(asked: int | None, machine: Runtime) -> int:
+    """Return how many processes decode for this one.
+
+    On a CPU they share the cores with the training, which is by far the slower: one for every four cores is
+    ahead of it. A GPU is fed by all cores but the trainer's own.
+    """
+    if asked is not None:
+        return asked
+    if machine.accelerator.device.type == "cpu":
+        return max(1, machine.cores // 4)
+    return min(16, max(1, machine.cores - 1))
+
+
+class Evaluator:
+    """Evaluates each part of the data; its workers stay between epochs."""
+
+    def __init__(self, index: ImageIndex, preprocessing: Preprocessing, config: Config, machine: Runtime) -> None:
+        self._machine = machine
+        self._classes = len(index.classes)
+        self._normalise = Normalise(preprocessing, machine.accelerator.device)
+        share = -(-config.train.batch_size // (machine.world * config.train.accumulation))
+        self._parts: dict[str, tuple[int, Iterable[Batch]]] = {}
+        for name, part in evaluated(index).items():
+            images = Images(part, test_transform(preprocessing), seed=config.run.seed)
+            slices = Slices(len(part), batch_size=max(8, share), rank=machine.rank, world=machine.world)
+            self._parts[name] = (len(part), loader_of(images, slices, config, machine))
+
+    def __call__(self, model: nn.Module) -> Evaluations:
+        """Return part -> evaluation, over all processes."""
+        accelerator = self._machine.accelerator
+        return {
+            name: evaluate(
+                model,
+                batches,
+                classes=self._classes,
+                expected=expected,
+                normalise=self._normalise,
+                reduce=partial(accelerator.reduce, reduction="sum"),
+                device=accelerator.device,
+            )
+            for name, (expected, batches) in self._parts.items()
+        }
+
+
+def make_plan(config: Config, order: Order, *, start_epoch: int) -> Plan:
+    """Return the updates of the run; durations become steps here."""
+    steps = order.steps_per_epoch
+    total = steps * config.train.epochs
+    warmup = parse_duration("optim.warmup", config.optim.warmup)
+    return Plan(
+        batch_sizes=order.batch_sizes,
+        epochs=config.train.epochs,
+        start_epoch=start_epoch,
+        loss_reduction=config.optim.loss_reduction,
+        accumulation=config.train.accumulation,
+        clip_norm=config.optim.clip_norm,
+        seed=config.run.seed,
+        points_per_epoch=config.train.points_per_epoch,
+        lr_factor=partial(
+            lr_factor,
+            total_steps=total,
+            warmup_steps=to_steps(warmup, steps_per_epoch=steps, total_steps=total),
+            kind=config.optim.schedule,
+        ),
+    )
+
+
+def make_model(config: Config, classes: int, weights: str | None) -> Created:
+    """Return the model with its new head, drawn from `run.seed`, in the memory layout that it trains in."""
+    torch.manual_seed(derive_seed("weights", config.run.seed))
+    created = create(
+        config.model.name,
+        image_size=config.data.image_size,  # type: ignore[arg-type]
+        num_classes=classes,
+        weights=weights,
+        head_init=config.model.head_init,
+        frozen_batch_norm=config.transfer.batch_norm == "frozen",
+    )
+    if config.train.channels_last:
+        created.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return created
+
+
+def make_groups(created: Created, config: Config) -> tuple[Group, ...]:
+    """Return the parameter groups of a created model."""
+    return group_parameters(
+        created.model,
+        created.heads,
+        lr=config.optim.lr,
+        head_lr_scale=config.optim.head_lr_scale,
+        weight_decay=config.optim.weight_decay,
+    )

@@ -1,0 +1,225 @@
+"""`--debug`: one process, no workers, a handful of batches; each stage shown with its shapes and its time.
+
+Nothing is written to the run folder. Batches are read in this very process, so that `breakpoint()` works
+anywhere; with a terminal, an unexpected error opens the debugger where it happened.
+"""
+
+import itertools
+import pdb
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from trainer.assemble import (
+    Evaluator,
+    describe,
+    loader_of,
+    make_groups,
+    make_model,
+    make_plan,
+    preprocessing_of,
+    training_images,
+)
+from trainer.config import Config
+from trainer.data.augment import Normalise
+from trainer.data.index import Example, ImageIndex
+from trainer.data.loader import Batch, Order, Shares
+from trainer.data.prepare import prepare
+from trainer.errors import UserError
+from trainer.loop import Evaluations, Progress, backward, fit
+from trainer.model.head import split_outputs
+from trainer.optim import make_optimizer, set_lr
+from trainer.report.console import group_table
+from trainer.runtime import Runtime
+
+BATCHES = 3
+EVALUATED = 32
+OVERFIT_STEPS = 20
+
+
+def debug(config: Config, machine: Runtime, console: Console) -> None:
+    """Walk once through all stages of a run on a little of its data, and say whether one batch can be learnt.
+
+    Raises:
+        UserError: several processes, or whatever would stop the run itself.
+
+    """
+    if machine.world > 1:
+        raise UserError(f"--debug is for one process, but {machine.world} were started: leave torchrun out")
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            _walk(replace(config, data=replace(config.data, workers=0)), machine, console)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception:
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise
+        traceback.print_exc()
+        console.print("the debugger is open where this happened: p NAME shows a value, u goes up, q leaves")
+        pdb.post_mortem()
+        raise
+
+
+def _walk(config: Config, machine: Runtime, console: Console) -> None:
+    accelerator, device = machine.accelerator, machine.accelerator.device
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        console.rule(name, align="left")
+        began = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        console.print(f"{name}: {1000 * (time.perf_counter() - began):,.1f} ms")
+
+    with stage("data"):
+        # The few images used are read below; the run itself checks every one before it trains.
+        prepared = prepare(config.data, workers=machine.cores, check=False)
+        console.print(describe(prepared))
+    index = _few(prepared.index)
+
+    with stage("model"):
+        if config.source.root:
+            console.print(f"the source stage ({config.source.root}) is left out: random weights stand for its own")
+        created = make_model(config, len(index.classes), config.model.weights)
+        console.print("\n".join(created.lines))
+        groups = make_groups(created, config)
+        console.print(group_table(groups))
+        optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
+        model, optimizer = accelerator.prepare(created.model, optimizer)
+
+    order = Order(examples=len(index.train), batch_size=config.train.batch_size, seed=config.run.seed)
+    plan = make_plan(config, order, start_epoch=0)
+    plan = replace(plan, batch_sizes=plan.batch_sizes[:BATCHES], epochs=1, points_per_epoch=BATCHES)
+    preprocessing = preprocessing_of(config.data)
+    normalise = Normalise(preprocessing, device)
+    images = training_images(index, preprocessing, config)
+    shares = iter(loader_of(images, Shares(order, epochs=1), config, machine))
+
+    with stage("first batch: read, decode, augment"):
+        first = next(shares)
+        _describe_tensor(console, "images", first.images)
+        _describe_tensor(console, "labels", first.labels)
+    with stage("normalise"):
+        _describe_tensor(console, "input", normalise(first.images))
+    with stage("forward, layer by layer"), _narrated(accelerator.unwrap_model(model), console, device):
+        with torch.no_grad():
+            model.train()
+            logits, _ = split_outputs(model(normalise(first.images)))
+        _describe_tensor(console, "logits", logits)
+
+    with stage(f"train on {len(plan.batch_sizes)} batches, then evaluate, with anomaly detection on"):
+        fit(
+            model,
+            optimizer,
+            itertools.chain([first], shares),
+            plan,
+            accelerator=accelerator,
+            normalise=normalise,
+            evaluate=Evaluator(index, preprocessing, config, machine),
+            save=lambda progress, evaluations: None,  # nothing is written
+            listener=_Narrator(console),
+            paths_of=lambda epoch, step: [images.paths[example] for example in order.batch(epoch, step)],
+        )
+
+    with stage(f"overfit one batch, {OVERFIT_STEPS} updates at the peak learning rate"):
+        set_lr(optimizer, 1.0)
+        size = len(first.labels)
+        scale = 1 / size if config.optim.loss_reduction == "mean" else 1.0
+        losses = []
+        for _ in range(OVERFIT_STEPS):
+            loss_sum, _ = backward(
+                model, first, scale, accelerator=accelerator, normalise=normalise, parts=config.train.accumulation
+            )
+            if config.optim.clip_norm is not None:
+                accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss_sum.item() / size)
+        console.print(verdict(losses))
+
+
+def verdict(losses: list[float]) -> str:
+    """Return whether the loss of one batch, seen again and again, goes down."""
+    path = ", ".join(f"{loss:.3f}" for loss in losses[:: max(1, len(losses) // 5)])
+    if losses[-1] < 0.9 * losses[0]:
+        return f"loss {path}, ..., {losses[-1]:.3f}: it goes down, the model can learn this batch by heart"
+    return (
+        f"loss {path}, ..., {losses[-1]:.3f}: it does NOT go down; look at optim.lr (too small, or so large that it "
+        "diverges), the labels, and data.mean and data.std"
+    )
+
+
+class _Narrator:
+    """Prints what the loop tells."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def step(self, epoch: int, epoch_step: int) -> None:
+        """Say nothing: the figures follow."""
+
+    def point(self, progress: Progress) -> None:
+        """Print the figures so far."""
+        figures = progress.figures
+        self._console.print(
+            f"batch {progress.epoch_step}: loss so far {figures.loss:.4f}, accuracy {figures.accuracy:.3f}, "
+            f"{1000 * figures.compute_seconds:,.0f} ms computing of {1000 * figures.seconds:,.0f} ms"
+        )
+
+    def epoch(self, progress: Progress, evaluations: Evaluations) -> None:
+        """Print the evaluations."""
+        for part, found in evaluations.items():
+            self._console.print(f"evaluated {found.seen} images of {part}: {sum(found.correct)} right")
+
+
+def _few(index: ImageIndex) -> ImageIndex:
+    """Return the index with a few images to evaluate, spread over the classes."""
+
+    def spread(part: tuple[Example, ...]) -> tuple[Example, ...]:
+        return part[:: max(1, len(part) // EVALUATED)][:EVALUATED]
+
+    return replace(index, val=spread(index.val), test=spread(index.test))
+
+
+def _describe_tensor(console: Console, name: str, tensor: Tensor) -> None:
+    shown = tensor.detach().float()
+    console.print(
+        f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}, "
+        f"from {shown.min():.3g} to {shown.max():.3g}, mean {shown.mean():.3g}"
+    )
+
+
+@contextmanager
+def _narrated(model: nn.Module, console: Console, device: torch.device) -> Iterator[None]:
+    """Print each direct child's output shape and time, for the forward passes within the block."""
+    began: dict[str, float] = {}
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def enter(name: str) -> None:
+        began[name] = clock()
+
+    def leave(name: str, output: object) -> None:
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        console.print(f"  {name:<16} {shape!s:<24} {1000 * (clock() - began[name]):8.1f} ms")
+
+    handles = []
+    for name, child in model.named_children():
+        handles.append(child.register_forward_pre_hook(lambda _m, _i, name=name: enter(name)))
+        handles.append(child.register_forward_hook(lambda _m, _i, output, name=name: leave(name, output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

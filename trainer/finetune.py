@@ -1,0 +1,174 @@
+"""One model trained on one data set: data, model, optimizer, loop and what is left, put together."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+
+from trainer import runtime
+from trainer.assemble import (
+    Evaluator,
+    describe,
+    load_examples,
+    loader_of,
+    make_groups,
+    make_model,
+    make_plan,
+    preprocessing_of,
+    training_images,
+)
+from trainer.checkpoint import Counters, load_state, save_state
+from trainer.config import Config, dump
+from trainer.data.augment import Normalise
+from trainer.data.index import write_split
+from trainer.data.loader import Order, Shares
+from trainer.loop import Evaluations, Progress, fit
+from trainer.model_file import Description, write_model
+from trainer.optim import make_optimizer
+from trainer.report.console import Display, group_table
+from trainer.report.metrics import Row, epoch_rows, read_rows
+from trainer.report.run_report import RunReport, Silent
+from trainer.report.summary import best_row
+from trainer.run_folder import LAST, METRICS, MODEL, SPLIT, find_state, open_folder
+from trainer.runtime import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished run."""
+
+    folder: Path
+    rows: tuple[Row, ...]
+    """Its epochs."""
+    selection: str | None
+    """The part that the best epoch was selected on, where it is not the one reported."""
+    seconds: float
+    """Of this start, from the data to the last save."""
+
+    @property
+    def model_file(self) -> Path:
+        """Return the best epoch's weights."""
+        return self.folder / MODEL
+
+
+def finetune(config: Config, machine: Runtime, console: Console, *, weights: str | None) -> Outcome:
+    """Train, evaluate and save; or go on with, or just report, what the run folder holds.
+
+    The state is initialised in this order, in every run:
+     1. the list of examples, each checked;
+     2. the model with fresh weights from `run.seed`; its head found and replaced; source weights copied in;
+     3. parameter groups and the optimizer over them;
+     4. device, layout and process group (accelerate);
+     5. model, optimizer and position of an earlier start, if there is one;
+     6. loaders that begin at that position.
+    """
+    began = time.monotonic()
+    accelerator, folder = machine.accelerator, Path(config.run.dir)
+
+    # 1.
+    prepared = load_examples(config.data, machine, console)
+    index = prepared.index
+    console.print(describe(prepared))
+    with runtime.main_first(accelerator):
+        if machine.is_main:
+            open_folder(folder, dump(config), resume="auto")
+            if index.split_made:
+                write_split(index, folder / SPLIT)
+        counters = find_state(folder, data=prepared.fingerprint)
+    done = counters.epoch if counters else 0
+    outcome = partial(Outcome, folder=folder, selection=index.selection)
+    if done == config.train.epochs:
+        console.print(f"finished already, after epoch {done}: nothing to train (--run.resume never starts anew)")
+        return outcome(rows=tuple(epoch_rows(read_rows(folder / METRICS))), seconds=time.monotonic() - began)
+
+    # 2.
+    preprocessing = preprocessing_of(config.data)
+    created = make_model(config, len(index.classes), weights)
+    console.print("\n".join(created.lines))
+
+    # 3.
+    groups = make_groups(created, config)
+    console.print(group_table(groups))
+    optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
+
+    # 4.
+    model, optimizer = accelerator.prepare(created.model, optimizer)
+    bare = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+
+    # 5.
+    if counters is not None:
+        load_state(folder / LAST, bare, optimizer)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(dict(counters.scaler))
+        console.print(f"going on after epoch {done} of {config.train.epochs} (step {counters.step})")
+
+    # 6.
+    order = Order(examples=len(index.train), batch_size=config.train.batch_size, seed=config.run.seed)
+    images = training_images(index, preprocessing, config)
+    shares = Shares(
+        order,
+        epochs=config.train.epochs,
+        start_step=done * order.steps_per_epoch,
+        rank=machine.rank,
+        world=machine.world,
+    )
+    batches = loader_of(images, shares, config, machine)
+    evaluator = Evaluator(index, preprocessing, config, machine)
+
+    display = Display(
+        console, epochs=config.train.epochs, steps_per_epoch=order.steps_per_epoch, done_epochs=done
+    )
+    title = f"{config.model.name}, {created.source}"
+    report = (
+        RunReport(display, folder=folder, title=title, device=accelerator.device, done_epochs=done)
+        if machine.is_main
+        else Silent()
+    )
+
+    def save(progress: Progress, _: Evaluations) -> None:
+        """Leave the best weights and the state; each file is whole or absent."""
+        if not machine.is_main:
+            return
+        rows = epoch_rows(read_rows(folder / METRICS))
+        if best_row(rows, index.selection) is rows[-1]:
+            description = Description(
+                version=own_version(),
+                architecture=config.model.name,
+                classes=index.classes,
+                preprocessing=preprocessing,
+                source=created.source,
+                metrics={**rows[-1], "selected_on": index.selection or "test"},
+            )
+            write_model(folder / MODEL, bare.state_dict(), description)
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+        position = Counters(epoch=progress.epoch, step=progress.step, data=prepared.fingerprint, scaler=scaler)
+        save_state(folder / LAST, bare, optimizer, position)
+
+    with display.shown():
+        fit(
+            model,
+            optimizer,
+            iter(batches),
+            make_plan(config, order, start_epoch=done),
+            accelerator=accelerator,
+            normalise=Normalise(preprocessing, accelerator.device),
+            evaluate=evaluator,
+            save=save,
+            listener=report,
+            paths_of=lambda epoch, step: [images.paths[example] for example in order.batch(epoch, step)],
+        )
+    report.draw()
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    return outcome(rows=tuple(epoch_rows(read_rows(folder / METRICS))), seconds=time.monotonic() - began)
+
+
+def own_version() -> str:
+    """Return regraft's version; a checkout that is not installed has none."""
+    try:
+        return version("regraft")
+    except PackageNotFoundError:
+        return "uninstalled"

@@ -1,0 +1,55 @@
+"""Fine-tune a pretrained image classifier: `accelerate launch trainer/main.py [--config F] [--section.key V]`.
+
+    parse                      config.py
+    stages                     stages.py: a source model first, the comparison with scratch last
+      data                     data/: index, checks, order, augmentation, batches
+      model                    model/: build, find the head, graft, weights
+      optimizer                optim.py
+      fit, evaluate, save      loop.py, evaluate.py, checkpoint.py, model_file.py
+      show                     report/
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:
+    # Run by path, Python puts this file's folder first on the search path: its modules must not pass for others.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from trainer.config import parse
+from trainer.errors import UserError
+
+_SECONDS_FOR_RANK_0 = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, and return the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        # torch takes seconds to import: a wrong option is answered without it.
+        from trainer.stages import run  # noqa: PLC0415
+
+        run(config)
+    except UserError as error:
+        _say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say("interrupted: the run folder holds everything up to the last whole epoch; the same command goes on from there")
+        return 130
+    return 0
+
+
+def _say(text: str) -> None:
+    """Print on standard error: rank 0 at once; another rank only if it lives on, so has failed alone."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(_SECONDS_FOR_RANK_0)
+        text = f"[rank {rank}] {text}"
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

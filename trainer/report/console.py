@@ -1,0 +1,147 @@
+"""What a person sees while a run trains: rich on a terminal, plain lines where there is none."""
+
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trainer.loop import Evaluations, Progress
+from trainer.optim import Group
+from trainer.report.metrics import Row
+
+
+def make_console(*, speaks: bool) -> Console:
+    """Return the console of this process; only rank 0 speaks."""
+    return Console(quiet=not speaks, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory of this process [bytes]: the GPU's where there is one, else the resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def group_table(groups: Sequence[Group]) -> Table:
+    """Return the table of parameter groups: tensors, parameters, peak learning rate, weight decay."""
+    table = Table("group", box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("tensors", "parameters", "peak lr", "weight decay"):
+        table.add_column(title, justify="right")
+    for group in groups:
+        count = sum(p.numel() for p in group.parameters)
+        table.add_row(
+            group.name, f"{len(group.parameters)}", f"{count:,}", f"{group.lr:g}", f"{group.weight_decay:g}"
+        )
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def rate(examples_per_second: float) -> str:
+    """Return a rate with three digits or more."""
+    return f"{examples_per_second:,.0f}" if examples_per_second >= 100 else f"{examples_per_second:.1f}"
+
+
+def size(count: int) -> str:
+    """Return bytes in a unit that keeps the number short."""
+    return f"{count / 2**30:.1f}G" if count >= 2**30 else f"{count / 2**20:.0f}M"
+
+
+def row_header(parts: Sequence[str]) -> str:
+    """Return the headings over `row_line`."""
+    accuracies = "".join(f"{part + ' acc':>9}" for part in parts)
+    return f"{'epoch':>7}{'loss':>9}{'train acc':>11}{accuracies}{'ex/s':>8}{'compute':>9}{'lr backbone/head':>19}{'mem':>6}"
+
+
+def row_line(row: Row, epochs: int, parts: Sequence[str]) -> str:
+    """Return an epoch's row of the console."""
+    accuracies = "".join(f"{row[f'{part}_accuracy']:9.3f}" for part in parts)
+    lr = "/".join(f"{row[key]:.2g}" for key in ("lr_backbone", "lr_head") if key in row)
+    return (
+        f"{row['epoch']:>{6 - len(str(epochs))}}/{epochs}{row['train_loss']:9.4f}{row['train_accuracy']:11.3f}"
+        f"{accuracies}{rate(row['examples_per_sec']):>8}{rate(row['examples_per_sec_compute']):>9}{lr:>19}"
+        f"{size(row['memory_bytes']):>6}"
+    )
+
+
+class Display:
+    """Progress with ETA while training, and a row for each epoch."""
+
+    def __init__(self, console: Console, *, epochs: int, steps_per_epoch: int, done_epochs: int) -> None:
+        self.console = console
+        self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
+        self._head_shown = False
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            refresh_per_second=4,
+            speed_estimate_period=120,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=epochs * steps_per_epoch, completed=done_epochs * steps_per_epoch, figures="")
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show progress for as long as the block runs."""
+        with self._bar:
+            yield
+
+    def step(self, epoch: int, epoch_step: int) -> None:
+        """Move the bar by one update."""
+        doing = "evaluating" if epoch_step == self.steps_per_epoch else "training"
+        self._bar.update(self._task, advance=1, description=f"epoch {epoch}/{self.epochs} {doing}")
+
+    def point(self, progress: Progress) -> None:
+        """Show the figures of the epoch so far."""
+        figures = progress.figures
+        text = f"loss {figures.loss:.3f} acc {figures.accuracy:.3f} {rate(figures.rate)} ex/s"
+        self._bar.update(self._task, figures=text)
+        if not self.console.is_terminal and progress.epoch_step < self.steps_per_epoch:
+            left = (self.epochs * self.steps_per_epoch - progress.step) * figures.seconds / progress.epoch_step
+            self.console.print(
+                f"  epoch {progress.epoch}/{self.epochs} step {progress.epoch_step}/{self.steps_per_epoch}  {text}"
+                f"  ETA {duration(left)}"
+            )
+
+    def epoch(self, row: Row, parts: Sequence[str]) -> None:
+        """Print an epoch's row."""
+        if not self._head_shown:
+            self.console.print(row_header(parts), style="bold")
+            self._head_shown = True
+        self.console.print(row_line(row, self.epochs, parts))
+
+
+@contextmanager
+def checking(console: Console) -> Iterator[Callable[[int, int], None] | None]:
+    """Show how many images have been checked; yields None where there is no terminal."""
+    if not console.is_terminal or console.quiet:
+        yield None
+        return
+    columns: list[Any] = [SpinnerColumn(), TextColumn("checking images"), BarColumn(bar_width=20), MofNCompleteColumn()]
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_error(text: str) -> None:
+    """Print what a user can mend, on standard error."""
+    Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print("error:", style="bold red", end=" ")
+    print(text, file=sys.stderr, flush=True)
