@@ -1,11 +1,12 @@
 """`data.root` -> a folder or a CSV: what lies there, or a data set known by name."""
 
+import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from trainer.data import synthetic
-from trainer.data.download import KNOWN, fetch
+from trainer.data.download import KNOWN, cache_error, fetch
 from trainer.errors import UserError
 
 _DRAWN = {f"synthetic-{task}": task for task in synthetic.TASKS}
@@ -22,8 +23,20 @@ def is_known(root: str) -> bool:
 
 
 def cache_folder(asked: str | None) -> Path:
-    """Return the folder of downloads, drawn data sets and verdicts: asked for, $REGRAFT_CACHE or ~/.cache/regraft."""
-    return Path(asked or os.environ.get("REGRAFT_CACHE") or Path.home() / ".cache" / "regraft").expanduser().absolute()
+    """Return the folder of downloads, drawn data sets and verdicts: `asked` or $REGRAFT_CACHE or the default.
+
+    Raises:
+        UserError: it would lie in a home folder that does not exist.
+
+    """
+    folder = asked or os.environ.get("REGRAFT_CACHE") or "~/.cache/regraft"
+    try:
+        return Path(folder).expanduser().absolute()
+    except RuntimeError:  # a container's user without a name, or a misspelt ~user
+        raise UserError(
+            f"the cache is to be {folder}, and there is no such home folder here: give data.cache "
+            "(or $REGRAFT_CACHE) a folder by its whole path"
+        ) from None
 
 
 def locate(
@@ -31,20 +44,44 @@ def locate(
 ) -> Path:
     """Return the folder or CSV of `root`, downloaded or drawn first where it is a known name.
 
+    Args:
+        root: a path, or one of `known_names()`.
+        cache: the folder of `cache_folder`; made if need be.
+        seed: of the drawn data sets.
+        on_progress: called with (bytes so far, bytes in all or None) while there is a download.
+
     Raises:
-        UserError: neither a path nor a known name, or the download failed.
+        UserError: neither a path nor a known name, the download failed, or the cache cannot be used.
 
     """
     if not is_known(root):
-        if Path(root).exists():
-            return Path(root)
-        raise UserError(
-            f"data.root is {root!r}: there is no such folder or CSV file, and no data set known by that name "
-            f"({', '.join(known_names())})"
-        )
-    if root in _DRAWN:
-        folder = cache / f"{root}-v{synthetic.VERSION}-seed{seed}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        return _existing(root)
+    if root not in _DRAWN:
+        return fetch(KNOWN[root], cache, on_progress=on_progress)
+    folder = cache / f"{root}-v{synthetic.VERSION}-seed{seed}"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
         synthetic.draw(_DRAWN[root], folder, seed=seed)
-        return folder
-    return fetch(KNOWN[root], cache, on_progress=on_progress)
+    except OSError as error:
+        raise cache_error(error, cache) from error
+    return folder
+
+
+def _existing(root: str) -> Path:
+    """Return the path that `root` is."""
+    if not root.strip():
+        raise UserError("data.root is empty: give the folder of your images, a CSV, or a known name")
+    try:
+        path = Path(root).expanduser()
+        if path.exists():
+            return path
+        why = "there is no such folder or CSV file"
+    except (OSError, RuntimeError) as error:  # no permission, too long a name, no such ~user
+        why = f"it cannot be looked at ({getattr(error, 'strerror', None) or error})"
+    # A relative path may have been made absolute on its way here: a near miss is sought in its last part.
+    near = difflib.get_close_matches(Path(root).name.lower(), known_names(), n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UserError(
+        f"data.root is {root!r}: {why}, and no data set is known by that name "
+        f"({', '.join(known_names())}).{hint}"
+    )
