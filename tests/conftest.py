@@ -13,7 +13,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with a sentence, what needs the shared data where there is none (`.ci/run` fails if any was)."""
     if (SHARED / "data").is_dir():
         return
-    skip = pytest.mark.skip(reason=f"no shared data and weights at {SHARED}: set REGRAFT_SHARED to their folder")
+    skip = pytest.mark.skip(
+        reason=f"no shared data and weights at {SHARED}: set REGRAFT_SHARED to their folder"
+    )
     for item in items:
         if item.get_closest_marker("shared"):
             item.add_marker(skip)
@@ -39,7 +41,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(autouse=True)
 def _no_leaks() -> object:
     """Fail a test that leaves environment variables of the launcher or of torch behind."""
-    watched = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_", "OMP_NUM_THREADS")
+    watched = (
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "ACCELERATE_",
+        "OMP_NUM_THREADS",
+    )
 
     def seen() -> dict[str, str]:
         return {k: v for k, v in os.environ.items() if k.startswith(watched)}

@@ -20,7 +20,11 @@ def free_port() -> int:
 
 
 def torchrun(processes: int, *program: str | Path) -> list[str]:
-    options = [f"--nproc-per-node={processes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    options = [
+        f"--nproc-per-node={processes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+    ]
     return [sys.executable, "-m", "torch.distributed.run", *options, *map(str, program)]
 
 

@@ -13,6 +13,7 @@ from trainer.config import Config, DataConfig
 from trainer.data.augment import Normalise, Preprocessing, test_transform, train_transform
 from trainer.data.index import Example, ImageIndex
 from trainer.data.loader import Batch, Images, Order, Shares, Slices, make_loader
+from trainer.data.names import listed, printable
 from trainer.data.prepare import Prepared, prepare
 from trainer.evaluate import evaluate
 from trainer.loop import Evaluations, Plan
@@ -26,27 +27,27 @@ from trainer.seeds import derive_seed
 
 def load_examples(data: DataConfig, machine: Runtime, console: Console) -> Prepared:
     """Return the checked examples; one process of each machine draws, downloads and checks, the others find."""
-    with runtime.main_first(machine.accelerator, local=True):
-        show = partial(checking, console) if machine.is_main else None
-        return prepare(data, workers=machine.cores, show=show)
+    show = partial(checking, console) if machine.is_main else None
+    return runtime.in_turn(
+        machine.accelerator, lambda: prepare(data, workers=machine.cores, show=show), local=True
+    )
 
 
 def evaluated(index: ImageIndex) -> dict[str, tuple[Example, ...]]:
     """Return name -> examples of what is evaluated: `test` is what is reported, `val` what is selected on."""
-    reported = {"test": index.part(index.evaluation)}
-    return reported if index.selection is None else {"val": index.val, **reported}
+    return {"val": index.val, "test": index.test} if index.val else {"test": index.test}
 
 
 def describe(prepared: Prepared) -> str:
     """Return what the data is, in a few lines."""
     index = prepared.index
-    named = ", ".join(index.classes[:8]) + (", ..." if len(index.classes) > 8 else "")
-    counts = [f"{len(index.train)} to train on"]
-    if index.selection:
+    counts = [f"{len(index.train)} images to train on"]
+    if index.val:
         counts.append(f"{len(index.val)} to select the best epoch on")
-    counts.append(f"{len(index.part(index.evaluation))} to report on ({index.evaluation})")
-    lines = [f"{index.root}: {len(index.classes)} classes ({named}); {', '.join(counts)}", *prepared.notes]
-    return "\n".join(lines)
+    counts.append(f"{len(index.test)} to report on ({index.reported})")
+    named = listed(index.classes, limit=8)
+    head = f"{printable(str(index.root))}: {len(index.classes)} classes ({named}); {', '.join(counts)}"
+    return "\n".join([head, *prepared.notes])
 
 
 def preprocessing_of(data: DataConfig) -> Preprocessing:
@@ -67,7 +68,9 @@ def training_images(index: ImageIndex, preprocessing: Preprocessing, config: Con
     return Images(index.train, transform, seed=config.run.seed)
 
 
-def loader_of(images: Images, sampler: Shares | Slices, config: Config, machine: Runtime) -> DataLoader[Batch]:
+def loader_of(
+    images: Images, sampler: Shares | Slices, config: Config, machine: Runtime
+) -> DataLoader[Batch]:
     """Return the loader of this process's batches."""
     return make_loader(
         images,
@@ -95,7 +98,9 @@ def input_workers(asked: int | None, machine: Runtime) -> int:
 class Evaluator:
     """Evaluates each part of the data; its workers stay between epochs."""
 
-    def __init__(self, index: ImageIndex, preprocessing: Preprocessing, config: Config, machine: Runtime) -> None:
+    def __init__(
+        self, index: ImageIndex, preprocessing: Preprocessing, config: Config, machine: Runtime
+    ) -> None:
         self._machine = machine
         self._classes = len(index.classes)
         self._normalise = Normalise(preprocessing, machine.accelerator.device)
@@ -158,7 +163,7 @@ def make_model(config: Config, classes: int, weights: str | None) -> Created:
         frozen_batch_norm=config.transfer.batch_norm == "frozen",
     )
     if config.train.channels_last:
-        created.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        created.model.to(memory_format=torch.channels_last)
     return created
 
 

@@ -4,22 +4,12 @@ Rules that one value breaks alone, or two break together, stand in `__post_init_
 fields are the program's `--help`.
 """
 
-import dataclasses
-import difflib
 import math
-import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_type_hints
-
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from typing import Literal
 
 from trainer.errors import UserError
 from trainer.schedule import parse_duration
-
-QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
 def _require(holds: bool, text: str) -> None:
@@ -40,12 +30,15 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     threads: int | None = None
-    """CPU threads of each process; null: the cores available here divided among this machine's processes (1 on a GPU's host is enough, so there torch's own default stays)."""
+    """CPU threads of each process; null: the cores available here divided among this machine's processes (half of them beside a GPU)."""
 
     def __post_init__(self) -> None:
         _require(bool(self.dir.strip()), "run.dir is empty: give the folder that the run may write to")
         _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}: expected 0 to 2^63 - 1")
-        _require(self.threads is None or self.threads >= 1, f"run.threads is {self.threads}: expected 1 or more, or null")
+        _require(
+            self.threads is None or self.threads >= 1,
+            f"run.threads is {self.threads}: expected 1 or more, or null",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +81,34 @@ class DataConfig:
     def __post_init__(self) -> None:
         for key in ("image_size", "resize_size"):
             value = getattr(self, key)
-            _require(value is None or 1 <= value <= 8192, f"data.{key} is {value}: expected 1 to 8192 pixels, or null")
-        _require((self.mean is None) == (self.std is None), "data.mean and data.std go together: give both, or neither")
-        _require(self.std is None or min(self.std) > 0, f"data.std is {self.std}: expected three numbers above 0")
+            _require(
+                value is None or 1 <= value <= 8192,
+                f"data.{key} is {value}: expected 1 to 8192 pixels, or null",
+            )
+        _require(
+            (self.mean is None) == (self.std is None),
+            "data.mean and data.std go together: give both, or neither",
+        )
+        _require(
+            self.std is None or min(self.std) > 0, f"data.std is {self.std}: expected three numbers above 0"
+        )
         low, high = self.crop_scale
-        _require(0 < low <= high <= 1, f"data.crop_scale is {self.crop_scale}: expected 0 < least <= greatest <= 1")
+        _require(
+            0 < low <= high <= 1, f"data.crop_scale is {self.crop_scale}: expected 0 < least <= greatest <= 1"
+        )
         for key in ("val_fraction", "test_fraction"):
             value = getattr(self, key)
             _require(0 <= value < 1, f"data.{key} is {value}: expected a share from 0 to below 1")
         _require(0 <= self.seed < 2**63, f"data.seed is {self.seed}: expected 0 to 2^63 - 1")
-        _require(self.workers is None or self.workers >= 0, f"data.workers is {self.workers}: expected 0 or more, or null")
+        _require(
+            self.workers is None or self.workers >= 0,
+            f"data.workers is {self.workers}: expected 0 or more, or null",
+        )
         wrong = [e for e in self.extensions if not (e.startswith(".") and len(e) > 1)]
-        _require(not wrong, f"data.extensions holds {wrong}: expected endings with their dot, as in ['.jpg', '.gif']")
+        _require(
+            not wrong,
+            f"data.extensions holds {wrong}: expected endings with their dot, as in ['.jpg', '.gif']",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +156,19 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < math.inf, f"optim.lr is {self.lr}: expected a number above 0")
-        _require(0 < self.head_lr_scale < math.inf, f"optim.head_lr_scale is {self.head_lr_scale}: expected a number above 0")
-        _require(0 <= self.weight_decay < math.inf, f"optim.weight_decay is {self.weight_decay}: expected 0 or more")
+        _require(
+            0 < self.head_lr_scale < math.inf,
+            f"optim.head_lr_scale is {self.head_lr_scale}: expected a number above 0",
+        )
+        _require(
+            0 <= self.weight_decay < math.inf,
+            f"optim.weight_decay is {self.weight_decay}: expected 0 or more",
+        )
         _require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}: expected 0 to below 1")
-        _require(self.clip_norm is None or self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}: expected a number above 0, or null")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optim.clip_norm is {self.clip_norm}: expected a number above 0, or null",
+        )
         parse_duration("optim.warmup", self.warmup)
 
 
@@ -206,7 +224,9 @@ class ScratchConfig:
     """Learning rate of every layer when training from scratch; null: no comparison."""
 
     def __post_init__(self) -> None:
-        _require(self.lr is None or self.lr > 0, f"scratch.lr is {self.lr}: expected a number above 0, or null")
+        _require(
+            self.lr is None or self.lr > 0, f"scratch.lr is {self.lr}: expected a number above 0, or null"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,150 +258,3 @@ class Config:
             "scratch.lr asks for a comparison with scratch, but this run starts from scratch itself: "
             "set model.weights or source.root, or scratch.lr to null",
         )
-
-
-def _parser() -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="trainer/main.py",
-        exit_on_error=False,
-        description="Fine-tune a pretrained image classifier: accelerate launch trainer/main.py [--config FILE] [--section.key VALUE ...]. "
-        f"With neither --config nor --data.root it runs configs/{QUICKSTART.name}, offline.",
-    )
-    parser.add_argument("--config", action="config", help="A YAML file of these options; what stands on the command line wins.")
-    parser.add_class_arguments(Config)
-    return parser
-
-
-def keys(config_class: type = Config, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key of the configuration: `run.dir`, ..., `debug`."""
-    hints = get_type_hints(config_class)
-    for item in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from keys(hints[item.name], f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}"
-
-
-def _unknown(key: str, where: str) -> UserError:
-    known = list(keys())
-    section = key.split(".")[0]
-    near = [k for k in known if k.split(".")[0] == section] or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    guess = difflib.get_close_matches(key, known, n=1)
-    hint = f" Did you mean {guess[0]}?" if guess else ""
-    return UserError(f"{where}: there is no option {key!r}.{hint} Valid: {', '.join(near or known)}")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without the silent rule that the last of two equal keys wins."""
-
-
-def _mapping_once(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    found = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
-    twice = sorted({str(k) for k in found if found.count(k) > 1})
-    if twice:
-        raise UserError(f"{node.start_mark.name}, line {node.start_mark.line + 1}: given twice: {', '.join(twice)}")
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_once)
-
-
-def _check_file(path: Path) -> None:
-    """Raise a UserError for a file that is not a YAML of known keys."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_named(path))  # noqa: S506 (a SafeLoader)
-    except FileNotFoundError:
-        near = ", ".join(sorted(p.name for p in QUICKSTART.parent.glob("*.yaml")))
-        raise UserError(f"--config {path}: there is no such file. The recipes in {QUICKSTART.parent}: {near}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: not a readable YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected sections with keys, as in 'optim:' and below it '  lr: 0.001'")
-    known = set(keys())
-    sections = {k.split(".")[0] for k in known if "." in k}
-    for section, values in content.items():
-        if section in sections:
-            if not isinstance(values, dict):
-                raise UserError(f"--config {path}: section {section!r} holds {values!r}: expected keys below it")
-            for key in values:
-                if f"{section}.{key}" not in known:
-                    raise _unknown(f"{section}.{key}", f"--config {path}")
-        elif section not in known:
-            raise _unknown(str(section), f"--config {path}")
-
-
-def _named(path: Path) -> type[yaml.SafeLoader]:
-    """Return the strict loader, set to name this file in its errors."""
-
-    class Loader(_StrictLoader):
-        def __init__(self, stream: str) -> None:
-            super().__init__(stream)
-            self.name = str(path)
-
-    return Loader
-
-
-def _check_arguments(argv: Sequence[str]) -> list[str]:
-    """Return argv with a bare `--debug` spelt out; raise a UserError for an option that does not exist."""
-    known = {*keys(), "config", "help", "print_config", *(f.name for f in dataclasses.fields(Config))}
-    spelt: list[str] = []
-    for i, token in enumerate(argv):
-        following = argv[i + 1] if i + 1 < len(argv) else "--"
-        spelt.append("--debug=true" if token == "--debug" and following not in ("true", "false") else token)
-        if token.startswith("--"):
-            key = token[2:].split("=", 1)[0].removesuffix("+")
-            if key not in known:
-                raise _unknown(key, "command line")
-    return spelt
-
-
-def parse(argv: Sequence[str]) -> Config:
-    """Return the run that the command line and its YAML describe.
-
-    `--help` and `--print_config` print and raise SystemExit(0).
-
-    Raises:
-        UserError: an unknown key, a wrong type, an impossible value or pair; it names the key.
-
-    """
-    arguments = _check_arguments(argv)
-    given = [a.split("=", 1)[0] for a in arguments]
-    for i, token in enumerate(arguments):
-        if token == "--config" and i + 1 < len(arguments):
-            _check_file(Path(arguments[i + 1]))
-        elif token.startswith("--config="):
-            _check_file(Path(token.removeprefix("--config=")))
-    if "--config" not in given and "--data.root" not in given:
-        if not QUICKSTART.is_file():
-            raise UserError("neither --config nor --data.root was given: name a recipe, or the folder of your images")
-        arguments = [f"--config={QUICKSTART}", *arguments]
-    parser = _parser()
-    try:
-        return _instantiate(parser, parser.parse_args(arguments))
-    except ArgumentError as error:
-        raise UserError(_plain(str(error))) from None
-
-
-def _instantiate(parser: ArgumentParser, namespace: Any) -> Config:
-    values = parser.instantiate(namespace)
-    return Config(**{item.name: values[item.name] for item in dataclasses.fields(Config)})
-
-
-def _plain(message: str) -> str:
-    """Return jsonargparse's message with our words for a key."""
-    message = message.replace('Parser key "', 'option "')
-    message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    return re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
-
-
-def dump(config: Config) -> str:
-    """Return the configuration as YAML that `parse(['--config', file])` reads again to the same."""
-    return yaml.safe_dump(_plain_values(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
-
-
-def _plain_values(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain_values(v) for k, v in value.items()}
-    return [_plain_values(v) for v in value] if isinstance(value, list | tuple) else value
-

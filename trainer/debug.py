@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -87,7 +88,9 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
 
     with stage("model"):
         if config.source.root:
-            console.print(f"the source stage ({config.source.root}) is left out: random weights stand for its own")
+            console.print(
+                f"the source stage ({config.source.root}) is left out: random weights stand for its own"
+            )
         created = make_model(config, len(index.classes), config.model.weights)
         console.print("\n".join(created.lines))
         groups = make_groups(created, config)
@@ -130,20 +133,37 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
         )
 
     with stage(f"overfit one batch, {OVERFIT_STEPS} updates at the peak learning rate"):
-        set_lr(optimizer, 1.0)
-        size = len(first.labels)
-        scale = 1 / size if config.optim.loss_reduction == "mean" else 1.0
-        losses = []
-        for _ in range(OVERFIT_STEPS):
-            loss_sum, _ = backward(
-                model, first, scale, accelerator=accelerator, normalise=normalise, parts=config.train.accumulation
+        console.print(
+            verdict(
+                _overfit(model, optimizer, first, config=config, normalise=normalise, accelerator=accelerator)
             )
-            if config.optim.clip_norm is not None:
-                accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss_sum.item() / size)
-        console.print(verdict(losses))
+        )
+
+
+def _overfit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    config: Config,
+    normalise: Normalise,
+    accelerator: Accelerator,
+) -> list[float]:
+    """Return the mean loss of one batch before each of a few updates on it."""
+    set_lr(optimizer, 1.0)
+    size = len(batch.labels)
+    scale = 1 / size if config.optim.loss_reduction == "mean" else 1.0
+    losses = []
+    for _ in range(OVERFIT_STEPS):
+        loss_sum, _ = backward(
+            model, batch, scale, accelerator=accelerator, normalise=normalise, parts=config.train.accumulation
+        )
+        if config.optim.clip_norm is not None:
+            accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss_sum.item() / size)
+    return losses
 
 
 def verdict(losses: list[float]) -> str:

@@ -1,12 +1,14 @@
 """One model trained on one data set: data, model, optimizer, loop and what is left, put together."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from torch import nn
 
 from trainer import runtime
 from trainer.assemble import (
@@ -21,13 +23,14 @@ from trainer.assemble import (
     training_images,
 )
 from trainer.checkpoint import Counters, load_state, save_state
-from trainer.config import Config, dump
+from trainer.config import Config
 from trainer.data.augment import Normalise
 from trainer.data.index import write_split
 from trainer.data.loader import Order, Shares
 from trainer.loop import Evaluations, Progress, fit
 from trainer.model_file import Description, write_model
 from trainer.optim import make_optimizer
+from trainer.parse import dump
 from trainer.report.console import Display, group_table
 from trainer.report.metrics import Row, epoch_rows, read_rows
 from trainer.report.run_report import RunReport, Silent
@@ -72,21 +75,28 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
     prepared = load_examples(config.data, machine, console)
     index = prepared.index
     console.print(describe(prepared))
-    with runtime.main_first(accelerator):
+
+    def stand() -> Counters | None:
         if machine.is_main:
             open_folder(folder, dump(config), resume="auto")
             if index.split_made:
                 write_split(index, folder / SPLIT)
-        counters = find_state(folder, data=prepared.fingerprint)
+        return find_state(folder, data=prepared.fingerprint)
+
+    counters = runtime.in_turn(accelerator, stand)
     done = counters.epoch if counters else 0
     outcome = partial(Outcome, folder=folder, selection=index.selection)
     if done == config.train.epochs:
-        console.print(f"finished already, after epoch {done}: nothing to train (--run.resume never starts anew)")
+        console.print(
+            f"finished already, after epoch {done}: nothing to train (--run.resume never starts anew)"
+        )
         return outcome(rows=tuple(epoch_rows(read_rows(folder / METRICS))), seconds=time.monotonic() - began)
 
     # 2.
     preprocessing = preprocessing_of(config.data)
-    created = make_model(config, len(index.classes), weights)
+    created = runtime.in_turn(
+        accelerator, lambda: make_model(config, len(index.classes), weights), local=True
+    )
     console.print("\n".join(created.lines))
 
     # 3.
@@ -128,24 +138,22 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
         else Silent()
     )
 
-    def save(progress: Progress, _: Evaluations) -> None:
-        """Leave the best weights and the state; each file is whole or absent."""
-        if not machine.is_main:
-            return
-        rows = epoch_rows(read_rows(folder / METRICS))
-        if best_row(rows, index.selection) is rows[-1]:
-            description = Description(
-                version=own_version(),
-                architecture=config.model.name,
-                classes=index.classes,
-                preprocessing=preprocessing,
-                source=created.source,
-                metrics={**rows[-1], "selected_on": index.selection or "test"},
-            )
-            write_model(folder / MODEL, bare.state_dict(), description)
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-        position = Counters(epoch=progress.epoch, step=progress.step, data=prepared.fingerprint, scaler=scaler)
-        save_state(folder / LAST, bare, optimizer, position)
+    save = Saver(
+        folder=folder,
+        model=bare,
+        optimizer=optimizer,
+        scaler=accelerator.scaler,
+        fingerprint=prepared.fingerprint,
+        selection=index.selection,
+        description=Description(
+            version=own_version(),
+            architecture=config.model.name,
+            classes=index.classes,
+            preprocessing=preprocessing,
+            source=created.source,
+            metrics={},
+        ),
+    )
 
     with display.shown():
         fit(
@@ -156,7 +164,7 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
             accelerator=accelerator,
             normalise=Normalise(preprocessing, accelerator.device),
             evaluate=evaluator,
-            save=save,
+            save=save if machine.is_main else lambda progress, evaluations: None,
             listener=report,
             paths_of=lambda epoch, step: [images.paths[example] for example in order.batch(epoch, step)],
         )
@@ -164,6 +172,38 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return outcome(rows=tuple(epoch_rows(read_rows(folder / METRICS))), seconds=time.monotonic() - began)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saver:
+    """Leaves the best weights and the state of training; each file is whole or absent. Rank 0's."""
+
+    folder: Path
+    model: nn.Module
+    """Bare: neither DDP's wrapper nor its prefixes are written."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    fingerprint: str
+    """Of the training examples."""
+    selection: str | None
+    description: Description
+    """Of the model; its metrics are filled in as they come."""
+
+    def __call__(self, progress: Progress, _: Evaluations) -> None:
+        """Write the state at the end of an epoch, whose row stands in the metrics already."""
+        rows = epoch_rows(read_rows(self.folder / METRICS))
+        if best_row(rows, self.selection) is rows[-1]:
+            metrics = {**rows[-1], "selected_on": self.selection or "test"}
+            write_model(
+                self.folder / MODEL, self.model.state_dict(), replace(self.description, metrics=metrics)
+            )
+        counters = Counters(
+            epoch=progress.epoch,
+            step=progress.step,
+            data=self.fingerprint,
+            scaler=self.scaler.state_dict() if self.scaler is not None else {},
+        )
+        save_state(self.folder / LAST, self.model, self.optimizer, counters)
 
 
 def own_version() -> str:

@@ -1,6 +1,7 @@
 """Training: one function that reads from top to bottom, and the update it is made of."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -203,7 +204,7 @@ def cut(size: int, parts: int) -> list[slice]:
     """Return up to `parts` slices of nearly equal length that cover range(size); one empty slice for size 0."""
     parts = max(1, min(parts, size))
     edges = [i * size // parts for i in range(parts + 1)]
-    return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def _nothing(model: nn.Module, images: Tensor, normalise: Normalise) -> Tensor:

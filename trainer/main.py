@@ -1,15 +1,16 @@
 """Fine-tune a pretrained image classifier: `accelerate launch trainer/main.py [--config F] [--section.key V]`.
 
-    parse                      config.py
-    stages                     stages.py: a source model first, the comparison with scratch last
-      data                     data/: index, checks, order, augmentation, batches
-      model                    model/: build, find the head, graft, weights
-      optimizer                optim.py
-      fit, evaluate, save      loop.py, evaluate.py, checkpoint.py, model_file.py
-      show                     report/
+parse                      config.py
+stages                     stages.py: a source model first, the comparison with scratch last
+  data                     data/: index, checks, order, augmentation, batches
+  model                    model/: build, find the head, graft, weights
+  optimizer                optim.py
+  fit, evaluate, save      loop.py, evaluate.py, checkpoint.py, model_file.py
+  show                     report/
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ if not __package__:
     # Run by path, Python puts this file's folder first on the search path: its modules must not pass for others.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from trainer.config import parse
 from trainer.errors import UserError
+from trainer.parse import parse
 
 _SECONDS_FOR_RANK_0 = 5.0
 
@@ -37,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        _say("interrupted: the run folder holds everything up to the last whole epoch; the same command goes on from there")
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # a launcher may pass on what the terminal has sent already
+        _say(
+            "interrupted: what the run folder holds is whole; the same command goes on after the last whole epoch"
+        )
         return 130
     return 0
 

@@ -19,11 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainer.data.augment import Normalise, Preprocessing, test_transform, to_array
-from trainer.data.decode import UnreadableImage, decode
+from trainer.data.decode import UnreadableImage, _to_rgb, _turn, decode
+from trainer.data.names import listed, printable
 from trainer.errors import UserError
 from trainer.files import write_atomically
 from trainer.model.build import build, names
 from trainer.model.head import find_heads, graft
+from trainer.model.weights import fits
 
 FORMAT = 1
 HEADER_KEY = "regraft"
@@ -52,19 +54,24 @@ class Preprocess:
         self._normalise = Normalise(preprocessing, torch.device("cpu"))
 
     def __call__(self, picture: Image.Image | str | os.PathLike[str]) -> Tensor:
-        """Return float32 [3, image_size, image_size].
+        """Return float32 [3, image_size, image_size]; a PIL picture is read as its file would be.
 
         Raises:
-            UserError: a path that is not a readable image.
+            UserError: not a readable image.
 
         """
-        if isinstance(picture, str | os.PathLike):
-            try:
-                picture = decode(picture)
-            except UnreadableImage as error:
-                raise UserError(f"{os.fspath(picture)}: {error}; expected an image file") from None
-        array = torch.tensor(to_array(self._transform(picture.convert("RGB"))))
+        try:
+            image = _upright_rgb(picture) if isinstance(picture, Image.Image) else decode(picture)
+        except UnreadableImage as error:
+            name = "the picture" if isinstance(picture, Image.Image) else printable(os.fspath(picture))
+            raise UserError(f"{name}: {error}; expected an image file") from None
+        array = torch.tensor(to_array(self._transform(image)))
         return self._normalise(array.permute(2, 0, 1)[None])[0]
+
+
+def _upright_rgb(picture: Image.Image) -> Image.Image:
+    turn = _turn(picture)
+    return _to_rgb(picture) if turn is None else _to_rgb(picture).transpose(turn)
 
 
 class Loaded(NamedTuple):
@@ -78,7 +85,8 @@ class Loaded(NamedTuple):
 def write_model(path: Path, state: Mapping[str, Tensor], description: Description) -> None:
     """Write weights and description into one file, which is whole or absent."""
     fields = {"format": FORMAT, **dataclasses.asdict(description)}
-    header = {HEADER_KEY: json.dumps(fields, ensure_ascii=False), "format": "pt"}
+    # In ASCII: a folder's name, so a class's, may hold bytes that no Unicode text has.
+    header = {HEADER_KEY: json.dumps(fields), "format": "pt"}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
@@ -99,16 +107,22 @@ def read_description(path: str | os.PathLike[str]) -> Description | None:
         return None
     try:
         return _description(json.loads(text))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{os.fspath(path)}: its description is damaged ({error!r}): write the file again") from None
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(
+            f"{os.fspath(path)}: its description is damaged ({printable(reason)[:200]}); expected a run's "
+            "model.safetensors as it was written"
+        ) from None
 
 
 def _description(fields: Any) -> Description:
     if fields["format"] != FORMAT:
         raise ValueError(f"format {fields['format']!r}, this version of regraft reads {FORMAT}")
     classes = fields["classes"]
-    if not (isinstance(classes, list) and len(classes) >= 2 and all(isinstance(c, str) for c in classes)):
-        raise ValueError("classes are not a list of two names or more")
+    if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+        raise ValueError("classes are not a list of names")
+    if len(classes) < 2 or len(set(classes)) < len(classes):
+        raise ValueError(f"{len(classes)} classes, {len(set(classes))} different ones; expected two or more")
     if fields["architecture"] not in names():
         raise ValueError(f"architecture {fields['architecture']!r} is not one of torchvision's")
     return Description(
@@ -127,15 +141,47 @@ def load(path: str | os.PathLike[str]) -> Loaded:
         raise UserError(f"{os.fspath(path)}: there is no such file; expected a run's model.safetensors")
     found = read_description(path)
     if found is None:
-        raise UserError(f"{os.fspath(path)}: holds weights but not regraft's description; expected a run's model.safetensors")
+        raise UserError(
+            f"{os.fspath(path)}: holds weights but not regraft's description; "
+            "expected a run's model.safetensors"
+        )
     size = found.preprocessing.image_size
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
-        model = build(found.architecture, image_size=size)
-        graft(model, find_heads(model, size), len(found.classes), "torch")
-    with safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{os.fspath(path)}: its weights do not fit its description: {error}") from None
+        # Without memory or random numbers: the file's tensors become the model's once they are known to fit.
+        model = build(found.architecture, image_size=size, empty=True)
+        graft(model, find_heads(model, size), len(found.classes), "torch")
+        state = _read_state(path, model.state_dict())
+    except UserError as error:
+        raise UserError(f"{os.fspath(path)}: {error}") from None
+    model.load_state_dict(state, assign=True)
     return Loaded(model.eval(), Preprocess(found.preprocessing), found.classes)
+
+
+def _read_state(path: str | os.PathLike[str], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the file's tensors, float32 and finite, if they are those of the model, by name and shape."""
+    state: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            wrong = [f"{name} is missing" for name in wanted if name not in shapes]
+            wrong += [f"{name} is not of this model" for name in shapes if name not in wanted]
+            wrong += [
+                f"{name} is {list(shapes[name])}, expected {list(tensor.shape)}"
+                for name, tensor in wanted.items()
+                if name in shapes and shapes[name] != tuple(tensor.shape)
+            ]
+            for name in [] if wrong else shapes:
+                tensor = file.get_tensor(name)
+                dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+                # A copy: what is read may be a window on the file, which may change.
+                state[name] = tensor.to(dtype, copy=True)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise UserError(f"not readable to its end ({error})") from None
+    for name, tensor in state.items():
+        if not fits(name, wanted[name], tensor):
+            wrong.append(f"{name} holds {tensor.dtype}, or indices of another model")
+        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            wrong.append(f"{name} holds NaN or infinite values")
+    if wrong:
+        raise UserError(f"its weights do not fit its description: {listed(wrong, limit=5)}")
+    return state

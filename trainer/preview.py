@@ -10,23 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.font_manager import get_font_names
 from PIL import Image
 
 from trainer.assemble import describe, preprocessing_of
-from trainer.config import parse
 from trainer.data.augment import apply_seeded, train_transform
 from trainer.data.decode import UnreadableImage, decode
 from trainer.data.index import Example, ImageIndex
+from trainer.data.names import printable
 from trainer.data.prepare import prepare
 from trainer.errors import UserError
-from trainer.files import write_atomically
+from trainer.parse import parse
+from trainer.report.figures import fonts, save_figure
 from trainer.seeds import derive_seed
 from trainer.stages import resolve
 
 COLUMNS = 8
-# Class names may be in any script: the first of these that are installed and hold a character draw it.
-_FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
 
 
 def chosen(index: ImageIndex) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
@@ -36,19 +34,25 @@ def chosen(index: ImageIndex) -> tuple[tuple[Example, ...], tuple[Example, ...]]
     return first[:COLUMNS], last[-COLUMNS:]
 
 
+def _picture(path: str) -> Image.Image:
+    try:
+        return decode(path)
+    except UnreadableImage as error:
+        raise UserError(f"{printable(path)}: this image cannot be read: {error}") from None
+
+
 def draw(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:
     """Write rows of up to 8 pictures, each under its caption, to one PNG."""
     figure = Figure(figsize=(1.45 * COLUMNS, 1.6 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), COLUMNS, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
-    families = [name for name in _FONTS if name in get_font_names()]
     for axes_row, (caption, pictures) in zip(grid, rows, strict=True):
-        axes_row[0].set_title(caption, loc="left", fontsize=9, fontfamily=families, parse_math=False)
+        axes_row[0].set_title(caption, loc="left", fontsize=9, fontfamily=fonts(), parse_math=False)
         for axes, picture in zip(axes_row, pictures, strict=False):
             axes.imshow(picture)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    save_figure(figure, path, dpi=120)
 
 
 def preview(argv: Sequence[str]) -> Path:
@@ -63,7 +67,9 @@ def preview(argv: Sequence[str]) -> Path:
         description="Draw the data, and the same pictures augmented as the model will see them, to one PNG.",
         epilog="All other options are those of trainer/main.py: --config FILE, --section.key VALUE.",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the PNG to write (default: RUN.DIR/preview.png)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the PNG to write (default: RUN.DIR/preview.png)"
+    )
     own, rest = parser.parse_known_args(argv)
     config = resolve(parse(rest))
     output: Path = own.output or Path(config.run.dir) / "preview.png"
@@ -75,10 +81,7 @@ def preview(argv: Sequence[str]) -> Path:
     seen: list[tuple[str, list[Image.Image]]] = []
     augmented: list[tuple[str, list[Image.Image]]] = []
     for examples in chosen(index):
-        try:
-            pictures = [decode(example.path) for example in examples]
-        except UnreadableImage as error:
-            raise UserError(f"one of {', '.join(example.path for example in examples)}: {error}") from None
+        pictures = [_picture(example.path) for example in examples]
         name = index.classes[examples[0].label]
         # Epoch 0 of this run: exactly what it will train on first.
         seeds = [derive_seed("crop", config.run.seed, 0, places[example]) for example in examples]
@@ -86,7 +89,10 @@ def preview(argv: Sequence[str]) -> Path:
         augmented.append(
             (
                 f"{name}, as seen in epoch 1 ({config.data.augment}, {preprocessing.image_size} px)",
-                [apply_seeded(transform, picture, seed) for picture, seed in zip(pictures, seeds, strict=True)],
+                [
+                    apply_seeded(transform, picture, seed)
+                    for picture, seed in zip(pictures, seeds, strict=True)
+                ],
             )
         )
     try:

@@ -1,11 +1,11 @@
 """The run folder: what stands in it, whether to go on from it, and that nothing in it is lost.
 
-    config.yaml         the resolved config; runs again from there
-    metrics.jsonl       one row an epoch, and finer ones
-    model.safetensors   the best epoch's weights, with all that is needed to predict
-    last.safetensors    the training state at the end of the last epoch
-    curves.png          the note's plot
-    split.csv           the split, where one was made
+config.yaml         the resolved config; runs again from there
+metrics.jsonl       one row an epoch, and finer ones
+model.safetensors   the best epoch's weights, with all that is needed to predict
+last.safetensors    the training state at the end of the last epoch
+curves.png          the note's plot
+split.csv           the split, where one was made
 """
 
 from collections.abc import Iterator, Mapping
@@ -55,7 +55,9 @@ def open_folder(folder: Path, config: str, *, resume: Literal["auto", "never", "
         note = _settle(folder, config, resume)
         write_text_atomically(folder / CONFIG, config)
     except OSError as error:
-        raise UserError(f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder") from None
+        raise UserError(
+            f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder"
+        ) from None
     return note
 
 
@@ -101,7 +103,9 @@ def _differences(earlier: str, now: str) -> Iterator[str]:
     try:
         before, after = (dict(_flat(yaml.safe_load(text))) for text in (earlier, now))
     except (yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"the run folder's {CONFIG} is damaged ({error}); --run.resume never starts anew") from None
+        raise UserError(
+            f"the run folder's {CONFIG} is damaged ({error}); --run.resume never starts anew"
+        ) from None
     for key in sorted((before.keys() | after.keys()) - _FREE):
         if before.get(key) != after.get(key):
             yield f"{key}: {before.get(key)!r} there, {after.get(key)!r} now"

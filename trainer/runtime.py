@@ -5,20 +5,25 @@ cores (`accelerate launch` sets OMP_NUM_THREADS=1); what is chosen here is said.
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    gather_object,
+)
 
 from trainer.errors import UserError
 
+T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _ACCELERATE_NAME = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -118,8 +123,10 @@ def choose_precision(
     else:
         chosen, why = "fp16", "this GPU has no bf16; the loss is scaled"
     if chosen == "fp16" and on_cpu:
-        raise UserError("precision fp16 was asked for on a CPU, which has no fp16 training: choose fp32 or bf16")
-    return chosen, why  # type: ignore[return-value]
+        raise UserError(
+            "precision fp16 was asked for on a CPU, which has no fp16 training: choose fp32 or bf16"
+        )
+    return chosen, why
 
 
 def available_cores() -> int:
@@ -167,11 +174,25 @@ def _forget_earlier() -> None:
         PartialState._reset_state()
 
 
-@contextmanager
-def main_first(accelerator: Accelerator, *, local: bool = False) -> Iterator[None]:
-    """Let rank 0 (of each machine, if `local`) through the block before the others: it makes, they find."""
-    with accelerator.local_main_process_first() if local else accelerator.main_process_first():
-        yield
+def in_turn(accelerator: Accelerator, function: Callable[[], T], *, local: bool = False) -> T:
+    """Return each process's own `function()`; rank 0 (of each machine, if `local`) calls it before the others.
+
+    What it makes they find. A UserError of one is raised by all, so that a run ends with one sentence rather
+    than with the others' complaints of a partner lost.
+    """
+    leads = accelerator.is_local_main_process if local else accelerator.is_main_process
+    result: T | None = None
+    for leaders_turn in (True, False):
+        error: str | None = None
+        if leads == leaders_turn:
+            try:
+                result = function()
+            except UserError as caught:
+                error = str(caught)
+        errors = [text for text in gather_object([error]) if text is not None]
+        if errors:
+            raise UserError(errors[0])
+    return cast(T, result)
 
 
 def shut_down() -> None:

@@ -44,7 +44,9 @@ def to_steps(duration: Duration, *, steps_per_epoch: int, total_steps: int) -> i
     return round(duration.amount * whole)
 
 
-def lr_factor(step: int, *, total_steps: int, warmup_steps: int, kind: Literal["constant", "cosine"]) -> float:
+def lr_factor(
+    step: int, *, total_steps: int, warmup_steps: int, kind: Literal["constant", "cosine"]
+) -> float:
     """Return the share of the peak learning rate at which update `step` (counted from 0) is made.
 
     A linear warm-up over `warmup_steps` that ends on 1, then constant, or half a cosine that would reach

@@ -4,10 +4,8 @@ import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from trainer import runtime
-from trainer.config import Config, ModelConfig, RunConfig, ScratchConfig, SourceConfig, TransferConfig, dump
+from trainer.config import Config, ScratchConfig, SourceConfig, TransferConfig
 from trainer.data.augment import Preprocessing
 from trainer.data.known import cache_folder, is_known
 from trainer.debug import debug
@@ -15,15 +13,17 @@ from trainer.errors import UserError
 from trainer.finetune import Outcome, finetune
 from trainer.model.build import preset
 from trainer.model_file import read_description
+from trainer.parse import dump
 from trainer.report.console import make_console
 from trainer.report.summary import comparison, summary
-from trainer.run_folder import MODEL, open_folder
-
+from trainer.run_folder import open_folder
 
 
 def run(config: Config) -> Outcome | None:
     """Do all that the config asks for; returns the fine-tuned run, None in debug mode."""
-    machine = runtime.start(device=config.run.device, precision=config.train.precision, threads=config.run.threads)
+    machine = runtime.start(
+        device=config.run.device, precision=config.train.precision, threads=config.run.threads
+    )
     console = make_console(speaks=machine.is_main)
     config = resolve(config)
     for note in machine.notes:
@@ -33,11 +33,13 @@ def run(config: Config) -> Outcome | None:
         return None
 
     folder = Path(config.run.dir)
-    with runtime.main_first(machine.accelerator):
-        if machine.is_main:
-            note = open_folder(folder, dump(config), resume=config.run.resume)
-            if note:
-                console.print(note)
+
+    def settle() -> str | None:
+        return open_folder(folder, dump(config), resume=config.run.resume) if machine.is_main else None
+
+    found = runtime.in_turn(machine.accelerator, settle)
+    if found is not None:
+        console.print(found)
     weights = config.model.weights
     if config.source.root:
         console.rule("source model", align="left")
@@ -50,7 +52,9 @@ def run(config: Config) -> Outcome | None:
     if config.scratch.lr:
         console.rule("from scratch", align="left")
         scratch = finetune(scratch_stage(config), machine, console, weights=None)
+        console.rule("fine-tuned or from scratch", align="left")
         console.print(comparison(outcome, scratch))
+        console.print(f"run folder {outcome.folder}; from scratch {scratch.folder}")
     runtime.shut_down()
     return outcome
 

@@ -54,7 +54,9 @@ def losses(folder: Path, machine: runtime.Runtime, reduction: Any, accumulation:
     images = Images(listed(folder), test_transform(preprocessing), seed=SEED)
     order = Order(examples=len(images), batch_size=BATCH, seed=SEED)
     shares = Shares(order, epochs=EPOCHS, rank=machine.rank, world=machine.world)
-    loader = partial(make_loader, image_size=32, channels_last=False, workers=0, accelerator=machine.accelerator)
+    loader = partial(
+        make_loader, image_size=32, channels_last=False, workers=0, accelerator=machine.accelerator
+    )
     recorder = Recorder()
     fit(
         model,

@@ -4,9 +4,7 @@ The reference is written from the recipe alone: torchvision's transforms, cross-
 spelt out by hand. It takes from the project the order of the examples and the model that training starts from.
 """
 
-import copy
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -89,7 +87,12 @@ def resnet_reference(folder: Path, weights: Path) -> dict[str, list[float]]:
     def losses(reduction: str) -> list[float]:
         torch.manual_seed(derive_seed("weights", SEED))
         created = create(
-            "resnet18", image_size=32, num_classes=3, weights=str(weights), head_init="xavier", frozen_batch_norm=False
+            "resnet18",
+            image_size=32,
+            num_classes=3,
+            weights=str(weights),
+            head_init="xavier",
+            frozen_batch_norm=False,
         )
         model = created.model.eval()  # frozen BatchNorm is BatchNorm in eval mode; there is no dropout
         head = list(model.get_submodule(created.heads[0]).parameters())
@@ -142,7 +145,9 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2), nn.GELU())
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2), nn.GELU()
+        )
         self.last = nn.Linear(16, 3)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -70,7 +70,12 @@ def test_the_model_is_evaluated_in_eval_mode_and_left_in_its_own() -> None:
 
 def test_wilson_interval_against_published_values() -> None:
     # Newcombe 1998, table I (method 3, score without continuity correction): 81 of 263, 15 of 148, 0 of 20, 1 of 29
-    for successes, trials, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)):
+    for successes, trials, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
 

@@ -7,7 +7,8 @@ from trainer.schedule import lr_factor, parse_duration, to_steps
 
 
 @pytest.mark.parametrize(
-    ("text", "steps"), [("7 steps", 7), ("1 step", 1), ("2 epochs", 20), ("0.5 epochs", 5), ("10%", 4), ("0 steps", 0)]
+    ("text", "steps"),
+    [("7 steps", 7), ("1 step", 1), ("2 epochs", 20), ("0.5 epochs", 5), ("10%", 4), ("0 steps", 0)],
 )
 def test_a_duration_becomes_steps(text: str, steps: int) -> None:
     assert to_steps(parse_duration("optim.warmup", text), steps_per_epoch=10, total_steps=40) == steps

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +10,24 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
+)
 from rich.table import Table
 
-from trainer.loop import Evaluations, Progress
+from trainer.loop import Progress
 from trainer.optim import Group
 from trainer.report.metrics import Row
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Without a terminal, figures within an epoch are told no more often than this."""
 
 
 def make_console(*, speaks: bool) -> Console:
@@ -62,7 +75,10 @@ def size(count: int) -> str:
 def row_header(parts: Sequence[str]) -> str:
     """Return the headings over `row_line`."""
     accuracies = "".join(f"{part + ' acc':>9}" for part in parts)
-    return f"{'epoch':>7}{'loss':>9}{'train acc':>11}{accuracies}{'ex/s':>8}{'compute':>9}{'lr backbone/head':>19}{'mem':>6}"
+    return (
+        f"{'epoch':>7}{'loss':>9}{'train acc':>11}{accuracies}{'ex/s':>8}{'compute':>9}"
+        f"{'lr backbone/head':>19}{'mem':>6}"
+    )
 
 
 def row_line(row: Row, epochs: int, parts: Sequence[str]) -> str:
@@ -83,6 +99,7 @@ class Display:
         self.console = console
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         self._head_shown = False
+        self._spoke = time.monotonic()
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -96,7 +113,9 @@ class Display:
             speed_estimate_period=120,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=epochs * steps_per_epoch, completed=done_epochs * steps_per_epoch, figures="")
+        self._task = self._bar.add_task(
+            "", total=epochs * steps_per_epoch, completed=done_epochs * steps_per_epoch, figures=""
+        )
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -114,8 +133,16 @@ class Display:
         figures = progress.figures
         text = f"loss {figures.loss:.3f} acc {figures.accuracy:.3f} {rate(figures.rate)} ex/s"
         self._bar.update(self._task, figures=text)
-        if not self.console.is_terminal and progress.epoch_step < self.steps_per_epoch:
-            left = (self.epochs * self.steps_per_epoch - progress.step) * figures.seconds / progress.epoch_step
+        silent = time.monotonic() - self._spoke
+        if (
+            not self.console.is_terminal
+            and silent > SECONDS_BETWEEN_LINES
+            and progress.epoch_step < self.steps_per_epoch
+        ):
+            self._spoke = time.monotonic()
+            left = (
+                (self.epochs * self.steps_per_epoch - progress.step) * figures.seconds / progress.epoch_step
+            )
             self.console.print(
                 f"  epoch {progress.epoch}/{self.epochs} step {progress.epoch_step}/{self.steps_per_epoch}  {text}"
                 f"  ETA {duration(left)}"
@@ -126,6 +153,7 @@ class Display:
         if not self._head_shown:
             self.console.print(row_header(parts), style="bold")
             self._head_shown = True
+        self._spoke = time.monotonic()
         self.console.print(row_line(row, self.epochs, parts))
 
 
@@ -135,7 +163,12 @@ def checking(console: Console) -> Iterator[Callable[[int, int], None] | None]:
     if not console.is_terminal or console.quiet:
         yield None
         return
-    columns: list[Any] = [SpinnerColumn(), TextColumn("checking images"), BarColumn(bar_width=20), MofNCompleteColumn()]
+    columns: list[Any] = [
+        SpinnerColumn(),
+        TextColumn("checking images"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+    ]
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -143,5 +176,7 @@ def checking(console: Console) -> Iterator[Callable[[int, int], None] | None]:
 
 def print_error(text: str) -> None:
     """Print what a user can mend, on standard error."""
-    Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print("error:", style="bold red", end=" ")
+    Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print(
+        "error:", style="bold red", end=" "
+    )
     print(text, file=sys.stderr, flush=True)

@@ -1,13 +1,18 @@
 """`curves.png`: the note's plot, of train loss, train accuracy and test accuracy over the epochs."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import MaxNLocator
 
 from trainer.files import write_atomically
 from trainer.report.metrics import Row
+
+# The first of these that are installed and hold a character draw it.
+_FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
 
 
 def draw_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
@@ -32,11 +37,25 @@ def draw_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
         if epochs and key in epochs[-1]:
             accuracies = [row[key] for row in epochs]
             lines += axes.plot(ends, accuracies, style, markersize=4, color=colour, label=f"{part} accuracy")
-    axes.set(xlabel="epoch", title=title, xlim=(0, max(at, default=1)))
+    axes.set_title(title, fontfamily=fonts(), parse_math=False)
+    axes.set(xlabel="epoch", xlim=(0, max(at, default=1)))
     if not shared:
         axes.set_ylim(0, 1.03)
         loss_axes.set_ylabel("train loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(handles=lines, loc="best")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    save_figure(figure, path, dpi=150)
+
+
+def fonts() -> list[str]:
+    """Return the families to write names with, which may be in any script."""
+    return [name for name in _FONTS if name in get_font_names()]
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: int) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with warnings.catch_warnings():
+        # A name in a script that no installed font holds is drawn as boxes: nothing to trouble a run with.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))

@@ -32,7 +32,7 @@ class Finished(Protocol):
 
 
 def best_row(rows: Sequence[Row], selection: str | None) -> Row:
-    """Return the epoch of the highest accuracy on `selection`; the lower loss, then the earlier, where two are equal."""
+    """Return the epoch of the highest accuracy on `selection`; of equals that of the lowest loss, then the first."""
     part = selection or "test"
     return max(rows, key=lambda row: (row[f"{part}_accuracy"], -row[f"{part}_loss"]))
 
@@ -65,11 +65,15 @@ def summary(run: Finished) -> str:
     """Return the end of a run in a few lines."""
     best = best_row(run.rows, run.selection)
     last = run.rows[-1]
-    lines = [headline(run), f"{last['test_seen']} of {last['test_seen']} evaluated, {last['train_seen']} of {last['train_seen']} trained on in every epoch"]
+    lines = [
+        headline(run),
+        f"{last['test_seen']} of {last['test_seen']} evaluated, {last['train_seen']} of {last['train_seen']} trained "
+        "on in every epoch",
+    ]
     if run.selection is None:
         lines.append(
-            f"best {best['test_accuracy']:.3f} after epoch {best['epoch']}: selected on the same images, so too hopeful; "
-            "data.val_fraction sets some aside to select on"
+            f"best {best['test_accuracy']:.3f} after epoch {best['epoch']}: selected on the same images, so too "
+            "hopeful; data.val_fraction sets some aside to select on"
         )
     lines += [
         f"time {duration(run.seconds)}, of it {duration(sum(row['seconds'] for row in run.rows))} training",
@@ -84,8 +88,8 @@ def summary(run: Finished) -> str:
 def comparison(fine_tuned: Finished, scratch: Finished) -> Table:
     """Return the two runs beside each other."""
     table = Table("", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("test accuracy", "95 % interval", "train loss", "epochs", "run folder"):
-        table.add_column(column, overflow="fold")
+    for column in ("test accuracy", "95 % interval", "train loss", "epochs", "training"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, run in (("fine-tuned", fine_tuned), ("from scratch", scratch)):
         row = reported_row(run.rows, run.selection)
         low, high = row["test_interval"]
@@ -95,6 +99,6 @@ def comparison(fine_tuned: Finished, scratch: Finished) -> Table:
             f"{low:.3f} to {high:.3f}",
             f"{row['train_loss']:.3f}",
             str(len(run.rows)),
-            str(run.folder),
+            duration(sum(epoch["seconds"] for epoch in run.rows)),
         )
     return table

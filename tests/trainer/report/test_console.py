@@ -1,0 +1,117 @@
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+from torch import nn
+
+from trainer.loop import Progress
+from trainer.meter import Figures
+from trainer.optim import group_parameters
+from trainer.report import console as module
+from trainer.report.console import (
+    Display,
+    duration,
+    group_table,
+    make_console,
+    rate,
+    row_header,
+    row_line,
+    size,
+)
+
+ROW: dict[str, Any] = {
+    "epoch": 3,
+    "train_loss": 0.12345,
+    "train_accuracy": 0.9,
+    "test_accuracy": 0.935,
+    "examples_per_sec": 1234.5,
+    "examples_per_sec_compute": 43.9,
+    "lr_backbone": 5e-5,
+    "lr_head": 5e-4,
+    "memory_bytes": 3 * 2**30,
+}
+
+
+def progress(epoch_step: int) -> Progress:
+    figures = Figures(loss_sum=3.0, correct=2, seen=4, seconds=2.0, compute_seconds=1.0, bad_step=None)
+    return Progress(epoch=1, epoch_step=epoch_step, step=epoch_step, figures=figures, lr={"head": 0.1})
+
+
+def plain() -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, width=100, highlight=False, markup=False, soft_wrap=True), file
+
+
+def test_a_row_stands_under_its_headings() -> None:
+    header, line = row_header(["test"]), row_line(ROW, 5, ["test"])
+    assert len(header) == len(line)
+    for title, value in (
+        ("loss", "0.1235"),
+        ("test acc", "0.935"),
+        ("ex/s", "1,234"),
+        ("compute", "43.9"),
+        ("mem", "3.0G"),
+    ):
+        end = header.index(title) + len(title)
+        assert line[:end].endswith(value)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65.4, "1:05"), (3725, "1:02:05")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_rates_and_sizes_are_short() -> None:
+    assert (rate(43.94), rate(99.97), rate(20123)) == ("43.9", "100.0", "20,123")
+    assert (size(5 * 2**20), size(3 * 2**30)) == ("5M", "3.0G")
+
+
+def test_the_group_table_counts_tensors_and_parameters() -> None:
+    model = nn.Sequential(nn.Linear(100, 20), nn.Linear(20, 3))
+    console, file = plain()
+    console.print(group_table(group_parameters(model, ["1"], lr=5e-5, head_lr_scale=10, weight_decay=1e-3)))
+    backbone, head = (
+        line.split() for line in file.getvalue().splitlines() if line.strip().startswith(("backbone", "head"))
+    )
+    assert backbone == ["backbone", "2", "2,020", "5e-05", "0.001"]
+    assert head == ["head", "2", "63", "0.0005", "0.001"]
+
+
+def test_without_a_terminal_lines_are_plain_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, file = plain()
+    clock = 100.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock)
+    display = Display(console, epochs=2, steps_per_epoch=4, done_epochs=0)
+    with display.shown():
+        display.point(progress(1))
+        assert file.getvalue() == "", "no line so soon"
+        clock += 11
+        display.point(progress(2))
+        display.point(progress(3))
+        display.point(progress(4))
+        display.epoch(ROW, ["test"])
+        display.epoch(ROW, ["test"])
+    lines = file.getvalue().splitlines()
+    assert lines[0].startswith("  epoch 1/2 step 2/4  loss 0.750 acc 0.500 2.0 ex/s  ETA 0:06")
+    assert [line.split()[0] for line in lines[1:]] == ["epoch", "3/2", "3/2"]
+    assert "\x1b" not in file.getvalue()
+
+
+def test_on_a_terminal_there_is_a_bar_with_eta() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=100)
+    display = Display(console, epochs=1, steps_per_epoch=4, done_epochs=0)
+    with display.shown():
+        display.step(1, 1)
+        display.point(progress(1))
+        display._bar.refresh()
+    assert "epoch 1/1 training" in file.getvalue()
+    assert "ETA" in file.getvalue()
+    assert "1/4" in file.getvalue()
+
+
+def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    make_console(speaks=False).print("no")
+    make_console(speaks=True).print("[bold]kept as it is[/bold] :smile:")
+    assert capsys.readouterr().out == "[bold]kept as it is[/bold] :smile:\n"

@@ -1,0 +1,67 @@
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from trainer.report.summary import best_row, comparison, reported_row, summary
+
+
+@dataclass
+class Run:
+    rows: list[dict[str, Any]]
+    selection: str | None = None
+    folder: Path = Path("runs/x")
+    seconds: float = 75.0
+
+
+def row(epoch: int, test: float, *, test_loss: float = 1.0, val: float | None = None) -> dict[str, Any]:
+    found = {
+        "epoch": epoch,
+        "train_loss": 0.25,
+        "train_seen": 40,
+        "test_accuracy": test,
+        "test_loss": test_loss,
+        "test_correct": round(test * 20),
+        "test_seen": 20,
+        "test_interval": [test - 0.1, test + 0.1],
+        "seconds": 10.0,
+    }
+    return found if val is None else found | {"val_accuracy": val, "val_loss": 1.0, "val_seen": 10}
+
+
+def test_with_one_evaluation_folder_the_last_epoch_is_reported_and_the_best_is_labelled() -> None:
+    rows = [row(1, 0.6), row(2, 0.9), row(3, 0.8)]
+    assert reported_row(rows, None) is rows[2]
+    assert best_row(rows, None) is rows[1]
+    text = summary(Run(rows))
+    assert text.startswith(
+        "test accuracy 0.800 (95 % interval 0.700 to 0.900; 16 of 20 right) after epoch 3, the last"
+    )
+    assert "best 0.900 after epoch 2: selected on the same images" in text
+    assert "20 of 20 evaluated" in text
+    assert "runs/x" in text
+
+
+def test_with_a_selection_part_the_best_on_it_is_reported_whatever_the_test_says() -> None:
+    rows = [row(1, 0.9, val=0.5), row(2, 0.6, val=0.8), row(3, 0.95, val=0.7)]
+    assert reported_row(rows, "val") is rows[1]
+    text = summary(Run(rows, selection="val"))
+    assert text.startswith("test accuracy 0.600")
+    assert "after epoch 2, the best of 3 on val (0.800)" in text
+    assert "selected on the same images" not in text
+
+
+def test_of_equal_accuracies_the_lower_loss_then_the_first_wins() -> None:
+    rows = [row(1, 0.9, test_loss=0.5), row(2, 0.9, test_loss=0.4), row(3, 0.9, test_loss=0.4)]
+    assert best_row(rows, None) is rows[1]
+
+
+def test_two_runs_stand_beside_each_other_within_80_columns() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(comparison(Run([row(1, 0.9)]), Run([row(1, 0.6)])))
+    lines = [line for line in console.export_text().splitlines() if "0." in line]
+    assert len(lines) == 2
+    assert lines[0].split()[:5] == ["fine-tuned", "0.900", "0.800", "to", "1.000"]
+    assert lines[1].split()[:3] == ["from", "scratch", "0.600"]
