@@ -141,13 +141,22 @@ def available_cores() -> int:
 
 
 def refuse_copies(environment: Mapping[str, str]) -> None:
-    """Raise a UserError where a launcher has started several processes that know nothing of one another."""
+    """Raise a UserError where a launcher has started several processes that cannot find one another."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "WORLD_SIZE" not in environment and tasks.isdigit() and int(tasks) > 1:
         raise UserError(
             f"srun has started {tasks} tasks and no WORLD_SIZE is set: each would train the whole job by itself. "
             "Start one task a node, and in it torchrun (or accelerate launch), which starts the processes"
         )
+    if environment.get("WORLD_SIZE", "1") != "1":
+        missing = [
+            name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment
+        ]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {', '.join(missing)} is not set: start the processes "
+                "by torchrun or accelerate launch, or unset WORLD_SIZE"
+            )
 
 
 def _check_group(accelerator: Accelerator) -> None:

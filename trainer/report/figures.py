@@ -27,10 +27,12 @@ def draw_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
     loss_axes = axes if shared else axes.twinx()
     loss_axes.set_ylim(0, max([1.0, *losses]) * 1.03)
     at = [row["epoch"] for row in points]
-    lines = loss_axes.plot(at, losses, color="tab:blue", label="train loss" + ("" if shared else " (right)"))
-    lines += axes.plot(
-        at, [row["train_accuracy"] for row in points], "--", color="tab:purple", label="train accuracy"
+    dots = "o" if len(points) < 3 else ""  # a line through one point is not seen
+    lines = loss_axes.plot(
+        at, losses, f"-{dots}", markersize=4, color="tab:blue", label="train loss" + " (right)" * (not shared)
     )
+    accuracies = [row["train_accuracy"] for row in points]
+    lines += axes.plot(at, accuracies, f"--{dots}", markersize=4, color="tab:purple", label="train accuracy")
     ends = [row["epoch"] for row in epochs]
     for part, style, colour in (("val", ":s", "tab:orange"), ("test", "-.o", "tab:green")):
         key = f"{part}_accuracy"
@@ -38,7 +40,7 @@ def draw_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
             accuracies = [row[key] for row in epochs]
             lines += axes.plot(ends, accuracies, style, markersize=4, color=colour, label=f"{part} accuracy")
     axes.set_title(title, fontfamily=fonts(), parse_math=False)
-    axes.set(xlabel="epoch", xlim=(0, max(at, default=1)))
+    axes.set(xlabel="epoch", xlim=(0, 1.02 * max(at, default=1)))
     if not shared:
         axes.set_ylim(0, 1.03)
         loss_axes.set_ylabel("train loss")
