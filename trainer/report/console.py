@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.progress import (
     Progress as Bar,
@@ -172,6 +176,64 @@ def checking(console: Console) -> Iterator[Callable[[int, int], None] | None]:
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def downloading(console: Console, name: str) -> Iterator[Callable[[int, int | None], None] | None]:
+    """Show how much of `name` has come: a bar on a terminal, elsewhere a line for each tenth.
+
+    Yields what is called with (bytes so far, bytes in all or None); nothing is seen until the first call, as
+    what is cached needs none.
+    """
+    title = f"downloading {name}"
+    if console.quiet:
+        yield None
+        return
+    if not console.is_terminal:
+        yield _line_each_tenth(console, title)
+        return
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+    )
+    task: TaskID | None = None
+
+    def show(done: int, total: int | None) -> None:
+        nonlocal task
+        if task is None:
+            bar.start()
+            task = bar.add_task(title, completed=done, total=total)
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if task is not None:
+            bar.stop()
+    if task is not None:
+        seen = bar.tasks[0]
+        console.print(f"{title}: {decimal(int(seen.completed))} in {seen.elapsed or 0:.0f} s")
+
+
+def _line_each_tenth(console: Console, title: str) -> Callable[[int, int | None], None]:
+    said = -1
+    in_all: int | None = None
+
+    def show(done: int, total: int | None) -> None:
+        nonlocal said, in_all
+        in_all = total or in_all
+        mark = done * 10 // in_all if in_all else done // 50_000_000
+        if mark != said:
+            console.print(f"{title}: " + (f"{mark * 10} % of {decimal(in_all)}" if in_all else decimal(done)))
+            said = mark
+
+    return show
 
 
 def print_error(text: str) -> None:

@@ -39,14 +39,14 @@ def draw_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
         if epochs and key in epochs[-1]:
             accuracies = [row[key] for row in epochs]
             lines += axes.plot(ends, accuracies, style, markersize=4, color=colour, label=f"{part} accuracy")
-    axes.set_title(title, fontfamily=fonts(), parse_math=False)
+    axes.set_title(title, fontfamily=fonts(), fontsize=9, wrap=True, parse_math=False)
     axes.set(xlabel="epoch", xlim=(0, 1.02 * max(at, default=1)))
     if not shared:
         axes.set_ylim(0, 1.03)
         loss_axes.set_ylabel("train loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(handles=lines, loc="best")
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=9)
     save_figure(figure, path, dpi=150)
 
 

@@ -33,7 +33,7 @@ def blue_pixels(path: Path) -> int:
 
 @pytest.mark.parametrize(
     "drawn",
-    [rows(5, 5), rows(1, 1, loss=0.5), rows(3, 2, loss=7.0), rows(3, 4, val=True)],
+    [rows(5, 5), rows(1, 1, loss=0.3), rows(3, 2, loss=7.0), rows(3, 4, val=True)],
     ids=["the note's", "one batch in all", "many classes", "with a selection part"],
 )
 def test_curves_are_drawn(drawn: list[dict[str, Any]], tmp_path: Path) -> None:
