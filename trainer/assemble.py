@@ -14,12 +14,12 @@ from trainer.data.augment import Normalise, Preprocessing, test_transform, train
 from trainer.data.index import Example, ImageIndex
 from trainer.data.loader import Batch, Images, Order, Shares, Slices, make_loader
 from trainer.data.names import listed, printable
-from trainer.data.prepare import Prepared, prepare
+from trainer.data.prepare import Displays, Prepared, prepare
 from trainer.evaluate import evaluate
 from trainer.loop import Evaluations, Plan
 from trainer.model.create import Created, create
 from trainer.optim import Group, group_parameters
-from trainer.report.console import checking
+from trainer.report.console import checking, downloading
 from trainer.runtime import Runtime
 from trainer.schedule import lr_factor, parse_duration, to_steps
 from trainer.seeds import derive_seed
@@ -27,10 +27,15 @@ from trainer.seeds import derive_seed
 
 def load_examples(data: DataConfig, machine: Runtime, console: Console) -> Prepared:
     """Return the checked examples; one process of each machine draws, downloads and checks, the others find."""
-    show = partial(checking, console) if machine.is_main else None
+    displays = displays_on(console)
     return runtime.in_turn(
-        machine.accelerator, lambda: prepare(data, workers=machine.cores, show=show), local=True
+        machine.accelerator, lambda: prepare(data, workers=machine.cores, displays=displays), local=True
     )
+
+
+def displays_on(console: Console) -> Displays:
+    """Return what shows the preparation of the data on this console."""
+    return Displays(downloading=partial(downloading, console), checking=partial(checking, console))
 
 
 def evaluated(index: ImageIndex) -> dict[str, tuple[Example, ...]]:

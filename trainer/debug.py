@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trainer.assemble import (
     Evaluator,
     describe,
+    displays_on,
     loader_of,
     make_groups,
     make_model,
@@ -82,7 +83,7 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
 
     with stage("data"):
         # The few images used are read below; the run itself checks every one before it trains.
-        prepared = prepare(config.data, workers=machine.cores, check=False)
+        prepared = prepare(config.data, workers=machine.cores, displays=displays_on(console), check=False)
         console.print(describe(prepared))
     index = _few(prepared.index)
 

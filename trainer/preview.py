@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from trainer.assemble import describe, preprocessing_of
+from trainer.assemble import describe, displays_on, preprocessing_of
 from trainer.data.augment import apply_seeded, train_transform
 from trainer.data.decode import UnreadableImage, decode
 from trainer.data.index import Example, ImageIndex
@@ -20,6 +20,7 @@ from trainer.data.names import printable
 from trainer.data.prepare import prepare
 from trainer.errors import UserError
 from trainer.parse import parse
+from trainer.report.console import make_console
 from trainer.report.figures import fonts, save_figure
 from trainer.seeds import derive_seed
 from trainer.stages import resolve
@@ -74,7 +75,7 @@ def preview(argv: Sequence[str]) -> Path:
     config = resolve(parse(rest))
     output: Path = own.output or Path(config.run.dir) / "preview.png"
 
-    prepared = prepare(config.data, workers=0, check=False)
+    prepared = prepare(config.data, workers=0, displays=displays_on(make_console(speaks=True)), check=False)
     index, preprocessing = prepared.index, preprocessing_of(config.data)
     transform = train_transform(preprocessing, config.data.augment, config.data.crop_scale)
     places = {example: number for number, example in enumerate(index.train)}

@@ -37,7 +37,7 @@ class Preprocessing:
     """Size before the central crop [pixels]."""
     resize: Literal["squash", "shorter"]
     """Both sides to `resize_size`, or the shorter one."""
-    interpolation: Literal["nearest", "bilinear", "bicubic"]
+    interpolation: Literal["bilinear", "bicubic"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -55,15 +55,19 @@ class Preprocessing:
         if fields["resize"] not in ("squash", "shorter"):
             raise ValueError(f"resize is {fields['resize']!r}, expected squash or shorter")
         red_green_blue = {key: tuple(float(value) for value in fields[key]) for key in ("mean", "std")}
-        if not all(len(values) == 3 and all(map(math.isfinite, values)) for values in red_green_blue.values()):
+        if not all(
+            len(values) == 3 and all(map(math.isfinite, values)) for values in red_green_blue.values()
+        ):
             raise ValueError("mean and std are not three finite numbers each")
         if min(red_green_blue["std"]) <= 0:
             raise ValueError("std is not above 0")
+        if fields["interpolation"] not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation is {fields['interpolation']!r}, expected bilinear or bicubic")
         return cls(
             image_size=fields["image_size"],
             resize_size=fields["resize_size"],
             resize=fields["resize"],
-            interpolation=InterpolationMode(fields["interpolation"]).value,
+            interpolation=fields["interpolation"],
             **red_green_blue,  # type: ignore[arg-type]
         )
 
@@ -85,7 +89,9 @@ def test_transform(preprocessing: Preprocessing) -> Transform:
     )
 
 
-def train_transform(preprocessing: Preprocessing, augment: Augmentation, crop_scale: tuple[float, float]) -> Transform:
+def train_transform(
+    preprocessing: Preprocessing, augment: Augmentation, crop_scale: tuple[float, float]
+) -> Transform:
     """Return the random transform of training: RGB picture of any size -> [image_size, image_size]."""
     if augment == "none":
         return test_transform(preprocessing)
@@ -126,4 +132,5 @@ class Normalise:
         self._shift = (-mean / std).float().to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Return the model's input."""
         return torch.addcmul(self._shift, images.float(), self._scale)

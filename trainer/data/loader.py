@@ -5,11 +5,13 @@ whatever the number of processes: rank r of w takes every w-th of those. Nothing
 shares may be unequal, and empty at the ragged end of an epoch.
 """
 
+import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +22,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.augment import Transform, apply_seeded, to_array
 from trainer.data.decode import UnreadableImage, decode
+from trainer.data.names import printable
 from trainer.errors import UserError
 from trainer.seeds import derive_seed
+
+
+class ImageGone(UserError):
+    """An image that cannot be read now, though it could be when it was checked.
+
+    torch makes a worker's exception anew in the trainer, of its type and the text of the worker's
+    traceback; what a reader is told is the end of that text.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.rpartition(f"{type(self).__name__}: ")[2].rstrip("\n"))
 
 
 class Draw(NamedTuple):
@@ -59,7 +73,10 @@ class Images(Dataset[tuple[np.ndarray, int, int]]):
         try:
             image = decode(path)
         except UnreadableImage as error:
-            raise UserError(f"{path} could be read before training and cannot be read now: {error}") from None
+            raise ImageGone(
+                f"{printable(path)}: this image cannot be read: {error}. If it could be when training began, "
+                "it has changed since: bring it back, and the same command goes on from the last epoch"
+            ) from None
         image = apply_seeded(self.transform, image, derive_seed("crop", self.seed, draw.epoch, draw.example))
         return to_array(image), int(self.labels[draw.example]), draw.example
 
@@ -101,8 +118,11 @@ class Shares:
 
     batch_size = 1  # accelerate reads it; the real sizes are those of the lists
 
-    def __init__(self, order: Order, *, epochs: int, start_step: int = 0, rank: int = 0, world: int = 1) -> None:
-        self.order, self.epochs, self.start_step, self.rank, self.world = order, epochs, start_step, rank, world
+    def __init__(
+        self, order: Order, *, epochs: int, start_step: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        self.order, self.epochs, self.start_step = order, epochs, start_step
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return self.order.steps_per_epoch * self.epochs - self.start_step
@@ -125,7 +145,7 @@ class Slices:
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.mine) // self.batch_size)
+        return math.ceil(len(self.mine) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for start in range(0, len(self.mine), self.batch_size):
@@ -140,6 +160,7 @@ class Collate:
     channels_last: bool
 
     def __call__(self, items: list[tuple[np.ndarray, int, int]]) -> Batch:
+        """Return the batch of (uint8 [H, W, 3], label, example) items."""
         if items:
             stacked = torch.from_numpy(np.stack([image for image, _, _ in items]))
         else:
@@ -151,10 +172,9 @@ class Collate:
         return Batch(images if self.channels_last else images.contiguous(), labels, examples)
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(_: int, *, yields: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle; it ends its workers
-    # On a CPU the workers share the cores with the training: niced, they use what it leaves idle.
-    if not torch.cuda.is_available():
+    if yields:
         os.nice(19)
 
 
@@ -168,15 +188,16 @@ def make_loader(
     accelerator: Accelerator,
 ) -> DataLoader[Batch]:
     """Return a loader whose batches arrive on the accelerator's device, prefetched by `workers` processes."""
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         images,
-        batch_sampler=sampler,  # type: ignore[arg-type]
+        batch_sampler=sampler,
         collate_fn=Collate(image_size, channels_last),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         persistent_workers=workers > 0,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=_start_worker,
+        # On a CPU the workers share the cores with the training: niced, they use what it leaves idle.
+        worker_init_fn=partial(_start_worker, yields=accelerator.device.type == "cpu"),
     )
     # Shares are cut by our sampler: accelerate is told of one process, so that it places batches on the
     # device and neither shards nor pads.
@@ -188,4 +209,4 @@ def make_loader(
         put_on_device=True,
         rng_types=[],
         non_blocking=True,
-    )  # type: ignore[no-any-return]
+    )

@@ -5,15 +5,28 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 from trainer.config import DataConfig
-from trainer.data.download import progress_bar
 from trainer.data.index import ImageIndex, drop, read_index
-from trainer.data.known import cache_folder, is_known, locate
+from trainer.data.known import cache_folder, locate
+from trainer.data.names import printable
 from trainer.data.verdicts import check_images, unreadable_error
 
-CheckProgress = Callable[[], AbstractContextManager[Callable[[int, int], None] | None]]
-"""Opens a display; what it yields is called with (images checked, images in all)."""
+
+@dataclass(frozen=True, kw_only=True)
+class Displays:
+    """What shows the long work; by default nothing does."""
+
+    downloading: Callable[[str], AbstractContextManager[Callable[[int, int | None], None] | None]] = (
+        lambda name: nullcontext()
+    )
+    """Opens a display of the data set `name`; what it yields is called with (bytes so far, bytes in all or None)."""
+    checking: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext
+    """Opens a display; what it yields is called with (images checked, images in all)."""
+
+
+NOWHERE = Displays()
 
 
 @dataclass(frozen=True)
@@ -24,22 +37,26 @@ class Prepared:
     notes: tuple[str, ...]
     """What the index passed over, cut or dropped; one line each."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of the training examples in their order: two runs with the same one draw the same batches."""
+        """Return a hash of the training examples in their order: with the same one, the batches are the same.
+
+        Paths count as they lie below the data's folder, which may have moved.
+        """
+        root = os.path.join(self.index.root, "")  # noqa: PTH118 (with its slash)
         digest = hashlib.sha256()
         for path, label in self.index.train:
-            digest.update(f"{os.path.relpath(path, self.index.root)}\0{label}\0".encode("utf-8", "surrogateescape"))
+            digest.update(f"{path.removeprefix(root)}\0{label}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:32]
 
 
-def prepare(data: DataConfig, *, workers: int, show: CheckProgress | None = None, check: bool = True) -> Prepared:
+def prepare(data: DataConfig, *, workers: int, displays: Displays = NOWHERE, check: bool = True) -> Prepared:
     """Find, list and check the images of `data`; download or draw them first where they are known by name.
 
     Args:
         data: the section of the config; its `root` is set.
         workers: how many images are checked at once.
-        show: where progress is seen; None: nowhere.
+        displays: where progress is seen.
         check: decode every image once, unless an earlier start did.
 
     Raises:
@@ -48,8 +65,7 @@ def prepare(data: DataConfig, *, workers: int, show: CheckProgress | None = None
     """
     assert data.root is not None  # for mypy: main has checked it
     cache = cache_folder(data.cache)
-    bar = progress_bar(f"downloading {data.root}") if show and is_known(data.root) else nullcontext()
-    with bar as on_progress:
+    with displays.downloading(data.root) as on_progress:
         folder = locate(data.root, cache=cache, seed=data.seed, on_progress=on_progress)
     index = read_index(
         folder,
@@ -58,14 +74,18 @@ def prepare(data: DataConfig, *, workers: int, show: CheckProgress | None = None
         seed=data.seed,
         extensions=data.extensions,
     )
+    if not check:
+        return Prepared(index, index.notes)
     paths = [example.path for part in (index.train, index.val, index.test) for example in part]
-    with show() if show else nullcontext() as on_checked:
-        unreadable = check_images(paths, cache=cache, workers=workers, on_progress=on_checked) if check else {}
-    notes = list(index.notes)
-    if unreadable:
-        if data.on_unreadable == "stop":
-            raise unreadable_error(unreadable, len(paths))
-        index = drop(index, unreadable)
-        listed = "".join(f"\n  {path}: {reason}" for path, reason in sorted(unreadable.items()))
-        notes.append(f"{len(unreadable)} of {len(paths)} images cannot be read and are skipped:{listed}")
-    return Prepared(index, tuple(notes))
+    with displays.checking() as on_checked:
+        unreadable = check_images(paths, cache=cache, workers=workers, on_progress=on_checked)
+    if not unreadable:
+        return Prepared(index, index.notes)
+    if data.on_unreadable == "stop":
+        raise unreadable_error(unreadable, len(paths))
+    index = drop(index, unreadable)
+    skipped = "".join(f"\n  {printable(path)}: {reason}" for path, reason in sorted(unreadable.items()))
+    return Prepared(
+        index,
+        (*index.notes, f"{len(unreadable)} of {len(paths)} images cannot be read and are skipped:{skipped}"),
+    )

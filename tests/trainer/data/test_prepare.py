@@ -1,0 +1,199 @@
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.folders import image_folder, picture
+from trainer.config import DataConfig
+from trainer.data import verdicts
+from trainer.data.decode import decode
+from trainer.data.index import read_index, write_split
+from trainer.data.prepare import Displays, Prepared, prepare
+from trainer.errors import UserError
+
+
+def config(root: Path, **options: object) -> DataConfig:
+    return replace(DataConfig(root=str(root)), **options)  # type: ignore[arg-type]
+
+
+def small(root: Path) -> Path:
+    return image_folder(root, {"train": {"a": 4, "b": 4}, "val": {"a": 2, "b": 2}})
+
+
+def dirty(root: Path) -> tuple[dict[str, Image.Image], dict[str, str]]:
+    """Write a folder as people have them; return its good pictures, upright, and its bad ones with a reason."""
+    good: dict[str, Image.Image] = {}
+    number = 0
+
+    def put(name: str, image: Image.Image, upright: Image.Image | None = None, **options: object) -> None:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, **options)  # type: ignore[arg-type]
+        good[name] = upright or image
+
+    def fresh() -> Image.Image:
+        nonlocal number
+        number += 1
+        return picture(number, size=(48, 32))
+
+    for part in ("train", "val"):
+        put(f"{part}/猫 猫/照片 1.png", fresh())
+        put(f"{part}/猫 猫/{os.fsdecode(b'caf' + bytes([0xE9]))}.png", fresh())
+        put(f"{part}/not a cat/a b (1).PNG", fresh())
+    exact = "train/not a cat"
+    jpeg = Image.new("RGB", (48, 32), (220, 60, 20))  # JPEG keeps it: no noise
+    jpeg.paste((10, 90, 200), (0, 0, 16, 32))
+    for name in ("1.jpeg", "2.JPG", "3.jpe.Jpg"):
+        put(f"{exact}/{name}", jpeg, quality=95, format="JPEG")
+    put(f"{exact}/palette.png", fresh().quantize(8))
+    half = fresh().convert("RGBA")
+    half.paste((0, 0, 0, 0), (0, 0, 24, 32))
+    over_white = half.convert("RGB")
+    over_white.paste((255, 255, 255), (0, 0, 24, 32))
+    put(f"{exact}/alpha.png", half, over_white)
+    put(f"{exact}/alpha.webp", half, over_white, lossless=True)
+    put(f"{exact}/cmyk.jpg", Image.new("RGB", (48, 32), (200, 40, 90)).convert("CMYK"), quality=100)
+    ramp = np.arange(48 * 32, dtype=np.uint16).reshape(32, 48) * 42
+    grey = Image.fromarray(np.rint(ramp / 257).astype(np.uint8))
+    put(f"{exact}/16 bits.png", Image.fromarray(ramp), grey)
+    put(f"{exact}/16 bits.tif", Image.fromarray(ramp), grey)
+    put(f"{exact}/grey.png", grey)
+    put(f"{exact}/grey.jpg", grey, quality=100)
+    put(f"{exact}/really a gif.png", fresh().quantize(8), format="GIF")
+    turned = fresh()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    put(f"{exact}/turned.png", turned, turned.transpose(Image.Transpose.ROTATE_270), exif=exif)
+
+    whole = (root / f"{exact}/1.jpeg").read_bytes()
+    bad = {
+        f"{exact}/truncated.jpg": (whole[: len(whole) // 2], "truncated"),
+        "val/not a cat/empty.jpg": (b"", "an empty file (0 bytes)"),
+        f"{exact}/text.jpg": (b"<html>404</html>", "text"),
+        f"{exact}/{os.fsdecode(bytes([0xFF]))}.jpg": (b"\0" * 99, "not a picture"),
+    }
+    for name, (content, _) in bad.items():
+        (root / name).write_bytes(content)
+    for name in (".hidden.jpg", "._1.jpeg", "Thumbs.db", "notes.txt", "animation.gif"):
+        (root / exact / name).write_bytes(b"passed over")
+    return good, {name: reason for name, (_, reason) in bad.items()}
+
+
+def test_of_a_dirty_folder_each_image_is_read_rightly_or_named(tmp_path: Path) -> None:
+    good, bad = dirty(tmp_path)
+    with pytest.raises(UserError) as caught:
+        prepare(config(tmp_path), workers=2)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{len(bad)} of {len(good) + len(bad)} images cannot be read:"
+    assert len(lines) == len(bad) + 2
+    for name, reason in bad.items():
+        shown = name.replace("\udcff", r"\xff")
+        assert any(line.startswith(f"  {tmp_path}/{shown}: ") and reason in line for line in lines), name
+    assert str(caught.value).encode("utf-8")
+
+    prepared = prepare(config(tmp_path, on_unreadable="skip"), workers=2)
+    index = prepared.index
+    examples = [*index.train, *index.test]
+    assert {os.path.relpath(path, tmp_path) for path, _ in examples} == set(good)
+    for path, label in examples:
+        name = os.path.relpath(path, tmp_path)
+        assert name.split("/")[1] == index.classes[label]
+        found, expected = np.asarray(decode(path)).astype(int), np.asarray(good[name].convert("RGB"))
+        lossy = name.lower().endswith((".jpg", ".jpeg"))
+        assert found.shape == expected.shape, name
+        assert np.abs(found - expected).mean() <= (3 if lossy else 0), name
+    assert any(note.startswith("4 of ") and note.count("\n") == 4 for note in prepared.notes)
+    assert any("1 .gif, 1 .txt" in note for note in prepared.notes)
+    assert any("hidden files and folders passed over: 3" in note for note in prepared.notes)
+    assert "\n".join(prepared.notes).encode("utf-8")
+
+
+def test_a_split_of_a_dirty_folder_is_written_and_read(tmp_path: Path) -> None:
+    dirty(tmp_path / "data")
+    index = prepare(config(tmp_path / "data", on_unreadable="skip"), workers=1).index
+    write_split(index, tmp_path / "split.csv")
+    again = prepare(config(tmp_path / "split.csv"), workers=1).index
+    assert (again.classes, again.train, again.test) == (index.classes, index.train, index.test)
+
+
+def test_clean_data_needs_no_word(tmp_path: Path) -> None:
+    prepared = prepare(config(small(tmp_path)), workers=1)
+    assert prepared.notes == ()
+    assert (len(prepared.index.train), len(prepared.index.test)) == (8, 4)
+
+
+def test_dropping_a_whole_class_stops(tmp_path: Path) -> None:
+    small(tmp_path)
+    for path in (tmp_path / "train" / "b").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no training image of these classes can be read: b"):
+        prepare(config(tmp_path, on_unreadable="skip"), workers=1)
+
+
+def test_unchecked_data_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str) -> None:
+        pytest.fail(f"{path} was decoded")
+
+    monkeypatch.setattr(verdicts, "decode", fail)
+    small(tmp_path)
+    (tmp_path / "train" / "a" / "bad.jpg").write_bytes(b"")
+    assert len(prepare(config(tmp_path), workers=1, check=False).index.train) == 9
+
+
+def test_verdicts_lie_in_the_cache_asked_for(tmp_path: Path) -> None:
+    prepare(config(small(tmp_path / "data"), cache=str(tmp_path / "cache")), workers=1)
+    assert len(list((tmp_path / "cache" / "verdicts").iterdir())) == 1
+
+
+def test_progress_is_shown_while_images_are_checked(tmp_path: Path) -> None:
+    events: list[object] = []
+
+    @contextmanager
+    def show() -> Iterator[Callable[[int, int], None]]:
+        events.append("open")
+        yield lambda done, total: events.append((done, total))
+        events.append("closed")
+
+    prepare(config(small(tmp_path)), workers=1, displays=Displays(checking=show))
+    assert events[0] == "open"
+    assert events[-2:] == [(12, 12), "closed"]
+
+
+def test_settings_reach_the_index(tmp_path: Path) -> None:
+    image_folder(tmp_path, {"": {"a": 10, "b": 10}})
+    asked = config(tmp_path, val_fraction=0.25, test_fraction=0.2, seed=3, extensions=(".png",))
+    assert prepare(asked, workers=1).index == read_index(
+        tmp_path, val_fraction=0.25, test_fraction=0.2, seed=3, extensions=(".png",)
+    )
+
+
+def test_the_fingerprint_follows_the_training_examples_and_not_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(tmp_path / "one")
+    (tmp_path / "one").rename(tmp_path / "other")
+    small(tmp_path / "one")
+
+    def fingerprint(root: Path | str) -> str:
+        return prepare(config(Path(root)), workers=1).fingerprint
+
+    monkeypatch.chdir(tmp_path)
+    first = fingerprint(tmp_path / "one")
+    assert first == fingerprint(tmp_path / "other") == fingerprint("one")
+    monkeypatch.chdir(tmp_path / "one")
+    assert first == fingerprint(".")
+    (tmp_path / "other" / "val" / "a" / "000.png").unlink()
+    assert first == fingerprint(tmp_path / "other")
+    (tmp_path / "other" / "train" / "a" / "000.png").rename(tmp_path / "other" / "train" / "a" / "9.png")
+    assert first != fingerprint(tmp_path / "other")
+
+
+def test_the_fingerprint_takes_names_of_any_kind(tmp_path: Path) -> None:
+    index = prepare(config(small(tmp_path)), workers=1).index
+    odd = replace(index, train=(*index.train, index.train[0]._replace(path=os.fsdecode(b"/\xff\xe9"))))
+    assert Prepared(odd, ()).fingerprint != Prepared(index, ()).fingerprint

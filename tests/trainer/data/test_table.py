@@ -1,0 +1,202 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from trainer.data.index import ImageIndex, read_index
+from trainer.data.table import read_table
+from trainer.errors import UserError
+
+HEADER = "path,label,split\n"
+
+
+def table(folder: Path, text: str | bytes, *, images: str = "a1 a2 a3 b1 b2 b3") -> Path:
+    """Write a CSV, and the (empty) images that lie beside it."""
+    for name in images.split():
+        (folder / f"{name}.jpg").touch()
+    file = folder / "list.csv"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return file
+
+
+def read(file: Path, *, val_fraction: float = 0.0, test_fraction: float = 0.4) -> ImageIndex:
+    return read_index(
+        file, val_fraction=val_fraction, test_fraction=test_fraction, seed=0, extensions=(".png",)
+    )
+
+
+def names(part: tuple[tuple[str, int], ...]) -> list[str]:
+    return [Path(path).stem for path, _ in part]
+
+
+ROWS = ["a1.jpg,a,train", "b1.jpg,b,train", "a2.jpg,a,{}", "b2.jpg,b,{}", "a3.jpg,a,test", "b3.jpg,b,test"]
+
+
+@pytest.mark.parametrize("word", ["val", "valid", "validation", "Val", " VALIDATION "])
+def test_parts_are_as_the_table_says(tmp_path: Path, word: str) -> None:
+    index = read(table(tmp_path, HEADER + "\n".join(ROWS).format(word, word)))
+    assert index.classes == ("a", "b")
+    assert [names(part) for part in (index.train, index.val, index.test)] == [
+        ["a1", "b1"],
+        ["a2", "b2"],
+        ["a3", "b3"],
+    ]
+    assert (index.selection, index.reported, index.split_made) == ("val", "the CSV's test rows", False)
+    assert index.root == tmp_path
+    assert index.notes == ("6 images listed in list.csv",)
+
+
+def test_the_only_evaluation_rows_are_reported(tmp_path: Path) -> None:
+    file = table(tmp_path, HEADER + "\n".join(ROWS[:4]).format("val", "val"))
+    index = read(file)
+    assert (names(index.test), index.val, index.reported) == (["a2", "b2"], (), "the CSV's val rows")
+
+
+def test_without_a_split_one_is_drawn_whatever_the_order_of_the_rows(tmp_path: Path) -> None:
+    rows = [f"{c}{i}.jpg,{c}" for c in "ab" for i in range(1, 21)]
+    images = " ".join(f"{c}{i}" for c in "ab" for i in range(1, 21))
+    one = read(table(tmp_path, "path,label\n" + "\n".join(rows), images=images), val_fraction=0.5)
+    other = read(
+        table(tmp_path, "label,path\n" + "\n".join(",".join(r.split(",")[::-1]) for r in rows[::-1]))
+    )
+    assert (len(one.train), len(one.val), len(one.test)) == (12, 12, 16)
+    assert one.split_made
+    assert one.reported == "a split of 40 %"
+    assert set(one.test) == set(other.test)
+
+
+def test_paths_are_relative_to_the_table_or_absolute_and_any_ending_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in here"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("deep/猫 1.jpg", "x.dat"):
+        (folder / name).touch()
+    (tmp_path / "beside").touch()
+    text = f"path,label\ndeep/猫 1.jpg,a\n../beside,a\n{folder / 'x.dat'},b\n"
+    rows, _ = read_table(table(folder, text))
+    monkeypatch.chdir(folder)
+    assert [Path(row.path).resolve() for row in rows] == [
+        folder / "deep/猫 1.jpg",
+        tmp_path / "beside",
+        folder / "x.dat",
+    ]
+    assert [row.part for row in rows] == [None] * 3
+
+
+def test_what_spreadsheets_and_people_write_is_read(tmp_path: Path) -> None:
+    lines = [
+        "\ufeffPath, Label ,SPLIT,size",
+        "a1.jpg, a, train,3",
+        "",
+        '"a2.jpg","a",test,',
+        "b1.jpg, b,Train,4",
+        'b2.jpg,"b",TEST,5',
+    ]
+    text = "\r\n".join(lines)
+    index = read(table(tmp_path, text))
+    assert (index.classes, names(index.train), names(index.test)) == (("a", "b"), ["a1", "b1"], ["a2", "b2"])
+    assert any("not used: size" in note for note in index.notes)
+
+
+def test_a_name_that_is_not_utf8_is_found(tmp_path: Path) -> None:
+    name = b"caf\xe9.jpg"
+    (tmp_path / os.fsdecode(name)).touch()
+    rows, _ = read_table(table(tmp_path, b"path,label\n" + name + b",a\na1.jpg,b\n"))
+    assert rows[0].path == str(tmp_path / os.fsdecode(name))
+
+
+def test_rows_that_cannot_be_used_are_named_by_line(tmp_path: Path) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "a1.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    text = (
+        HEADER
+        + "a1.jpg,a,train\n"
+        + "gone.jpg,a,train\n"
+        + "a2.jpg,,train\n"
+        + '"b\n1.jpg",b,train\n'  # one row on two lines
+        + "b1.jpg,b,dev\n"
+        + "./a1.jpg,a,test\n"
+        + f"{tmp_path}/folder.jpg,b,train\n"
+        + "b2.jpg,b\n"
+        + ",b,train\n"
+        + "link.jpg,b,train\n"
+        + "pipe.jpg,b,train\n"
+    )
+    with pytest.raises(UserError) as caught:
+        read_table(table(tmp_path, text))
+    lines = str(caught.value).splitlines()
+    assert "10 problems in its rows" in lines[0]
+    assert lines[1:-1] == [
+        f"  line 3: no such file: {tmp_path}/gone.jpg",
+        "  line 4: the label is empty",
+        f"  line 5: no such file: {tmp_path}/b\\n1.jpg",
+        "  line 7: the split is 'dev', expected train, val or test",
+        "  line 8: ./a1.jpg is on line 2 already, in train, and here in test",
+        f"  line 9: no such file: {tmp_path}/folder.jpg",
+        "  line 10: 2 fields, expected 3 as in the header",
+        "  line 11: the path is empty",
+        "  line 12: link.jpg is on line 2 already, as a",
+        f"  line 13: no such file: {tmp_path}/pipe.jpg",
+    ]
+    assert "Expected in each row" in lines[-1]
+
+
+def test_of_many_problems_ten_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_table(table(tmp_path, "path,label\n" + "".join(f"gone{i}.jpg,a\n" for i in range(25))))
+    text = str(caught.value)
+    assert "25 problems" in text
+    assert "gone9.jpg" in text
+    assert "gone10.jpg" not in text
+    assert "and 15 more" in text
+
+
+def test_hard_links_are_files_of_their_own(tmp_path: Path) -> None:
+    file = table(tmp_path, "path,label\na1.jpg,a\nsame.jpg,a\nb1.jpg,b\n")
+    (tmp_path / "same.jpg").hardlink_to(tmp_path / "a1.jpg")
+    assert len(read_table(file)[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"expected a CSV with the header path,label.*first line holds nothing"),
+        ("\n\n", r"first line holds nothing"),
+        ("a1.jpg,a\n", r"first line holds a1\.jpg, a"),
+        ("path;label\na1.jpg;a\n", r"separated by commas; its first line holds path;label"),
+        ("path,label,path\na1.jpg,a,a1.jpg\n", "twice: path"),
+        ("path,label\n", "no row follows the header"),
+        ("path,label\na1.jpg,a\na2.jpg,a \nb1.jpg,b\n", "the labels 'a' and 'a ' differ in spaces only"),
+        ("path,label,split\na1.jpg,a,test\n", "no row's split is train"),
+        (
+            "path,label,split\na1.jpg,a,train\nb1.jpg,b,train\nb2.jpg,c,test\n",
+            "has classes that training lacks: c",
+        ),
+        ("path,label\na1.jpg,a\na2.jpg,a\n", "a single class, a, in the CSV's train rows"),
+        ('path,label\na1.jpg,a\n"a2.jpg"x,a\n', r"line 3: not a row of a CSV .* a quote in it is doubled"),
+        ('path,label\na1.jpg,a\n"a2.jpg,a\nb1.jpg,b\n', r"line 3: not a row of a CSV"),
+        ("path,label\n" + "x" * 200_000 + ",a\n", r"line 2: not a row of a CSV \(field larger"),
+        ("path,label\n" + "x" * 3_000_000, r"line 2: more than 1,048,576 characters"),
+        ("x" * 3_000_000, r"line 1: more than 1,048,576 characters"),
+        ("path,label\na1.jpg,a\na2.jpg,\0\n", r"line 3: a NUL byte, so this is no CSV in UTF-8"),
+        ("path,label\na1.jpg,a\n".encode("utf-16"), r"line 1: a NUL byte.*save it as 'CSV UTF-8'"),
+        (b"PK\x03\x04\x14\x00\x00\x00", r"line 1: a NUL byte.*an archive has to be unpacked first"),
+        (b"\xff\xd8\xff\xe0JFIF\n", r"line 1: not UTF-8"),
+        ("path,label\na1.jpg,caf\u00e9\n".encode("latin-1"), r"line 2: not UTF-8"),
+        (
+            "path,label\ncaf\u00e9.jpg,a\n".encode("latin-1"),
+            r"line 2: no such file: .*caf\\xe9.*saved as UTF-8\?",
+        ),
+    ],
+)
+def test_what_is_no_such_table_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(table(tmp_path, text))
+
+
+def test_selecting_on_a_third_part_is_refused_where_the_table_has_one(tmp_path: Path) -> None:
+    file = table(tmp_path, HEADER + "\n".join(ROWS).format("val", "val"))
+    with pytest.raises(UserError, match=r"data\.val_fraction is 0\.5, but"):
+        read(file, val_fraction=0.5)
