@@ -9,7 +9,7 @@ import pdb
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -44,6 +44,7 @@ from trainer.runtime import Runtime
 BATCHES = 3
 EVALUATED = 32
 OVERFIT_STEPS = 20
+SHOWN_EVERY = 5
 
 
 def debug(config: Config, machine: Runtime, console: Console) -> None:
@@ -82,8 +83,9 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
         console.print(f"{name}: {1000 * (time.perf_counter() - began):,.1f} ms")
 
     with stage("data"):
-        # The few images used are read below; the run itself checks every one before it trains.
-        prepared = prepare(config.data, workers=machine.cores, displays=displays_on(console), check=False)
+        # The few images used are read below. Every one is checked, as the run does, only where some are to be skipped.
+        check = config.data.on_unreadable == "skip"
+        prepared = prepare(config.data, workers=machine.cores, displays=displays_on(console), check=check)
         console.print(describe(prepared))
     index = _few(prepared.index)
 
@@ -134,11 +136,14 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
         )
 
     with stage(f"overfit one batch, {OVERFIT_STEPS} updates at the peak learning rate"):
-        console.print(
-            verdict(
-                _overfit(model, optimizer, first, config=config, normalise=normalise, accelerator=accelerator)
-            )
-        )
+        losses: list[float] = []
+        for loss in _overfit(
+            model, optimizer, first, config=config, normalise=normalise, accelerator=accelerator
+        ):
+            losses.append(loss)
+            if len(losses) % SHOWN_EVERY == 1:
+                console.print(f"update {len(losses)}: loss {loss:.4f}")
+        console.print(verdict(losses))
 
 
 def _overfit(
@@ -149,12 +154,11 @@ def _overfit(
     config: Config,
     normalise: Normalise,
     accelerator: Accelerator,
-) -> list[float]:
-    """Return the mean loss of one batch before each of a few updates on it."""
+) -> Iterator[float]:
+    """Yield the mean loss of one batch before each of a few updates on it."""
     set_lr(optimizer, 1.0)
     size = len(batch.labels)
     scale = 1 / size if config.optim.loss_reduction == "mean" else 1.0
-    losses = []
     for _ in range(OVERFIT_STEPS):
         loss_sum, _ = backward(
             model, batch, scale, accelerator=accelerator, normalise=normalise, parts=config.train.accumulation
@@ -163,18 +167,17 @@ def _overfit(
             accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss_sum.item() / size)
-    return losses
+        yield loss_sum.item() / size
 
 
-def verdict(losses: list[float]) -> str:
+def verdict(losses: Sequence[float]) -> str:
     """Return whether the loss of one batch, seen again and again, goes down."""
-    path = ", ".join(f"{loss:.3f}" for loss in losses[:: max(1, len(losses) // 5)])
+    path = f"loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last"
     if losses[-1] < 0.9 * losses[0]:
-        return f"loss {path}, ..., {losses[-1]:.3f}: it goes down, the model can learn this batch by heart"
+        return f"{path}: it goes down, the model can learn this batch by heart"
     return (
-        f"loss {path}, ..., {losses[-1]:.3f}: it does NOT go down; look at optim.lr (too small, or so large that it "
-        "diverges), the labels, and data.mean and data.std"
+        f"{path}: it does NOT go down; look at optim.lr (too small, or so large that it diverges), the labels, "
+        "and data.mean and data.std"
     )
 
 

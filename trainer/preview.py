@@ -22,6 +22,7 @@ from trainer.errors import UserError
 from trainer.parse import parse
 from trainer.report.console import make_console
 from trainer.report.figures import fonts, save_figure
+from trainer.runtime import available_cores
 from trainer.seeds import derive_seed
 from trainer.stages import resolve
 
@@ -75,7 +76,12 @@ def preview(argv: Sequence[str]) -> Path:
     config = resolve(parse(rest))
     output: Path = own.output or Path(config.run.dir) / "preview.png"
 
-    prepared = prepare(config.data, workers=0, displays=displays_on(make_console(speaks=True)), check=False)
+    prepared = prepare(
+        config.data,
+        workers=available_cores(),
+        displays=displays_on(make_console(speaks=True)),
+        check=config.data.on_unreadable == "skip",
+    )
     index, preprocessing = prepared.index, preprocessing_of(config.data)
     transform = train_transform(preprocessing, config.data.augment, config.data.crop_scale)
     places = {example: number for number, example in enumerate(index.train)}
