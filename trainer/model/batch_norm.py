@@ -20,9 +20,10 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def freeze_batch_norm(model: nn.Module) -> int:
-    """Keep BatchNorm's running statistics as they are, and in use, whatever `train()` says; return how many layers.
+    """Keep BatchNorm's running statistics as they are, and in use, whatever `train()` says.
 
-    Weights and biases of these layers go on training: their gradients do not depend on this.
+    Returns how many layers it found. Weights and biases of these layers go on training: they get their
+    gradients as before.
     """
     layers = batch_norms(model)
     for layer in layers:
@@ -41,7 +42,7 @@ def _is_frozen(layer: _BatchNorm) -> bool:
 
 @contextmanager
 def batch_norm_in_eval(model: nn.Module) -> Iterator[None]:
-    """Let every BatchNorm layer use its running statistics, unchanged, for a block; then restore each one's mode."""
+    """Let every BatchNorm layer use its running statistics, unchanged, for a block; then restore modes."""
     modes = [(layer, layer.training) for layer in batch_norms(model)]
     try:
         for layer, _ in modes:
@@ -53,7 +54,7 @@ def batch_norm_in_eval(model: nn.Module) -> Iterator[None]:
 
 
 def guard_single_values(model: nn.Module) -> int:
-    """Let a batch with one value per channel train on, where torch raises; return how many layers are guarded.
+    """Let a batch with one value per channel train on, where torch raises; return how many layers it guards.
 
     A ragged last batch of one example, or a process's share of one, meets BatchNorm over 1 x 1 maps with a
     single value per channel: it has no variance. For that forward the layer uses its running statistics, and
@@ -91,6 +92,7 @@ def average_statistics(model: nn.Module, world: int) -> None:
     flat = torch.cat([s.detach().float() for s in statistics])
     torch.distributed.all_reduce(flat)
     flat /= world
+    parts = torch.split(flat, [s.numel() for s in statistics])
     with torch.no_grad():
-        for statistic, average in zip(statistics, flat.split([s.numel() for s in statistics]), strict=True):
+        for statistic, average in zip(statistics, parts, strict=True):
             statistic.copy_(average)

@@ -4,6 +4,8 @@ Order: `build` -> `head.find_heads` -> `head.graft` -> `weights.load_weights`.
 """
 
 import difflib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, cast
@@ -18,7 +20,10 @@ from trainer.model.head import trial_forward
 from trainer.model.weights import find_enum, is_file
 
 _NUM_CLASSES = 1000  # as the published weights have it
+_LARGEST_SIDE = 8192
 _LARGEST_TRIED = 768
+# Inception's auxiliary head ends in a 5 x 5 convolution over maps that smaller pictures do not fill.
+_INCEPTION_AUXILIARY_FROM = 299
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Preset:
 
 def names() -> list[str]:
     """Return torchvision's classification models."""
-    return cast(list[str], models.list_models(module=models))
+    return models.list_models(module=models)
 
 
 def check_name(name: str) -> None:
@@ -68,13 +73,14 @@ def preset(name: str, weights: str | None) -> Preset:
     )
 
 
-def build(name: str, *, image_size: int, num_classes: int | None = None) -> nn.Module:
+def build(name: str, *, image_size: int, num_classes: int = _NUM_CLASSES, empty: bool = False) -> nn.Module:
     """Return the model with weights drawn from torch's current random numbers, in train mode, on the CPU.
 
     Args:
         name: one of `names()`.
         image_size: side of the square pictures in pixels; tried without memory before anything is drawn.
-        num_classes: outputs, 1000 by default.
+        num_classes: outputs.
+        empty: leave the parameters on the meta device: nothing is drawn, and they take no memory.
 
     Raises:
         UserError: an unknown model, or an image size that it cannot take.
@@ -84,9 +90,24 @@ def build(name: str, *, image_size: int, num_classes: int | None = None) -> nn.M
     reason = _misfit(name, image_size)
     if reason is not None:
         raise UserError(
-            f"{name} cannot be trained on images of {image_size} x {image_size} px: {reason}.{_nearest(name, image_size)}"
+            f"{name} cannot be trained on images of {image_size} x {image_size} px: {reason}."
+            f"{_nearest(name, image_size)}"
         )
-    return _construct(name, image_size, _NUM_CLASSES if num_classes is None else num_classes)
+    if empty:
+        with _without_memory(name):
+            return _construct(name, image_size, num_classes)
+    return _construct(name, image_size, num_classes)
+
+
+@contextmanager
+def _without_memory(name: str) -> Iterator[None]:
+    """Let a block construct the model with parameters on the meta device; random numbers stay."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # some layers draw before they are emptied
+        stack.enter_context(init_empty_weights())
+        if name.startswith("vit_"):  # its position embedding may be large; RegNets cannot be built this way
+            stack.enter_context(torch.device("meta"))
+        yield
 
 
 def _construct(name: str, image_size: int, num_classes: int) -> nn.Module:
@@ -97,44 +118,51 @@ def _construct(name: str, image_size: int, num_classes: int) -> nn.Module:
     elif name.startswith("maxvit_"):
         settings["input_size"] = (image_size, image_size)
     elif name in ("googlenet", "inception_v3"):
-        # Built as their published weights were. init_weights=False leaves torch's own, much faster initialisation.
-        settings |= {"aux_logits": True, "transform_input": True, "init_weights": False}
-    return cast(nn.Module, models.get_model(name, **settings))
+        # Built as their published weights were. init_weights=False leaves torch's own, much faster start.
+        has_auxiliary = name == "googlenet" or image_size >= _INCEPTION_AUXILIARY_FROM
+        settings |= {"aux_logits": has_auxiliary, "transform_input": True, "init_weights": False}
+    return models.get_model(name, **settings)
 
 
 @lru_cache(maxsize=256)
 def _misfit(name: str, image_size: int) -> str | None:
     """Return why the model cannot take such images, or None where it can."""
-    if image_size < 1:
-        return "a side has at least one pixel"
+    if not 1 <= image_size <= _LARGEST_SIDE:
+        return f"a side has 1 to {_LARGEST_SIDE} pixels"
     if name.startswith("vit_") and image_size % (patch := _patch_size(name)):
         return f"its patches are {patch} x {patch} px, and the side must be a multiple of that"
-    with torch.random.fork_rng(devices=[]), init_empty_weights():  # some layers draw before they are emptied
-        try:
+    try:
+        with _without_memory(name):
             model = _construct(name, image_size, _NUM_CLASSES)
-        except (ValueError, RuntimeError, AssertionError) as error:
-            return str(error).splitlines()[0].rstrip(".")
+    except (ValueError, RuntimeError, AssertionError) as error:
+        return _first_line(error)
     try:
         trial_forward(model, image_size)
     except UserError as error:
-        return str(error.__cause__ or error).splitlines()[0].rstrip(".")
+        return _first_line(error.__cause__ or error)
     return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _patch_size(name: str) -> int:
     size = preset(name, None).image_size
-    with torch.random.fork_rng(devices=[]), init_empty_weights():
+    with _without_memory(name):
         return cast(int, _construct(name, size, _NUM_CLASSES).patch_size)
 
 
 def _nearest(name: str, image_size: int) -> str:
     """Return a sentence with sizes near `image_size` that the model can take."""
     step = _patch_size(name) if name.startswith("vit_") else 32
-    at = max(image_size, 0)
+    at = min(max(image_size, 0), _LARGEST_SIDE)
     smaller = range(at - at % step, 0, -step)
-    larger = range(at - at % step + step, max(_LARGEST_TRIED, at + step) + 1, step)
+    larger = range(at - at % step + step, min(max(_LARGEST_TRIED, at + step), _LARGEST_SIDE) + 1, step)
     fitting = [
-        next((s for s in sizes if s != at and _misfit(name, s) is None), None) for sizes in (smaller, larger)
+        next((s for s in sizes if s != image_size and _misfit(name, s) is None), None)
+        for sizes in (smaller, larger)
     ]
     listed = " or ".join(str(size) for size in fitting if size is not None)
-    return f" data.image_size {listed} would do" if listed else ""
+    would_do = f" data.image_size {listed} would do;" if listed else ""
+    return f"{would_do} its published weights take {preset(name, None).image_size}"

@@ -1,5 +1,6 @@
 """The target model: the source's design and weights, all but a new output layer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,8 +33,11 @@ def create(
     weights: str | None,
     head_init: Literal["xavier", "torch"],
     frozen_batch_norm: bool,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Created:
     """Build a model with a new head, drawn from torch's generator, and copy the source weights into the rest.
+
+    `on_progress` hears one line before a download begins.
 
     Raises:
         UserError: an unknown name, weights that do not fit, a head that is not found, or too small an image.
@@ -43,9 +47,11 @@ def create(
     heads = find_heads(model, image_size)
     graft(model, heads, num_classes, head_init)
     lines = [f"{name}: new output layer{'s' * (len(heads) > 1)} {', '.join(head.name for head in heads)}"]
+    if removed := [activation for head in heads for activation in head.activations]:
+        lines.append(f"taken out, so that logits have no bound: {', '.join(removed)}")
     source = "from scratch"
     if weights is not None:
-        state, source = read_weights(name, weights)
+        state, source = read_weights(name, weights, on_progress=on_progress)
         report = load_weights(model, heads, state, name=name, image_size=image_size, source=source)
         lines += report.lines()
     if frozen_batch_norm:

@@ -27,11 +27,16 @@ INCEPTION_AUXILIARY = 0.4
 
 # A parameter may reach its layer through these: `x @ w.T` has a transpose between.
 _VIEWS = (
-    "AliasBackward", "CloneBackward", "ExpandBackward", "PermuteBackward", "ReshapeAliasBackward", "SqueezeBackward",
-    "TBackward", "ToCopyBackward", "TransposeBackward", "UnsafeViewBackward", "UnsqueezeBackward", "ViewBackward",
+    "AliasBackward", "CloneBackward", "ExpandBackward", "PermuteBackward", "ReshapeAliasBackward",
+    "SqueezeBackward", "TBackward", "ToCopyBackward", "TransposeBackward", "UnsafeViewBackward",
+    "UnsqueezeBackward", "ViewBackward",
 )  # fmt: skip
-# These bound what comes out of the layer, so that it would not be logits.
-_BOUNDING = ("HardtanhBackward", "ReluBackward", "SigmoidBackward", "SoftmaxBackward")
+# These bend what comes out of the layer, mostly by a bound, so that it would not be logits. (Logarithms of
+# probabilities are: cross-entropy takes the logarithm of their softmax, which changes nothing.)
+_BENDING = (
+    "Celu", "Clamp", "Elu", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "LogSigmoid", "Mish",
+    "Relu", "Sigmoid", "Silu", "Softmax", "Softplus", "Tanh", "Threshold",
+)  # fmt: skip
 
 _Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -47,7 +52,7 @@ class Head:
     in_features: int
     out_features: int
     activations: tuple[str, ...] = ()
-    """Modules between the layer and the output that bound it from below or above (SqueezeNet's last ReLU)."""
+    """Modules between it and the output that bend its values, as SqueezeNet's last ReLU does."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,8 @@ def split_outputs(outputs: Any) -> tuple[Tensor, tuple[tuple[float, Tensor], ...
         auxiliary = outputs.aux_logits
         return outputs.logits, () if auxiliary is None else ((INCEPTION_AUXILIARY, auxiliary),)
     raise UserError(
-        f"the model returns {type(outputs).__name__}; expected logits [B, classes], or the outputs of torchvision's "
-        "GoogLeNet or Inception: classification models only"
+        f"the model returns {type(outputs).__name__}; expected logits [B, classes], or the outputs of "
+        "torchvision's GoogLeNet or Inception: classification models only"
     )
 
 
@@ -171,8 +176,8 @@ def find_heads(model: nn.Module, image_size: int) -> tuple[Head, ...]:
     for head, output in zip(heads, [again, *(logits for _, logits in others)], strict=True):
         if tuple(output.shape) != (2, 2 * head.out_features):
             raise UserError(
-                f"the number of logits does not follow from {head.name} alone: with {2 * head.out_features} outputs "
-                f"the model gives {list(output.shape)} for 2 images; a new head cannot be grafted"
+                f"the number of logits does not follow from {head.name} alone: with {2 * head.out_features} "
+                f"outputs the model gives {list(output.shape)} for 2 images; a new head cannot be grafted"
             )
     return heads
 
@@ -207,8 +212,8 @@ def _find(
         )
     if uses[weight] > 1 or len(trial.calls[name]) > 1:
         raise UserError(
-            f"{what} comes from {described}, which the model also uses elsewhere: it cannot be replaced by a layer "
-            "with another number of outputs; give the model an output layer of its own"
+            f"{what} comes from {described}, which the model also uses elsewhere: it cannot be replaced by a "
+            "layer with another number of outputs; give the model an output layer of its own"
         )
     rows, columns = layer.weight.shape[0], layer.weight.shape[1]
     if tuple(output.shape) != (2, rows):
@@ -229,7 +234,7 @@ def _describe(model: nn.Module, name: str) -> str:
 
 
 def _walk_back(trial: _Trial, output: Tensor) -> tuple[dict[int, list[str]], list[Node]]:
-    """Return the parameters met first (id of the leaf -> names), and the nodes without any that lie between."""
+    """Return the parameters met first (id of the leaf -> names), and the nodes that lie between."""
     found: dict[int, list[str]] = {}
     path: list[Node] = []
     seen: set[Node] = set()
@@ -283,21 +288,26 @@ def _graph(outputs: Sequence[Tensor]) -> Iterator[Node]:
 
 
 def _activations(model: nn.Module, trial: _Trial, path: Sequence[Node], what: str) -> Iterator[str]:
-    """Yield the modules on the path that bound the logits."""
+    """Yield the modules on the path that bend the logits."""
     for node in path:
-        if not node.name().startswith(_BOUNDING):
+        if not node.name().startswith(_BENDING):
             continue
         modules = [
             name
             for name, nodes in trial.calls.items()
-            if any(n is node for n in nodes) and not [*model.get_submodule(name).children()]
+            if any(n is node for n in nodes) and _is_activation(model.get_submodule(name))
         ]
         if len(modules) != 1 or len(trial.calls[modules[0]]) != 1:
             raise UserError(
-                f"{what} passes through {node.name().removesuffix('Backward0')} after its layer, which is not a "
-                "module of its own that could be taken out: bounded outputs are no logits"
+                f"{what} passes through {node.name().partition('Backward')[0]} after its layer, which is not "
+                "a module of its own that could be taken out: bounded outputs are no logits"
             )
         yield modules[0]
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Return whether a module may have made a node itself; containers and identities only pass it on."""
+    return not isinstance(module, nn.Identity) and next(module.children(), None) is None
 
 
 def graft(

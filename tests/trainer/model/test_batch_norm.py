@@ -1,0 +1,229 @@
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from trainer.model.batch_norm import (
+    average_statistics,
+    batch_norm_in_eval,
+    batch_norms,
+    freeze_batch_norm,
+    guard_single_values,
+)
+
+Copy = Callable[[nn.Module], nn.Module]
+
+
+class Small(nn.Module):
+    """Two BatchNorm layers, of which the second one sees 1 x 1 maps."""
+
+    def __init__(self, momentum: float | None = 0.1) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum))
+        self.second = nn.Sequential(nn.Conv2d(4, 5, 6), nn.BatchNorm2d(5, momentum=momentum))
+        self.out = nn.Linear(5, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.out(self.second(self.first(images)).flatten(1))
+
+
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Give the running statistics values that are nobody's default."""
+    for number, layer in enumerate(batch_norms(model)):
+        nn.init.uniform_(layer.running_mean, -1, 1)
+        nn.init.uniform_(layer.running_var, 0.5, 2)
+        layer.num_batches_tracked.fill_(10 + number)
+    return model
+
+
+def step(model: nn.Module, size: int = 4) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(size, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+
+
+def as_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+copies = pytest.mark.parametrize("copied", [as_is, copy.deepcopy, saved])
+
+
+def test_the_layers_are_those_with_running_statistics() -> None:
+    model = nn.Sequential(
+        nn.BatchNorm2d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.GroupNorm(1, 3), nn.BatchNorm3d(3)
+    )
+    assert batch_norms(model) == [model[0], model[3]]
+    assert freeze_batch_norm(model) == guard_single_values(model) == 2
+    assert freeze_batch_norm(models.squeezenet1_1()) == 0
+
+
+@copies
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_frozen_statistics_stay_bit_for_bit_and_weights_train(copied: Copy, momentum: float | None) -> None:
+    torch.manual_seed(0)
+    model = with_statistics(Small(momentum))
+    assert freeze_batch_norm(model) == 2
+    model = copied(model)
+    before = statistics(model)
+    for mode in (True, False, True):
+        model.train(mode)
+        assert [layer.training for layer in batch_norms(model)] == [False, False]
+        assert model.out.training is mode
+    parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(2):
+        model.train()
+        step(model)
+    assert same(statistics(model), before)
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, parameters[name]), name
+
+
+def test_frozen_statistics_are_the_ones_in_use() -> None:
+    torch.manual_seed(0)
+    model = with_statistics(Small())
+    images = torch.randn(4, 3, 8, 8)
+    in_eval = copy.deepcopy(model).eval()(images)
+    assert not torch.allclose(copy.deepcopy(model).train()(images), in_eval)
+    freeze_batch_norm(model)
+    assert torch.equal(model.train()(images), in_eval)
+
+
+@copies
+def test_one_value_per_channel_trains_and_leaves_the_statistics(copied: Copy) -> None:
+    torch.manual_seed(0)
+    model = with_statistics(Small()).train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        copy.deepcopy(model)(torch.randn(1, 3, 8, 8))
+    assert guard_single_values(model) == 2
+    model = copied(model)
+    before, images = statistics(model), torch.randn(1, 3, 8, 8)
+    logits = model(images)
+    after = statistics(model)
+    for name in before:  # the first layer sees 6 x 6 values: it learns from them as ever
+        assert torch.equal(before[name], after[name]) == name.startswith("second"), name
+    logits.sum().backward()
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters()
+    )
+    # the guarded layer did what it does in eval mode
+    reference = copy.deepcopy(model)
+    reference.load_state_dict({**reference.state_dict(), **before})
+    reference.second[1].eval()
+    torch.testing.assert_close(reference(images), logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_guard_changes_nothing_where_torch_would_not_raise(momentum: float | None) -> None:
+    torch.manual_seed(0)
+    plain = with_statistics(Small(momentum)).train()
+    guarded = copy.deepcopy(plain)
+    guard_single_values(guarded)
+    for size in (2, 5):
+        images = torch.randn(size, 3, 8, 8)
+        assert torch.equal(plain(images), guarded(images))
+    assert same(statistics(plain), statistics(guarded))
+    assert plain.first[1].num_batches_tracked == 12
+    assert torch.equal(plain.eval()(images), guarded.eval()(images))
+
+
+def test_a_guarded_layer_takes_bf16_as_autocast_gives_it() -> None:
+    model = with_statistics(Small()).train()
+    guard_single_values(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.randn(1, 3, 8, 8))
+    assert logits.dtype == torch.bfloat16
+    logits.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_single_vector_is_guarded_too() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    guard_single_values(model)
+    assert model(torch.randn(1, 3)).shape == (1, 3)
+    assert model[0].num_batches_tracked == 0
+
+
+def test_synchronised_layers_are_not_guarded() -> None:
+    model = nn.Sequential(nn.SyncBatchNorm(3), nn.BatchNorm2d(3))
+    assert guard_single_values(model) == 1
+    assert "forward" not in vars(model[0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+@pytest.mark.parametrize("change", [freeze_batch_norm, guard_single_values])
+def test_a_copy_is_bound_to_its_own_layers(copied: Copy, change: Callable[[nn.Module], int]) -> None:
+    model = with_statistics(Small())
+    change(model)
+    other = copied(model)
+    own = {id(module) for module in other.modules()}
+    assert own.isdisjoint({id(module) for module in model.modules()})
+    attribute = "train" if change is freeze_batch_norm else "forward"
+    for layer in batch_norms(other):
+        assert vars(layer)[attribute].args == (layer,)
+        assert id(vars(layer)[attribute].args[0]) in own
+    # and each learns for itself
+    before, state = statistics(model), {name: p.detach().clone() for name, p in model.named_parameters()}
+    other.train()
+    step(other)
+    assert same(statistics(model), before)
+    assert all(torch.equal(parameter, state[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_frozen_and_guarded_together_on_a_real_network() -> None:
+    torch.manual_seed(0)
+    model = with_statistics(models.resnet18(num_classes=3))
+    assert freeze_batch_norm(model) == guard_single_values(model) == 20
+    before = statistics(model)
+    model.train()
+    model(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert same(statistics(model), before)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_block_in_eval_restores_each_layers_mode_even_after_an_error() -> None:
+    model = with_statistics(Small()).train()
+    model.second[1].eval()
+    before = statistics(model)
+
+    def in_block() -> None:
+        with batch_norm_in_eval(model):
+            assert [layer.training for layer in batch_norms(model)] == [False, False]
+            assert model.out.training
+            model(torch.randn(1, 3, 8, 8))
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        in_block()
+    assert [layer.training for layer in batch_norms(model)] == [True, False]
+    assert same(statistics(model), before)
+
+
+def test_one_process_has_nothing_to_average() -> None:
+    model = with_statistics(Small())
+    before = statistics(model)
+    average_statistics(model, 1)  # there is no process group: a collective would raise
+    freeze_batch_norm(model)
+    average_statistics(model, 2)
+    average_statistics(models.squeezenet1_1(), 2)
+    assert same(statistics(model), before)
