@@ -1,6 +1,6 @@
 """Sections of the config -> the parts of a run. Only here, and in the verbs, is the whole config known."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from trainer import runtime
 from trainer.config import Config, DataConfig
-from trainer.data.augment import Normalise, Preprocessing, test_transform, train_transform
+from trainer.data.augment import Normalise, Preprocessing, eval_transform, train_transform
 from trainer.data.index import Example, ImageIndex
 from trainer.data.loader import Batch, Images, Order, Shares, Slices, make_loader
 from trainer.data.names import listed, printable
@@ -112,7 +112,7 @@ class Evaluator:
         share = -(-config.train.batch_size // (machine.world * config.train.accumulation))
         self._parts: dict[str, tuple[int, Iterable[Batch]]] = {}
         for name, part in evaluated(index).items():
-            images = Images(part, test_transform(preprocessing), seed=config.run.seed)
+            images = Images(part, eval_transform(preprocessing), seed=config.run.seed)
             slices = Slices(len(part), batch_size=max(8, share), rank=machine.rank, world=machine.world)
             self._parts[name] = (len(part), loader_of(images, slices, config, machine))
 
@@ -156,8 +156,13 @@ def make_plan(config: Config, order: Order, *, start_epoch: int) -> Plan:
     )
 
 
-def make_model(config: Config, classes: int, weights: str | None) -> Created:
-    """Return the model with its new head, drawn from `run.seed`, in the memory layout that it trains in."""
+def make_model(
+    config: Config, classes: int, weights: str | None, *, on_progress: Callable[[str], None]
+) -> Created:
+    """Return the model with its new head, drawn from `run.seed`, in the memory layout that it trains in.
+
+    `on_progress` hears of a download before it begins.
+    """
     torch.manual_seed(derive_seed("weights", config.run.seed))
     created = create(
         config.model.name,
@@ -166,6 +171,7 @@ def make_model(config: Config, classes: int, weights: str | None) -> Created:
         weights=weights,
         head_init=config.model.head_init,
         frozen_batch_norm=config.transfer.batch_norm == "frozen",
+        on_progress=on_progress,
     )
     if config.train.channels_last:
         created.model.to(memory_format=torch.channels_last)

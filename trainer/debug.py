@@ -94,7 +94,7 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
             console.print(
                 f"the source stage ({config.source.root}) is left out: random weights stand for its own"
             )
-        created = make_model(config, len(index.classes), config.model.weights)
+        created = make_model(config, len(index.classes), config.model.weights, on_progress=console.print)
         console.print("\n".join(created.lines))
         groups = make_groups(created, config)
         console.print(group_table(groups))

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainer.data.augment import Normalise, Preprocessing, test_transform, to_array
-from trainer.data.decode import UnreadableImage, _to_rgb, _turn, decode
+from trainer.data.augment import Normalise, Preprocessing, eval_transform, to_array
+from trainer.data.decode import UnreadableImage, decode, upright_rgb
 from trainer.data.names import listed, printable
 from trainer.errors import UserError
 from trainer.files import write_atomically
@@ -50,7 +50,7 @@ class Preprocess:
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
-        self._transform = test_transform(preprocessing)
+        self._transform = eval_transform(preprocessing)
         self._normalise = Normalise(preprocessing, torch.device("cpu"))
 
     def __call__(self, picture: Image.Image | str | os.PathLike[str]) -> Tensor:
@@ -61,17 +61,12 @@ class Preprocess:
 
         """
         try:
-            image = _upright_rgb(picture) if isinstance(picture, Image.Image) else decode(picture)
+            image = upright_rgb(picture) if isinstance(picture, Image.Image) else decode(picture)
         except UnreadableImage as error:
             name = "the picture" if isinstance(picture, Image.Image) else printable(os.fspath(picture))
             raise UserError(f"{name}: {error}; expected an image file") from None
         array = torch.tensor(to_array(self._transform(image)))
         return self._normalise(array.permute(2, 0, 1)[None])[0]
-
-
-def _upright_rgb(picture: Image.Image) -> Image.Image:
-    turn = _turn(picture)
-    return _to_rgb(picture) if turn is None else _to_rgb(picture).transpose(turn)
 
 
 class Loaded(NamedTuple):

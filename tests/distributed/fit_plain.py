@@ -13,7 +13,7 @@ import torch
 
 from tests.distributed.test_parity import BATCH, DECAY, EPOCHS, HEAD_SCALE, LR, SEED, Plain, listed
 from trainer import runtime
-from trainer.data.augment import Normalise, Preprocessing, test_transform
+from trainer.data.augment import Normalise, Preprocessing, eval_transform
 from trainer.data.loader import Images, Order, Shares, make_loader
 from trainer.loop import Plan, Progress, fit
 from trainer.optim import group_parameters, make_optimizer
@@ -51,7 +51,7 @@ def losses(folder: Path, machine: runtime.Runtime, reduction: Any, accumulation:
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
     )
-    images = Images(listed(folder), test_transform(preprocessing), seed=SEED)
+    images = Images(listed(folder), eval_transform(preprocessing), seed=SEED)
     order = Order(examples=len(images), batch_size=BATCH, seed=SEED)
     shares = Shares(order, epochs=EPOCHS, rank=machine.rank, world=machine.world)
     loader = partial(

@@ -57,7 +57,7 @@ def recipe(
             with torch.no_grad():
                 for parameter in model.parameters():
                     lr = LR[reduction] * (HEAD_SCALE if id(parameter) in in_head else 1)
-                    parameter -= lr * (parameter.grad + DECAY * parameter)
+                    parameter.sub_(lr * (parameter.grad + DECAY * parameter))
                     parameter.grad = None
 
 

@@ -254,7 +254,7 @@ def test_the_preprocessing_is_that_of_the_runs_evaluation(
     assert torch.equal(found, preprocess(image))
     assert torch.equal(found, preprocess(str(tmp_path / "picture.png")))
     # as the run's loader and loop do
-    images = Images([(str(tmp_path / "picture.png"), 0)], augment.test_transform(preprocessing), seed=0)
+    images = Images([(str(tmp_path / "picture.png"), 0)], augment.eval_transform(preprocessing), seed=0)
     array, _, _ = images[Draw(0, 0)]
     batch = torch.from_numpy(np.stack([array])).permute(0, 3, 1, 2)
     assert torch.equal(found, Normalise(preprocessing, torch.device("cpu"))(batch)[0])

@@ -77,7 +77,7 @@ class Preprocessing:
         return InterpolationMode(self.interpolation)
 
 
-def test_transform(preprocessing: Preprocessing) -> Transform:
+def eval_transform(preprocessing: Preprocessing) -> Transform:
     """Return resize and central crop: RGB picture of any size -> [image_size, image_size]."""
     size = preprocessing.resize_size
     target = [size, size] if preprocessing.resize == "squash" else [size]
@@ -94,7 +94,7 @@ def train_transform(
 ) -> Transform:
     """Return the random transform of training: RGB picture of any size -> [image_size, image_size]."""
     if augment == "none":
-        return test_transform(preprocessing)
+        return eval_transform(preprocessing)
     steps: list[torch.nn.Module] = [
         v2.RandomResizedCrop(
             preprocessing.image_size, scale=crop_scale, interpolation=preprocessing.mode, antialias=True

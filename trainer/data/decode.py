@@ -104,9 +104,7 @@ def decode(path: str | os.PathLike[str]) -> Image.Image:
         try:
             with Image.open(file, formats=_FORMATS) as stored:
                 stored.load()
-                turn = _turn(stored)
-                image = _to_rgb(stored)
-                return image if turn is None else image.transpose(turn)
+                return upright_rgb(stored)
         except UnreadableImage:
             raise
         except UnidentifiedImageError:
@@ -120,6 +118,18 @@ def decode(path: str | os.PathLike[str]) -> Image.Image:
             if isinstance(error, OSError) and error.errno:
                 raise UnreachableImage(f"cannot be read ({error.strerror})") from None
             raise UnreadableImage(_short(error)) from None
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened picture as `decode` does.
+
+    Raises:
+        UnreadableImage: pixel values that cannot be brought to 8 bits.
+
+    """
+    turn = _turn(image)
+    rgb = _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 class _Silence:

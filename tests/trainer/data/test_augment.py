@@ -13,11 +13,9 @@ from trainer.data.augment import (
     Normalise,
     Preprocessing,
     apply_seeded,
+    eval_transform,
     to_array,
     train_transform,
-)
-from trainer.data.augment import (
-    test_transform as make_test_transform,
 )
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,7 +35,7 @@ def preprocessing(**changes: object) -> Preprocessing:
 def test_the_recipes_test_transform(size: tuple[int, int]) -> None:
     image = picture(1, size=size)
     reference = v1.Compose([v1.Resize([256, 256]), v1.CenterCrop(224)])
-    found = make_test_transform(RECIPE)(image)
+    found = eval_transform(RECIPE)(image)
     assert found.size == (224, 224)
     assert np.array_equal(found, reference(image))
 
@@ -49,7 +47,7 @@ def test_the_shorter_side_keeps_the_proportions(size: tuple[int, int], interpola
     mode = InterpolationMode(interpolation)
     reference = v1.Compose([v1.Resize(40, interpolation=mode), v1.CenterCrop(32)])
     asked = preprocessing(image_size=32, resize_size=40, resize="shorter", interpolation=interpolation)
-    assert np.array_equal(make_test_transform(asked)(image), reference(image))
+    assert np.array_equal(eval_transform(asked)(image), reference(image))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -81,7 +79,7 @@ def test_a_seed_fixes_the_training_transform_and_torchs_own_state_stays(augment:
 def test_without_augmentation_training_images_are_as_test_images() -> None:
     image = picture(5, size=(80, 60))
     transform = train_transform(RECIPE, "none", (0.08, 1.0))
-    assert np.array_equal(apply_seeded(transform, image, 1), make_test_transform(RECIPE)(image))
+    assert np.array_equal(apply_seeded(transform, image, 1), eval_transform(RECIPE)(image))
 
 
 def test_the_crop_covers_what_it_is_told_to() -> None:
@@ -93,7 +91,7 @@ def test_the_crop_covers_what_it_is_told_to() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_normalising_is_to_tensor_and_normalize(channels_last: bool) -> None:
-    images = [make_test_transform(RECIPE)(picture(seed, size=(300, 200))) for seed in range(3)]
+    images = [eval_transform(RECIPE)(picture(seed, size=(300, 200))) for seed in range(3)]
     reference = torch.stack([v1.Compose([v1.ToTensor(), v1.Normalize(MEAN, STD)])(image) for image in images])
     batch = torch.from_numpy(np.stack([to_array(image) for image in images])).permute(0, 3, 1, 2)
     batch = batch if channels_last else batch.contiguous()
@@ -151,4 +149,4 @@ def test_the_recipes_test_transform_on_real_photographs(shared: Path) -> None:
     reference = v1.Compose([v1.Resize([256, 256]), v1.CenterCrop(224)])
     for path in sorted((shared / "data" / "hymenoptera" / "val" / "bees").iterdir())[:5]:
         image = Image.open(path).convert("RGB")
-        assert np.array_equal(make_test_transform(RECIPE)(image), reference(image))
+        assert np.array_equal(eval_transform(RECIPE)(image), reference(image))

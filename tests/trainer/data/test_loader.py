@@ -8,8 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from tests.folders import image_folder
-from trainer.data.augment import Preprocessing, train_transform
-from trainer.data.augment import test_transform as make_test_transform
+from trainer.data.augment import Preprocessing, eval_transform, train_transform
 from trainer.data.decode import decode
 from trainer.data.index import Example, read_index
 from trainer.data.loader import Batch, Collate, Draw, ImageGone, Images, Order, Shares, Slices, make_loader
@@ -154,7 +153,7 @@ def test_equal_pictures_are_cropped_apart(examples: Sequence[Example]) -> None:
 def test_a_batch_holds_the_pictures_of_its_examples(
     examples: Sequence[Example], accelerator: Accelerator, channels_last: bool
 ) -> None:
-    transform = make_test_transform(SMALL)
+    transform = eval_transform(SMALL)
     found = batches(
         Images(examples, transform, seed=0),
         Slices(EXAMPLES, batch_size=BATCH),
@@ -234,7 +233,7 @@ def test_an_image_that_vanishes_is_named_in_plain_words(
 ) -> None:
     root = image_folder(tmp_path, {"train": {"a": 3, "b": 3}, "val": {"a": 1, "b": 1}})
     listed = read_index(root, val_fraction=0, test_fraction=0.2, seed=0, extensions=(".png",)).train
-    images = Images(listed, make_test_transform(SMALL), seed=0)
+    images = Images(listed, eval_transform(SMALL), seed=0)
     gone = Path(listed[4].path)
     gone.rename(gone.with_name("a\nnew name"))
     with pytest.raises(UserError) as caught:

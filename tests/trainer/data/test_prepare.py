@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.folders import image_folder, picture
 from trainer.config import DataConfig
-from trainer.data import verdicts
+from trainer.data import known, verdicts
 from trainer.data.decode import decode
 from trainer.data.index import read_index, write_split
 from trainer.data.prepare import Displays, Prepared, prepare
@@ -162,6 +162,27 @@ def test_progress_is_shown_while_images_are_checked(tmp_path: Path) -> None:
     prepare(config(small(tmp_path)), workers=1, displays=Displays(checking=show))
     assert events[0] == "open"
     assert events[-2:] == [(12, 12), "closed"]
+
+
+def test_progress_is_shown_while_a_known_data_set_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[object] = []
+
+    @contextmanager
+    def show(name: str) -> Iterator[Callable[[int, int | None], None]]:
+        events.append(name)
+        yield lambda done, total: events.append((done, total))
+        events.append("closed")
+
+    def fetch(dataset: object, cache: Path, *, on_progress: Callable[[int, int | None], None]) -> Path:
+        on_progress(1, 2)
+        return small(tmp_path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(known, "fetch", fetch)
+    prepare(config(Path("hotdog")), workers=1, displays=Displays(downloading=show))
+    assert events == ["hotdog", (1, 2), "closed"]
 
 
 def test_settings_reach_the_index(tmp_path: Path) -> None:

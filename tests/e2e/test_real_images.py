@@ -1,0 +1,45 @@
+"""Real photographs and real pretrained weights (shared data): the note's method reaches what it should."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import trainer
+from tests.launching import MAIN, REPOSITORY, accelerate_launch, rows, run
+
+WEIGHTS = "squeezenet1_1-imagenet1k-fp16.safetensors"
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_ants_and_bees_by_the_notes_method(shared: Path, tmp_path: Path) -> None:
+    said = run(
+        [
+            *accelerate_launch("--num_processes", 1, MAIN),
+            *("--config", REPOSITORY / "configs" / "hymenoptera.yaml"),
+            *("--data.root", shared / "data" / "hymenoptera"),
+            *("--model.weights", shared / "weights" / WEIGHTS),
+            *("--run.dir", tmp_path / "run"),
+        ],
+        cwd=tmp_path,
+        timeout=900,
+    )
+    assert "50 of the backbone's 50 tensors" in said
+    assert "1 .gif" in said, "what is passed over is said"
+    epochs = rows(tmp_path / "run", "epoch")
+    assert [(row["train_seen"], row["test_seen"]) for row in epochs] == [(244, 153)] * 5
+    assert epochs[-1]["test_accuracy"] >= 0.80
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+
+    # The file that is left is enough to predict with, and predicts what the run has reported.
+    model, preprocess, classes = trainer.load(tmp_path / "run" / "model.safetensors")
+    best = max(epochs, key=lambda row: (row["test_accuracy"], -row["test_loss"]))
+    right = 0
+    for label, name in enumerate(classes):
+        for path in sorted((shared / "data" / "hymenoptera" / "val" / name).iterdir()):
+            with Image.open(path) as picture:
+                right += int(model(preprocess(picture)[None]).argmax().item() == label)
+    assert classes == ("ants", "bees")
+    # One image at a time, another order of the sums: a picture on the very border may fall to the other side.
+    assert abs(right - best["test_correct"]) <= 1
