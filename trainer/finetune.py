@@ -32,7 +32,7 @@ from trainer.model_file import Description, write_model
 from trainer.optim import make_optimizer
 from trainer.parse import dump
 from trainer.report.console import Display, group_table
-from trainer.report.metrics import Row, epoch_rows, read_rows
+from trainer.report.metrics import Row, check_epochs, epoch_rows, read_rows
 from trainer.report.run_report import RunReport, Silent
 from trainer.report.summary import best_row
 from trainer.run_folder import LAST, METRICS, MODEL, SPLIT, find_state, open_folder
@@ -81,7 +81,9 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
             open_folder(folder, dump(config), resume="auto")
             if index.split_made:
                 write_split(index, folder / SPLIT)
-        return find_state(folder, data=prepared.fingerprint)
+        found = find_state(folder, data=prepared.fingerprint)
+        check_epochs(folder / METRICS, found.epoch if found else 0)
+        return found
 
     counters = runtime.in_turn(accelerator, stand)
     done = counters.epoch if counters else 0
@@ -95,7 +97,9 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
     # 2.
     preprocessing = preprocessing_of(config.data)
     created = runtime.in_turn(
-        accelerator, lambda: make_model(config, len(index.classes), weights), local=True
+        accelerator,
+        lambda: make_model(config, len(index.classes), weights, on_progress=console.print),
+        local=True,
     )
     console.print("\n".join(created.lines))
 
@@ -111,7 +115,7 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
     # 5.
     if counters is not None:
         load_state(folder / LAST, bare, optimizer)
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and counters.scaler:  # none where the run began without fp16
             accelerator.scaler.load_state_dict(dict(counters.scaler))
         console.print(f"going on after epoch {done} of {config.train.epochs} (step {counters.step})")
 

@@ -51,8 +51,8 @@ def open_folder(folder: Path, config: str, *, resume: Literal["auto", "never", "
 
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         note = _settle(folder, config, resume)
+        folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(folder / CONFIG, config)
     except OSError as error:
         raise UserError(
@@ -75,21 +75,25 @@ def _settle(folder: Path, config: str, resume: str) -> str | None:
     if resume == "never":
         aside = _free_name(folder)
         folder.rename(aside)
-        folder.mkdir()
         return f"the earlier run was moved to {aside}"
     begun = (folder / LAST).exists() or (folder / "source" / LAST).exists()
-    if not begun:
-        if resume == "must":
-            raise UserError(f"run.resume is must, but the run in {folder} has not finished an epoch")
-        return "an earlier start in this folder had not finished an epoch: starting anew"
-    differences = list(_differences((folder / CONFIG).read_text(encoding="utf-8"), config))
+    has_model = (folder / MODEL).exists()
+    if (folder / LAST).exists() and not has_model:
+        raise UserError(
+            f"run.dir {folder}: holds {LAST} but no {MODEL}, which an epoch's end writes before it. Restore that "
+            "file, or --run.resume never, which moves the run aside"
+        )
+    if resume == "must" and not begun:
+        raise UserError(f"run.resume is must, but the run in {folder} has not finished an epoch")
+    # A start that got nowhere may be followed by one of another config: it has nothing to lose.
+    differences = list(_differences(folder / CONFIG, config)) if begun or has_model else []
     if differences:
         listed = "".join(f"\n  {line}" for line in differences)
         raise UserError(
             f"run.dir {folder}: holds a run of another config:{listed}\n"
             "Choose another run.dir, or --run.resume never, which moves that run aside"
         )
-    return None
+    return None if begun else "an earlier start in this folder had not finished an epoch: starting anew"
 
 
 def _free_name(folder: Path) -> Path:
@@ -99,12 +103,14 @@ def _free_name(folder: Path) -> Path:
     return aside
 
 
-def _differences(earlier: str, now: str) -> Iterator[str]:
+def _differences(earlier: Path, now: str) -> Iterator[str]:
+    after = dict(_flat(yaml.safe_load(now)))
     try:
-        before, after = (dict(_flat(yaml.safe_load(text))) for text in (earlier, now))
-    except (yaml.YAMLError, AttributeError) as error:
+        before = dict(_flat(yaml.safe_load(earlier.read_text(encoding="utf-8"))))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"the run folder's {CONFIG} is damaged ({error}); --run.resume never starts anew"
+            f"{earlier}: damaged ({' '.join(str(error).split())}). Restore the file, or --run.resume never, which "
+            "moves the run aside"
         ) from None
     for key in sorted((before.keys() | after.keys()) - _FREE):
         if before.get(key) != after.get(key):

@@ -66,15 +66,19 @@ def resolve(config: Config) -> Config:
         UserError: an unknown model or weights name, or a file of another model.
 
     """
-    data, weights = config.data, config.model.weights
-    if data.root is None:
+    data = config.data
+    if data.root is None or not data.root.strip():
         raise UserError("data.root is not set: give the folder of your images, a CSV, or a known name")
+    weights = config.model.weights
+    if weights is not None and Path(there := _absolute("model.weights", weights)).is_file():
+        weights = there
+    config = replace(config, model=replace(config.model, weights=weights))
     found = _preprocessing(config)
     size = data.image_size or found.image_size
     in_proportion = round(found.resize_size * size / found.image_size)
     data = replace(
         data,
-        root=data.root if is_known(data.root) else str(Path(data.root).expanduser().absolute()),
+        root=data.root if is_known(data.root) else _absolute("data.root", data.root),
         image_size=size,
         resize_size=data.resize_size or in_proportion,
         interpolation=data.interpolation or found.interpolation,
@@ -87,25 +91,32 @@ def resolve(config: Config) -> Config:
             f"data.resize_size is {data.resize_size}, data.image_size {size}: the central crop cannot be larger than "
             "the picture it is cut from"
         )
-    if weights and Path(weights).expanduser().is_file():
-        weights = str(Path(weights).expanduser().absolute())
     source = config.source
     if source.root and not is_known(source.root):
-        source = replace(source, root=str(Path(source.root).expanduser().absolute()))
+        source = replace(source, root=_absolute("source.root", source.root))
     return replace(
         config,
-        run=replace(config.run, dir=str(Path(config.run.dir).expanduser().absolute())),
+        run=replace(config.run, dir=_absolute("run.dir", config.run.dir)),
         data=data,
-        model=replace(config.model, weights=weights),
         source=source,
     )
+
+
+def _absolute(key: str, path: str) -> str:
+    """Return a path of the config as a whole one."""
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError:  # a misspelt ~user, or a container's user without a name
+        raise UserError(
+            f"{key} is {path}, and there is no such home folder here: give the whole path"
+        ) from None
 
 
 def _preprocessing(config: Config) -> Preprocessing:
     name, weights = config.model.name, config.model.weights
     usual = preset(name, weights)
-    if weights and weights.endswith(".safetensors") and Path(weights).expanduser().is_file():
-        described = read_description(Path(weights).expanduser())
+    if weights and weights.endswith(".safetensors") and Path(weights).is_file():
+        described = read_description(weights)
         if described is not None:
             if described.architecture != name:
                 raise UserError(

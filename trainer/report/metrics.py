@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trainer.data.names import listed
 from trainer.errors import UserError
 from trainer.files import write_text_atomically
 from trainer.loop import Evaluations, Progress
@@ -40,7 +41,7 @@ def read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     rows: list[Row] = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
@@ -62,6 +63,30 @@ def read_rows(path: Path) -> list[Row]:
 def epoch_rows(rows: list[Row]) -> list[Row]:
     """Return the rows of whole epochs."""
     return [row for row in rows if row["kind"] == "epoch"]
+
+
+def check_epochs(path: Path, epochs: int) -> None:
+    """Check that the rows belong to a training state after `epochs` epochs, which a resumed run is to go on from.
+
+    All of them are there; and at most the next one too, whose state was not written any more.
+
+    Raises:
+        UserError: rows are missing, or the state is.
+
+    """
+    there = {row["epoch"] for row in epoch_rows(read_rows(path))}
+    missing = [str(epoch) for epoch in range(1, epochs + 1) if epoch not in there]
+    if missing:
+        fault = f"lacks epoch {listed(missing)}, but the training state is that after epoch {epochs}"
+    elif max(there, default=0) > epochs + 1:
+        state = f"the training state is that after epoch {epochs}" if epochs else "there is no training state"
+        fault = f"goes on to epoch {max(there)}, but {state}"
+    else:
+        return
+    raise UserError(
+        f"{path}: {fault}: one of the two files was lost or replaced. Restore it, or start anew with "
+        "--run.resume never, which moves the run aside"
+    )
 
 
 def train_row(progress: Progress, steps_per_epoch: int) -> Row:

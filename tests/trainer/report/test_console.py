@@ -1,4 +1,6 @@
 import io
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from trainer.optim import group_parameters
 from trainer.report import console as module
 from trainer.report.console import (
     Display,
+    checking,
+    downloading,
     duration,
     group_table,
     make_console,
@@ -115,3 +119,93 @@ def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str]) -> None:
     make_console(speaks=False).print("no")
     make_console(speaks=True).print("[bold]kept as it is[/bold] :smile:")
     assert capsys.readouterr().out == "[bold]kept as it is[/bold] :smile:\n"
+
+
+def terminal() -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, force_terminal=True, width=100, highlight=False, color_system=None), file
+
+
+def test_a_download_shows_size_speed_and_what_is_left_and_leaves_one_line() -> None:
+    console, file = terminal()
+    with downloading(console, "hotdog") as on_progress:
+        assert on_progress is not None
+        for done in range(0, 400_001, 100_000):
+            on_progress(done, 400_000)
+            module.time.sleep(0.15)  # the bar is drawn ten times a second, and has a speed after two reports
+    text = file.getvalue()
+    assert re.search(r"downloading hotdog .*━.* \d+\.\d/400\.0 kB \d+\.\d .B/s ETA \d", text)
+    assert re.search(r"(\n|\x1b\[2K)downloading hotdog: 400\.0 kB in \d s\n$", text)
+
+
+def test_without_a_terminal_a_download_has_a_line_for_each_tenth() -> None:
+    console, file = plain()
+    with downloading(console, "hotdog") as on_progress:
+        assert on_progress is not None
+        on_progress(0, None)
+        for done in range(0, 400_001, 1_000):
+            on_progress(done, 400_000)
+        on_progress(400_000, None)
+    assert file.getvalue().splitlines() == [
+        "downloading hotdog: 0 bytes",
+        *(f"downloading hotdog: {tenth}0 % of 400.0 kB" for tenth in range(1, 11)),
+    ]
+
+
+def test_without_a_terminal_or_a_length_a_download_has_a_line_for_each_50_mb() -> None:
+    console, file = plain()
+    with downloading(console, "hotdog") as on_progress:
+        assert on_progress is not None
+        for done in range(0, 120_000_000, 10_000_000):
+            on_progress(done, None)
+    assert file.getvalue().splitlines() == [
+        f"downloading hotdog: {done}" for done in ("0 bytes", "50.0 MB", "100.0 MB")
+    ]
+
+
+@pytest.mark.parametrize("make", [plain, terminal])
+def test_nothing_is_shown_where_nothing_is_downloaded(
+    make: Callable[[], tuple[Console, io.StringIO]],
+) -> None:
+    console, file = make()
+    with downloading(console, "hotdog"):
+        pass
+    assert file.getvalue() == ""
+
+
+@pytest.mark.parametrize("make", [plain, terminal])
+def test_a_quiet_console_shows_neither_a_download_nor_a_check(
+    make: Callable[[], tuple[Console, io.StringIO]],
+) -> None:
+    console, file = make()
+    console.quiet = True
+    with downloading(console, "hotdog") as on_progress, checking(console) as on_checked:
+        assert (on_progress, on_checked) == (None, None)
+    assert file.getvalue() == ""
+
+
+def test_the_bar_of_a_download_is_taken_away_by_an_error() -> None:
+    console, file = terminal()
+
+    def fail() -> None:
+        with downloading(console, "hotdog") as on_progress:
+            assert on_progress is not None
+            on_progress(0, 400_000)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert file.getvalue().endswith("\x1b[2K"), "the line is wiped"
+    assert " in 0 s" not in file.getvalue()
+
+
+def test_a_check_shows_its_count_on_a_terminal_only() -> None:
+    console, file = terminal()
+    with checking(console) as on_checked:
+        assert on_checked is not None
+        on_checked(3, 7)
+    assert re.search(r"checking images .* 3/7", file.getvalue())
+    console, file = plain()
+    with checking(console) as on_checked:
+        assert on_checked is None
+    assert file.getvalue() == ""
