@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import nn
 
 from trainer import runtime
@@ -27,6 +28,7 @@ from trainer.config import Config
 from trainer.data.augment import Normalise
 from trainer.data.index import write_split
 from trainer.data.loader import Order, Shares
+from trainer.errors import UserError
 from trainer.loop import Evaluations, Progress, fit
 from trainer.model_file import Description, write_model
 from trainer.optim import make_optimizer
@@ -194,7 +196,21 @@ class Saver:
     """Of the model; its metrics are filled in as they come."""
 
     def __call__(self, progress: Progress, _: Evaluations) -> None:
-        """Write the state at the end of an epoch, whose row stands in the metrics already."""
+        """Write the state at the end of an epoch, whose row stands in the metrics already.
+
+        Raises:
+            UserError: it could not be written, as on a full disk.
+
+        """
+        try:
+            self._write(progress)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self.folder}: epoch {progress.epoch} could not be saved ({error}). What was saved before is whole: "
+                "make room, and the same command goes on from there"
+            ) from None
+
+    def _write(self, progress: Progress) -> None:
         rows = epoch_rows(read_rows(self.folder / METRICS))
         if best_row(rows, self.selection) is rows[-1]:
             metrics = {**rows[-1], "selected_on": self.selection or "test"}

@@ -73,6 +73,7 @@ def start(
 
     """
     refuse_copies(os.environ)
+    refuse_launchers_settings(os.environ)
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -156,6 +157,25 @@ def refuse_copies(environment: Mapping[str, str]) -> None:
             raise UserError(
                 f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {', '.join(missing)} is not set: start the processes "
                 "by torchrun or accelerate launch, or unset WORLD_SIZE"
+            )
+
+
+def refuse_launchers_settings(environment: Mapping[str, str]) -> None:
+    """Raise a UserError for what `accelerate launch` or its config file sets behind the run's own config.
+
+    Accelerate takes these from the environment without a word: steps of accumulation would divide every
+    gradient, a compiled model would be saved under other names.
+    """
+    for variable, harmless, instead in (
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "train.accumulation cuts a batch into parts"),
+        ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "models are not compiled"),
+        ("ACCELERATE_MIXED_PRECISION", ("", "no", "bf16", "fp16"), "train.precision is fp32, bf16 or fp16"),
+    ):
+        value = environment.get(variable, "")
+        if value.lower() not in harmless:
+            raise UserError(
+                f"{variable} is {value!r}, set by accelerate launch or its config file: {instead} here. Leave that option "
+                "out, or name another file by accelerate launch --config_file"
             )
 
 

@@ -1,4 +1,6 @@
+import errno
 import io
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,9 +13,13 @@ from rich.console import Console
 from tests.folders import image_folder
 from trainer import runtime
 from trainer.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from trainer.data.augment import Preprocessing
 from trainer.errors import UserError
-from trainer.finetune import Outcome, finetune
-from trainer.report.metrics import read_rows
+from trainer.finetune import Outcome, Saver, finetune
+from trainer.loop import Progress
+from trainer.meter import Figures
+from trainer.model_file import Description
+from trainer.report.metrics import MetricsFile, read_rows
 from trainer.run_folder import LAST, METRICS
 from trainer.stages import resolve
 
@@ -97,3 +103,53 @@ def test_a_run_killed_before_its_first_state_starts_anew(copy: Config) -> None:
     outcome, _ = train(copy)
     assert [row["epoch"] for row in outcome.rows] == [1, 2, 3]
     assert [row["epoch"] for row in read_rows(folder / METRICS) if row["kind"] == "epoch"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("full_at", ["write_model", "save_state"])
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_saved(
+    full_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = MetricsFile(tmp_path / METRICS, keep_epochs=0)
+    model = torch.nn.Linear(2, 2)
+    save = Saver(
+        folder=tmp_path,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters()),
+        scaler=None,
+        fingerprint="x",
+        selection=None,
+        description=Description(
+            version="0",
+            architecture="resnet18",
+            classes=("a", "b"),
+            preprocessing=Preprocessing(
+                image_size=8,
+                resize_size=8,
+                resize="squash",
+                interpolation="bilinear",
+                mean=(0.5, 0.5, 0.5),
+                std=(0.5, 0.5, 0.5),
+            ),
+            source="",
+            metrics={},
+        ),
+    )
+    figures = Figures(loss_sum=1.0, correct=1, seen=1, seconds=1.0, compute_seconds=1.0, bad_step=None)
+    for epoch in (1, 2):
+        metrics.append({"kind": "epoch", "epoch": epoch, "test_accuracy": epoch / 2, "test_loss": 1.0})
+        progress = Progress(epoch=epoch, epoch_step=1, step=epoch, figures=figures, lr={})
+        if epoch == 1:
+            save(progress, {})
+            before = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(
+        f"trainer.{'model_file' if full_at == 'write_model' else 'checkpoint'}.save_file", full
+    )
+    with pytest.raises(UserError, match=r"epoch 2 could not be saved .*No space left.*make room"):
+        save(progress, {})
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != METRICS}
+    assert after["last.safetensors"] == before["last.safetensors"]
+    assert after.keys() == before.keys(), "no temporary file is left"

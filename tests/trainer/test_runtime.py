@@ -9,7 +9,15 @@ from accelerate.utils import DistributedType
 
 from trainer import runtime
 from trainer.errors import UserError
-from trainer.runtime import _check_group, available_cores, choose_precision, in_turn, refuse_copies, start
+from trainer.runtime import (
+    _check_group,
+    available_cores,
+    choose_precision,
+    in_turn,
+    refuse_copies,
+    refuse_launchers_settings,
+    start,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +89,27 @@ def test_a_group_smaller_than_world_size_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"WORLD_SIZE is 2.*torchrun --nproc-per-node 2"):
         _check_group(accelerator)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8"),
+    ],
+)
+def test_what_the_launcher_would_change_silently_is_refused(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"{variable} is '{value}'"):
+        start(device="cpu", precision="auto", threads=None)
+
+
+def test_what_accelerate_launch_sets_by_itself_is_no_offence() -> None:
+    refuse_launchers_settings({"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "no"})
+    refuse_launchers_settings({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"})
 
 
 def test_another_kind_of_distribution_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,8 @@ _UNSEEN = (("checked", "star"), ("dotted", "cross"), ("plain", "triangle"), ("st
 _SEEN = tuple((p, s) for p in PATTERNS for s in SHAPES if (p, s) not in _UNSEEN)
 
 TASKS: Mapping[str, Task] = {
-    "source": Task(_SEEN, {"train": 60, "test": 12}),
-    "target": Task(_UNSEEN, {"train": 10, "test": 60}),
+    "source": Task(_SEEN, {"train": 60, "test": 6}),
+    "target": Task(_UNSEEN, {"train": 10, "test": 40}),
 }
 
 
