@@ -5,6 +5,7 @@ and below it the same pictures augmented, as the model will see them.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,14 +46,15 @@ def _picture(path: str) -> Image.Image:
 
 def draw(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:
     """Write rows of up to 8 pictures, each under its caption, to one PNG."""
-    figure = Figure(figsize=(1.45 * COLUMNS, 1.6 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), COLUMNS, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes_row, (caption, pictures) in zip(grid, rows, strict=True):
-        axes_row[0].set_title(caption, loc="left", fontsize=9, fontfamily=fonts(), parse_math=False)
-        for axes, picture in zip(axes_row, pictures, strict=False):
-            axes.imshow(picture)
+    figure = Figure(figsize=(1.45 * COLUMNS, 1.7 * len(rows)), layout="constrained")
+    strips = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for strip, (caption, pictures) in zip(strips, rows, strict=True):
+        strip.suptitle(caption, x=0.005, ha="left", fontsize=9, fontfamily=fonts(), parse_math=False)
+        grid = strip.subplots(1, COLUMNS, squeeze=False)[0]
+        for axes, picture in itertools.zip_longest(grid, pictures):
+            axes.axis("off")
+            if picture is not None:
+                axes.imshow(picture)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, dpi=120)
 

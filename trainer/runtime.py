@@ -174,8 +174,8 @@ def refuse_launchers_settings(environment: Mapping[str, str]) -> None:
         value = environment.get(variable, "")
         if value.lower() not in harmless:
             raise UserError(
-                f"{variable} is {value!r}, set by accelerate launch or its config file: {instead} here. Leave that option "
-                "out, or name another file by accelerate launch --config_file"
+                f"{variable} is {value!r}, set by accelerate launch or its config file: {instead} here. Leave that "
+                "option out, or name another file by accelerate launch --config_file"
             )
 
 
