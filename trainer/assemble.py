@@ -67,10 +67,14 @@ def preprocessing_of(data: DataConfig) -> Preprocessing:
     )
 
 
-def training_images(index: ImageIndex, preprocessing: Preprocessing, config: Config) -> Images:
+def training_images(
+    index: ImageIndex, preprocessing: Preprocessing, config: Config, machine: Runtime
+) -> Images:
     """Return the training images under the config's augmentation."""
     transform = train_transform(preprocessing, config.data.augment, config.data.crop_scale)
-    return Images(index.train, transform, seed=config.run.seed)
+    return Images(
+        index.train, transform, seed=config.run.seed, threads=decoding_threads(config.data.workers, machine)
+    )
 
 
 def loader_of(
@@ -91,13 +95,19 @@ def input_workers(asked: int | None, machine: Runtime) -> int:
     """Return how many processes decode for this one.
 
     On a CPU they share the cores with the training, which is by far the slower: one for every four cores is
-    ahead of it. A GPU is fed by all cores but the trainer's own.
+    ahead of it. With fewer cores than that none is, since it would take turns with the training's own threads;
+    these decode instead, between two updates. A GPU is fed by all cores but the trainer's own.
     """
     if asked is not None:
         return asked
     if machine.accelerator.device.type == "cpu":
-        return max(1, machine.cores // 4)
+        return machine.cores // 4
     return min(16, max(1, machine.cores - 1))
+
+
+def decoding_threads(asked_workers: int | None, machine: Runtime) -> int:
+    """Return how many images this process decodes at a time; a worker decodes one."""
+    return 1 if input_workers(asked_workers, machine) else machine.threads
 
 
 class Evaluator:
@@ -112,7 +122,12 @@ class Evaluator:
         share = -(-config.train.batch_size // (machine.world * config.train.accumulation))
         self._parts: dict[str, tuple[int, Iterable[Batch]]] = {}
         for name, part in evaluated(index).items():
-            images = Images(part, eval_transform(preprocessing), seed=config.run.seed)
+            images = Images(
+                part,
+                eval_transform(preprocessing),
+                seed=config.run.seed,
+                threads=decoding_threads(config.data.workers, machine),
+            )
             slices = Slices(len(part), batch_size=max(8, share), rank=machine.rank, world=machine.world)
             self._parts[name] = (len(part), loader_of(images, slices, config, machine))
 

@@ -74,7 +74,7 @@ class DataConfig:
     on_unreadable: Literal["stop", "skip"] = "stop"
     """Images that cannot be read: stop before training and list them, or skip them, counted and listed."""
     workers: int | None = None
-    """Processes that decode ahead, for each training process; null: by the cores available; 0: none."""
+    """Processes that decode ahead, for each training process; null: by the cores available; 0: none, the training process decodes between its updates."""
     cache: str | None = None
     """Folder of downloads, drawn data sets and verdicts; null: $REGRAFT_CACHE, else ~/.cache/regraft."""
 

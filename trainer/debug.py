@@ -106,7 +106,7 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
     plan = replace(plan, batch_sizes=plan.batch_sizes[:BATCHES], epochs=1, points_per_epoch=BATCHES)
     preprocessing = preprocessing_of(config.data)
     normalise = Normalise(preprocessing, device)
-    images = training_images(index, preprocessing, config)
+    images = training_images(index, preprocessing, config, machine)
     shares = iter(loader_of(images, Shares(order, epochs=1), config, machine))
 
     with stage("first batch: read, decode, augment"):

@@ -123,7 +123,7 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
 
     # 6.
     order = Order(examples=len(index.train), batch_size=config.train.batch_size, seed=config.run.seed)
-    images = training_images(index, preprocessing, config)
+    images = training_images(index, preprocessing, config, machine)
     shares = Shares(
         order,
         epochs=config.train.epochs,

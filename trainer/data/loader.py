@@ -9,6 +9,7 @@ import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -59,24 +61,49 @@ class Batch(NamedTuple):
 class Images(Dataset[tuple[np.ndarray, int, int]]):
     """Decoded and transformed pictures; reading one is the only thing that a worker does."""
 
-    def __init__(self, examples: Sequence[tuple[str, int]], transform: Transform, *, seed: int) -> None:
+    def __init__(
+        self, examples: Sequence[tuple[str, int]], transform: Transform, *, seed: int, threads: int = 1
+    ) -> None:
+        """Take (path, label) pairs; `threads` decode at a time, where no workers do."""
         self.paths = [path for path, _ in examples]
         self.labels = np.array([label for _, label in examples], dtype=np.int64)
         self.transform = transform
         self.seed = seed
+        self.threads = threads
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, draw: Draw) -> tuple[np.ndarray, int, int]:
+        """Return (uint8 [H, W, 3], label, example)."""
+        return self._transformed(draw, self._decoded(draw))
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[tuple[np.ndarray, int, int]]:
+        """Return a whole share: torch's loader asks for it at once.
+
+        Pillow lets other threads run while it decodes. The transforms draw from the process's one generator:
+        they run in turn. No more pictures than threads lie decoded at once, since some are large.
+        """
+        if self.threads == 1:
+            return [self[draw] for draw in draws]
+        items: list[tuple[np.ndarray, int, int]] = []
+        with ThreadPoolExecutor(self.threads) as pool:
+            for start in range(0, len(draws), self.threads):
+                some = draws[start : start + self.threads]
+                items += map(self._transformed, some, pool.map(self._decoded, some))
+        return items
+
+    def _decoded(self, draw: Draw) -> Image.Image:
         path = self.paths[draw.example]
         try:
-            image = decode(path)
+            return decode(path)
         except UnreadableImage as error:
             raise ImageGone(
                 f"{printable(path)}: this image cannot be read: {error}. If it could be when training began, "
                 "it has changed since: bring it back, and the same command goes on from the last epoch"
             ) from None
+
+    def _transformed(self, draw: Draw, image: Image.Image) -> tuple[np.ndarray, int, int]:
         image = apply_seeded(self.transform, image, derive_seed("crop", self.seed, draw.epoch, draw.example))
         return to_array(image), int(self.labels[draw.example]), draw.example
 

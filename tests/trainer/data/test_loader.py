@@ -196,6 +196,22 @@ def test_workers_change_nothing(images: Images, accelerator: Accelerator) -> Non
         assert one.images.stride() == other.images.stride()
 
 
+@pytest.mark.parametrize("threads", [2, 3, 20])
+def test_threads_change_nothing(examples: Sequence[Example], images: Images, threads: int) -> None:
+    threaded = Images(examples, images.transform, seed=images.seed, threads=threads)
+    draws = [Draw(1, example) for example in (4, 0, 7, 2, 2, 9, 5)]
+    for one, other in zip(images.__getitems__(draws), threaded.__getitems__(draws), strict=True):
+        assert np.array_equal(one[0], other[0])
+        assert one[1:] == other[1:]
+    assert threaded.__getitems__([]) == []
+
+
+def test_an_image_that_a_thread_cannot_read_is_named(tmp_path: Path) -> None:
+    gone = Images([(str(tmp_path / "gone.jpg"), 0)] * 3, eval_transform(SMALL), seed=0, threads=2)
+    with pytest.raises(ImageGone, match=r"gone\.jpg: this image cannot be read: no such file"):
+        gone.__getitems__([Draw(0, 0), Draw(0, 1)])
+
+
 def test_accelerate_neither_shards_nor_pads(
     images: Images, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
