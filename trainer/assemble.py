@@ -15,6 +15,7 @@ from trainer.data.index import Example, ImageIndex
 from trainer.data.loader import Batch, Images, Order, Shares, Slices, make_loader
 from trainer.data.names import listed, printable
 from trainer.data.prepare import Displays, Prepared, prepare
+from trainer.errors import UserError
 from trainer.evaluate import evaluate
 from trainer.loop import Evaluations, Plan
 from trainer.model.create import Created, create
@@ -60,7 +61,7 @@ def preprocessing_of(data: DataConfig) -> Preprocessing:
     return Preprocessing(
         image_size=data.image_size,  # type: ignore[arg-type]
         resize_size=data.resize_size,  # type: ignore[arg-type]
-        resize=data.resize,
+        resize=data.resize,  # type: ignore[arg-type]
         interpolation=data.interpolation,  # type: ignore[arg-type]
         mean=data.mean,  # type: ignore[arg-type]
         std=data.std,  # type: ignore[arg-type]
@@ -149,10 +150,22 @@ class Evaluator:
 
 
 def make_plan(config: Config, order: Order, *, start_epoch: int) -> Plan:
-    """Return the updates of the run; durations become steps here."""
+    """Return the updates of the run; durations become steps here.
+
+    Raises:
+        UserError: a warm-up longer than the run.
+
+    """
     steps = order.steps_per_epoch
     total = steps * config.train.epochs
-    warmup = parse_duration("optim.warmup", config.optim.warmup)
+    warmup = to_steps(
+        parse_duration("optim.warmup", config.optim.warmup), steps_per_epoch=steps, total_steps=total
+    )
+    if warmup > total:
+        raise UserError(
+            f"optim.warmup is {config.optim.warmup!r}, {warmup} steps, but the run has {total}: the peak learning rate "
+            "would not be reached"
+        )
     return Plan(
         batch_sizes=order.batch_sizes,
         epochs=config.train.epochs,
@@ -165,10 +178,15 @@ def make_plan(config: Config, order: Order, *, start_epoch: int) -> Plan:
         lr_factor=partial(
             lr_factor,
             total_steps=total,
-            warmup_steps=to_steps(warmup, steps_per_epoch=steps, total_steps=total),
+            warmup_steps=warmup,
             kind=config.optim.schedule,
         ),
     )
+
+
+def paths_of(images: Images, order: Order, epoch: int, step: int) -> list[str]:
+    """Return the files of a global batch, fit to be shown; epoch and step count from 0."""
+    return [printable(images.paths[example]) for example in order.batch(epoch, step)]
 
 
 def make_model(

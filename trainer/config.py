@@ -51,8 +51,8 @@ class DataConfig:
     """Side of the square that the model sees [pixels]; null: that of the weights."""
     resize_size: int | None = None
     """Size to which test images are resized before the central crop [pixels]; null: that of the weights, in proportion to image_size."""
-    resize: Literal["squash", "shorter"] = "squash"
-    """Test images: squash both sides to resize_size (the note), or bring the shorter side to it and keep the proportions."""
+    resize: Literal["squash", "shorter"] | None = None
+    """Test images: squash both sides to resize_size (the note), or bring the shorter side to it and keep the proportions; null: as a model file of regraft says, else squash."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """Resampling of every resize; null: that of the weights."""
     mean: tuple[float, float, float] | None = None
@@ -89,6 +89,12 @@ class DataConfig:
             (self.mean is None) == (self.std is None),
             "data.mean and data.std go together: give both, or neither",
         )
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            _require(
+                value is None or all(map(math.isfinite, value)),
+                f"data.{key} is {value}: expected three finite numbers",
+            )
         _require(
             self.std is None or min(self.std) > 0, f"data.std is {self.std}: expected three numbers above 0"
         )
@@ -166,7 +172,7 @@ class OptimConfig:
         )
         _require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}: expected 0 to below 1")
         _require(
-            self.clip_norm is None or self.clip_norm > 0,
+            self.clip_norm is None or 0 < self.clip_norm < math.inf,
             f"optim.clip_norm is {self.clip_norm}: expected a number above 0, or null",
         )
         parse_duration("optim.warmup", self.warmup)
@@ -213,7 +219,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"source.epochs is {self.epochs}: expected 1 or more")
-        _require(self.lr > 0, f"source.lr is {self.lr}: expected a number above 0")
+        _require(0 < self.lr < math.inf, f"source.lr is {self.lr}: expected a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +231,8 @@ class ScratchConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.lr is None or self.lr > 0, f"scratch.lr is {self.lr}: expected a number above 0, or null"
+            self.lr is None or 0 < self.lr < math.inf,
+            f"scratch.lr is {self.lr}: expected a number above 0, or null",
         )
 
 

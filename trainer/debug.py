@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,7 @@ from trainer.assemble import (
     make_groups,
     make_model,
     make_plan,
+    paths_of,
     preprocessing_of,
     training_images,
 )
@@ -35,7 +37,7 @@ from trainer.data.index import Example, ImageIndex
 from trainer.data.loader import Batch, Order, Shares
 from trainer.data.prepare import prepare
 from trainer.errors import UserError
-from trainer.loop import Evaluations, Progress, backward, fit
+from trainer.loop import Evaluations, Progress, fit, update
 from trainer.model.head import split_outputs
 from trainer.optim import make_optimizer, set_lr
 from trainer.report.console import group_table
@@ -51,11 +53,9 @@ def debug(config: Config, machine: Runtime, console: Console) -> None:
     """Walk once through all stages of a run on a little of its data, and say whether one batch can be learnt.
 
     Raises:
-        UserError: several processes, or whatever would stop the run itself.
+        UserError: whatever would stop the run itself.
 
     """
-    if machine.world > 1:
-        raise UserError(f"--debug is for one process, but {machine.world} were started: leave torchrun out")
     try:
         with torch.autograd.set_detect_anomaly(True):
             _walk(replace(config, data=replace(config.data, workers=0)), machine, console)
@@ -96,6 +96,7 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
             )
         created = make_model(config, len(index.classes), config.model.weights, on_progress=console.print)
         console.print("\n".join(created.lines))
+        created.model.to(device)
         groups = make_groups(created, config)
         console.print(group_table(groups))
         optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
@@ -132,7 +133,7 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
             evaluate=Evaluator(index, preprocessing, config, machine),
             save=lambda progress, evaluations: None,  # nothing is written
             listener=_Narrator(console),
-            paths_of=lambda epoch, step: [images.paths[example] for example in order.batch(epoch, step)],
+            paths_of=partial(paths_of, images, order),
         )
 
     with stage(f"overfit one batch, {OVERFIT_STEPS} updates at the peak learning rate"):
@@ -160,13 +161,16 @@ def _overfit(
     size = len(batch.labels)
     scale = 1 / size if config.optim.loss_reduction == "mean" else 1.0
     for _ in range(OVERFIT_STEPS):
-        loss_sum, _ = backward(
-            model, batch, scale, accelerator=accelerator, normalise=normalise, parts=config.train.accumulation
+        loss_sum, _ = update(
+            model,
+            optimizer,
+            batch,
+            scale,
+            accelerator=accelerator,
+            normalise=normalise,
+            parts=config.train.accumulation,
+            clip_norm=config.optim.clip_norm,
         )
-        if config.optim.clip_norm is not None:
-            accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
         yield loss_sum.item() / size
 
 

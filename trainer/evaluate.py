@@ -87,9 +87,10 @@ def evaluate(
         logits = model(normalise(images)).float()
         loss_sum += cross_entropy(logits, labels, reduction="sum")
         answers = logits.argmax(dim=1)
-        counts[0] += torch.bincount(labels[answers == labels], minlength=classes)
-        counts[1] += torch.bincount(labels, minlength=classes)
-        counts[2] += torch.bincount(answers, minlength=classes)
+        # bincount and boolean indices would wait for the device, to learn how long their result is
+        counts[0].scatter_add_(0, labels, (answers == labels).long())
+        counts[1].scatter_add_(0, labels, torch.ones_like(labels))
+        counts[2].scatter_add_(0, answers, torch.ones_like(answers))
     model.train(was_training)
     total = reduce(torch.cat([loss_sum.view(1), counts.double().flatten()])).tolist()
     correct, support, predicted = (

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
@@ -20,6 +21,7 @@ from trainer.assemble import (
     make_groups,
     make_model,
     make_plan,
+    paths_of,
     preprocessing_of,
     training_images,
 )
@@ -28,6 +30,7 @@ from trainer.config import Config
 from trainer.data.augment import Normalise
 from trainer.data.index import write_split
 from trainer.data.loader import Order, Shares
+from trainer.data.prepare import Prepared
 from trainer.errors import UserError
 from trainer.loop import Evaluations, Progress, fit
 from trainer.model_file import Description, write_model
@@ -37,7 +40,7 @@ from trainer.report.console import Display, group_table
 from trainer.report.metrics import Row, check_epochs, epoch_rows, read_rows
 from trainer.report.run_report import RunReport, Silent
 from trainer.report.summary import best_row
-from trainer.run_folder import LAST, METRICS, MODEL, SPLIT, find_state, open_folder
+from trainer.run_folder import LAST, METRICS, MODEL, SPLIT, check_seen, find_state, open_folder
 from trainer.runtime import Runtime
 
 
@@ -48,6 +51,8 @@ class Outcome:
     folder: Path
     rows: tuple[Row, ...]
     """Its epochs."""
+    examples: tuple[int, int]
+    """How many there are to train on, and to report on."""
     selection: str | None
     """The part that the best epoch was selected on, where it is not the one reported."""
     seconds: float
@@ -65,8 +70,8 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
     The state is initialised in this order, in every run:
      1. the list of examples, each checked;
      2. the model with fresh weights from `run.seed`; its head found and replaced; source weights copied in;
-     3. parameter groups and the optimizer over them;
-     4. device, layout and process group (accelerate);
+     3. device, parameter groups and the optimizer over them;
+     4. precision and process group (accelerate);
      5. model, optimizer and position of an earlier start, if there is one;
      6. loaders that begin at that position.
     """
@@ -77,19 +82,16 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
     prepared = load_examples(config.data, machine, console)
     index = prepared.index
     console.print(describe(prepared))
-
-    def stand() -> Counters | None:
-        if machine.is_main:
-            open_folder(folder, dump(config), resume="auto")
-            if index.split_made:
-                write_split(index, folder / SPLIT)
-        found = find_state(folder, data=prepared.fingerprint)
-        check_epochs(folder / METRICS, found.epoch if found else 0)
-        return found
-
-    counters = runtime.in_turn(accelerator, stand)
+    counters = runtime.in_turn(accelerator, partial(_stand, config, prepared, writes=machine.is_main))
     done = counters.epoch if counters else 0
-    outcome = partial(Outcome, folder=folder, selection=index.selection)
+    runtime.require_equal(
+        accelerator,
+        (done, prepared.fingerprint),
+        "the epoch that the run has come to, or its training images",
+    )
+    outcome = partial(
+        Outcome, folder=folder, selection=index.selection, examples=(len(index.train), len(index.test))
+    )
     if done == config.train.epochs:
         console.print(
             f"finished already, after epoch {done}: nothing to train (--run.resume never starts anew)"
@@ -105,13 +107,14 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
     )
     console.print("\n".join(created.lines))
 
-    # 3.
+    # 3. On the device already: the optimizer's kernels are chosen by where its parameters lie.
+    created.model.to(accelerator.device)
     groups = make_groups(created, config)
     console.print(group_table(groups))
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
 
     # 4.
-    model, optimizer = accelerator.prepare(created.model, optimizer)
+    model, optimizer = _prepare(accelerator, created.model, optimizer)
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
 
     # 5.
@@ -137,13 +140,10 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
     display = Display(
         console, epochs=config.train.epochs, steps_per_epoch=order.steps_per_epoch, done_epochs=done
     )
-    title = f"{config.model.name}, {created.source}"
-    report = (
-        RunReport(display, folder=folder, title=title, device=accelerator.device, done_epochs=done)
-        if machine.is_main
-        else Silent()
-    )
-
+    report: RunReport | Silent = Silent()
+    if machine.is_main:
+        title = f"{config.model.name}, {created.source}"
+        report = RunReport(display, folder=folder, title=title, device=accelerator.device, done_epochs=done)
     save = Saver(
         folder=folder,
         model=bare,
@@ -161,23 +161,51 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
         ),
     )
 
-    with display.shown():
-        fit(
-            model,
-            optimizer,
-            iter(batches),
-            make_plan(config, order, start_epoch=done),
-            accelerator=accelerator,
-            normalise=Normalise(preprocessing, accelerator.device),
-            evaluate=evaluator,
-            save=save if machine.is_main else lambda progress, evaluations: None,
-            listener=report,
-            paths_of=lambda epoch, step: [images.paths[example] for example in order.batch(epoch, step)],
-        )
-    report.draw()
+    plan = make_plan(config, order, start_epoch=done)
+    try:
+        with display.shown():
+            fit(
+                model,
+                optimizer,
+                iter(batches),
+                plan,
+                accelerator=accelerator,
+                normalise=Normalise(preprocessing, accelerator.device),
+                evaluate=evaluator,
+                save=save if machine.is_main else lambda progress, evaluations: None,
+                listener=report,
+                paths_of=partial(paths_of, images, order),
+            )
+    finally:
+        report.draw()
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return outcome(rows=tuple(epoch_rows(read_rows(folder / METRICS))), seconds=time.monotonic() - began)
+
+
+def _stand(config: Config, prepared: Prepared, *, writes: bool) -> Counters | None:
+    """Open the run folder, and return where the run in it stands; None where it has yet to begin."""
+    folder = Path(config.run.dir)
+    if writes:
+        open_folder(folder, dump(config), resume="auto")
+        if prepared.index.split_made:
+            write_split(prepared.index, folder / SPLIT)
+    check_seen(folder)
+    found = find_state(folder, data=prepared.fingerprint)
+    check_epochs(folder / METRICS, found.epoch if found else 0)
+    return found
+
+
+def _prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Wrap model and optimizer; what an earlier stage of this process has left behind is not this one's."""
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
+    return prepared
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,13 +131,16 @@ def fit(
             torch.manual_seed(derive_seed("masks", plan.seed, step, rank))
             # DDP averages the gradients over the ranks: times world, that is their sum.
             scale = world / size if plan.loss_reduction == "mean" else float(world)
-            loss_sum, correct = backward(
-                model, share, scale, accelerator=accelerator, normalise=normalise, parts=plan.accumulation
+            loss_sum, correct = update(
+                model,
+                optimizer,
+                share,
+                scale,
+                accelerator=accelerator,
+                normalise=normalise,
+                parts=plan.accumulation,
+                clip_norm=plan.clip_norm,
             )
-            if plan.clip_norm is not None:
-                accelerator.clip_grad_norm_(model.parameters(), plan.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
             meter.updated(step, len(share[1]), loss_sum, correct)
             listener.step(epoch + 1, epoch_step + 1)
             if epoch_step + 1 in points:
@@ -160,6 +163,26 @@ def fit(
             raise _not_finite(step, plan, paths_of)
         listener.epoch(progress, evaluations)
         save(progress, evaluations)
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    share: Share,
+    scale: float,
+    *,
+    accelerator: Accelerator,
+    normalise: Normalise,
+    parts: int,
+    clip_norm: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Make one update on the gradient of `backward`, clipped to `clip_norm` if given; returns what that does."""
+    found = backward(model, share, scale, accelerator=accelerator, normalise=normalise, parts=parts)
+    if clip_norm is not None:
+        accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return found
 
 
 def backward(

@@ -9,12 +9,14 @@ stages                     stages.py: a source model first, the comparison with 
   show                     report/
 """
 
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 if not __package__:
     # Run by path, Python puts this file's folder first on the search path: its modules must not pass for others.
@@ -42,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.SIGINT, signal.SIG_IGN
         )  # a launcher may pass on what the terminal has sent already
         _say(
-            "interrupted: what the run folder holds is whole; the same command goes on after the last whole epoch"
+            "interrupted: what the run folder holds is whole; the same command (without --run.resume never) goes on "
+            "after its last whole epoch"
         )
         return 130
     return 0
@@ -57,5 +60,20 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def leave(code: int) -> NoReturn:
+    """Exit; as one of a group, without Python's own clearing up.
+
+    All is written and the group is left by then, but now and then gloo's threads abort a process that clears
+    up (pytorch issue 190489 describes it), and a launcher would take a finished run for a failed one.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -85,7 +85,12 @@ def _check_file(path: Path) -> None:
         raise UserError(
             f"--config {path}: there is no such file. The recipes in {QUICKSTART.parent}: {near}"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:  # YAML's own readers raise them too
         raise UserError(
             f"--config {path}: not a readable YAML file: {' '.join(str(error).split())}"
         ) from None

@@ -8,6 +8,7 @@ curves.png          the note's plot
 split.csv           the split, where one was made
 """
 
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,9 @@ _FREE = frozenset(
 )
 
 
+MARK = "# Written by regraft: every option of this run. --config with this file runs it again.\n"
+
+
 def open_folder(folder: Path, config: str, *, resume: Literal["auto", "never", "must"]) -> str | None:
     """Make the run folder ready for a run of this config (YAML), and return a line that says what was found.
 
@@ -53,7 +57,7 @@ def open_folder(folder: Path, config: str, *, resume: Literal["auto", "never", "
     try:
         note = _settle(folder, config, resume)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / CONFIG, config)
+        write_text_atomically(folder / CONFIG, MARK + config)
     except OSError as error:
         raise UserError(
             f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder"
@@ -72,6 +76,10 @@ def _settle(folder: Path, config: str, resume: str) -> str | None:
         if resume == "must":
             raise UserError(f"run.resume is must, but {folder} holds no run to go on from")
         return None
+    if not (folder / CONFIG).read_bytes().startswith(MARK.encode()):
+        raise UserError(
+            f"run.dir {folder}: holds a {CONFIG} that no run has written, which would be lost; choose another folder"
+        )
     if resume == "never":
         aside = _free_name(folder)
         folder.rename(aside)
@@ -94,6 +102,15 @@ def _settle(folder: Path, config: str, resume: str) -> str | None:
             "Choose another run.dir, or --run.resume never, which moves that run aside"
         )
     return None if begun else "an earlier start in this folder had not finished an epoch: starting anew"
+
+
+def check_seen(folder: Path) -> None:
+    """Raise a UserError where this process does not see the run folder that rank 0 has opened."""
+    if not (folder / CONFIG).exists():
+        raise UserError(
+            f"run.dir {folder}: {socket.gethostname()} does not see what rank 0 has written there; expected one folder "
+            "that every machine shares"
+        )
 
 
 def _free_name(folder: Path) -> Path:

@@ -5,7 +5,7 @@ cores (`accelerate launch` sets OMP_NUM_THREADS=1); what is chosen here is said.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
     gather_object,
+    parse_flag_from_env,
 )
 
 from trainer.errors import UserError
@@ -74,7 +75,12 @@ def start(
     """
     refuse_copies(os.environ)
     refuse_launchers_settings(os.environ)
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # accelerate obeys it whatever it is asked for here
+    if told_cpu and device == "cuda":
+        raise UserError(
+            "run.device is cuda, but accelerate is told to use the CPU (--cpu, or ACCELERATE_USE_CPU): drop one of them"
+        )
+    on_cpu = device == "cpu" or told_cpu or (device == "auto" and not torch.cuda.is_available())
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "run.device is cuda, but torch finds no GPU here: install a driver and a CUDA build of torch, "
@@ -109,7 +115,8 @@ def choose_precision(
     """Return the precision to use, and why.
 
     Raises:
-        UserError: fp16 on a CPU, which accelerate would silently run as fp32.
+        UserError: fp16 on a CPU, which accelerate would silently run as fp32; bf16 on a GPU that lacks it, where
+            it would be emulated.
 
     """
     from_launcher = {"bf16": "bf16", "fp16": "fp16"}.get(environment.get("ACCELERATE_MIXED_PRECISION", ""))
@@ -126,6 +133,10 @@ def choose_precision(
     if chosen == "fp16" and on_cpu:
         raise UserError(
             "precision fp16 was asked for on a CPU, which has no fp16 training: choose fp32 or bf16"
+        )
+    if chosen == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            "precision bf16 was asked for on a GPU that would only emulate it: choose fp16 or fp32"
         )
     return chosen, why
 
@@ -224,7 +235,27 @@ def in_turn(accelerator: Accelerator, function: Callable[[], T], *, local: bool 
     return cast(T, result)
 
 
+def require_equal(accelerator: Accelerator, value: object, what: str) -> None:
+    """Raise a UserError on every process unless all have come with the same value."""
+    values = gather_object([value])
+    if any(other != values[0] for other in values):
+        differing = [rank for rank, other in enumerate(values) if other != values[0]]
+        raise UserError(
+            f"the processes do not agree: {what}, is another on rank {', '.join(map(str, differing))} than on rank 0. "
+            "Expected the same run.dir and the same images on every machine"
+        )
+
+
+def stand_alone(environment: MutableMapping[str, str]) -> bool:
+    """Leave the group that a launcher has started, and return whether this process is the one to go on alone."""
+    is_first = environment.get("RANK", "0") == "0"
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return is_first
+
+
 def shut_down() -> None:
     """Leave the process group, if this process is in one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody takes the group down while another is in its last exchange
         torch.distributed.destroy_process_group()

@@ -1,6 +1,7 @@
 """The note's steps in their order: a source model, fine-tuning on the target, and scratch to compare with."""
 
 import dataclasses
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +22,15 @@ from trainer.run_folder import open_folder
 
 def run(config: Config) -> Outcome | None:
     """Do all that the config asks for; returns the fine-tuned run, None in debug mode."""
+    if config.debug and not runtime.stand_alone(os.environ):
+        return None
     machine = runtime.start(
         device=config.run.device, precision=config.train.precision, threads=config.run.threads
     )
     console = make_console(speaks=machine.is_main)
     config = resolve(config)
+    # What was chosen is part of the run: it does not change where the run goes on.
+    config = replace(config, train=replace(config.train, precision=machine.precision))
     for note in machine.notes:
         console.print(note)
     if config.debug:
@@ -48,13 +53,15 @@ def run(config: Config) -> Outcome | None:
     if config.source.root or config.scratch.lr:
         console.rule("fine-tuning" if weights else "training", align="left")
     outcome = finetune(config, machine, console, weights=weights)
-    console.print(summary(outcome))
+    if machine.is_main:
+        console.print(summary(outcome))
     if config.scratch.lr:
         console.rule("from scratch", align="left")
         scratch = finetune(scratch_stage(config), machine, console, weights=None)
-        console.rule("fine-tuned or from scratch", align="left")
-        console.print(comparison(outcome, scratch))
-        console.print(f"run folder {outcome.folder}; from scratch {scratch.folder}")
+        if machine.is_main:
+            console.rule("fine-tuned or from scratch", align="left")
+            console.print(comparison(outcome, scratch))
+            console.print(f"run folder {outcome.folder}; from scratch {scratch.folder}")
     runtime.shut_down()
     return outcome
 
@@ -81,6 +88,7 @@ def resolve(config: Config) -> Config:
         root=data.root if is_known(data.root) else _absolute("data.root", data.root),
         image_size=size,
         resize_size=data.resize_size or in_proportion,
+        resize=data.resize or found.resize,
         interpolation=data.interpolation or found.interpolation,
         mean=data.mean or found.mean,
         std=data.std or found.std,
@@ -124,7 +132,7 @@ def _preprocessing(config: Config) -> Preprocessing:
                     "set model.name to what the file holds"
                 )
             return described.preprocessing
-    return Preprocessing(resize=config.data.resize, **dataclasses.asdict(usual))
+    return Preprocessing(resize="squash", **dataclasses.asdict(usual))
 
 
 def source_stage(config: Config) -> Config:

@@ -16,6 +16,7 @@ from trainer import runtime
 from trainer.data.augment import Normalise, Preprocessing, eval_transform
 from trainer.data.loader import Images, Order, Shares, make_loader
 from trainer.loop import Plan, Progress, fit
+from trainer.main import leave
 from trainer.optim import group_parameters, make_optimizer
 
 
@@ -97,6 +98,7 @@ def main() -> None:
     if machine.is_main:
         arguments.out.write_text(json.dumps(found))
     runtime.shut_down()
+    leave(0)
 
 
 if __name__ == "__main__":

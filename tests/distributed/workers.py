@@ -11,6 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 from trainer import runtime
 from trainer.errors import UserError
+from trainer.main import leave
 
 
 def in_turn(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
@@ -106,6 +107,7 @@ def main() -> None:
     found = WORKERS[name](machine, out)
     out.with_name(f"{name}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
     runtime.shut_down()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import trainer
 from tests.e2e.conftest import Options
@@ -79,7 +81,9 @@ def test_a_run_leaves_all_that_is_promised_and_runs_again_from_its_config(
         for name in ("run", "again")
     )
     assert first == second
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() != b""
+    models = [load_file(tmp_path / name / "model.safetensors") for name in ("run", "again")]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
 @pytest.mark.slow
@@ -121,7 +125,6 @@ def test_what_is_wrong_is_one_sentence_before_any_work(options: Options, tmp_pat
     for name, (arguments, words) in attempts.items():
         said = run([sys.executable, MAIN, *arguments], cwd=tmp_path, code=2)
         assert "Traceback" not in said, name
-        assert said.rstrip().splitlines()[-1] != "", name
         for word in words:
             assert word in said, f"{name}: {said}"
         assert not list(tmp_path.rglob("*.safetensors")), name

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.e2e.conftest import Options
 from tests.launching import MAIN, rows, run, torchrun
@@ -60,5 +62,8 @@ def test_ctrl_c_leaves_whole_epochs_and_the_same_command_goes_on(
     run([*program, *options(**shorter, run__dir=tmp_path / "whole")], cwd=tmp_path)
     epochs, whole = (rows(tmp_path / name, "epoch") for name in ("run", "whole"))
     assert [row["epoch"] for row in epochs] == list(range(1, 61)), "no hole and no repetition"
+    if processes == 1:
+        ends, ends_whole = (load_file(tmp_path / name / "last.safetensors") for name in ("run", "whole"))
+        assert all(torch.equal(ends[key], ends_whole[key]) for key in ends)
     for name in ("train_loss", "train_accuracy", "test_accuracy", "test_loss", "step", "lr_head"):
         assert [row[name] for row in epochs] == [row[name] for row in whole]

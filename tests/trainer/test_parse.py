@@ -59,6 +59,9 @@ def test_the_hotdog_recipe_is_the_notes() -> None:
         (["--optim.lr", "fast"], ["optim.lr", "fast"]),
         (["--optim.lr", "-1"], ["optim.lr", "above 0"]),
         (["--optim.lr", ".nan"], ["optim.lr", "above 0"]),
+        (["--data.mean", "[0, .nan, 0]", "--data.std", "[1, 1, 1]"], ["data.mean", "finite"]),
+        (["--data.mean", "[0, 0, 0]", "--data.std", "[1, .inf, 1]"], ["data.std", "finite"]),
+        (["--source.lr", ".inf"], ["source.lr", "above 0"]),
         (["--optim.name", "adam"], ["optim.name", "sgd", "adamw"]),
         (["--train.epochs", "0"], ["train.epochs", "1 or more"]),
         (["--train.epochs", "1.5"], ["train.epochs"]),
@@ -97,6 +100,9 @@ def test_what_is_wrong_is_named_before_any_work(argv: list[str], words: list[str
         ("optim: {lr: [", ["not a readable YAML"]),
         ("run: !!python/object/apply:os.system ['true']", ["not a readable YAML"]),
         ("train: {epochs: many}", ["train.epochs", "many"]),
+        ("run: {dir: 2024-13-45}", ["not a readable YAML"]),
+        ("run: {dir: 0x_}", ["not a readable YAML"]),
+        ("[" * 2000, ["not a readable YAML"]),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, text: str, words: list[str]) -> None:

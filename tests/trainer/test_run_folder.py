@@ -11,7 +11,18 @@ from trainer.checkpoint import Counters, save_state
 from trainer.config import Config, DataConfig, RunConfig
 from trainer.errors import UserError
 from trainer.parse import dump, keys
-from trainer.run_folder import CONFIG, CURVES, LAST, METRICS, MODEL, SPLIT, find_state, open_folder
+from trainer.run_folder import (
+    CONFIG,
+    CURVES,
+    LAST,
+    MARK,
+    METRICS,
+    MODEL,
+    SPLIT,
+    check_seen,
+    find_state,
+    open_folder,
+)
 
 FIRST = "run:\n  dir: here\noptim:\n  lr: 0.1\n  name: sgd\ndebug: false\n"
 OTHER = "run:\n  dir: here\noptim:\n  lr: 0.2\n  momentum: 0.5\ndebug: false\n"
@@ -29,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def finished(folder: Path, config: str = FIRST) -> dict[str, bytes]:
     """Leave a run after an epoch, and return its files."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(config)
+    (folder / CONFIG).write_text(MARK + config)
     for name in OURS:
         (folder / name).write_text(f"what {name} held")
     return contents(folder)
@@ -55,7 +66,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_new_folder_is_made_and_holds_the_config(resume: Resume, folder: Path) -> None:
     assert open_folder(folder, FIRST, resume=resume) is None
-    assert contents(folder) == {CONFIG: FIRST.encode()}
+    assert contents(folder) == {CONFIG: (MARK + FIRST).encode()}
     assert find_state(folder, data="x") is None
 
 
@@ -73,7 +84,7 @@ def test_a_folder_with_other_things_is_used_and_they_stay(resume: Resume, folder
     (folder / "notes").mkdir(parents=True)
     (folder / "notes" / "a.txt").write_text("mine")
     assert open_folder(folder, FIRST, resume=resume) is None
-    assert contents(folder) == {CONFIG: FIRST.encode(), "notes/a.txt": b"mine"}
+    assert contents(folder) == {CONFIG: (MARK + FIRST).encode(), "notes/a.txt": b"mine"}
 
 
 @pytest.mark.parametrize("resume", ["auto", "never", "must"])
@@ -96,7 +107,7 @@ def test_never_moves_the_earlier_runs_aside_and_loses_nothing(folder: Path) -> N
         runs.append(finished(folder))
         note = open_folder(folder, OTHER, resume="never")
         assert note == f"the earlier run was moved to {folder}.earlier-{number}"
-        assert contents(folder) == {CONFIG: OTHER.encode()}
+        assert contents(folder) == {CONFIG: (MARK + OTHER).encode()}
     for number, run in enumerate(runs, start=1):
         assert contents(folder.with_name(f"{folder.name}.earlier-{number}")) == run
         assert run["my notes.txt"] == f"of run {number}".encode()
@@ -116,7 +127,7 @@ def test_never_moves_a_link_and_not_what_it_leads_to(folder: Path, tmp_path: Pat
     folder.symlink_to(tmp_path / "disk" / "run")
     open_folder(folder, OTHER, resume="never")
     assert contents(tmp_path / "disk" / "run") == run
-    assert contents(folder) == {CONFIG: OTHER.encode()}
+    assert contents(folder) == {CONFIG: (MARK + OTHER).encode()}
     assert (folder.parent / f"{folder.name}.earlier-1" / MODEL).exists()
 
 
@@ -144,7 +155,7 @@ def test_a_run_of_another_config_is_refused_with_the_differences(resume: Resume,
 
 def test_a_run_whose_source_model_is_trained_has_begun(folder: Path) -> None:
     (folder / "source").mkdir(parents=True)
-    (folder / CONFIG).write_text(FIRST)
+    (folder / CONFIG).write_text(MARK + FIRST)
     (folder / "source" / LAST).touch()
     assert open_folder(folder, FIRST, resume="must") is None
     assert "optim.lr: 0.1 there, 0.2 now" in refusal(folder, OTHER)
@@ -152,13 +163,13 @@ def test_a_run_whose_source_model_is_trained_has_begun(folder: Path) -> None:
 
 def test_a_start_that_got_nowhere_may_be_followed_by_another(folder: Path) -> None:
     folder.mkdir(parents=True)
-    (folder / CONFIG).write_text("[damaged")
+    (folder / CONFIG).write_text(MARK + "[damaged")
     (folder / METRICS).write_text("a few rows")
     assert refusal(folder, resume="must") == (
         f"run.resume is must, but the run in {folder} has not finished an epoch"
     )
     assert open_folder(folder, OTHER, resume="auto") == NOT_BEGUN
-    assert (folder / CONFIG).read_text() == OTHER
+    assert (folder / CONFIG).read_text() == MARK + OTHER
 
 
 def test_a_model_without_its_state_is_not_given_up_for_another_config(folder: Path) -> None:
@@ -211,7 +222,7 @@ def test_only_where_and_how_fast_may_change(key: str, folder: Path) -> None:
     now = changed(config(), key)
     if key in FREE:
         assert open_folder(folder, now, resume="auto") is None
-        assert (folder / CONFIG).read_text() == now
+        assert (folder / CONFIG).read_text() == MARK + now
     else:
         text = refusal(folder, now)
         assert f"\n  {key}: " in text
@@ -236,7 +247,7 @@ def test_a_config_is_the_same_after_it_was_written(folder: Path) -> None:
 @pytest.mark.parametrize("resume", ["auto", "must"])
 def test_a_damaged_config_is_refused(content: bytes, resume: Resume, folder: Path) -> None:
     finished(folder)
-    (folder / CONFIG).write_bytes(content)
+    (folder / CONFIG).write_bytes(MARK.encode() + content)
     text = refusal(folder, resume=resume)
     assert text.startswith(f"{folder / CONFIG}: damaged (")
     assert text.endswith("Restore the file, or --run.resume never, which moves the run aside")
@@ -320,3 +331,21 @@ def test_a_damaged_state_is_refused(folder: Path) -> None:
     finished(folder)
     with pytest.raises(UserError, match="not a readable training state"):
         find_state(folder, data="these images")
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "must"])
+def test_a_config_of_the_users_own_is_neither_overwritten_nor_moved(resume: Resume, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text("# my own, with remarks\n" + FIRST)
+    (folder / "thesis.tex").write_text("years of work")
+    before = contents(folder)
+    with pytest.raises(UserError, match=r"holds a config\.yaml that no run has written"):
+        open_folder(folder, FIRST, resume=resume)
+    assert contents(folder) == before
+
+
+def test_a_folder_that_another_machine_does_not_see_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="one folder that every machine shares"):
+        check_seen(folder)
+    open_folder(folder, FIRST, resume="auto")
+    check_seen(folder)

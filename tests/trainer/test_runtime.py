@@ -16,6 +16,8 @@ from trainer.runtime import (
     in_turn,
     refuse_copies,
     refuse_launchers_settings,
+    require_equal,
+    stand_alone,
     start,
 )
 
@@ -74,6 +76,41 @@ def test_on_a_gpu_auto_takes_what_it_computes_in(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     assert choose_precision("auto", on_cpu=False, environment={})[0] == chosen
+
+
+def test_bf16_that_a_gpu_would_only_emulate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    for asked, environment in (("bf16", {}), ("auto", {"ACCELERATE_MIXED_PRECISION": "bf16"})):
+        with pytest.raises(UserError, match="only emulate"):
+            choose_precision(asked, on_cpu=False, environment=environment)  # type: ignore[arg-type]
+
+
+def test_a_launcher_that_says_cpu_means_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert start(device="auto", precision="auto", threads=1).precision == "fp32"
+    with pytest.raises(UserError, match="no fp16 training"):
+        start(device="auto", precision="fp16", threads=1)
+    with pytest.raises(UserError, match="accelerate is told to use the CPU"):
+        start(device="cuda", precision="auto", threads=1)
+
+
+def test_standing_alone_is_for_the_first_of_a_group() -> None:
+    group = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "HOME": "/"}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    assert not stand_alone(dict(group))
+    first = group | {"RANK": "0"}
+    assert stand_alone(first)
+    assert first == {"HOME": "/"}
+    assert stand_alone({})
+
+
+def test_processes_that_disagree_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = start(device="cpu", precision="fp32", threads=1).accelerator
+    require_equal(accelerator, (3, "a"), "the epoch")
+    monkeypatch.setattr(runtime, "gather_object", lambda mine: [(3, "a"), *mine, (0, "a")])
+    with pytest.raises(UserError, match="the epoch, is another on rank 2 than on rank 0"):
+        require_equal(accelerator, (3, "a"), "the epoch")
 
 
 def test_copies_by_srun_are_refused() -> None:

@@ -1,7 +1,6 @@
 """What a person sees while a run trains: rich on a terminal, plain lines where there is none."""
 
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +34,13 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def make_console(*, speaks: bool) -> Console:
-    """Return the console of this process; only rank 0 speaks."""
-    return Console(quiet=not speaks, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    """Return the console of this process; only rank 0 speaks.
+
+    Lines are broken at words on a terminal, and not at all where they go to a file.
+    """
+    console = Console(quiet=not speaks, highlight=False, markup=False, emoji=False)
+    console.soft_wrap = not console.is_terminal
+    return console
 
 
 def peak_memory(device: torch.device) -> int:
@@ -163,9 +167,15 @@ class Display:
 
 @contextmanager
 def checking(console: Console) -> Iterator[Callable[[int, int], None] | None]:
-    """Show how many images have been checked; yields None where there is no terminal."""
-    if not console.is_terminal or console.quiet:
+    """Show how many images have been checked: a bar on a terminal, elsewhere a line now and then.
+
+    Yields what is called with (images checked, images in all).
+    """
+    if console.quiet:
         yield None
+        return
+    if not console.is_terminal:
+        yield _line_now_and_then(console)
         return
     columns: list[Any] = [
         SpinnerColumn(),
@@ -176,6 +186,18 @@ def checking(console: Console) -> Iterator[Callable[[int, int], None] | None]:
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _line_now_and_then(console: Console) -> Callable[[int, int], None]:
+    spoke = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal spoke
+        if time.monotonic() - spoke > SECONDS_BETWEEN_LINES:
+            spoke = time.monotonic()
+            console.print(f"  checking images {done}/{total}")
+
+    return show
 
 
 @contextmanager
@@ -234,11 +256,3 @@ def _line_each_tenth(console: Console, title: str) -> Callable[[int, int | None]
             said = mark
 
     return show
-
-
-def print_error(text: str) -> None:
-    """Print what a user can mend, on standard error."""
-    Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print(
-        "error:", style="bold red", end=" "
-    )
-    print(text, file=sys.stderr, flush=True)

@@ -27,6 +27,10 @@ class Finished(Protocol):
         """Return the part that the best epoch was selected on, where it is not the one reported."""
 
     @property
+    def examples(self) -> tuple[int, int]:
+        """Return how many there are to train on, and to report on."""
+
+    @property
     def seconds(self) -> float:
         """Return the time of this start."""
 
@@ -65,10 +69,10 @@ def summary(run: Finished) -> str:
     """Return the end of a run in a few lines."""
     best = best_row(run.rows, run.selection)
     last = run.rows[-1]
+    to_train, to_test = run.examples
     lines = [
         headline(run),
-        f"{last['test_seen']} of {last['test_seen']} evaluated, {last['train_seen']} of {last['train_seen']} trained "
-        "on in every epoch",
+        f"{last['test_seen']} of {to_test} evaluated, {last['train_seen']} of {to_train} trained on in every epoch",
     ]
     if run.selection is None:
         lines.append(
@@ -78,9 +82,11 @@ def summary(run: Finished) -> str:
     lines += [
         f"time {duration(run.seconds)}, of it {duration(sum(row['seconds'] for row in run.rows))} training",
         f"run folder {run.folder}",
-        f"  model.safetensors  the best epoch ({best['epoch']}): trainer.load reads it",
+        f"  model.safetensors  the best epoch ({best['epoch']}); trainer.load reads it",
         "  last.safetensors   the training state, to go on from",
-        "  metrics.jsonl      every figure;  curves.png  their plot;  config.yaml  runs this again",
+        "  metrics.jsonl      every figure",
+        "  curves.png         their plot",
+        "  config.yaml        every option; runs this again",
     ]
     return "\n".join(lines)
 

@@ -199,13 +199,21 @@ def test_the_bar_of_a_download_is_taken_away_by_an_error() -> None:
     assert " in 0 s" not in file.getvalue()
 
 
-def test_a_check_shows_its_count_on_a_terminal_only() -> None:
+def test_a_check_shows_its_count(monkeypatch: pytest.MonkeyPatch) -> None:
     console, file = terminal()
     with checking(console) as on_checked:
         assert on_checked is not None
         on_checked(3, 7)
     assert re.search(r"checking images .* 3/7", file.getvalue())
     console, file = plain()
+    clock = 100.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock)
     with checking(console) as on_checked:
+        assert on_checked is not None
+        on_checked(1, 7)
+        clock += 11
+        on_checked(2, 7)
+        on_checked(3, 7)
+    assert file.getvalue() == "  checking images 2/7\n", "without a terminal, a line now and then"
+    with checking(make_console(speaks=False)) as on_checked:
         assert on_checked is None
-    assert file.getvalue() == ""

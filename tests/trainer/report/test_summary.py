@@ -14,6 +14,7 @@ class Run:
     selection: str | None = None
     folder: Path = Path("runs/x")
     seconds: float = 75.0
+    examples: tuple[int, int] = (40, 20)
 
 
 def row(epoch: int, test: float, *, test_loss: float = 1.0, val: float | None = None) -> dict[str, Any]:
