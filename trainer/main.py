@@ -40,9 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # a launcher may pass on what the terminal has sent already
+        # A launcher may pass on what the terminal has sent already.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         _say(
             "interrupted: what the run folder holds is whole; the same command (without --run.resume never) goes on "
             "after its last whole epoch"

@@ -49,8 +49,8 @@ def test_the_precision_may_change_from_run_to_run_in_one_process() -> None:
         assert machine.accelerator.mixed_precision == named
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
-def test_a_gpu_that_is_not_there_is_refused() -> None:
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"run\.device is cuda, but torch finds no GPU"):
         start(device="cuda", precision="auto", threads=None)
 
