@@ -1,6 +1,7 @@
 """Sections of the config -> the parts of a run. Only here, and in the verbs, is the whole config known."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from trainer import runtime
+from trainer.checkpoint.policy import Policy
 from trainer.config import Config, DataConfig
 from trainer.data.augment import Normalise, Preprocessing, eval_transform, train_transform
 from trainer.data.index import Example, ImageIndex
@@ -22,7 +24,7 @@ from trainer.model.create import Created, create
 from trainer.optim import Group, group_parameters
 from trainer.report.console import checking, downloading
 from trainer.runtime import Runtime
-from trainer.schedule import lr_factor, parse_duration, to_steps
+from trainer.schedule import Interval, lr_factor, parse_duration, parse_interval, to_steps
 from trainer.seeds import derive_seed
 
 
@@ -121,6 +123,7 @@ class Evaluator:
         self._classes = len(index.classes)
         self._normalise = Normalise(preprocessing, machine.accelerator.device)
         share = -(-config.train.batch_size // (machine.world * config.train.accumulation))
+        self._size = max(8, share)
         self._parts: dict[str, tuple[int, Iterable[Batch]]] = {}
         for name, part in evaluated(index).items():
             images = Images(
@@ -129,11 +132,16 @@ class Evaluator:
                 seed=config.run.seed,
                 threads=decoding_threads(config.data.workers, machine),
             )
-            slices = Slices(len(part), batch_size=max(8, share), rank=machine.rank, world=machine.world)
+            slices = Slices(len(part), batch_size=self._size, rank=machine.rank, world=machine.world)
             self._parts[name] = (len(part), loader_of(images, slices, config, machine))
 
-    def __call__(self, model: nn.Module) -> Evaluations:
-        """Return part -> evaluation, over all processes."""
+    def __call__(self, model: nn.Module, interrupted: Callable[[], bool]) -> Evaluations:
+        """Return part -> evaluation, over all processes, which ask together whether to end before it is done.
+
+        Raises:
+            Interrupted: `interrupted` said so.
+
+        """
         accelerator = self._machine.accelerator
         return {
             name: evaluate(
@@ -144,23 +152,22 @@ class Evaluator:
                 normalise=self._normalise,
                 reduce=partial(accelerator.reduce, reduction="sum"),
                 device=accelerator.device,
+                rounds=-(-expected // (self._machine.world * self._size)),
+                interrupted=interrupted,
             )
             for name, (expected, batches) in self._parts.items()
         }
 
 
-def make_plan(config: Config, order: Order, *, start_epoch: int) -> Plan:
+def make_plan(config: Config, order: Order) -> Plan:
     """Return the updates of the run; durations become steps here.
 
     Raises:
         UserError: a warm-up longer than the run.
 
     """
-    steps = order.steps_per_epoch
-    total = steps * config.train.epochs
-    warmup = to_steps(
-        parse_duration("optim.warmup", config.optim.warmup), steps_per_epoch=steps, total_steps=total
-    )
+    total = order.steps_per_epoch * config.train.epochs
+    warmup = warmup_steps(config, order)
     if warmup > total:
         raise UserError(
             f"optim.warmup is {config.optim.warmup!r}, {warmup} steps, but the run has {total}: the peak learning rate "
@@ -169,7 +176,6 @@ def make_plan(config: Config, order: Order, *, start_epoch: int) -> Plan:
     return Plan(
         batch_sizes=order.batch_sizes,
         epochs=config.train.epochs,
-        start_epoch=start_epoch,
         loss_reduction=config.optim.loss_reduction,
         accumulation=config.train.accumulation,
         clip_norm=config.optim.clip_norm,
@@ -184,13 +190,49 @@ def make_plan(config: Config, order: Order, *, start_epoch: int) -> Plan:
     )
 
 
+def warmup_steps(config: Config, order: Order) -> int:
+    """Return the length of the warm-up."""
+    duration = parse_duration("optim.warmup", config.optim.warmup)
+    steps = order.steps_per_epoch
+    return to_steps(duration, steps_per_epoch=steps, total_steps=steps * config.train.epochs)
+
+
+def make_policy(config: Config, order: Order) -> Policy:
+    """Return when checkpoints are written and which are kept; durations become steps here, of at least one."""
+    steps = order.steps_per_epoch
+
+    def in_steps(interval: Interval | None) -> int | None:
+        if interval is None or interval.training is None:
+            return None
+        total = steps * config.train.epochs
+        return max(1, to_steps(interval.training, steps_per_epoch=steps, total_steps=total))
+
+    def interval(key: str) -> Interval | None:
+        text = getattr(config.checkpoint, key)
+        return None if text is None else parse_interval(f"checkpoint.{key}", text)
+
+    every = interval("every")
+    return Policy(
+        every_steps=in_steps(every),
+        every_seconds=every.seconds if every else None,
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+        keep_every=in_steps(interval("keep_every")),
+    )
+
+
 def paths_of(images: Images, order: Order, epoch: int, step: int) -> list[str]:
     """Return the files of a global batch, fit to be shown; epoch and step count from 0."""
     return [printable(images.paths[example]) for example in order.batch(epoch, step)]
 
 
 def make_model(
-    config: Config, classes: int, weights: str | None, *, on_progress: Callable[[str], None]
+    config: Config,
+    classes: int,
+    weights: str | None,
+    *,
+    world: int = 1,
+    on_progress: Callable[[str], None],
 ) -> Created:
     """Return the model with its new head, drawn from `run.seed`, in the memory layout that it trains in.
 
@@ -206,9 +248,39 @@ def make_model(
         frozen_batch_norm=config.transfer.batch_norm == "frozen",
         on_progress=on_progress,
     )
+    if config.transfer.batch_norm == "synchronised" and world > 1:
+        created = replace(created, model=nn.SyncBatchNorm.convert_sync_batchnorm(created.model))
     if config.train.channels_last:
         created.model.to(memory_format=torch.channels_last)
     return created
+
+
+def require_synchronisable(config: Config, order: Order, machine: Runtime) -> None:
+    """Raise a UserError where BatchNorm cannot use the statistics of the global batch, though it is to.
+
+    torch's SyncBatchNorm refuses CPU tensors, and takes part in every forward of every process: none may have an
+    empty share, nor go through its share in another number of parts.
+    """
+    if config.transfer.batch_norm != "synchronised":
+        return
+    asked = "transfer.batch_norm is synchronised"
+    if config.train.accumulation > 1:
+        raise UserError(
+            f"{asked}, but train.accumulation {config.train.accumulation} shows the layers one part of the batch at a "
+            "time: set it to 1, or batch_norm to frozen"
+        )
+    if machine.world == 1:
+        return  # its share is the global batch
+    if machine.accelerator.device.type != "cuda":
+        raise UserError(
+            f"{asked}, which needs GPUs: torch has no such layer for CPUs. Choose frozen, which is equal on any number "
+            "of processes, or run one process"
+        )
+    if min(order.batch_sizes) < machine.world:
+        raise UserError(
+            f"{asked}, but the last of {order.examples} examples make a batch of {min(order.batch_sizes)}, fewer than "
+            f"the {machine.world} processes: choose another train.batch_size"
+        )
 
 
 def make_groups(created: Created, config: Config) -> tuple[Group, ...]:

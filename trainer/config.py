@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trainer.errors import UserError
-from trainer.schedule import parse_duration
+from trainer.schedule import parse_duration, parse_interval
 
 
 def _require(holds: bool, text: str) -> None:
@@ -26,11 +26,14 @@ class RunConfig:
     seed: int = 0
     """Seed of the initialisation, the order of the examples, their crops and flips."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: go on from the run folder's last epoch, or start; never: start, an earlier run is moved aside; must: go on, or stop."""
+    """auto: go on from the run folder's newest checkpoint, or start; never: start, an earlier run is moved aside; must: go on, or stop."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     threads: int | None = None
     """CPU threads of each process; null: the cores available here divided among this machine's processes (half of them beside a GPU)."""
+
+    audit: bool = False
+    """Write, for every update, which examples each process saw, checksums of their pixels and the learning rate to audit/: to compare runs."""
 
     def __post_init__(self) -> None:
         _require(bool(self.dir.strip()), "run.dir is empty: give the folder that the run may write to")
@@ -133,8 +136,8 @@ class ModelConfig:
 class TransferConfig:
     """What of the source model changes."""
 
-    batch_norm: Literal["train", "frozen"] = "train"
-    """BatchNorm layers: use and update the batch's statistics, or use the source's stored ones and leave them as they are."""
+    batch_norm: Literal["train", "frozen", "synchronised"] = "train"
+    """BatchNorm layers: use and update the statistics of each process's share of the batch, use the source's stored ones and leave them as they are, or use those of the global batch (GPUs only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +210,31 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the training state is saved, and what of it is kept; at the end and when asked to stop it always is."""
+
+    every: str | None = "1 epoch"
+    """Interval between checkpoints: '100 steps', '1 epoch', '10%', '10 min', '2 h'; null: none but those."""
+    keep_last: int = 2
+    """How many of the newest are kept."""
+    keep_best: bool = True
+    """Save the epochs that are the best so far, and keep that of the best."""
+    keep_every: str | None = None
+    """Keep those at multiples of this for good: '10 epochs', '1000 steps'; null: none."""
+
+    def __post_init__(self) -> None:
+        _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}: expected 1 or more")
+        if self.every is not None:
+            parse_interval("checkpoint.every", self.every)
+        if self.keep_every is not None:
+            interval = parse_interval("checkpoint.keep_every", self.keep_every)
+            _require(
+                interval.training is not None,
+                f"checkpoint.keep_every is {self.keep_every!r}: expected steps, epochs or a percentage, not a time",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """A source model of one's own, trained first (the note's first step)."""
 
@@ -246,6 +274,7 @@ class Config:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     debug: bool = False

@@ -37,7 +37,7 @@ from trainer.data.index import Example, ImageIndex
 from trainer.data.loader import Batch, Order, Shares
 from trainer.data.prepare import prepare
 from trainer.errors import UserError
-from trainer.loop import Evaluations, Progress, fit, update
+from trainer.loop import Evaluations, Progress, Start, Unkept, fit, update
 from trainer.model.head import split_outputs
 from trainer.optim import make_optimizer, set_lr
 from trainer.report.console import group_table
@@ -103,7 +103,7 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
         model, optimizer = accelerator.prepare(created.model, optimizer)
 
     order = Order(examples=len(index.train), batch_size=config.train.batch_size, seed=config.run.seed)
-    plan = make_plan(config, order, start_epoch=0)
+    plan = make_plan(config, order)
     plan = replace(plan, batch_sizes=plan.batch_sizes[:BATCHES], epochs=1, points_per_epoch=BATCHES)
     preprocessing = preprocessing_of(config.data)
     normalise = Normalise(preprocessing, device)
@@ -128,10 +128,11 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
             optimizer,
             itertools.chain([first], shares),
             plan,
+            Start(),
             accelerator=accelerator,
             normalise=normalise,
             evaluate=Evaluator(index, preprocessing, config, machine),
-            save=lambda progress, evaluations: None,  # nothing is written
+            keeper=Unkept(),
             listener=_Narrator(console),
             paths_of=partial(paths_of, images, order),
         )

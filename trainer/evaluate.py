@@ -41,6 +41,10 @@ class Evaluation:
         return wilson_interval(sum(self.correct), self.seen)
 
 
+class Interrupted(Exception):
+    """The evaluation was asked to end before its time."""
+
+
 def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Return the score interval of a proportion (Wilson 1927); z = 1.96 covers 95 %.
 
@@ -63,6 +67,8 @@ def evaluate(
     normalise: Callable[[Tensor], Tensor],
     reduce: Callable[[Tensor], Tensor],
     device: torch.device,
+    rounds: int,
+    interrupted: Callable[[], bool],
 ) -> Evaluation:
     """Run the model over this process's batches and return the sums over all processes.
 
@@ -74,8 +80,11 @@ def evaluate(
         normalise: uint8 images -> the model's input.
         reduce: adds a float64 tensor over all processes.
         device: where sums are kept; they are read once, at the end.
+        rounds: batches of the process that has most of them.
+        interrupted: asked before each round, by all processes together: whether to end here.
 
     Raises:
+        Interrupted: all processes were asked to end; the model is as it was.
         RuntimeError: another number of examples was seen than expected.
 
     """
@@ -83,7 +92,15 @@ def evaluate(
     model.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     counts = torch.zeros(3, classes, dtype=torch.int64, device=device)
-    for images, labels, _ in batches:
+    mine = iter(batches)
+    for _ in range(rounds):
+        if interrupted():
+            model.train(was_training)
+            raise Interrupted
+        batch = next(mine, None)
+        if batch is None:
+            continue
+        images, labels, _ = batch
         logits = model(normalise(images)).float()
         loss_sum += cross_entropy(logits, labels, reduction="sum")
         answers = logits.argmax(dim=1)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever kills the process."""
+"""Files and folders that are whole or absent, whatever kills the process."""
 
 import os
 from collections.abc import Callable
@@ -15,13 +15,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write UTF-8 text that is whole or absent."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk: what was made, renamed or removed in it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,15 +1,17 @@
 """One model trained on one data set: data, model, optimizer, loop and what is left, put together."""
 
 import time
-from dataclasses import dataclass, replace
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import nn
 
 from trainer import runtime
@@ -21,27 +23,33 @@ from trainer.assemble import (
     make_groups,
     make_model,
     make_plan,
+    make_policy,
     paths_of,
     preprocessing_of,
+    require_synchronisable,
     training_images,
+    warmup_steps,
 )
-from trainer.checkpoint import Counters, load_state, save_state
+from trainer.attempts import Attempt
+from trainer.audit import audited
+from trainer.checkpoint.state import Subject
+from trainer.checkpoint.store import Place
 from trainer.config import Config
 from trainer.data.augment import Normalise
-from trainer.data.index import write_split
-from trainer.data.loader import Order, Shares
+from trainer.data.loader import Batch, Images, Order, Shares
 from trainer.data.prepare import Prepared
-from trainer.errors import UserError
-from trainer.loop import Evaluations, Progress, fit
-from trainer.model_file import Description, write_model
+from trainer.keeper import Keeper
+from trainer.loop import Plan, Start, fit
+from trainer.model_file import Description
 from trainer.optim import make_optimizer
-from trainer.parse import dump
 from trainer.report.console import Display, group_table
-from trainer.report.metrics import Row, check_epochs, epoch_rows, read_rows
+from trainer.report.metrics import Row, epoch_rows, parse_rows
 from trainer.report.run_report import RunReport, Silent
-from trainer.report.summary import best_row
-from trainer.run_folder import LAST, METRICS, MODEL, SPLIT, check_seen, find_state, open_folder
+from trainer.resume import find, going_on, put_back
+from trainer.run_folder import MODEL
 from trainer.runtime import Runtime
+from trainer.signals import StopSignals
+from trainer.versions import own_version, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +72,38 @@ class Outcome:
         return self.folder / MODEL
 
 
-def finetune(config: Config, machine: Runtime, console: Console, *, weights: str | None) -> Outcome:
+def finetune(
+    config: Config,
+    machine: Runtime,
+    console: Console,
+    *,
+    weights: str | None,
+    attempt: Attempt | None,
+    signals: StopSignals,
+) -> Outcome:
     """Train, evaluate and save; or go on with, or just report, what the run folder holds.
 
     The state is initialised in this order, in every run:
-     1. the list of examples, each checked;
-     2. the model with fresh weights from `run.seed`; its head found and replaced; source weights copied in;
-     3. device, parameter groups and the optimizer over them;
-     4. precision and process group (accelerate);
-     5. model, optimizer and position of an earlier start, if there is one;
-     6. loaders that begin at that position.
+     1. the list of examples, each checked, and their order;
+     2. the newest checkpoint of an earlier start, if there is one: rank 0 chooses it;
+     3. the model with fresh weights from `run.seed`; its head found and replaced; source weights copied in;
+     4. device, parameter groups and the optimizer over them;
+     5. precision and process group (accelerate);
+     6. model, optimizer and loss scaling from the checkpoint;
+     7. loaders that begin at its position.
+
+    Args:
+        config: the whole of it, resolved.
+        machine: what it runs on.
+        console: rank 0's speaks.
+        weights: where the model's start comes from; None: from scratch.
+        attempt: rank 0's right to write; None on the other ranks.
+        signals: what asks the run to stop.
+
+    Raises:
+        UserError: whatever the user can mend.
+        Stopped: the run was asked to stop, and its state is saved.
+
     """
     began = time.monotonic()
     accelerator, folder = machine.accelerator, Path(config.run.dir)
@@ -82,75 +112,97 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
     prepared = load_examples(config.data, machine, console)
     index = prepared.index
     console.print(describe(prepared))
-    counters = runtime.in_turn(accelerator, partial(_stand, config, prepared, writes=machine.is_main))
-    done = counters.epoch if counters else 0
-    runtime.require_equal(
-        accelerator,
-        (done, prepared.fingerprint),
-        "the epoch that the run has come to, or its training images",
-    )
+    order = Order(examples=len(index.train), batch_size=config.train.batch_size, seed=config.run.seed)
+    require_synchronisable(config, order, machine)
+    plan = make_plan(config, order)
+    runtime.require_equal(accelerator, prepared.fingerprint, "the training images")
+
+    # 2.
+    subject = _subject(config, prepared)
+    stand = partial(find, config, prepared, subject, order, say=console.print, writes=machine.is_main)
+    found = machine.from_main(runtime.in_turn(accelerator, stand))
+    state = found.state if found else None
     outcome = partial(
         Outcome, folder=folder, selection=index.selection, examples=(len(index.train), len(index.test))
     )
-    if done == config.train.epochs:
+    if found and state and state.epoch == config.train.epochs:
         console.print(
-            f"finished already, after epoch {done}: nothing to train (--run.resume never starts anew)"
+            f"finished already, after epoch {state.epoch}: nothing to train. A larger train.epochs goes on from here; "
+            "--run.resume never starts anew"
         )
-        return outcome(rows=tuple(epoch_rows(read_rows(folder / METRICS))), seconds=time.monotonic() - began)
+        rows = epoch_rows(parse_rows(found.metrics, str(found.path)))
+        return outcome(rows=tuple(rows), seconds=time.monotonic() - began)
 
-    # 2.
+    # 3.
     preprocessing = preprocessing_of(config.data)
     created = runtime.in_turn(
         accelerator,
-        lambda: make_model(config, len(index.classes), weights, on_progress=console.print),
+        lambda: make_model(
+            config, len(index.classes), weights, world=machine.world, on_progress=console.print
+        ),
         local=True,
     )
     console.print("\n".join(created.lines))
 
-    # 3. On the device already: the optimizer's kernels are chosen by where its parameters lie.
+    # 4. On the device already: the optimizer's kernels are chosen by where its parameters lie.
     created.model.to(accelerator.device)
     groups = make_groups(created, config)
     console.print(group_table(groups))
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
 
-    # 4.
+    # 5.
     model, optimizer = _prepare(accelerator, created.model, optimizer)
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
 
-    # 5.
-    if counters is not None:
-        load_state(folder / LAST, bare, optimizer)
-        if accelerator.scaler is not None and counters.scaler:  # none where the run began without fp16
-            accelerator.scaler.load_state_dict(dict(counters.scaler))
-        console.print(f"going on after epoch {done} of {config.train.epochs} (step {counters.step})")
-
     # 6.
-    order = Order(examples=len(index.train), batch_size=config.train.batch_size, seed=config.run.seed)
+    start = Start()
+    if found and state:
+        runtime.raise_together(
+            accelerator, put_back(found, bare, optimizer, accelerator.scaler, machine=machine)
+        )
+        start = Start(epoch=state.epoch, step=state.step, sums=state.sums)
+        console.print("\n".join(going_on(state, config, order, machine)))
+
+    # 7.
     images = training_images(index, preprocessing, config, machine)
-    shares = Shares(
-        order,
-        epochs=config.train.epochs,
-        start_step=done * order.steps_per_epoch,
-        rank=machine.rank,
-        world=machine.world,
-    )
-    batches = loader_of(images, shares, config, machine)
+    number = machine.from_main(attempt.record.attempt if attempt else 0)
+    batches = _batches(images, order, start, plan, config=config, machine=machine, attempt=number)
     evaluator = Evaluator(index, preprocessing, config, machine)
 
     display = Display(
-        console, epochs=config.train.epochs, steps_per_epoch=order.steps_per_epoch, done_epochs=done
+        console,
+        epochs=config.train.epochs,
+        steps_per_epoch=order.steps_per_epoch,
+        done_steps=start.step,
     )
-    report: RunReport | Silent = Silent()
-    if machine.is_main:
-        title = f"{config.model.name}, {created.source}"
-        report = RunReport(display, folder=folder, title=title, device=accelerator.device, done_epochs=done)
-    save = Saver(
+    report = runtime.in_turn(
+        accelerator,
+        lambda: (
+            RunReport(
+                display,
+                folder=folder,
+                title=f"{config.model.name}, {created.source}",
+                device=accelerator.device,
+                text=found.metrics if found else "",
+            )
+            if machine.is_main
+            else Silent()
+        ),
+    )
+    keeper = Keeper(
+        machine=machine,
+        signals=signals,
+        attempt=attempt,
         folder=folder,
         model=bare,
         optimizer=optimizer,
         scaler=accelerator.scaler,
-        fingerprint=prepared.fingerprint,
-        selection=index.selection,
+        order=order,
+        epochs=config.train.epochs,
+        policy=make_policy(config, order),
+        facts=_facts(config, order, machine),
+        lr_factor=plan.lr_factor,
+        subject=subject,
         description=Description(
             version=own_version(),
             architecture=config.model.name,
@@ -159,41 +211,86 @@ def finetune(config: Config, machine: Runtime, console: Console, *, weights: str
             source=created.source,
             metrics={},
         ),
+        selection=index.selection,
+        report=report,
+        best=state.best if state else None,
+        last=Place(state.step, state.epoch) if state else None,
     )
-
-    plan = make_plan(config, order, start_epoch=done)
     try:
-        with display.shown():
+        with signals.as_flags(), display.shown(), keeper:
             fit(
                 model,
                 optimizer,
-                iter(batches),
+                batches,
                 plan,
+                start,
                 accelerator=accelerator,
                 normalise=Normalise(preprocessing, accelerator.device),
                 evaluate=evaluator,
-                save=save if machine.is_main else lambda progress, evaluations: None,
+                keeper=keeper,
                 listener=report,
                 paths_of=partial(paths_of, images, order),
             )
     finally:
         report.draw()
+        report.close()
     accelerator.wait_for_everyone()
     accelerator.free_memory()
-    return outcome(rows=tuple(epoch_rows(read_rows(folder / METRICS))), seconds=time.monotonic() - began)
+    return outcome(rows=tuple(epoch_rows(report.rows)), seconds=time.monotonic() - began)
 
 
-def _stand(config: Config, prepared: Prepared, *, writes: bool) -> Counters | None:
-    """Open the run folder, and return where the run in it stands; None where it has yet to begin."""
-    folder = Path(config.run.dir)
-    if writes:
-        open_folder(folder, dump(config), resume="auto")
-        if prepared.index.split_made:
-            write_split(prepared.index, folder / SPLIT)
-    check_seen(folder)
-    found = find_state(folder, data=prepared.fingerprint)
-    check_epochs(folder / METRICS, found.epoch if found else 0)
-    return found
+def _subject(config: Config, prepared: Prepared) -> Subject:
+    """Return what the run trains, to be compared with a checkpoint's."""
+    labels = Counter(label for _, label in prepared.index.train)
+    classes = prepared.index.classes
+    return Subject(
+        architecture=config.model.name,
+        classes=classes,
+        examples=tuple(labels[label] for label in range(len(classes))),
+        data=prepared.fingerprint,
+    )
+
+
+def _facts(config: Config, order: Order, machine: Runtime) -> dict[str, Any]:
+    """Return what every checkpoint of this start says of it."""
+    return {
+        "seed": config.run.seed,
+        "schedule": {
+            "kind": config.optim.schedule,
+            "warmup_steps": warmup_steps(config, order),
+            "total_steps": order.steps_per_epoch * config.train.epochs,
+        },
+        "chosen": {"precision": machine.precision, "channels_last": config.train.channels_last},
+        "threads": machine.threads,
+        "versions": versions(),
+    }
+
+
+def _batches(
+    images: Images,
+    order: Order,
+    start: Start,
+    plan: Plan,
+    *,
+    config: Config,
+    machine: Runtime,
+    attempt: int,
+) -> Iterator[Batch]:
+    """Return this process's shares of the updates from `start` to the end of the run."""
+    shares = Shares(order, epochs=plan.epochs, start_step=start.step, rank=machine.rank, world=machine.world)
+    batches: Iterator[Batch] = iter(loader_of(images, shares, config, machine))
+    if not config.run.audit:
+        return batches
+    return audited(
+        batches,
+        Path(config.run.dir),
+        start_step=start.step,
+        steps_per_epoch=order.steps_per_epoch,
+        rank=machine.rank,
+        world=machine.world,
+        attempt=attempt,
+        lr_factor=plan.lr_factor,
+    )
 
 
 def _prepare(
@@ -204,59 +301,8 @@ def _prepare(
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
+    with warnings.catch_warnings():
+        # Its successor does not exist in the oldest torch that is supported.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
     return prepared
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saver:
-    """Leaves the best weights and the state of training; each file is whole or absent. Rank 0's."""
-
-    folder: Path
-    model: nn.Module
-    """Bare: neither DDP's wrapper nor its prefixes are written."""
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None
-    fingerprint: str
-    """Of the training examples."""
-    selection: str | None
-    description: Description
-    """Of the model; its metrics are filled in as they come."""
-
-    def __call__(self, progress: Progress, _: Evaluations) -> None:
-        """Write the state at the end of an epoch, whose row stands in the metrics already.
-
-        Raises:
-            UserError: it could not be written, as on a full disk.
-
-        """
-        try:
-            self._write(progress)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{self.folder}: epoch {progress.epoch} could not be saved ({error}). What was saved before is whole: "
-                "make room, and the same command goes on from there"
-            ) from None
-
-    def _write(self, progress: Progress) -> None:
-        rows = epoch_rows(read_rows(self.folder / METRICS))
-        if best_row(rows, self.selection) is rows[-1]:
-            metrics = {**rows[-1], "selected_on": self.selection or "test"}
-            write_model(
-                self.folder / MODEL, self.model.state_dict(), replace(self.description, metrics=metrics)
-            )
-        counters = Counters(
-            epoch=progress.epoch,
-            step=progress.step,
-            data=self.fingerprint,
-            scaler=self.scaler.state_dict() if self.scaler is not None else {},
-        )
-        save_state(self.folder / LAST, self.model, self.optimizer, counters)
-
-
-def own_version() -> str:
-    """Return regraft's version; a checkout that is not installed has none."""
-    try:
-        return version("regraft")
-    except PackageNotFoundError:
-        return "uninstalled"

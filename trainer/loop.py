@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from trainer.errors import UserError
-from trainer.evaluate import Evaluation
-from trainer.meter import Figures, Meter
+from trainer.evaluate import Evaluation, Interrupted
+from trainer.meter import Figures, Meter, Sums
 from trainer.model.batch_norm import average_statistics, batch_norm_in_eval
 from trainer.model.head import split_outputs
 from trainer.optim import current_lr, set_lr
 from trainer.seeds import derive_seed
+from trainer.signals import Stopped
 
 Share = tuple[Tensor, Tensor, Tensor]
 """One process's part of a global batch: images uint8 [B, 3, H, W], labels int64 [B], examples int64 [B]."""
@@ -35,8 +36,6 @@ class Plan:
     batch_sizes: tuple[int, ...]
     """Examples of each global batch of an epoch, in order; there are as many as an epoch has steps."""
     epochs: int
-    start_epoch: int
-    """Epochs that were trained before."""
     loss_reduction: Literal["mean", "sum"]
     accumulation: int
     clip_norm: float | None
@@ -55,6 +54,18 @@ class Plan:
         """Return the steps of an epoch, counted from 1, after which figures are read; the last is one of them."""
         wanted = min(self.points_per_epoch, self.steps_per_epoch)
         return frozenset(math.ceil(i * self.steps_per_epoch / wanted) for i in range(1, wanted + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where training begins: a new run, or where an earlier start of it came to."""
+
+    epoch: int = 0
+    """Whole epochs made: trained and evaluated."""
+    step: int = 0
+    """Updates made; those beyond `epoch` whole epochs belong to the epoch in progress."""
+    sums: Sums | None = None
+    """Of the epoch in progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,45 +96,118 @@ class Listener(Protocol):
         """Hear that an epoch has ended and was evaluated; called before anything is saved."""
 
 
-def fit(
+class Wish(NamedTuple):
+    """What the processes have agreed on at a boundary between two updates."""
+
+    save: bool
+    stop: str | None
+    """Who asks to stop (`SIGTERM`, `STOP`), or None."""
+
+
+class Keeper(Protocol):
+    """What happens between updates. All processes call it at the same boundaries."""
+
+    def agree(self, step: int) -> Wish:
+        """Return what all of them do after `step` updates of the run; raises what one of them has met."""
+
+    def save(self, epoch: int, step: int, sums: Sums) -> None:
+        """Save the state within an epoch: after `epoch` whole ones and `step` updates in all."""
+
+    def epoch(self, progress: Progress, evaluations: Evaluations) -> str | None:
+        """Save the state at the end of an epoch, if that is due; its row stands in the metrics already.
+
+        Returns who asks to stop, if anybody does; the state is then saved.
+        """
+
+
+class Unkept:
+    """Saves nothing and never stops: for a look at the loop alone."""
+
+    def agree(self, step: int) -> Wish:
+        """Go on."""
+        return Wish(save=False, stop=None)
+
+    def save(self, epoch: int, step: int, sums: Sums) -> None:
+        """Save nothing."""
+
+    def epoch(self, progress: Progress, evaluations: Evaluations) -> str | None:
+        """Save nothing."""
+        return None
+
+
+def fit(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Share],
     plan: Plan,
+    start: Start,
     *,
     accelerator: Accelerator,
     normalise: Normalise,
-    evaluate: Callable[[nn.Module], Evaluations],
-    save: Callable[[Progress, Evaluations], None],
+    evaluate: Callable[[nn.Module, Callable[[], bool]], Evaluations],
+    keeper: Keeper,
     listener: Listener,
     paths_of: Callable[[int, int], Sequence[str]],
 ) -> None:
-    """Train from the end of `plan.start_epoch` to that of the last epoch.
+    """Train from `start` to the end of the last epoch.
 
     Args:
         model: wrapped by accelerate.
         optimizer: prepared by accelerate; its groups carry `peak_lr`.
         batches: this process's share of every update to be made, over all epochs.
         plan: which updates are made.
+        start: where model and optimizer stand.
         accelerator: of the process group.
         normalise: from stored pictures to the model's input.
-        evaluate: the bare model -> what each evaluated part found; called at the end of each epoch.
-        save: called at the end of each epoch, once its losses are known to be finite.
+        evaluate: the bare model, and whether to end early -> what each evaluated part found; called at the end
+            of each epoch.
+        keeper: asked at the boundaries between updates what to do; saves, once losses are known to be finite.
         listener: hears of progress, and of figures where they are read.
         paths_of: (epoch, step of the epoch), both from 0 -> the files of that global batch.
 
     Raises:
-        UserError: the loss, or the model's output after an epoch, is not finite.
+        UserError: the loss, or the model's output after an epoch, is not finite; or what the keeper has met.
+        Stopped: the keeper was asked to stop; the state is saved.
 
     """
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
     rank, world = accelerator.process_index, accelerator.num_processes
-    points = plan.points
+    points, steps = plan.points, plan.steps_per_epoch
+
+    def progress(epoch: int, epoch_step: int) -> Progress:
+        """Read the figures after `epoch_step` updates of an epoch counted from 0."""
+        figures = meter.read()
+        if figures.bad_step is not None:
+            raise _not_finite(figures.bad_step, plan, paths_of)
+        return Progress(
+            epoch=epoch + 1,
+            epoch_step=epoch_step,
+            step=epoch * steps + epoch_step,
+            figures=figures,
+            lr=current_lr(optimizer),
+        )
+
+    def leave(reason: str, epoch: int, step: int) -> NoReturn:
+        """Save within epoch `epoch` (whole epochs before it), and stop."""
+        save(epoch, step)
+        raise Stopped(
+            reason, saved=f"step {step} of {plan.epochs * steps}, in epoch {epoch + 1} of {plan.epochs}"
+        )
+
+    def save(epoch: int, step: int) -> None:
+        sums, bad_step = meter.sums()
+        if bad_step is not None:
+            raise _not_finite(bad_step, plan, paths_of)
+        keeper.save(epoch, step, sums)
+
     model.train()
-    for epoch in range(plan.start_epoch, plan.epochs):
-        meter = Meter(accelerator)
-        for epoch_step, size in enumerate(plan.batch_sizes):
-            step = epoch * plan.steps_per_epoch + epoch_step
+    if start.step:
+        set_lr(optimizer, plan.lr_factor(start.step - 1))  # which is told of an epoch with no update to come
+    for epoch in range(start.epoch, plan.epochs):
+        begun = start.step - epoch * steps if epoch == start.epoch else 0
+        meter = Meter(accelerator, start.sums if begun else None)
+        for epoch_step in range(begun, steps):
+            step, size = epoch * steps + epoch_step, plan.batch_sizes[epoch_step]
             share = next(batches)
             meter.arrived()
             set_lr(optimizer, plan.lr_factor(step))
@@ -144,25 +228,28 @@ def fit(
             meter.updated(step, len(share[1]), loss_sum, correct)
             listener.step(epoch + 1, epoch_step + 1)
             if epoch_step + 1 in points:
-                figures = meter.read()
-                if figures.bad_step is not None:
-                    raise _not_finite(figures.bad_step, plan, paths_of)
-                progress = Progress(
-                    epoch=epoch + 1,
-                    epoch_step=epoch_step + 1,
-                    step=step + 1,
-                    figures=figures,
-                    lr=current_lr(optimizer),
-                )
-                listener.point(progress)
-        if figures.seen != sum(plan.batch_sizes):
-            raise RuntimeError(f"trained on {figures.seen} examples, expected {sum(plan.batch_sizes)}")
+                listener.point(progress(epoch, epoch_step + 1))
+            if epoch_step + 1 < steps:  # the last update's boundary lies behind the evaluation
+                wish = keeper.agree(step + 1)
+                if wish.stop:
+                    leave(wish.stop, epoch, step + 1)
+                if wish.save:
+                    save(epoch, step + 1)
+        done = (epoch + 1) * steps
+        whole = progress(epoch, steps)
+        if whole.figures.seen != sum(plan.batch_sizes):
+            raise RuntimeError(f"trained on {whole.figures.seen} examples, expected {sum(plan.batch_sizes)}")
         average_statistics(bare, world)
-        evaluations = evaluate(bare)
+        try:
+            evaluations = evaluate(bare, lambda: keeper.agree(done).stop is not None)  # noqa: B023 (called within the round)
+        except Interrupted:
+            leave(str(keeper.agree(done).stop), epoch, done)
         if not all(math.isfinite(e.loss_sum) for e in evaluations.values()):
-            raise _not_finite(step, plan, paths_of)
-        listener.epoch(progress, evaluations)
-        save(progress, evaluations)
+            raise _not_finite(done - 1, plan, paths_of)
+        listener.epoch(whole, evaluations)
+        stop = keeper.epoch(whole, evaluations)
+        if stop and epoch + 1 < plan.epochs:
+            raise Stopped(stop, saved=f"the end of epoch {epoch + 1} of {plan.epochs}")
 
 
 def update(

@@ -5,7 +5,8 @@ stages                     stages.py: a source model first, the comparison with 
   data                     data/: index, checks, order, augmentation, batches
   model                    model/: build, find the head, graft, weights
   optimizer                optim.py
-  fit, evaluate, save      loop.py, evaluate.py, checkpoint.py, model_file.py
+  fit, evaluate            loop.py, evaluate.py
+  save, stop, go on        keeper.py, checkpoint/, resume.py, signals.py, attempts.py, model_file.py
   show                     report/
 """
 
@@ -14,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,34 +25,59 @@ if not __package__:
 
 from trainer.errors import UserError
 from trainer.parse import parse
+from trainer.signals import STOPPING, Stopped, StopSignals, end_with_parent, has_launcher
 
+USER_ERROR = 2
+STOPPED = 75
+"""sysexits.h, EX_TEMPFAIL: not an error, to be started again."""
+INTERRUPTED = 130
 _SECONDS_FOR_RANK_0 = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and return the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    try:
-        config = parse(sys.argv[1:] if argv is None else argv)
-        # torch takes seconds to import: a wrong option is answered without it.
-        from trainer.stages import run  # noqa: PLC0415
+    """Run, and return the exit code: 0, 2 for what the user can mend, 75 for a stop, 130 for a second Ctrl-C."""
+    with StopSignals() as signals:
+        if has_launcher(os.environ):
+            end_with_parent(signal.SIGTERM)  # to save and leave, not to go on without its launcher
+        try:
+            config = parse(sys.argv[1:] if argv is None else argv)
+            # torch takes seconds to import: a wrong option is answered without it.
+            from trainer.stages import run  # noqa: PLC0415
 
-        run(config)
-    except UserError as error:
-        _say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        # A launcher may pass on what the terminal has sent already.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _say(
-            "interrupted: what the run folder holds is whole; the same command (without --run.resume never) goes on "
-            "after its last whole epoch"
-        )
-        return 130
+            run(config, signals)
+        except UserError as error:
+            _say("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+            return USER_ERROR
+        except Stopped as stop:
+            if os.environ.get("RANK", "0") == "0":  # all have stopped together
+                how = f"saved at {stop.saved}" if stop.saved else "there was nothing new to save"
+                _say(
+                    f"stopped by {stop.reason}: {how}. The same command (without --run.resume never) goes on from the "
+                    "run folder's newest checkpoint"
+                )
+            return stop_code(os.environ)
+        except KeyboardInterrupt:
+            _say(
+                "interrupted before the state could be saved: what the run folder holds is whole; the same command "
+                "(without --run.resume never) goes on from its newest checkpoint"
+            )
+            return INTERRUPTED
     return 0
+
+
+def stop_code(environment: Mapping[str, str]) -> int:
+    """Return the exit code of a run that was asked to stop.
+
+    torchrun knows success and failure alone, and starts again what has failed: there a stop is a success, and
+    the run folder's last attempt says that it is one.
+    """
+    return 0 if "TORCHELASTIC_RUN_ID" in environment else STOPPED
 
 
 def _say(text: str) -> None:
     """Print on standard error: rank 0 at once; another rank only if it lives on, so has failed alone."""
+    for number in STOPPING:  # to be told is not to be interrupted by a launcher's echo
+        signal.signal(number, signal.SIG_IGN)
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(_SECONDS_FOR_RANK_0)
@@ -68,7 +94,7 @@ def leave(code: int) -> NoReturn:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
     for worker in multiprocessing.active_children():
-        worker.terminate()
+        worker.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

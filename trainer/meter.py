@@ -44,18 +44,30 @@ class Figures:
         return self.seen / self.compute_seconds
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What an epoch has added up so far, as a checkpoint keeps it."""
+
+    rows: tuple[tuple[float, int, int], ...]
+    """Of each process: summed loss, right answers, examples seen."""
+    seconds: float
+    compute_seconds: float
+
+
 class Meter:
     """Adds up one epoch without waiting for the device; `read` waits, and reduces over the ranks."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, earlier: Sums | None = None) -> None:
+        """Begin with what the same epoch had added up before it was cut short."""
         self._accelerator = accelerator
         self._device = accelerator.device
-        self._sums = torch.zeros(3, dtype=torch.float64, device=self._device)  # loss, correct, seen
+        mine = _share(earlier, accelerator.process_index, accelerator.num_processes) if earlier else (0, 0, 0)
+        self._sums = torch.tensor(mine, dtype=torch.float64, device=self._device)  # loss, correct, seen
         self._bad = torch.full((), torch.inf, dtype=torch.float64, device=self._device)
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._compute = 0.0
+        self._compute = earlier.compute_seconds if earlier else 0.0
         self._arrival: float | torch.cuda.Event = 0.0
-        self._began = time.perf_counter()
+        self._began = time.perf_counter() - (earlier.seconds if earlier else 0.0)
 
     def arrived(self) -> None:
         """Note that a batch is on its device and its update begins."""
@@ -75,12 +87,7 @@ class Meter:
 
     def read(self) -> Figures:
         """Return the figures of the epoch so far; every rank must call it, and gets the same sums."""
-        mine = torch.cat([self._sums, self._bad.view(1)])
-        every = self._accelerator.gather(mine).view(-1, 4).tolist()  # waits for the device
-        if self._spans:
-            torch.cuda.synchronize(self._device)
-            self._compute += sum(start.elapsed_time(end) for start, end in self._spans) / 1000  # given in ms
-            self._spans.clear()
+        every = self._gathered()
         first_bad = min(row[3] for row in every)
         return Figures(
             loss_sum=sum(row[0] for row in every),
@@ -91,9 +98,40 @@ class Meter:
             bad_step=None if first_bad == torch.inf else int(first_bad),
         )
 
+    def sums(self) -> tuple[Sums, int | None]:
+        """Return the epoch so far as a checkpoint keeps it, and the first step whose loss was not finite.
+
+        Every rank must call it.
+        """
+        every = self._gathered()
+        first_bad = min(row[3] for row in every)
+        rows = tuple((row[0], int(row[1]), int(row[2])) for row in every)
+        sums = Sums(rows=rows, seconds=time.perf_counter() - self._began, compute_seconds=self._compute)
+        return sums, None if first_bad == torch.inf else int(first_bad)
+
+    def _gathered(self) -> list[list[float]]:
+        """Return loss, correct, seen and first bad step of each rank; waits for the device."""
+        mine = torch.cat([self._sums, self._bad.view(1)])
+        every: list[list[float]] = self._accelerator.gather(mine).view(-1, 4).tolist()
+        if self._spans:
+            torch.cuda.synchronize(self._device)
+            self._compute += sum(start.elapsed_time(end) for start, end in self._spans) / 1000  # given in ms
+            self._spans.clear()
+        return every
+
     def _now(self) -> "float | torch.cuda.Event":
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def _share(earlier: Sums, rank: int, world: int) -> tuple[float, float, float]:
+    """Return what `rank` begins with: its own sums, or the whole on rank 0 where the processes are others."""
+    if len(earlier.rows) == world:
+        return earlier.rows[rank]
+    if rank > 0:
+        return 0, 0, 0
+    loss, correct, seen = zip(*earlier.rows, strict=True)
+    return sum(loss), sum(correct), sum(seen)

@@ -3,9 +3,12 @@
 config.yaml         the resolved config; runs again from there
 metrics.jsonl       one row an epoch, and finer ones
 model.safetensors   the best epoch's weights, with all that is needed to predict
-last.safetensors    the training state at the end of the last epoch
+checkpoints/        the training state, in folders that are whole or absent
+attempts/           one file for each start: who, how far, how it ended
 curves.png          the note's plot
 split.csv           the split, where one was made
+audit/              with run.audit: what each process saw
+STOP                made by a person: the run saves and stops
 """
 
 import socket
@@ -15,31 +18,40 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer.checkpoint import Counters, read_counters
+from trainer.attempts import ATTEMPTS
+from trainer.checkpoint.store import has_any
 from trainer.errors import UserError
 from trainer.files import write_text_atomically
 
-CONFIG, METRICS, MODEL, LAST, CURVES, SPLIT = (
+CONFIG, METRICS, MODEL, CHECKPOINTS, CURVES, SPLIT, STOP = (
     "config.yaml",
     "metrics.jsonl",
     "model.safetensors",
-    "last.safetensors",
+    "checkpoints",
     "curves.png",
     "split.csv",
+    "STOP",
 )
-# A resumed run may differ in these: they say where and how fast it runs, not what it computes.
-# The images are compared by their fingerprint, so that they may have moved.
+OURS = (CONFIG, METRICS, MODEL, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT)
+# A resumed run may differ in these: they say where and how fast it runs, not what it computes. (In train.epochs
+# it may have more.) The images are compared by their fingerprint, so that they may have moved.
 _FREE = frozenset(
     {
         "run.dir",
         "run.resume",
         "run.device",
         "run.threads",
+        "run.audit",
         "data.root",
         "data.workers",
         "data.cache",
         "data.on_unreadable",
+        "train.accumulation",
         "train.points_per_epoch",
+        "checkpoint.every",
+        "checkpoint.keep_last",
+        "checkpoint.keep_best",
+        "checkpoint.keep_every",
     }
 )
 
@@ -47,27 +59,15 @@ _FREE = frozenset(
 MARK = "# Written by regraft: every option of this run. --config with this file runs it again.\n"
 
 
-def open_folder(folder: Path, config: str, *, resume: Literal["auto", "never", "must"]) -> str | None:
-    """Make the run folder ready for a run of this config (YAML), and return a line that says what was found.
+def examine(folder: Path, config: str, *, resume: Literal["auto", "never", "must"]) -> str | None:
+    """Return a line on what a run of this config (YAML) finds in the folder; nothing is changed.
 
     Raises:
-        UserError: the folder cannot be used, holds another run, or (`must`) none to go on from.
+        UserError: the folder holds another run, or (`must`) none to go on from.
 
     """
-    try:
-        note = _settle(folder, config, resume)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / CONFIG, MARK + config)
-    except OSError as error:
-        raise UserError(
-            f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder"
-        ) from None
-    return note
-
-
-def _settle(folder: Path, config: str, resume: str) -> str | None:
-    if not (folder / CONFIG).exists():
-        ours = [name for name in (MODEL, LAST, METRICS, CURVES, SPLIT) if (folder / name).exists()]
+    if not holds_run(folder):
+        ours = [name for name in OURS if name != CONFIG and (folder / name).exists()]
         if ours:
             raise UserError(
                 f"run.dir {folder}: holds {', '.join(ours)} but no {CONFIG}, so it is not a run that could be "
@@ -81,27 +81,70 @@ def _settle(folder: Path, config: str, resume: str) -> str | None:
             f"run.dir {folder}: holds a {CONFIG} that no run has written, which would be lost; choose another folder"
         )
     if resume == "never":
-        aside = _free_name(folder)
-        folder.rename(aside)
-        return f"the earlier run was moved to {aside}"
-    begun = (folder / LAST).exists() or (folder / "source" / LAST).exists()
-    has_model = (folder / MODEL).exists()
-    if (folder / LAST).exists() and not has_model:
-        raise UserError(
-            f"run.dir {folder}: holds {LAST} but no {MODEL}, which an epoch's end writes before it. Restore that "
-            "file, or --run.resume never, which moves the run aside"
-        )
+        return None
+    begun = has_begun(folder)
     if resume == "must" and not begun:
-        raise UserError(f"run.resume is must, but the run in {folder} has not finished an epoch")
+        raise UserError(f"run.resume is must, but the run in {folder} has not come to its first checkpoint")
     # A start that got nowhere may be followed by one of another config: it has nothing to lose.
-    differences = list(_differences(folder / CONFIG, config)) if begun or has_model else []
+    differences = list(_differences(folder / CONFIG, config)) if begun or (folder / MODEL).exists() else []
     if differences:
         listed = "".join(f"\n  {line}" for line in differences)
         raise UserError(
             f"run.dir {folder}: holds a run of another config:{listed}\n"
             "Choose another run.dir, or --run.resume never, which moves that run aside"
         )
-    return None if begun else "an earlier start in this folder had not finished an epoch: starting anew"
+    return None if begun else "an earlier start in this folder had not come to a checkpoint: starting anew"
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether a run was begun here."""
+    return (folder / CONFIG).exists()
+
+
+def has_begun(folder: Path) -> bool:
+    """Return whether there is a checkpoint to go on from, of the run or of its source model."""
+    return has_any(folder / CHECKPOINTS) or has_any(folder / "source" / CHECKPOINTS)
+
+
+def move_aside(folder: Path) -> str:
+    """Give an earlier run another name, and return a line that says which."""
+    aside = _free_name(folder)
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise UserError(
+            f"run.dir {folder}: cannot be moved aside ({error.strerror}); choose another folder"
+        ) from None
+    return f"the earlier run was moved to {aside}"
+
+
+def write_config(folder: Path, config: str) -> None:
+    """Write the run's config (YAML), making the folder if need be.
+
+    Raises:
+        UserError: it cannot be written.
+
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder / CONFIG, MARK + config)
+    except OSError as error:
+        raise UserError(
+            f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder"
+        ) from None
+
+
+def kept_precision(folder: Path) -> Literal["fp32", "bf16", "fp16"] | None:
+    """Return the precision that a run which goes on from here began with; None where there is none."""
+    try:
+        if not (folder / CONFIG).read_bytes().startswith(MARK.encode()) or not has_begun(folder):
+            return None
+        found = dict(_flat(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))).get(
+            "train.precision"
+        )
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, RecursionError):
+        return None  # `examine` says what is wrong with it
+    return found if found in ("fp32", "bf16", "fp16") else None
 
 
 def check_seen(folder: Path) -> None:
@@ -130,8 +173,15 @@ def _differences(earlier: Path, now: str) -> Iterator[str]:
             "moves the run aside"
         ) from None
     for key in sorted((before.keys() | after.keys()) - _FREE):
+        if key == "train.epochs" and _is_more(before.get(key), after.get(key)):
+            continue
         if before.get(key) != after.get(key):
             yield f"{key}: {before.get(key)!r} there, {after.get(key)!r} now"
+
+
+def _is_more(before: object, after: object) -> bool:
+    """Return whether a run is to be extended."""
+    return isinstance(before, int) and isinstance(after, int) and after > before
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -140,21 +190,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def find_state(folder: Path, *, data: str) -> Counters | None:
-    """Return where the run in `folder` stands, or None where it has yet to begin.
-
-    Raises:
-        UserError: the state is damaged, or belongs to other training images.
-
-    """
-    if not (folder / LAST).exists():
-        return None
-    counters = read_counters(folder / LAST)
-    if counters.data != data:
-        raise UserError(
-            f"{folder} holds a run on other training images (their names, classes or split have changed since): "
-            "choose another run.dir, or --run.resume never, which moves that run aside"
-        )
-    return counters

@@ -5,7 +5,7 @@ cores (`accelerate launch` sets OMP_NUM_THREADS=1); what is chosen here is said.
 """
 
 import os
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +18,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     gather_object,
     parse_flag_from_env,
 )
@@ -44,6 +45,8 @@ class Runtime:
     """CPU cores open to each process of this machine."""
     notes: tuple[str, ...]
     """What was chosen, and why; one line each."""
+    control: torch.distributed.ProcessGroup | None = None
+    """The group for agreements: on the CPU, so that no device is waited for; None: the default one."""
 
     @property
     def rank(self) -> int:
@@ -60,14 +63,30 @@ class Runtime:
         """Return whether this process is the one that speaks and writes."""
         return bool(self.accelerator.is_main_process)
 
+    def agree(self, flags: Sequence[int]) -> list[int]:
+        """Return the greatest value of each flag over all processes; all of them call it."""
+        if self.world == 1:
+            return list(flags)
+        greatest = torch.tensor(flags, dtype=torch.int64)
+        torch.distributed.all_reduce(greatest, op=torch.distributed.ReduceOp.MAX, group=self.control)
+        return [int(flag) for flag in greatest]
+
+    def from_main(self, value: T) -> T:
+        """Return rank 0's value; all processes call it."""
+        values: list[T] = broadcast_object_list([value], from_process=0)
+        return values[0]
+
 
 def start(
     *,
     device: Literal["auto", "cpu", "cuda"],
     precision: Literal["auto", "fp32", "bf16", "fp16"],
     threads: int | None,
+    kept: Precision | None = None,
 ) -> Runtime:
     """Join the process group, if there is one, and return what the run runs on.
+
+    `kept` is the precision that an earlier start of the run had `auto` choose.
 
     Raises:
         UserError: a device or precision that this machine lacks, or processes that do not know of one another.
@@ -86,7 +105,7 @@ def start(
             "run.device is cuda, but torch finds no GPU here: install a driver and a CUDA build of torch, "
             "or set run.device to auto"
         )
-    chosen, why = choose_precision(precision, on_cpu=on_cpu, environment=os.environ)
+    chosen, why = choose_precision(precision, on_cpu=on_cpu, environment=os.environ, kept=kept)
     _forget_earlier()
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -106,13 +125,22 @@ def start(
         f"device {accelerator.device} x {accelerator.num_processes}, {used} CPU thread{'s' * (used > 1)} each",
         f"precision {chosen}: {why}",
     )
-    return Runtime(accelerator, chosen, used, cores, notes)
+    control = (
+        cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo", timeout=_PATIENCE))
+        if accelerator.num_processes > 1 and not on_cpu
+        else None
+    )
+    return Runtime(accelerator, chosen, used, cores, notes, control)
 
 
 def choose_precision(
-    asked: Literal["auto", "fp32", "bf16", "fp16"], *, on_cpu: bool, environment: Mapping[str, str]
+    asked: Literal["auto", "fp32", "bf16", "fp16"],
+    *,
+    on_cpu: bool,
+    environment: Mapping[str, str],
+    kept: Precision | None = None,
 ) -> tuple[Precision, str]:
-    """Return the precision to use, and why.
+    """Return the precision to use, and why; what `auto` chose when the run began (`kept`) is kept.
 
     Raises:
         UserError: fp16 on a CPU, which accelerate would silently run as fp32; bf16 on a GPU that lacks it, where
@@ -122,6 +150,8 @@ def choose_precision(
     from_launcher = {"bf16": "bf16", "fp16": "fp16"}.get(environment.get("ACCELERATE_MIXED_PRECISION", ""))
     if asked != "auto":
         chosen, why = asked, "as train.precision asks"
+    elif kept is not None:
+        chosen, why = kept, "as this run began with"
     elif from_launcher is not None:
         chosen, why = from_launcher, "as accelerate launch --mixed_precision asks"  # type: ignore[assignment]
     elif on_cpu:
@@ -223,16 +253,21 @@ def in_turn(accelerator: Accelerator, function: Callable[[], T], *, local: bool 
     leads = accelerator.is_local_main_process if local else accelerator.is_main_process
     result: T | None = None
     for leaders_turn in (True, False):
-        error: str | None = None
+        error: UserError | None = None
         if leads == leaders_turn:
             try:
                 result = function()
             except UserError as caught:
-                error = str(caught)
-        errors = [text for text in gather_object([error]) if text is not None]
-        if errors:
-            raise UserError(errors[0])
+                error = caught
+        raise_together(accelerator, error)
     return cast(T, result)
+
+
+def raise_together(accelerator: Accelerator, error: UserError | None) -> None:
+    """Raise, on every process, the first error that one of them has come with; all of them call it."""
+    texts = [text for text in gather_object([str(error) if error else None]) if text is not None]
+    if texts:
+        raise UserError(texts[0])
 
 
 def require_equal(accelerator: Accelerator, value: object, what: str) -> None:

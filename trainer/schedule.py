@@ -11,6 +11,7 @@ from typing import Literal
 
 from trainer.errors import UserError
 
+_TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*")
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
 
 
@@ -36,6 +37,36 @@ def parse_duration(key: str, text: str) -> Duration:
     if unit == "%" and amount > 100:
         raise UserError(f"{key} is {text!r}: expected at most 100%")
     return Duration(amount, unit)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A distance between two checkpoints: an amount of training, or a time on the wall clock."""
+
+    training: Duration | None = None
+    seconds: float | None = None
+
+
+def parse_interval(key: str, text: str) -> Interval:
+    """Return the interval that a text like '3 steps', '1 epoch', '10%' or '10 min' means.
+
+    Raises:
+        UserError: it is none, or nothing; `key` is named.
+
+    """
+    match = _TIME.fullmatch(text)
+    if match is None:
+        try:
+            interval = Interval(training=parse_duration(key, text))
+        except UserError:
+            raise UserError(
+                f"{key} is {text!r}: expected an interval, as in '100 steps', '1 epoch', '10%', '10 min' or '2 h'"
+            ) from None
+    else:
+        interval = Interval(seconds=float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]])
+    if interval.seconds == 0 or (interval.training and interval.training.amount == 0):
+        raise UserError(f"{key} is {text!r}: expected more than nothing, or null")
+    return interval
 
 
 def to_steps(duration: Duration, *, steps_per_epoch: int, total_steps: int) -> int:

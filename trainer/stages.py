@@ -2,10 +2,15 @@
 
 import dataclasses
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
 
 from trainer import runtime
+from trainer.attempts import Attempt, require_free
 from trainer.config import Config, ScratchConfig, SourceConfig, TransferConfig
 from trainer.data.augment import Preprocessing
 from trainer.data.known import cache_folder, is_known
@@ -17,15 +22,27 @@ from trainer.model_file import read_description
 from trainer.parse import dump
 from trainer.report.console import make_console
 from trainer.report.summary import comparison, summary
-from trainer.run_folder import open_folder
+from trainer.run_folder import STOP, examine, holds_run, kept_precision, move_aside, write_config
+from trainer.runtime import Runtime
+from trainer.signals import Stopped, StopSignals
 
 
-def run(config: Config) -> Outcome | None:
-    """Do all that the config asks for; returns the fine-tuned run, None in debug mode."""
+def run(config: Config, signals: StopSignals) -> Outcome | None:
+    """Do all that the config asks for; returns the fine-tuned run, None in debug mode.
+
+    Raises:
+        UserError: whatever the user can mend.
+        Stopped: the run was asked to stop.
+
+    """
     if config.debug and not runtime.stand_alone(os.environ):
         return None
+    kept = kept_precision(Path(config.run.dir)) if config.run.resume != "never" else None
     machine = runtime.start(
-        device=config.run.device, precision=config.train.precision, threads=config.run.threads
+        device=config.run.device,
+        precision=config.train.precision,
+        threads=config.run.threads,
+        kept=None if config.debug else kept,
     )
     console = make_console(speaks=machine.is_main)
     config = resolve(config)
@@ -37,33 +54,77 @@ def run(config: Config) -> Outcome | None:
         debug(config, machine, console)
         return None
 
-    folder = Path(config.run.dir)
+    attempt = runtime.in_turn(
+        machine.accelerator, lambda: _open(config, console) if machine.is_main else None
+    )
+    try:
+        outcome = _stages(config, machine, console, attempt, signals)
+    except BaseException as error:
+        if attempt is not None:
+            _end(attempt, error)
+        raise
+    if attempt is not None:
+        attempt.end("done")
+    runtime.shut_down()
+    return outcome
 
-    def settle() -> str | None:
-        return open_folder(folder, dump(config), resume=config.run.resume) if machine.is_main else None
 
-    found = runtime.in_turn(machine.accelerator, settle)
-    if found is not None:
-        console.print(found)
+def _stages(
+    config: Config, machine: Runtime, console: Console, attempt: Attempt | None, signals: StopSignals
+) -> Outcome:
     weights = config.model.weights
+
+    def stage(name: str, config: Config, weights: str | None) -> Outcome:
+        # A signal that came while the stage before was finishing has only left its flag.
+        if machine.agree([signals.asked or 0])[0]:
+            raise Stopped(signal.Signals(signals.asked).name if signals.asked else "a signal")
+        if attempt is not None:
+            attempt.update(stage=name, step=0, steps=0, epoch=0, epochs=config.train.epochs)
+        return finetune(config, machine, console, weights=weights, attempt=attempt, signals=signals)
+
     if config.source.root:
         console.rule("source model", align="left")
-        source = finetune(source_stage(config), machine, console, weights=None)
+        source = stage("source", source_stage(config), None)
         weights = str(source.model_file)
     if config.source.root or config.scratch.lr:
         console.rule("fine-tuning" if weights else "training", align="left")
-    outcome = finetune(config, machine, console, weights=weights)
+    outcome = stage("", config, weights)
     if machine.is_main:
         console.print(summary(outcome))
     if config.scratch.lr:
         console.rule("from scratch", align="left")
-        scratch = finetune(scratch_stage(config), machine, console, weights=None)
+        scratch = stage("scratch", scratch_stage(config), None)
         if machine.is_main:
             console.rule("fine-tuned or from scratch", align="left")
             console.print(comparison(outcome, scratch))
             console.print(f"run folder {outcome.folder}; from scratch {scratch.folder}")
-    runtime.shut_down()
     return outcome
+
+
+def _open(config: Config, console: Console) -> Attempt:
+    """Make the run folder this process's, and leave the config in it."""
+    folder = Path(config.run.dir)
+    note = examine(folder, dump(config), resume=config.run.resume)
+    if config.run.resume == "never" and holds_run(folder):
+        require_free(folder, say=console.print)
+        note = move_aside(folder)
+    if note is not None:
+        console.print(note)
+    attempt = Attempt.claim(folder, say=console.print)
+    if (folder / STOP).exists():
+        (folder / STOP).unlink()
+        console.print(f"{folder / STOP}: from before this start, removed")
+    write_config(folder, dump(config))
+    return attempt
+
+
+def _end(attempt: Attempt, error: BaseException) -> None:
+    """Say how an attempt ended that has not come to its end; what it says must not hide why."""
+    state: Literal["stopped", "failed"] = "stopped" if isinstance(error, Stopped) else "failed"
+    try:
+        attempt.end(state, str(error) or type(error).__name__)
+    except (UserError, OSError) as trouble:
+        error.add_note(f"(nor could {attempt.folder} be told: {trouble})")
 
 
 def resolve(config: Config) -> Config:

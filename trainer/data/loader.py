@@ -5,6 +5,7 @@ whatever the number of processes: rank r of w takes every w-th of those. Nothing
 shares may be unequal, and empty at the ragged end of an epoch.
 """
 
+import hashlib
 import math
 import os
 import signal
@@ -27,6 +28,7 @@ from trainer.data.decode import UnreadableImage, decode
 from trainer.data.names import printable
 from trainer.errors import UserError
 from trainer.seeds import derive_seed
+from trainer.signals import STOPPING, end_with_parent
 
 
 class ImageGone(UserError):
@@ -100,7 +102,7 @@ class Images(Dataset[tuple[np.ndarray, int, int]]):
         except UnreadableImage as error:
             raise ImageGone(
                 f"{printable(path)}: this image cannot be read: {error}. If it could be when training began, "
-                "it has changed since: bring it back, and the same command goes on from the last epoch"
+                "it has changed since: bring it back, and the same command goes on from the last checkpoint"
             ) from None
 
     def _transformed(self, draw: Draw, image: Image.Image) -> tuple[np.ndarray, int, int]:
@@ -129,6 +131,10 @@ class Order:
     def batch(self, epoch: int, step: int) -> list[int]:
         """Return the examples of the global batch `step` (counted from 0) of that epoch."""
         return self.permutation(epoch)[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+
+    def digest(self, epoch: int) -> str:
+        """Return the SHA-256 of an epoch's order: the same on every machine, or it is another order."""
+        return hashlib.sha256(self.permutation(epoch).numpy().tobytes()).hexdigest()
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -200,7 +206,9 @@ class Collate:
 
 
 def _start_worker(_: int, *, yields: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle; it ends its workers
+    for number in STOPPING:  # these reach whole process groups; they are the trainer's to handle
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
     if yields:
         os.nice(19)
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trainer.errors import UserError
+
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """Return the model's BatchNorm layers that keep running statistics."""
@@ -78,6 +80,58 @@ def _forward(layer: _BatchNorm, images: Tensor) -> Tensor:
             eps=layer.eps,
         )
     return type(layer).forward(layer, images)
+
+
+def gather_statistics(model: nn.Module, world: int) -> dict[str, Tensor]:
+    """Return each process's statistics of the layers that are not frozen: `RANK.name` -> float64, on the CPU.
+
+    Every process calls it, with the same model. Empty for one process, which has its statistics in its model.
+    """
+    mine = _live_statistics(model)
+    if world == 1 or not mine:
+        return {}
+    flat = torch.cat([s.detach().double().flatten() for s in mine.values()])
+    every = [torch.empty_like(flat) for _ in range(world)]
+    torch.distributed.all_gather(every, flat)
+    sizes = [s.numel() for s in mine.values()]
+    return {
+        f"{rank}.{name}": part.reshape(mine[name].shape)
+        for rank, all_of_rank in enumerate(every)
+        for name, part in zip(mine, all_of_rank.cpu().split(sizes), strict=True)
+    }
+
+
+@torch.no_grad()
+def restore_statistics(model: nn.Module, gathered: dict[str, Tensor], *, rank: int, world: int) -> None:
+    """Put back what `gather_statistics` returned; among another number of processes, its average over them.
+
+    Raises:
+        UserError: it is of another model.
+
+    """
+    live = _live_statistics(model)
+    saved = len(gathered) // max(1, len(live))
+    wanted = {f"{number}.{name}": tensor.shape for name, tensor in live.items() for number in range(saved)}
+    if {name: tensor.shape for name, tensor in gathered.items()} != wanted:
+        raise UserError(
+            "the checkpoint's BatchNorm statistics are those of another model: expected "
+            f"{len(live)} tensors for each process. Start anew with --run.resume never, which moves the run aside"
+        )
+    if saved == 0:
+        return  # one process has written it: its statistics stand in the model
+    for name, statistic in live.items():
+        parts = [gathered[f"{number}.{name}"] for number in range(saved)]
+        value = parts[rank] if saved == world else torch.stack(parts).mean(0)
+        statistic.copy_(value)
+
+
+def _live_statistics(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": buffer
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and not _is_frozen(layer)
+        for key, buffer in layer.named_buffers(recurse=False)
+    }
 
 
 def average_statistics(model: nn.Module, world: int) -> None:

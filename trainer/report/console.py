@@ -103,7 +103,7 @@ def row_line(row: Row, epochs: int, parts: Sequence[str]) -> str:
 class Display:
     """Progress with ETA while training, and a row for each epoch."""
 
-    def __init__(self, console: Console, *, epochs: int, steps_per_epoch: int, done_epochs: int) -> None:
+    def __init__(self, console: Console, *, epochs: int, steps_per_epoch: int, done_steps: int) -> None:
         self.console = console
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         self._head_shown = False
@@ -121,9 +121,7 @@ class Display:
             speed_estimate_period=120,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(
-            "", total=epochs * steps_per_epoch, completed=done_epochs * steps_per_epoch, figures=""
-        )
+        self._task = self._bar.add_task("", total=epochs * steps_per_epoch, completed=done_steps, figures="")
 
     @contextmanager
     def shown(self) -> Iterator[None]:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.data.names import listed
 from trainer.errors import UserError
 from trainer.files import write_text_atomically
 from trainer.loop import Evaluations, Progress
@@ -15,45 +14,53 @@ Row = dict[str, Any]
 class MetricsFile:
     """The rows of a run, appended as they come and flushed each time."""
 
-    def __init__(self, path: Path, *, keep_epochs: int) -> None:
-        """Keep the rows of the first `keep_epochs` epochs, if there are any, and drop the rest."""
+    def __init__(self, path: Path, text: str = "") -> None:
+        """Begin with the rows of a checkpoint: what a run wrote after it is made again.
+
+        The file is replaced, not changed: a process that still holds the earlier one writes to nobody.
+        """
         self.path = path
-        rows = [row for row in read_rows(path) if row["epoch"] <= keep_epochs] if keep_epochs else []
-        write_text_atomically(path, "".join(_line(row) for row in rows))
+        self.rows = parse_rows(text, str(path))
+        self._lines = [text]
+        write_text_atomically(path, text)
+        self._file = path.open("a", encoding="utf-8")
 
     def append(self, row: Row) -> None:
         """Write one row."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+        line = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
+        self.rows.append(row)
+        self._lines.append(line)
+        self._file.write(line)
+        self._file.flush()
+
+    @property
+    def text(self) -> str:
+        """Return the whole file's text."""
+        return "".join(self._lines)
+
+    def close(self) -> None:
+        """Write no more."""
+        self._file.close()
 
 
-def _line(row: Row) -> str:
-    return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return all rows; a last line that was cut off by a kill is passed over.
+def parse_rows(text: str, where: str) -> list[Row]:
+    """Return the rows of a metrics file's text.
 
     Raises:
-        UserError: a line that is not one of ours.
+        UserError: a line that is not one of ours; `where` names the file.
 
     """
-    if not path.is_file():
-        return []
     rows: list[Row] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line:
             continue
         try:
             row = json.loads(line)
             if not (isinstance(row["epoch"], int | float) and isinstance(row["kind"], str)):
                 raise TypeError("epoch or kind")
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number}: not a row of metrics ({error}); restore the file, or start anew with "
+                f"{where}, line {number}: not a row of metrics ({error}); restore the file, or start anew with "
                 "--run.resume never"
             ) from None
         rows.append(row)
@@ -63,30 +70,6 @@ def read_rows(path: Path) -> list[Row]:
 def epoch_rows(rows: list[Row]) -> list[Row]:
     """Return the rows of whole epochs."""
     return [row for row in rows if row["kind"] == "epoch"]
-
-
-def check_epochs(path: Path, epochs: int) -> None:
-    """Check that the rows belong to a training state after `epochs` epochs, which a resumed run is to go on from.
-
-    All of them are there; and at most the next one too, whose state was not written any more.
-
-    Raises:
-        UserError: rows are missing, or the state is.
-
-    """
-    there = {row["epoch"] for row in epoch_rows(read_rows(path))}
-    missing = [str(epoch) for epoch in range(1, epochs + 1) if epoch not in there]
-    if missing:
-        fault = f"lacks epoch {listed(missing)}, but the training state is that after epoch {epochs}"
-    elif max(there, default=0) > epochs + 1:
-        state = f"the training state is that after epoch {epochs}" if epochs else "there is no training state"
-        fault = f"goes on to epoch {max(there)}, but {state}"
-    else:
-        return
-    raise UserError(
-        f"{path}: {fault}: one of the two files was lost or replaced. Restore it, or start anew with "
-        "--run.resume never, which moves the run aside"
-    )
 
 
 def train_row(progress: Progress, steps_per_epoch: int) -> Row:

@@ -11,23 +11,37 @@ from trainer.errors import UserError
 from trainer.loop import Evaluations, Progress
 from trainer.report.console import Display, peak_memory
 from trainer.report.figures import draw_curves
-from trainer.report.metrics import MetricsFile, epoch_row, read_rows, train_row
+from trainer.report.metrics import MetricsFile, Row, epoch_row, train_row
 from trainer.run_folder import CURVES, METRICS
 
 _SECONDS_BETWEEN_FIGURES = 20.0  # short epochs are not slowed down by their own picture
 
 
 class RunReport:
-    """Rank 0's listener: shows, writes, draws."""
+    """Rank 0's listener: shows, writes, draws.
+
+    What cannot be written stands in `failure`: rank 0 alone knows of it, and all processes are to stop for it.
+    """
 
     def __init__(
-        self, display: Display, *, folder: Path, title: str, device: torch.device, done_epochs: int
+        self, display: Display, *, folder: Path, title: str, device: torch.device, text: str
     ) -> None:
+        """Begin with the metrics of a checkpoint (`text`), or with none."""
+        self.failure: UserError | None = None
         self._display = display
-        with _said(folder):
-            self._metrics = MetricsFile(folder / METRICS, keep_epochs=done_epochs)
+        self._metrics = MetricsFile(folder / METRICS, text)
         self._folder, self._title, self._device = folder, title, device
         self._drawn = 0.0
+
+    @property
+    def rows(self) -> list[Row]:
+        """Return the rows so far."""
+        return self._metrics.rows
+
+    @property
+    def text(self) -> str:
+        """Return the metrics file so far."""
+        return self._metrics.text
 
     def step(self, epoch: int, epoch_step: int) -> None:
         """Move the progress bar."""
@@ -36,13 +50,13 @@ class RunReport:
     def point(self, progress: Progress) -> None:
         """Show and write the figures of a point."""
         self._display.point(progress)
-        with _said(self._folder):
+        with self._kept():
             self._metrics.append(train_row(progress, self._display.steps_per_epoch))
 
     def epoch(self, progress: Progress, evaluations: Evaluations) -> None:
         """Show and write an epoch, and draw the curves anew."""
         row = epoch_row(progress, evaluations, peak_memory(self._device))
-        with _said(self._folder):
+        with self._kept():
             self._metrics.append(row)
         self._display.epoch(row, tuple(evaluations))
         if time.monotonic() - self._drawn > _SECONDS_BETWEEN_FIGURES:
@@ -51,24 +65,33 @@ class RunReport:
     def draw(self) -> None:
         """Draw the curves of all rows so far."""
         self._drawn = time.monotonic()
-        with _said(self._folder):
-            draw_curves(read_rows(self._metrics.path), self._folder / CURVES, title=self._title)
+        with self._kept():
+            draw_curves(self.rows, self._folder / CURVES, title=self._title)
 
+    def close(self) -> None:
+        """Write no more."""
+        self._metrics.close()
 
-@contextmanager
-def _said(folder: Path) -> Iterator[None]:
-    """Turn a full disk, or a folder that is gone, into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{folder}: the figures could not be written ({error.strerror or error}). What was saved before is whole: "
-            "make room, and the same command goes on from there"
-        ) from None
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Keep a full disk, or a folder that is gone, as one sentence."""
+        try:
+            yield
+        except OSError as error:
+            self.failure = UserError(
+                f"{self._folder}: the figures could not be written ({error.strerror or error}). What was saved before "
+                "is whole: make room, and the same command goes on from there"
+            )
 
 
 class Silent:
     """The other ranks' listener."""
+
+    failure = None
+    text = ""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
 
     def step(self, epoch: int, epoch_step: int) -> None:
         """Say nothing."""
@@ -81,3 +104,6 @@ class Silent:
 
     def draw(self) -> None:
         """Draw nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""

@@ -83,7 +83,7 @@ def summary(run: Finished) -> str:
         f"time {duration(run.seconds)}, of it {duration(sum(row['seconds'] for row in run.rows))} training",
         f"run folder {run.folder}",
         f"  model.safetensors  the best epoch ({best['epoch']}); trainer.load reads it",
-        "  last.safetensors   the training state, to go on from",
+        "  checkpoints/       the training state, to go on from",
         "  metrics.jsonl      every figure",
         "  curves.png         their plot",
         "  config.yaml        every option; runs this again",

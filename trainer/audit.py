@@ -1,0 +1,57 @@
+"""`audit/rank-N.jsonl`: what each process saw in every update, to compare one run with another.
+
+One JSON object an update: attempt, epoch and step (from 0), world, lr_factor, examples (positions in the list of
+training examples) and for each of them the CRC-32 of its pixels as they are trained on. After a kill, updates that
+were lost are made again: of a step's rows those of the latest attempt count.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from trainer.data.loader import Batch
+from trainer.errors import UserError
+
+AUDIT = "audit"
+
+
+def audited(
+    batches: Iterable[Batch],
+    folder: Path,
+    *,
+    start_step: int,
+    steps_per_epoch: int,
+    rank: int,
+    world: int,
+    attempt: int,
+    lr_factor: Callable[[int], float],
+) -> Iterator[Batch]:
+    """Yield the shares of the updates from `start_step` on, writing each down as it is taken.
+
+    Raises:
+        UserError: it cannot be written.
+
+    """
+    path = folder / AUDIT / f"rank-{rank}.jsonl"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="ascii") as file:
+            for step, batch in enumerate(batches, start=start_step):
+                pixels = batch[0].permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                row = {
+                    "attempt": attempt,
+                    "epoch": step // steps_per_epoch,
+                    "step": step,
+                    "world": world,
+                    "lr_factor": lr_factor(step),
+                    "examples": batch[2].tolist(),
+                    "pixels": [zlib.crc32(picture) for picture in pixels],
+                }
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                yield batch
+    except OSError as error:
+        raise UserError(
+            f"run.audit: {path} cannot be written ({error.strerror}): make room, or leave it off"
+        ) from None

@@ -1,0 +1,35 @@
+"""When a checkpoint is due, and which are kept: pure functions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.checkpoint.store import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What the config asks for, in steps of the run and in seconds."""
+
+    every_steps: int | None
+    every_seconds: float | None
+    keep_last: int
+    keep_best: bool
+    keep_every: int | None
+    """In steps."""
+
+    def due(self, step: int, seconds: float) -> bool:
+        """Return whether to save after `step` updates, `seconds` after the last checkpoint."""
+        by_step = self.every_steps is not None and step % self.every_steps == 0
+        return by_step or (self.every_seconds is not None and seconds >= self.every_seconds)
+
+    def kept(self, places: Sequence[Place], best: Place | None) -> set[Place]:
+        """Return which of the checkpoints are kept.
+
+        Args:
+            places: of all there are.
+            best: where the best epoch so far was saved, if it was.
+
+        """
+        newest = sorted(places, reverse=True)[: self.keep_last]
+        milestones = [place for place in places if self.keep_every and place.step % self.keep_every == 0]
+        return {*newest, *milestones, *([best] if best is not None and self.keep_best else [])}

@@ -1,0 +1,271 @@
+"""`checkpoints/`: each a folder that is whole or absent, whatever kills the process that writes it.
+
+step-00000120-epoch-0004/   after 120 updates, of them 4 whole epochs
+  model.safetensors           weights and buffers
+  optimizer.safetensors       its moments
+  statistics.safetensors      each process's BatchNorm statistics, where they differ
+  state.json                  counters, and what they belong to
+  metrics.jsonl               the run's figures up to here
+  MANIFEST.json               size and SHA-256 of each of these
+LATEST                      the name of the last one written, for people and scripts
+damaged-1-step-...          set aside: it failed its check
+
+A folder is filled under another name, brought to the disk with everything in it, and renamed; then LATEST is
+replaced, then what is no longer wanted is removed, again under another name first. Reading, a folder counts
+only if it holds exactly what its manifest lists; names, sizes and sums are checked before a file is opened.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from safetensors import SafetensorError, safe_open
+
+from trainer.checkpoint.state import State
+from trainer.data.names import listed, printable
+from trainer.errors import UserError
+from trainer.files import sync_folder, write_text_atomically
+
+MANIFEST, LATEST, STATE, METRICS = "MANIFEST.json", "LATEST", "state.json", "metrics.jsonl"
+MODEL, OPTIMIZER, STATISTICS = "model.safetensors", "optimizer.safetensors", "statistics.safetensors"
+FORMAT = 1
+_REQUIRED = {MODEL, OPTIMIZER, STATE, METRICS}
+_ALLOWED = _REQUIRED | {STATISTICS}
+_CHUNK = 1 << 22
+_MOST_JSON = 1 << 26
+"""Bytes of the largest manifest or state that is read: a class list takes some megabytes at most."""
+_WRITING, _LEAVING, _DAMAGED = ".writing-", ".leaving-", "damaged-"
+
+
+class Damaged(Exception):
+    """A folder is not the checkpoint that its name promises; the text says why."""
+
+
+class Place(NamedTuple):
+    """Where in a run a checkpoint stands; its order is theirs."""
+
+    step: int
+    """Updates made."""
+    epoch: int
+    """Whole epochs made: trained and evaluated."""
+
+    @property
+    def name(self) -> str:
+        """Return the folder's name."""
+        return f"step-{self.step:08}-epoch-{self.epoch:04}"
+
+    @classmethod
+    def of(cls, name: str) -> Self | None:
+        """Return the place that a folder's name gives, or None for the name of something else."""
+        match = re.fullmatch(r"step-([0-9]{8,15})-epoch-([0-9]{4,15})", name, flags=re.ASCII)
+        place = cls(int(match[1]), int(match[2])) if match else None
+        return place if place and place.name == name else None
+
+
+class Found(NamedTuple):
+    """A checkpoint that passed its check."""
+
+    path: Path
+    state: State
+    metrics: str
+    """Its metrics.jsonl."""
+
+
+def write(folder: Path, place: Place, files: Mapping[str, bytes], *, check: Callable[[], None]) -> None:
+    """Write a checkpoint, and point LATEST at it.
+
+    Args:
+        folder: of all checkpoints of the run.
+        place: where in the run it stands.
+        files: name -> content.
+        check: raises where this process may no longer write; called last thing before anything is put in place.
+
+    Raises:
+        OSError: the disk is full, or fails; the earlier checkpoints are as they were.
+
+    """
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f"{_WRITING}{place.name}-{os.getpid()}"
+    try:
+        temporary.mkdir()
+        manifest: dict[str, Any] = {"format": FORMAT, "files": {}}
+        for name, content in files.items():
+            _write_file(temporary / name, content)
+            manifest["files"][name] = {
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        _write_file(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        sync_folder(temporary)
+        check()
+        temporary.rename(folder / place.name)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk has room again
+        raise
+    sync_folder(folder)
+    write_text_atomically(folder / LATEST, place.name + "\n")
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        for start in range(0, len(content), _CHUNK):
+            file.write(content[start : start + _CHUNK])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def prune(folder: Path, keep: Iterable[Place], *, check: Callable[[], None]) -> None:
+    """Remove the checkpoints that are not to be kept, except the newest; what is set aside stays."""
+    kept = set(keep)
+    for place in places(folder)[1:]:
+        if place not in kept:
+            check()
+            leaving = folder / f"{_LEAVING}{place.name}"
+            (folder / place.name).rename(leaving)  # never a checkpoint that is half there
+            shutil.rmtree(leaving)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what an attempt that was killed has left half written or half removed."""
+    for prefix in (_WRITING, _LEAVING):
+        for path in folder.glob(f"{prefix}*"):
+            shutil.rmtree(path)
+    for path in folder.glob(f".{LATEST}.*.tmp"):
+        path.unlink()
+
+
+def places(folder: Path) -> list[Place]:
+    """Return where there are checkpoints, by their names alone, the newest first."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+    return sorted(filter(None, map(Place.of, names)), reverse=True)
+
+
+def has_any(folder: Path) -> bool:
+    """Return whether a checkpoint was ever finished here, be it damaged since."""
+    return bool(places(folder)) or any(folder.glob(f"{_DAMAGED}*"))
+
+
+def newest(folder: Path, *, say: Callable[[str], object]) -> Found | None:
+    """Return the newest checkpoint that is whole; those that are not are set aside, with a line for each.
+
+    Raises:
+        UserError: there were some, and none is whole.
+
+    """
+    for place in places(folder):
+        path = folder / place.name
+        try:
+            found = read(path)
+        except Damaged as damage:
+            aside = _set_aside(path)
+            say(f"{path} is damaged ({damage}): set aside as {aside.name}")
+            continue
+        if not _points_at(folder, place):
+            write_text_atomically(folder / LATEST, place.name + "\n")
+        return found
+    damaged = sorted(path.name for path in folder.glob(f"{_DAMAGED}*"))
+    if damaged:
+        raise UserError(
+            f"{folder}: no checkpoint is whole; set aside: {listed(damaged, limit=5)}. Restore one under its name, or "
+            "start anew with --run.resume never, which moves the run aside"
+        )
+    return None
+
+
+def _points_at(folder: Path, place: Place) -> bool:
+    latest = folder / LATEST
+    return latest.is_file() and latest.read_bytes()[:100] == f"{place.name}\n".encode()
+
+
+def _set_aside(path: Path) -> Path:
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{_DAMAGED}{number}-{path.name}")):
+        number += 1
+    path.rename(aside)
+    sync_folder(path.parent)
+    return aside
+
+
+def read(path: Path) -> Found:
+    """Return the checkpoint at `path` if it holds exactly what its manifest lists.
+
+    Raises:
+        Damaged: it does not, or is none of ours.
+
+    """
+    try:
+        return _read(path)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise Damaged(printable(reason)[:200] or type(error).__name__) from None
+
+
+def _read(path: Path) -> Found:
+    _require_kind(path, stat.S_ISDIR, "a folder")
+    expected = _manifest(path)
+    there = set(os.listdir(path))  # noqa: PTH208 (names, not paths)
+    for name in sorted(there ^ {*expected, MANIFEST}):
+        raise Damaged(
+            f"{name!r} is missing" if name in expected else f"{name!r} does not stand in its manifest"
+        )
+    for name, (size, digest) in expected.items():
+        _require_kind(path / name, stat.S_ISREG, "a file")
+        actual = (path / name).stat().st_size
+        if actual != size:
+            raise Damaged(f"{name} has {actual} bytes, its manifest says {size}")
+        if _sha256(path / name) != digest:
+            raise Damaged(f"{name} is not what was written: its SHA-256 differs from its manifest's")
+    for name in expected:
+        if name.endswith(".safetensors"):
+            with safe_open(path / name, framework="pt"):
+                pass
+    state = State.from_json(_small(path / STATE))
+    if Place(state.step, state.epoch).name != path.name:
+        raise Damaged(f"it holds the state after step {state.step} and {state.epoch} epochs")
+    return Found(path, state, (path / METRICS).read_text(encoding="utf-8"))
+
+
+def _manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """Return name -> (bytes, SHA-256), with names that are ours and nothing else."""
+    _require_kind(path / MANIFEST, stat.S_ISREG, "a file")
+    content = json.loads(_small(path / MANIFEST))
+    if content["format"] != FORMAT:
+        raise Damaged(f"format {content['format']!r}, this version of regraft reads {FORMAT}")
+    files = content["files"]
+    if not isinstance(files, dict):
+        raise Damaged(f"its manifest lists {type(files).__name__}, expected names with sizes and sums")
+    unknown = files.keys() - _ALLOWED
+    missing = _REQUIRED - files.keys()
+    if unknown or missing:
+        raise Damaged(f"its manifest lists {sorted(map(str, files))}, expected {sorted(_REQUIRED)}")
+    for name, entry in files.items():
+        if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+            raise Damaged(f"its manifest says {entry!r} of {name}")
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+
+
+def _require_kind(path: Path, is_kind: Callable[[int], bool], what: str) -> None:
+    # Without following links: a checkpoint holds its own files, and a pipe would be waited for.
+    if not is_kind(path.lstat().st_mode):
+        raise Damaged(f"{path.name} is not {what}")
+
+
+def _small(path: Path) -> str:
+    size = path.stat().st_size
+    if size > _MOST_JSON:
+        raise Damaged(f"{path.name} has {size} bytes, expected at most {_MOST_JSON}")
+    return path.read_text(encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,253 @@
+"""Between two updates: the processes agree whether to save, to stop, or that one of them has failed.
+
+The training step pays for that agreement (one small exchange on the CPU) and, where a checkpoint is due, for a
+copy of the state; a thread of rank 0 writes it.
+"""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import nn
+
+from trainer.attempts import Attempt
+from trainer.checkpoint import store
+from trainer.checkpoint.policy import Policy
+from trainer.checkpoint.state import Best, State, Subject
+from trainer.checkpoint.store import Place
+from trainer.checkpoint.tensors import Tensors, capture
+from trainer.checkpoint.writer import Writer
+from trainer.data.loader import Order
+from trainer.errors import UserError
+from trainer.loop import Evaluations, Progress, Wish
+from trainer.meter import Sums
+from trainer.model.batch_norm import gather_statistics
+from trainer.model_file import Description, write_model
+from trainer.run_folder import CHECKPOINTS, MODEL, STOP
+from trainer.runtime import Runtime, raise_together
+from trainer.signals import Stopped, StopSignals
+
+_STOP_FILE = 1 << 10  # above every signal's number
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class Report(Protocol):
+    """What rank 0 tells of the run; the others' tells nothing."""
+
+    @property
+    def failure(self) -> UserError | None:
+        """Return why figures could not be written, if they could not."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.jsonl so far."""
+
+    @property
+    def text(self) -> str:
+        """Return metrics.jsonl so far."""
+
+
+@dataclass(kw_only=True)
+class Keeper:
+    """Agrees, saves, and says when to stop: a context around the loop, on every process; rank 0's writes."""
+
+    machine: Runtime
+    signals: StopSignals
+    attempt: Attempt | None
+    """Rank 0's right to write; None elsewhere."""
+    folder: Path
+    """Of this stage of the run."""
+    model: nn.Module
+    """Bare: neither DDP's wrapper nor its prefixes are written."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    order: Order
+    epochs: int
+    policy: Policy
+    facts: Mapping[str, Any]
+    """The fields of a state that do not change: schedule, chosen, threads, seed, versions."""
+    lr_factor: Callable[[int], float]
+    subject: Subject
+    description: Description
+    """Of the model; its metrics are filled in as they come."""
+    selection: str | None
+    """The part that the best epoch is selected on, where it is not `test`."""
+    report: Report
+    best: Best | None
+    last: Place | None
+    """The newest checkpoint."""
+    _writer: Writer = field(default_factory=Writer)
+    _saved_at: float = field(default_factory=time.monotonic)
+    _looked_at: float = 0.0
+    _stop_file: bool = False
+
+    def agree(self, step: int) -> Wish:
+        """Return what all processes do after `step` updates of the run.
+
+        Raises:
+            UserError: one of them has met it; every process raises it.
+
+        """
+        failure = self._failure() if self.machine.is_main else None
+        due = self.machine.is_main and self.policy.due(step, time.monotonic() - self._saved_at)
+        stop, save, failed = self.machine.agree([self._asked(), due, failure is not None])
+        if failed:
+            raise_together(self.machine.accelerator, failure)
+        reason = "the file STOP" if stop == _STOP_FILE else signal.Signals(stop).name if stop else None
+        return Wish(save=bool(save), stop=reason)
+
+    def _failure(self) -> UserError | None:
+        return self._writer.failure or self.report.failure
+
+    def _asked(self) -> int:
+        if self.attempt is not None and not self._stop_file:
+            now = time.monotonic()
+            if now - self._looked_at > _SECONDS_BETWEEN_LOOKS:
+                self._looked_at = now
+                self._stop_file = (self.attempt.folder / STOP).exists()
+        return _STOP_FILE if self._stop_file else self.signals.asked or 0
+
+    def save(self, epoch: int, step: int, sums: Sums) -> None:
+        """Save the state within an epoch, after `epoch` whole ones and `step` updates in all."""
+        self._save(Place(step, epoch), sums, with_model=False)
+
+    def epoch(self, progress: Progress, evaluations: Evaluations) -> str | None:
+        """Save the state at the end of an epoch if it is due, the best so far or the last; or if asked to stop."""
+        found = evaluations[self.selection or "test"]
+        now = Best(epoch=progress.epoch, step=progress.step, accuracy=found.accuracy, loss=found.loss)
+        is_best = self.best is None or now.score > self.best.score
+        if is_best:
+            self.best = now
+        wish = self.agree(progress.step)
+        is_last = progress.epoch == self.epochs
+        if wish.save or wish.stop or is_last or (is_best and self.policy.keep_best):
+            self._save(Place(progress.step, progress.epoch), None, with_model=is_best)
+        elif is_best and self.attempt is not None and self._writer.settle():
+            # A run that goes on from an earlier checkpoint comes to the same best epoch again.
+            model = capture(self.model, self.optimizer)[store.MODEL]
+            self._writer.submit(partial(self._write_model, self.attempt, model, self._described()))
+        return wish.stop
+
+    def __enter__(self) -> Self:
+        if self.attempt is not None:
+            steps = self.order.steps_per_epoch * self.epochs
+            done = self.last or Place(0, 0)
+            self.attempt.update(step=done.step, steps=steps, epoch=done.epoch, epochs=self.epochs)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let what is being written come to its end; after the last epoch or a stop, all hear how it went."""
+        try:
+            if error is None or isinstance(error, Stopped):
+                self._finish()
+        finally:
+            self._writer.close()
+
+    def _finish(self) -> None:
+        if self.machine.is_main:
+            self._writer.settle()
+        if self.agree(0).stop and self._stop_file and self.attempt is not None:
+            (self.attempt.folder / STOP).unlink(missing_ok=True)  # honoured: the same command goes on
+
+    def _save(self, place: Place, sums: Sums | None, *, with_model: bool) -> None:
+        if place == self.last:
+            return
+        statistics = gather_statistics(self.model, self.machine.world)
+        self.last, self._saved_at = place, time.monotonic()
+        if self.attempt is None or not self._writer.settle():
+            return  # a failure is raised by all at the next boundary
+        tensors = capture(self.model, self.optimizer)
+        if statistics:
+            tensors[store.STATISTICS] = statistics
+        self._writer.submit(
+            partial(
+                self._write,
+                self.attempt,
+                self._state(place, sums),
+                tensors=tensors,
+                metrics=self.report.text,
+                description=self._described() if with_model else None,
+            )
+        )
+
+    def _described(self) -> Description:
+        metrics = {**self.report.rows[-1], "selected_on": self.selection or "test"}
+        return dataclasses.replace(self.description, metrics=metrics)
+
+    def _state(self, place: Place, sums: Sums | None) -> State:
+        assert self.attempt is not None  # for mypy: rank 0 alone asks
+        return State(
+            epoch=place.epoch,
+            step=place.step,
+            sums=sums,
+            best=self.best,
+            subject=self.subject,
+            order=self.order.digest(place.epoch),
+            steps_per_epoch=self.order.steps_per_epoch,
+            scaler=self.scaler.state_dict() if self.scaler is not None else {},
+            world=self.machine.world,
+            attempt=self.attempt.record.attempt,
+            **{**self.facts, "schedule": {**self.facts["schedule"], "lr_factor": self.lr_factor(place.step)}},
+        )
+
+    def _write(
+        self,
+        attempt: Attempt,
+        state: State,
+        *,
+        tensors: Mapping[str, Tensors],
+        metrics: str,
+        description: Description | None,
+    ) -> None:
+        """Write a checkpoint, the best epoch's model before it; in the writer's thread, on copies alone."""
+        place = Place(state.step, state.epoch)
+        _require_finite(tensors[store.MODEL], place)
+        if description is not None:
+            self._write_model(attempt, tensors[store.MODEL], description)
+        folder = self.folder / CHECKPOINTS
+        with _said(folder):
+            files = {name: save(held) for name, held in tensors.items()}
+            files |= {store.STATE: state.to_json(), store.METRICS: metrics.encode()}
+            store.write(folder, place, files, check=attempt.check)
+            attempt.update(step=place.step, epoch=place.epoch)
+            best = Place(state.best.step, state.best.epoch) if state.best else None
+            store.prune(folder, self.policy.kept(store.places(folder), best), check=attempt.check)
+
+    def _write_model(self, attempt: Attempt, model: Tensors, description: Description) -> None:
+        with _said(self.folder / MODEL):
+            attempt.check()
+            write_model(self.folder / MODEL, model, description)
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """Turn a full disk, or a folder that is gone, into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: the state of the run could not be saved ({error}). What was saved before is whole: make room, "
+            "and the same command goes on from there"
+        ) from None
+
+
+def _require_finite(model: Tensors, place: Place) -> None:
+    spoilt = [name for name, tensor in model.items() if not torch.isfinite(tensor).all()]
+    if spoilt:
+        raise UserError(
+            f"the update of step {place.step} has left values that are not finite in {spoilt[0]}: training has "
+            "diverged. It was not saved; earlier checkpoints are as they were. Try a smaller optim.lr or "
+            "optim.head_lr_scale, a warm-up, optim.clip_norm, or train.precision fp32"
+        )

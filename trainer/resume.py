@@ -1,0 +1,125 @@
+"""Where a run goes on: the newest checkpoint that is whole and its own, and everything put back to it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trainer.checkpoint import store
+from trainer.checkpoint.state import State, Subject
+from trainer.checkpoint.store import Found
+from trainer.checkpoint.tensors import load_statistics, restore
+from trainer.config import Config
+from trainer.data.index import write_split
+from trainer.data.loader import Order
+from trainer.data.names import printable
+from trainer.data.prepare import Prepared
+from trainer.errors import UserError
+from trainer.model.batch_norm import restore_statistics
+from trainer.parse import dump
+from trainer.run_folder import CHECKPOINTS, MODEL, SPLIT, check_seen, examine, write_config
+from trainer.runtime import Runtime
+from trainer.versions import versions
+
+
+def find(
+    config: Config,
+    prepared: Prepared,
+    subject: Subject,
+    order: Order,
+    *,
+    say: Callable[[str], object],
+    writes: bool,
+) -> Found | None:
+    """Open the run folder, and return the checkpoint that the run in it goes on from; None where it begins."""
+    folder = Path(config.run.dir)
+    if not writes:
+        check_seen(folder)
+        return None  # rank 0's choice is everyone's
+    examine(folder, dump(config), resume="auto")
+    write_config(folder, dump(config))
+    if prepared.index.split_made:
+        write_split(prepared.index, folder / SPLIT)
+    try:
+        store.tidy(folder / CHECKPOINTS)
+        found = store.newest(folder / CHECKPOINTS, say=say)
+    except OSError as error:
+        raise UserError(
+            f"{folder / CHECKPOINTS}: cannot be read and put in order ({error}); mend that, or choose another run.dir"
+        ) from None
+    if found is None:
+        return None
+    state = found.state
+    state.subject.require_same(subject, str(found.path))
+    if state.seed != config.run.seed or state.order != order.digest(state.epoch):
+        raise UserError(
+            f"{found.path}: the examples are drawn in another order here than where it was written, by torch "
+            f"{printable(state.versions.get('torch', '?'))}: go on with that version, or start anew with "
+            "--run.resume never, which moves the run aside"
+        )
+    if state.epoch > config.train.epochs or state.steps_per_epoch != order.steps_per_epoch:
+        raise UserError(
+            f"{found.path}: after {state.epoch} epochs of {state.steps_per_epoch} steps, but this run is to have "
+            f"{config.train.epochs} of {order.steps_per_epoch}: choose another run.dir, or --run.resume never"
+        )
+    if state.best and not (folder / MODEL).exists():
+        raise UserError(
+            f"{folder}: {MODEL} is gone, which holds the best epoch ({state.best.epoch}). Restore that file, or "
+            "--run.resume never, which moves the run aside"
+        )
+    return found
+
+
+def put_back(
+    found: Found,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    *,
+    machine: Runtime,
+) -> UserError | None:
+    """Put everything back to where the checkpoint stands, or return why that cannot be."""
+    state = found.state
+    try:
+        # Fp16's loss scaling skips updates until it has settled: the first ones may leave no moments.
+        restore(found.path, model, optimizer, updated=state.step > 0 and not state.scaler)
+        restore_statistics(model, load_statistics(found.path), rank=machine.rank, world=machine.world)
+    except UserError as error:
+        return error
+    if scaler is not None and state.scaler:  # none where the run began without fp16
+        scaler.load_state_dict(dict(state.scaler))
+    return None
+
+
+def going_on(state: State, config: Config, order: Order, machine: Runtime) -> list[str]:
+    """Return where the run goes on, and what is no longer as it was when it was saved."""
+    steps = order.steps_per_epoch
+    begun = state.step - state.epoch * steps
+    within = f", in epoch {state.epoch + 1} after {begun} of its {steps} steps" if begun else ""
+    lines = [f"going on after epoch {state.epoch} of {config.train.epochs} (step {state.step}){within}"]
+    if state.world != machine.world:
+        lines.append(
+            f"  on {machine.world} processes instead of {state.world}: the same examples, crops and learning rates; "
+            "equal but for the order of sums"
+            + (
+                ", and BatchNorm, whose statistics belong to each process"
+                if config.transfer.batch_norm == "train"
+                else ""
+            )
+        )
+    total = state.schedule.get("total_steps")
+    if total != steps * config.train.epochs:
+        lines.append(
+            f"  for {steps * config.train.epochs} steps instead of {printable(str(total))}: from here on, the learning "
+            "rate is that of the longer run"
+        )
+    now = versions()
+    changed = [
+        f"{name} {printable(then)} then, {now[name]} now"
+        for name, then in state.versions.items()
+        if name in now and now[name] != then
+    ]
+    if changed:
+        lines.append(f"  with other versions, so equal but for what they changed: {', '.join(changed)}")
+    return lines

@@ -1,0 +1,20 @@
+"""Versions of regraft and of whatever has a say in what a run computes."""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+_PACKAGES = ("torch", "torchvision", "accelerate", "safetensors", "numpy", "pillow")
+
+
+def own_version() -> str:
+    """Return regraft's version; a checkout that is not installed has none."""
+    try:
+        return version("regraft")
+    except PackageNotFoundError:
+        return "uninstalled"
+
+
+def versions() -> dict[str, str]:
+    """Return name -> version."""
+    python = sys.version.split()[0]
+    return {"regraft": own_version(), "python": python, **{name: version(name) for name in _PACKAGES}}
