@@ -88,8 +88,8 @@ class Attempt:
             while True:
                 number = require_free(folder, say=say, patience=patience)
                 record = _own_record(number + 1)
-                with suppress(FileExistsError), _path(folder, number + 1).open("x", encoding="ascii") as file:
-                    file.write(_text(record))
+                with suppress(FileExistsError):
+                    _create(_path(folder, number + 1), _text(record))
                     break
         except OSError as error:
             raise UserError(
@@ -108,11 +108,22 @@ class Attempt:
             )
 
     def update(self, **changes: Any) -> None:
-        """Write what has become of the attempt."""
+        """Write what has become of the attempt.
+
+        Raises:
+            UserError: it is no longer the run's latest, or the disk is full.
+
+        """
         self.check()
-        with self._lock:
-            self.record = dataclasses.replace(self.record, **changes)
-            write_text_atomically(self._path, _text(self.record))
+        try:
+            with self._lock:
+                self.record = dataclasses.replace(self.record, **changes)
+                write_text_atomically(self._path, _text(self.record))
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror}). What was saved before is whole: make room, and "
+                "the same command goes on from there"
+            ) from None
 
     def end(self, state: State, reason: str | None = None) -> None:
         """Say how it ended, and give no more signs of life."""
@@ -230,6 +241,17 @@ def _scope() -> str:
 
 def _path(folder: Path, number: int) -> Path:
     return folder / ATTEMPTS / f"{number:04}.json"
+
+
+def _create(path: Path, text: str) -> None:
+    """Make a file that is not there yet; raises FileExistsError if it is."""
+    with path.open("x", encoding="ascii") as file:
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:  # a full disk: nobody's number
+            path.unlink()
+            raise
 
 
 def _text(record: Record) -> str:

@@ -142,7 +142,11 @@ class Keeper:
         if self.attempt is not None:
             steps = self.order.steps_per_epoch * self.epochs
             done = self.last or Place(0, 0)
-            self.attempt.update(step=done.step, steps=steps, epoch=done.epoch, epochs=self.epochs)
+            self._writer.submit(
+                partial(
+                    self.attempt.update, step=done.step, steps=steps, epoch=done.epoch, epochs=self.epochs
+                )
+            )
         return self
 
     def __exit__(
@@ -151,14 +155,15 @@ class Keeper:
         """Let what is being written come to its end; after the last epoch or a stop, all hear how it went."""
         try:
             if error is None or isinstance(error, Stopped):
-                self._finish()
+                self._finish(stopped=error is not None)
         finally:
             self._writer.close()
 
-    def _finish(self) -> None:
+    def _finish(self, *, stopped: bool) -> None:
         if self.machine.is_main:
             self._writer.settle()
-        if self.agree(0).stop and self._stop_file and self.attempt is not None:
+        self.agree(0)
+        if stopped and self._stop_file and self.attempt is not None:
             (self.attempt.folder / STOP).unlink(missing_ok=True)  # honoured: the same command goes on
 
     def _save(self, place: Place, sums: Sums | None, *, with_model: bool) -> None:
@@ -194,7 +199,7 @@ class Keeper:
             sums=sums,
             best=self.best,
             subject=self.subject,
-            order=self.order.digest(place.epoch),
+            order="",  # drawn in the writer's thread
             steps_per_epoch=self.order.steps_per_epoch,
             scaler=self.scaler.state_dict() if self.scaler is not None else {},
             world=self.machine.world,
@@ -213,6 +218,7 @@ class Keeper:
     ) -> None:
         """Write a checkpoint, the best epoch's model before it; in the writer's thread, on copies alone."""
         place = Place(state.step, state.epoch)
+        state = dataclasses.replace(state, order=self.order.digest(state.epoch))
         _require_finite(tensors[store.MODEL], place)
         if description is not None:
             self._write_model(attempt, tensors[store.MODEL], description)

@@ -25,7 +25,7 @@ if not __package__:
 
 from trainer.errors import UserError
 from trainer.parse import parse
-from trainer.signals import STOPPING, Stopped, StopSignals, end_with_parent, has_launcher
+from trainer.signals import STOPPING, Stopped, StopSignals, follow_launcher, has_launcher
 
 USER_ERROR = 2
 STOPPED = 75
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run, and return the exit code: 0, 2 for what the user can mend, 75 for a stop, 130 for a second Ctrl-C."""
     with StopSignals() as signals:
         if has_launcher(os.environ):
-            end_with_parent(signal.SIGTERM)  # to save and leave, not to go on without its launcher
+            follow_launcher()
         try:
             config = parse(sys.argv[1:] if argv is None else argv)
             # torch takes seconds to import: a wrong option is answered without it.

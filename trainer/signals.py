@@ -44,7 +44,6 @@ class StopSignals:
         self._only_flags = False
         self._when = 0.0
         self._earlier: dict[int, object] = {}
-        self._parent = os.getppid()
 
     def __enter__(self) -> Self:
         for number in STOPPING:
@@ -75,11 +74,6 @@ class StopSignals:
                 raise KeyboardInterrupt
             return
         self.asked, self._when = number, now
-        if os.getppid() != self._parent:
-            # Partners may be dead too, and an exchange with them hang.
-            timer = threading.Timer(SECONDS_TO_OUTLIVE, os._exit, [128 + number])
-            timer.daemon = True
-            timer.start()
         if not self._only_flags:
             raise Stopped(signal.Signals(number).name)
 
@@ -90,6 +84,24 @@ def end_with_parent(number: int) -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
+
+
+def follow_launcher() -> None:
+    """Save and leave when this process's launcher ends, and leave soon in any case.
+
+    TERM asks for it. Partners may be dead too, and an exchange with them hang in code that lets no handler run:
+    so a thread sets the limit.
+    """
+    launcher = os.getppid()
+    end_with_parent(signal.SIGTERM)
+
+    def limit() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1.0)
+        time.sleep(SECONDS_TO_OUTLIVE)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=limit, name="launcher", daemon=True).start()
 
 
 def has_launcher(environment: Mapping[str, str]) -> bool:

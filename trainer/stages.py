@@ -78,8 +78,12 @@ def _stages(
         # A signal that came while the stage before was finishing has only left its flag.
         if machine.agree([signals.asked or 0])[0]:
             raise Stopped(signal.Signals(signals.asked).name if signals.asked else "a signal")
-        if attempt is not None:
-            attempt.update(stage=name, step=0, steps=0, epoch=0, epochs=config.train.epochs)
+
+        def note_down() -> None:
+            if attempt is not None:
+                attempt.update(stage=name, step=0, steps=0, epoch=0, epochs=config.train.epochs)
+
+        runtime.in_turn(machine.accelerator, note_down)
         return finetune(config, machine, console, weights=weights, attempt=attempt, signals=signals)
 
     if config.source.root:
@@ -123,7 +127,7 @@ def _end(attempt: Attempt, error: BaseException) -> None:
     state: Literal["stopped", "failed"] = "stopped" if isinstance(error, Stopped) else "failed"
     try:
         attempt.end(state, str(error) or type(error).__name__)
-    except (UserError, OSError) as trouble:
+    except UserError as trouble:
         error.add_note(f"(nor could {attempt.folder} be told: {trouble})")
 
 
