@@ -165,6 +165,12 @@ def read_record(path: Path) -> Record | None:
     return record if sound else None
 
 
+def records(folder: Path) -> list[Record]:
+    """Return what is known of the attempts of a run folder, as far as it can be read."""
+    found = map(read_record, sorted((folder / ATTEMPTS).glob("*.json")))
+    return [record for record in found if record is not None]
+
+
 def require_free(folder: Path, *, say: Callable[[str], object], patience: float = PATIENCE) -> int:
     """Return the number of the last attempt in a run folder, which is over; 0 where there was none.
 
@@ -186,6 +192,8 @@ def require_free(folder: Path, *, say: Callable[[str], object], patience: float 
             f"{patience:.0f} s whether it still gives a sign of life"
         )
         lives = _gives_signs(_path(folder, number), patience)
+        earlier = read_record(_path(folder, number))  # written to the end by now, or over
+        lives = lives and (earlier is None or earlier.state == "running")
     if lives:
         who = f"process {earlier.pid} on {earlier.host}, since {earlier.began}" if earlier else "a process"
         raise UserError(

@@ -144,10 +144,19 @@ class Keeper:
             done = self.last or Place(0, 0)
             self._writer.submit(
                 partial(
-                    self.attempt.update, step=done.step, steps=steps, epoch=done.epoch, epochs=self.epochs
+                    self._begin,
+                    self.attempt,
+                    step=done.step,
+                    steps=steps,
+                    epoch=done.epoch,
+                    epochs=self.epochs,
                 )
             )
         return self
+
+    def _begin(self, attempt: Attempt, **where: int) -> None:
+        with _said(attempt.folder):
+            attempt.update(**where)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

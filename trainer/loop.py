@@ -239,7 +239,8 @@ def fit(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
         whole = progress(epoch, steps)
         if whole.figures.seen != sum(plan.batch_sizes):
             raise RuntimeError(f"trained on {whole.figures.seen} examples, expected {sum(plan.batch_sizes)}")
-        average_statistics(bare, world)
+        if begun < steps:  # else they were averaged before it was saved, and would be rounded anew
+            average_statistics(bare, world)
         try:
             evaluations = evaluate(bare, lambda: keeper.agree(done).stop is not None)  # noqa: B023 (called within the round)
         except Interrupted:

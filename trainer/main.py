@@ -27,6 +27,7 @@ from trainer.errors import UserError
 from trainer.parse import parse
 from trainer.signals import STOPPING, Stopped, StopSignals, follow_launcher, has_launcher
 
+FAILED = 1
 USER_ERROR = 2
 STOPPED = 75
 """sysexits.h, EX_TEMPFAIL: not an error, to be started again."""
@@ -42,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             config = parse(sys.argv[1:] if argv is None else argv)
             # torch takes seconds to import: a wrong option is answered without it.
-            from trainer.stages import run  # noqa: PLC0415
+            with signals.as_flags():  # an import that is broken off would leave half a module behind
+                from trainer.stages import run  # noqa: PLC0415
+            if signals.asked:
+                raise Stopped(signal.Signals(signals.asked).name)
 
             run(config, signals)
         except UserError as error:
@@ -80,25 +84,35 @@ def _say(text: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     rank = int(os.environ.get("RANK", "0"))
     if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher's, for which rank 0 has spoken already
         time.sleep(_SECONDS_FOR_RANK_0)
         text = f"[rank {rank}] {text}"
     print(text, file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:
-    """Exit; as one of a group, without Python's own clearing up.
+    """Exit; as one of a group, or after an error that is none of the user's, without Python's own clearing up.
 
     All is written and the group is left by then, but now and then gloo's threads abort a process that clears
-    up (pytorch issue 190489 describes it), and a launcher would take a finished run for a failed one.
+    up (pytorch issue 190489 describes it), and a launcher would take a finished run for a failed one. After a
+    traceback, which holds on to the loaders, it would wait for ever: their workers are deaf to what it sends.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        sys.exit(code)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises at the end of a worker
     for worker in multiprocessing.active_children():
         worker.kill()
+    if os.environ.get("WORLD_SIZE", "1") == "1" and code != FAILED:
+        sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 if __name__ == "__main__":
-    leave(main())
+    try:
+        code = main()
+    except SystemExit:  # of --help
+        raise
+    except BaseException:  # noqa: BLE001 (told as Python tells it)
+        sys.excepthook(*sys.exc_info())
+        code = FAILED
+    leave(code)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from trainer.data.augment import Normalise, Preprocessing, eval_transform, to_array
@@ -83,7 +83,8 @@ def write_model(path: Path, state: Mapping[str, Tensor], description: Descriptio
     # In ASCII: a folder's name, so a class's, may hold bytes that no Unicode text has.
     header = {HEADER_KEY: json.dumps(fields), "format": "pt"}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    # Not by safetensors' own writing, which leaves a file of a random name where it is killed.
+    write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata=header)))
 
 
 def read_description(path: str | os.PathLike[str]) -> Description | None:

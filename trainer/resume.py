@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from trainer.attempts import ATTEMPTS
 from trainer.checkpoint import store
 from trainer.checkpoint.state import State, Subject
 from trainer.checkpoint.store import Found
@@ -16,9 +17,10 @@ from trainer.data.loader import Order
 from trainer.data.names import printable
 from trainer.data.prepare import Prepared
 from trainer.errors import UserError
+from trainer.files import remove_leftovers
 from trainer.model.batch_norm import restore_statistics
 from trainer.parse import dump
-from trainer.run_folder import CHECKPOINTS, MODEL, SPLIT, check_seen, examine, write_config
+from trainer.run_folder import CHECKPOINTS, MODEL, OURS, SPLIT, check_seen, examine, write_config
 from trainer.runtime import Runtime
 from trainer.versions import versions
 
@@ -43,6 +45,9 @@ def find(
         write_split(prepared.index, folder / SPLIT)
     try:
         store.tidy(folder / CHECKPOINTS)
+        for name in OURS:
+            remove_leftovers(folder, name)
+        remove_leftovers(folder / ATTEMPTS, "*")
         found = store.newest(folder / CHECKPOINTS, say=say)
     except OSError as error:
         raise UserError(

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer.attempts import ATTEMPTS
+from trainer.attempts import ATTEMPTS, records
 from trainer.checkpoint.store import has_any
 from trainer.errors import UserError
 from trainer.files import write_text_atomically
@@ -67,7 +67,8 @@ def examine(folder: Path, config: str, *, resume: Literal["auto", "never", "must
 
     """
     if not holds_run(folder):
-        ours = [name for name in OURS if name != CONFIG and (folder / name).exists()]
+        # attempts/ is what a start leaves that is killed before it has written anything else.
+        ours = [name for name in OURS if name not in (CONFIG, ATTEMPTS) and (folder / name).exists()]
         if ours:
             raise UserError(
                 f"run.dir {folder}: holds {', '.join(ours)} but no {CONFIG}, so it is not a run that could be "
@@ -82,6 +83,7 @@ def examine(folder: Path, config: str, *, resume: Literal["auto", "never", "must
         )
     if resume == "never":
         return None
+    _require_saved_is_there(folder)
     begun = has_begun(folder)
     if resume == "must" and not begun:
         raise UserError(f"run.resume is must, but the run in {folder} has not come to its first checkpoint")
@@ -94,6 +96,17 @@ def examine(folder: Path, config: str, *, resume: Literal["auto", "never", "must
             "Choose another run.dir, or --run.resume never, which moves that run aside"
         )
     return None if begun else "an earlier start in this folder had not come to a checkpoint: starting anew"
+
+
+def _require_saved_is_there(folder: Path) -> None:
+    """Raise a UserError where figures would be written over whose training state was saved, and is gone."""
+    for record in records(folder):
+        stage = folder / record.stage if record.stage in ("source", "scratch") else folder
+        if record.step and (stage / METRICS).exists() and not has_any(stage / CHECKPOINTS):
+            raise UserError(
+                f"{stage / CHECKPOINTS}: attempt {record.attempt} has saved step {record.step} of this run, but no "
+                "checkpoint is there any more. Restore one, or --run.resume never, which moves the run aside"
+            )
 
 
 def holds_run(folder: Path) -> bool:

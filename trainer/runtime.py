@@ -24,6 +24,7 @@ from accelerate.utils import (
 )
 
 from trainer.errors import UserError
+from trainer.group import join_group
 
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -107,6 +108,7 @@ def start(
         )
     chosen, why = choose_precision(precision, on_cpu=on_cpu, environment=os.environ, kept=kept)
     _forget_earlier()
+    join_group(os.environ, "gloo" if on_cpu else "nccl", patience=_PATIENCE)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=_ACCELERATE_NAME[chosen],

@@ -20,7 +20,6 @@ from torchvision.transforms import functional
 
 import trainer
 from tests.folders import picture
-from trainer import model_file
 from trainer.data import augment
 from trainer.data.augment import Normalise, Preprocessing
 from trainer.data.loader import Draw, Images
@@ -181,11 +180,12 @@ def test_a_failed_write_leaves_the_earlier_file(
     path = tmp_path / "model.safetensors"
     path.write_bytes(small.read_bytes())
 
-    def breaks(tensors: object, temporary: Path, **settings: object) -> None:
-        temporary.write_bytes(b"half")
+    def breaks(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_file, "save_file", breaks)
+    monkeypatch.setattr(Path, "write_bytes", breaks)
     with pytest.raises(OSError, match="No space left"):
         write_model(path, {"fc.weight": torch.zeros(2)}, describe())
     assert path.read_bytes() == small.read_bytes()

@@ -118,18 +118,26 @@ class State:
         """Return the state that `to_json` wrote.
 
         Raises:
-            ValueError, TypeError, KeyError, RecursionError: it is none, or of another format.
+            ValueError, TypeError, KeyError, RecursionError: it is none.
+            UserError: a later version wrote it.
 
         """
         fields = json.loads(text)
+        if type(fields["format"]) is int and fields["format"] > FORMAT:
+            raise UserError(
+                f"a checkpoint of format {fields['format']}, by a later regraft than this one, which reads {FORMAT}: "
+                "go on with the version that wrote it, or choose another run.dir"
+            )
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']!r}, this version of regraft reads {FORMAT}")
         subject, sums, best = fields["subject"], fields["sums"], fields["best"]
         for name in ("classes", "examples"):
             subject[name] = tuple(subject[name])
         fields["subject"] = Subject(**subject)
-        fields["sums"] = sums and Sums(**{**sums, "rows": tuple(map(tuple, sums["rows"]))})
-        fields["best"] = best and Best(**best)
+        if sums is not None:
+            fields["sums"] = Sums(**{**sums, "rows": tuple(map(tuple, sums["rows"]))})
+        if best is not None:
+            fields["best"] = Best(**best)
         state = cls(**fields)
         state._check()
         return state
@@ -153,7 +161,7 @@ class State:
         if self.best is not None:
             _require(
                 all(map(_is_count, (self.best.epoch, self.best.step)))
-                and all(map(_is_number, self.best.score)),
+                and all(map(_is_number, (self.best.accuracy, self.best.loss))),
                 "the best epoch",
             )
         subject = self.subject
@@ -184,4 +192,5 @@ def _is_count(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    # An integer may be too large to be told whether it is finite.
+    return math.isfinite(value) if type(value) is float else type(value) is int and abs(value) < 2**63

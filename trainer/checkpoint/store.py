@@ -15,13 +15,16 @@ replaced, then what is no longer wanted is removed, again under another name fir
 only if it holds exactly what its manifest lists; names, sizes and sums are checked before a file is opened.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -30,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from trainer.checkpoint.state import State
 from trainer.data.names import listed, printable
 from trainer.errors import UserError
-from trainer.files import sync_folder, write_text_atomically
+from trainer.files import remove_leftovers, sync_folder, write_text_atomically
 
 MANIFEST, LATEST, STATE, METRICS = "MANIFEST.json", "LATEST", "state.json", "metrics.jsonl"
 MODEL, OPTIMIZER, STATISTICS = "model.safetensors", "optimizer.safetensors", "statistics.safetensors"
@@ -40,6 +43,7 @@ _ALLOWED = _REQUIRED | {STATISTICS}
 _CHUNK = 1 << 22
 _MOST_JSON = 1 << 26
 """Bytes of the largest manifest or state that is read: a class list takes some megabytes at most."""
+_ERRORS_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 _WRITING, _LEAVING, _DAMAGED = ".writing-", ".leaving-", "damaged-"
 
 
@@ -91,7 +95,8 @@ def write(folder: Path, place: Place, files: Mapping[str, bytes], *, check: Call
 
     """
     folder.mkdir(exist_ok=True)
-    temporary = folder / f"{_WRITING}{place.name}-{os.getpid()}"
+    sync_folder(folder.parent)
+    temporary = folder / f"{_WRITING}{place.name}-{secrets.token_hex(4)}"
     try:
         temporary.mkdir()
         manifest: dict[str, Any] = {"format": FORMAT, "files": {}}
@@ -109,7 +114,7 @@ def write(folder: Path, place: Place, files: Mapping[str, bytes], *, check: Call
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk has room again
         raise
     sync_folder(folder)
-    write_text_atomically(folder / LATEST, place.name + "\n")
+    _point_at(folder, place)
 
 
 def _write_file(path: Path, content: bytes) -> None:
@@ -128,16 +133,23 @@ def prune(folder: Path, keep: Iterable[Place], *, check: Callable[[], None]) -> 
             check()
             leaving = folder / f"{_LEAVING}{place.name}"
             (folder / place.name).rename(leaving)  # never a checkpoint that is half there
-            shutil.rmtree(leaving)
+            with suppress(OSError):  # what a network file system holds on to, the next start removes
+                _remove(leaving)
 
 
 def tidy(folder: Path) -> None:
     """Remove what an attempt that was killed has left half written or half removed."""
     for prefix in (_WRITING, _LEAVING):
         for path in folder.glob(f"{prefix}*"):
-            shutil.rmtree(path)
-    for path in folder.glob(f".{LATEST}.*.tmp"):
+            _remove(path)
+    remove_leftovers(folder, LATEST)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():  # none of ours, under one of our names
         path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def places(folder: Path) -> list[Place]:
@@ -170,7 +182,7 @@ def newest(folder: Path, *, say: Callable[[str], object]) -> Found | None:
             say(f"{path} is damaged ({damage}): set aside as {aside.name}")
             continue
         if not _points_at(folder, place):
-            write_text_atomically(folder / LATEST, place.name + "\n")
+            _point_at(folder, place)
         return found
     damaged = sorted(path.name for path in folder.glob(f"{_DAMAGED}*"))
     if damaged:
@@ -183,7 +195,17 @@ def newest(folder: Path, *, say: Callable[[str], object]) -> Found | None:
 
 def _points_at(folder: Path, place: Place) -> bool:
     latest = folder / LATEST
-    return latest.is_file() and latest.read_bytes()[:100] == f"{place.name}\n".encode()
+    if latest.is_symlink() or not latest.is_file():
+        return False
+    expected = f"{place.name}\n".encode()
+    with latest.open("rb") as file:
+        return file.read(len(expected) + 1) == expected
+
+
+def _point_at(folder: Path, place: Place) -> None:
+    if (folder / LATEST).is_dir() and not (folder / LATEST).is_symlink():
+        _set_aside(folder / LATEST)  # a folder gives way to no file
+    write_text_atomically(folder / LATEST, place.name + "\n")
 
 
 def _set_aside(path: Path) -> Path:
@@ -200,18 +222,34 @@ def read(path: Path) -> Found:
 
     Raises:
         Damaged: it does not, or is none of ours.
+        OSError: it cannot be read here and now, as without permission: nothing against the checkpoint.
+        UserError: a later regraft wrote it.
 
     """
     try:
         return _read(path)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+    except Damaged as error:
+        raise Damaged(printable(str(error)[:200])) from None
+    except OSError as error:
+        if error.errno not in _ERRORS_OF_DAMAGE:
+            raise
+        raise Damaged(printable(str(error)[:200])) from None
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say in which file an error was met."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise Damaged(printable(reason)[:200] or type(error).__name__) from None
+        raise Damaged(f"{name}: {reason}") from None
 
 
 def _read(path: Path) -> Found:
     _require_kind(path, stat.S_ISDIR, "a folder")
-    expected = _manifest(path)
+    with _naming(MANIFEST):
+        expected = _manifest(path)
     there = set(os.listdir(path))  # noqa: PTH208 (names, not paths)
     for name in sorted(there ^ {*expected, MANIFEST}):
         raise Damaged(
@@ -226,12 +264,14 @@ def _read(path: Path) -> Found:
             raise Damaged(f"{name} is not what was written: its SHA-256 differs from its manifest's")
     for name in expected:
         if name.endswith(".safetensors"):
-            with safe_open(path / name, framework="pt"):
+            with _naming(name), safe_open(path / name, framework="pt"):
                 pass
-    state = State.from_json(_small(path / STATE))
+    with _naming(STATE):
+        state = State.from_json(_small(path / STATE))
     if Place(state.step, state.epoch).name != path.name:
         raise Damaged(f"it holds the state after step {state.step} and {state.epoch} epochs")
-    return Found(path, state, (path / METRICS).read_text(encoding="utf-8"))
+    with _naming(METRICS):
+        return Found(path, state, (path / METRICS).read_text(encoding="utf-8"))
 
 
 def _manifest(path: Path) -> dict[str, tuple[int, str]]:

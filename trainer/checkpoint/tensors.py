@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trainer.checkpoint.store import MODEL, OPTIMIZER, STATISTICS
-from trainer.data.names import listed
+from trainer.data.names import listed, printable
 from trainer.errors import UserError
 
 Tensors = dict[str, Tensor]
@@ -85,9 +85,10 @@ def _load(path: Path) -> Tensors:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError, TypeError) as error:  # torch's of an impossible shape
+        reason = printable(str(error).partition("\n")[0])
         raise UserError(
-            f"{path}: could not be read ({error}), although its check has passed; the same command tries again"
+            f"{path}: could not be read ({reason}), although its check has passed; the same command tries again"
         ) from None
 
 

@@ -111,8 +111,12 @@ def restore_statistics(model: nn.Module, gathered: dict[str, Tensor], *, rank: i
     """
     live = _live_statistics(model)
     saved = len(gathered) // max(1, len(live))
-    wanted = {f"{number}.{name}": tensor.shape for name, tensor in live.items() for number in range(saved)}
-    if {name: tensor.shape for name, tensor in gathered.items()} != wanted:
+    wanted = {
+        f"{number}.{name}": (tensor.shape, torch.float64)
+        for name, tensor in live.items()
+        for number in range(saved)
+    }
+    if {name: (tensor.shape, tensor.dtype) for name, tensor in gathered.items()} != wanted:
         raise UserError(
             "the checkpoint's BatchNorm statistics are those of another model: expected "
             f"{len(live)} tensors for each process. Start anew with --run.resume never, which moves the run aside"

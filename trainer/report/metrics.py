@@ -1,6 +1,7 @@
 """`metrics.jsonl`: one JSON object a line; kind `epoch` for whole epochs, kind `train` for points within one."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ class MetricsFile:
         return "".join(self._lines)
 
     def close(self) -> None:
-        """Write no more."""
-        self._file.close()
+        """Write no more; what could not be written was told when it was tried."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def parse_rows(text: str, where: str) -> list[Row]:

@@ -26,12 +26,20 @@ class RunReport:
     def __init__(
         self, display: Display, *, folder: Path, title: str, device: torch.device, text: str
     ) -> None:
-        """Begin with the metrics of a checkpoint (`text`), or with none."""
+        """Begin with the metrics of a checkpoint (`text`), or with none.
+
+        Raises:
+            UserError: they cannot be written.
+
+        """
         self.failure: UserError | None = None
         self._display = display
-        self._metrics = MetricsFile(folder / METRICS, text)
         self._folder, self._title, self._device = folder, title, device
         self._drawn = 0.0
+        with self._kept():
+            self._metrics = MetricsFile(folder / METRICS, text)
+        if self.failure is not None:  # before training all hear of it at once
+            raise self.failure
 
     @property
     def rows(self) -> list[Row]:
