@@ -6,14 +6,18 @@ were lost are made again: of a step's rows those of the latest attempt count.
 """
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.data.loader import Batch
 from trainer.errors import UserError
 
 AUDIT = "audit"
+_LONGEST_ROW = 1 << 24
+"""Bytes."""
 
 
 def audited(
@@ -34,23 +38,37 @@ def audited(
 
     """
     path = folder / AUDIT / f"rank-{rank}.jsonl"
-    try:
+    with _said(path):
         path.parent.mkdir(exist_ok=True)
-        with path.open("a", encoding="ascii") as file:
-            for step, batch in enumerate(batches, start=start_step):
-                pixels = batch[0].permute(0, 2, 3, 1).contiguous().cpu().numpy()
-                row = {
-                    "attempt": attempt,
-                    "epoch": step // steps_per_epoch,
-                    "step": step,
-                    "world": world,
-                    "lr_factor": lr_factor(step),
-                    "examples": batch[2].tolist(),
-                    "pixels": [zlib.crc32(picture) for picture in pixels],
-                }
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                yield batch
+        _drop_half_a_row(path)
+    for step, batch in enumerate(batches, start=start_step):
+        pixels = batch[0].permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        row = {
+            "attempt": attempt,
+            "epoch": step // steps_per_epoch,
+            "step": step,
+            "world": world,
+            "lr_factor": lr_factor(step),
+            "examples": batch[2].tolist(),
+            "pixels": [zlib.crc32(picture) for picture in pixels],
+        }
+        with _said(path), path.open("a", encoding="ascii") as file:
+            file.write(json.dumps(row) + "\n")
+        yield batch
+
+
+def _drop_half_a_row(path: Path) -> None:
+    """Remove what a kill has left of a last row that it cut off: the next one would be written behind it."""
+    with path.open("ab+") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - _LONGEST_ROW)
+        file.seek(start)
+        file.truncate(start + file.read().rfind(b"\n") + 1)
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"run.audit: {path} cannot be written ({error.strerror}): make room, or leave it off"

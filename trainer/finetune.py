@@ -33,7 +33,7 @@ from trainer.assemble import (
 from trainer.attempts import Attempt
 from trainer.audit import audited
 from trainer.checkpoint.state import Subject
-from trainer.checkpoint.store import Place
+from trainer.checkpoint.store import Found, Place
 from trainer.config import Config
 from trainer.data.augment import Normalise
 from trainer.data.loader import Batch, Images, Order, Shares
@@ -126,12 +126,8 @@ def finetune(
         Outcome, folder=folder, selection=index.selection, examples=(len(index.train), len(index.test))
     )
     if found and state and state.epoch == config.train.epochs:
-        console.print(
-            f"finished already, after epoch {state.epoch}: nothing to train. A larger train.epochs goes on from here; "
-            "--run.resume never starts anew"
-        )
-        rows = epoch_rows(parse_rows(found.metrics, str(found.path)))
-        return outcome(rows=tuple(rows), seconds=time.monotonic() - began)
+        rows = _finished(found, attempt, console)
+        return outcome(rows=rows, seconds=time.monotonic() - began)
 
     # 3.
     preprocessing = preprocessing_of(config.data)
@@ -234,9 +230,23 @@ def finetune(
     finally:
         report.draw()
         report.close()
+        if report.failure is not None:  # the curves alone are missing, or it has been raised already
+            console.print(str(report.failure))
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return outcome(rows=tuple(epoch_rows(report.rows)), seconds=time.monotonic() - began)
+
+
+def _finished(found: Found, attempt: Attempt | None, console: Console) -> tuple[Row, ...]:
+    """Say that the run has come to its last epoch already, and return its epochs."""
+    state = found.state
+    console.print(
+        f"finished already, after epoch {state.epoch}: nothing to train. A larger train.epochs goes on from here; "
+        "--run.resume never starts anew"
+    )
+    if attempt is not None:
+        attempt.update(step=state.step, steps=state.step, epoch=state.epoch, epochs=state.epoch)
+    return tuple(epoch_rows(parse_rows(found.metrics, str(found.path))))
 
 
 def _subject(config: Config, prepared: Prepared) -> Subject:

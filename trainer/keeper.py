@@ -8,7 +8,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -114,7 +114,8 @@ class Keeper:
             now = time.monotonic()
             if now - self._looked_at > _SECONDS_BETWEEN_LOOKS:
                 self._looked_at = now
-                self._stop_file = (self.attempt.folder / STOP).exists()
+                with suppress(OSError):  # a network file system that stumbles is asked again in a second
+                    self._stop_file = (self.attempt.folder / STOP).exists()
         return _STOP_FILE if self._stop_file else self.signals.asked or 0
 
     def save(self, epoch: int, step: int, sums: Sums) -> None:

@@ -25,8 +25,11 @@ SECONDS_TO_OUTLIVE = 30.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has."""
+class Stopped(BaseException):
+    """The run was asked to stop, and has.
+
+    No Exception: it may come anywhere, and is none of the failures that the code around it is ready for.
+    """
 
     def __init__(self, reason: str, saved: str | None = None) -> None:
         """Take who asked (`SIGTERM`, `STOP`), and where the run stood when it was saved, if it had begun."""
@@ -70,7 +73,7 @@ class StopSignals:
     def _came(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self.asked is not None:
-            if number == self.asked == signal.SIGINT and now - self._when > SECONDS_TO_INSIST:
+            if number == signal.SIGINT and now - self._when > SECONDS_TO_INSIST:
                 raise KeyboardInterrupt
             return
         self.asked, self._when = number, now

@@ -37,7 +37,8 @@ def run(config: Config, signals: StopSignals) -> Outcome | None:
     """
     if config.debug and not runtime.stand_alone(os.environ):
         return None
-    kept = kept_precision(Path(config.run.dir)) if config.run.resume != "never" else None
+    folder = Path(_absolute("run.dir", config.run.dir))
+    kept = kept_precision(folder) if config.run.resume != "never" else None
     machine = runtime.start(
         device=config.run.device,
         precision=config.train.precision,
@@ -54,9 +55,10 @@ def run(config: Config, signals: StopSignals) -> Outcome | None:
         debug(config, machine, console)
         return None
 
-    attempt = runtime.in_turn(
-        machine.accelerator, lambda: _open(config, console) if machine.is_main else None
-    )
+    with signals.as_flags():  # or a number would be taken, and nobody be there to say how it ended
+        attempt = runtime.in_turn(
+            machine.accelerator, lambda: _open(config, console) if machine.is_main else None
+        )
     try:
         outcome = _stages(config, machine, console, attempt, signals)
     except BaseException as error:

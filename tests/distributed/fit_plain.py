@@ -15,7 +15,7 @@ from tests.distributed.test_parity import BATCH, DECAY, EPOCHS, HEAD_SCALE, LR, 
 from trainer import runtime
 from trainer.data.augment import Normalise, Preprocessing, eval_transform
 from trainer.data.loader import Images, Order, Shares, make_loader
-from trainer.loop import Plan, Progress, fit
+from trainer.loop import Plan, Progress, Start, Unkept, fit
 from trainer.main import leave
 from trainer.optim import group_parameters, make_optimizer
 
@@ -66,7 +66,6 @@ def losses(folder: Path, machine: runtime.Runtime, reduction: Any, accumulation:
         Plan(
             batch_sizes=order.batch_sizes,
             epochs=EPOCHS,
-            start_epoch=0,
             loss_reduction=reduction,
             accumulation=accumulation,
             clip_norm=None,
@@ -74,10 +73,11 @@ def losses(folder: Path, machine: runtime.Runtime, reduction: Any, accumulation:
             points_per_epoch=100,
             lr_factor=lambda step: 1.0,
         ),
+        Start(),
         accelerator=machine.accelerator,
         normalise=Normalise(preprocessing, torch.device("cpu")),
-        evaluate=lambda model: {},
-        save=lambda progress, evaluations: None,
+        evaluate=lambda model, interrupted: {},
+        keeper=Unkept(),
         listener=recorder,
         paths_of=lambda epoch, step: [],
     )

@@ -46,3 +46,36 @@ def test_every_example_is_evaluated_once(processes: int, tmp_path: Path) -> None
     for result in every:
         assert (result["correct"], result["support"]) == (alone["correct"], alone["support"])
         assert result["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_each_process_gets_its_own_statistics_back(tmp_path: Path) -> None:
+    every = results("kept_statistics", 3, tmp_path)
+    names = [
+        f"{layer}.{key}" for layer in (0, 1) for key in ("running_mean", "running_var", "num_batches_tracked")
+    ]
+    for rank, result in enumerate(every):
+        assert result["restored"] == result["mine"] != result["averaged"]
+        assert result["gathered"] == every[0]["gathered"]
+        assert [result["gathered"][f"{rank}.{name}"] for name in names] == result["mine"]
+    assert every[0]["mine"] != every[1]["mine"] != every[2]["mine"]
+    assert len(every[0]["gathered"]) == 3 * len(names), "nothing of the frozen layer"
+    # Another number of processes begins with the average.
+    for result in every:
+        assert result["elsewhere"][0] == pytest.approx(result["averaged"][0], rel=1e-6)
+        assert result["elsewhere"][1] == pytest.approx(result["averaged"][1], rel=1e-6)
+        assert result["elsewhere"][2] == 999
+
+
+@pytest.mark.slow
+def test_what_is_met_at_a_boundary_is_everyones(tmp_path: Path) -> None:
+    every = results("boundaries", 3, tmp_path)
+    for result in every:
+        assert result["agreed"] == [2, 2, 3], "of each flag the greatest"
+        assert result["from_main"] == {"rank": 0}
+        assert result["rows"] == result["again"] == [[0.0, 0, 0], [0.2, 2, 2], [0.4, 4, 4]], (
+            "to go on from, exactly"
+        )
+        assert (result["bad_step"], result["first_bad_step"]) == (None, 6)
+        assert result["of_more"] == [2.0, 4, 8, True], "of four processes, on three: the same in all"
+        assert (result["ended"], result["rounds"], result["training"]) == (True, 2, True)

@@ -87,6 +87,8 @@ def evaluation(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
         normalise=lambda images: images,
         reduce=partial(machine.accelerator.reduce, reduction="sum"),
         device=torch.device("cpu"),
+        rounds=-(-7 // (2 * machine.world)),
+        interrupted=lambda: False,
     )
     return {
         "correct": list(found.correct),
@@ -96,8 +98,107 @@ def evaluation(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
     }
 
 
+def kept_statistics(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
+    """Gather each process's BatchNorm statistics as a checkpoint does, and put them back after they have changed."""
+    import torch
+    from torch import nn
+
+    from trainer.model.batch_norm import (
+        average_statistics,
+        freeze_batch_norm,
+        gather_statistics,
+        restore_statistics,
+    )
+
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm1d(3), nn.BatchNorm2d(1))
+    freeze_batch_norm(model[2])
+    generator = torch.Generator().manual_seed(machine.rank)
+    for layer in model:
+        layer.running_mean.copy_(torch.randn(layer.running_mean.shape, generator=generator))
+        layer.running_var.copy_(torch.rand(layer.running_var.shape, generator=generator))
+        layer.num_batches_tracked.fill_(1000 - machine.rank)
+
+    def live() -> list[list[float]]:
+        return [buffer.tolist() for layer in model[:2] for buffer in layer.buffers()]
+
+    mine = live()
+    frozen = model[2].running_mean.item()
+    gathered = gather_statistics(model, machine.world)
+    average_statistics(model, machine.world)
+    averaged = live()
+    model[2].running_mean.fill_(7.0)
+    restore_statistics(model, gathered, rank=machine.rank, world=machine.world)
+    restored = live()
+    assert model[2].running_mean.item() == 7.0 != frozen
+    restore_statistics(model, gathered, rank=0, world=machine.world + 1)
+    return {
+        "mine": mine,
+        "averaged": averaged,
+        "restored": restored,
+        "elsewhere": live(),
+        "gathered": {name: tensor.tolist() for name, tensor in gathered.items()},
+    }
+
+
+def boundaries(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
+    """Agree, add up and evaluate with shares so unequal that one process has none."""
+    import torch
+    from torch import nn
+
+    from trainer.evaluate import Interrupted, evaluate
+    from trainer.meter import Meter, Sums
+
+    rank, last = machine.rank, machine.world - 1
+    meter = Meter(machine.accelerator)
+    for step in range(2):
+        meter.arrived()
+        meter.updated(step, rank, torch.tensor(0.1 * rank, dtype=torch.float64), torch.tensor(rank))
+    sums, bad_step = meter.sums()
+    bad = Meter(machine.accelerator)
+    bad.updated(5 + rank, 1, torch.tensor(float("nan" if rank else 1.0)), torch.tensor(0))
+    fewer = Sums(rows=((0.5, 1, 2),) * (machine.world + 1), seconds=3.0, compute_seconds=1.0)
+    figures = Meter(machine.accelerator, fewer).read()
+
+    rounds, model = 0, nn.Sequential(nn.Identity()).train()
+
+    def interrupted() -> bool:
+        nonlocal rounds
+        rounds += 1
+        return machine.agree([rank == last and rounds == 2, 0])[0] > 0
+
+    ended = False
+    try:
+        evaluate(
+            model,
+            [(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), torch.zeros(1))]
+            * (3 if rank == 0 else 0),
+            classes=3,
+            expected=3,
+            normalise=lambda images: images,
+            reduce=lambda total: total,
+            device=torch.device("cpu"),
+            rounds=3,
+            interrupted=interrupted,
+        )
+    except Interrupted:
+        ended = True
+    return {
+        "agreed": machine.agree([rank, last - rank, 3]),
+        "from_main": machine.from_main({"rank": rank}),
+        "rows": sums.rows,
+        "bad_step": bad_step,
+        "first_bad_step": bad.sums()[1],
+        "again": Meter(machine.accelerator, sums).sums()[0].rows,
+        "of_more": (figures.loss_sum, figures.correct, figures.seen, figures.seconds > 3.0),
+        "ended": ended,
+        "rounds": rounds,
+        "training": model.training,
+    }
+
+
 WORKERS: dict[str, Callable[[runtime.Runtime, Path], dict[str, Any]]] = {
-    worker.__name__: worker for worker in (in_turn, error_of_one, statistics, evaluation)
+    worker.__name__: worker
+    for worker in (in_turn, error_of_one, statistics, evaluation, kept_statistics, boundaries)
 }
 
 

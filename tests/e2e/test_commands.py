@@ -59,8 +59,17 @@ def test_a_run_leaves_all_that_is_promised_and_runs_again_from_its_config(
     run([sys.executable, MAIN, *options(data__val_fraction=0.25)], cwd=tmp_path)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "model.safetensors", "last.safetensors", "curves.png", "split.csv",
+        "config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "attempts", "curves.png", "split.csv",
     }  # fmt: skip
+    assert (folder / "checkpoints" / "LATEST").read_text() == "step-00000004-epoch-0002\n"
+    newest = folder / "checkpoints" / "step-00000004-epoch-0002"
+    assert {path.name for path in newest.iterdir()} == {
+        "model.safetensors", "optimizer.safetensors", "state.json", "metrics.jsonl", "MANIFEST.json",
+    }  # fmt: skip
+    assert (newest / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    (attempt,) = (folder / "attempts").iterdir()
+    record = json.loads(attempt.read_text())
+    assert (attempt.name, record["state"], record["step"], record["steps"]) == ("0001.json", "done", 4, 4)
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     assert settings["data"]["mean"] == [0.485, 0.456, 0.406], "what was left to the weights is written out"
     epochs = rows(folder, "epoch")
@@ -169,7 +178,7 @@ def test_training_that_diverges_stops_with_the_step_and_the_files(options: Optio
     assert "the loss is not finite since step" in said
     assert said.count(".png") >= 8
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    assert not (tmp_path / "run" / "last.safetensors").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.slow

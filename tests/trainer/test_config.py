@@ -1,8 +1,10 @@
 import dataclasses
+from typing import Any
 
 import pytest
 
-from trainer.config import Config, DataConfig
+from trainer.config import CheckpointConfig, Config, DataConfig
+from trainer.errors import UserError
 
 
 def test_a_config_cannot_be_changed() -> None:
@@ -10,3 +12,35 @@ def test_a_config_cannot_be_changed() -> None:
         Config().debug = True  # type: ignore[misc]
     with pytest.raises(dataclasses.FrozenInstanceError):
         DataConfig().root = "x"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"every": None, "keep_best": False, "keep_last": 1},
+        {"every": "10 min", "keep_every": "10 epochs"},
+        {"every": "3 steps", "keep_every": "25%"},
+    ],
+)
+def test_checkpoints_may_come_by_training_or_by_the_clock(given: dict[str, Any]) -> None:
+    CheckpointConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"every": "often"}, r"checkpoint\.every is 'often': expected an interval"),
+        ({"every": "0 steps"}, r"checkpoint\.every is '0 steps': expected more than nothing"),
+        ({"keep_every": "now and then"}, r"checkpoint\.keep_every is 'now and then': expected an interval"),
+        (
+            {"keep_every": "10 min"},
+            r"checkpoint\.keep_every is '10 min': expected steps, epochs or a percentage",
+        ),
+        ({"keep_last": 0}, r"checkpoint\.keep_last is 0: expected 1 or more"),
+        ({"keep_last": -1, "every": None}, r"checkpoint\.keep_last is -1"),
+    ],
+)
+def test_a_checkpoint_rule_that_cannot_be_kept_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        CheckpointConfig(**given)

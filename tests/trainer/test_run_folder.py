@@ -1,33 +1,38 @@
+import dataclasses
+import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
-import torch
-from torch import nn
 
 from trainer import run_folder
-from trainer.checkpoint import Counters, save_state
+from trainer.attempts import ATTEMPTS, Record
+from trainer.checkpoint.store import Place
 from trainer.config import Config, DataConfig, RunConfig
 from trainer.errors import UserError
 from trainer.parse import dump, keys
 from trainer.run_folder import (
+    CHECKPOINTS,
     CONFIG,
     CURVES,
-    LAST,
     MARK,
     METRICS,
     MODEL,
     SPLIT,
     check_seen,
-    find_state,
-    open_folder,
+    examine,
+    holds_run,
+    kept_precision,
+    move_aside,
+    write_config,
 )
 
 FIRST = "run:\n  dir: here\noptim:\n  lr: 0.1\n  name: sgd\ndebug: false\n"
 OTHER = "run:\n  dir: here\noptim:\n  lr: 0.2\n  momentum: 0.5\ndebug: false\n"
-OURS = (MODEL, LAST, METRICS, CURVES, SPLIT)
-NOT_BEGUN = "an earlier start in this folder had not finished an epoch: starting anew"
+FILES = (MODEL, METRICS, CURVES, SPLIT)
+CHECKPOINT = f"{CHECKPOINTS}/{Place(step=6, epoch=2).name}"
+NOT_BEGUN = "an earlier start in this folder had not come to a checkpoint: starting anew"
 
 Resume = Literal["auto", "never", "must"]
 
@@ -37,20 +42,55 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def opened(folder: Path, config: str = FIRST, resume: Resume = "auto") -> str | None:
+    """Do what a start does with its run folder, and return what it says of it."""
+    note = examine(folder, config, resume=resume)
+    if resume == "never" and holds_run(folder):
+        note = move_aside(folder)
+    write_config(folder, config)
+    return note
+
+
 def finished(folder: Path, config: str = FIRST) -> dict[str, bytes]:
-    """Leave a run after an epoch, and return its files."""
+    """Leave a run that has saved, and return its files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(MARK + config)
-    for name in OURS:
+    for name in FILES:
         (folder / name).write_text(f"what {name} held")
+    (folder / CHECKPOINT).mkdir(parents=True)
+    (folder / CHECKPOINT / "state.json").write_text("a state")
+    noted(folder)
     return contents(folder)
+
+
+def noted(folder: Path, number: int = 1, **changes: Any) -> None:
+    """Leave the record of an attempt that has ended."""
+    record = Record(
+        attempt=number,
+        state="done",
+        step=6,
+        began="then",
+        host="there",
+        pid=1,
+        started=1,
+        scope="x",
+        token="y",
+    )
+    (folder / ATTEMPTS).mkdir(parents=True, exist_ok=True)
+    record = dataclasses.replace(record, **changes)
+    (folder / ATTEMPTS / f"{number:04}.json").write_text(json.dumps(dataclasses.asdict(record)))
+
+
+def lose_checkpoints(folder: Path) -> None:
+    (folder / CHECKPOINT / "state.json").unlink()
+    (folder / CHECKPOINT).rmdir()
 
 
 def refusal(folder: Path, config: str = FIRST, resume: Resume = "auto") -> str:
     """Return why a folder is refused; nothing around it has changed."""
     before = contents(folder.parent)
     with pytest.raises(UserError) as caught:
-        open_folder(folder, config, resume=resume)
+        opened(folder, config, resume)
     assert contents(folder.parent) == before
     return str(caught.value)
 
@@ -65,9 +105,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_new_folder_is_made_and_holds_the_config(resume: Resume, folder: Path) -> None:
-    assert open_folder(folder, FIRST, resume=resume) is None
+    assert opened(folder, FIRST, resume=resume) is None
     assert contents(folder) == {CONFIG: (MARK + FIRST).encode()}
-    assert find_state(folder, data="x") is None
 
 
 def test_must_goes_on_with_nothing_and_leaves_nothing(folder: Path) -> None:
@@ -83,16 +122,25 @@ def test_must_goes_on_with_nothing_and_leaves_nothing(folder: Path) -> None:
 def test_a_folder_with_other_things_is_used_and_they_stay(resume: Resume, folder: Path) -> None:
     (folder / "notes").mkdir(parents=True)
     (folder / "notes" / "a.txt").write_text("mine")
-    assert open_folder(folder, FIRST, resume=resume) is None
+    assert opened(folder, FIRST, resume=resume) is None
     assert contents(folder) == {CONFIG: (MARK + FIRST).encode(), "notes/a.txt": b"mine"}
 
 
 @pytest.mark.parametrize("resume", ["auto", "never", "must"])
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*FILES, CHECKPOINTS])
 def test_results_without_a_config_are_never_written_over(name: str, resume: Resume, folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / name).write_text("somebody's")
     assert f"holds {name} but no {CONFIG}" in refusal(folder, resume=resume)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_start_that_was_killed_before_it_wrote_its_config_is_no_hindrance(
+    resume: Resume, folder: Path
+) -> None:
+    noted(folder, state="running", step=0)
+    assert opened(folder, resume=resume) is None
+    assert (folder / CONFIG).exists()
 
 
 # --- never
@@ -101,11 +149,11 @@ def test_results_without_a_config_are_never_written_over(name: str, resume: Resu
 def test_never_moves_the_earlier_runs_aside_and_loses_nothing(folder: Path) -> None:
     runs = []
     for number in (1, 2):
-        (folder / "source").mkdir(parents=True)
-        (folder / "source" / LAST).write_text(f"source {number}")
+        (folder / "source" / CHECKPOINT).mkdir(parents=True)
+        (folder / "source" / CHECKPOINT / "state.json").write_text(f"source {number}")
         (folder / "my notes.txt").write_text(f"of run {number}")
         runs.append(finished(folder))
-        note = open_folder(folder, OTHER, resume="never")
+        note = opened(folder, OTHER, resume="never")
         assert note == f"the earlier run was moved to {folder}.earlier-{number}"
         assert contents(folder) == {CONFIG: (MARK + OTHER).encode()}
     for number, run in enumerate(runs, start=1):
@@ -116,16 +164,16 @@ def test_never_moves_the_earlier_runs_aside_and_loses_nothing(folder: Path) -> N
 
 def test_never_asks_nothing_of_what_it_moves_aside(folder: Path) -> None:
     finished(folder, config="\0 : [damaged")
-    (folder / MODEL).unlink()
-    assert open_folder(folder, FIRST, resume="never") is not None
-    assert (folder.parent / f"{folder.name}.earlier-1" / LAST).exists()
+    lose_checkpoints(folder)
+    assert opened(folder, FIRST, resume="never") is not None
+    assert (folder.parent / f"{folder.name}.earlier-1" / MODEL).exists()
 
 
 def test_never_moves_a_link_and_not_what_it_leads_to(folder: Path, tmp_path: Path) -> None:
     run = finished(tmp_path / "disk" / "run")
     folder.parent.mkdir()
     folder.symlink_to(tmp_path / "disk" / "run")
-    open_folder(folder, OTHER, resume="never")
+    opened(folder, OTHER, resume="never")
     assert contents(tmp_path / "disk" / "run") == run
     assert contents(folder) == {CONFIG: (MARK + OTHER).encode()}
     assert (folder.parent / f"{folder.name}.earlier-1" / MODEL).exists()
@@ -137,7 +185,7 @@ def test_never_moves_a_link_and_not_what_it_leads_to(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize("resume", ["auto", "must"])
 def test_a_run_of_the_same_config_is_gone_on_with(resume: Resume, folder: Path) -> None:
     run = finished(folder)
-    assert open_folder(folder, FIRST, resume=resume) is None
+    assert opened(folder, FIRST, resume=resume) is None
     assert contents(folder) == run
 
 
@@ -154,10 +202,9 @@ def test_a_run_of_another_config_is_refused_with_the_differences(resume: Resume,
 
 
 def test_a_run_whose_source_model_is_trained_has_begun(folder: Path) -> None:
-    (folder / "source").mkdir(parents=True)
+    (folder / "source" / CHECKPOINT).mkdir(parents=True)
     (folder / CONFIG).write_text(MARK + FIRST)
-    (folder / "source" / LAST).touch()
-    assert open_folder(folder, FIRST, resume="must") is None
+    assert opened(folder, FIRST, resume="must") is None
     assert "optim.lr: 0.1 there, 0.2 now" in refusal(folder, OTHER)
 
 
@@ -166,26 +213,53 @@ def test_a_start_that_got_nowhere_may_be_followed_by_another(folder: Path) -> No
     (folder / CONFIG).write_text(MARK + "[damaged")
     (folder / METRICS).write_text("a few rows")
     assert refusal(folder, resume="must") == (
-        f"run.resume is must, but the run in {folder} has not finished an epoch"
+        f"run.resume is must, but the run in {folder} has not come to its first checkpoint"
     )
-    assert open_folder(folder, OTHER, resume="auto") == NOT_BEGUN
+    assert opened(folder, OTHER, resume="auto") == NOT_BEGUN
     assert (folder / CONFIG).read_text() == MARK + OTHER
 
 
 def test_a_model_without_its_state_is_not_given_up_for_another_config(folder: Path) -> None:
     finished(folder)
-    (folder / LAST).unlink()
+    lose_checkpoints(folder)
+    noted(folder, state="running", step=0)
     assert "optim.lr: 0.1 there, 0.2 now" in refusal(folder, OTHER)
-    # A kill between the two files of the first epoch leaves the same: the metrics tell them apart.
-    assert open_folder(folder, FIRST, resume="auto") == NOT_BEGUN
+    # A kill between the best epoch's model and the first checkpoint leaves the same.
+    assert opened(folder, FIRST, resume="auto") == NOT_BEGUN
 
 
-def test_a_state_without_its_model_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_the_figures_of_a_run_that_has_lost_its_checkpoints_are_not_written_over(
+    resume: Resume, folder: Path
+) -> None:
     finished(folder)
-    (folder / MODEL).unlink()
-    text = refusal(folder)
-    assert f"holds {LAST} but no {MODEL}" in text
-    assert "--run.resume never, which moves the run aside" in text
+    lose_checkpoints(folder)
+    noted(folder, 2, state="running", step=0)
+    assert refusal(folder, FIRST, resume) == (
+        f"{folder / CHECKPOINTS}: attempt 1 has saved step 6 of this run, but no checkpoint is there any more. "
+        "Restore one, or --run.resume never, which moves the run aside"
+    )
+    assert opened(folder, FIRST, resume="never") is not None
+
+
+@pytest.mark.parametrize("stage", ["source", "scratch"])
+def test_nor_are_those_of_its_parts(stage: str, folder: Path) -> None:
+    finished(folder)
+    noted(folder, 2, stage=stage, step=3)
+    assert opened(folder) is None, "somebody has removed the whole of it, to make it again"
+    (folder / stage).mkdir()
+    (folder / stage / METRICS).write_text("rows")
+    assert str(folder / stage / CHECKPOINTS) in refusal(folder)
+    (folder / stage / CHECKPOINTS / f"damaged-1-{Place(step=3, epoch=1).name}").mkdir(parents=True)
+    assert opened(folder) is None, "a checkpoint that was set aside can be restored"
+
+
+def test_records_that_are_damaged_are_no_hindrance(folder: Path) -> None:
+    finished(folder)
+    lose_checkpoints(folder)
+    (folder / ATTEMPTS / "0001.json").write_text("{")
+    noted(folder, 2, stage="a\0/../b", step=0)
+    assert opened(folder) == NOT_BEGUN
 
 
 def config(**changes: object) -> str:
@@ -208,11 +282,17 @@ FREE = {
     "run.resume",
     "run.device",
     "run.threads",
+    "run.audit",
     "data.root",
     "data.workers",
     "data.cache",
     "data.on_unreadable",
+    "train.accumulation",
     "train.points_per_epoch",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "checkpoint.keep_best",
+    "checkpoint.keep_every",
 }
 
 
@@ -221,7 +301,7 @@ def test_only_where_and_how_fast_may_change(key: str, folder: Path) -> None:
     finished(folder, config())
     now = changed(config(), key)
     if key in FREE:
-        assert open_folder(folder, now, resume="auto") is None
+        assert opened(folder, now, resume="auto") is None
         assert (folder / CONFIG).read_text() == MARK + now
     else:
         text = refusal(folder, now)
@@ -234,10 +314,42 @@ def test_what_may_change_exists() -> None:
     assert run_folder._FREE == FREE
 
 
+def test_a_run_may_become_longer(folder: Path) -> None:
+    finished(folder, config())
+    longer = config().replace("epochs: 5", "epochs: 6", 1)
+    assert longer != config()
+    assert opened(folder, longer) is None
+    assert (folder / CONFIG).read_text() == MARK + longer
+    assert refusal(folder, config()) == (
+        f"run.dir {folder}: holds a run of another config:\n"
+        "  train.epochs: 6 there, 5 now\n"
+        "Choose another run.dir, or --run.resume never, which moves that run aside"
+    ), "and is longer from then on"
+
+
+@pytest.mark.parametrize("there", ["'7'", "null", "[5]", "4.0"])
+def test_a_number_of_epochs_that_is_none_is_not_exceeded(there: str, folder: Path) -> None:
+    finished(folder, config().replace("epochs: 5", f"epochs: {there}", 1))
+    assert "\n  train.epochs: " in refusal(folder, config())
+
+
+def test_a_run_written_before_an_option_was_thought_of_is_another(folder: Path) -> None:
+    values = run_folder.yaml.safe_load(config())
+    del values["checkpoint"], values["optim"]["clip_norm"]
+    finished(folder, run_folder.yaml.safe_dump(values))
+    assert opened(folder, config()) is None, "as without it: not clipped"
+    now = changed(config(), "optim.clip_norm")
+    del values["optim"]["momentum"]
+    (folder / CONFIG).write_text(MARK + run_folder.yaml.safe_dump(values))
+    assert "optim.clip_norm: None there, 'another' now\n  optim.momentum: None there, 0.9 now" in refusal(
+        folder, now
+    )
+
+
 def test_a_config_is_the_same_after_it_was_written(folder: Path) -> None:
     text = dump(Config(run=RunConfig(dir="runs/é"), data=DataConfig(root="图 片", crop_scale=(0.3, 0.9))))
     finished(folder, text)
-    assert open_folder(folder, text, resume="must") is None
+    assert opened(folder, text, resume="must") is None
 
 
 @pytest.mark.parametrize(
@@ -288,7 +400,8 @@ def test_a_folder_that_may_not_be_written_is_refused(resume: Resume, folder: Pat
             path.chmod(mode)
         for path in (folder, folder.parent):
             path.chmod(0o755)
-    assert text == f"run.dir {folder}: cannot be written to (Permission denied); choose another folder"
+    what = "moved aside" if resume == "never" else "written to"
+    assert text == f"run.dir {folder}: cannot be {what} (Permission denied); choose another folder"
 
 
 def test_a_config_that_cannot_be_written_leaves_the_earlier_one(
@@ -304,33 +417,47 @@ def test_a_config_that_cannot_be_written_leaves_the_earlier_one(
     assert "cannot be written to (No space left on device)" in text
 
 
-# --- the state
+# --- what the first start chose
 
 
-def with_state(folder: Path, data: str) -> None:
-    folder.mkdir(parents=True)
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters())
-    save_state(folder / LAST, model, optimizer, Counters(epoch=3, step=9, data=data))
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_precision_that_a_run_began_with_is_kept(precision: str, folder: Path) -> None:
+    text = config().replace("precision: auto", f"precision: {precision}")
+    assert text != config()
+    assert kept_precision(folder) is None
+    finished(folder, text)
+    assert kept_precision(folder) == precision
+    lose_checkpoints(folder)
+    assert kept_precision(folder) is None, "a start that got nowhere binds nobody"
+    (folder / "source" / CHECKPOINT).mkdir(parents=True)
+    assert kept_precision(folder) == precision, "the source model was trained in it"
 
 
-def test_the_state_is_found_where_the_images_are_the_same(folder: Path) -> None:
-    with_state(folder, "these images")
-    assert find_state(folder, data="these images") == Counters(epoch=3, step=9, data="these images")
-
-
-def test_a_state_of_other_images_is_refused(folder: Path) -> None:
-    with_state(folder, "these images")
-    with pytest.raises(UserError, match="holds a run on other training images") as caught:
-        find_state(folder, data="others")
-    assert str(folder) in str(caught.value)
-    assert "--run.resume never" in str(caught.value)
-
-
-def test_a_damaged_state_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"- a list",
+        b"train: 3",
+        b"train: {precision: tf32}",
+        b"train: {precision: [bf16]}",
+        b"a: [1",
+        b"\xff",
+    ],
+)
+def test_a_damaged_config_has_no_precision_to_keep(content: bytes, folder: Path) -> None:
     finished(folder)
-    with pytest.raises(UserError, match="not a readable training state"):
-        find_state(folder, data="these images")
+    (folder / CONFIG).write_bytes(MARK.encode() + content)
+    assert kept_precision(folder) is None
+
+
+def test_a_config_of_the_users_own_has_no_precision_to_keep(folder: Path) -> None:
+    finished(folder)
+    (folder / CONFIG).write_text("train:\n  precision: bf16\n")
+    assert kept_precision(folder) is None
+
+
+# --- whose folder it is
 
 
 @pytest.mark.parametrize("resume", ["auto", "never", "must"])
@@ -340,12 +467,12 @@ def test_a_config_of_the_users_own_is_neither_overwritten_nor_moved(resume: Resu
     (folder / "thesis.tex").write_text("years of work")
     before = contents(folder)
     with pytest.raises(UserError, match=r"holds a config\.yaml that no run has written"):
-        open_folder(folder, FIRST, resume=resume)
+        opened(folder, FIRST, resume=resume)
     assert contents(folder) == before
 
 
 def test_a_folder_that_another_machine_does_not_see_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="one folder that every machine shares"):
         check_seen(folder)
-    open_folder(folder, FIRST, resume="auto")
+    opened(folder)
     check_seen(folder)

@@ -14,6 +14,7 @@ from trainer.runtime import (
     available_cores,
     choose_precision,
     in_turn,
+    raise_together,
     refuse_copies,
     refuse_launchers_settings,
     require_equal,
@@ -68,6 +69,25 @@ def test_the_launchers_precision_counts_where_none_is_asked_for() -> None:
     assert (
         choose_precision("auto", on_cpu=True, environment={"ACCELERATE_MIXED_PRECISION": "no"})[0] == "fp32"
     )
+
+
+def test_what_auto_chose_when_the_run_began_is_kept_and_what_is_asked_for_is_not_overruled() -> None:
+    environment = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    assert choose_precision("auto", on_cpu=True, environment=environment, kept="fp32") == (
+        "fp32",
+        "as this run began with",
+    )
+    assert choose_precision("auto", on_cpu=True, environment={}, kept="bf16")[0] == "bf16"
+    assert choose_precision("fp32", on_cpu=True, environment={}, kept="bf16")[0] == "fp32"
+    assert start(device="cpu", precision="auto", threads=1, kept="bf16").precision == "bf16"
+
+
+def test_a_precision_that_this_machine_lacks_is_not_kept_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no fp16 training"):
+        choose_precision("auto", on_cpu=True, environment={}, kept="fp16")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(UserError, match="only emulate"):
+        choose_precision("auto", on_cpu=False, environment={}, kept="bf16")
 
 
 @pytest.mark.parametrize(("bf16", "chosen"), [(True, "bf16"), (False, "fp16")])
@@ -187,3 +207,14 @@ def test_in_turn_returns_the_result_or_raises_the_error_as_it_stands() -> None:
 
     with pytest.raises(UserError, match="three images cannot be read"):
         in_turn(accelerator, fail)
+
+
+def test_one_process_agrees_with_itself() -> None:
+    machine = start(device="cpu", precision="fp32", threads=1)
+    assert machine.agree([3, 0, True]) == [3, 0, 1]
+    assert machine.control is None
+    value = {"a": (1, 2)}
+    assert machine.from_main(value) == value
+    raise_together(machine.accelerator, None)
+    with pytest.raises(UserError, match="no room"):
+        raise_together(machine.accelerator, UserError("no room"))

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from trainer.errors import UserError
-from trainer.schedule import lr_factor, parse_duration, to_steps
+from trainer.schedule import Duration, Interval, lr_factor, parse_duration, parse_interval, to_steps
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,56 @@ def test_a_duration_becomes_steps(text: str, steps: int) -> None:
 def test_what_is_not_a_duration_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"optim\.warmup"):
         parse_duration("optim.warmup", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "interval"),
+    [
+        ("3 steps", Interval(training=Duration(3, "step"))),
+        ("1 step", Interval(training=Duration(1, "step"))),
+        ("1 epoch", Interval(training=Duration(1, "epoch"))),
+        ("0.5 epochs", Interval(training=Duration(0.5, "epoch"))),
+        ("10%", Interval(training=Duration(10, "%"))),
+        (" 2.5 % ", Interval(training=Duration(2.5, "%"))),
+        ("3 s", Interval(seconds=3)),
+        ("0.5s", Interval(seconds=0.5)),
+        ("10 min", Interval(seconds=600)),
+        ("1.5 h", Interval(seconds=5400)),
+    ],
+)
+def test_an_interval_is_an_amount_of_training_or_a_time(text: str, interval: Interval) -> None:
+    assert parse_interval("checkpoint.every", text) == interval
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "7",
+        "null",
+        "ten min",
+        "-1 min",
+        "1e3 s",
+        "5 minutes",
+        "2 hours",
+        "1 d",
+        "1 h 30 min",
+        "200%",
+        "inf s",
+    ],
+)
+def test_what_is_no_interval_is_refused(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_interval("checkpoint.every", text)
+    assert str(caught.value) == (
+        f"checkpoint.every is {text!r}: expected an interval, as in '100 steps', '1 epoch', '10%', '10 min' or '2 h'"
+    )
+
+
+@pytest.mark.parametrize("text", ["0 steps", "0 epochs", "0%", "0 s", "0.0 h"])
+def test_an_interval_of_nothing_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.keep_every is .*: expected more than nothing, or null"):
+        parse_interval("checkpoint.keep_every", text)
 
 
 def test_constant_after_a_linear_warm_up() -> None:

@@ -1,11 +1,32 @@
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from trainer.config import Config, DataConfig, ModelConfig, RunConfig, SourceConfig
+from tests.folders import image_folder
+from trainer import attempts, stages
+from trainer.attempts import ATTEMPTS, Attempt, Record, records
+from trainer.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    ScratchConfig,
+    SourceConfig,
+    TrainConfig,
+)
 from trainer.errors import UserError
-from trainer.stages import resolve
+from trainer.finetune import Outcome
+from trainer.run_folder import CHECKPOINTS, CONFIG, MARK, STOP
+from trainer.signals import Stopped, StopSignals
+from trainer.stages import resolve, run
 
 SCRATCH = ModelConfig(name="resnet18", weights=None)
 NOBODY = "~nobody-of-this-name/there"
@@ -66,3 +87,220 @@ def test_names_stay_names() -> None:
     found = resolve(given)
     assert (found.data.root, found.source.root) == ("synthetic-target", "synthetic-source")
     assert resolve(config("images", ModelConfig(name="resnet18"))).model.weights == "DEFAULT"
+
+
+# --- a run as a whole; what its stages do is test_finetune.py's
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Config:
+    root = image_folder(tmp_path / "images", {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1}})
+    return Config(
+        run=RunConfig(dir=str(tmp_path / "run"), device="cpu", threads=1),
+        data=DataConfig(root=str(root), image_size=32, workers=0, cache=str(tmp_path / "cache")),
+        model=ModelConfig(name="squeezenet1_1", weights=None),
+        train=TrainConfig(epochs=1, batch_size=4),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def with_all_stages(config: Config) -> Config:
+    return replace(
+        config, source=SourceConfig(root=config.data.root, epochs=2), scratch=ScratchConfig(lr=0.1)
+    )
+
+
+def test_a_run_says_that_it_is_done_and_where_it_stands(small: Config, folder: Path) -> None:
+    assert run(small, StopSignals()) is not None
+    (record,) = records(folder)
+    assert (record.state, record.stage, record.step, record.steps, record.epoch, record.epochs) == (
+        "done", "", 1, 1, 1, 1,
+    )  # fmt: skip
+    assert record.ended is not None
+    assert not [thread for thread in attempts.threading.enumerate() if thread.name == "sign of life"]
+
+
+def test_all_stages_are_one_attempt(small: Config, folder: Path) -> None:
+    outcome = run(with_all_stages(small), StopSignals())
+    assert outcome is not None
+    (record,) = records(folder)
+    assert (record.state, record.stage, record.step, record.epochs) == ("done", "scratch", 1, 1)
+    for stage in ("source", ".", "scratch"):
+        assert (folder / stage / CHECKPOINTS / "LATEST").exists()
+        assert (folder / stage / ATTEMPTS).exists() == (stage == ".")
+
+
+def test_a_run_that_fails_says_why(small: Config, folder: Path) -> None:
+    wrong = replace(small, model=ModelConfig(name="squeezenet1_1", weights=str(folder.parent / "w.pth")))
+    torch.save({}, folder.parent / "w.pth")
+    with pytest.raises(UserError) as caught:
+        run(wrong, StopSignals())
+    (record,) = records(folder)
+    assert (record.state, record.step) == ("failed", 0)
+    assert record.reason
+    assert str(caught.value).startswith(record.reason[:40])
+
+
+def test_a_stop_while_the_data_is_prepared_is_written_down(
+    small: Config, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr("trainer.finetune.load_examples", interrupted)
+    with StopSignals() as signals, pytest.raises(Stopped) as stopped:
+        run(small, signals)
+    assert (stopped.value.reason, stopped.value.saved) == ("SIGUSR1", None)
+    (record,) = records(folder)
+    assert (record.state, record.reason) == ("stopped", "SIGUSR1")
+
+
+def test_what_could_not_be_written_down_does_not_hide_why_the_run_ended(
+    small: Config, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken_over(*_: Any, **__: Any) -> None:
+        later = replace(records(folder)[0], attempt=2, token="other", host="node17", pid=4)
+        (folder / ATTEMPTS / "0002.json").write_text(attempts._text(later))
+        raise UserError("the first trouble")
+
+    monkeypatch.setattr(stages, "finetune", taken_over)
+    with pytest.raises(UserError, match="the first trouble") as caught:
+        run(small, StopSignals())
+    assert "node17, process 4 has taken this run over" in caught.value.__notes__[0]
+
+
+# --- signals between two stages
+
+
+class Trained:
+    """Stands for `finetune`: trains nothing, and lets a signal come while a stage ends."""
+
+    def __init__(self, signals: StopSignals, stage: str) -> None:
+        self.signals, self.stage = signals, stage
+        self.made: list[str] = []
+
+    def __call__(self, config: Config, *_: Any, attempt: Attempt, **__: Any) -> Outcome:
+        self.made.append(attempt.record.stage)
+        if attempt.record.stage == self.stage:
+            self.signals.asked = signal.SIGTERM
+        row = {
+            "epoch": 1, "test_accuracy": 1.0, "test_loss": 1.0, "test_interval": [0, 1], "test_correct": 1,
+            "test_seen": 1, "train_seen": 1, "train_loss": 1.0, "seconds": 1.0,
+        }  # fmt: skip
+        return Outcome(folder=Path(config.run.dir), rows=(row,), examples=(1, 1), selection=None, seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "made", "state"),
+    [
+        ("source", ["source"], "stopped"),
+        ("", ["source", ""], "stopped"),
+        ("scratch", ["source", "", "scratch"], "done"),
+    ],
+)
+def test_a_signal_that_came_with_a_stages_last_epoch_stops_before_the_next(
+    stage: str, made: list[str], state: str, small: Config, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals = StopSignals()
+    trained = Trained(signals, stage)
+    monkeypatch.setattr(stages, "finetune", trained)
+    if state == "done":
+        run(with_all_stages(small), signals)
+    else:
+        with pytest.raises(Stopped, match="SIGTERM"):
+            run(with_all_stages(small), signals)
+    assert trained.made == made
+    assert records(folder)[0].state == state
+
+
+# --- opening the run folder
+
+
+@pytest.fixture
+def elsewhere(folder: Path) -> Iterator[Record]:
+    """Let another process of this machine work on the run, with a config of its own."""
+    (folder / ATTEMPTS).mkdir(parents=True)
+    with subprocess.Popen(["sleep", "1000"]) as sleeper:
+        started = attempts._start_of(sleeper.pid)
+        assert started is not None
+        record = replace(attempts._own_record(1), pid=sleeper.pid, started=started)
+        (folder / ATTEMPTS / "0001.json").write_text(attempts._text(record))
+        yield record
+        sleeper.kill()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_that_is_going_on_is_neither_joined_nor_moved_aside(
+    resume: Any, small: Config, folder: Path, elsewhere: Record
+) -> None:
+    (folder / CONFIG).write_text(MARK)
+    (folder / STOP).touch()
+    with pytest.raises(UserError, match=f"attempt 1 of this run is going on .process {elsewhere.pid} on"):
+        run(replace(small, run=replace(small.run, resume=resume)), StopSignals())
+    assert sorted(path.name for path in folder.iterdir()) == sorted([STOP, ATTEMPTS, CONFIG]), (
+        "its STOP is its own"
+    )
+    assert [path.name for path in folder.parent.glob("run*")] == ["run"]
+    assert len(records(folder)) == 1
+
+
+def test_never_moves_a_run_aside_whose_process_was_killed(
+    small: Config, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(small, StopSignals())
+    record = replace(records(folder)[0], state="running", started=1)
+    (folder / ATTEMPTS / "0001.json").write_text(attempts._text(record))
+    run(replace(small, run=replace(small.run, resume="never")), StopSignals())
+    assert f"the earlier run was moved to {folder}.earlier-1" in capsys.readouterr().out
+    assert [(found.attempt, found.state) for found in records(folder)] == [(1, "done")]
+    assert records(folder.with_name("run.earlier-1")) == [record]
+
+
+def test_a_stop_from_before_a_start_is_not_obeyed(
+    small: Config, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.mkdir()
+    (folder / STOP).touch()
+    run(small, StopSignals())
+    assert f"{folder / STOP}: from before this start, removed" in capsys.readouterr().out
+    assert not (folder / STOP).exists()
+    assert records(folder)[0].state == "done"
+
+
+def test_a_refused_start_takes_no_number(small: Config, folder: Path) -> None:
+    run(small, StopSignals())
+    other = replace(small, run=replace(small.run, seed=1))
+    with pytest.raises(UserError, match=r"run\.seed: 0 there, 1 now"):
+        run(other, StopSignals())
+    assert len(records(folder)) == 1
+
+
+# --- what the first start chose
+
+
+def test_what_auto_chose_is_kept_where_the_run_goes_on(
+    small: Config, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    small = replace(small, run=replace(small.run, dir="~/run"))
+    run(small, StopSignals())
+    assert "precision fp32: the safe choice on a CPU" in capsys.readouterr().out
+    longer = replace(small, train=replace(small.train, epochs=2), checkpoint=CheckpointConfig(every=None))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # another machine, or another launch
+    run(longer, StopSignals())
+    said = capsys.readouterr().out
+    assert "precision fp32: as this run began with" in said
+    assert "going on after epoch 1 of 2" in said
+    run(replace(small, run=replace(small.run, resume="never")), StopSignals())
+    assert "precision bf16: as accelerate launch --mixed_precision asks" in capsys.readouterr().out

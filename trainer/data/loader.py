@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -208,9 +209,18 @@ class Collate:
 def _start_worker(_: int, *, yields: bool) -> None:
     for number in STOPPING:  # these reach whole process groups; they are the trainer's to handle
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
     end_with_parent(signal.SIGKILL)
     if yields:
         os.nice(19)
+
+
+def _end_when_told(trainer: int) -> None:
+    """Leave at a TERM of the trainer: at its own end Python ends, and waits for, what workers are left so."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 def make_loader(

@@ -1,3 +1,6 @@
+import multiprocessing
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,11 +11,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from tests.folders import image_folder
+from tests.launching import REPOSITORY
 from trainer.data.augment import Preprocessing, eval_transform, train_transform
 from trainer.data.decode import decode
 from trainer.data.index import Example, read_index
 from trainer.data.loader import Batch, Collate, Draw, ImageGone, Images, Order, Shares, Slices, make_loader
 from trainer.errors import UserError
+from trainer.signals import STOPPING
 
 SMALL = Preprocessing(
     image_size=16,
@@ -256,7 +261,7 @@ def test_an_image_that_vanishes_is_named_in_plain_words(
         batches(images, Slices(6, batch_size=2), accelerator, workers=workers)
     text = str(caught.value)
     assert text.startswith(f"{gone}: this image cannot be read: no such file. ")
-    assert text.endswith("the same command goes on from the last epoch")
+    assert text.endswith("the same command goes on from the last checkpoint")
     assert "Traceback" not in text
     assert "\n" not in text
 
@@ -267,3 +272,72 @@ def test_the_words_of_a_worker_are_found_in_its_traceback() -> None:
     traceback = f"Traceback (most recent call last):\n  ...\ntrainer.data.loader.ImageGone: {text}\n"
     wrapped = f"Caught ImageGone in DataLoader worker process 0.\nOriginal {traceback}"
     assert str(ImageGone(wrapped)) == text
+
+
+# Workers and signals
+
+
+def test_signals_that_reach_the_whole_group_do_not_stop_a_worker(
+    images: Images, accelerator: Accelerator
+) -> None:
+    order = Order(examples=EXAMPLES, batch_size=1, seed=0)
+    loader = make_loader(
+        images, Shares(order, epochs=3), image_size=16, channels_last=True, workers=1, accelerator=accelerator
+    )
+    found = iter(loader)
+    next(found)
+    (worker,) = multiprocessing.active_children()
+    for number in STOPPING:
+        subprocess.run(["kill", f"-{number.name.removeprefix('SIG')}", str(worker.pid)], check=True)
+    assert sum(1 for _ in found) == 3 * EXAMPLES - 1
+    assert worker.is_alive()
+
+
+def test_a_worker_ends_when_its_trainer_tells_it(images: Images, accelerator: Accelerator) -> None:
+    order = Order(examples=EXAMPLES, batch_size=1, seed=0)
+    loader = make_loader(
+        images, Shares(order, epochs=3), image_size=16, channels_last=True, workers=1, accelerator=accelerator
+    )
+    found = iter(loader)
+    next(found)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(timeout=30)
+    assert worker.exitcode == 0
+
+
+PROGRAM = """
+import sys
+from accelerate import Accelerator
+from trainer.data.augment import Preprocessing, eval_transform
+from trainer.data.loader import Images, Order, Shares, make_loader
+how, path = sys.argv[1:]
+half = (0.5, 0.5, 0.5)
+small = Preprocessing(
+    image_size=16, resize_size=18, resize="squash", interpolation="bilinear", mean=half, std=half
+)
+images = Images([(path, 0)] * 9, eval_transform(small), seed=0)
+shares = Shares(Order(examples=9, batch_size=1, seed=0), epochs=9)
+loader = make_loader(images, shares, image_size=16, channels_last=True, workers=1, accelerator=Accelerator(cpu=True))
+for batch in loader:
+    print("a batch", flush=True)
+    if how == "error":
+        raise RuntimeError("half way")
+    sys.exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [("error", 1), ("exit", 0)])
+def test_a_process_that_ends_half_way_does_not_wait_for_its_workers(
+    how: str, code: int, images: Images
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, how, images.paths[0]],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (code, "a batch\n")

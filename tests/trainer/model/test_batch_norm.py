@@ -7,12 +7,15 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from trainer.errors import UserError
 from trainer.model.batch_norm import (
     average_statistics,
     batch_norm_in_eval,
     batch_norms,
     freeze_batch_norm,
+    gather_statistics,
     guard_single_values,
+    restore_statistics,
 )
 
 Copy = Callable[[nn.Module], nn.Module]
@@ -226,4 +229,105 @@ def test_one_process_has_nothing_to_average() -> None:
     freeze_batch_norm(model)
     average_statistics(model, 2)
     average_statistics(models.squeezenet1_1(), 2)
+    assert same(statistics(model), before)
+
+
+# Each process's own statistics, kept in a checkpoint; tests/distributed/test_processes.py gathers them for real
+
+
+def of_rank(rank: int) -> nn.Module:
+    torch.manual_seed(rank)
+    model = with_statistics(Small())
+    for layer in batch_norms(model):
+        layer.num_batches_tracked.add_(4 * rank)
+    return model
+
+
+def gathered_of(*models: nn.Module) -> dict[str, Tensor]:
+    """Return what `gather_statistics` does among as many processes as there are models."""
+    return {
+        f"{rank}.{name}": buffer.double()
+        for rank, model in enumerate(models)
+        for name, buffer in model.named_buffers()
+    }
+
+
+def test_one_process_has_its_statistics_in_its_model() -> None:
+    model = of_rank(0)
+    before = statistics(model)
+    assert gather_statistics(model, 1) == {}
+    restore_statistics(model, {}, rank=0, world=1)
+    restore_statistics(model, {}, rank=1, world=3)  # one process has written it, three go on
+    assert same(statistics(model), before)
+
+
+@pytest.mark.parametrize("without", ["frozen layers", "no layers"])
+def test_where_nothing_is_live_nothing_is_gathered(without: str) -> None:
+    model = of_rank(0) if without == "frozen layers" else models.squeezenet1_1()
+    freeze_batch_norm(model)
+    assert gather_statistics(model, 2) == {}, "there is no process group: a collective would raise"
+    restore_statistics(model, {}, rank=1, world=2)
+    with pytest.raises(UserError, match="those of another model: expected 0 tensors for each process"):
+        restore_statistics(model, gathered_of(of_rank(0)), rank=0, world=1)
+
+
+def test_the_same_number_of_processes_gets_each_its_own_back() -> None:
+    ranks = [of_rank(rank) for rank in range(3)]
+    for rank, expected in enumerate(ranks):
+        model = of_rank(7)
+        restore_statistics(model, gathered_of(*ranks), rank=rank, world=3)
+        assert same(statistics(model), statistics(expected))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_another_number_of_processes_begins_with_the_average(world: int) -> None:
+    ranks = [of_rank(rank) for rank in range(3)]
+    model = of_rank(7)
+    restore_statistics(model, gathered_of(*ranks), rank=world - 1, world=world)
+    for name, buffer in statistics(model).items():
+        parts = torch.stack([statistics(rank)[name].double() for rank in ranks])
+        torch.testing.assert_close(buffer.double(), parts.mean(0), rtol=1e-6, atol=1e-7)
+
+
+def test_equal_statistics_stay_as_they_are_bit_for_bit_on_another_number_of_processes() -> None:
+    # As at the end of an epoch, where they were averaged already.
+    model = of_rank(7)
+    restore_statistics(model, gathered_of(*[of_rank(1)] * 3), rank=0, world=2)
+    assert same(statistics(model), statistics(of_rank(1)))
+
+
+def test_a_frozen_layer_keeps_the_sources_statistics() -> None:
+    model, other = of_rank(0), of_rank(1)
+    for each in (model, other):
+        assert freeze_batch_norm(each.first) == 1
+    before = statistics(model)
+    live = {name: tensor for name, tensor in gathered_of(other, other).items() if ".second." in name}
+    restore_statistics(model, live, rank=0, world=2)
+    after, expected = statistics(model), statistics(other)
+    for name in before:
+        assert torch.equal(after[name], (expected if name.startswith("second") else before)[name]), name
+    with pytest.raises(UserError, match="another model"):
+        restore_statistics(model, gathered_of(other, other), rank=0, world=2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda found: found.pop("1.first.1.running_mean"),
+        lambda found: found.update({"2.first.1.running_mean": torch.zeros(4, dtype=torch.float64)}),
+        lambda found: found.update({"1.third.1.running_mean": found.pop("1.first.1.running_mean")}),
+        lambda found: found.update({"1.first.1.running_mean": torch.zeros(5, dtype=torch.float64)}),
+        lambda found: found.update({"1.first.1.running_mean": torch.zeros(4)}),
+        lambda found: found.update({"01.first.1.running_var": found.pop("1.first.1.running_var")}),
+    ],
+    ids=["one missing", "one more", "another name", "another shape", "another kind", "another rank"],
+)
+def test_statistics_of_another_model_are_refused_and_nothing_is_changed(
+    damage: Callable[[dict[str, Tensor]], object],
+) -> None:
+    model, found = of_rank(7), gathered_of(of_rank(0), of_rank(1))
+    damage(found)
+    before = statistics(model)
+    with pytest.raises(UserError, match=r"those of another model: expected 6 tensors .* --run\.resume never"):
+        restore_statistics(model, found, rank=1, world=2)
     assert same(statistics(model), before)

@@ -86,7 +86,7 @@ def test_without_a_terminal_lines_are_plain_and_not_too_many(monkeypatch: pytest
     console, file = plain()
     clock = 100.0
     monkeypatch.setattr(module.time, "monotonic", lambda: clock)
-    display = Display(console, epochs=2, steps_per_epoch=4, done_epochs=0)
+    display = Display(console, epochs=2, steps_per_epoch=4, done_steps=0)
     with display.shown():
         display.point(progress(1))
         assert file.getvalue() == "", "no line so soon"
@@ -105,7 +105,7 @@ def test_without_a_terminal_lines_are_plain_and_not_too_many(monkeypatch: pytest
 def test_on_a_terminal_there_is_a_bar_with_eta() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=100)
-    display = Display(console, epochs=1, steps_per_epoch=4, done_epochs=0)
+    display = Display(console, epochs=1, steps_per_epoch=4, done_steps=0)
     with display.shown():
         display.step(1, 1)
         display.point(progress(1))
@@ -113,6 +113,18 @@ def test_on_a_terminal_there_is_a_bar_with_eta() -> None:
     assert "epoch 1/1 training" in file.getvalue()
     assert "ETA" in file.getvalue()
     assert "1/4" in file.getvalue()
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_stands() -> None:
+    file = io.StringIO()
+    display = Display(
+        Console(file=file, force_terminal=True, width=100), epochs=2, steps_per_epoch=4, done_steps=5
+    )
+    with display.shown():
+        display.step(2, 2)
+        display._bar.refresh()
+    assert "epoch 2/2 training" in file.getvalue()
+    assert "6/8" in file.getvalue()
 
 
 def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str]) -> None:

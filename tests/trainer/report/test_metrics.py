@@ -7,7 +7,7 @@ from trainer.errors import UserError
 from trainer.evaluate import Evaluation
 from trainer.loop import Progress
 from trainer.meter import Figures
-from trainer.report.metrics import MetricsFile, check_epochs, epoch_row, epoch_rows, read_rows, train_row
+from trainer.report.metrics import MetricsFile, Row, epoch_row, epoch_rows, parse_rows, train_row
 
 FIGURES = Figures(loss_sum=6.0, correct=3, seen=4, seconds=2.0, compute_seconds=1.0, bad_step=None)
 PROGRESS = Progress(epoch=2, epoch_step=3, step=7, figures=FIGURES, lr={"backbone": 0.1, "head": 1.0})
@@ -37,83 +37,100 @@ def test_a_finer_row_tells_its_kind_and_its_place_within_the_epoch() -> None:
     assert (row["kind"], row["epoch"], row["step"], row["train_seen"]) == ("train", 1.75, 7, 4)
 
 
-def test_a_resumed_file_keeps_whole_epochs_and_drops_what_came_after(tmp_path: Path) -> None:
-    rows = [
-        {"kind": "train", "epoch": 0.5},
-        {"kind": "epoch", "epoch": 1},
-        {"kind": "train", "epoch": 1.5},
-        {"kind": "epoch", "epoch": 2},
-        {"kind": "train", "epoch": 2.5},
-    ]
-    file = MetricsFile(tmp_path / "m", keep_epochs=0)
+ROWS: list[Row] = [
+    {"kind": "train", "epoch": 0.5},
+    {"kind": "epoch", "epoch": 1, "note": "图"},
+    {"kind": "train", "epoch": 1.5},
+    {"kind": "epoch", "epoch": 2},
+    {"kind": "train", "epoch": 2.5},
+]
+
+
+def filled(path: Path, rows: list[Row]) -> MetricsFile:
+    file = MetricsFile(path)
     for row in rows:
         file.append(row)
-    resumed = MetricsFile(tmp_path / "m", keep_epochs=2)
-    assert read_rows(tmp_path / "m") == rows[:4]
-    resumed.append({"kind": "epoch", "epoch": 3})
-    assert [row["epoch"] for row in epoch_rows(read_rows(tmp_path / "m"))] == [1, 2, 3]
-    MetricsFile(tmp_path / "m", keep_epochs=0)
-    assert read_rows(tmp_path / "m") == []
+    return file
 
 
-def test_a_last_line_cut_off_by_a_kill_is_passed_over_and_another_is_not(tmp_path: Path) -> None:
-    whole = '{"kind": "epoch", "epoch": 1}\n'
-    (tmp_path / "m").write_text(whole + '{"kind": "epo')
-    assert len(read_rows(tmp_path / "m")) == 1
-    (tmp_path / "m").write_text('{"kind": "epo\n' + whole)
-    with pytest.raises(UserError, match="line 1"):
-        read_rows(tmp_path / "m")
+def read(path: Path) -> list[Row]:
+    return parse_rows(path.read_text(encoding="utf-8"), str(path))
 
 
-def test_no_file_has_no_rows(tmp_path: Path) -> None:
-    assert read_rows(tmp_path / "nowhere") == []
+def test_what_a_checkpoint_keeps_is_what_stands_in_the_file(tmp_path: Path) -> None:
+    file = filled(tmp_path / "m", ROWS)
+    assert file.text == (tmp_path / "m").read_text(encoding="utf-8"), (
+        "without waiting for the file to be closed"
+    )
+    assert parse_rows(file.text, "m") == file.rows == ROWS
+    file.close()
 
 
-def with_epochs(path: Path, *epochs: int) -> Path:
-    """Write rows of whole epochs, each after a point within it."""
-    file = MetricsFile(path, keep_epochs=0)
-    for epoch in epochs:
-        file.append({"kind": "train", "epoch": epoch - 0.5})
-        file.append({"kind": "train", "epoch": float(epoch)})
-        file.append({"kind": "epoch", "epoch": epoch})
-    return path
+def test_a_resumed_file_is_the_checkpoints_and_what_came_after_it_is_dropped(tmp_path: Path) -> None:
+    file = filled(tmp_path / "m", ROWS[:3])
+    kept = file.text  # within the second epoch
+    for row in ROWS[3:]:
+        file.append(row)
+    file.close()
+    resumed = MetricsFile(tmp_path / "m", kept)
+    assert read(tmp_path / "m") == resumed.rows == ROWS[:3]
+    resumed.append({"kind": "epoch", "epoch": 2, "again": True})
+    resumed.close()
+    assert read(tmp_path / "m") == [*ROWS[:3], {"kind": "epoch", "epoch": 2, "again": True}]
+    assert [row["epoch"] for row in epoch_rows(resumed.rows)] == [1, 2]
+    MetricsFile(tmp_path / "m").close()
+    assert read(tmp_path / "m") == [], "a run that begins has no rows"
 
 
-@pytest.mark.parametrize(("there", "state"), [((), 0), ((1,), 0), ((1, 2, 3), 3), ((1, 2, 3, 4), 3)])
-def test_rows_fit_a_state_with_at_most_one_epoch_more(
-    there: tuple[int, ...], state: int, tmp_path: Path
-) -> None:
-    check_epochs(with_epochs(tmp_path / "m.jsonl", *there), state)
+@pytest.mark.parametrize("there", [None, b"", b'{"kind": "epo', b"\xff\xfe\n"])
+def test_a_file_that_is_gone_or_damaged_is_restored(there: bytes | None, tmp_path: Path) -> None:
+    file = filled(tmp_path / "m", ROWS)
+    file.close()
+    if there is None:
+        (tmp_path / "m").unlink()
+    else:
+        (tmp_path / "m").write_bytes(there)
+    MetricsFile(tmp_path / "m", file.text).close()
+    assert read(tmp_path / "m") == ROWS
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_process_that_was_taken_for_dead_writes_to_nobody(tmp_path: Path) -> None:
+    earlier = filled(tmp_path / "m", ROWS[:2])
+    later = MetricsFile(tmp_path / "m", earlier.text)
+    earlier.append({"kind": "epoch", "epoch": 7})
+    later.append(ROWS[2])
+    earlier.append({"kind": "epoch", "epoch": 8})
+    assert read(tmp_path / "m") == ROWS[:3]
+    earlier.close()
+    later.close()
 
 
 @pytest.mark.parametrize(
-    ("there", "state", "fault"),
+    "line",
     [
-        ((), 2, "lacks epoch 1, 2, but the training state is that after epoch 2"),
-        ((1, 3), 3, "lacks epoch 2, but the training state is that after epoch 3"),
-        ((1, 2), 3, "lacks epoch 3, but"),
-        ((1, 2), 0, "goes on to epoch 2, but there is no training state"),
-        ((1, 2, 3), 1, "goes on to epoch 3, but the training state is that after epoch 1"),
+        '{"kind": "epo',
+        "[]",
+        "3",
+        '{"epoch": 1}',
+        '{"kind": "epoch"}',
+        '{"kind": "epoch", "epoch": "1"}',
+        "[" * 10**5,
     ],
+    ids=["cut off", "list", "number", "no kind", "no epoch", "text for a number", "deep"],
 )
-def test_rows_of_another_state_are_refused(
-    there: tuple[int, ...], state: int, fault: str, tmp_path: Path
-) -> None:
-    path = with_epochs(tmp_path / "m.jsonl", *there)
+@pytest.mark.parametrize("end", ["", "\n", '\n{"kind": "epoch", "epoch": 2}\n'])
+def test_a_line_that_is_no_row_is_named(line: str, end: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_epochs(path, state)
-    assert str(caught.value).startswith(f"{path}: {fault}")
-    assert "Restore it, or start anew with --run.resume never" in str(caught.value)
+        parse_rows('{"kind": "epoch", "epoch": 1}\n' + line + end, "there/metrics.jsonl")
+    assert str(caught.value).startswith("there/metrics.jsonl, line 2: not a row of metrics")
+    assert "start anew with --run.resume never" in str(caught.value)
 
 
-def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
-    check_epochs(tmp_path / "m.jsonl", 0)
-    with pytest.raises(UserError, match="lacks epoch 1, but"):
-        check_epochs(tmp_path / "m.jsonl", 1)
-
-
-def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path: Path) -> None:
-    path = with_epochs(tmp_path / "m.jsonl", 1)
-    path.write_bytes(path.read_bytes() + b"\xff\xfe\n")
-    with pytest.raises(UserError, match="line 4: not a row of metrics"):
-        read_rows(path)
+def test_a_figure_that_is_no_number_is_never_written(tmp_path: Path) -> None:
+    file = filled(tmp_path / "m", ROWS[:1])
+    with pytest.raises(ValueError, match="JSON compliant"):
+        file.append({"kind": "epoch", "epoch": 1, "train_loss": float("nan")})
+    assert file.text == (tmp_path / "m").read_text(encoding="utf-8")
+    assert file.rows == ROWS[:1]
+    file.close()
