@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,9 +38,9 @@ class Record:
 
     attempt: int
     state: State
-    """stopped: asked to, and saved; done: to the last epoch; failed: ended by an error."""
+    """stopped: asked to, and what was made is saved; done: to the last epoch; failed: ended by an error."""
     reason: str | None = None
-    """Of a stop, the signal or `STOP`; of a failure, the error."""
+    """Of a stop, the signal or `the file STOP`; of a failure, the error."""
     stage: str = ""
     """The part of the run that it is at: `source`, `scratch`, or empty for the run itself."""
     step: int = 0
@@ -58,6 +58,8 @@ class Record:
     """Of rank 0."""
     started: int
     """Clock ticks from the host's start to the process's: a number that is used again has another."""
+    launcher: str | None = None
+    """Of torchrun's processes, which torchrun: with it, a start may be the same one again."""
     scope: str
     """The host's start and the process's own space of numbers: only within one do pids mean anything."""
     token: str
@@ -76,8 +78,10 @@ class Attempt:
         self._thread.start()
 
     @classmethod
-    def claim(cls, folder: Path, *, say: Callable[[str], object], patience: float = PATIENCE) -> Self:
-        """Take the next number in a run folder, which is made if need be.
+    def claim(
+        cls, folder: Path, *, say: Callable[[str], object], patience: float = PATIENCE, free: int = 0
+    ) -> Self:
+        """Take the next number in a run folder, which is made if need be; `free` is one known to be over.
 
         Raises:
             UserError: another process works on the run, or the folder cannot be written to.
@@ -86,7 +90,9 @@ class Attempt:
         try:
             (folder / ATTEMPTS).mkdir(parents=True, exist_ok=True)
             while True:
-                number = require_free(folder, say=say, patience=patience)
+                number, _ = latest(folder)
+                if number != free or number == 0:
+                    number = require_free(folder, say=say, patience=patience)
                 record = _own_record(number + 1)
                 with suppress(FileExistsError):
                     _create(_path(folder, number + 1), _text(record))
@@ -161,6 +167,7 @@ def read_record(path: Path) -> Record | None:
         all(type(fields[name]) is int and fields[name] >= 0 for name in numbers)
         and all(isinstance(fields[name], str) for name in texts)
         and record.state in STATES
+        and isinstance(record.launcher, str | None)
     )
     return record if sound else None
 
@@ -227,9 +234,24 @@ def _own_record(attempt: int) -> Record:
         host=socket.gethostname(),
         pid=os.getpid(),
         started=started,
+        launcher=_launcher(),
         scope=_scope(),
         token=secrets.token_hex(8),
     )
+
+
+def restarted(folder: Path, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the last attempt was this very start, whose processes torchrun has started again."""
+    if int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        return True
+    _, last = latest(folder)
+    return last is not None and last.launcher is not None and last.launcher == _launcher(environment)
+
+
+def _launcher(environment: Mapping[str, str] = os.environ) -> str | None:
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return None
+    return f"{environment['TORCHELASTIC_RUN_ID']} {os.getppid()} {_start_of(os.getppid())} {_scope()}"
 
 
 def _start_of(pid: int) -> int | None:

@@ -214,7 +214,7 @@ class CheckpointConfig:
     """When the training state is saved, and what of it is kept; at the end and when asked to stop it always is."""
 
     every: str | None = "1 epoch"
-    """Interval between checkpoints: '100 steps', '1 epoch', '10%', '10 min', '2 h'; null: none but those."""
+    """Interval between checkpoints: '100 steps', '1 epoch', '10%', '10 min', '2 h'; null: none but those, and the best epochs'."""
     keep_last: int = 2
     """How many of the newest are kept."""
     keep_best: bool = True

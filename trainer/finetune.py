@@ -43,10 +43,10 @@ from trainer.loop import Plan, Start, fit
 from trainer.model_file import Description
 from trainer.optim import make_optimizer
 from trainer.report.console import Display, group_table
-from trainer.report.metrics import Row, epoch_rows, parse_rows
+from trainer.report.metrics import Row, epoch_rows, parse_rows, restore_metrics
 from trainer.report.run_report import RunReport, Silent
 from trainer.resume import find, going_on, put_back
-from trainer.run_folder import MODEL
+from trainer.run_folder import METRICS, MODEL
 from trainer.runtime import Runtime
 from trainer.signals import StopSignals
 from trainer.versions import own_version, versions
@@ -115,7 +115,7 @@ def finetune(
     order = Order(examples=len(index.train), batch_size=config.train.batch_size, seed=config.run.seed)
     require_synchronisable(config, order, machine)
     plan = make_plan(config, order)
-    runtime.require_equal(accelerator, prepared.fingerprint, "the training images")
+    runtime.require_equal(accelerator, prepared.fingerprint, "the images")
 
     # 2.
     subject = _subject(config, prepared)
@@ -126,7 +126,7 @@ def finetune(
         Outcome, folder=folder, selection=index.selection, examples=(len(index.train), len(index.test))
     )
     if found and state and state.epoch == config.train.epochs:
-        rows = _finished(found, attempt, console)
+        rows = runtime.in_turn(accelerator, lambda: _finished(found, folder, attempt, console))
         return outcome(rows=rows, seconds=time.monotonic() - began)
 
     # 3.
@@ -180,8 +180,9 @@ def finetune(
                 title=f"{config.model.name}, {created.source}",
                 device=accelerator.device,
                 text=found.metrics if found else "",
+                check=attempt.check,
             )
-            if machine.is_main
+            if attempt is not None
             else Silent()
         ),
     )
@@ -212,6 +213,7 @@ def finetune(
         best=state.best if state else None,
         last=Place(state.step, state.epoch) if state else None,
     )
+    keeper.mend_model(console.print)
     try:
         with signals.as_flags(), display.shown(), keeper:
             fit(
@@ -237,8 +239,8 @@ def finetune(
     return outcome(rows=tuple(epoch_rows(report.rows)), seconds=time.monotonic() - began)
 
 
-def _finished(found: Found, attempt: Attempt | None, console: Console) -> tuple[Row, ...]:
-    """Say that the run has come to its last epoch already, and return its epochs."""
+def _finished(found: Found, folder: Path, attempt: Attempt | None, console: Console) -> tuple[Row, ...]:
+    """Say that the run has come to its last epoch already, and return its epochs, which metrics.jsonl then holds."""
     state = found.state
     console.print(
         f"finished already, after epoch {state.epoch}: nothing to train. A larger train.epochs goes on from here; "
@@ -246,6 +248,7 @@ def _finished(found: Found, attempt: Attempt | None, console: Console) -> tuple[
     )
     if attempt is not None:
         attempt.update(step=state.step, steps=state.step, epoch=state.epoch, epochs=state.epoch)
+        restore_metrics(folder / METRICS, found.metrics)
     return tuple(epoch_rows(parse_rows(found.metrics, str(found.path))))
 
 

@@ -9,12 +9,14 @@ everyone asks with a number that was never used, which only a living rank 0 can 
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+from trainer.errors import UserError
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -31,26 +33,32 @@ def join_group(
     store, rank, world = next(rendezvous("env://", timeout=patience))
     torch.distributed.init_process_group(
         backend,
-        store=PrefixStore(common_name(store, rank, world), store),
+        store=PrefixStore(common_name(store, rank, world, patience=patience), store),
         rank=rank,
         world_size=world,
         timeout=patience,
     )
 
 
-def common_name(store: Any, rank: int, world: int) -> str:
+def common_name(store: Any, rank: int, world: int, *, patience: timedelta) -> str:
     """Return a name that all processes of this start, and no others, have in common.
 
     Args:
         store: a torch.distributed.Store, which may hold what an earlier start has left.
         rank: of this process.
         world: number of processes.
+        patience: how long the others are waited for.
+
+    Raises:
+        UserError: one of them does not come.
 
     """
+    until = time.monotonic() + patience.total_seconds()
     mine = secrets.token_hex(8)
     if rank > 0:
         store.set(f"regraft/asks/{rank}", mine)
-        _wait_for(store, f"regraft/answer/{mine}")
+        while not store.check([f"regraft/answer/{mine}"]):
+            _wait(until, [0])
         name: str = store.get(f"regraft/answer/{mine}").decode()
         store.set(f"regraft/heard/{name}/{rank}", "")
         return name
@@ -63,10 +71,15 @@ def common_name(store: Any, rank: int, world: int) -> str:
                 answered.add(asked)
             if store.check([heard]):
                 missing.discard(other)
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if missing:
+            _wait(until, sorted(missing))
     return mine
 
 
-def _wait_for(store: Any, key: str) -> None:
-    while not store.check([key]):
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+def _wait(until: float, missing: Sequence[int]) -> None:
+    if time.monotonic() > until:
+        raise UserError(
+            f"rank {', '.join(map(str, missing))} has not come to the process group: expected all processes that "
+            "WORLD_SIZE tells of. See that each of them was started, and why it may have ended"
+        )
+    time.sleep(_SECONDS_BETWEEN_LOOKS)

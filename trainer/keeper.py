@@ -25,16 +25,16 @@ from trainer.checkpoint import store
 from trainer.checkpoint.policy import Policy
 from trainer.checkpoint.state import Best, State, Subject
 from trainer.checkpoint.store import Place
-from trainer.checkpoint.tensors import Tensors, capture
+from trainer.checkpoint.tensors import Tensors, capture, load
 from trainer.checkpoint.writer import Writer
 from trainer.data.loader import Order
 from trainer.errors import UserError
 from trainer.loop import Evaluations, Progress, Wish
 from trainer.meter import Sums
 from trainer.model.batch_norm import gather_statistics
-from trainer.model_file import Description, write_model
+from trainer.model_file import Description, read_description, write_model
 from trainer.run_folder import CHECKPOINTS, MODEL, STOP
-from trainer.runtime import Runtime, raise_together
+from trainer.runtime import Runtime, in_turn, raise_together
 from trainer.signals import Stopped, StopSignals
 
 _STOP_FILE = 1 << 10  # above every signal's number
@@ -174,7 +174,8 @@ class Keeper:
             self._writer.settle()
         self.agree(0)
         if stopped and self._stop_file and self.attempt is not None:
-            (self.attempt.folder / STOP).unlink(missing_ok=True)  # honoured: the same command goes on
+            with suppress(OSError):  # what cannot be removed, the next start says
+                (self.attempt.folder / STOP).unlink(missing_ok=True)  # honoured: the same command goes on
 
     def _save(self, place: Place, sums: Sums | None, *, with_model: bool) -> None:
         if place == self.last:
@@ -197,9 +198,55 @@ class Keeper:
             )
         )
 
-    def _described(self) -> Description:
-        metrics = {**self.report.rows[-1], "selected_on": self.selection or "test"}
+    def _described(self, step: int | None = None) -> Description:
+        """Return the description of the epoch that ended with `step`; of the last one, if none is given."""
+        rows = [row for row in self.report.rows if row["kind"] == "epoch" and step in (None, row.get("step"))]
+        metrics = {**rows[-1], "selected_on": self.selection or "test"}
         return dataclasses.replace(self.description, metrics=metrics)
+
+    def mend_model(self, say: Callable[[str], object]) -> None:
+        """See that the run's model file is of the best epoch that the checkpoint knows; before training.
+
+        A start that was killed may have written a later epoch's, whose checkpoint never came to be. Made again on
+        another number of processes, that epoch need not come out as good.
+
+        Raises:
+            UserError: there is neither the file nor that epoch's checkpoint, or it could not be written.
+
+        """
+        mended = in_turn(self.machine.accelerator, self._mend_model)
+        self.best = self.machine.from_main(self.best)
+        if mended is not None:
+            say(mended)
+
+    def _mend_model(self) -> str | None:
+        if self.attempt is None or self.best is None or self._model_step() == self.best.step:
+            return None
+        place = Place(self.best.step, self.best.epoch)
+        path = self.folder / CHECKPOINTS / place.name
+        try:
+            store.read(path)
+        except store.Damaged:
+            if not (self.folder / MODEL).exists():
+                raise UserError(
+                    f"{self.folder}: {MODEL} is gone, which holds the best epoch ({self.best.epoch}), and so is its "
+                    "checkpoint. Restore that file, or --run.resume never, which moves the run aside"
+                ) from None
+            self.best = None
+            return (
+                f"{MODEL} is of an epoch that was lost with an earlier start, and the best one's checkpoint was not "
+                "kept: from here on, the best epoch is sought anew"
+            )
+        self._write_model(self.attempt, load(path / store.MODEL), self._described(self.best.step))
+        return f"{MODEL} was not of the best epoch ({self.best.epoch}): made anew from its checkpoint"
+
+    def _model_step(self) -> int | None:
+        """Return after which step the run's model file was written; None if it is not there, or none of a run."""
+        try:
+            description = read_description(self.folder / MODEL)
+        except UserError:
+            return None
+        return description.metrics.get("step") if description else None
 
     def _state(self, place: Place, sums: Sums | None) -> State:
         assert self.attempt is not None  # for mypy: rank 0 alone asks

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -87,7 +88,8 @@ def _say(text: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher's, for which rank 0 has spoken already
         time.sleep(_SECONDS_FOR_RANK_0)
         text = f"[rank {rank}] {text}"
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # a terminal that is gone
+        print(text, file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:
@@ -102,8 +104,9 @@ def leave(code: int) -> NoReturn:
         worker.kill()
     if os.environ.get("WORLD_SIZE", "1") == "1" and code != FAILED:
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

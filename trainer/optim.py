@@ -53,7 +53,12 @@ def make_optimizer(
     # On a GPU the fused kernels also keep fp16's overflow check on the device.
     fused = True if all(p.is_cuda for s in settings for p in s["params"]) else None  # type: ignore[attr-defined]
     if name == "sgd":
-        return torch.optim.SGD(settings, momentum=momentum, fused=fused)
+        sgd = torch.optim.SGD(settings, momentum=momentum, fused=fused)
+        if fused and momentum:
+            # An update that fp16's loss scaling skips would leave the fused kernel's first moments as it found them.
+            for parameter in (p for s in settings for p in s["params"]):  # type: ignore[attr-defined]
+                sgd.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+        return sgd
     return torch.optim.AdamW(settings, fused=fused)
 
 

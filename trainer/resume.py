@@ -1,6 +1,7 @@
 """Where a run goes on: the newest checkpoint that is whole and its own, and everything put back to it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,16 @@ from trainer.errors import UserError
 from trainer.files import remove_leftovers
 from trainer.model.batch_norm import restore_statistics
 from trainer.parse import dump
-from trainer.run_folder import CHECKPOINTS, MODEL, OURS, SPLIT, check_seen, examine, write_config
+from trainer.run_folder import (
+    CHECKPOINTS,
+    MODEL,
+    OURS,
+    SPLIT,
+    check_seen,
+    examine,
+    set_results_aside,
+    write_config,
+)
 from trainer.runtime import Runtime
 from trainer.versions import versions
 
@@ -39,22 +49,31 @@ def find(
     if not writes:
         check_seen(folder)
         return None  # rank 0's choice is everyone's
-    examine(folder, dump(config), resume="auto")
-    write_config(folder, dump(config))
-    if prepared.index.split_made:
-        write_split(prepared.index, folder / SPLIT)
+    text = dump(replace(config, run=replace(config.run, resume="auto")))  # for whoever runs it again
+    examine(folder, text, resume="auto")
     try:
         store.tidy(folder / CHECKPOINTS)
         for name in OURS:
             remove_leftovers(folder, name)
         remove_leftovers(folder / ATTEMPTS, "*")
         found = store.newest(folder / CHECKPOINTS, say=say)
+        if found is not None:
+            _require_own(found, config, subject, order)
+        elif (aside := set_results_aside(folder)) is not None:
+            say(aside)
+        # Only now: a start that is refused leaves the config as it was.
+        write_config(folder, text)
+        if prepared.index.split_made:
+            write_split(prepared.index, folder / SPLIT)
     except OSError as error:
         raise UserError(
             f"{folder / CHECKPOINTS}: cannot be read and put in order ({error}); mend that, or choose another run.dir"
         ) from None
-    if found is None:
-        return None
+    return found
+
+
+def _require_own(found: Found, config: Config, subject: Subject, order: Order) -> None:
+    """Raise a UserError for the checkpoint of another run than this."""
     state = found.state
     state.subject.require_same(subject, str(found.path))
     if state.seed != config.run.seed or state.order != order.digest(state.epoch):
@@ -68,12 +87,12 @@ def find(
             f"{found.path}: after {state.epoch} epochs of {state.steps_per_epoch} steps, but this run is to have "
             f"{config.train.epochs} of {order.steps_per_epoch}: choose another run.dir, or --run.resume never"
         )
-    if state.best and not (folder / MODEL).exists():
+    model = Path(config.run.dir) / MODEL
+    if state.epoch == config.train.epochs and not model.exists():
         raise UserError(
-            f"{folder}: {MODEL} is gone, which holds the best epoch ({state.best.epoch}). Restore that file, or "
-            "--run.resume never, which moves the run aside"
+            f"{model} is gone, and the run is finished. Restore that file, or --run.resume never, which moves the run "
+            "aside"
         )
-    return found
 
 
 def put_back(
@@ -106,7 +125,8 @@ def going_on(state: State, config: Config, order: Order, machine: Runtime) -> li
     if state.world != machine.world:
         lines.append(
             f"  on {machine.world} processes instead of {state.world}: the same examples, crops and learning rates; "
-            "equal but for the order of sums"
+            "equal but for the order of sums, "
+            "and the masks of dropout"
             + (
                 ", and BatchNorm, whose statistics belong to each process"
                 if config.transfer.batch_norm == "train"

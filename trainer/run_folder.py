@@ -131,6 +131,22 @@ def move_aside(folder: Path) -> str:
     return f"the earlier run was moved to {aside}"
 
 
+def set_results_aside(folder: Path) -> str | None:
+    """Give results whose checkpoints are not there another name, before they are written over.
+
+    Returns a line that says which, or None where there is no model file to lose.
+    """
+    if not (folder / MODEL).exists():
+        return None
+    number = 1
+    while any((folder / f"earlier-{number}-{name}").exists() for name in (MODEL, METRICS)):
+        number += 1
+    for name in (MODEL, METRICS):
+        if (folder / name).exists():
+            (folder / name).rename(folder / f"earlier-{number}-{name}")
+    return f"{folder}: holds results but no checkpoint to go on from: kept as earlier-{number}-{MODEL}"
+
+
 def write_config(folder: Path, config: str) -> None:
     """Write the run's config (YAML), making the folder if need be.
 

@@ -29,6 +29,7 @@ from trainer.group import join_group
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
 
+_AS_BEGUN = "as this run began with"
 _ACCELERATE_NAME = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # One rank may draw, download or check images while the others wait at a barrier.
 _PATIENCE = timedelta(hours=2)
@@ -153,7 +154,7 @@ def choose_precision(
     if asked != "auto":
         chosen, why = asked, "as train.precision asks"
     elif kept is not None:
-        chosen, why = kept, "as this run began with"
+        chosen, why = kept, _AS_BEGUN
     elif from_launcher is not None:
         chosen, why = from_launcher, "as accelerate launch --mixed_precision asks"  # type: ignore[assignment]
     elif on_cpu:
@@ -162,13 +163,14 @@ def choose_precision(
         chosen, why = "bf16", "this GPU computes in it, and it needs no loss scaling"
     else:
         chosen, why = "fp16", "this GPU has no bf16; the loss is scaled"
+    instead = "; it has to go on where that is at hand" if why == _AS_BEGUN else ": choose {}"
     if chosen == "fp16" and on_cpu:
         raise UserError(
-            "precision fp16 was asked for on a CPU, which has no fp16 training: choose fp32 or bf16"
+            f"precision fp16 ({why}) on a CPU, which has no fp16 training{instead.format('fp32 or bf16')}"
         )
     if chosen == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
-            "precision bf16 was asked for on a GPU that would only emulate it: choose fp16 or fp32"
+            f"precision bf16 ({why}) on a GPU that would only emulate it{instead.format('fp16 or fp32')}"
         )
     return chosen, why
 

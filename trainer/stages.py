@@ -4,13 +4,14 @@ import dataclasses
 import os
 import signal
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
 from trainer import runtime
-from trainer.attempts import Attempt, require_free
+from trainer.attempts import Attempt, Record, latest, require_free, restarted
 from trainer.config import Config, ScratchConfig, SourceConfig, TransferConfig
 from trainer.data.augment import Preprocessing
 from trainer.data.known import cache_folder, is_known
@@ -55,10 +56,9 @@ def run(config: Config, signals: StopSignals) -> Outcome | None:
         debug(config, machine, console)
         return None
 
-    with signals.as_flags():  # or a number would be taken, and nobody be there to say how it ended
-        attempt = runtime.in_turn(
-            machine.accelerator, lambda: _open(config, console) if machine.is_main else None
-        )
+    attempt = runtime.in_turn(
+        machine.accelerator, lambda: _open(config, console, signals) if machine.is_main else None
+    )
     try:
         outcome = _stages(config, machine, console, attempt, signals)
     except BaseException as error:
@@ -107,21 +107,49 @@ def _stages(
     return outcome
 
 
-def _open(config: Config, console: Console) -> Attempt:
-    """Make the run folder this process's, and leave the config in it."""
-    folder = Path(config.run.dir)
-    note = examine(folder, dump(config), resume=config.run.resume)
-    if config.run.resume == "never" and holds_run(folder):
-        require_free(folder, say=console.print)
-        note = move_aside(folder)
-    if note is not None:
-        console.print(note)
-    attempt = Attempt.claim(folder, say=console.print)
-    if (folder / STOP).exists():
-        (folder / STOP).unlink()
-        console.print(f"{folder / STOP}: from before this start, removed")
-    write_config(folder, dump(config))
+def _open(config: Config, console: Console, signals: StopSignals) -> Attempt:
+    """Make the run folder this process's, with a config in it."""
+    folder, resume = Path(config.run.dir), config.run.resume
+    if resume == "never" and restarted(folder):
+        resume = (
+            "auto"  # torchrun starts its processes again with the words that they were first started with
+        )
+    note = examine(folder, dump(config), resume=resume)
+    _, before = latest(folder)
+    free = require_free(folder, say=console.print)
+    with signals.as_flags():  # or a number would be taken, and nobody be there to say how it ended
+        attempt = Attempt.claim(folder, say=console.print, free=free)
+        try:
+            if resume == "never" and holds_run(folder):
+                attempt.end("stopped", "moved aside")
+                note = move_aside(folder)
+                attempt, before = Attempt.claim(folder, say=console.print), None
+            if note is not None:
+                console.print(note)
+            _settle_stop_file(folder, before, console)
+            if not holds_run(folder):
+                write_config(folder, dump(config))  # the others look for it; `find` writes it anew
+        except BaseException as error:
+            _end(attempt, error)
+            raise
     return attempt
+
+
+def _settle_stop_file(folder: Path, before: Record | None, console: Console) -> None:
+    """Remove a STOP that an earlier start has left; one that came after it had been killed is still meant."""
+    path = folder / STOP
+    try:
+        made = path.lstat().st_mtime
+        if before is not None and before.state in ("running", "failed"):
+            began = datetime.fromisoformat(before.began).timestamp()
+            if made > began:
+                return
+        path.unlink()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: asks the run to stop, and cannot be removed ({error}): remove it") from None
+    console.print(f"{path}: from before this start, removed")
 
 
 def _end(attempt: Attempt, error: BaseException) -> None:

@@ -74,7 +74,7 @@ class Run:
         self.update(epoch)
         figures = Figures(loss_sum=1.0, correct=1, seen=7, seconds=1.0, compute_seconds=1.0, bad_step=None)
         progress = Progress(epoch=epoch, epoch_step=2, step=2 * epoch, figures=figures, lr={})
-        self.told.rows.append({"kind": "epoch", "epoch": epoch})
+        self.told.rows.append({"kind": "epoch", "epoch": epoch, "step": 2 * epoch})
         right = round(10 * accuracy)
         found = Evaluation(loss_sum=10 * loss, correct=(right, 0), support=(10, 0), predicted=(10, 0))
         return self.keeper.epoch(progress, {part: found})
@@ -482,7 +482,7 @@ def test_the_best_epoch_is_kept_and_is_the_model_file(make: Make) -> None:
     assert (run.folder / CHECKPOINTS / store.LATEST).read_text() == "step-00000008-epoch-0004\n"
     described = read_description(run.folder / MODEL)
     assert described is not None
-    assert described.metrics == {"kind": "epoch", "epoch": 2, "selected_on": "test"}
+    assert described.metrics == {"kind": "epoch", "epoch": 2, "step": 4, "selected_on": "test"}
     assert described.classes == ("a", "图")
 
 
@@ -505,7 +505,7 @@ def test_the_best_is_selected_on_the_part_that_is_there_for_it(make: Make) -> No
         run.epoch(2, 0.8, part="val")
     described = read_description(run.folder / MODEL)
     assert described is not None
-    assert described.metrics == {"kind": "epoch", "epoch": 1, "selected_on": "val"}
+    assert described.metrics == {"kind": "epoch", "epoch": 1, "step": 2, "selected_on": "val"}
 
 
 def test_without_an_interval_the_best_epochs_are_saved_and_the_last(make: Make) -> None:
@@ -577,3 +577,50 @@ def test_another_rank_agrees_and_saves_nothing(make: Make, tmp_path: Path) -> No
         assert keeper.best is not None
         assert keeper.last == Place(2, 1), "what rank 0 has saved: all of them gather for it, or none"
     assert sorted(path.name for path in tmp_path.iterdir()) == [STOP]
+
+
+def over(run: Run) -> None:
+    assert run.keeper.attempt is not None
+    run.keeper.attempt.end("failed")
+
+
+def test_a_model_file_of_an_epoch_that_was_lost_is_made_anew_from_the_best_ones_checkpoint(
+    make: Make,
+) -> None:
+    run = make()
+    with run.keeper:
+        run.epoch(1, 0.5)
+        best = run.keeper.best
+        run.epoch(2, 0.9)
+    over(run)
+    # Killed after the second epoch's model file was written, and before its checkpoint.
+    assert run.model() == (2.0, 2)
+    again = make(best=best, last=Place(2, 1))
+    again.told.rows = run.told.rows[:1]
+    said: list[str] = []
+    again.keeper.mend_model(said.append)
+    assert again.model() == (1.0, 1)
+    assert said == [f"{MODEL} was not of the best epoch (1): made anew from its checkpoint"]
+    again.keeper.mend_model(said.append)
+    assert len(said) == 1, "it is, now"
+    (again.folder / MODEL).unlink()
+    again.keeper.mend_model(said.append)
+    assert again.model() == (1.0, 1)
+
+
+def test_without_the_best_ones_checkpoint_the_best_is_sought_anew_or_the_loss_is_told(make: Make) -> None:
+    run = make()
+    with run.keeper:
+        run.epoch(2, 0.9)
+    over(run)
+    lost = Best(epoch=1, step=2, accuracy=0.5, loss=1.0)
+    again = make(best=lost, last=Place(2, 1))
+    said: list[str] = []
+    again.keeper.mend_model(said.append)
+    assert again.keeper.best is None
+    assert "is of an epoch that was lost" in said[0]
+    (again.folder / MODEL).unlink()
+    over(again)
+    gone = make(best=lost, last=Place(2, 1))
+    with pytest.raises(UserError, match=r"model.safetensors is gone, which holds the best epoch \(1\)"):
+        gone.keeper.mend_model(said.append)

@@ -1,5 +1,4 @@
 import dataclasses
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from trainer.errors import UserError
 from trainer.meter import Sums
 from trainer.parse import dump
 from trainer.resume import find, going_on, put_back
-from trainer.run_folder import CHECKPOINTS, CONFIG, MODEL, SPLIT, write_config
+from trainer.run_folder import CHECKPOINTS, CONFIG, METRICS, MODEL, SPLIT, write_config
 from trainer.versions import versions
 
 ORDER = Order(examples=7, batch_size=4, seed=3)  # 2 steps an epoch
@@ -223,7 +222,7 @@ OTHERS = {
     "counts": (replace(SUBJECT, examples=(3, 4, 0)), "training images: b 2 there, 4 now, 图 2 there, 0 now"),
     "images": (
         replace(SUBJECT, data="others"),
-        "training images: as many in each class, but not the same (names or split)",
+        "images: as many to train on in each class, but not the same, or others to evaluate (names or split)",
     ),
     "everything": (
         Subject(architecture="vgg11", classes=("a", "x"), examples=(1, 1), data="y"),
@@ -255,13 +254,7 @@ def test_another_order_of_the_examples_is_refused(changes: dict[str, Any], run: 
 def test_the_model_file_of_the_best_epoch_is_not_done_without(run: Run) -> None:
     run.save(3, 1)
     (run.folder / MODEL).unlink()
-    assert run.refusal() == (
-        f"{run.folder}: {MODEL} is gone, which holds the best epoch (1). Restore that file, or {NEVER}"
-    )
-    shutil.rmtree(run.folder / CHECKPOINTS)
-    run.save(1, 0)
-    (run.folder / MODEL).unlink()
-    assert run.find() is not None, "before the first epoch ends there is none"
+    assert run.find() is not None, "training may go on: it is made anew from the best epoch's checkpoint"
 
 
 def test_a_checkpoint_beyond_the_run_is_refused(run: Run) -> None:
@@ -392,7 +385,8 @@ def test_another_number_of_processes_is_said_with_what_it_changes(
     sums = Sums(rows=((1.0, 1, 2),) * 3, seconds=1.0, compute_seconds=1.0)
     _, line = said(3, 1, config=config, machine=machine(world=2), world=3, sums=sums)
     assert line == (
-        "  on 2 processes instead of 3: the same examples, crops and learning rates; equal but for the order of sums"
+        "  on 2 processes instead of 3: the same examples, crops and learning rates; equal but for the "
+        "order of sums, and the masks of dropout"
         + (", and BatchNorm, whose statistics belong to each process" if differs else "")
     )
 
@@ -409,3 +403,29 @@ def test_other_versions_are_said(said: Said) -> None:
         "  with other versions, so equal but for what they changed: "
         f"torch 2.0\\n then, {now['torch']} now, numpy 1.0 then, {now['numpy']} now"
     )
+
+
+def test_a_start_that_is_refused_leaves_the_config_as_it_was(run: Run) -> None:
+    run.save(3, 1, subject=replace(SUBJECT, data="others"))
+    before = (run.folder / CONFIG).read_bytes()
+    assert "a checkpoint of something else" in run.refusal(config=run.config(epochs=9))
+    assert (run.folder / CONFIG).read_bytes() == before
+
+
+def test_the_config_in_the_folder_goes_on_when_it_is_run_again(run: Run) -> None:
+    config = run.config()
+    run.find(config=replace(config, run=replace(config.run, resume="never")))
+    assert "resume: auto" in (run.folder / CONFIG).read_text()
+
+
+def test_results_without_a_checkpoint_are_kept_under_another_name(run: Run) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    for number in (1, 2):
+        write_config(run.folder, dump(run.config()))
+        (run.folder / MODEL).write_text(f"model {number}")
+        (run.folder / METRICS).write_text(f"rows {number}")
+        assert run.find() is None
+        assert run.said[-1].endswith(f"kept as earlier-{number}-{MODEL}")
+        assert (run.folder / f"earlier-{number}-{MODEL}").read_text() == f"model {number}"
+        assert (run.folder / f"earlier-{number}-{METRICS}").read_text() == f"rows {number}"
+        assert not (run.folder / MODEL).exists()

@@ -264,7 +264,7 @@ def test_never_moves_a_run_aside_whose_process_was_killed(
     run(replace(small, run=replace(small.run, resume="never")), StopSignals())
     assert f"the earlier run was moved to {folder}.earlier-1" in capsys.readouterr().out
     assert [(found.attempt, found.state) for found in records(folder)] == [(1, "done")]
-    assert records(folder.with_name("run.earlier-1")) == [record]
+    assert records(folder.with_name("run.earlier-1"))[0] == record
 
 
 def test_a_stop_from_before_a_start_is_not_obeyed(
@@ -304,3 +304,47 @@ def test_what_auto_chose_is_kept_where_the_run_goes_on(
     assert "going on after epoch 1 of 2" in said
     run(replace(small, run=replace(small.run, resume="never")), StopSignals())
     assert "precision bf16: as accelerate launch --mixed_precision asks" in capsys.readouterr().out
+
+
+def test_never_begins_anew_once_however_often_torchrun_starts_its_processes_again(
+    small: Config, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(small, StopSignals())
+    never = replace(small, run=replace(small.run, resume="never"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one launch")
+    run(never, StopSignals())
+    aside = folder.with_name("run.earlier-1")
+    assert aside.exists()
+    run(never, StopSignals())  # by the same parent, in the same launch
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(never, StopSignals())
+    assert not folder.with_name("run.earlier-2").exists()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a third")
+    run(never, StopSignals())
+    assert folder.with_name("run.earlier-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "is_meant"), [("running", True), ("failed", True), ("stopped", False), ("done", False)]
+)
+def test_a_stop_that_was_made_after_a_start_was_killed_is_still_meant(
+    state: Any, is_meant: bool, small: Config, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(small, StopSignals())
+    record = replace(records(folder)[0], state=state, started=1)
+    (folder / ATTEMPTS / "0001.json").write_text(attempts._text(record))
+    (folder / "STOP").touch()
+    run(small, StopSignals())
+    assert (folder / "STOP").exists() == is_meant
+    assert ("from before this start, removed" in capsys.readouterr().out) != is_meant
+
+
+def test_a_finished_runs_figures_are_restored(small: Config, folder: Path) -> None:
+    run(small, StopSignals())
+    path = folder / "metrics.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(before[: len(before) // 2])
+    run(small, StopSignals())
+    assert path.read_bytes() == before

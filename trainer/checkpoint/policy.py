@@ -31,5 +31,8 @@ class Policy:
 
         """
         newest = sorted(places, reverse=True)[: self.keep_last]
-        milestones = [place for place in places if self.keep_every and place.step % self.keep_every == 0]
+        ends = {place.step: place for place in sorted(places)}  # of one step, that after its evaluation
+        milestones = [
+            place for step, place in ends.items() if self.keep_every and step % self.keep_every == 0
+        ]
         return {*newest, *milestones, *([best] if best is not None and self.keep_best else [])}

@@ -43,7 +43,7 @@ class Subject:
     examples: tuple[int, ...]
     """Training examples of each class."""
     data: str
-    """Fingerprint of the training examples: their order is drawn over them."""
+    """Fingerprint of the examples: the order is drawn over those of training, the best epoch chosen on others."""
 
     def require_same(self, other: "Subject", where: str) -> None:
         """Raise a UserError that says how a checkpoint's subject (`self`) differs from this run's."""
@@ -67,7 +67,9 @@ class Subject:
         if counts:
             lines.append(f"training images: {listed(counts, limit=5)}")
         if not lines:
-            lines.append("training images: as many in each class, but not the same (names or split)")
+            lines.append(
+                "images: as many to train on in each class, but not the same, or others to evaluate (names or split)"
+            )
         shown = "".join(f"\n  {line}" for line in lines)
         raise UserError(
             f"{where}: a checkpoint of something else:{shown}\nBring back what it was trained on, choose another "
@@ -100,7 +102,7 @@ class State:
     scaler: Mapping[str, Any]
     """State of fp16's loss scaling; empty without it."""
     chosen: Mapping[str, Any]
-    """What was chosen for this machine and is kept: precision, channels_last."""
+    """What was chosen for this machine: precision, channels_last. For readers: config.yaml keeps it."""
     world: int
     """Processes that wrote it."""
     threads: int

@@ -53,7 +53,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, u
         UserError: it is of another model or optimizer; both are then as they were.
 
     """
-    found = {name: _load(path / name) for name in (MODEL, OPTIMIZER)}
+    found = {name: load(path / name) for name in (MODEL, OPTIMIZER)}
     weights = model.state_dict()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trained = [(names[id(p)], p) for group in optimizer.param_groups for p in group["params"]]
@@ -78,10 +78,16 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, u
 
 def load_statistics(path: Path) -> Tensors:
     """Return each process's statistics, `RANK.name` -> tensor; empty where they were no different."""
-    return _load(path / STATISTICS) if (path / STATISTICS).exists() else {}
+    return load(path / STATISTICS) if (path / STATISTICS).exists() else {}
 
 
-def _load(path: Path) -> Tensors:
+def load(path: Path) -> Tensors:
+    """Return the tensors of a file of a checkpoint that was checked.
+
+    Raises:
+        UserError: it cannot be read.
+
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

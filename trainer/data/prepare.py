@@ -39,14 +39,16 @@ class Prepared:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of the training examples in their order: with the same one, the batches are the same.
+        """Return a hash of all examples in their order: with the same one, batches and evaluations are the same.
 
         Paths count as they lie below the data's folder, which may have moved.
         """
         root = os.path.join(self.index.root, "")  # noqa: PTH118 (with its slash)
         digest = hashlib.sha256()
-        for path, label in self.index.train:
-            digest.update(f"{path.removeprefix(root)}\0{label}\0".encode("utf-8", "surrogateescape"))
+        for part in (self.index.train, self.index.val, self.index.test):
+            for path, label in part:
+                digest.update(f"{path.removeprefix(root)}\0{label}\0".encode("utf-8", "surrogateescape"))
+            digest.update(b"\0")
         return digest.hexdigest()[:32]
 
 

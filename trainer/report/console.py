@@ -1,10 +1,11 @@
 """What a person sees while a run trains: rich on a terminal, plain lines where there is none."""
 
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import IO, Any, cast
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -33,12 +34,38 @@ SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal, figures within an epoch are told no more often than this."""
 
 
+class Steady:
+    """A text stream that falls silent where the one below fails.
+
+    A terminal that was closed, a pipe that nobody reads, a log on a full disk: none of them ends a training.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, if that is possible."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if that is possible."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def make_console(*, speaks: bool) -> Console:
     """Return the console of this process; only rank 0 speaks.
 
     Lines are broken at words on a terminal, and not at all where they go to a file.
     """
-    console = Console(quiet=not speaks, highlight=False, markup=False, emoji=False)
+    console = Console(
+        quiet=not speaks, highlight=False, markup=False, emoji=False, file=cast(IO[str], Steady(sys.stdout))
+    )
     console.soft_wrap = not console.is_terminal
     return console
 

@@ -45,6 +45,20 @@ class MetricsFile:
             self._file.close()
 
 
+def restore_metrics(path: Path, text: str) -> None:
+    """Write the rows of a finished run's last checkpoint, where a kill or somebody has left others.
+
+    Raises:
+        UserError: they cannot be written.
+
+    """
+    try:
+        if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
+            write_text_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room") from None
+
+
 def parse_rows(text: str, where: str) -> list[Row]:
     """Return the rows of a metrics file's text.
 

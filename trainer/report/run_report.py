@@ -1,7 +1,7 @@
 """What a run tells of itself: console, metrics and curves, in one listener of the loop."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,9 +24,18 @@ class RunReport:
     """
 
     def __init__(
-        self, display: Display, *, folder: Path, title: str, device: torch.device, text: str
+        self,
+        display: Display,
+        *,
+        folder: Path,
+        title: str,
+        device: torch.device,
+        text: str,
+        check: Callable[[], None],
     ) -> None:
         """Begin with the metrics of a checkpoint (`text`), or with none.
+
+        `check` raises a UserError where this process may no longer write.
 
         Raises:
             UserError: they cannot be written.
@@ -36,6 +45,7 @@ class RunReport:
         self._display = display
         self._folder, self._title, self._device = folder, title, device
         self._drawn = 0.0
+        self._check = check
         with self._kept():
             self._metrics = MetricsFile(folder / METRICS, text)
         if self.failure is not None:  # before training all hear of it at once
@@ -73,6 +83,11 @@ class RunReport:
     def draw(self) -> None:
         """Draw the curves of all rows so far."""
         self._drawn = time.monotonic()
+        try:
+            self._check()
+        except UserError as error:  # which the keeper comes to as well
+            self.failure = error
+            return
         with self._kept():
             draw_curves(self.rows, self._folder / CURVES, title=self._title)
 

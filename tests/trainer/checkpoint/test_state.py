@@ -221,7 +221,9 @@ def test_a_wrong_value_in_any_field_is_refused(path: tuple[str | int, ...]) -> N
         with pytest.raises((ValueError, TypeError, KeyError, UserError)) as caught:
             read(text)
         assert str(caught.value), f"{path} as {value!r}"
-        assert isinstance(caught.value, UserError) == (path == ("format",) and type(value) is int and value > 1)
+        assert isinstance(caught.value, UserError) == (
+            path == ("format",) and type(value) is int and value > 1
+        )
 
 
 def test_a_later_version_is_named_rather_than_its_checkpoint_called_damaged() -> None:
@@ -346,8 +348,8 @@ def test_other_counts_are_told() -> None:
 
 
 def test_other_images_in_the_same_counts_are_told() -> None:
-    assert (
-        refusal(data="other") == "training images: as many in each class, but not the same (names or split)"
+    assert refusal(data="other") == (
+        "images: as many to train on in each class, but not the same, or others to evaluate (names or split)"
     )
 
 

@@ -1,7 +1,8 @@
+import errno
 import io
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any, cast
 
 import pytest
 from rich.console import Console
@@ -13,6 +14,7 @@ from trainer.optim import group_parameters
 from trainer.report import console as module
 from trainer.report.console import (
     Display,
+    Steady,
     checking,
     downloading,
     duration,
@@ -229,3 +231,17 @@ def test_a_check_shows_its_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert file.getvalue() == "  checking images 2/7\n", "without a terminal, a line now and then"
     with checking(make_console(speaks=False)) as on_checked:
         assert on_checked is None
+
+
+def test_a_terminal_that_is_gone_ends_nothing() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    console = Console(file=cast(IO[str], Steady(Gone())))
+    console.print("unheard")
+    with Display(console, epochs=1, steps_per_epoch=2, done_steps=0).shown():
+        console.print("unheard")

@@ -25,7 +25,9 @@ TEST = Evaluation(loss_sum=5.0, correct=(2, 1), support=(3, 2), predicted=(4, 1)
 def report(folder: Path, text: str = "") -> RunReport:
     console = Console(file=io.StringIO(), width=100, soft_wrap=True)
     display = Display(console, epochs=2, steps_per_epoch=2, done_steps=0)
-    return RunReport(display, folder=folder, title="x", device=torch.device("cpu"), text=text)
+    return RunReport(
+        display, folder=folder, title="x", device=torch.device("cpu"), text=text, check=lambda: None
+    )
 
 
 def at(epoch_step: int) -> Progress:
