@@ -193,7 +193,7 @@ def test_settings_reach_the_index(tmp_path: Path) -> None:
     )
 
 
-def test_the_fingerprint_follows_the_training_examples_and_not_their_place(
+def test_the_fingerprint_follows_the_examples_and_not_their_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small(tmp_path / "one")
@@ -208,10 +208,13 @@ def test_the_fingerprint_follows_the_training_examples_and_not_their_place(
     assert first == fingerprint(tmp_path / "other") == fingerprint("one")
     monkeypatch.chdir(tmp_path / "one")
     assert first == fingerprint(".")
-    (tmp_path / "other" / "val" / "a" / "000.png").unlink()
-    assert first == fingerprint(tmp_path / "other")
-    (tmp_path / "other" / "train" / "a" / "000.png").rename(tmp_path / "other" / "train" / "a" / "9.png")
+    picture = tmp_path / "other" / "train" / "a" / "000.png"
+    picture.rename(picture.with_name("9.png"))
     assert first != fingerprint(tmp_path / "other")
+    picture.with_name("9.png").rename(picture)
+    assert first == fingerprint(tmp_path / "other")
+    (tmp_path / "other" / "val" / "a" / "000.png").unlink()
+    assert first != fingerprint(tmp_path / "other"), "the best epoch is chosen on these"
 
 
 def test_the_fingerprint_takes_names_of_any_kind(tmp_path: Path) -> None:
