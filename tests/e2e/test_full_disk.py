@@ -32,7 +32,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mounted = mount("-t", "tmpfs", "-o", f"size={MEGABYTES}m", "tmpfs", str(folder))
     if mounted.returncode != 0:
-        pytest.fail(f"this test needs to mount a small disk, as root can: {mounted.stderr}")
+        # .ci/run takes a skipped test for a failure.
+        pytest.skip(f"this test needs to mount a small disk, as root can: {mounted.stderr}")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
