@@ -2,7 +2,7 @@
 
 torchrun keeps one store through all its restarts. In it still stand the addresses of the processes before, and
 torch reads whichever comes first: a restarted group then fails with refused connections, or waits for the dead
-(torch 2.15; pytorch issue 135712 is of an earlier form of it). Neither the number of restarts, which each agent
+(torch 2.14; pytorch issue 135712 is of an earlier form of it). Neither the number of restarts, which each agent
 counts for itself, nor anything else that torchrun tells is new and common to all. So they agree on a name first:
 everyone asks with a number that was never used, which only a living rank 0 can answer.
 """

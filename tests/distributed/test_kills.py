@@ -10,6 +10,7 @@ import pytest
 
 from tests.kills import (
     EPOCHS,
+    SAME_ANYWHERE,
     STEPS,
     Run,
     attempts,
@@ -28,8 +29,10 @@ from tests.kills import (
     whole_run,
 )
 
-# Three processes add gradients in an order that DDP changes after the first update of every start.
-LOSSES, WEIGHTS = 1e-4, 1e-4
+# Three processes add gradients in an order that DDP changes after the first update of every start. Measured: one update
+# is apart by 7e-9 in any weight; what becomes of it belongs to the model: 2e-6 over 18 updates of a MobileNet, but 2e-1
+# of a GoogLeNet, whose BatchNorm here sees one or two pictures at a time.
+LOSSES, WEIGHTS = 1e-5, 1e-5
 
 
 def schedule(seed: int, kills: int) -> list[int]:
@@ -113,7 +116,7 @@ def kill_launcher(run: Run, step: int) -> None:
 @pytest.mark.parametrize("launcher", ["python", "accelerate", 2, 3])
 def test_twenty_kills(launcher: str | int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder, steps = tmp_path / "run", schedule(seed=3, kills=20)
-    changes = {"model__name": "googlenet"}
+    changes = SAME_ANYWHERE if launcher == 3 else {"model__name": "googlenet"}
     survive(launcher, steps, folder, options(pictures(tmp_path_factory), folder, **changes), seed=3)
     require_survived(folder, len(steps) + 1)
     whole = whole_run(tmp_path_factory, "python" if launcher == "accelerate" else launcher, **changes)

@@ -284,9 +284,10 @@ def test_signals_that_reach_the_whole_group_do_not_stop_a_worker(
     loader = make_loader(
         images, Shares(order, epochs=3), image_size=16, channels_last=True, workers=1, accelerator=accelerator
     )
+    others = {child.pid for child in multiprocessing.active_children()}  # of tests before this one
     found = iter(loader)
     next(found)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = (child for child in multiprocessing.active_children() if child.pid not in others)
     for number in STOPPING:
         subprocess.run(["kill", f"-{number.name.removeprefix('SIG')}", str(worker.pid)], check=True)
     assert sum(1 for _ in found) == 3 * EXAMPLES - 1
@@ -298,9 +299,10 @@ def test_a_worker_ends_when_its_trainer_tells_it(images: Images, accelerator: Ac
     loader = make_loader(
         images, Shares(order, epochs=3), image_size=16, channels_last=True, workers=1, accelerator=accelerator
     )
+    others = {child.pid for child in multiprocessing.active_children()}  # of tests before this one
     found = iter(loader)
     next(found)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = (child for child in multiprocessing.active_children() if child.pid not in others)
     worker.terminate()
     worker.join(timeout=30)
     assert worker.exitcode == 0
