@@ -168,7 +168,7 @@ def test_a_start_that_is_asked_to_stop_leaves_nothing_that_the_next_one_minds(
 def test_several_processes_stop_together_and_are_not_started_again(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    stop_several(["STOP", "SIGUSR1 to one process"], tmp_path, tmp_path_factory, seed=13)
+    stop_several(["STOP", "SIGUSR1 to one process"], tmp_path / "run", tmp_path_factory, seed=13)
 
 
 @pytest.mark.soak
@@ -179,13 +179,16 @@ def test_several_processes_stop_together_at_any_time(
     stops = ["SIGTERM to torchrun", "SIGINT to torchrun", "SIGHUP to torchrun", "STOP"]
     stops += [f"{name} to one process" for name in ("SIGTERM", "SIGUSR1", "SIGUSR2")]
     random.Random(seed).shuffle(stops)
-    stop_several(stops, tmp_path, tmp_path_factory, seed=seed)
+    stop_several(stops, tmp_path / "run", tmp_path_factory, seed=seed, train__epochs=6)
 
 
-def stop_several(stops: list[str], tmp_path: Path, factory: pytest.TempPathFactory, *, seed: int) -> None:
-    folder, random_ = tmp_path / "run", random.Random(seed)
+def stop_several(
+    stops: list[str], folder: Path, factory: pytest.TempPathFactory, *, seed: int, **changes: object
+) -> None:
+    """Stop a run of two processes in each of these ways, and let it come to its end."""
+    random_, epochs = random.Random(seed), int(str(changes.get("train__epochs", EPOCHS)))
     print(f"seed {seed}: {stops}")
-    every = options(pictures(factory), folder, checkpoint__every="1 steps")
+    every = options(pictures(factory), folder, checkpoint__every="1 steps", **changes)
     for number, stop in enumerate(stops, 1):
         # A torchrun is given each time: its rendezvous has a port of its own.
         with started(command(2, *every, restarts=3), folder) as run:
@@ -194,6 +197,13 @@ def stop_several(stops: list[str], tmp_path: Path, factory: pytest.TempPathFacto
             print(f"step {seen}: {stop}", flush=True)
             if stop.endswith("one process"):
                 os.kill(random_.choice(sorted(run.trainers())), signal.Signals[name])
+            elif name == "STOP":
+                for pid in run.trainers():
+                    os.kill(pid, signal.SIGSTOP)
+                send(run, name)
+                time.sleep(SECONDS_BETWEEN_LOOKS + 0.1)  # a run as short as this might not look again
+                for pid in run.trainers():
+                    os.kill(pid, signal.SIGCONT)
             else:
                 send(run, name)
             # After a signal of its own torchrun says 1, however its processes have ended.
@@ -205,8 +215,8 @@ def stop_several(stops: list[str], tmp_path: Path, factory: pytest.TempPathFacto
         assert (records[-1]["state"], records[-1]["reason"]) == ("stopped", reason)
         assert saved_step(folder) >= seen
     finish(command(2, *every), folder)
-    require_each_once(folder)
-    require_equal(folder, whole_run(factory, 2))
+    require_each_once(folder, epochs=epochs)
+    require_equal(folder, whole_run(factory, 2, **changes))
 
 
 @pytest.mark.slow
