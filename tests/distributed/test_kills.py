@@ -69,8 +69,8 @@ def require_survived(folder: Path, starts: int) -> None:
 def test_a_trainer_that_is_killed_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder, steps = tmp_path / "run", schedule(seed=1, kills=2)
-    survive("python", steps, folder, options(pictures(tmp_path_factory), folder), seed=1)
+    folder, steps = tmp_path / "run", schedule(seed=6, kills=1)
+    survive("python", steps, folder, options(pictures(tmp_path_factory), folder), seed=6)
     require_survived(folder, len(steps) + 1)
     require_equal(folder, whole_run(tmp_path_factory, "python"))
 
@@ -80,9 +80,9 @@ def test_a_trainer_that_is_killed_goes_on_as_if_nothing_had_happened(
 def test_one_process_is_killed_and_then_the_launcher(
     launcher: str | int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder, random_ = tmp_path / "run", random.Random(4)
+    folder, random_ = tmp_path / "run", random.Random(8)
     arguments = command(launcher, *options(pictures(tmp_path_factory), folder), restarts=1)
-    first, second = schedule(seed=4, kills=2)
+    first, second = schedule(seed=8, kills=2)
     with started(arguments, folder) as run:
         kill_a_trainer(run, first, random_, after=0)
         if launcher == 2:

@@ -65,7 +65,7 @@ def test_one_process_then_two_then_three_of_which_one_is_killed_then_one_again(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_batch_norm_in_training_is_said_to_differ_and_the_run_goes_on(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -1,4 +1,4 @@
-"""What a start does with the run that it finds: goes on, says that it is finished, sets aside, or refuses."""
+"""What a start does with the run that it finds; tests/e2e/test_commands.py has the rest of it."""
 
 import shutil
 from pathlib import Path
@@ -9,10 +9,8 @@ from tests.folders import image_folder
 from tests.kills import (
     EPOCHS,
     STEPS,
-    attempts,
     command,
     finish,
-    last_step,
     newest,
     options,
     pictures,
@@ -34,27 +32,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_told_guarded_extended_and_moved_aside(
+def test_a_finished_run_is_extended_and_guarded_against_other_pictures(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     root, folder = pictures(tmp_path_factory), tmp_path / "run"
     constant = {"optim__schedule": "constant"}
-    short = python(root, folder, **constant, train__epochs=2)
-    finish(short, folder)
-    before = contents(folder)
-
-    said = finish(short, folder)
-    assert "finished already, after epoch 2: nothing to train" in said
-    assert "test accuracy" in said, "the result is told again"
-    assert contents(folder) == before
-    assert [one["state"] for one in attempts(folder)] == ["done", "done"]
-
-    said = finish(python(root, folder, **constant, train__epochs=1, optim__lr=0.5), folder, code=2)
-    assert "optim.lr: 0.001 there, 0.5 now" in said
-    assert "train.epochs: 2 there, 1 now" in said
-    assert "Traceback" not in said
-    assert contents(folder) == before
-
+    finish(python(root, folder, **constant, train__epochs=2), folder)
     said = finish([*python(root, folder, **constant), "--run.resume=must"], folder)
     assert f"going on after epoch 2 of {EPOCHS} (step {2 * STEPS})" in said
     require_each_once(folder)
@@ -71,15 +54,8 @@ def test_a_finished_run_is_told_guarded_extended_and_moved_aside(
     assert "Traceback" not in said
     assert contents(folder) == before
 
-    with started([*python(root, folder, **constant), "--run.resume=never"], folder) as run:
-        run.wait(lambda: (tmp_path / "run.earlier-1").exists() and last_step(folder) >= 2, "a new run")
-        run.process.terminate()
-        run.end(code=75)
-    assert contents(tmp_path / "run.earlier-1") == before
-    assert last_step(folder) < STEPS * EPOCHS
 
-
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_equal(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
