@@ -120,8 +120,8 @@ class Attempt:
             UserError: it is no longer the run's latest, or the disk is full.
 
         """
-        self.check()
         try:
+            self.check()
             with self._lock:
                 self.record = dataclasses.replace(self.record, **changes)
                 write_text_atomically(self._path, _text(self.record))

@@ -232,8 +232,8 @@ def finetune(
     finally:
         report.draw()
         report.close()
-        if report.failure is not None:  # the curves alone are missing, or it has been raised already
-            console.print(str(report.failure))
+    if report.failure is not None:  # the last curves alone: what came before them was raised
+        console.print(str(report.failure))
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return outcome(rows=tuple(epoch_rows(report.rows)), seconds=time.monotonic() - began)

@@ -143,21 +143,9 @@ class Keeper:
         if self.attempt is not None:
             steps = self.order.steps_per_epoch * self.epochs
             done = self.last or Place(0, 0)
-            self._writer.submit(
-                partial(
-                    self._begin,
-                    self.attempt,
-                    step=done.step,
-                    steps=steps,
-                    epoch=done.epoch,
-                    epochs=self.epochs,
-                )
-            )
+            where = {"step": done.step, "steps": steps, "epoch": done.epoch, "epochs": self.epochs}
+            self._writer.submit(partial(self.attempt.update, **where))
         return self
-
-    def _begin(self, attempt: Attempt, **where: int) -> None:
-        with _said(attempt.folder):
-            attempt.update(**where)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -101,7 +101,7 @@ class Wish(NamedTuple):
 
     save: bool
     stop: str | None
-    """Who asks to stop (`SIGTERM`, `STOP`), or None."""
+    """Who asks to stop (`SIGTERM`, `the file STOP`), or None."""
 
 
 class Keeper(Protocol):

@@ -123,15 +123,11 @@ def going_on(state: State, config: Config, order: Order, machine: Runtime) -> li
     within = f", in epoch {state.epoch + 1} after {begun} of its {steps} steps" if begun else ""
     lines = [f"going on after epoch {state.epoch} of {config.train.epochs} (step {state.step}){within}"]
     if state.world != machine.world:
+        is_own = config.transfer.batch_norm == "train"
+        batch_norm = ", and BatchNorm, whose statistics belong to each process" if is_own else ""
         lines.append(
             f"  on {machine.world} processes instead of {state.world}: the same examples, crops and learning rates; "
-            "equal but for the order of sums, "
-            "and the masks of dropout"
-            + (
-                ", and BatchNorm, whose statistics belong to each process"
-                if config.transfer.batch_norm == "train"
-                else ""
-            )
+            f"equal but for the order of sums, and the masks of dropout{batch_norm}"
         )
     total = state.schedule.get("total_steps")
     if total != steps * config.train.epochs:

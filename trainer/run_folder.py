@@ -7,6 +7,7 @@ checkpoints/        the training state, in folders that are whole or absent
 attempts/           one file for each start: who, how far, how it ended
 curves.png          the note's plot
 split.csv           the split, where one was made
+earlier-N-...       results whose checkpoints were gone when the run began anew
 audit/              with run.audit: what each process saw
 STOP                made by a person: the run saves and stops
 """

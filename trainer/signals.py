@@ -32,7 +32,7 @@ class Stopped(BaseException):
     """
 
     def __init__(self, reason: str, saved: str | None = None) -> None:
-        """Take who asked (`SIGTERM`, `STOP`), and where the run stood when it was saved, if it had begun."""
+        """Take who asked (`SIGTERM`, `the file STOP`), and where the run stood when it was saved, if it had begun."""
         super().__init__(reason)
         self.reason = reason
         self.saved = saved

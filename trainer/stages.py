@@ -78,8 +78,9 @@ def _stages(
 
     def stage(name: str, config: Config, weights: str | None) -> Outcome:
         # A signal that came while the stage before was finishing has only left its flag.
-        if machine.agree([signals.asked or 0])[0]:
-            raise Stopped(signal.Signals(signals.asked).name if signals.asked else "a signal")
+        (asked,) = machine.agree([signals.asked or 0])
+        if asked:
+            raise Stopped(signal.Signals(asked).name)
 
         def note_down() -> None:
             if attempt is not None:
@@ -110,10 +111,9 @@ def _stages(
 def _open(config: Config, console: Console, signals: StopSignals) -> Attempt:
     """Make the run folder this process's, with a config in it."""
     folder, resume = Path(config.run.dir), config.run.resume
+    # torchrun starts its processes again with the words that they were first started with.
     if resume == "never" and restarted(folder):
-        resume = (
-            "auto"  # torchrun starts its processes again with the words that they were first started with
-        )
+        resume = "auto"
     note = examine(folder, dump(config), resume=resume)
     _, before = latest(folder)
     free = require_free(folder, say=console.print)

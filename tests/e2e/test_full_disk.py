@@ -1,11 +1,11 @@
 """A disk that is full: what was saved stays whole, the run says so and ends; given room, the same command goes on."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.disks import disk, resize
 from tests.kills import (
     EXAMPLES,
     attempts,
@@ -27,23 +27,8 @@ MEGABYTES = 32
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a folder on a disk of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = mount("-t", "tmpfs", "-o", f"size={MEGABYTES}m", "tmpfs", str(folder))
-    if mounted.returncode != 0:
-        # .ci/run takes a skipped test for a failure.
-        pytest.skip(f"this test needs to mount a small disk, as root can: {mounted.stderr}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def mount(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
-
-
-def make_room(disk: Path) -> None:
-    assert mount("-o", "remount,size=200m", str(disk)).returncode == 0
+    with disk(tmp_path / "disk", f"{MEGABYTES}m") as root:
+        yield root
 
 
 def fill(disk: Path) -> None:
@@ -85,7 +70,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing_that_was_sav
     assert record["state"] == "failed"
     assert "could not be saved" in record["reason"]
 
-    make_room(small_disk)
+    resize(small_disk, "200m")
     said = finish(command(processes, *arguments), folder, logs=small_disk.parent)
     assert "(step 4)" in said
     require_each_once(folder)

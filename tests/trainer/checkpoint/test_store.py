@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import struct
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from tests.disks import disk
 from tests.trainer.checkpoint.test_state import state
 from trainer.checkpoint import store
 from trainer.checkpoint.store import (
@@ -311,22 +311,8 @@ def test_an_error_at_any_point_leaves_the_earlier_checkpoint(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return the root of a real file system of 256 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(  # which .ci/run takes for a failure
-            f"this test fills a disk of its own, but may mount none ({mounted.stderr.strip()}): run the tests as root, "
-            "in a container with CAP_SYS_ADMIN"
-        )
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with disk(tmp_path / "disk", "256k") as root:
+        yield root
 
 
 def test_a_disk_that_is_really_full_leaves_the_earlier_checkpoint(small_disk: Path) -> None:
