@@ -1,0 +1,133 @@
+"""`regraft`: train, debug, status, and the trainer's own verbs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import contract, machine
+from launch.command import Local, processes_and_threads, split_options
+from launch.errors import LaunchError
+
+_DESCRIPTION = """\
+Start training anywhere, and keep it going.
+
+  regraft train [--nproc N] [--max-restarts K] [--config FILE] [--section.key VALUE ...]
+  regraft debug [--config FILE] [--section.key VALUE ...]
+  regraft status [RUN] [--watch]
+  regraft preview [--config FILE] [--section.key VALUE ...]
+
+What a verb does not know goes to the trainer, which checks it: `regraft train --help` lists its options.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for, and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb, rest = (words[0], words[1:]) if words else ("--help", [])
+    try:
+        if verb == "train":
+            return _train(rest)
+        if verb == "debug":
+            return _trainer("main.py", [*rest, "--debug"])
+        if verb == "preview":
+            return _trainer("preview.py", rest)
+        if verb == "status":
+            return _status(rest)
+        if verb in ("-h", "--help"):
+            print(_DESCRIPTION, end="")
+            return 0
+        raise LaunchError(f"there is no verb {verb!r}; expected train, debug, status or preview")
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return contract.USER_ERROR
+
+
+def _train(words: list[str]) -> int:
+    own, options = split_options(words, ("--nproc", "--max-restarts"))
+    if any(
+        word in ("-h", "--help", "--print_config") or word.startswith("--print_config=") for word in options
+    ):
+        if "-h" in options or "--help" in options:
+            print(_train_parser().format_help())
+        return _trainer("main.py", options)
+    parser = _train_parser()
+    arguments = parser.parse_args(own)
+    from launch.local import run  # noqa: PLC0415 (help needs none of it)
+
+    gpus = machine.gpus(os.environ)
+    processes, threads = processes_and_threads(arguments.nproc, gpus=gpus, cores=machine.cores())
+    folder = contract.run_folder(options)
+    local = Local(
+        processes=processes,
+        threads=threads,
+        max_restarts=arguments.max_restarts,
+        trainer=contract.trainer_folder(),
+        options=tuple(options),
+        logs=folder / contract.LOGS / f"{contract.last_number(folder) + 1:04}",
+    )
+    return run(local, folder)
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="regraft train",
+        allow_abbrev=False,
+        description="Train on this machine through torchrun. All other options are the trainer's; they follow below.",
+    )
+    parser.add_argument(
+        "--nproc",
+        type=_processes,
+        default=None,
+        metavar="N|auto",
+        help="processes; auto: one for each GPU, or for every 8 cores where there is none (default)",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=_count,
+        default=0,
+        metavar="K",
+        help="how often failed processes are started again, from the newest checkpoint (default: 0)",
+    )
+    return parser
+
+
+def _processes(text: str) -> int | None:
+    if text == "auto":
+        return None
+    number = _count(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more, or auto")
+    return number
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 or more")
+    return int(text)
+
+
+def _trainer(file: str, options: Sequence[str]) -> int:
+    """Become the trainer: its debugger and Ctrl-C are then this terminal's."""
+    program = str(contract.trainer_folder() / file)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, program, *options])
+
+
+def _status(words: list[str]) -> int:
+    from launch.status import show  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(
+        prog="regraft status",
+        allow_abbrev=False,
+        description="What a run is doing, from its folder alone: attempt, step, accuracy so far, ETA, last failure.",
+    )
+    parser.add_argument("run", nargs="?", default=contract.DEFAULT_RUN_DIR, type=Path, help="run folder")
+    parser.add_argument("--watch", action="store_true", help="keep it on the screen until the run ends")
+    arguments = parser.parse_args(words)
+    return show(arguments.run, watch=arguments.watch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

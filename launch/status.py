@@ -1,0 +1,112 @@
+"""What a run is doing, from its folder alone: on a login node, with no process of it in sight."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch import contract
+from launch.contract import Attempt
+from launch.errors import LaunchError
+
+SILENT = 45.0
+"""Seconds without a sign of life (one is given every 10) after which a run is taken for dead."""
+_SECONDS_BETWEEN_LOOKS = 2.0
+_ENDED = 3
+"""The exit code for a run that is not going on and not done."""
+
+
+def show(run: Path, *, watch: bool, say: Callable[[str], object] = print) -> int:
+    """Show a run; with `watch` until it ends. Returns 0 while it runs or when it is done, 3 for what ended otherwise.
+
+    Raises:
+        LaunchError: there is no run in that folder.
+
+    """
+    shown = 0
+    while True:
+        text, code, over = describe(run, now=time.time())
+        if shown and sys.stdout.isatty():
+            say(f"\x1b[{shown}A\x1b[J{text}")
+        else:
+            say(text)
+        if over or not watch:
+            return code
+        shown = text.count("\n") + 1
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def describe(run: Path, *, now: float) -> tuple[str, int, bool]:
+    """Return (a few lines on a run, the exit code that stands for it, whether it has ended)."""
+    if not run.is_dir():
+        raise LaunchError(f"{run}: there is no such folder; expected a run's (its run.dir)")
+    attempt = contract.latest_attempt(run)
+    if attempt is None:
+        raise LaunchError(
+            f"{run}: no attempt has begun here (there is no readable {contract.ATTEMPTS}/NNNN.json); expected a run "
+            "folder, or wait until the data is checked"
+        )
+    silent = now - attempt.seen
+    dead = attempt.state == "running" and silent > SILENT
+    state = f"silent for {_span(silent)}: killed, most likely" if dead else attempt.state
+    if attempt.reason:
+        state += f" ({attempt.reason.splitlines()[0]})"
+    rows = _rows(run / attempt.stage)
+    last = rows[-1] if rows else {}
+    step = max(attempt.step, int(last.get("step", 0)))
+    lines = [
+        f"{run}: {state}",
+        f"attempt {attempt.attempt}, process {attempt.pid} on {attempt.host}, since {attempt.began}",
+        f"step {step} of {attempt.steps or '?'}, epoch {attempt.epoch} of {attempt.epochs or '?'}"
+        + (f" of the {attempt.stage} stage" if attempt.stage else ""),
+    ]
+    epochs = [row for row in rows if row.get("kind") == "epoch"]
+    if epochs:
+        newest = epochs[-1]
+        part = "val" if "val_accuracy" in newest else "test"
+        best = max(epochs, key=lambda row: row[f"{part}_accuracy"])
+        lines.append(
+            f"{part} accuracy {newest[f'{part}_accuracy']:.3f} after epoch {newest['epoch']}, best "
+            f"{best[f'{part}_accuracy']:.3f} after epoch {best['epoch']}; train loss {newest['train_loss']:.4f}"
+        )
+        left = _left(attempt, epochs, step)
+        if left is not None and attempt.state == "running" and not dead:
+            lines.append(f"ETA {_span(left)}, at {newest['examples_per_sec']:,.1f} examples a second")
+    if (attempt.state in ("failed", "stopped") or dead) and (run / contract.LOGS).is_dir():
+        lines.append(f"logs: {run / contract.LOGS}")
+    over = attempt.state != "running" or dead
+    return "\n".join(lines), 0 if attempt.state in ("running", "done") and not dead else _ENDED, over
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics; a line that is being written is passed over."""
+    try:
+        lines = (folder / contract.METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _left(attempt: Attempt, epochs: list[dict[str, Any]], step: int) -> float | None:
+    """Return the seconds of training that are left, at the pace of the last epochs."""
+    some = epochs[-3:]
+    steps = epochs[-1]["step"] / epochs[-1]["epoch"]
+    if not attempt.steps or not steps:
+        return None
+    return float((attempt.steps - step) * sum(row["seconds"] for row in some) / (steps * len(some)))
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
