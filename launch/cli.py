@@ -1,9 +1,9 @@
-"""`regraft`: train, debug, status, and the trainer's own verbs."""
+"""`regraft`: train, debug, submit, render, status, and the trainer's own verbs."""
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch import contract, machine
@@ -15,7 +15,10 @@ Start training anywhere, and keep it going.
 
   regraft train [--nproc N] [--max-restarts K] [--config FILE] [--section.key VALUE ...]
   regraft debug [--config FILE] [--section.key VALUE ...]
+  regraft submit [--nodes N] [--gpus-per-node G] [--time T] ... [--config FILE] [--section.key VALUE ...]
+  regraft render [as submit]
   regraft status [RUN] [--watch]
+  regraft doctor [--nodes N] [--nproc N] [--json] [--config FILE] [--section.key VALUE ...]
   regraft preview [--config FILE] [--section.key VALUE ...]
 
 What a verb does not know goes to the trainer, which checks it: `regraft train --help` lists its options.
@@ -27,21 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
     try:
-        if verb == "train":
-            return _train(rest)
-        if verb == "debug":
-            return _trainer("main.py", [*rest, "--debug"])
-        if verb == "preview":
-            return _trainer("preview.py", rest)
-        if verb == "status":
-            return _status(rest)
         if verb in ("-h", "--help"):
             print(_DESCRIPTION, end="")
             return 0
-        raise LaunchError(f"there is no verb {verb!r}; expected train, debug, status or preview")
+        if verb not in _VERBS:
+            *others, last = _VERBS
+            raise LaunchError(f"there is no verb {verb!r}; expected {', '.join(others)} or {last}")
+        return _VERBS[verb](rest)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return contract.USER_ERROR
+    except BrokenPipeError:  # as `| head` does: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return contract.FAILED
 
 
 def _train(words: list[str]) -> int:
@@ -115,6 +116,18 @@ def _trainer(file: str, options: Sequence[str]) -> int:
     os.execv(sys.executable, [sys.executable, program, *options])
 
 
+def _submit(words: list[str]) -> int:
+    from launch.submit import submit_job  # noqa: PLC0415
+
+    return submit_job(words)
+
+
+def _render(words: list[str]) -> int:
+    from launch.submit import render_job  # noqa: PLC0415
+
+    return render_job(words)
+
+
 def _status(words: list[str]) -> int:
     from launch.status import show  # noqa: PLC0415
 
@@ -127,6 +140,23 @@ def _status(words: list[str]) -> int:
     parser.add_argument("--watch", action="store_true", help="keep it on the screen until the run ends")
     arguments = parser.parse_args(words)
     return show(arguments.run, watch=arguments.watch)
+
+
+def _doctor(words: list[str]) -> int:
+    from launch.doctor import main as examine  # noqa: PLC0415
+
+    return examine(words)
+
+
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "debug": lambda words: _trainer("main.py", [*words, "--debug"]),
+    "submit": _submit,
+    "render": _render,
+    "status": _status,
+    "doctor": _doctor,
+    "preview": lambda words: _trainer("preview.py", words),
+}
 
 
 if __name__ == "__main__":

@@ -70,12 +70,16 @@ def environment(local: Local, inherited: Mapping[str, str]) -> dict[str, str]:
 
     `PET_*` would set options of torchrun, `RANK` and its like would make the processes part of another group.
     """
-    clean = {
+    return {"OMP_NUM_THREADS": str(local.threads), **clean(inherited), LOG_FOLDER: str(local.logs)}
+
+
+def clean(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without what an earlier launcher has left behind."""
+    return {
         name: value
         for name, value in inherited.items()
         if not name.startswith(_LEAKING) and name not in _LEFT_BY_LAUNCHERS
     }
-    return {"OMP_NUM_THREADS": str(local.threads), **clean, LOG_FOLDER: str(local.logs)}
 
 
 def split_options(words: Sequence[str], own: Sequence[str]) -> tuple[list[str], list[str]]:

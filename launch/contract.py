@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from launch.errors import LaunchError
 
-ATTEMPTS, METRICS, LOGS, STOP = "attempts", "metrics.jsonl", "logs", "STOP"
-DONE, USER_ERROR, STOPPED, INTERRUPTED = 0, 2, 75, 130
+ATTEMPTS, METRICS, LOGS, HANGS, STOP = "attempts", "metrics.jsonl", "logs", "hangs", "STOP"
+DONE, FAILED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """The trainer's exit codes; under torchrun a stop is 0 and the last attempt says that it was one."""
 DEFAULT_RUN_DIR = "runs/default"
 LOG_FOLDER = "REGRAFT_LOGS"
@@ -60,13 +59,23 @@ class Attempt:
 
 def latest_attempt(run: Path) -> Attempt | None:
     """Return the last attempt of a run, or None if there was none or its record cannot be read."""
+    return _read(run / ATTEMPTS / f"{last_number(run):04}.json")
+
+
+def all_attempts(run: Path) -> tuple[Attempt, ...]:
+    """Return the attempts of a run in their order, as far as their records can be read."""
+    found = map(_read, sorted((run / ATTEMPTS).glob("*.json")))
+    return tuple(attempt for attempt in found if attempt is not None)
+
+
+def _read(path: Path) -> Attempt | None:
     try:
-        names = [path.stem for path in (run / ATTEMPTS).iterdir() if path.suffix == ".json"]
-        number = max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
-        path = run / ATTEMPTS / f"{number:04}.json"
         fields = json.loads(path.read_text(encoding="ascii"))
         known = {name: fields[name] for name in Attempt.__dataclass_fields__ if name != "seen"}
-        return Attempt(**known, seen=path.stat().st_mtime)
+        sound = all(
+            type(known[name]) is int for name in ("attempt", "step", "steps", "epoch", "epochs", "pid")
+        )
+        return Attempt(**known, seen=path.stat().st_mtime) if sound else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -81,33 +90,35 @@ def last_number(run: Path) -> int:
 
 
 def run_folder(options: Sequence[str]) -> Path:
-    """Return the run folder that the trainer will use for these options of its command line.
+    """Return the run folder that the trainer will use for these options of its command line."""
+    found = given(options, "run", "dir")
+    if not any(word.partition("=")[0] in ("--config", "--data.root") for word in options):
+        found = found or _value(trainer_folder().parent / "configs" / "quickstart.yaml", "run", "dir")
+    return Path(found or DEFAULT_RUN_DIR).expanduser().absolute()
 
-    As there, options count from left to right, those of a config file in its place; an unreadable file is the
-    trainer's to complain of.
+
+def given(options: Sequence[str], section: str, key: str) -> str | None:
+    """Return the text that these options give `section.key`, or None.
+
+    As in the trainer, options count from left to right, those of a config file in its place; an unreadable file is
+    the trainer's to complain of.
     """
-    found: Any = None
-    given = False
+    found = None
     for i, word in enumerate(options):
         name, equals, value = word.partition("=")
         following = value if equals else (options[i + 1] if i + 1 < len(options) else "")
-        if name == "--run.dir":
+        if name == f"--{section}.{key}":
             found = following
         elif name == "--config":
-            given = True
-            found = _dir_of(Path(following)) or found
-        elif name == "--data.root":
-            given = True
-    if not given:
-        found = found or _dir_of(trainer_folder().parent / "configs" / "quickstart.yaml")
-    return Path(str(found or DEFAULT_RUN_DIR)).expanduser().absolute()
+            found = _value(Path(following), section, key) or found
+    return found
 
 
-def _dir_of(config: Path) -> str | None:
+def _value(config: Path, section: str, key: str) -> str | None:
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
-    section = values.get("run") if isinstance(values, dict) else None
-    found = section.get("dir") if isinstance(section, dict) else None
+    inner = values.get(section) if isinstance(values, dict) else None
+    found = inner.get(key) if isinstance(inner, dict) else None
     return found if isinstance(found, str) else None

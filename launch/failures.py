@@ -2,6 +2,8 @@
 
 import json
 import re
+import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +12,25 @@ _ECHO = re.compile(
     r"TCPStore|Socket Timeout|SignalException",
     flags=re.IGNORECASE,
 )
-_REPORTED = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: (-?\d+)")
-"""torchrun's report of its processes; see ChildFailedError in torch.distributed.elastic."""
+_SEEN = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: \d+\)")
+"""What torchrun says of each round, once: the first failure that it saw; see torch.distributed.elastic."""
+_REPORTED = re.compile(r"rank\s*: \d+ \(local_rank: (\d+)\)\s+exitcode\s*: (-?\d+)")
+"""What it says of each process in the end; see ChildFailedError there."""
+_USERS = "error: "
+"""How the trainer begins what its user can mend."""
+_HANG, _WAITS = "Hang: ", "waiting for the other ranks"
+"""How the trainer tells of a rank that came to no step any more, and of one that only waited for it."""
 _LAST_LINES = 15
 _REMEDIES: tuple[tuple[str, str], ...] = (
+    (
+        rf"^{_HANG}.*{_WAITS}",
+        "a rank that has left no stacks beside these was stopped, or its machine is out of reach",
+    ),
+    (
+        rf"^{_HANG}",
+        "the stacks say where it was: a dead file system, a loader that was stopped ...; if it was only slow, "
+        "run.hang_timeout SECONDS",
+    ),
     (
         r"CUDA out of memory|OutOfMemoryError",
         "a smaller train.batch_size changes the run; train.accumulation 2 (or 4) cuts a batch into parts and does "
@@ -55,43 +72,107 @@ class Failure:
     host: str
     what: str
     """The exception, or the signal."""
+    is_users: bool
+    """Whether it is for the user to mend, so that starting again is of no use."""
     lines: tuple[str, ...]
     """The end of its log."""
     log: Path | None
     remedy: str | None
+    order: tuple[int, float]
+    """The least of several machines' is first: an error written down, a hang, a kill, an echo, nothing; then time."""
 
 
-def first_failure(logs: Path, *, host: str) -> Failure:
+def first_of(failures: Sequence[Failure]) -> Failure:
+    """Return the first failure of several machines' (one or more)."""
+    return min(failures, key=lambda failure: failure.order)
+
+
+def first_failure(logs: Path, *, host: str, of: Path | None = None) -> Failure:
     """Return the first failure that the logs of a launch tell of.
 
     An error that a process has written down goes before a process killed by a signal, and both before an echo.
+
+    Args:
+        logs: of the launch.
+        host: this machine's name.
+        of: torchrun's folder of one round of processes; None: the last.
+
     """
-    attempt = _last_attempt(logs)
-    agent = _tail(logs / "torchrun.log", 200)
-    codes = {int(rank): int(code) for rank, code in _REPORTED.findall("\n".join(agent))}
-    errors = _errors(attempt) if attempt else []
-    causes = [error for error in errors if not _ECHO.search(error[2])]
-    killed = [rank for rank, code in sorted(codes.items()) if code < 0 and code != -15]
-    if causes or not (killed or errors):
-        rank, what = (causes[0][1], causes[0][2]) if causes else (_only(codes), "")
+    found = rounds(logs)
+    folder = of or (found[-1] if found else None)
+    agent = _tail(logs / "torchrun.log", 1000)
+    errors = _errors(folder) if folder else []
+    causes = [error for error in errors if not _is_echo(error[2])]
+    hangs = [error for error in errors if error[2].startswith(_HANG)]
+    codes = _codes("\n".join(agent), found.index(folder) if folder in found else 0, len(found))
+    killed = [rank for rank, code in codes if code < 0 and code != -signal.SIGTERM]
+    rank: int | None
+    if causes:
+        order, (when, rank, what) = 0, causes[0]
+    elif hangs:  # whom they waited for, torchrun may have had to kill
+        order, (when, rank, what) = 1, hangs[0]
     elif killed:
-        rank, what = killed[0], f"killed by signal {-codes[killed[0]]}"
+        text = f"killed by {signal.Signals(-dict(codes)[killed[0]]).name}"
+        order, when, rank, what = 2, 0.0, killed[0], text
+    elif errors:
+        order, (when, rank, what) = 3, errors[0]
     else:
-        rank, what = errors[0][1], errors[0][2]
-    log = attempt / str(rank or 0) / "stderr.log" if attempt else None
+        order, when, rank, what = 4, 0.0, (codes[0][0] if codes else None), ""
+    is_users = what.startswith(_USERS)
+    log = folder / str(rank or 0) / "stderr.log" if folder else None
     lines = _tail(log, _LAST_LINES) if log else []
     if not lines:
         log, lines = logs / "torchrun.log", agent[-_LAST_LINES:]
     what = what or (lines[-1] if lines else "it has said nothing")
+    remedy = None if is_users else _remedy(what, lines)
+    return Failure(
+        rank=rank,
+        host=host,
+        what=what,
+        is_users=is_users,
+        lines=tuple(lines),
+        log=log,
+        remedy=remedy,
+        order=(order, when),
+    )
+
+
+def rounds(logs: Path) -> list[Path]:
+    """Return torchrun's folders of its rounds of processes (`LOGS/ID/attempt_N`), in their order."""
+    found = [
+        (path.parent.stat().st_mtime, int(number), path)
+        for path in logs.glob("*/attempt_*")
+        if (number := path.name.removeprefix("attempt_")).isdigit()
+    ]
+    return [path for *_, path in sorted(found)]
+
+
+def _codes(agent: str, round_: int, count: int) -> list[tuple[int, int]]:
+    """Return (rank, exit code) of what torchrun saw fail in a round (of `count`), as far as it says."""
+    seen = _SEEN.findall(agent)[round_ : round_ + 1]
+    reported = _REPORTED.findall(agent) if round_ == count - 1 or not count else []
+    found = [(int(rank), int(code)) for code, rank in seen] + [
+        (int(rank), int(code)) for rank, code in reported
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _is_echo(what: str) -> bool:
+    return _WAITS in what if what.startswith(_HANG) else _ECHO.search(what) is not None
+
+
+def _remedy(what: str, lines: list[str]) -> str | None:
     text = "\n".join([what, *lines])
-    remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, text)), None)
-    if what.endswith("signal 9") and remedy is None:
-        remedy = "often the kernel, out of memory: fewer data.workers, train.accumulation, or more memory"
-    return Failure(rank=rank, host=host, what=what, lines=tuple(lines), log=log, remedy=remedy)
+    found = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, text)), None)
+    if found is None and what == "killed by SIGKILL":
+        return "often the kernel, out of memory: fewer data.workers, train.accumulation, or more memory"
+    return found
 
 
 def told(failure: Failure) -> str:
     """Return a failure as a person reads it."""
+    if failure.is_users:
+        return failure.what
     who = f"rank {failure.rank} on {failure.host}" if failure.rank is not None else failure.host
     lines = [f"failed: {who}: {failure.what}"]
     lines += [f"  | {line}" for line in failure.lines if line != failure.what]
@@ -100,16 +181,6 @@ def told(failure: Failure) -> str:
     if failure.remedy is not None:
         lines.append(f"try: {failure.remedy}")
     return "\n".join(lines)
-
-
-def _last_attempt(logs: Path) -> Path | None:
-    """Return torchrun's folder of its last round of processes: `LOGS/ID/attempt_N`."""
-    rounds = [
-        (path.stat().st_mtime, int(path.name.removeprefix("attempt_")), path)
-        for path in logs.glob("*/attempt_*")
-        if path.name.removeprefix("attempt_").isdigit()
-    ]
-    return max(rounds)[2] if rounds else None
 
 
 def _errors(attempt: Path) -> list[tuple[float, int, str]]:
@@ -125,10 +196,6 @@ def _errors(attempt: Path) -> list[tuple[float, int, str]]:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # half written by a process that was killed: its exit code tells of it
     return sorted(found)
-
-
-def _only(codes: dict[int, int]) -> int | None:
-    return next(iter(sorted(codes)), None)
 
 
 def _tail(path: Path, count: int) -> list[str]:

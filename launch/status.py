@@ -1,19 +1,22 @@
 """What a run is doing, from its folder alone: on a login node, with no process of it in sight."""
 
 import json
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import contract
+from launch import allocation, contract
 from launch.contract import Attempt
 from launch.errors import LaunchError
 
 SILENT = 45.0
 """Seconds without a sign of life (one is given every 10) after which a run is taken for dead."""
 _SECONDS_BETWEEN_LOOKS = 2.0
+_GOING_ON = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
 _ENDED = 3
 """The exit code for a run that is not going on and not done."""
 
@@ -27,7 +30,7 @@ def show(run: Path, *, watch: bool, say: Callable[[str], object] = print) -> int
     """
     shown = 0
     while True:
-        text, code, over = describe(run, now=time.time())
+        text, code, over = describe(run, now=time.time(), ask=_slurm if shutil.which("squeue") else None)
         if shown and sys.stdout.isatty():
             say(f"\x1b[{shown}A\x1b[J{text}")
         else:
@@ -38,8 +41,20 @@ def show(run: Path, *, watch: bool, say: Callable[[str], object] = print) -> int
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def describe(run: Path, *, now: float) -> tuple[str, int, bool]:
-    """Return (a few lines on a run, the exit code that stands for it, whether it has ended)."""
+def describe(
+    run: Path, *, now: float, ask: Callable[[str], tuple[str, str]] | None = None
+) -> tuple[str, int, bool]:
+    """Return (a few lines on a run, the exit code that stands for it, whether it has ended).
+
+    Args:
+        run: its folder.
+        now: seconds since 1970.
+        ask: job -> its state and reason in Slurm; None where there is no Slurm.
+
+    Raises:
+        LaunchError: there is no run in that folder.
+
+    """
     if not run.is_dir():
         raise LaunchError(f"{run}: there is no such folder; expected a run's (its run.dir)")
     attempt = contract.latest_attempt(run)
@@ -74,10 +89,39 @@ def describe(run: Path, *, now: float) -> tuple[str, int, bool]:
         left = _left(attempt, epochs, step)
         if left is not None and attempt.state == "running" and not dead:
             lines.append(f"ETA {_span(left)}, at {newest['examples_per_sec']:,.1f} examples a second")
+    lines += _last_failure(run, attempt)
     if (attempt.state in ("failed", "stopped") or dead) and (run / contract.LOGS).is_dir():
         lines.append(f"logs: {run / contract.LOGS}")
     over = attempt.state != "running" or dead
+    job = _job(run)
+    if job is not None and ask is not None:
+        slurms, reason = ask(job)
+        lines.append(f"Slurm: job {job} is {slurms}" + (f" ({reason})" if reason not in ("", "None") else ""))
+        over = over and slurms not in _GOING_ON
     return "\n".join(lines), 0 if attempt.state in ("running", "done") and not dead else _ENDED, over
+
+
+def _last_failure(run: Path, latest: Attempt) -> list[str]:
+    """Return a line on how the attempt before the latest failed, if that is what it did."""
+    earlier = [attempt for attempt in contract.all_attempts(run) if attempt.attempt < latest.attempt]
+    if not earlier or earlier[-1].state in ("done", "stopped"):
+        return []
+    reason = (earlier[-1].reason or "killed, most likely").splitlines()[0]
+    return [f"attempt {earlier[-1].attempt} failed after step {earlier[-1].step}: {reason}"]
+
+
+def _job(run: Path) -> str | None:
+    """Return the Slurm job that has started the run last, which its logs are named by (launch/job.py)."""
+    names = sorted(path.name for path in (run / contract.LOGS).glob("*-job-*"))
+    found = re.search(r"-job-([0-9]+)\.[0-9]+$", names[-1]) if names else None
+    return found[1] if found else None
+
+
+def _slurm(job: str) -> tuple[str, str]:
+    try:
+        return allocation.state_of(job)
+    except LaunchError:  # it forgets a job some minutes after its end, by default
+        return "no longer known there", ""
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

@@ -28,5 +28,8 @@ def write_error_file(error: BaseException, environment: Mapping[str, str] = os.e
     now = time.time()
     extra = {"py_callstack": stack, "timestamp": str(int(now)), "time": now}
     content = {"message": {"message": f"{name}: {error}", "extraInfo": extra}}
-    with suppress(OSError):
-        Path(path).write_text(json.dumps(content), encoding="utf-8")
+    with (
+        suppress(OSError),
+        Path(path).open("x", encoding="utf-8") as file,
+    ):  # what was said first is the cause
+        file.write(json.dumps(content))

@@ -25,6 +25,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from trainer.errors import UserError
+from trainer.failure import write_error_file
 from trainer.parse import parse
 from trainer.signals import STOPPING, Stopped, StopSignals, follow_launcher, has_launcher
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run(config, signals)
         except UserError as error:
+            write_error_file(error)
             _say("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
             return USER_ERROR
         except Stopped as stop:
@@ -115,7 +117,8 @@ if __name__ == "__main__":
         code = main()
     except SystemExit:  # of --help
         raise
-    except BaseException:  # noqa: BLE001 (told as Python tells it)
+    except BaseException as error:  # noqa: BLE001 (told as Python tells it)
+        write_error_file(error)
         sys.excepthook(*sys.exc_info())
         code = FAILED
     leave(code)

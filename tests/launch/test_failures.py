@@ -61,7 +61,7 @@ def test_a_killed_process_has_written_nothing_but_is_the_cause(tmp_path: Path) -
     failed(tmp_path, 1, lines="last words\n")
     (tmp_path / "torchrun.log").write_text(REPORT.format(other=-9))
     failure = first_failure(tmp_path, host="h")
-    assert (failure.rank, failure.what, failure.lines) == (1, "killed by signal 9", ("last words",))
+    assert (failure.rank, failure.what, failure.lines) == (1, "killed by SIGKILL", ("last words",))
     assert failure.remedy is not None
     assert "memory" in failure.remedy
 
