@@ -5,13 +5,16 @@ metrics.jsonl       one row an epoch, and finer ones
 model.safetensors   the best epoch's weights, with all that is needed to predict
 checkpoints/        the training state, in folders that are whole or absent
 attempts/           one file for each start: who, how far, how it ended
+environment/        one file for each start: code, packages, hardware and settings that it was made with
 curves.png          the note's plot
 split.csv           the split, where one was made
 earlier-N-...       results whose checkpoints were gone when the run began anew
 audit/              with run.audit: what each process saw
+hangs/              the stacks of processes that came to no step any more
 STOP                made by a person: the run saves and stops
 """
 
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,12 +39,15 @@ CONFIG, METRICS, MODEL, CHECKPOINTS, CURVES, SPLIT, STOP = (
 OURS = (CONFIG, METRICS, MODEL, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT)
 # A resumed run may differ in these: they say where and how fast it runs, not what it computes. (In train.epochs
 # it may have more.) The images are compared by their fingerprint, so that they may have moved.
+LOG_FOLDER = "REGRAFT_LOGS"
+"""Variable of the environment: where regraft's launcher writes what this start says."""
 _FREE = frozenset(
     {
         "run.dir",
         "run.resume",
         "run.device",
         "run.threads",
+        "run.hang_timeout",
         "run.audit",
         "data.root",
         "data.workers",
@@ -120,11 +126,15 @@ def has_begun(folder: Path) -> bool:
     return has_any(folder / CHECKPOINTS) or has_any(folder / "source" / CHECKPOINTS)
 
 
-def move_aside(folder: Path) -> str:
-    """Give an earlier run another name, and return a line that says which."""
+def move_aside(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
+    """Give an earlier run another name, and return a line that says which; this start's logs stay in their place."""
     aside = _free_name(folder)
+    logs = Path(environment.get(LOG_FOLDER, os.devnull))
     try:
         folder.rename(aside)
+        if logs.is_relative_to(folder):
+            logs.parent.mkdir(parents=True)
+            (aside / logs.relative_to(folder)).rename(logs)
     except OSError as error:
         raise UserError(
             f"run.dir {folder}: cannot be moved aside ({error.strerror}); choose another folder"

@@ -10,7 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from trainer import runtime
+from trainer import environment, runtime
 from trainer.attempts import Attempt, Record, latest, require_free, restarted
 from trainer.config import Config, ScratchConfig, SourceConfig, TransferConfig
 from trainer.data.augment import Preprocessing
@@ -60,6 +60,10 @@ def run(config: Config, signals: StopSignals) -> Outcome | None:
         machine.accelerator, lambda: _open(config, console, signals) if machine.is_main else None
     )
     try:
+        with signals.as_flags():  # the first stage asks for them
+            told = environment.keep(folder, attempt, machine)
+        if told is not None:
+            console.print(told)
         outcome = _stages(config, machine, console, attempt, signals)
     except BaseException as error:
         if attempt is not None:

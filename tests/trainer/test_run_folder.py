@@ -282,6 +282,7 @@ FREE = {
     "run.resume",
     "run.device",
     "run.threads",
+    "run.hang_timeout",
     "run.audit",
     "data.root",
     "data.workers",
