@@ -16,6 +16,8 @@ from launch.errors import LaunchError
 ATTEMPTS, METRICS, LOGS, HANGS, STOP = "attempts", "metrics.jsonl", "logs", "hangs", "STOP"
 DONE, FAILED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """The trainer's exit codes; under torchrun a stop is 0 and the last attempt says that it was one."""
+STOP_FILE = "the file STOP"
+"""An attempt's reason for a stop that a person asked for."""
 DEFAULT_RUN_DIR = "runs/default"
 LOG_FOLDER = "REGRAFT_LOGS"
 """Variable: where the trainer leaves what is to be read after a failure."""
@@ -87,6 +89,12 @@ def last_number(run: Path) -> int:
     except OSError:
         return 0
     return max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
+
+
+def new_logs(run: Path) -> Path:
+    """Return a folder for the logs of a launch that none has used: numbered as its first attempt, or higher."""
+    used = [int(path.name[:4]) for path in (run / LOGS).glob("[0-9][0-9][0-9][0-9]*")]
+    return run / LOGS / f"{max([last_number(run), *used]) + 1:04}"
 
 
 def run_folder(options: Sequence[str]) -> Path:

@@ -126,7 +126,7 @@ def first_failure(logs: Path, *, host: str, of: Path | None = None) -> Failure:
     what = what or (lines[-1] if lines else "it has said nothing")
     remedy = None if is_users else _remedy(what, lines)
     return Failure(
-        rank=rank,
+        rank=_among_all(folder, rank),
         host=host,
         what=what,
         is_users=is_users,
@@ -135,6 +135,17 @@ def first_failure(logs: Path, *, host: str, of: Path | None = None) -> Failure:
         remedy=remedy,
         order=(order, when),
     )
+
+
+def _among_all(folder: Path | None, local_rank: int | None) -> int | None:
+    """Return a process's rank among all machines', which it has written down; else that on its own."""
+    if folder is None or local_rank is None:
+        return local_rank
+    try:
+        error = json.loads((folder / str(local_rank) / "error.json").read_text(encoding="utf-8"))
+        return int(error["message"]["extraInfo"]["rank"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return local_rank
 
 
 def rounds(logs: Path) -> list[Path]:
@@ -184,7 +195,7 @@ def told(failure: Failure) -> str:
 
 
 def _errors(attempt: Path) -> list[tuple[float, int, str]]:
-    """Return (time, rank, exception) of what processes have written down, the first in time first."""
+    """Return (time, rank on its machine, exception) of what processes have written down, the first in time first."""
     found = []
     for path in attempt.glob("*/error.json"):
         try:

@@ -132,7 +132,9 @@ class Attempt:
             ) from None
 
     def end(self, state: State, reason: str | None = None) -> None:
-        """Say how it ended, and give no more signs of life."""
+        """Say how it ended, and give no more signs of life; the first word counts: what follows may be its echo."""
+        if self._over.is_set():
+            return
         self._over.set()
         self._thread.join()
         self.update(state=state, reason=reason and printable(reason)[:2000], ended=_now())

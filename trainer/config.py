@@ -31,6 +31,8 @@ class RunConfig:
     """auto: the GPU where there is one."""
     threads: int | None = None
     """CPU threads of each process; null: the cores available here divided among this machine's processes (half of them beside a GPU)."""
+    hang_timeout: float | Literal["auto"] | None = "auto"
+    """Seconds without a step after which every process writes its stacks to hangs/ and ends with exit code 1. auto: 10 times the longest interval between two steps so far (but the first), at least 5 min; at least 30 min for the first 10 and where a checkpoint is written. A number holds everywhere; null: never."""
 
     audit: bool = False
     """Write, for every update, which examples each process saw, checksums of their pixels and the learning rate to audit/: to compare runs."""
@@ -41,6 +43,10 @@ class RunConfig:
         _require(
             self.threads is None or self.threads >= 1,
             f"run.threads is {self.threads}: expected 1 or more, or null",
+        )
+        _require(
+            not isinstance(self.hang_timeout, int | float) or 0 < self.hang_timeout <= 1e6,
+            f"run.hang_timeout is {self.hang_timeout}: expected seconds (above 0, up to 1,000,000), auto, or null",
         )
 
 

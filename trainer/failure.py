@@ -26,10 +26,13 @@ def write_error_file(error: BaseException, environment: Mapping[str, str] = os.e
     name = "error" if isinstance(error, UserError) else type(error).__name__
     stack = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
     now = time.time()
-    extra = {"py_callstack": stack, "timestamp": str(int(now)), "time": now}
+    extra = {
+        "py_callstack": stack,
+        "timestamp": str(int(now)),
+        "time": now,
+        "rank": environment.get("RANK", "0"),  # the folder is called after the rank on its machine
+    }
     content = {"message": {"message": f"{name}: {error}", "extraInfo": extra}}
-    with (
-        suppress(OSError),
-        Path(path).open("x", encoding="utf-8") as file,
-    ):  # what was said first is the cause
+    # What was said first is the cause.
+    with suppress(OSError), Path(path).open("x", encoding="utf-8") as file:
         file.write(json.dumps(content))

@@ -38,6 +38,7 @@ from trainer.config import Config
 from trainer.data.augment import Normalise
 from trainer.data.loader import Batch, Images, Order, Shares
 from trainer.data.prepare import Prepared
+from trainer.hang import HangWatch
 from trainer.keeper import Keeper
 from trainer.loop import Plan, Start, fit
 from trainer.model_file import Description
@@ -215,7 +216,7 @@ def finetune(
     )
     keeper.mend_model(console.print)
     try:
-        with signals.as_flags(), display.shown(), keeper:
+        with signals.as_flags(), display.shown(), _watch(config, machine, keeper, number), keeper:
             fit(
                 model,
                 optimizer,
@@ -237,6 +238,22 @@ def finetune(
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return outcome(rows=tuple(epoch_rows(report.rows)), seconds=time.monotonic() - began)
+
+
+def _watch(config: Config, machine: Runtime, keeper: Keeper, number: int) -> HangWatch:
+    """Return the watch over this process, in the attempt of that number; raises a UserError on all if one has none."""
+    return runtime.in_turn(
+        machine.accelerator,
+        lambda: HangWatch(
+            config.run.hang_timeout,
+            keeper.beats,
+            folder=Path(config.run.dir),
+            number=number,
+            rank=machine.rank,
+            world=machine.world,
+            attempt=keeper.attempt,
+        ),
+    )
 
 
 def _finished(found: Found, folder: Path, attempt: Attempt | None, console: Console) -> tuple[Row, ...]:

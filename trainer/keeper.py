@@ -29,6 +29,7 @@ from trainer.checkpoint.tensors import Tensors, capture, load
 from trainer.checkpoint.writer import Writer
 from trainer.data.loader import Order
 from trainer.errors import UserError
+from trainer.hang import Beats
 from trainer.loop import Evaluations, Progress, Wish
 from trainer.meter import Sums
 from trainer.model.batch_norm import gather_statistics
@@ -86,6 +87,8 @@ class Keeper:
     best: Best | None
     last: Place | None
     """The newest checkpoint."""
+    beats: Beats = field(default_factory=Beats)
+    """Counts the boundaries, for whoever watches over a hang."""
     _writer: Writer = field(default_factory=Writer)
     _saved_at: float = field(default_factory=time.monotonic)
     _looked_at: float = 0.0
@@ -101,6 +104,7 @@ class Keeper:
         failure = self._failure() if self.machine.is_main else None
         due = self.machine.is_main and self.policy.due(step, time.monotonic() - self._saved_at)
         stop, save, failed = self.machine.agree([self._asked(), due, failure is not None])
+        self.beats.beat(step)
         if failed:
             raise_together(self.machine.accelerator, failure)
         reason = "the file STOP" if stop == _STOP_FILE else signal.Signals(stop).name if stop else None
@@ -131,6 +135,7 @@ class Keeper:
             self.best = now
         wish = self.agree(progress.step)
         is_last = progress.epoch == self.epochs
+        self.beats.wait_longer()  # for rank 0, which waits for its disk
         if wish.save or wish.stop or is_last or (is_best and self.policy.keep_best):
             self._save(Place(progress.step, progress.epoch), None, with_model=is_best)
         elif is_best and self.attempt is not None and self._writer.settle():
@@ -151,6 +156,7 @@ class Keeper:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let what is being written come to its end; after the last epoch or a stop, all hear how it went."""
+        self.beats.wait_longer()
         try:
             if error is None or isinstance(error, Stopped):
                 self._finish(stopped=error is not None)
@@ -168,6 +174,7 @@ class Keeper:
     def _save(self, place: Place, sums: Sums | None, *, with_model: bool) -> None:
         if place == self.last:
             return
+        self.beats.wait_longer()
         statistics = gather_statistics(self.model, self.machine.world)
         self.last, self._saved_at = place, time.monotonic()
         if self.attempt is None or not self._writer.settle():

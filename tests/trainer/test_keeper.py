@@ -169,6 +169,25 @@ NOTHING = Wish(save=False, stop=None)
 # --- what is agreed at a boundary
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_boundaries_are_counted_and_every_rank_expects_to_wait_for_what_is_saved(
+    rank: int, make: Make
+) -> None:
+    run = make(NEVER, **({} if rank == 0 else {"attempt": None}))
+    beats = run.keeper.beats
+    with run.keeper as keeper:
+        for step in (1, 2):
+            keeper.agree(step)
+            assert (beats.passed, beats.step, beats.waits) == (step, step, False)
+        keeper.save(1, 3, SUMS)
+        assert beats.waits
+        keeper.agree(4)
+        assert not beats.waits
+        run.epoch(3, 0.5)
+        assert beats.waits
+    assert (beats.passed, beats.step) == (5, 6)
+
+
 def test_a_checkpoint_is_due_by_steps(make: Make) -> None:
     with make(dataclasses.replace(NEVER, every_steps=3)).keeper as keeper:
         assert [keeper.agree(step).save for step in range(1, 8)] == [step % 3 == 0 for step in range(1, 8)]
