@@ -1,4 +1,4 @@
-"""`regraft`: train, debug, submit, render, status, and the trainer's own verbs."""
+"""`regraft`: its verbs, and those of the trainer that it passes on."""
 
 import argparse
 import os
@@ -20,6 +20,7 @@ Start training anywhere, and keep it going.
   regraft status [RUN] [--watch]
   regraft doctor [--nodes N] [--nproc N] [--json] [--config FILE] [--section.key VALUE ...]
   regraft preview [--config FILE] [--section.key VALUE ...]
+  regraft completion bash|zsh
 
 What a verb does not know goes to the trainer, which checks it: `regraft train --help` lists its options.
 """
@@ -66,7 +67,7 @@ def _train(words: list[str]) -> int:
         max_restarts=arguments.max_restarts,
         trainer=contract.trainer_folder(),
         options=tuple(options),
-        logs=folder / contract.LOGS / f"{contract.last_number(folder) + 1:04}",
+        logs=contract.new_logs(folder),
     )
     return run(local, folder)
 
@@ -131,6 +132,11 @@ def _render(words: list[str]) -> int:
 def _status(words: list[str]) -> int:
     from launch.status import show  # noqa: PLC0415
 
+    arguments = _status_parser().parse_args(words)
+    return show(arguments.run, watch=arguments.watch)
+
+
+def _status_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regraft status",
         allow_abbrev=False,
@@ -138,8 +144,25 @@ def _status(words: list[str]) -> int:
     )
     parser.add_argument("run", nargs="?", default=contract.DEFAULT_RUN_DIR, type=Path, help="run folder")
     parser.add_argument("--watch", action="store_true", help="keep it on the screen until the run ends")
-    arguments = parser.parse_args(words)
-    return show(arguments.run, watch=arguments.watch)
+    return parser
+
+
+def _completion(words: list[str]) -> int:
+    from launch import completion  # noqa: PLC0415
+    from launch.doctor import doctor_parser  # noqa: PLC0415
+    from launch.submit import parser_of  # noqa: PLC0415
+
+    if len(words) != 1 or words[0] in ("-h", "--help"):
+        print(completion.__doc__)
+        return contract.DONE if words else contract.USER_ERROR
+    trainers = completion.trainer_options()
+    own = {"train": _train_parser(), "doctor": doctor_parser()}
+    own |= {verb: parser_of(verb) for verb in ("submit", "render")}
+    options = {verb: [*completion.options_of(own[verb]), *trainers] for verb in own}
+    options |= {"debug": trainers, "preview": [*trainers, "--output"]}
+    options |= {"status": completion.options_of(_status_parser()), "completion": []}
+    print(completion.script(words[0], options), end="")
+    return contract.DONE
 
 
 def _doctor(words: list[str]) -> int:
@@ -156,6 +179,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "status": _status,
     "doctor": _doctor,
     "preview": lambda words: _trainer("preview.py", words),
+    "completion": _completion,
 }
 
 

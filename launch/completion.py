@@ -1,6 +1,6 @@
 """`regraft completion`: a script that lets bash and zsh complete verbs, options and files.
 
-    eval "$(regraft completion bash)"     # in ~/.bashrc; zsh: in ~/.zshrc, after compinit
+eval "$(regraft completion bash)"     # in ~/.bashrc; zsh: in ~/.zshrc, after compinit
 """
 
 import argparse
@@ -25,7 +25,10 @@ _regraft() {{
     esac
     case $word in
     -*) COMPREPLY=($(compgen -W "$options" -- "$word")) ;;
-    *) COMPREPLY=($(compgen -f -- "$word")) ;;
+    *)
+        local IFS=$'\\n'
+        COMPREPLY=($(compgen -f -- "$word"))
+        ;;
     esac
 }}
 complete -o filenames -F _regraft regraft
@@ -54,7 +57,9 @@ def script(shell: str, verbs: Mapping[str, Sequence[str]]) -> str:
 
 def options_of(parser: argparse.ArgumentParser) -> list[str]:
     """Return the long options of a parser."""
-    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    return [
+        option for action in parser._actions for option in action.option_strings if option.startswith("--")
+    ]
 
 
 def trainer_options() -> list[str]:

@@ -30,7 +30,7 @@ def main(words: Sequence[str]) -> int:
     """Examine what the command line asks for, print it, and return the exit code: 1 where anything is red."""
     own, options = split_options(words, ("--nodes", "--nproc"))
     flags = [word for word in options if word in ("-h", "--help", "--json")]
-    arguments = _parser().parse_args([*own, *flags])
+    arguments = doctor_parser().parse_args([*own, *flags])
     options = [word for word in options if word not in flags]
     run = contract.run_folder(options)
     gpus, cores = machine.gpus(os.environ), machine.cores()
@@ -130,7 +130,8 @@ def _signals_as_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _parser() -> ArgumentParser:
+def doctor_parser() -> ArgumentParser:
+    """Return the parser of `doctor`, for all but the trainer's options."""
     parser = ArgumentParser(
         prog="regraft doctor",
         allow_abbrev=False,

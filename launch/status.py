@@ -113,7 +113,7 @@ def _last_failure(run: Path, latest: Attempt) -> list[str]:
 def _job(run: Path) -> str | None:
     """Return the Slurm job that has started the run last, which its logs are named by (launch/job.py)."""
     names = sorted(path.name for path in (run / contract.LOGS).glob("*-job-*"))
-    found = re.search(r"-job-([0-9]+)\.[0-9]+$", names[-1]) if names else None
+    found = re.search(r"-job-([0-9_]+)\.[0-9]+$", names[-1]) if names else None
     return found[1] if found else None
 
 

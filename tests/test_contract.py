@@ -8,7 +8,7 @@ import pytest
 
 from launch import contract
 from launch.command import Local, environment
-from trainer import attempts, failure, main, run_folder
+from trainer import attempts, failure, hang, main, run_folder
 from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.parse import QUICKSTART, parse
@@ -37,6 +37,8 @@ def test_exit_codes() -> None:
 def test_names_in_the_run_folder_and_the_environment() -> None:
     assert contract.ATTEMPTS == attempts.ATTEMPTS
     assert contract.STOP == run_folder.STOP
+    assert contract.STOP_FILE in (PACKAGES / "trainer" / "keeper.py").read_text(encoding="utf-8")
+    assert contract.HANGS == hang.HANGS
     assert contract.METRICS == run_folder.METRICS
     assert contract.LOG_FOLDER == run_folder.LOG_FOLDER
     assert RunConfig().dir == contract.DEFAULT_RUN_DIR
@@ -77,6 +79,27 @@ def test_an_error_that_is_the_users_is_told_apart(tmp_path: Path) -> None:
         found = first_failure(tmp_path / name, host="h")
         assert found.is_users is is_users
         assert str(error) in found.what
+
+
+def test_the_rank_among_all_machines_is_told(tmp_path: Path) -> None:
+    from launch.failures import first_failure
+
+    folder = tmp_path / "id_x" / "attempt_0" / "1"
+    folder.mkdir(parents=True)
+    place = {failure.ERROR_FILE: str(folder / "error.json"), "RANK": "5"}
+    failure.write_error_file(ValueError("no"), place)
+    assert first_failure(tmp_path, host="h").rank == 5
+    failure.write_error_file(ValueError("an echo"), place)
+    assert first_failure(tmp_path, host="h").what == "ValueError: no", "what was said first is the cause"
+
+
+def test_no_launch_writes_among_the_logs_of_another(tmp_path: Path) -> None:
+    assert contract.new_logs(tmp_path) == tmp_path / "logs" / "0001"
+    (tmp_path / "logs" / "0003-job-7.0").mkdir(parents=True)
+    assert contract.new_logs(tmp_path).name == "0004"
+    for _ in range(5):
+        attempts.Attempt.claim(tmp_path, say=print).end("stopped")
+    assert contract.new_logs(tmp_path).name == "0006"
 
 
 def test_the_log_folder_is_handed_to_the_trainer(tmp_path: Path) -> None:

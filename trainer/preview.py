@@ -10,6 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if not __package__:
+    # Run by path, as main.py may be too.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from matplotlib.figure import Figure
 from PIL import Image
 

@@ -1,0 +1,30 @@
+#!/bin/bash
+# sbatch [--nodes N] [--gpus-per-node G] [--cpus-per-task C] [--time T] ... THIS_FILE [--config F] [--section.key V] ...
+# Trains on whatever it is given: one GPU, several nodes of them, or none. docs/slurm.md says more.
+#SBATCH --job-name=regraft
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=1:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+set -euo pipefail
+trap '' USR1 # until Python is up, the warning ahead of the time limit would end the job
+
+# Python: the virtual environment that was active at submission, else .venv here, else the first in PATH.
+if [ -n "${VIRTUAL_ENV:-}" ]; then
+    PATH="$VIRTUAL_ENV/bin:$PATH"
+elif [ -d .venv/bin ]; then
+    PATH="$PWD/.venv/bin:$PATH"
+fi
+
+# Seconds that torchrun gives the trainer to save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
+
+exec python3 -m launch.job \
+    --config configs/hotdog.yaml \
+    "$@"

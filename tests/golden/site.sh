@@ -1,0 +1,34 @@
+#!/bin/bash
+# sbatch [--nodes N] [--gpus-per-node G] [--cpus-per-task C] [--time T] ... THIS_FILE [--config F] [--section.key V] ...
+# Trains on whatever it is given: one GPU, several nodes of them, or none. docs/slurm.md says more.
+#SBATCH --job-name=regraft
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --partition=debug
+#SBATCH --account=team
+#SBATCH --qos=normal
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+set -euo pipefail
+trap '' USR1 # until Python is up, the warning ahead of the time limit would end the job
+
+set +u
+module load cuda/12.8 gcc
+source "$HOME"/miniforge3/etc/profile.d/conda.sh
+conda activate regraft
+set -u
+
+# Seconds that torchrun gives the trainer to save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
+export NCCL_SOCKET_IFNAME=ib0
+export GLOO_SOCKET_IFNAME=ib0
+export NCCL_DEBUG=WARN
+export NOTE='it'"'"'s $HOME'
+
+exec python3 -m launch.job \
+    '--stage=$TMPDIR' \
+    "$@"
