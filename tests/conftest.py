@@ -4,9 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("REGRAFT_SHARED", REPOSITORY.parent / "shared")).resolve()
+
+
+def pytest_configure() -> None:
+    """Leave each of several workers (`pytest -n 2`) a core: threads that wait for each other's cores are slow."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
