@@ -11,9 +11,13 @@ SHARED = Path(os.environ.get("REGRAFT_SHARED", REPOSITORY.parent / "shared")).re
 
 
 def pytest_configure() -> None:
-    """Leave each of several workers (`pytest -n 2`) a core: threads that wait for each other's cores are slow."""
+    """Leave each of several workers (`pytest -n 2`) a core: threads that wait for each other's cores are slow.
+
+    Those of the processes that they start wait asleep, which changes no result.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -59,7 +59,8 @@ def test_a_run_leaves_all_that_is_promised_and_runs_again_from_its_config(
     run([sys.executable, MAIN, *options(data__val_fraction=0.25)], cwd=tmp_path)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "attempts", "curves.png", "split.csv",
+        "config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "attempts", "environment", "curves.png",
+        "split.csv",
     }  # fmt: skip
     assert (folder / "checkpoints" / "LATEST").read_text() == "step-00000004-epoch-0002\n"
     newest = folder / "checkpoints" / "step-00000004-epoch-0002"

@@ -27,7 +27,11 @@ def python(root: Path, folder: Path, **changes: object) -> list[str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Return all that counts of a run: whatever a start that does nothing may not change."""
-    kept = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "attempts"]
+    kept = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent.name not in ("attempts", "environment")
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 

@@ -23,7 +23,6 @@ from tests.kills import (
     require_each_once,
     saved_step,
     started,
-    state_of,
 )
 from tests.launching import MAIN, REPOSITORY
 
@@ -81,14 +80,12 @@ def test_a_run_shows_rank_0_and_keeps_what_each_rank_said(tmp_path_factory: pyte
     assert f"{folder}: done" in shown
     assert "step 6 of 6, epoch 1 of 1" in shown
 
-    # The finished run again says so; started anew, it leaves this start's logs in their place.
-    with started(regraft("train", *trainers), folder) as run:
-        assert "finished" in run.end(code=0)
+    # Started anew, the earlier run is moved aside, and this start's logs stay in their place.
     with started(regraft("train", *trainers, "--run.resume=never"), folder) as run:
         run.end(code=0)
     aside = folder.with_name("run.earlier-1")
     assert (aside / "logs" / "0001" / "rank-0.log").exists()
-    assert "moved to" in (folder / "logs" / "0003" / "rank-0.log").read_text()
+    assert "moved to" in (folder / "logs" / "0002" / "rank-0.log").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
@@ -170,22 +167,16 @@ def test_what_the_user_has_to_mend_is_not_started_again(tmp_path_factory: pytest
     assert not misspelt.exists(), "a command that was wrong leaves nothing behind"
 
 
-def test_two_runs_at_once_do_not_meet(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_two_runs_at_once_do_not_meet_and_a_second_start_of_one_is_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     with training(tmp_path_factory) as first, training(tmp_path_factory) as second:
-        assert all(catches(pid, signal.SIGTERM) for run in (first, second) for pid in ranks(run))
+        again = options(pictures(tmp_path_factory), first.folder, data__workers=0, train__epochs=LONG)
+        with started(regraft("train", *again), first.folder) as third:
+            assert "is going on" in third.end(code=2)
         for run in (first, second):
+            assert all(catches(pid, signal.SIGTERM) for pid in ranks(run))
             run.process.terminate()
         for run in (first, second):
             run.end(code=75)
-            assert {row["state"] for row in attempts(run.folder)} == {"stopped"}
-
-
-def test_a_second_start_on_a_run_that_goes_on_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with training(tmp_path_factory) as first:
-        trainers = options(pictures(tmp_path_factory), first.folder, data__workers=0, train__epochs=LONG)
-        with started(regraft("train", *trainers), first.folder) as second:
-            assert "is going on" in second.end(code=2)
-        assert state_of(first.process.pid) not in "ZX"
-        assert len(attempts(first.folder)) == 1
-        first.process.terminate()
-        first.end(code=75)
+            assert [row["state"] for row in attempts(run.folder)] == ["stopped"]

@@ -1,0 +1,68 @@
+"""`regraft submit` and `regraft status` with a real Slurm, and names that mean to be read by a shell."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kills import attempts, pictures, require_each_once
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import FINETUNE, wait_for_step, words
+
+REGRAFT = (sys.executable, "-m", "launch.cli")
+HOSTILE = """it's "$(touch pwned)" `touch pwned`; touch pwned #50% %j"""
+
+
+@pytest.mark.slow
+def test_hostile_names_are_names_whether_submitted_by_regraft_or_by_sbatch(
+    cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path / f"a run {HOSTILE}"
+    pictures_there = tmp_path / f"pictures {HOSTILE}"
+    pictures_there.symlink_to(pictures(tmp_path_factory))
+    options = words(tmp_path_factory, folder, train__epochs=1, data__root=pictures_there)
+    site = tmp_path / "site.yaml"
+    site.write_text("partition: normal\nenv: {NOTE: '$(touch pwned)'}\n")
+
+    said = cluster.call(
+        *REGRAFT, "submit", f"--job-name={HOSTILE}", "--time=20", f"--site={site}", *options, cwd=tmp_path
+    )
+    (submitted,) = re.findall(r"^job (\d+) submitted$", said, flags=re.MULTILINE)
+    assert f"run folder {folder}\n" in said
+    without = [word for word in options if not word.startswith("--run.dir=")]
+    by_hand = cluster.submit(f"--job-name={HOSTILE}", FINETUNE, *without, cwd=tmp_path)
+
+    wait_for_step(cluster, submitted, folder, 1)
+    shown = cluster.call(*REGRAFT, "status", folder)
+    assert f"Slurm: job {submitted} is " in shown, shown
+    record = cluster.wait_for(submitted, "COMPLETED")
+    assert (record["JobName"], record["Partition"], record["TimeLimit"]) == (HOSTILE, "normal", "00:20:00")
+    # Not record["StdOut"]: scontrol does not show a `%` of the folder's name as Slurm has read it.
+    assert f"job {submitted}: done" in (folder / "logs" / f"slurm-{submitted}.out").read_text(
+        encoding="utf-8"
+    )
+    shown = cluster.call(*REGRAFT, "status", folder)
+    assert shown.startswith(f"{folder}: done\n"), shown
+    assert "step 6 of 6, epoch 1 of 1" in shown
+    assert f"Slurm: job {submitted} is COMPLETED" in shown
+
+    cluster.wait_for(by_hand, "COMPLETED")
+    (own,) = (tmp_path / "runs").iterdir()
+    assert own.name.endswith(f"-{by_hand}")
+    for run in (folder, own):
+        assert [attempt["state"] for attempt in attempts(run)] == ["done"]
+        require_each_once(run, epochs=1)
+    assert not [path for root in (tmp_path, cluster.folder) for path in root.rglob("pwned")]
+
+
+def test_what_the_trainer_will_not_take_is_not_submitted(
+    cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path / "run"
+    options = words(tmp_path_factory, folder)
+    done = cluster.run(*REGRAFT, "submit", "--job-name=refused", *options, "--train.epoch=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "there is no option 'train.epoch'" in done.stderr
+    assert cluster.call("squeue", "--noheader", "--states=all", "--name=refused") == ""
+    assert not folder.exists()
