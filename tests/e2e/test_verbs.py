@@ -37,7 +37,8 @@ def test_debug_shows_every_stage_and_writes_nothing(options: Options, tmp_path: 
 
 @pytest.mark.slow
 def test_debug_says_so_where_nothing_is_learnt(options: Options, tmp_path: Path) -> None:
-    said = run([sys.executable, MAIN, "--debug", *options(optim__lr=1e-12)], cwd=tmp_path)
+    regraft = [sys.executable, "-m", "launch.cli"]
+    said = run([*regraft, "debug", *options(optim__lr=1e-12)], cwd=tmp_path)
     assert "does NOT go down" in said
 
 
