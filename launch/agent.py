@@ -39,6 +39,8 @@ class Ended(NamedTuple):
     """1 after every signal, whatever became of the processes: the run folder's last attempt says more."""
     asked: int | None
     """The first signal that was passed on, None if there was none."""
+    insisted: bool = False
+    """Whether a second Ctrl-C has ended all at once."""
 
 
 def run_agent(
@@ -59,7 +61,8 @@ def run_agent(
     """
     logs.mkdir(parents=True, exist_ok=True)
     on_terminal = sys.stdout.isatty()
-    with (logs / "torchrun.log").open("ab") as agents, (logs / "rank-0.log").open("ab") as log:
+    (logs / "rank-0.log").touch()  # a folder that cannot be written to is noticed here
+    with (logs / "torchrun.log").open("ab") as agents:
         # A terminal for a terminal, so that rank 0 draws its progress as it would without us.
         source, sink = pty.openpty() if on_terminal else os.pipe()
         if on_terminal:
@@ -77,16 +80,18 @@ def run_agent(
             )
             os.close(sink)
             relay.to(process, source if on_terminal else None)
-            shower = threading.Thread(target=_show, args=(source, log), daemon=True)
+            shower = threading.Thread(target=_show, args=(source, logs / "rank-0.log"), daemon=True)
             shower.start()
+            goes_on = True
             while True:
                 with suppress(subprocess.TimeoutExpired):
                     code = process.wait(_SECONDS_BETWEEN_LOOKS)
                     break
-                if not look():
-                    process.terminate()
+                if goes_on and not look():
+                    goes_on = False
+                    process.terminate()  # once: a further TERM would end torchrun before its processes
             shower.join(timeout=5)  # a worker's own child may hold the other end open
-        return Ended(code, relay.asked)
+        return Ended(code, relay.asked, relay.insisted)
 
 
 def _end_with(launcher: int) -> None:
@@ -106,6 +111,7 @@ class _Relay:
 
     def __init__(self) -> None:
         self.asked: int | None = None
+        self.insisted = False
         self._process: subprocess.Popen[bytes] | None = None
         self._terminal: int | None = None
         self._when = 0.0
@@ -137,6 +143,7 @@ class _Relay:
             if self._process is not None:
                 self._process.terminate()  # torchrun dies of USR1 and USR2; to the trainer, all of them are one
         elif number == signal.SIGINT and now - self._when > SECONDS_TO_INSIST and self._process is not None:
+            self.insisted = True
             for pid in [*descendants(self._process.pid), self._process.pid]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -163,8 +170,14 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def _show(source: int, log: BinaryIO) -> None:
+def _show(source: int, path: Path) -> None:
     """Copy rank 0's output to the console as it comes, and to its log without what a terminal alone can use."""
+    with path.open("ab") as log:
+        _copy(source, log)
+    os.close(source)
+
+
+def _copy(source: int, log: BinaryIO) -> None:
     pending, shown = b"", True
     while some := _some(source):
         if shown:
@@ -178,8 +191,6 @@ def _show(source: int, log: BinaryIO) -> None:
             log.write(_ESCAPES.sub(b"", line) + b"\n")
         log.flush()
     log.write(_ESCAPES.sub(b"", pending))
-    log.flush()
-    os.close(source)
 
 
 def _some(source: int) -> bytes:

@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return contract.USER_ERROR
+    except KeyboardInterrupt:
+        return contract.INTERRUPTED
     except BrokenPipeError:  # as `| head` does: who reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return contract.FAILED

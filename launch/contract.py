@@ -14,6 +14,8 @@ import yaml
 from launch.errors import LaunchError
 
 ATTEMPTS, METRICS, LOGS, HANGS, STOP = "attempts", "metrics.jsonl", "logs", "hangs", "STOP"
+JOB = "job-id"
+"""Of `regraft submit`: the id of the last job, which may still wait in the queue."""
 DONE, FAILED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """The trainer's exit codes; under torchrun a stop is 0 and the last attempt says that it was one."""
 STOP_FILE = "the file STOP"
@@ -102,7 +104,17 @@ def run_folder(options: Sequence[str]) -> Path:
     found = given(options, "run", "dir")
     if not any(word.partition("=")[0] in ("--config", "--data.root") for word in options):
         found = found or _value(trainer_folder().parent / "configs" / "quickstart.yaml", "run", "dir")
-    return Path(found or DEFAULT_RUN_DIR).expanduser().absolute()
+    return whole_path("run.dir", found or DEFAULT_RUN_DIR)
+
+
+def whole_path(key: str, path: str) -> Path:
+    """Return a path of the options as a whole one; raises a LaunchError where it names no user's home folder."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise LaunchError(
+            f"{key} is {path}, and there is no such home folder here: give the whole path"
+        ) from None
 
 
 def given(options: Sequence[str], section: str, key: str) -> str | None:
@@ -117,6 +129,8 @@ def given(options: Sequence[str], section: str, key: str) -> str | None:
         following = value if equals else (options[i + 1] if i + 1 < len(options) else "")
         if name == f"--{section}.{key}":
             found = following
+        elif name == f"--{section}":  # a whole section, as YAML
+            found = _inner(_loaded(following), key) or found
         elif name == "--config":
             found = _value(Path(following), section, key) or found
     return found
@@ -124,9 +138,19 @@ def given(options: Sequence[str], section: str, key: str) -> str | None:
 
 def _value(config: Path, section: str, key: str) -> str | None:
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        values = _loaded(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    inner = values.get(section) if isinstance(values, dict) else None
-    found = inner.get(key) if isinstance(inner, dict) else None
+    return _inner(values.get(section), key) if isinstance(values, dict) else None
+
+
+def _loaded(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return None
+
+
+def _inner(section: object, key: str) -> str | None:
+    found = section.get(key) if isinstance(section, dict) else None
     return found if isinstance(found, str) else None

@@ -143,7 +143,10 @@ def doctor_parser() -> ArgumentParser:
         "--nodes", type=_positive, metavar="N", help="examine N nodes, through srun (default: the job's)"
     )
     parser.add_argument(
-        "--nproc", type=_positive, metavar="N", help="processes of each node (default: as `train`)"
+        "--nproc",
+        type=lambda text: None if text == "auto" else _positive(text),
+        metavar="N|auto",
+        help="processes of each node (default: auto, as `train`)",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser

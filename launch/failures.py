@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ECHO = re.compile(
-    r"Connection (?:closed|reset|refused)|Broken pipe|gloo|NCCL|DistBackendError|DistNetworkError|ProcessGroup|"
+    r"Connection (?:closed|reset|refused)|Broken pipe|\bgloo\b|\bNCCL|DistBackendError|DistNetworkError|ProcessGroup|"
     r"TCPStore|Socket Timeout|SignalException",
     flags=re.IGNORECASE,
 )
 _SEEN = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: \d+\)")
 """What torchrun says of each round, once: the first failure that it saw; see torch.distributed.elastic."""
-_REPORTED = re.compile(r"rank\s*: \d+ \(local_rank: (\d+)\)\s+exitcode\s*: (-?\d+)")
+_REPORTED = re.compile(r"rank\s*: (\d+) \(local_rank: (\d+)\)\s+exitcode\s*: (-?\d+)")
 """What it says of each process in the end; see ChildFailedError there."""
 _USERS = "error: "
 """How the trainer begins what its user can mend."""
@@ -126,7 +126,7 @@ def first_failure(logs: Path, *, host: str, of: Path | None = None) -> Failure:
     what = what or (lines[-1] if lines else "it has said nothing")
     remedy = None if is_users else _remedy(what, lines)
     return Failure(
-        rank=_among_all(folder, rank),
+        rank=_among_all(folder, rank, "\n".join(agent)),
         host=host,
         what=what,
         is_users=is_users,
@@ -137,15 +137,16 @@ def first_failure(logs: Path, *, host: str, of: Path | None = None) -> Failure:
     )
 
 
-def _among_all(folder: Path | None, local_rank: int | None) -> int | None:
-    """Return a process's rank among all machines', which it has written down; else that on its own."""
+def _among_all(folder: Path | None, local_rank: int | None, agent: str) -> int | None:
+    """Return a process's rank among all machines', which it or torchrun has written down; else that on its own."""
     if folder is None or local_rank is None:
         return local_rank
     try:
         error = json.loads((folder / str(local_rank) / "error.json").read_text(encoding="utf-8"))
         return int(error["message"]["extraInfo"]["rank"])
     except (OSError, ValueError, KeyError, TypeError):
-        return local_rank
+        reported = {int(local): int(rank) for rank, local, _ in _REPORTED.findall(agent)}
+        return reported.get(local_rank, local_rank)
 
 
 def rounds(logs: Path) -> list[Path]:
@@ -163,12 +164,14 @@ def _codes(agent: str, round_: int, count: int) -> list[tuple[int, int]]:
     seen = _SEEN.findall(agent)[round_ : round_ + 1]
     reported = _REPORTED.findall(agent) if round_ == count - 1 or not count else []
     found = [(int(rank), int(code)) for code, rank in seen] + [
-        (int(rank), int(code)) for rank, code in reported
+        (int(rank), int(code)) for _, rank, code in reported
     ]
     return list(dict.fromkeys(found))
 
 
 def _is_echo(what: str) -> bool:
+    if what.startswith(_USERS):
+        return False
     return _WAITS in what if what.startswith(_HANG) else _ECHO.search(what) is not None
 
 

@@ -186,7 +186,7 @@ def _step(job: Allocation, chosen: Settings, part: node.Job, folder: Path, asked
     stage = node.stage_folder(chosen.stage, os.environ) if chosen.stage and inside else None
     places = [
         contract.given(part.options, *key)
-        for key in (("data", "root"), ("data", "cache"), ("model", "weights"))
+        for key in (("data", "root"), ("data", "cache"), ("source", "root"), ("model", "weights"))
     ]
     cache = os.environ.get("REGRAFT_CACHE", "~/.cache/regraft")
     mounts = container.mounts_of(

@@ -93,7 +93,9 @@ def _judge(start: Start) -> tuple[bool, int, str]:
     """Return whether another start would be of use, the code to leave with where there is none, and why."""
     made = new_attempts(start.before, start.after)
     last = made[-1] if made else None
-    if last is not None and (last.state == "done" or _is_stop(start, last)):
+    if last is not None and (
+        last.state == "done" or is_stop(last, asked=start.asked is not None, ended_well=start.ended_well)
+    ):
         return _judge_end(start, last)
     if start.users_error:
         return False, USER_ERROR, "an error for its user to mend, which another start would not"
@@ -104,13 +106,12 @@ def _judge(start: Start) -> tuple[bool, int, str]:
     return _judge_failure(start, last)
 
 
-def _is_stop(start: Start, last: Attempt) -> bool:
-    """Return whether the run was asked to stop.
+def is_stop(last: Attempt, *, asked: bool, ended_well: bool) -> bool:
+    """Return whether the run was asked to stop, by a signal that came from outside or by the file.
 
     Where a process fails, Slurm and torchrun send the others TERM: what they take for a wish is its echo.
     """
-    wished = start.asked is not None or start.ended_well or last.reason == STOP_FILE
-    return last.state == "stopped" and wished
+    return last.state == "stopped" and (asked or ended_well or last.reason == STOP_FILE)
 
 
 def _judge_end(start: Start, last: Attempt) -> tuple[bool, int, str]:

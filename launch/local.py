@@ -2,16 +2,19 @@
 
 import os
 import shutil
+import signal
 import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from launch import contract
-from launch.agent import run_agent
+from launch.agent import Ended, run_agent
 from launch.command import Local, environment, torchrun
+from launch.contract import Attempt
 from launch.errors import LaunchError
 from launch.failures import Failure, first_failure, rounds, told
+from launch.lifecycle import is_stop
 
 
 def run(local: Local, run_folder: Path) -> int:
@@ -31,29 +34,36 @@ def run(local: Local, run_folder: Path) -> int:
             f"run.dir {run_folder}: cannot be written to ({error}); choose another folder"
         ) from None
     attempt = contract.latest_attempt(run_folder)
-    if attempt is not None and attempt.attempt > before and attempt.state == "done":
+    made = attempt if attempt is not None and attempt.attempt > before else None
+    code = _tell(ended, made, local.logs)
+    if made is None and code in (contract.STOPPED, contract.USER_ERROR):  # no log could tell of anything
+        _remove(local.logs, run_folder if fresh else None)
+    return code
+
+
+def _tell(ended: Ended, made: Attempt | None, logs: Path) -> int:
+    """Say how a launch ended whose last attempt is `made` (None: it came to none), and return its exit code."""
+    asked, ended_well = ended.asked is not None, ended.code == 0
+    if made is not None and made.state == "done":
         return contract.DONE
-    if attempt is not None and attempt.attempt > before and attempt.state == "stopped":
-        done = (
-            f"saved after step {attempt.step} of {attempt.steps}"
-            if attempt.step
-            else "there was nothing new to save"
+    if ended.insisted:
+        text = "ended at once: what was saved before is whole, and the same command goes on from there"
+        code = contract.INTERRUPTED
+    elif made is not None and is_stop(made, asked=asked, ended_well=ended_well):
+        by = signal.Signals(ended.asked).name if ended.asked is not None else made.reason
+        saved = (
+            f"saved after step {made.step} of {made.steps}" if made.step else "nothing new was to be saved"
         )
-        print(f"stopped by {attempt.reason}: {done}. The same command goes on from there", file=sys.stderr)
-        return contract.STOPPED
-    if ended.code == 0:  # a finished run that was asked for again, or one moved aside
+        text, code = f"stopped by {by}: {saved}. The same command goes on from there", contract.STOPPED
+    elif ended_well:  # it was finished before
         return contract.DONE
-    failure = first_failure(local.logs, host=socket.gethostname())
-    if ended.asked is not None and (attempt is None or attempt.attempt == before):
-        print("stopped before training began: there was nothing to save", file=sys.stderr)
-        _remove(local.logs, run_folder if fresh else None)
-        return contract.STOPPED
-    print(told(failure), file=sys.stderr)
-    if not failure.is_users:
-        return contract.FAILED
-    if attempt is None or attempt.attempt == before:  # nothing has begun that a log could tell of
-        _remove(local.logs, run_folder if fresh else None)
-    return contract.USER_ERROR
+    elif made is None and asked:
+        text, code = "stopped before training began: there was nothing to save", contract.STOPPED
+    else:
+        failure = first_failure(logs, host=socket.gethostname())
+        text, code = told(failure), contract.USER_ERROR if failure.is_users else contract.FAILED
+    print(text, file=sys.stderr)
+    return code
 
 
 class _Rounds:

@@ -17,9 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from launch import contract, machine
-from launch.agent import run_agent
+from launch.agent import PASSED_ON, run_agent
 from launch.command import Local, environment, processes_and_threads
 from launch.errors import LaunchError
 from launch.failures import first_failure, rounds
@@ -209,15 +210,50 @@ def run(job: Job, node: int) -> int:
         logs=logs,
     )
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    with staged(job.options, job.stage, os.environ) as options:
-        command = torchrun(job, node=node, processes=processes, trainer=trainer, options=options)
-        ended = run_agent(command, environment(local, os.environ), logs, look=lambda: not _is_users(logs))
-        if ended.asked is not None:
-            (logs / ASKED).write_text(signal.Signals(ended.asked).name, encoding="ascii")
-            _wait_for_orphans()
+    signals = _Signals()
+    # Of all nodes: where a run is moved aside, the logs of this start stay.
+    variables = {**environment(local, os.environ), contract.LOG_FOLDER: str(job.logs)}
+    try:
+        with staged(job.options, job.stage, os.environ) as options:
+            signals.interrupt = False
+            command = torchrun(job, node=node, processes=processes, trainer=trainer, options=options)
+            ended = run_agent(command, variables, logs, look=lambda: not _is_users(logs))
+            if ended.asked is not None:
+                _note_down(logs, ended.asked)
+                _wait_for_orphans()
+    except _Interrupted as asked:
+        _note_down(logs, asked.number)
+        return contract.DONE
     if ended.code == 0 or ended.asked is not None:
         return contract.DONE
     return contract.USER_ERROR if _is_users(logs) else contract.FAILED
+
+
+class _Interrupted(BaseException):
+    """A signal came before torchrun was started."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class _Signals:
+    """What comes before torchrun is started interrupts what is done; what comes after it has ended does nothing."""
+
+    def __init__(self) -> None:
+        self.interrupt = True
+        for number in PASSED_ON:
+            signal.signal(number, self._came)
+
+    def _came(self, number: int, _: FrameType | None) -> None:
+        if self.interrupt:
+            self.interrupt = False
+            raise _Interrupted(number)
+
+
+def _note_down(logs: Path, asked: int) -> None:
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / ASKED).write_text(signal.Signals(asked).name, encoding="ascii")
 
 
 def _wait_for_orphans() -> None:

@@ -55,9 +55,16 @@ def describe(
         LaunchError: there is no run in that folder.
 
     """
+    attempt = contract.latest_attempt(run) if run.is_dir() else None
+    waiting = _submitted(run) if attempt is None else None
+    if waiting is not None:
+        lines, over = [f"{run}: submitted, and nothing has begun yet"], False
+        if ask is not None:
+            line, goes_on = _slurms(waiting, ask)
+            lines, over = [*lines, line], not goes_on
+        return "\n".join(lines), _ENDED if over else 0, over
     if not run.is_dir():
         raise LaunchError(f"{run}: there is no such folder; expected a run's (its run.dir)")
-    attempt = contract.latest_attempt(run)
     if attempt is None:
         raise LaunchError(
             f"{run}: no attempt has begun here (there is no readable {contract.ATTEMPTS}/NNNN.json); expected a run "
@@ -95,10 +102,31 @@ def describe(
     over = attempt.state != "running" or dead
     job = _job(run)
     if job is not None and ask is not None:
-        slurms, reason = ask(job)
-        lines.append(f"Slurm: job {job} is {slurms}" + (f" ({reason})" if reason not in ("", "None") else ""))
-        over = over and slurms not in _GOING_ON
-    return "\n".join(lines), 0 if attempt.state in ("running", "done") and not dead else _ENDED, over
+        line, goes_on = _slurms(job, ask)
+        lines.append(line)
+        over = over and not goes_on
+    return "\n".join(lines), 0 if attempt.state == "done" or not over else _ENDED, over
+
+
+def _submitted(run: Path) -> str | None:
+    """Return the job that was submitted for a run in which nothing has begun; an array's task lies in its folder."""
+    for path, task in ((run / contract.JOB, ""), (run.parent / contract.JOB, f"_{run.name}")):
+        try:
+            job = path.read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            continue
+        if re.fullmatch(r"[0-9]+", job) and (not task or run.name.isdecimal()):
+            return job + task
+    return None
+
+
+def _slurms(job: str, ask: Callable[[str], tuple[str, str]]) -> tuple[str, bool]:
+    """Return (Slurm's word on a job, whether it goes on)."""
+    state, reason = ask(job)
+    return (
+        f"Slurm: job {job} is {state}" + (f" ({reason})" if reason not in ("", "None") else ""),
+        state in _GOING_ON,
+    )
 
 
 def _last_failure(run: Path, latest: Attempt) -> list[str]:

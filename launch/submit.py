@@ -73,8 +73,8 @@ def submit_job(words: Sequence[str]) -> int:
             if code != 0:
                 return code
     folder = contract.given(spec.options, "run", "dir")
-    run = Path(folder or f"runs/{plain(spec.job_name)}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
-    run = run.expanduser().absolute()
+    usual = f"runs/{plain(spec.job_name)}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    run = contract.whole_path("run.dir", folder or usual)
     fresh = not run.exists()
     spec = replace(spec, options=(*spec.options, f"--run.dir={run}"))
     try:
@@ -88,6 +88,7 @@ def submit_job(words: Sequence[str]) -> int:
         _check_script(text)
         (run / SCRIPT).write_text(text, encoding="utf-8", errors="surrogateescape")
         job = _sbatch(spec, run, os.environ)
+        (run / contract.JOB).write_text(f"{job}\n", encoding="ascii")
     except OSError as error:
         raise LaunchError(f"run.dir {run}: cannot be written to ({error}); choose another folder") from None
     except LaunchError:

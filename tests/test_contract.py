@@ -122,6 +122,8 @@ def test_the_log_folder_is_handed_to_the_trainer(tmp_path: Path) -> None:
         ["--run.dir=here", "--config=F"],  # from left to right: the file's wins
         ["--config=F", "--data.root=x"],
         ["--run.dir=~/x", "--data.root=x"],
+        ["--run", '{"dir": "by/section"}', "--data.root=x"],
+        ['--run={"dir": "by/section"}', "--data.root=x", "--run.seed=3"],
     ],
     ids=" ".join,
 )

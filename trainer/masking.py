@@ -24,10 +24,14 @@ _SHAPES = re.compile(
 _SCHEME = re.compile(r"\b(Bearer[ \t]|Basic[ \t](?=[A-Za-z0-9+/=]{16}))[A-Za-z0-9._~+/=-]{8,}")
 # `key` alone is no secret's name in code (`sorted(x, key=...)`): it takes a word before it, or capitals.
 _ASSIGNED = re.compile(
-    r"""(?P<name>(?<![\w.-])[\w.-]*(?:(?i:token|secret|passw|passphrase|credential|jwt)|(?i:(?<=[\w-])key)|KEY)"""
-    r"""[\w.-]{0,80}["']?[ \t]{0,40}(?::[ \t]{0,40}\w{1,40}[ \t]{0,40})?[:=][ \t]{0,40}(?:[rbfu]{0,2}(?=["']))?)"""
-    r"""(?P<value>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|[^\s"',;()\[\]{}]+)"""
+    r"""(?P<name>(?<![\w.-])[\w.-]*(?:(?i:token|secret|passw|passphrase|credential|jwt|cookie)|"""
+    r"""(?i:(?<![A-Za-z])auth(?![A-Za-z]))|(?i:(?<=[\w-])key)|KEY)"""
+    r"""[\w.-]{0,80}["']?[ \t]{0,40}(?::[ \t]{0,40}\w{1,40}[ \t]{0,40})?[:=][ \t]{0,40}"""
+    r"""[(\[]?[ \t]{0,40}(?:[rbfu]{0,2}(?=["']))?)"""
+    r"""(?P<value>\"{3}[^"]{0,4000}\"{3}|'{3}[^']{0,4000}'{3}|"""
+    r""""(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|["'][^\n]*|[^\s"',;()\[\]{}]+)"""
 )
+_QUOTE = re.compile(r"""\"{3}|'{3}|["']""")
 _HARMLESS = re.compile(r"(?:None|True|False|null|true|false|str|int|bool|float|-?\d{1,6}(?:\.\d{1,6})?)")
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*")
 
@@ -50,7 +54,8 @@ def _assigned(found: re.Match[str]) -> str:
     value = found["value"]
     if _HARMLESS.fullmatch(value):
         return found[0]
-    quote = value[0] if value[0] in "\"'" else ""
+    opening = _QUOTE.match(value)
+    quote = opening[0] if opening else ""
     return f"{found['name']}{quote}{MASK}{quote}"
 
 

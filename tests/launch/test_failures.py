@@ -86,6 +86,21 @@ def test_without_any_process_torchruns_own_words_are_shown(tmp_path: Path) -> No
     assert failure.log == tmp_path / "torchrun.log"
 
 
+def test_the_rank_of_a_killed_process_is_that_among_all_machines(tmp_path: Path) -> None:
+    failed(tmp_path, 1)
+    (tmp_path / "torchrun.log").write_text(
+        REPORT.format(other=-9).replace("rank      : 1 (", "rank      : 9 (")
+    )
+    failure = first_failure(tmp_path, host="node2")
+    assert (failure.rank, failure.what) == (9, "killed by SIGKILL")
+
+
+def test_a_name_that_looks_like_an_echo_is_none(tmp_path: Path) -> None:
+    failed(tmp_path, 0, message="ValueError: igloo/1.jpg", when=10.0)
+    failed(tmp_path, 1, message="KeyError: 'later'", when=11.0)
+    assert first_failure(tmp_path, host="h").what == "ValueError: igloo/1.jpg"
+
+
 @pytest.mark.parametrize(
     ("message", "word"),
     [

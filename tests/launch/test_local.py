@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from launch import local
+from launch.agent import Ended
+from launch.command import Local
 from tests.kills import (
     EXAMPLES,
     Run,
@@ -25,6 +28,8 @@ from tests.kills import (
     started,
 )
 from tests.launching import MAIN, REPOSITORY
+from trainer.attempts import Attempt
+from trainer.failure import ERROR_FILE, write_error_file
 
 pytestmark = pytest.mark.slow
 LONG = 400
@@ -98,7 +103,7 @@ def test_a_signal_is_passed_on_once_and_the_run_saved(
     (record,) = attempts(run.folder)
     assert (record["state"], record["reason"]) == ("stopped", "SIGTERM")
     assert record["step"] == saved_step(run.folder)
-    assert f"stopped by SIGTERM: saved after step {record['step']} of" in said
+    assert f"stopped by {number.name}: saved after step {record['step']} of" in said
     assert "Traceback" not in said
 
 
@@ -109,8 +114,7 @@ def test_a_second_ctrl_c_ends_at_once_what_does_not_listen(tmp_path_factory: pyt
         run.process.send_signal(signal.SIGINT)
         time.sleep(1.5)  # a second one sooner than a second is taken for an echo
         run.process.send_signal(signal.SIGINT)
-        run.process.wait(10)
-        run.require_gone(5)
+        assert "ended at once" in run.end(code=130, seconds=20)
 
 
 def test_no_process_outlives_a_launcher_that_is_killed(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -180,3 +184,22 @@ def test_two_runs_at_once_do_not_meet_and_a_second_start_of_one_is_refused(
         for run in (first, second):
             run.end(code=75)
             assert [row["state"] for row in attempts(run.folder)] == ["stopped"]
+
+
+def test_an_echo_of_another_ranks_failure_is_no_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, logs = tmp_path / "run", tmp_path / "run" / "logs" / "0001"
+
+    def fails(*_: object, **__: object) -> Ended:
+        error = logs / "id" / "attempt_0" / "1" / "error.json"
+        error.parent.mkdir(parents=True)
+        write_error_file(ValueError("no such layer"), {ERROR_FILE: str(error), "RANK": "1"})
+        Attempt.claim(run, say=print).end("stopped", "SIGTERM")  # torchrun's, to the others
+        return Ended(1, None)
+
+    monkeypatch.setattr(local, "run_agent", fails)
+    spec = Local(processes=2, threads=1, max_restarts=0, trainer=tmp_path, options=(), logs=logs)
+    assert local.run(spec, run) == 1
+    assert "rank 1" in (said := capsys.readouterr().err)
+    assert "ValueError: no such layer" in said

@@ -114,8 +114,24 @@ def test_slurm_has_the_last_word_on_whether_it_goes_on(tmp_path: Path) -> None:
 
     text, code, over = describe(folder, now=NOW, ask=ask)
     assert text.splitlines()[-1] == "Slurm: job 13 is PENDING (BeginTime)"
-    assert (code, over, asked) == (3, False, ["13"])
+    assert (code, over, asked) == (0, False, ["13"])
     assert describe(folder, now=NOW, ask=lambda job: ("CANCELLED", "None"))[2]
+
+
+def test_what_waits_in_the_queue_is_known_by_its_job(tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / "job-id").write_text("17\n")
+    text, code, over = describe(folder, now=NOW, ask=lambda job: ("PENDING", "Priority"))
+    assert text.splitlines() == [
+        f"{folder}: submitted, and nothing has begun yet",
+        "Slurm: job 17 is PENDING (Priority)",
+    ]
+    assert (code, over) == (0, False)
+    text, code, over = describe(folder / "3", now=NOW, ask=lambda job: ("CANCELLED", "None"))
+    assert text.splitlines()[1] == "Slurm: job 17_3 is CANCELLED"
+    assert (code, over) == (3, True)
+    assert describe(folder, now=NOW)[1:] == (0, False), "where there is no Slurm to ask"
 
 
 def test_a_stage_has_figures_of_its_own(tmp_path: Path) -> None:
