@@ -137,14 +137,6 @@ def first_failure(logs: Path, *, host: str, of: Path | None = None) -> Failure:
     )
 
 
-def is_users(logs: Path) -> bool:
-    """Return whether the last round of processes of a launch has failed by what its user has to mend."""
-    found = rounds(logs)
-    if not found or not any(found[-1].glob("*/error.json")):
-        return False
-    return first_failure(logs, host="", of=found[-1]).is_users
-
-
 def _among_all(folder: Path | None, local_rank: int | None, agent: str) -> int | None:
     """Return a process's rank among all machines', which it or torchrun has written down; else that on its own."""
     if folder is None or local_rank is None:

@@ -13,7 +13,7 @@ from launch.agent import Ended, run_agent
 from launch.command import Local, environment, torchrun
 from launch.contract import Attempt
 from launch.errors import LaunchError
-from launch.failures import first_failure, is_users, rounds, told
+from launch.failures import Failure, first_failure, rounds, told
 from launch.lifecycle import is_stop
 
 
@@ -82,7 +82,14 @@ class _Rounds:
                 f"{told(first_failure(self._logs, host=socket.gethostname(), of=folder))}\nstarted again",
                 file=sys.stderr,
             )
-        return not is_users(self._logs)
+        return not (found and _is_users(found[-1], self._logs))
+
+
+def _is_users(folder: Path, logs: Path) -> bool:
+    if not any(folder.glob("*/error.json")):
+        return False
+    failure: Failure = first_failure(logs, host="", of=folder)
+    return failure.is_users
 
 
 def _remove(logs: Path, run_folder: Path | None) -> None:
