@@ -95,11 +95,11 @@ def first_failure(logs: Path, *, host: str, of: Path | None = None) -> Failure:
     Args:
         logs: of the launch.
         host: this machine's name.
-        of: torchrun's folder of one round of processes; None: the last.
+        of: torchrun's folder of one round of processes; None: that which its user has to mend, else the last.
 
     """
     found = rounds(logs)
-    folder = of or (found[-1] if found else None)
+    folder = of or users_round(logs, found) or (found[-1] if found else None)
     agent = _tail(logs / "torchrun.log", 1000)
     errors = _errors(folder) if folder else []
     causes = [error for error in errors if not _is_echo(error[2])]
@@ -157,6 +157,22 @@ def rounds(logs: Path) -> list[Path]:
         if (number := path.name.removeprefix("attempt_")).isdigit()
     ]
     return [path for *_, path in sorted(found)]
+
+
+def users_round(logs: Path, found: Sequence[Path]) -> Path | None:
+    """Return the round that has failed by what its user has to mend; None where none has.
+
+    It need not be the last: torchrun may have begun the next one before anybody could look.
+
+    Args:
+        logs: of the launch.
+        found: the rounds to look at, some or all of `rounds(logs)`.
+
+    """
+    for folder in found:
+        if any(folder.glob("*/error.json")) and first_failure(logs, host="", of=folder).is_users:
+            return folder
+    return None
 
 
 def _codes(agent: str, round_: int, count: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from launch.agent import Ended, run_agent
 from launch.command import Local, environment, torchrun
 from launch.contract import Attempt
 from launch.errors import LaunchError
-from launch.failures import Failure, first_failure, rounds, told
+from launch.failures import first_failure, rounds, told, users_round
 from launch.lifecycle import is_stop
 
 
@@ -75,21 +75,16 @@ class _Rounds:
 
     def look(self) -> bool:
         """Tell of each round that failed, once the next has begun; return whether to go on."""
-        found = rounds(self._logs)
-        for folder in found[self._told : -1]:
+        found = rounds(self._logs)[self._told :]
+        if users_round(self._logs, found) is not None:
+            return False
+        for folder in found[:-1]:
             self._told += 1
             print(
                 f"{told(first_failure(self._logs, host=socket.gethostname(), of=folder))}\nstarted again",
                 file=sys.stderr,
             )
-        return not (found and _is_users(found[-1], self._logs))
-
-
-def _is_users(folder: Path, logs: Path) -> bool:
-    if not any(folder.glob("*/error.json")):
-        return False
-    failure: Failure = first_failure(logs, host="", of=folder)
-    return failure.is_users
+        return True
 
 
 def _remove(logs: Path, run_folder: Path | None) -> None:

@@ -23,7 +23,7 @@ from launch import contract, machine
 from launch.agent import PASSED_ON, run_agent
 from launch.command import Local, environment, processes_and_threads
 from launch.errors import LaunchError
-from launch.failures import first_failure, rounds
+from launch.failures import rounds, users_round
 
 SECONDS_TO_MEET = 600
 """How long nodes wait for each other: they start at different times, and import torch from a shared disk."""
@@ -217,7 +217,7 @@ def run(job: Job, node: int) -> int:
         with staged(job.options, job.stage, os.environ) as options:
             signals.interrupt = False
             command = torchrun(job, node=node, processes=processes, trainer=trainer, options=options)
-            ended = run_agent(command, variables, logs, look=lambda: not _is_users(logs))
+            ended = run_agent(command, variables, logs, look=lambda: users_round(logs, rounds(logs)) is None)
             if ended.asked is not None:
                 _note_down(logs, ended.asked)
                 _wait_for_orphans()
@@ -226,7 +226,7 @@ def run(job: Job, node: int) -> int:
         return contract.DONE
     if ended.code == 0 or ended.asked is not None:
         return contract.DONE
-    return contract.USER_ERROR if _is_users(logs) else contract.FAILED
+    return contract.USER_ERROR if users_round(logs, rounds(logs)) else contract.FAILED
 
 
 class _Interrupted(BaseException):
@@ -269,14 +269,6 @@ def _wait_for_orphans() -> None:
                 time.sleep(0.1)
         except ChildProcessError:
             return
-
-
-def _is_users(logs: Path) -> bool:
-    """Return whether the last round of processes has failed by what its user has to mend."""
-    found = rounds(logs)
-    if not found or not any(found[-1].glob("*/error.json")):
-        return False
-    return first_failure(logs, host="", of=found[-1]).is_users
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -68,10 +68,9 @@ def submit_job(words: Sequence[str]) -> int:
     spec, found = _spec("submit", words)
     own = sweep_lines(Path(spec.settings.sweep)) if _has_file(spec) and spec.settings.sweep else [[]]
     if not found.no_fetch:
-        for line in own:
-            code = _fetch([*spec.options, *line])
-            if code != 0:
-                return code
+        code = _fetch([[*spec.options, *line] for line in own])
+        if code != 0:
+            return code
     folder = contract.given(spec.options, "run", "dir")
     usual = f"runs/{plain(spec.job_name)}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     run = contract.whole_path("run.dir", folder or usual)
@@ -149,10 +148,11 @@ def _has_file(spec: Spec) -> bool:
     return spec.settings.sweep not in (None, SEEDS)
 
 
-def _fetch(options: Sequence[str]) -> int:
-    """Have the trainer check its options and fetch weights and data; what it says is shown. Returns its exit code."""
+def _fetch(runs: Sequence[Sequence[str]]) -> int:
+    """Have the trainer check each run's options and fetch weights and data, which is shown; returns its exit code."""
     program = contract.trainer_folder() / "fetch.py"
-    return subprocess.run([sys.executable, str(program), *options], check=False).returncode
+    words = [word for options in runs for word in ("--next", *options)]
+    return subprocess.run([sys.executable, str(program), *words[1:]], check=False).returncode
 
 
 def _check_script(text: str) -> None:

@@ -1,11 +1,13 @@
-"""Fetch what a run will need, where there is a network: `python -m trainer.fetch --config F [--section.key V]`.
+"""Fetch what runs will need, where there is a network: `python -m trainer.fetch OPTIONS [--next OPTIONS ...]`.
 
 Checks the options as a run does, downloads or draws data sets known by name, reads the index of the images, and
-downloads the weights. On a cluster, a login node does this before the job is submitted (`regraft submit`).
+downloads the weights. On a cluster, a login node does this before the job is submitted (`regraft submit`), for all
+runs of a sweep together: torch takes seconds to import.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 if not __package__:
@@ -14,6 +16,9 @@ if not __package__:
 
 from trainer.errors import UserError
 from trainer.parse import parse
+
+NEXT = "--next"
+"""The word between two runs' options."""
 
 
 def fetch(argv: Sequence[str]) -> None:
@@ -42,10 +47,20 @@ def fetch(argv: Sequence[str]) -> None:
         console.print(f"weights: {source}")
 
 
+def runs(words: Sequence[str]) -> Iterator[list[str]]:
+    """Yield each run's options; without any word there is one run, without options."""
+    if not words:
+        yield []
+    for is_next, options in groupby(words, key=NEXT.__eq__):
+        if not is_next:
+            yield list(options)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, and return the exit code."""
     try:
-        fetch(sys.argv[1:] if argv is None else argv)
+        for options in runs(sys.argv[1:] if argv is None else argv):
+            fetch(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,12 @@ _IN_MEMORY = ("tmpfs", "ramfs")
 
 
 def existing(folder: Path) -> Path:
-    """Return the folder that a run folder will be made in: its parent, or the nearest that is there."""
+    """Return the folder that a run folder will be made in: its parent, or the nearest that is there.
+
+    A run folder that is a disk of its own, as one mounted into a container is, is itself where things are written.
+    """
+    if folder.is_dir() and folder.stat().st_dev != folder.parent.stat().st_dev:
+        return folder
     for parent in folder.parents:
         if parent.is_dir():
             return parent

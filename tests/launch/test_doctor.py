@@ -297,6 +297,7 @@ def test_a_folder_of_a_usual_disk_does(tmp_path: Path) -> None:
     assert folder.kind_of_disk(Path("/proc")) == "proc"
     assert folder.existing(tmp_path / "runs" / "a" / "b") == tmp_path
     assert folder.existing(tmp_path) == tmp_path.parent
+    assert folder.existing(Path("/dev/shm")) == Path("/dev/shm"), "a disk of its own"
 
 
 @pytest.mark.parametrize(("shift", "expected"), [(-100, 100.0), (100, -100.0)])

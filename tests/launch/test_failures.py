@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.failures import first_failure, told
+from launch.failures import first_failure, rounds, told, users_round
 
 REPORT = """
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
@@ -48,6 +48,16 @@ def test_the_first_in_time_counts_not_the_first_in_rank(tmp_path: Path) -> None:
     assert (failure.rank, failure.what) == (1, "ValueError: early")
     assert told(failure).splitlines()[0] == "failed: rank 1 on node7: ValueError: early"
     assert str(tmp_path / "id_abc" / "attempt_0" / "1" / "stderr.log") in told(failure)
+
+
+def test_what_the_user_has_to_mend_is_found_though_the_next_round_has_begun(tmp_path: Path) -> None:
+    failed(tmp_path, 0, message="error: no such layer", when=10.0)
+    failed(tmp_path, 0, message="RuntimeError: stopped in mid-import", when=11.0, round_=1)
+    failure = first_failure(tmp_path, host="h")
+    assert (failure.what, failure.is_users) == ("error: no such layer", True)
+    first, second = rounds(tmp_path)
+    assert users_round(tmp_path, [first, second]) == first
+    assert users_round(tmp_path, [second]) is None
 
 
 def test_an_echo_is_not_the_cause_even_if_it_was_written_down_first(tmp_path: Path) -> None:

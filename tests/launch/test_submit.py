@@ -118,8 +118,8 @@ def test_what_the_trainer_refuses_is_not_submitted(
 ) -> None:
     asked: list[list[str]] = []
 
-    def refuse(options: list[str]) -> int:
-        asked.append(options)
+    def refuse(runs: list[list[str]]) -> int:
+        asked.extend(runs)
         return code
 
     monkeypatch.setattr(submit, "_fetch", refuse)

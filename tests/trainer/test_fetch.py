@@ -33,6 +33,15 @@ def test_a_data_set_known_by_name_is_there_afterwards(
     assert capsys.readouterr().out.count("images to train on") == 2
 
 
+def test_several_runs_are_looked_at_in_one_start(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = [f"--data.root={data}", "--model.weights=null"]
+    assert fetch.main([*own, "--next", *own, "--data.val_fraction=0.5"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "4 images to train on, 2 to report on" in said
+    assert "2 images to train on, 2 to select the best epoch on" in said
+    assert fetch.main([*own, "--next", *own, "--optim.lrr=1"]) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
