@@ -75,14 +75,16 @@ def describe(
     state = f"silent for {_span(silent)}: killed, most likely" if dead else attempt.state
     if attempt.reason:
         state += f" ({attempt.reason.splitlines()[0]})"
-    rows = _rows(run / attempt.stage)
+    # Once all is done, the fine-tuned model is what counts, not the comparison that came after it.
+    stage = "" if attempt.state == "done" else attempt.stage
+    rows = _rows(run / stage)
     last = rows[-1] if rows else {}
     step = max(attempt.step, int(last.get("step", 0)))
     lines = [
         f"{run}: {state}",
         f"attempt {attempt.attempt}, process {attempt.pid} on {attempt.host}, since {attempt.began}",
         f"step {step} of {attempt.steps or '?'}, epoch {attempt.epoch} of {attempt.epochs or '?'}"
-        + (f" of the {attempt.stage} stage" if attempt.stage else ""),
+        + (f" of the {stage} stage" if stage else ""),
     ]
     epochs = [row for row in rows if row.get("kind") == "epoch"]
     if epochs:

@@ -248,7 +248,7 @@ def make_model(
         frozen_batch_norm=config.transfer.batch_norm == "frozen",
         on_progress=on_progress,
     )
-    if config.transfer.batch_norm == "synchronised" and world > 1:
+    if config.transfer.batch_norm == "sync" and world > 1:
         created = replace(created, model=nn.SyncBatchNorm.convert_sync_batchnorm(created.model))
     if config.train.channels_last:
         created.model.to(memory_format=torch.channels_last)
@@ -261,9 +261,9 @@ def require_synchronisable(config: Config, order: Order, machine: Runtime) -> No
     torch's SyncBatchNorm refuses CPU tensors, and takes part in every forward of every process: none may have an
     empty share, nor go through its share in another number of parts.
     """
-    if config.transfer.batch_norm != "synchronised":
+    if config.transfer.batch_norm != "sync":
         return
-    asked = "transfer.batch_norm is synchronised"
+    asked = "transfer.batch_norm is sync"
     if config.train.accumulation > 1:
         raise UserError(
             f"{asked}, but train.accumulation {config.train.accumulation} shows the layers one part of the batch at a "

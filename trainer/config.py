@@ -72,6 +72,10 @@ class DataConfig:
     """Training images: recipe is RandomResizedCrop and a horizontal flip; none is the test transform; the others come on top of the recipe (torchvision v2)."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Least and greatest share of the picture's area that a training crop covers."""
+    random_erasing: float = 0.0
+    """Probability with which a rectangle of a training image is blanked, after all else (Zhong et al. 2020); 0: never."""
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
+    """Examples of an epoch: shuffled, each of them once; balanced, as many in all but each class as often as the others, so that examples of small classes come several times, each time in another crop."""
     val_fraction: float = 0.0
     """Share of train/ cut out, by class and seed, to select the best epoch on; 0: none."""
     test_fraction: float = 0.2
@@ -107,6 +111,10 @@ class DataConfig:
         _require(
             self.std is None or min(self.std) > 0, f"data.std is {self.std}: expected three numbers above 0"
         )
+        _require(
+            0 <= self.random_erasing <= 1,
+            f"data.random_erasing is {self.random_erasing}: expected a probability, 0 to 1",
+        )
         low, high = self.crop_scale
         _require(
             0 < low <= high <= 1, f"data.crop_scale is {self.crop_scale}: expected 0 < least <= greatest <= 1"
@@ -134,16 +142,56 @@ class ModelConfig:
     """A classification model of torchvision."""
     weights: str | None = "DEFAULT"
     """A torchvision weights name (DEFAULT, IMAGENET1K_V1, ...), a .safetensors or .pth file, or null: from scratch."""
-    head_init: Literal["xavier", "torch"] = "xavier"
-    """Start of the new output layer: Xavier-uniform weight (the bias keeps torch's default), or torch's default for both."""
+    head_init: Literal["xavier", "torch", "source-labels", "linear-probe"] = "xavier"
+    """Start of the new output layer. xavier: Xavier-uniform weight (the bias keeps torch's default); torch: its default for both; source-labels: the source's own rows for classes that it knows by name, the others drawn; linear-probe: logistic regression on the features of one pass over the training images (LP-FT, Kumar et al. 2022)."""
+    source_labels: str = "auto"
+    """Names of the source's classes, for source-labels. auto: those of the weights (torchvision's, or what a model file of regraft says of itself; a file that names none but has as many outputs as torchvision's weights has their classes); else a text file, one name a line, in the order of the rows."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """For source-labels: class of yours -> class of the source, where their names differ, as in {dachshund puppy: dachshund}."""
+    dropout: float | None = None
+    """Probability of the model's dropout layers; null: as the model has it."""
+    stochastic_depth: float | None = None
+    """Probability with which the last residual block is left out (Huang et al. 2016), those before it less often, in proportion to their depth; null: as the model has it."""
+
+    def __post_init__(self) -> None:
+        for key in ("dropout", "stochastic_depth"):
+            value = getattr(self, key)
+            _require(
+                value is None or 0 <= value < 1,
+                f"model.{key} is {value}: expected 0 to below 1, or null",
+            )
+        _require(
+            bool(self.source_labels.strip()),
+            "model.source_labels is empty: expected auto, or a text file with a name a line",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferConfig:
     """What of the source model changes."""
 
-    batch_norm: Literal["train", "frozen", "synchronised"] = "train"
-    """BatchNorm layers: use and update the statistics of each process's share of the batch, use the source's stored ones and leave them as they are, or use those of the global batch (GPUs only)."""
+    strategy: str | None = None
+    """A named combination of options (configs/strategies/NAME.yaml), or a YAML file of one. What stands beside it, in the same file or on the command line, wins over it; null: none."""
+    train: dict[int, str] | str = "all"
+    """What trains: all; head; from:MODULE, that module and all that the forward pass comes to after it; last:N, the last N blocks, the output layer's among them; or names of modules and patterns of parameter names, as in 'layer4, *.bias'. New output layers always do. In stages: {0: head, 1: layer4, 3: all}, epoch -> what trains from there on, with all that did before."""
+    batch_norm: Literal["frozen-with-weights", "frozen", "train", "sync"] = "frozen-with-weights"
+    """BatchNorm layers. train: use and update the statistics of each process's share of the batch; frozen: use the source's stored ones and leave them as they are; frozen-with-weights: frozen where the layer's weights do not train, train elsewhere; sync: as that, with the statistics of the global batch (GPUs only)."""
+    l2_sp: float = 0.0
+    """Strength of the pull towards the source's weights (L2-SP, Li et al. 2018), in place of weight_decay on all but the new output layers; 0: none."""
+    wise_ft: bool = False
+    """After training, evaluate the line between the start and the fine-tuned weights (WiSE-FT, Wortsman et al. 2022) on the images to select on, and keep its best point."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.l2_sp < math.inf, f"transfer.l2_sp is {self.l2_sp}: expected 0 or more")
+        _require(
+            self.train != "",
+            "transfer.train is empty: expected all, head, from:MODULE, last:N, patterns, or stages",
+        )
+        if isinstance(self.train, dict):
+            _require(
+                min(self.train, default=-1) == 0,
+                f"transfer.train is {self.train}: expected stages from epoch 0 on, as in {{0: head, 1: layer4, 3: all}}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +205,19 @@ class OptimConfig:
     head_lr_scale: float = 10.0
     """The head's learning rate as a multiple of lr."""
     weight_decay: float = 1e-4
-    """Added to the gradient times the weight (sgd), or decoupled from it (adamw); on every parameter."""
+    """Added to the gradient times the weight (sgd), or decoupled from it (adamw)."""
+    decay_norms: bool = True
+    """Weight decay on biases, norms and other parameters of one dimension too, as the note has it."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each block to the one before it, from the head's down; 1: one rate for all."""
+    lr_scales: dict[str, float] = field(default_factory=dict)
+    """Pattern of parameter names, or module -> multiple of its learning rate, as in {layer1: 0.1}; of several that match the last one counts."""
     momentum: float = 0.9
     """Momentum; sgd only."""
     loss_reduction: Literal["mean", "sum"] = "mean"
     """What is differentiated: the mean, or the sum, of the cross-entropy over the examples of the global batch."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Learning rate after the warm-up: constant, or a half cosine down to 0 at the end."""
+    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"
+    """Learning rate after the warm-up: constant, or a half cosine down to 0 at the end. one-cycle (Smith 2018): up from a 25th by a half cosine, over the warm-up or 30% where there is none, then down to nearly 0."""
     warmup: str = "0 steps"
     """Length of the linear warm-up: '100 steps', '1 epochs' or '5%'."""
     clip_norm: float | None = None
@@ -179,12 +233,52 @@ class OptimConfig:
             0 <= self.weight_decay < math.inf,
             f"optim.weight_decay is {self.weight_decay}: expected 0 or more",
         )
+        _require(
+            0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}: expected above 0, up to 1"
+        )
+        wrong = {name: scale for name, scale in self.lr_scales.items() if not 0 <= scale < math.inf}
+        _require(not wrong, f"optim.lr_scales holds {wrong}: expected multiples of 0 or more")
         _require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}: expected 0 to below 1")
         _require(
             self.clip_norm is None or 0 < self.clip_norm < math.inf,
             f"optim.clip_norm is {self.clip_norm}: expected a number above 0, or null",
         )
         parse_duration("optim.warmup", self.warmup)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegulariseConfig:
+    """What keeps a model of many parameters from learning few examples by heart; beside data.augment, optim.weight_decay."""
+
+    label_smoothing: float = 0.0
+    """Share of each target that goes to all classes alike (Szegedy et al. 2016)."""
+    mixup: float = 0.0
+    """Alpha of the Beta distribution of mixup (Zhang et al. 2018), whose partners come from the global batch; 0: none."""
+    cutmix: float = 0.0
+    """Alpha of the Beta distribution of CutMix (Yun et al. 2019), likewise; with mixup, each batch is the one or the other."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weight of each example's loss: 1, or N / (classes x examples of its class), whose mean over the examples is 1."""
+    ema: float | None = None
+    """Decay per update of an exponential moving average of the weights (and BatchNorm's statistics), which is what is evaluated and kept; it starts lower, (1 + step) / (10 + step); null: none."""
+    early_stopping: int | None = None
+    """Epochs without a better one on the images to select on (val/, or data.val_fraction) after which training ends; null: never."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.label_smoothing < 1,
+            f"regularise.label_smoothing is {self.label_smoothing}: expected 0 to below 1",
+        )
+        for key in ("mixup", "cutmix"):
+            value = getattr(self, key)
+            _require(0 <= value < math.inf, f"regularise.{key} is {value}: expected 0 or more")
+        _require(
+            self.ema is None or 0 < self.ema < 1,
+            f"regularise.ema is {self.ema}: expected above 0 and below 1, or null",
+        )
+        _require(
+            self.early_stopping is None or self.early_stopping >= 1,
+            f"regularise.early_stopping is {self.early_stopping}: expected 1 epoch or more, or null",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +373,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    regularise: RegulariseConfig = field(default_factory=RegulariseConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
@@ -294,6 +389,11 @@ class Config:
         _require(
             not (self.source.root and self.model.weights),
             f"source.root ({self.source.root}) and model.weights ({self.model.weights}) are two sources: set one of them to null",
+        )
+        _require(
+            self.model.head_init in ("xavier", "torch") or bool(self.source.root or self.model.weights),
+            f"model.head_init is {self.model.head_init}, which takes it from a source model, but this run starts from "
+            "scratch: set model.weights or source.root, or head_init to xavier",
         )
         _require(
             not (self.scratch.lr and not (self.source.root or self.model.weights)),

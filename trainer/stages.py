@@ -253,9 +253,9 @@ def _from_scratch(config: Config, name: str, *, lr: float) -> Config:
     return replace(
         config,
         run=replace(config.run, dir=str(Path(config.run.dir) / name)),
-        model=replace(config.model, weights=None),
+        model=replace(config.model, weights=None, head_init="xavier"),
         transfer=TransferConfig(),
-        optim=replace(config.optim, lr=lr, head_lr_scale=1.0),
+        optim=replace(config.optim, lr=lr, head_lr_scale=1.0, layer_decay=1.0, lr_scales={}),
         source=SourceConfig(),
         scratch=ScratchConfig(),
     )

@@ -62,6 +62,15 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert lines[4] == "ETA 3:30, at 1,234.5 examples a second"  # 140 steps at 20 in 30 s
 
 
+def test_a_finished_run_is_told_by_its_own_model_after_the_comparison_with_scratch(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r", epochs=3, state="done", stage="scratch", step=200)
+    own = {"kind": "epoch", "epoch": 10, "step": 200, "test_accuracy": 0.99, "train_loss": 0.1}
+    (folder / "metrics.jsonl").write_text(json.dumps(own) + "\n")
+    lines = describe(folder, now=NOW)[0].splitlines()
+    assert lines[2] == "step 200 of 200, epoch 2 of 10"
+    assert lines[3].startswith("test accuracy 0.990 after epoch 10")
+
+
 def test_a_line_that_is_being_written_is_passed_over(tmp_path: Path) -> None:
     folder = run(tmp_path / "r", epochs=2)
     with (folder / "metrics.jsonl").open("a") as file:

@@ -82,7 +82,7 @@ class Machine:
 
 def synchronised(batch_size: int = 10, **train: Any) -> Config:
     return Config(
-        transfer=TransferConfig(batch_norm="synchronised"),
+        transfer=TransferConfig(batch_norm="sync"),
         train=TrainConfig(batch_size=batch_size, **train),
         model=ModelConfig(name="resnet18", weights=None),
         data=DataConfig(image_size=32),
@@ -113,7 +113,7 @@ def test_gpus_and_single_processes_synchronise(world: int, device: str) -> None:
 def test_where_the_global_batch_is_not_seen_at_once_it_is_refused(
     config: Config, order: Order, world: int, device: str, said: str
 ) -> None:
-    with pytest.raises(UserError, match=r"transfer\.batch_norm is synchronised, .*" + said):
+    with pytest.raises(UserError, match=r"transfer\.batch_norm is sync, .*" + said):
         require_synchronisable(config, order, Machine(world, device))  # type: ignore[arg-type]
 
 

@@ -375,9 +375,7 @@ def test_where_it_goes_on_is_said(said: Said) -> None:
     assert said(6, 2) == ["going on after epoch 2 of 4 (step 6), in epoch 3 after 2 of its 2 steps"]
 
 
-@pytest.mark.parametrize(
-    ("batch_norm", "differs"), [("train", True), ("frozen", False), ("synchronised", False)]
-)
+@pytest.mark.parametrize(("batch_norm", "differs"), [("train", True), ("frozen", False), ("sync", False)])
 def test_another_number_of_processes_is_said_with_what_it_changes(
     batch_norm: Any, differs: bool, said: Said, run: Run
 ) -> None:

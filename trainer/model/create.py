@@ -31,7 +31,7 @@ def create(
     image_size: int,
     num_classes: int,
     weights: str | None,
-    head_init: Literal["xavier", "torch"],
+    head_init: Literal["xavier", "torch", "source-labels", "linear-probe"],
     frozen_batch_norm: bool,
     on_progress: Callable[[str], None] | None = None,
 ) -> Created:
@@ -45,7 +45,7 @@ def create(
     """
     model = build(name, image_size=image_size)
     heads = find_heads(model, image_size)
-    graft(model, heads, num_classes, head_init)
+    graft(model, heads, num_classes, "torch" if head_init == "torch" else "xavier")
     lines = [f"{name}: new output layer{'s' * (len(heads) > 1)} {', '.join(head.name for head in heads)}"]
     if removed := [activation for head in heads for activation in head.activations]:
         lines.append(f"taken out, so that logits have no bound: {', '.join(removed)}")
