@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from trainer import runtime
 from trainer.checkpoint.policy import Policy
-from trainer.config import Config, DataConfig
+from trainer.config import Config, DataConfig, OptimConfig
 from trainer.data.augment import Normalise, Preprocessing, eval_transform, train_transform
 from trainer.data.index import Example, ImageIndex
 from trainer.data.loader import Batch, Images, Order, Shares, Slices, make_loader
@@ -21,7 +21,9 @@ from trainer.errors import UserError
 from trainer.evaluate import evaluate
 from trainer.loop import Evaluations, Plan
 from trainer.model.create import Created, create
+from trainer.model.freeze import enter, make_stages
 from trainer.optim import Group, group_parameters
+from trainer.patterns import matching
 from trainer.report.console import checking, downloading
 from trainer.runtime import Runtime
 from trainer.schedule import Interval, lr_factor, parse_duration, parse_interval, to_steps
@@ -245,14 +247,15 @@ def make_model(
         num_classes=classes,
         weights=weights,
         head_init=config.model.head_init,
-        frozen_batch_norm=config.transfer.batch_norm == "frozen",
         on_progress=on_progress,
     )
     if config.transfer.batch_norm == "sync" and world > 1:
         created = replace(created, model=nn.SyncBatchNorm.convert_sync_batchnorm(created.model))
     if config.train.channels_last:
         created.model.to(memory_format=torch.channels_last)
-    return created
+    stages = make_stages(config.transfer.train, created.model, created.heads, created.structure)
+    enter(created.model, stages[0], config.transfer.batch_norm)
+    return replace(created, stages=stages)
 
 
 def require_synchronisable(config: Config, order: Order, machine: Runtime) -> None:
@@ -284,11 +287,40 @@ def require_synchronisable(config: Config, order: Order, machine: Runtime) -> No
 
 
 def make_groups(created: Created, config: Config) -> tuple[Group, ...]:
-    """Return the parameter groups of a created model."""
+    """Return the parameter groups of a created model, of all that trains in any of its stages."""
     return group_parameters(
         created.model,
         created.heads,
         lr=config.optim.lr,
         head_lr_scale=config.optim.head_lr_scale,
         weight_decay=config.optim.weight_decay,
+        decay_norms=config.optim.decay_norms,
+        scales=_lr_scales(created, config.optim),
+        trains=created.stages[-1].trains,
     )
+
+
+def _lr_scales(created: Created, optim: OptimConfig) -> dict[str, float]:
+    """Return parameter name -> multiple of its learning rate: lower with each block below the head, and by pattern.
+
+    Raises:
+        UserError: a pattern that matches nothing.
+
+    """
+    depth = created.structure.depth
+    scales = {
+        name: 1.0
+        if name.startswith(tuple(f"{head}." for head in created.heads))
+        else optim.layer_decay**after
+        for name, after in depth.items()
+    }
+    by_pattern: dict[str, float] = {}
+    for pattern, scale in optim.lr_scales.items():
+        names = matching(pattern, depth)
+        if not names:
+            blocks = ", ".join(block.name for block in created.structure.blocks)
+            raise UserError(
+                f"optim.lr_scales: {pattern!r} matches no parameter of this model; its blocks are {blocks}"
+            )
+        by_pattern |= dict.fromkeys(names, scale)
+    return {name: scale * by_pattern.get(name, 1.0) for name, scale in scales.items()}

@@ -40,7 +40,7 @@ from trainer.errors import UserError
 from trainer.loop import Evaluations, Progress, Start, Unkept, fit, update
 from trainer.model.head import split_outputs
 from trainer.optim import make_optimizer, set_lr
-from trainer.report.console import group_table
+from trainer.report.blocks import block_table
 from trainer.runtime import Runtime
 
 BATCHES = 3
@@ -98,7 +98,7 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
         console.print("\n".join(created.lines))
         created.model.to(device)
         groups = make_groups(created, config)
-        console.print(group_table(groups))
+        console.print(block_table(created, groups))
         optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
         model, optimizer = accelerator.prepare(created.model, optimizer)
 

@@ -1,7 +1,6 @@
 """One model trained on one data set: data, model, optimizer, loop and what is left, put together."""
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch import nn
 
 from trainer import runtime
 from trainer.assemble import (
@@ -43,13 +41,15 @@ from trainer.keeper import Keeper
 from trainer.loop import Plan, Start, fit
 from trainer.model_file import Description
 from trainer.optim import make_optimizer
-from trainer.report.console import Display, group_table
+from trainer.report.blocks import block_table
+from trainer.report.console import Display
 from trainer.report.metrics import Row, epoch_rows, parse_rows, restore_metrics
 from trainer.report.run_report import RunReport, Silent
 from trainer.resume import find, going_on, put_back
 from trainer.run_folder import METRICS, MODEL
 from trainer.runtime import Runtime
 from trainer.signals import StopSignals
+from trainer.staging import Staged
 from trainer.versions import own_version, versions
 
 
@@ -144,21 +144,23 @@ def finetune(
     # 4. On the device already: the optimizer's kernels are chosen by where its parameters lie.
     created.model.to(accelerator.device)
     groups = make_groups(created, config)
-    console.print(group_table(groups))
+    console.print(block_table(created, groups))
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
 
     # 5.
-    model, optimizer = _prepare(accelerator, created.model, optimizer)
-    bare = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+    _forget_earlier_stage(accelerator)
+    staged = Staged(
+        accelerator,
+        created.model,
+        optimizer,
+        stages=created.stages,
+        policy=config.transfer.batch_norm,
+        say=console.print,
+    )
+    bare, optimizer = staged.bare, staged.optimizer
 
     # 6.
-    start = Start()
-    if found and state:
-        runtime.raise_together(
-            accelerator, put_back(found, bare, optimizer, accelerator.scaler, machine=machine)
-        )
-        start = Start(epoch=state.epoch, step=state.step, sums=state.sums)
-        console.print("\n".join(going_on(state, config, order, machine)))
+    start = _put_back(found, staged, config=config, order=order, machine=machine, console=console)
 
     # 7.
     images = training_images(index, preprocessing, config, machine)
@@ -172,20 +174,8 @@ def finetune(
         steps_per_epoch=order.steps_per_epoch,
         done_steps=start.step,
     )
-    report = runtime.in_turn(
-        accelerator,
-        lambda: (
-            RunReport(
-                display,
-                folder=folder,
-                title=f"{config.model.name}, {created.source}",
-                device=accelerator.device,
-                text=found.metrics if found else "",
-                check=attempt.check,
-            )
-            if attempt is not None
-            else Silent()
-        ),
+    report = _report(
+        display, machine, attempt, folder=folder, title=f"{config.model.name}, {created.source}", found=found
     )
     keeper = Keeper(
         machine=machine,
@@ -218,7 +208,7 @@ def finetune(
     try:
         with signals.as_flags(), display.shown(), _watch(config, machine, keeper, number), keeper:
             fit(
-                model,
+                staged.model,
                 optimizer,
                 batches,
                 plan,
@@ -229,6 +219,7 @@ def finetune(
                 keeper=keeper,
                 listener=report,
                 paths_of=partial(paths_of, images, order),
+                begin_epoch=staged.begin,
             )
     finally:
         report.draw()
@@ -238,6 +229,50 @@ def finetune(
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return outcome(rows=tuple(epoch_rows(report.rows)), seconds=time.monotonic() - began)
+
+
+def _put_back(
+    found: Found | None, staged: Staged, *, config: Config, order: Order, machine: Runtime, console: Console
+) -> Start:
+    """Put everything back to where the checkpoint stands, if there is one, and return where that is."""
+    if found is None:
+        return Start()
+    state, accelerator = found.state, machine.accelerator
+    # Moments there are of what has trained so far, statistics of what was not frozen then.
+    staged.stand(max(0, state.step - 1) // order.steps_per_epoch)
+    runtime.raise_together(
+        accelerator, put_back(found, staged.bare, staged.optimizer, accelerator.scaler, machine=machine)
+    )
+    console.print("\n".join(going_on(state, config, order, machine)))
+    return Start(epoch=state.epoch, step=state.step, sums=state.sums)
+
+
+def _report(
+    display: Display,
+    machine: Runtime,
+    attempt: Attempt | None,
+    *,
+    folder: Path,
+    title: str,
+    found: Found | None,
+) -> RunReport | Silent:
+    """Return what rank 0 tells of the run, what was told of it before included; the others tell nothing."""
+    device = machine.accelerator.device
+    return runtime.in_turn(
+        machine.accelerator,
+        lambda: (
+            RunReport(
+                display,
+                folder=folder,
+                title=title,
+                device=device,
+                text=found.metrics if found else "",
+                check=attempt.check,
+            )
+            if attempt is not None
+            else Silent()
+        ),
+    )
 
 
 def _watch(config: Config, machine: Runtime, keeper: Keeper, number: int) -> HangWatch:
@@ -323,16 +358,9 @@ def _batches(
     )
 
 
-def _prepare(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Wrap model and optimizer; what an earlier stage of this process has left behind is not this one's."""
+def _forget_earlier_stage(accelerator: Accelerator) -> None:
+    """Drop what an earlier stage of this process (the source model's) has left behind."""
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    with warnings.catch_warnings():
-        # Its successor does not exist in the oldest torch that is supported.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
-    return prepared

@@ -135,7 +135,7 @@ class Unkept:
         return None
 
 
-def fit(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
+def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth its length)
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Share],
@@ -148,6 +148,7 @@ def fit(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
     keeper: Keeper,
     listener: Listener,
     paths_of: Callable[[int, int], Sequence[str]],
+    begin_epoch: Callable[[int], nn.Module] | None = None,
 ) -> None:
     """Train from `start` to the end of the last epoch.
 
@@ -164,6 +165,8 @@ def fit(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
         keeper: asked at the boundaries between updates what to do; saves, once losses are known to be finite.
         listener: hears of progress, and of figures where they are read.
         paths_of: (epoch, step of the epoch), both from 0 -> the files of that global batch.
+        begin_epoch: epoch, from 0 -> the model to go on with, wrapped anew where other parameters train from there on;
+            None: it stays what it is.
 
     Raises:
         UserError: the loss, or the model's output after an epoch, is not finite; or what the keeper has met.
@@ -205,6 +208,8 @@ def fit(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
         set_lr(optimizer, plan.lr_factor(start.step - 1))  # which is told of an epoch with no update to come
     for epoch in range(start.epoch, plan.epochs):
         begun = start.step - epoch * steps if epoch == start.epoch else 0
+        if begin_epoch is not None:
+            model = begin_epoch(epoch)
         meter = Meter(accelerator, start.sums if begun else None)
         for epoch_step in range(begun, steps):
             step, size = epoch * steps + epoch_step, plan.batch_sizes[epoch_step]

@@ -123,7 +123,7 @@ def going_on(state: State, config: Config, order: Order, machine: Runtime) -> li
     within = f", in epoch {state.epoch + 1} after {begun} of its {steps} steps" if begun else ""
     lines = [f"going on after epoch {state.epoch} of {config.train.epochs} (step {state.step}){within}"]
     if state.world != machine.world:
-        is_own = config.transfer.batch_norm == "train"
+        is_own = config.transfer.batch_norm in ("train", "frozen-with-weights")
         batch_norm = ", and BatchNorm, whose statistics belong to each process" if is_own else ""
         lines.append(
             f"  on {machine.world} processes instead of {state.world}: the same examples, crops and learning rates; "

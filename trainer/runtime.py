@@ -5,6 +5,7 @@ cores (`accelerate launch` sets OMP_NUM_THREADS=1); what is chosen here is said.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
 )
+from torch import nn
 
 from trainer.errors import UserError
 from trainer.group import join_group
@@ -291,6 +293,39 @@ def stand_alone(environment: MutableMapping[str, str]) -> bool:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     return is_first
+
+
+def wrap_again(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+    """Return the model as accelerate wraps it, after the set of its parameters that train has changed.
+
+    DDP sorts parameters into buckets, and hooks into each, when it is made: unfreezing under a live one leaves ranks
+    apart (Lightning issue 20340). The caller must hold no reference to the one before, whose hooks live as long as it.
+
+    Args:
+        accelerator: of the process group.
+        model: bare.
+        optimizer: prepared by accelerate; it stays as it is.
+
+    """
+    if accelerator.num_processes == 1:
+        return model
+    bare: nn.Module = accelerator.unwrap_model(
+        model, keep_fp32_wrapper=False
+    )  # or autocast would wrap it twice
+    accelerator.free_memory()
+    wrapped, _ = prepare(accelerator, bare, optimizer)
+    return wrapped
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return model and optimizer as accelerate wraps them."""
+    with warnings.catch_warnings():
+        # Its successor does not exist in the oldest torch that is supported.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
+    return prepared
 
 
 def shut_down() -> None:

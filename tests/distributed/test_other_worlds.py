@@ -1,4 +1,7 @@
-"""A run that goes on with another number of processes: the same examples, crops and learning rates."""
+"""A run that goes on with another number of processes: the same examples, crops and learning rates.
+
+Layer after layer of it is let loose, an epoch each, so that DDP wraps it again on the way, and every stage is resumed.
+"""
 
 import random
 from pathlib import Path
@@ -22,6 +25,7 @@ from tests.kills import (
     worlds,
 )
 
+STAGED = {**SAME_ANYWHERE, "transfer__train": "{0: head, 1: last:2, 2: all}", "optim__layer_decay": 0.5}
 LOSSES, WEIGHTS = 1e-5, 1e-5
 """Measured: 4e-7 of a loss, 2e-8 in a weight."""
 
@@ -40,7 +44,7 @@ def test_one_process_then_two_then_three_of_which_one_is_killed_then_one_again(
     print(f"seed {(seed := 5)}")
     random_, expected = random.Random(seed), list[int]()
     for number, (processes, changes) in enumerate(starts, 1):
-        arguments = options(pictures(tmp_path_factory), folder, **SAME_ANYWHERE, **changes)
+        arguments = options(pictures(tmp_path_factory), folder, **STAGED, **changes)
         before, attempt, is_last = saved_step(folder), trained_by(folder), number == len(starts)
         launched = command("python" if processes == 1 else processes, *arguments, restarts=1)
         with started(launched, folder) as run:
@@ -60,9 +64,7 @@ def test_one_process_then_two_then_three_of_which_one_is_killed_then_one_again(
     assert set(expected) == {1, 2, 3}
     assert worlds(folder) == expected
     require_each_once(folder)
-    require_close(
-        folder, whole_run(tmp_path_factory, "python", **SAME_ANYWHERE), losses=LOSSES, weights=WEIGHTS
-    )
+    require_close(folder, whole_run(tmp_path_factory, "python", **STAGED), losses=LOSSES, weights=WEIGHTS)
 
 
 @pytest.mark.soak

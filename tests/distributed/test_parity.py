@@ -92,7 +92,6 @@ def resnet_reference(folder: Path, weights: Path) -> dict[str, list[float]]:
             num_classes=3,
             weights=str(weights),
             head_init="xavier",
-            frozen_batch_norm=False,
         )
         model = created.model.eval()  # frozen BatchNorm is BatchNorm in eval mode; there is no dropout
         head = list(model.get_submodule(created.heads[0]).parameters())

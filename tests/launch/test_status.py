@@ -64,7 +64,14 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
 
 def test_a_finished_run_is_told_by_its_own_model_after_the_comparison_with_scratch(tmp_path: Path) -> None:
     folder = run(tmp_path / "r", epochs=3, state="done", stage="scratch", step=200)
-    own = {"kind": "epoch", "epoch": 10, "step": 200, "seconds": 3.0, "test_accuracy": 0.99, "train_loss": 0.1}
+    own = {
+        "kind": "epoch",
+        "epoch": 10,
+        "step": 200,
+        "seconds": 3.0,
+        "test_accuracy": 0.99,
+        "train_loss": 0.1,
+    }
     (folder / "metrics.jsonl").write_text(json.dumps(own) + "\n")
     lines = describe(folder, now=NOW)[0].splitlines()
     assert lines[2] == "step 200 of 200, epoch 2 of 10"

@@ -24,6 +24,7 @@ from trainer.data import augment
 from trainer.data.augment import Normalise, Preprocessing
 from trainer.data.loader import Draw, Images
 from trainer.errors import UserError
+from trainer.model.batch_norm import freeze_batch_norm
 from trainer.model.create import create
 from trainer.model.head import find_heads, graft
 from trainer.model_file import Description, load, read_description, write_model
@@ -71,8 +72,9 @@ def trained(
         num_classes=classes,
         weights=None,
         head_init="xavier",
-        frozen_batch_norm=frozen,
     ).model
+    if frozen:
+        freeze_batch_norm(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     outputs = model(torch.randn(2, 3, size, size))
     (outputs if isinstance(outputs, Tensor) else outputs[0]).square().sum().backward()
@@ -327,7 +329,6 @@ def test_a_model_file_is_the_source_of_another_run(architecture: str, tmp_path: 
         num_classes=3,
         weights=str(path),
         head_init="xavier",
-        frozen_batch_norm=False,
     )
     heads = tuple(f"{head}." for head in created.heads)
     total = len([key for key in state if not key.startswith(heads)])

@@ -45,7 +45,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, u
 
     Args:
         path: folder of a checkpoint that was checked.
-        model: bare.
+        model: bare; what trained when the checkpoint was written requires gradients.
         optimizer: over parameters of that model.
         updated: whether an update was made before it; without one there may be no moments yet.
 
@@ -56,7 +56,9 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, u
     found = {name: load(path / name) for name in (MODEL, OPTIMIZER)}
     weights = model.state_dict()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    trained = [(names[id(p)], p) for group in optimizer.param_groups for p in group["params"]]
+    every = [(names[id(p)], p) for group in optimizer.param_groups for p in group["params"]]
+    # What has yet to be unfrozen has no moments; unless the optimizer began with them.
+    trained = [(name, p) for name, p in every if p.requires_grad or optimizer.state.get(p)]
     kept = _kept(optimizer)
     if not found[OPTIMIZER] and not updated:
         kept = ()
@@ -70,8 +72,11 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, u
     model.load_state_dict(found[MODEL])
     for entry, moment in moments.items():
         moment.copy_(found[OPTIMIZER][entry])
+    has_moments = {name for name, _ in trained}
     state = {
-        number: {key: moments[f"{key}.{name}"] for key in kept} for number, (name, _) in enumerate(trained)
+        number: {key: moments[f"{key}.{name}"] for key in kept}
+        for number, (name, _) in enumerate(every)
+        if name in has_moments
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -18,7 +18,16 @@ from trainer.errors import UserError
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """Return the model's BatchNorm layers that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    return [layer for _, layer in named_batch_norms(model)]
+
+
+def named_batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """Return (name, layer) of the model's BatchNorm layers that keep running statistics."""
+    return [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None
+    ]
 
 
 def freeze_batch_norm(model: nn.Module) -> int:
@@ -38,7 +47,16 @@ def _stay_in_eval(layer: _BatchNorm, mode: bool = True) -> _BatchNorm:
     return layer
 
 
-def _is_frozen(layer: _BatchNorm) -> bool:
+def thaw_batch_norm(model: nn.Module, *, training: bool) -> None:
+    """Let BatchNorm follow `train()` again, beginning in the given mode."""
+    for layer in batch_norms(model):
+        if is_frozen(layer):
+            del layer.train
+        layer.train(training)
+
+
+def is_frozen(layer: _BatchNorm) -> bool:
+    """Return whether a layer keeps its statistics, whatever `train()` says."""
     return "train" in vars(layer)
 
 
@@ -133,7 +151,7 @@ def _live_statistics(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": buffer
         for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and not _is_frozen(layer)
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and not is_frozen(layer)
         for key, buffer in layer.named_buffers(recurse=False)
     }
 
@@ -143,7 +161,7 @@ def average_statistics(model: nn.Module, world: int) -> None:
 
     Every process calls it, with the same model. Frozen layers and num_batches_tracked are left.
     """
-    layers = [layer for layer in batch_norms(model) if not _is_frozen(layer)]
+    layers = [layer for layer in batch_norms(model) if not is_frozen(layer)]
     if world == 1 or not layers:
         return
     statistics = [s for layer in layers for s in (layer.running_mean, layer.running_var) if s is not None]

@@ -8,12 +8,12 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from trainer.errors import UserError
 from trainer.model.head import trial_forward
+from trainer.patterns import matching
 
 _ENOUGH = 5
 """Blocks; with fewer, the largest one is taken apart."""
@@ -29,6 +29,31 @@ class Block:
     """Of its module; of a parameter that lies directly in a taken-apart one, the parameter's."""
     parameters: tuple[str, ...]
     """Names, in the order of their first use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """A model in the order in which a picture passes through it."""
+
+    order: Mapping[str, int]
+    """Parameter name -> when the forward pass comes to it."""
+    blocks: tuple[Block, ...]
+
+    @property
+    def depth(self) -> dict[str, int]:
+        """Return parameter name -> how many blocks come after its own."""
+        return {name: after for after, block in enumerate(reversed(self.blocks)) for name in block.parameters}
+
+
+def examine(model: nn.Module, image_size: int) -> Structure:
+    """Return the structure of a model on images of `image_size` x `image_size` px.
+
+    Raises:
+        UserError: the model cannot take such images.
+
+    """
+    order = execution_order(model, image_size)
+    return Structure(order=order, blocks=blocks(model, order))
 
 
 def execution_order(model: nn.Module, image_size: int) -> dict[str, int]:
@@ -124,23 +149,22 @@ def _parts(model: nn.Module, name: str, order: Mapping[str, int]) -> list[Block]
     return [Block(child, tuple(parameters)) for child, parameters in held.items()]
 
 
-def trained(
-    what: str, model: nn.Module, heads: Sequence[str], order: Mapping[str, int], found: Sequence[Block]
-) -> frozenset[str]:
+def trained(what: str, model: nn.Module, heads: Sequence[str], structure: Structure) -> frozenset[str]:
     """Return the names of the parameters that train; those of the new output layers always do.
 
     Args:
         what: `all`; `head`; `from:MODULE`, that module and all that the forward pass comes to after it; `last:N`, the
-            last N blocks, the output layer's among them; or patterns of parameter names, as in `layer4.*, *.bias`.
+            last N blocks, the output layer's among them; or modules and patterns of parameter names, as in `layer4,
+            *.bias`.
         model: with its new output layers.
         heads: their names.
-        order: of the model's parameters.
-        found: the model's blocks.
+        structure: of the model.
 
     Raises:
         UserError: none of these, or one that means nothing in this model.
 
     """
+    order = structure.order
     in_heads = {name for name in order if any(name.startswith(f"{head}.") for head in heads)}
     kind, colon, rest = what.partition(":")
     rest = rest.strip()
@@ -152,7 +176,7 @@ def trained(
         start = _start_of(rest, model, order)
         chosen = {name for name, when in order.items() if when >= start}
     elif kind == "last" and colon:
-        chosen = {name for block in _last(rest, found) for name in block.parameters}
+        chosen = {name for block in _last(rest, structure.blocks) for name in block.parameters}
     else:
         chosen = _matching(what, order)
     return frozenset(chosen | in_heads)
@@ -186,11 +210,11 @@ def _last(text: str, found: Sequence[Block]) -> Sequence[Block]:
 def _matching(text: str, order: Mapping[str, int]) -> set[str]:
     chosen: set[str] = set()
     for pattern in (part.strip() for part in text.split(",")):
-        matching = {name for name in order if fnmatchcase(name, pattern)}
-        if not matching:
+        found = matching(pattern, order)
+        if not found:
             raise UserError(
-                f"transfer.train is {text!r}: expected all, head, from:MODULE, last:N, or patterns of parameter names; "
-                f"{pattern!r} matches none of this model's, such as {', '.join(list(order)[:3])}"
+                f"transfer.train is {text!r}: expected all, head, from:MODULE, last:N, or modules and patterns of "
+                f"parameter names; {pattern!r} matches none of this model's, such as {', '.join(list(order)[:3])}"
             )
-        chosen |= matching
+        chosen |= found
     return chosen

@@ -6,8 +6,10 @@ from typing import Literal
 
 from torch import nn
 
-from trainer.model.batch_norm import freeze_batch_norm, guard_single_values
+from trainer.model.batch_norm import guard_single_values
+from trainer.model.blocks import Structure, examine
 from trainer.model.build import build
+from trainer.model.freeze import Stage
 from trainer.model.head import find_heads, graft
 from trainer.model.weights import load_weights, read_weights
 
@@ -23,6 +25,9 @@ class Created:
     """Where the other layers' weights came from."""
     lines: tuple[str, ...]
     """What was done, for a reader."""
+    structure: Structure
+    stages: tuple[Stage, ...] = ()
+    """What trains when; the model is in the first of them. Without one, all of it trains."""
 
 
 def create(
@@ -32,7 +37,6 @@ def create(
     num_classes: int,
     weights: str | None,
     head_init: Literal["xavier", "torch", "source-labels", "linear-probe"],
-    frozen_batch_norm: bool,
     on_progress: Callable[[str], None] | None = None,
 ) -> Created:
     """Build a model with a new head, drawn from torch's generator, and copy the source weights into the rest.
@@ -54,7 +58,7 @@ def create(
         state, source = read_weights(name, weights, on_progress=on_progress)
         report = load_weights(model, heads, state, name=name, image_size=image_size, source=source)
         lines += report.lines()
-    if frozen_batch_norm:
-        lines.append(f"{freeze_batch_norm(model)} BatchNorm layers keep the source's statistics")
     guard_single_values(model)
-    return Created(model, tuple(head.name for head in heads), source, tuple(lines))
+    return Created(
+        model, tuple(head.name for head in heads), source, tuple(lines), examine(model, image_size)
+    )

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import (
@@ -24,10 +23,8 @@ from rich.progress import (
 from rich.progress import (
     Progress as Bar,
 )
-from rich.table import Table
 
 from trainer.loop import Progress
-from trainer.optim import Group
 from trainer.report.metrics import Row
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -75,19 +72,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
-def group_table(groups: Sequence[Group]) -> Table:
-    """Return the table of parameter groups: tensors, parameters, peak learning rate, weight decay."""
-    table = Table("group", box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("tensors", "parameters", "peak lr", "weight decay"):
-        table.add_column(title, justify="right")
-    for group in groups:
-        count = sum(p.numel() for p in group.parameters)
-        table.add_row(
-            group.name, f"{len(group.parameters)}", f"{count:,}", f"{group.lr:g}", f"{group.weight_decay:g}"
-        )
-    return table
 
 
 def duration(seconds: float) -> str:

@@ -52,16 +52,13 @@ def source_model(name: str, size: int) -> nn.Module:
     return model
 
 
-def make(
-    name: str, weights: Path | str | None, *, seed: int, size: int = 64, frozen: bool = False, **other: object
-) -> Created:
+def make(name: str, weights: Path | str | None, *, seed: int, size: int = 64, **other: object) -> Created:
     torch.manual_seed(seed)
     settings: dict[str, object] = {"head_init": "xavier", "num_classes": CLASSES} | other
     return create(
         name,
         image_size=size,
         weights=None if weights is None else str(weights),
-        frozen_batch_norm=frozen,
         **settings,  # type: ignore[arg-type]
     )
 
@@ -173,27 +170,12 @@ def test_what_was_done_is_said() -> None:
         "squeezenet1_1: new output layer classifier.1",
         "taken out, so that logits have no bound: classifier.2",
     )
-    assert make("resnet18", None, seed=0, frozen=True).lines == (
-        "resnet18: new output layer fc",
-        "20 BatchNorm layers keep the source's statistics",
-    )
 
 
 def test_squeezenets_logits_may_be_negative() -> None:
     model = make("squeezenet1_1", None, seed=0).model.eval()
     with torch.no_grad():
         assert model(torch.randn(8, 3, 64, 64)).min() < 0
-
-
-def test_frozen_batch_norm_keeps_the_files_statistics(tmp_path: Path) -> None:
-    torch.manual_seed(7)
-    state = source_model("resnet18", 64).state_dict()
-    torch.save(state, tmp_path / "source.pth")
-    for frozen in (True, False):
-        model = make("resnet18", tmp_path / "source.pth", seed=0, frozen=frozen).model.train()
-        model(torch.randn(4, 3, 64, 64)).sum().backward()
-        for key, buffer in model.named_buffers():
-            assert torch.equal(buffer, state[key]) is frozen, key
 
 
 def test_a_batch_of_one_trains_where_the_maps_are_1_x_1() -> None:

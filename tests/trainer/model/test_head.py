@@ -10,6 +10,7 @@ from torchvision import models
 from torchvision.models import GoogLeNetOutputs, InceptionOutputs
 
 from trainer.errors import UserError
+from trainer.model.blocks import examine
 from trainer.model.head import Head, find_heads, graft, split_outputs, trial_forward
 
 CLASSES = 7
@@ -87,6 +88,16 @@ def test_exactly_the_head_of_every_torchvision_model_changes(name: str) -> None:
     assert {path for path in tensors if new_tensors[path] is not tensors[path]} == changed
     for path, shape in shapes.items():
         assert new_shapes[path] == ((CLASSES, *shape[1:]) if path in changed else shape)
+
+    structure = examine(model, SIZES.get(name, 64))
+    in_blocks = [parameter for block in structure.blocks for parameter in block.parameters]
+    assert sorted(in_blocks) == sorted(path for path, _ in model.named_parameters())
+    assert len(structure.blocks) >= 5
+    assert {path for path in changed if path.startswith(heads[0].name)} <= set(
+        structure.blocks[-1].parameters
+    )
+    firsts = [structure.order[block.parameters[0]] for block in structure.blocks]
+    assert firsts == sorted(firsts)
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "googlenet"])

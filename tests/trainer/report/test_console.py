@@ -6,11 +6,9 @@ from typing import IO, Any, cast
 
 import pytest
 from rich.console import Console
-from torch import nn
 
 from trainer.loop import Progress
 from trainer.meter import Figures
-from trainer.optim import group_parameters
 from trainer.report import console as module
 from trainer.report.console import (
     Display,
@@ -18,7 +16,6 @@ from trainer.report.console import (
     checking,
     downloading,
     duration,
-    group_table,
     make_console,
     rate,
     row_header,
@@ -71,17 +68,6 @@ def test_durations(seconds: float, text: str) -> None:
 def test_rates_and_sizes_are_short() -> None:
     assert (rate(43.94), rate(99.97), rate(20123)) == ("43.9", "100.0", "20,123")
     assert (size(5 * 2**20), size(3 * 2**30)) == ("5M", "3.0G")
-
-
-def test_the_group_table_counts_tensors_and_parameters() -> None:
-    model = nn.Sequential(nn.Linear(100, 20), nn.Linear(20, 3))
-    console, file = plain()
-    console.print(group_table(group_parameters(model, ["1"], lr=5e-5, head_lr_scale=10, weight_decay=1e-3)))
-    backbone, head = (
-        line.split() for line in file.getvalue().splitlines() if line.strip().startswith(("backbone", "head"))
-    )
-    assert backbone == ["backbone", "2", "2,020", "5e-05", "0.001"]
-    assert head == ["head", "2", "63", "0.0005", "0.001"]
 
 
 def test_without_a_terminal_lines_are_plain_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

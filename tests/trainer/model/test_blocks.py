@@ -1,0 +1,116 @@
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from trainer.errors import UserError
+from trainer.model.blocks import Structure, examine, execution_order, trained
+from trainer.model.build import build
+
+RESNET = ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]
+
+
+@pytest.fixture(scope="module")
+def resnet() -> tuple[nn.Module, Structure]:
+    model = models.resnet18()
+    return model, examine(model, 64)
+
+
+class Backwards(nn.Module):
+    """Its modules are named in another order than that in which it calls them; `early` is called first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+        self.late = nn.Linear(4, 4)
+        self.early = nn.Conv2d(3, 4, 1)
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.late(self.early(images).mean((2, 3)) * self.scale))
+        return logits
+
+
+def test_the_order_is_that_of_the_forward_pass() -> None:
+    order = execution_order(Backwards(), 8)
+    assert sorted((when, name) for name, when in order.items()) == [
+        (0, "scale"), (1, "early.bias"), (1, "early.weight"), (2, "late.bias"), (2, "late.weight"),
+        (3, "head.bias"), (3, "head.weight"),
+    ]  # fmt: skip
+    assert [block.name for block in examine(Backwards(), 8).blocks] == ["early", "late", "head"]
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("resnet18", RESNET),
+        ("squeezenet1_1", [*(f"features.{i}" for i in (0, 3, 4, 6, 7, 9, 10, 11, 12)), "classifier"]),
+        ("alexnet", [*(f"features.{i}" for i in (0, 3, 6, 8, 10)), *(f"classifier.{i}" for i in (1, 4, 6))]),
+        ("convnext_tiny", [*(f"features.{i}" for i in range(8)), "classifier"]),
+        ("vit_b_32", ["conv_proj", *(f"encoder.layers.encoder_layer_{i}" for i in range(12)), "heads"]),
+    ],
+)
+def test_blocks_are_what_a_person_would_call_them(name: str, names: list[str]) -> None:
+    model = build(name, image_size=64, empty=True)
+    assert [block.name for block in examine(model, 64).blocks] == names
+
+
+def test_a_norm_belongs_to_the_block_before_it(resnet: tuple[nn.Module, Structure]) -> None:
+    assert resnet[1].blocks[0].parameters == ("conv1.weight", "bn1.weight", "bn1.bias")
+    assert resnet[1].depth["bn1.weight"] == 5
+    assert resnet[1].depth["fc.weight"] == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "blocks"),
+    [
+        ("all", RESNET),
+        ("head", ["fc"]),
+        ("from:layer3", ["layer3", "layer4", "fc"]),
+        ("from: layer3", ["layer3", "layer4", "fc"]),
+        ("last:1", ["fc"]),
+        ("last:2", ["layer4", "fc"]),
+        ("last:6", RESNET),
+        ("layer1", ["layer1", "fc"]),
+        ("layer1, layer4.*", ["layer1", "layer4", "fc"]),
+    ],
+)
+def test_what_trains(what: str, blocks: list[str], resnet: tuple[nn.Module, Structure]) -> None:
+    model, structure = resnet
+    expected = {name for block in structure.blocks if block.name in blocks for name in block.parameters}
+    assert trained(what, model, ["fc"], structure) == expected
+
+
+def test_patterns_and_inner_modules(resnet: tuple[nn.Module, Structure]) -> None:
+    model, structure = resnet
+    head = {"fc.weight", "fc.bias"}
+    biases = {name for name in structure.order if name.endswith(".bias")}
+    assert trained("*.bias", model, ["fc"], structure) == biases | head
+    inner = trained("from:layer4.1.conv2", model, ["fc"], structure)
+    assert inner == {"layer4.1.conv2.weight", "layer4.1.bn2.weight", "layer4.1.bn2.bias"} | head
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("from:layer5", "no module 'layer5' with parameters. Did you mean layer4 or"),
+        ("from:", "no module '' with parameters"),
+        ("from:relu", "no module 'relu'"),
+        ("last:0", "expected last:1 to last:6, by the blocks of this model, conv1, layer1"),
+        ("last:7", "expected last:1 to last:6"),
+        ("last:two", "expected last:1 to last:6"),
+        ("last:-1", "expected last:1 to last:6"),
+        ("lastly", "'lastly' matches none of this model's, such as conv1.weight, bn1.weight"),
+        ("layer1, layre2", "'layre2' matches none"),
+        ("layer1,", "'' matches none"),
+    ],
+)
+def test_what_means_nothing_is_refused_with_what_there_is(
+    what: str, said: str, resnet: tuple[nn.Module, Structure]
+) -> None:
+    model, structure = resnet
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        trained(what, model, ["fc"], structure)
+    assert f"transfer.train is '{what}'" in str(error.value)
