@@ -1,13 +1,22 @@
+import io
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from trainer import assemble, runtime
-from trainer.assemble import Evaluator, make_model, make_plan, make_policy, require_synchronisable
+from trainer.assemble import (
+    Evaluator,
+    make_groups,
+    make_model,
+    make_plan,
+    make_policy,
+    require_synchronisable,
+)
 from trainer.checkpoint.policy import Policy
 from trainer.config import (
     CheckpointConfig,
@@ -22,6 +31,7 @@ from trainer.data.augment import Preprocessing
 from trainer.data.index import Example, ImageIndex
 from trainer.data.loader import Order
 from trainer.errors import UserError
+from trainer.report.blocks import block_table
 
 ORDER = Order(examples=25, batch_size=10, seed=0)  # 3 steps an epoch
 
@@ -66,6 +76,92 @@ def test_intervals_become_steps_of_this_run_and_at_least_one(
     assert make_policy(Config(checkpoint=given, train=TrainConfig(epochs=4)), ORDER) == Policy(
         every_steps=steps, every_seconds=seconds, keep_last=2, keep_best=True, keep_every=keep_every
     )
+
+
+# Parameter groups
+
+
+def rates(**optim: Any) -> dict[str, set[tuple[str, float, float]]]:
+    """Return block of resnet18 -> (group, learning rate, weight decay) of its parameters."""
+    transfer = TransferConfig(train=optim.pop("train", "all"))
+    given: dict[str, Any] = {"lr": 1.0, "weight_decay": 0.5} | optim
+    config = Config(
+        data=DataConfig(image_size=32),
+        model=ModelConfig(weights=None),
+        transfer=transfer,
+        optim=OptimConfig(**given),
+    )
+    created = make_model(config, 3, None, on_progress=print)
+    groups = make_groups(created, config)
+    every = [parameter for group in groups for parameter in group.parameters]
+    assert len(every) == len({id(p) for p in every}), "a parameter is in one group"
+    group_of = {id(parameter): group for group in groups for parameter in group.parameters}
+    found: dict[str, set[tuple[str, float, float]]] = {}
+    for name, parameter in created.model.named_parameters():
+        group = group_of.get(id(parameter))
+        if group is not None:
+            found.setdefault(name.split(".")[0], set()).add((group.name, group.lr, group.weight_decay))
+    return found
+
+
+def test_there_are_the_notes_two_groups_unless_more_is_asked_for() -> None:
+    found = rates()
+    assert found.pop("fc") == {("head", 10.0, 0.5)}
+    assert set(found) == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+    assert all(groups == {("backbone", 1.0, 0.5)} for groups in found.values())
+
+
+def test_the_rate_falls_with_each_block_below_the_head() -> None:
+    assert {name: groups.pop()[1] for name, groups in rates(layer_decay=0.5).items()} == {
+        "fc": 10.0, "layer4": 0.5, "layer3": 0.25, "layer2": 0.125, "layer1": 0.0625, "conv1": 0.03125, "bn1": 0.03125,
+    }  # fmt: skip
+
+
+def test_patterns_multiply_rates_and_the_last_that_matches_counts() -> None:
+    found = rates(lr_scales={"layer*": 0.1, "layer4": 3, "fc.bias": 2, "layer1.0.bn1.bias": 0})
+    assert found["layer2"] == {("backbone", 0.1, 0.5)}
+    assert found["layer4"] == {("backbone", 3.0, 0.5)}
+    assert found["fc"] == {("head", 10.0, 0.5), ("head", 20.0, 0.5)}
+    assert found["layer1"] == {("backbone", 0.1, 0.5), ("backbone", 0.0, 0.5)}
+    assert found["conv1"] == {("backbone", 1.0, 0.5)}
+    with pytest.raises(UserError, match="'layre' matches no parameter of this model; its blocks are conv1"):
+        rates(lr_scales={"layre": 1})
+
+
+def test_weight_decay_is_kept_off_norms_and_biases_on_demand() -> None:
+    found = rates(decay_norms=False)
+    assert found["bn1"] == {("backbone", 1.0, 0.0)}
+    assert found["conv1"] == {("backbone", 1.0, 0.5)}
+    assert found["fc"] == {("head", 10.0, 0.5), ("head", 10.0, 0.0)}
+
+
+def test_groups_are_of_all_that_ever_trains_and_of_nothing_else() -> None:
+    assert set(rates(train="head")) == {"fc"}
+    assert set(rates(train={0: "head", 5: "last:2"})) == {"fc", "layer4"}
+
+
+@pytest.mark.parametrize(
+    ("train", "row"),
+    [
+        ("all", "layer4 yes 8,393,728 0.001 0.1 train"),
+        ("head", "layer4 frozen 8,393,728 - - frozen"),
+        ({0: "head", 2: "layer4"}, "layer4 from epoch 3 8,393,728 0.001 0.1 frozen"),
+        ({0: "head", 2: "layer4.*.weight"}, "layer4 in part 8,393,728 0.001 0.1 frozen"),
+    ],
+)
+def test_the_table_says_of_each_block_what_becomes_of_it(train: Any, row: str) -> None:
+    config = Config(
+        data=DataConfig(image_size=32),
+        model=ModelConfig(weights=None),
+        transfer=TransferConfig(train=train),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.1),
+    )
+    created = make_model(config, 3, None, on_progress=print)
+    file = io.StringIO()
+    Console(file=file, width=120).print(block_table(created, make_groups(created, config)))
+    lines = [line.split() for line in file.getvalue().splitlines() if line.strip()]
+    assert [line[0] for line in lines[2:]] == ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]
+    assert [" ".join(line) for line in lines[-2:]] == [row, "fc (new) yes 1,539 0.01 0.1 -"]
 
 
 # BatchNorm over the global batch
