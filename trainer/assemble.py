@@ -255,7 +255,12 @@ def make_model(
         created.model.to(memory_format=torch.channels_last)
     stages = make_stages(config.transfer.train, created.model, created.heads, created.structure)
     enter(created.model, stages[0], config.transfer.batch_norm)
-    return replace(created, stages=stages)
+    late = [stage.begins for stage in stages if stage.begins >= config.train.epochs]
+    notes = [
+        f"transfer.train: the run ends after epoch {config.train.epochs}, before the stage from epoch {begins + 1} on"
+        for begins in late
+    ]
+    return replace(created, stages=stages, lines=(*created.lines, *notes))
 
 
 def require_synchronisable(config: Config, order: Order, machine: Runtime) -> None:

@@ -164,6 +164,19 @@ def test_the_table_says_of_each_block_what_becomes_of_it(train: Any, row: str) -
     assert [" ".join(line) for line in lines[-2:]] == [row, "fc (new) yes 1,539 0.01 0.1 -"]
 
 
+def test_a_stage_that_never_comes_is_told_of() -> None:
+    config = Config(
+        data=DataConfig(image_size=32),
+        model=ModelConfig(weights=None),
+        transfer=TransferConfig(train={0: "head", 2: "layer4", 9: "all"}),
+        train=TrainConfig(epochs=3),
+    )
+    lines = make_model(config, 3, None, on_progress=print).lines
+    assert [line for line in lines if "stage" in line] == [
+        "transfer.train: the run ends after epoch 3, before the stage from epoch 10 on"
+    ]
+
+
 # BatchNorm over the global batch
 
 
