@@ -17,8 +17,8 @@ if not __package__:
 from matplotlib.figure import Figure
 from PIL import Image
 
-from trainer.assemble import describe, displays_on, preprocessing_of
-from trainer.data.augment import apply_seeded, train_transform
+from trainer.assemble import describe, displays_on, preprocessing_of, training_transform
+from trainer.data.augment import apply_seeded
 from trainer.data.decode import UnreadableImage, decode
 from trainer.data.index import Example, ImageIndex
 from trainer.data.names import printable
@@ -89,7 +89,7 @@ def preview(argv: Sequence[str]) -> Path:
         check=config.data.on_unreadable == "skip",
     )
     index, preprocessing = prepared.index, preprocessing_of(config.data)
-    transform = train_transform(preprocessing, config.data.augment, config.data.crop_scale)
+    transform = training_transform(config.data, preprocessing)
     places = {example: number for number, example in enumerate(index.train)}
     seen: list[tuple[str, list[Image.Image]]] = []
     augmented: list[tuple[str, list[Image.Image]]] = []
