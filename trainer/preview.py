@@ -90,6 +90,7 @@ def preview(argv: Sequence[str]) -> Path:
     )
     index, preprocessing = prepared.index, preprocessing_of(config.data)
     transform = training_transform(config.data, preprocessing)
+    augmented_by = config.data.augment + (", random erasing" if config.data.random_erasing else "")
     places = {example: number for number, example in enumerate(index.train)}
     seen: list[tuple[str, list[Image.Image]]] = []
     augmented: list[tuple[str, list[Image.Image]]] = []
@@ -101,7 +102,7 @@ def preview(argv: Sequence[str]) -> Path:
         seen.append((name, pictures))
         augmented.append(
             (
-                f"{name}, as seen in epoch 1 ({config.data.augment}, {preprocessing.image_size} px)",
+                f"{name}, as seen in epoch 1 ({augmented_by}, {preprocessing.image_size} px)",
                 [
                     apply_seeded(transform, picture, seed)
                     for picture, seed in zip(pictures, seeds, strict=True)
