@@ -1,5 +1,6 @@
 """Sections of the config -> the parts of a run. Only here, and in the verbs, is the whole config known."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from trainer import runtime
 from trainer.checkpoint.policy import Policy
 from trainer.config import Config, DataConfig, OptimConfig
-from trainer.data.augment import Normalise, Preprocessing, eval_transform, train_transform
+from trainer.data.augment import Normalise, Preprocessing, Transform, eval_transform, train_transform
 from trainer.data.index import Example, ImageIndex
 from trainer.data.loader import Batch, Images, Order, Shares, Slices, make_loader
 from trainer.data.names import listed, printable
@@ -20,8 +21,10 @@ from trainer.data.prepare import Displays, Prepared, prepare
 from trainer.errors import UserError
 from trainer.evaluate import evaluate
 from trainer.loop import Evaluations, Plan
+from trainer.mixing import Mixing
 from trainer.model.create import Created, create
 from trainer.model.freeze import enter, make_stages
+from trainer.objective import Objective, balanced_weights
 from trainer.optim import Group, group_parameters
 from trainer.patterns import matching
 from trainer.report.console import checking, downloading
@@ -72,11 +75,51 @@ def preprocessing_of(data: DataConfig) -> Preprocessing:
     )
 
 
+def training_transform(data: DataConfig, preprocessing: Preprocessing) -> Transform:
+    """Return what becomes of a training picture."""
+    return train_transform(preprocessing, data.augment, data.crop_scale, random_erasing=data.random_erasing)
+
+
+def make_order(config: Config, index: ImageIndex) -> Order:
+    """Return the order of the training examples."""
+    balances = config.data.sampling == "balanced"
+    return Order(
+        examples=len(index.train),
+        batch_size=config.train.batch_size,
+        seed=config.run.seed,
+        labels=tuple(example.label for example in index.train) if balances else None,
+    )
+
+
+def make_objective(config: Config, index: ImageIndex, device: torch.device) -> Objective:
+    """Return the loss; class weights come from the examples that are trained on."""
+    weights = None
+    if config.regularise.class_weights == "balanced":
+        counts = Counter(example.label for example in index.train)
+        weights = balanced_weights([counts[label] for label in range(len(index.classes))]).to(device)
+    return Objective(label_smoothing=config.regularise.label_smoothing, class_weights=weights)
+
+
+def make_mixing(config: Config, machine: Runtime) -> Mixing | None:
+    """Return what mixes the pictures of a batch; None: nothing does."""
+    mixup, cutmix = config.regularise.mixup, config.regularise.cutmix
+    if not (mixup or cutmix):
+        return None
+    return Mixing(
+        mixup=mixup,
+        cutmix=cutmix,
+        seed=config.run.seed,
+        rank=machine.rank,
+        world=machine.world,
+        gather=machine.accelerator.gather,
+    )
+
+
 def training_images(
     index: ImageIndex, preprocessing: Preprocessing, config: Config, machine: Runtime
 ) -> Images:
     """Return the training images under the config's augmentation."""
-    transform = train_transform(preprocessing, config.data.augment, config.data.crop_scale)
+    transform = training_transform(config.data, preprocessing)
     return Images(
         index.train, transform, seed=config.run.seed, threads=decoding_threads(config.data.workers, machine)
     )

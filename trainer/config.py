@@ -73,9 +73,9 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Least and greatest share of the picture's area that a training crop covers."""
     random_erasing: float = 0.0
-    """Probability with which a rectangle of a training image is blanked, after all else (Zhong et al. 2020); 0: never."""
+    """Probability with which a rectangle of a training image, 2 to 33% of it, is made the mean colour, after all else (Zhong et al. 2020); 0: never."""
     sampling: Literal["shuffled", "balanced"] = "shuffled"
-    """Examples of an epoch: shuffled, each of them once; balanced, as many in all but each class as often as the others, so that examples of small classes come several times, each time in another crop."""
+    """Examples of an epoch: shuffled, each of them once; balanced, as many in all but each class as often as the others (He and Garcia 2009), so that examples of small classes come several times, each time in another crop, and of large ones only some, others each epoch."""
     val_fraction: float = 0.0
     """Share of train/ cut out, by class and seed, to select the best epoch on; 0: none."""
     test_fraction: float = 0.2
@@ -215,7 +215,7 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum; sgd only."""
     loss_reduction: Literal["mean", "sum"] = "mean"
-    """What is differentiated: the mean, or the sum, of the cross-entropy over the examples of the global batch."""
+    """What is differentiated: the mean, or the sum, of the loss over the examples of the global batch."""
     schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"
     """Learning rate after the warm-up: constant, or a half cosine down to 0 at the end. one-cycle (Smith 2018): up from a 25th by a half cosine, over the warm-up or 30% where there is none, then down to nearly 0."""
     warmup: str = "0 steps"
@@ -257,7 +257,7 @@ class RegulariseConfig:
     cutmix: float = 0.0
     """Alpha of the Beta distribution of CutMix (Yun et al. 2019), likewise; with mixup, each batch is the one or the other."""
     class_weights: Literal["none", "balanced"] = "none"
-    """Weight of each example's loss: 1, or N / (classes x examples of its class), whose mean over the examples is 1."""
+    """Weight of each example's loss in training: none, 1; balanced, N / (classes x examples of its class) (King and Zeng 2001), whose mean over the training set is 1."""
     ema: float | None = None
     """Decay per update of an exponential moving average of the weights (and BatchNorm's statistics), which is what is evaluated and kept; it starts lower, (1 + step) / (10 + step); null: none."""
     early_stopping: int | None = None
@@ -385,6 +385,16 @@ class Config:
         _require(
             not (self.train.precision == "fp16" and self.run.device == "cpu"),
             "train.precision fp16 and run.device cpu do not go together: a CPU has no fp16 training; choose fp32 or bf16",
+        )
+        _require(
+            not (self.data.sampling == "balanced" and self.regularise.class_weights == "balanced"),
+            "data.sampling and regularise.class_weights are both balanced: small classes would count twice over. Set one "
+            "of them, to shuffled or none",
+        )
+        _require(
+            not (self.regularise.mixup or self.regularise.cutmix) or self.train.batch_size > 1,
+            "regularise.mixup and cutmix mix the pictures of a batch, but train.batch_size is 1: set them to 0, or more "
+            "examples a batch",
         )
         _require(
             not (self.source.root and self.model.weights),

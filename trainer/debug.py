@@ -25,7 +25,10 @@ from trainer.assemble import (
     displays_on,
     loader_of,
     make_groups,
+    make_mixing,
     make_model,
+    make_objective,
+    make_order,
     make_plan,
     paths_of,
     preprocessing_of,
@@ -34,7 +37,7 @@ from trainer.assemble import (
 from trainer.config import Config
 from trainer.data.augment import Normalise
 from trainer.data.index import Example, ImageIndex
-from trainer.data.loader import Batch, Order, Shares
+from trainer.data.loader import Batch, Shares
 from trainer.data.prepare import prepare
 from trainer.errors import UserError
 from trainer.loop import Evaluations, Progress, Start, Unkept, fit, update
@@ -102,7 +105,7 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
         optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
         model, optimizer = accelerator.prepare(created.model, optimizer)
 
-    order = Order(examples=len(index.train), batch_size=config.train.batch_size, seed=config.run.seed)
+    order = make_order(config, index)
     plan = make_plan(config, order)
     plan = replace(plan, batch_sizes=plan.batch_sizes[:BATCHES], epochs=1, points_per_epoch=BATCHES)
     preprocessing = preprocessing_of(config.data)
@@ -135,6 +138,8 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
             keeper=Unkept(),
             listener=_Narrator(console),
             paths_of=partial(paths_of, images, order),
+            objective=make_objective(config, index, device),
+            mixing=make_mixing(config, machine),
         )
 
     with stage(f"overfit one batch, {OVERFIT_STEPS} updates at the peak learning rate"):
@@ -157,7 +162,7 @@ def _overfit(
     normalise: Normalise,
     accelerator: Accelerator,
 ) -> Iterator[float]:
-    """Yield the mean loss of one batch before each of a few updates on it."""
+    """Yield the mean loss of one batch (plain cross-entropy, unmixed) before each of a few updates on it."""
     set_lr(optimizer, 1.0)
     size = len(batch.labels)
     scale = 1 / size if config.optim.loss_reduction == "mean" else 1.0

@@ -19,7 +19,10 @@ from trainer.assemble import (
     load_examples,
     loader_of,
     make_groups,
+    make_mixing,
     make_model,
+    make_objective,
+    make_order,
     make_plan,
     make_policy,
     paths_of,
@@ -113,7 +116,7 @@ def finetune(
     prepared = load_examples(config.data, machine, console)
     index = prepared.index
     console.print(describe(prepared))
-    order = Order(examples=len(index.train), batch_size=config.train.batch_size, seed=config.run.seed)
+    order = make_order(config, index)
     require_synchronisable(config, order, machine)
     plan = make_plan(config, order)
     runtime.require_equal(accelerator, prepared.fingerprint, "the images")
@@ -220,6 +223,8 @@ def finetune(
                 listener=report,
                 paths_of=partial(paths_of, images, order),
                 begin_epoch=staged.begin,
+                objective=make_objective(config, index, accelerator.device),
+                mixing=make_mixing(config, machine),
             )
     finally:
         report.draw()

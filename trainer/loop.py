@@ -10,13 +10,14 @@ from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, Interrupted
 from trainer.meter import Figures, Meter, Sums
+from trainer.mixing import Mixing
 from trainer.model.batch_norm import average_statistics, batch_norm_in_eval
 from trainer.model.head import split_outputs
+from trainer.objective import PLAIN, Blend, Objective
 from trainer.optim import current_lr, set_lr
 from trainer.seeds import derive_seed
 from trainer.signals import Stopped
@@ -24,7 +25,7 @@ from trainer.signals import Stopped
 Share = tuple[Tensor, Tensor, Tensor]
 """One process's part of a global batch: images uint8 [B, 3, H, W], labels int64 [B], examples int64 [B]."""
 Normalise = Callable[[Tensor], Tensor]
-"""uint8 images [B, 3, H, W] -> the model's input."""
+"""Images [B, 3, H, W], uint8 or (mixed) float from 0 to 255 -> the model's input."""
 Evaluations = dict[str, Evaluation]
 """Part of the data (`test`, `val`) -> what a pass over it found."""
 
@@ -149,6 +150,8 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
     listener: Listener,
     paths_of: Callable[[int, int], Sequence[str]],
     begin_epoch: Callable[[int], nn.Module] | None = None,
+    objective: Objective = PLAIN,
+    mixing: Mixing | None = None,
 ) -> None:
     """Train from `start` to the end of the last epoch.
 
@@ -167,6 +170,8 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
         paths_of: (epoch, step of the epoch), both from 0 -> the files of that global batch.
         begin_epoch: epoch, from 0 -> the model to go on with, wrapped anew where other parameters train from there on;
             None: it stays what it is.
+        objective: the loss.
+        mixing: what mixes the pictures of a global batch with one another; None: nothing does.
 
     Raises:
         UserError: the loss, or the model's output after an epoch, is not finite; or what the keeper has met.
@@ -213,8 +218,11 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
         meter = Meter(accelerator, start.sums if begun else None)
         for epoch_step in range(begun, steps):
             step, size = epoch * steps + epoch_step, plan.batch_sizes[epoch_step]
-            share = next(batches)
+            images, labels, examples = next(batches)
             meter.arrived()
+            blend = None
+            if mixing is not None:
+                images, labels, blend = mixing(images, labels, step, size)
             set_lr(optimizer, plan.lr_factor(step))
             # The masks of dropout and stochastic depth belong to (seed, step, rank), not to what ran before.
             torch.manual_seed(derive_seed("masks", plan.seed, step, rank))
@@ -223,14 +231,16 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
             loss_sum, correct = update(
                 model,
                 optimizer,
-                share,
+                (images, labels, examples),
                 scale,
                 accelerator=accelerator,
                 normalise=normalise,
                 parts=plan.accumulation,
                 clip_norm=plan.clip_norm,
+                objective=objective,
+                blend=blend,
             )
-            meter.updated(step, len(share[1]), loss_sum, correct)
+            meter.updated(step, len(labels), loss_sum, correct)
             listener.step(epoch + 1, epoch_step + 1)
             if epoch_step + 1 in points:
                 listener.point(progress(epoch, epoch_step + 1))
@@ -268,9 +278,20 @@ def update(
     normalise: Normalise,
     parts: int,
     clip_norm: float | None,
+    objective: Objective = PLAIN,
+    blend: Blend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Make one update on the gradient of `backward`, clipped to `clip_norm` if given; returns what that does."""
-    found = backward(model, share, scale, accelerator=accelerator, normalise=normalise, parts=parts)
+    found = backward(
+        model,
+        share,
+        scale,
+        accelerator=accelerator,
+        normalise=normalise,
+        parts=parts,
+        objective=objective,
+        blend=blend,
+    )
     if clip_norm is not None:
         accelerator.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
@@ -286,14 +307,19 @@ def backward(
     accelerator: Accelerator,
     normalise: Normalise,
     parts: int = 1,
+    objective: Objective = PLAIN,
+    blend: Blend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add `scale` times the gradient of the share's summed loss to the parameters' gradients, over all ranks.
+
+    Auxiliary outputs have the same loss, in their measure.
 
     The share goes through in up to `parts` pieces, of which only the last one synchronises the ranks; each
     rank has exactly one such piece, so that unequal and empty shares meet.
 
     Returns:
-        (summed cross-entropy, right answers) of the share: float64 and int64 scalars on the device.
+        (summed loss of the main output, right answers) of the share: float64 and int64 scalars on the device.
+        Where labels are mixed, those of the greater weight are right.
 
     """
     images, labels, _ = share
@@ -306,12 +332,13 @@ def backward(
             if piece.stop == piece.start:
                 loss = _nothing(model, images, normalise)
             else:
+                wanted, mixed = labels[piece], None if blend is None else blend[piece]
                 logits, auxiliary = split_outputs(model(normalise(images[piece])))
-                loss = plain = cross_entropy(logits.float(), labels[piece], reduction="sum")
+                loss = main = objective(logits, wanted, mixed)
                 for weight, other in auxiliary:
-                    loss = loss + weight * cross_entropy(other.float(), labels[piece], reduction="sum")
-                loss_sum += plain.detach()
-                correct += (logits.detach().argmax(dim=1) == labels[piece]).sum()
+                    loss = loss + weight * objective(other, wanted, mixed)
+                loss_sum += main.detach()
+                correct += (logits.detach().argmax(dim=1) == wanted).sum()
             accelerator.backward(loss * scale)
     return loss_sum, correct
 

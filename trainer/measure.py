@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from trainer import runtime
-from trainer.assemble import input_workers, make_groups, make_model, preprocessing_of
+from trainer.assemble import input_workers, make_groups, make_model, preprocessing_of, training_transform
 from trainer.config import Config
-from trainer.data.augment import Normalise, train_transform
+from trainer.data.augment import Normalise
 from trainer.data.known import is_known
 from trainer.data.loader import Batch, Draw, Images
 from trainer.data.prepare import prepare
@@ -62,7 +62,7 @@ def sample(config: Config, folder: Path) -> Sample:
         examples = [(one.path, one.label) for one in index.train[::every][:_SAMPLED]]
         classes = len(index.classes)
         what = f"{len(examples)} of {len(index.train)} in {config.data.root}"
-    transform = train_transform(preprocessing_of(config.data), config.data.augment, config.data.crop_scale)
+    transform = training_transform(config.data, preprocessing_of(config.data))
     paths = tuple(path for path, _ in examples)
     return Sample(paths, classes, Images(examples, transform, seed=0), what)
 

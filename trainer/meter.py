@@ -25,7 +25,7 @@ class Figures:
 
     @property
     def loss(self) -> float:
-        """Return the mean cross-entropy."""
+        """Return the mean loss: what was differentiated, smoothed, weighted and mixed as that was."""
         return self.loss_sum / self.seen
 
     @property

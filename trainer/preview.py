@@ -17,8 +17,8 @@ if not __package__:
 from matplotlib.figure import Figure
 from PIL import Image
 
-from trainer.assemble import describe, displays_on, preprocessing_of
-from trainer.data.augment import apply_seeded, train_transform
+from trainer.assemble import describe, displays_on, preprocessing_of, training_transform
+from trainer.data.augment import apply_seeded
 from trainer.data.decode import UnreadableImage, decode
 from trainer.data.index import Example, ImageIndex
 from trainer.data.names import printable
@@ -89,7 +89,8 @@ def preview(argv: Sequence[str]) -> Path:
         check=config.data.on_unreadable == "skip",
     )
     index, preprocessing = prepared.index, preprocessing_of(config.data)
-    transform = train_transform(preprocessing, config.data.augment, config.data.crop_scale)
+    transform = training_transform(config.data, preprocessing)
+    augmented_by = config.data.augment + (", random erasing" if config.data.random_erasing else "")
     places = {example: number for number, example in enumerate(index.train)}
     seen: list[tuple[str, list[Image.Image]]] = []
     augmented: list[tuple[str, list[Image.Image]]] = []
@@ -101,7 +102,7 @@ def preview(argv: Sequence[str]) -> Path:
         seen.append((name, pictures))
         augmented.append(
             (
-                f"{name}, as seen in epoch 1 ({config.data.augment}, {preprocessing.image_size} px)",
+                f"{name}, as seen in epoch 1 ({augmented_by}, {preprocessing.image_size} px)",
                 [
                     apply_seeded(transform, picture, seed)
                     for picture, seed in zip(pictures, seeds, strict=True)

@@ -196,9 +196,16 @@ def boundaries(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
     }
 
 
+def regularised(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
+    """Train under each option of the objective, of mixing and of sampling."""
+    from tests.distributed.regularised import everything
+
+    return everything(machine)
+
+
 WORKERS: dict[str, Callable[[runtime.Runtime, Path], dict[str, Any]]] = {
     worker.__name__: worker
-    for worker in (in_turn, error_of_one, statistics, evaluation, kept_statistics, boundaries)
+    for worker in (in_turn, error_of_one, statistics, evaluation, kept_statistics, boundaries, regularised)
 }
 
 

@@ -97,6 +97,27 @@ def test_the_preview_draws_few_pictures_and_odd_names(tmp_path: Path) -> None:
     assert colours(written).width > 500
 
 
+def test_the_preview_shows_what_is_erased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = image_folder(tmp_path / "data", {"train": {"a": 3, "b": 3}, "val": {"a": 1}})
+    drawn: list[tuple[str, list[Image.Image]]] = []
+    monkeypatch.setattr("trainer.preview.draw", lambda rows, path: drawn.extend(rows))
+    preview(
+        [
+            *(f"--data.root={folder}", "--data.image_size=32", "--data.random_erasing=1"),
+            *("--model.weights=null", f"--run.dir={tmp_path / 'run'}"),
+        ]
+    )
+    mean = [124, 116, 104]
+
+    def erased(pictures: list[Image.Image]) -> list[bool]:
+        return [bool((np.asarray(picture) == mean).all(axis=2).sum() >= 8) for picture in pictures]
+
+    (_, seen), _, (caption, augmented), (_, others) = drawn
+    assert "recipe, random erasing, 32 px" in caption
+    assert erased(seen) == [False] * 3
+    assert erased([*augmented, *others]) == [True] * 6
+
+
 def test_the_preview_names_what_it_cannot_draw(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data", {"train": {"a": 2, "b": 2}, "val": {"a": 1}})
     (folder / "train" / "a" / "000.png").write_bytes(b"")

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config import CheckpointConfig, Config, DataConfig
+from trainer.config import CheckpointConfig, Config, DataConfig, RegulariseConfig, TrainConfig
 from trainer.errors import UserError
 
 
@@ -44,3 +44,45 @@ def test_checkpoints_may_come_by_training_or_by_the_clock(given: dict[str, Any])
 def test_a_checkpoint_rule_that_cannot_be_kept_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         CheckpointConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {
+                "data": DataConfig(sampling="balanced"),
+                "regularise": RegulariseConfig(class_weights="balanced"),
+            },
+            r"data\.sampling and regularise\.class_weights are both balanced",
+        ),
+        (
+            {"regularise": RegulariseConfig(mixup=0.2), "train": TrainConfig(batch_size=1)},
+            r"regularise\.mixup and cutmix mix .* train\.batch_size is 1",
+        ),
+        (
+            {"regularise": RegulariseConfig(cutmix=1.0), "train": TrainConfig(batch_size=1)},
+            r"regularise\.mixup and cutmix mix .* train\.batch_size is 1",
+        ),
+    ],
+)
+def test_regularisers_that_do_not_go_together_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Config(**given)
+    for section in given.items():
+        Config(**dict([section]))
+
+
+@pytest.mark.parametrize(
+    ("section", "given", "said"),
+    [
+        (RegulariseConfig, {"label_smoothing": 1.0}, r"regularise\.label_smoothing is 1\.0: expected 0 to"),
+        (RegulariseConfig, {"label_smoothing": float("nan")}, r"regularise\.label_smoothing is nan"),
+        (RegulariseConfig, {"mixup": -0.1}, r"regularise\.mixup is -0\.1: expected 0 or more"),
+        (RegulariseConfig, {"cutmix": float("inf")}, r"regularise\.cutmix is inf: expected 0 or more"),
+        (DataConfig, {"random_erasing": 1.1}, r"data\.random_erasing is 1\.1: expected a probability"),
+    ],
+)
+def test_a_regulariser_out_of_its_range_is_refused(section: Any, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        section(**given)

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.augment import Transform, apply_seeded, to_array
+from trainer.data.balance import balanced, repeated
 from trainer.data.decode import UnreadableImage, decode
 from trainer.data.names import printable
 from trainer.errors import UserError
@@ -48,6 +49,8 @@ class Draw(NamedTuple):
 
     epoch: int
     example: int
+    repeat: int = 0
+    """How often it was drawn in the epoch before: each time it is cropped anew."""
 
 
 class Batch(NamedTuple):
@@ -107,17 +110,20 @@ class Images(Dataset[tuple[np.ndarray, int, int]]):
             ) from None
 
     def _transformed(self, draw: Draw, image: Image.Image) -> tuple[np.ndarray, int, int]:
-        image = apply_seeded(self.transform, image, derive_seed("crop", self.seed, draw.epoch, draw.example))
+        place = (draw.epoch, draw.example, draw.repeat) if draw.repeat else (draw.epoch, draw.example)
+        image = apply_seeded(self.transform, image, derive_seed("crop", self.seed, *place))
         return to_array(image), int(self.labels[draw.example]), draw.example
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """The order of the training examples: (seed, epoch) -> permutation, cut into global batches."""
+    """The order of the training examples: (seed, epoch) -> as many draws as there are, cut into global batches."""
 
     examples: int
     batch_size: int
     seed: int
+    labels: tuple[int, ...] | None = field(default=None, repr=False)
+    """Of the examples: draw of each class equally many (`data.balance`); None: each example once."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -125,8 +131,10 @@ class Order:
         return -(-self.examples // self.batch_size)
 
     def permutation(self, epoch: int) -> Tensor:
-        """Return the order of epoch `epoch` (counted from 0), int64 [examples]."""
+        """Return the order of epoch `epoch` (counted from 0), int64 [examples]; balanced, some come several times."""
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
+        if self.labels is not None:
+            return balanced(torch.tensor(self.labels), generator)
         return torch.randperm(self.examples, generator=generator)
 
     def batch(self, epoch: int, step: int) -> list[int]:
@@ -166,9 +174,12 @@ class Shares:
         first_epoch, first_step = divmod(self.start_step, steps)
         for epoch in range(first_epoch, self.epochs):
             permutation = self.order.permutation(epoch)
+            repeats = None if self.order.labels is None else repeated(permutation)
             for step in range(first_step if epoch == first_epoch else 0, steps):
-                share = permutation[step * size : (step + 1) * size][self.rank :: self.world]
-                yield [Draw(epoch, example) for example in share.tolist()]
+                mine = slice(step * size + self.rank, (step + 1) * size, self.world)
+                share = permutation[mine].tolist()
+                times = [0] * len(share) if repeats is None else repeats[mine].tolist()
+                yield [Draw(epoch, *draw) for draw in zip(share, times, strict=True)]
 
 
 class Slices:

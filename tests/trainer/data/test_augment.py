@@ -82,6 +82,55 @@ def test_without_augmentation_training_images_are_as_test_images() -> None:
     assert np.array_equal(apply_seeded(transform, image, 1), eval_transform(RECIPE)(image))
 
 
+def test_each_policy_changes_what_the_recipe_alone_would_give() -> None:
+    image = picture(4, size=(120, 90))
+    small = preprocessing(image_size=32, resize_size=36)
+
+    def pictures(augment: Augmentation) -> list[np.ndarray]:
+        transform = train_transform(small, augment, (0.3, 1.0))
+        return [to_array(apply_seeded(transform, image, seed)) for seed in range(12)]
+
+    recipe = pictures("recipe")
+    for augment in ("trivialaugment", "randaugment", "augmix"):
+        changed = [not np.array_equal(a, b) for a, b in zip(pictures(augment), recipe, strict=True)]
+        assert sum(changed) >= 8, f"{augment}: the same crop and flip, then some more"
+
+
+@pytest.mark.parametrize("augment", ["none", "recipe", "augmix"])
+def test_erasing_makes_a_rectangle_the_models_zero_and_leaves_the_rest(augment: Augmentation) -> None:
+    image = picture(6, size=(120, 90))
+    small = preprocessing(image_size=32, resize_size=36)
+    plain = train_transform(small, augment, (0.3, 1.0))
+    erasing = train_transform(small, augment, (0.3, 1.0), random_erasing=1.0)
+    rectangles = set()
+    for seed in range(20):
+        before, after = (to_array(apply_seeded(transform, image, seed)) for transform in (plain, erasing))
+        rows, columns = np.nonzero((before != after).any(axis=2))
+        box = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+        assert (after[box] == [124, 116, 104]).all(), "ImageNet's mean colour"
+        area = (rows.max() + 1 - rows.min()) * (columns.max() + 1 - columns.min())
+        assert 0.01 < area / 32**2 < 0.37
+        rectangles.add((rows.min(), rows.max(), columns.min(), columns.max()))
+        erased = Normalise(RECIPE, torch.device("cpu"))(
+            torch.from_numpy(after[box].copy()).permute(2, 0, 1)[None]
+        )
+        assert erased.abs().max() < 0.5 / 255 / min(STD), "half a grey level"
+        assert np.array_equal(after, to_array(apply_seeded(erasing, image, seed)))
+    assert len(rectangles) == 20
+
+
+def test_erasing_comes_as_often_as_asked_and_colours_out_of_range_are_clipped() -> None:
+    black = Image.new("RGB", (40, 40))
+    odd = preprocessing(image_size=32, resize_size=32, mean=(1.5, 0.5, -1.0))
+    transform = train_transform(odd, "recipe", (0.5, 1.0), random_erasing=0.25)
+    pictures = [to_array(apply_seeded(transform, black, seed)) for seed in range(400)]
+    assert 70 < sum(picture.any() for picture in pictures) < 130
+    assert {tuple(pixel) for picture in pictures for pixel in picture.reshape(-1, 3).tolist()} == {
+        (0, 0, 0),
+        (255, 128, 0),
+    }
+
+
 def test_the_crop_covers_what_it_is_told_to() -> None:
     halves = Image.fromarray(np.repeat(np.arange(100, dtype=np.uint8)[None, :, None], 100, 0).repeat(3, 2))
     transform = train_transform(preprocessing(image_size=50, resize_size=50), "recipe", (1.0, 1.0))
