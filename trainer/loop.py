@@ -12,12 +12,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from trainer.ema import Shadow
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, Interrupted
 from trainer.meter import Figures, Meter, Sums
 from trainer.model.batch_norm import average_statistics, batch_norm_in_eval
 from trainer.model.head import split_outputs
 from trainer.optim import current_lr, set_lr
+from trainer.pull import Pull
 from trainer.seeds import derive_seed
 from trainer.signals import Stopped
 
@@ -107,6 +109,10 @@ class Wish(NamedTuple):
 class Keeper(Protocol):
     """What happens between updates. All processes call it at the same boundaries."""
 
+    @property
+    def over(self) -> bool:
+        """Return whether the epoch that was kept last is the run's last one, although more were planned."""
+
     def agree(self, step: int) -> Wish:
         """Return what all of them do after `step` updates of the run; raises what one of them has met."""
 
@@ -123,6 +129,8 @@ class Keeper(Protocol):
 class Unkept:
     """Saves nothing and never stops: for a look at the loop alone."""
 
+    over = False
+
     def agree(self, step: int) -> Wish:
         """Go on."""
         return Wish(save=False, stop=None)
@@ -135,7 +143,7 @@ class Unkept:
         return None
 
 
-def fit(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
+def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth its length)
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Share],
@@ -148,8 +156,10 @@ def fit(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
     keeper: Keeper,
     listener: Listener,
     paths_of: Callable[[int, int], Sequence[str]],
+    shadow: Shadow | None = None,
+    pull: Pull | None = None,
 ) -> None:
-    """Train from `start` to the end of the last epoch.
+    """Train from `start` to the end of the last epoch, or of that with which the keeper says that it is over.
 
     Args:
         model: wrapped by accelerate.
@@ -164,6 +174,8 @@ def fit(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
         keeper: asked at the boundaries between updates what to do; saves, once losses are known to be finite.
         listener: hears of progress, and of figures where they are read.
         paths_of: (epoch, step of the epoch), both from 0 -> the files of that global batch.
+        shadow: the model's average, which is evaluated in its place.
+        pull: towards the source's weights, at every update.
 
     Raises:
         UserError: the loss, or the model's output after an epoch, is not finite; or what the keeper has met.
@@ -224,7 +236,10 @@ def fit(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
                 normalise=normalise,
                 parts=plan.accumulation,
                 clip_norm=plan.clip_norm,
+                pull=pull,
             )
+            if shadow is not None:
+                shadow.follow(step + 1)
             meter.updated(step, len(share[1]), loss_sum, correct)
             listener.step(epoch + 1, epoch_step + 1)
             if epoch_step + 1 in points:
@@ -240,15 +255,18 @@ def fit(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
         if whole.figures.seen != sum(plan.batch_sizes):
             raise RuntimeError(f"trained on {whole.figures.seen} examples, expected {sum(plan.batch_sizes)}")
         if begun < steps:  # else they were averaged before it was saved, and would be rounded anew
-            average_statistics(bare, world)
+            average_statistics(bare if shadow is None else shadow.and_model(), world)
+        evaluated = bare if shadow is None else shadow.model
         try:
-            evaluations = evaluate(bare, lambda: keeper.agree(done).stop is not None)  # noqa: B023 (called within the round)
+            evaluations = evaluate(evaluated, lambda: keeper.agree(done).stop is not None)  # noqa: B023 (called within the round)
         except Interrupted:
             leave(str(keeper.agree(done).stop), epoch, done)
         if not all(math.isfinite(e.loss_sum) for e in evaluations.values()):
             raise _not_finite(done - 1, plan, paths_of)
         listener.epoch(whole, evaluations)
         stop = keeper.epoch(whole, evaluations)
+        if keeper.over:
+            return
         if stop and epoch + 1 < plan.epochs:
             raise Stopped(stop, saved=f"the end of epoch {epoch + 1} of {plan.epochs}")
 
@@ -263,11 +281,16 @@ def update(
     normalise: Normalise,
     parts: int,
     clip_norm: float | None,
+    pull: Pull | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Make one update on the gradient of `backward`, clipped to `clip_norm` if given; returns what that does."""
     found = backward(model, share, scale, accelerator=accelerator, normalise=normalise, parts=parts)
     if clip_norm is not None:
         accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+    if pull is not None:
+        if clip_norm is None:  # which has undone fp16's loss scaling already
+            accelerator.unscale_gradients(optimizer)
+        pull.before_step(optimizer)
     optimizer.step()
     optimizer.zero_grad()
     return found
