@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config import CheckpointConfig, Config, DataConfig
+from trainer.config import CheckpointConfig, Config, DataConfig, ModelConfig, SourceConfig, TransferConfig
 from trainer.errors import UserError
 
 
@@ -44,3 +44,14 @@ def test_checkpoints_may_come_by_training_or_by_the_clock(given: dict[str, Any])
 def test_a_checkpoint_rule_that_cannot_be_kept_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         CheckpointConfig(**given)
+
+
+@pytest.mark.parametrize("given", [{"l2_sp": 0.1}, {"wise_ft": True}])
+def test_what_leads_back_to_a_source_needs_one(given: dict[str, Any]) -> None:
+    transfer = TransferConfig(**given)
+    Config(transfer=transfer)
+    Config(transfer=transfer, model=ModelConfig(weights=None), source=SourceConfig(root="images"))
+    with pytest.raises(
+        UserError, match=r"transfer\.(l2_sp is 0\.1|wise_ft is True), which leads back to a source"
+    ):
+        Config(transfer=transfer, model=ModelConfig(weights=None))
