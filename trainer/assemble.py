@@ -27,6 +27,7 @@ from trainer.model.freeze import enter, make_stages
 from trainer.objective import Objective, balanced_weights
 from trainer.optim import Group, group_parameters
 from trainer.patterns import matching
+from trainer.pull import Pull, outside, spare_decay
 from trainer.report.console import checking, downloading
 from trainer.runtime import Runtime
 from trainer.schedule import Interval, lr_factor, parse_duration, parse_interval, to_steps
@@ -180,8 +181,12 @@ class Evaluator:
             slices = Slices(len(part), batch_size=self._size, rank=machine.rank, world=machine.world)
             self._parts[name] = (len(part), loader_of(images, slices, config, machine))
 
-    def __call__(self, model: nn.Module, interrupted: Callable[[], bool]) -> Evaluations:
+    def __call__(
+        self, model: nn.Module, interrupted: Callable[[], bool], parts: Iterable[str] | None = None
+    ) -> Evaluations:
         """Return part -> evaluation, over all processes, which ask together whether to end before it is done.
+
+        `parts` are those asked for, of those that there are; None: all.
 
         Raises:
             Interrupted: `interrupted` said so.
@@ -201,6 +206,7 @@ class Evaluator:
                 interrupted=interrupted,
             )
             for name, (expected, batches) in self._parts.items()
+            if parts is None or name in parts
         }
 
 
@@ -334,8 +340,38 @@ def require_synchronisable(config: Config, order: Order, machine: Runtime) -> No
         )
 
 
+def require_selection(config: Config, index: ImageIndex) -> None:
+    """Raise a UserError where something is to be selected, and there are no images to select on."""
+    asked = {
+        f"regularise.early_stopping {config.regularise.early_stopping}": config.regularise.early_stopping,
+        "transfer.wise_ft": config.transfer.wise_ft,
+    }
+    wanted = [option for option, value in asked.items() if value]
+    if wanted and index.selection is None:
+        raise UserError(
+            f"{' and '.join(wanted)} choose{'s' * (len(wanted) == 1)} by an accuracy, and {printable(str(index.root))} "
+            "has no images to select on beside those reported, which must not be what was selected on: set "
+            "data.val_fraction 0.1, which cuts them out of the training images"
+        )
+
+
+def make_pull(created: Created, config: Config) -> Pull | None:
+    """Return the pull of a created model, as the source gave it, towards the source; None where there is none."""
+    if not config.transfer.l2_sp:
+        return None
+    pulled = outside(created.model, created.heads)
+    return Pull(pulled, config.transfer.l2_sp, decoupled=config.optim.name == "adamw")
+
+
 def make_groups(created: Created, config: Config) -> tuple[Group, ...]:
     """Return the parameter groups of a created model, of all that trains in any of its stages."""
+    groups = _groups(created, config)
+    if not config.transfer.l2_sp:
+        return groups
+    return spare_decay(groups, outside(created.model, created.heads))
+
+
+def _groups(created: Created, config: Config) -> tuple[Group, ...]:
     return group_parameters(
         created.model,
         created.heads,

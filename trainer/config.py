@@ -177,9 +177,9 @@ class TransferConfig:
     batch_norm: Literal["frozen-with-weights", "frozen", "train", "sync"] = "frozen-with-weights"
     """BatchNorm layers. train: use and update the statistics of each process's share of the batch; frozen: use the source's stored ones and leave them as they are; frozen-with-weights: frozen where the layer's weights do not train, train elsewhere; sync: as that, with the statistics of the global batch (GPUs only)."""
     l2_sp: float = 0.0
-    """Strength of the pull towards the source's weights (L2-SP, Li et al. 2018), in place of weight_decay on all but the new output layers; 0: none."""
+    """Strength of the pull towards the source's weights (L2-SP, Li et al. 2018), in place of weight_decay on all but the new output layers, biases and norms among them; 0: none."""
     wise_ft: bool = False
-    """After training, evaluate the line between the start and the fine-tuned weights (WiSE-FT, Wortsman et al. 2022) on the images to select on, and keep its best point."""
+    """After training, evaluate the line between the start and the fine-tuned weights (WiSE-FT, Wortsman et al. 2022) on the images to select on (val/, or data.val_fraction), and keep its best point."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.l2_sp < math.inf, f"transfer.l2_sp is {self.l2_sp}: expected 0 or more")
@@ -405,6 +405,12 @@ class Config:
             f"model.head_init is {self.model.head_init}, which takes it from a source model, but this run starts from "
             "scratch: set model.weights or source.root, or head_init to xavier",
         )
+        for option, asked in (("l2_sp", self.transfer.l2_sp), ("wise_ft", self.transfer.wise_ft)):
+            _require(
+                not asked or bool(self.source.root or self.model.weights),
+                f"transfer.{option} is {asked}, which leads back to a source model, but this run starts from scratch: "
+                f"set model.weights or source.root, or leave transfer.{option} out",
+            )
         _require(
             not (self.scratch.lr and not (self.source.root or self.model.weights)),
             "scratch.lr asks for a comparison with scratch, but this run starts from scratch itself: "

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from trainer import runtime
+from trainer import runtime, wise
 from trainer.assemble import (
     Evaluator,
     describe,
@@ -25,8 +25,10 @@ from trainer.assemble import (
     make_order,
     make_plan,
     make_policy,
+    make_pull,
     paths_of,
     preprocessing_of,
+    require_selection,
     require_synchronisable,
     training_images,
     warmup_steps,
@@ -39,6 +41,7 @@ from trainer.config import Config
 from trainer.data.augment import Normalise
 from trainer.data.loader import Batch, Images, Order, Shares
 from trainer.data.prepare import Prepared
+from trainer.ema import Shadow
 from trainer.hang import HangWatch
 from trainer.keeper import Keeper
 from trainer.loop import Plan, Start, fit
@@ -48,7 +51,8 @@ from trainer.report.blocks import block_table
 from trainer.report.console import Display
 from trainer.report.metrics import Row, epoch_rows, parse_rows, restore_metrics
 from trainer.report.run_report import RunReport, Silent
-from trainer.resume import find, going_on, put_back
+from trainer.report.summary import best_row
+from trainer.resume import find, going_on, is_finished, put_back
 from trainer.run_folder import METRICS, MODEL
 from trainer.runtime import Runtime
 from trainer.signals import StopSignals
@@ -69,6 +73,8 @@ class Outcome:
     """The part that the best epoch was selected on, where it is not the one reported."""
     seconds: float
     """Of this start, from the data to the last save."""
+    alpha: float = 1.0
+    """How far from the start to the best epoch the model file's weights are: less than 1 where WiSE-FT has won."""
 
     @property
     def model_file(self) -> Path:
@@ -76,7 +82,7 @@ class Outcome:
         return self.folder / MODEL
 
 
-def finetune(
+def finetune(  # noqa: PLR0915 (the order of its steps is worth its length)
     config: Config,
     machine: Runtime,
     console: Console,
@@ -118,6 +124,7 @@ def finetune(
     console.print(describe(prepared))
     order = make_order(config, index)
     require_synchronisable(config, order, machine)
+    require_selection(config, index)
     plan = make_plan(config, order)
     runtime.require_equal(accelerator, prepared.fingerprint, "the images")
 
@@ -129,12 +136,25 @@ def finetune(
     outcome = partial(
         Outcome, folder=folder, selection=index.selection, examples=(len(index.train), len(index.test))
     )
-    if found and state and state.epoch == config.train.epochs:
-        rows = runtime.in_turn(accelerator, lambda: _finished(found, folder, attempt, console))
-        return outcome(rows=rows, seconds=time.monotonic() - began)
+    preprocessing = preprocessing_of(config.data)
+    line = wise.Search(
+        folder=folder,
+        part=index.selection if config.transfer.wise_ft else None,
+        machine=machine,
+        attempt=attempt,
+        signals=signals,
+        say=console.print,
+    )
+    finished = found is not None and is_finished(found, config, index.selection)
+    if found and finished:
+        rows = runtime.in_turn(accelerator, lambda: _finished(found, config, attempt, console))
+        alpha = line.settle(
+            lambda: wise.alone(folder, machine, channels_last=config.train.channels_last),
+            Evaluator(index, preprocessing, config, machine),
+        )
+        return outcome(rows=rows, alpha=alpha, seconds=time.monotonic() - began)
 
     # 3.
-    preprocessing = preprocessing_of(config.data)
     created = runtime.in_turn(
         accelerator,
         lambda: make_model(
@@ -146,6 +166,7 @@ def finetune(
 
     # 4. On the device already: the optimizer's kernels are chosen by where its parameters lie.
     created.model.to(accelerator.device)
+    pull = make_pull(created, config)  # towards what the source gave, not what a checkpoint puts back
     groups = make_groups(created, config)
     console.print(block_table(created, groups))
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
@@ -161,9 +182,20 @@ def finetune(
         say=console.print,
     )
     bare, optimizer = staged.bare, staged.optimizer
+    shadow = Shadow(bare, config.regularise.ema) if config.regularise.ema else None
 
     # 6.
-    start = _put_back(found, staged, config=config, order=order, machine=machine, console=console)
+    start = _put_back(found, staged, shadow, config=config, order=order, machine=machine, console=console)
+
+    description = Description(
+        version=own_version(),
+        architecture=config.model.name,
+        classes=index.classes,
+        preprocessing=preprocessing,
+        source=created.source,
+        metrics={},
+    )
+    line.begin(bare, description, goes_on=state is not None)
 
     # 7.
     images = training_images(index, preprocessing, config, machine)
@@ -194,18 +226,13 @@ def finetune(
         facts=_facts(config, order, machine),
         lr_factor=plan.lr_factor,
         subject=subject,
-        description=Description(
-            version=own_version(),
-            architecture=config.model.name,
-            classes=index.classes,
-            preprocessing=preprocessing,
-            source=created.source,
-            metrics={},
-        ),
+        description=description,
         selection=index.selection,
         report=report,
         best=state.best if state else None,
         last=Place(state.step, state.epoch) if state else None,
+        shadow=shadow,
+        patience=config.regularise.early_stopping,
     )
     keeper.mend_model(console.print)
     try:
@@ -225,19 +252,32 @@ def finetune(
                 begin_epoch=staged.begin,
                 objective=make_objective(config, index, accelerator.device),
                 mixing=make_mixing(config, machine),
+                shadow=shadow,
+                pull=pull,
             )
     finally:
         report.draw()
         report.close()
     if report.failure is not None:  # the last curves alone: what came before them was raised
         console.print(str(report.failure))
+    rows = tuple(epoch_rows(report.rows))
+    if keeper.over:
+        console.print(_ended_early(rows, config))
+    alpha = line.settle(lambda: bare, evaluator)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
-    return outcome(rows=tuple(epoch_rows(report.rows)), seconds=time.monotonic() - began)
+    return outcome(rows=rows, alpha=alpha, seconds=time.monotonic() - began)
 
 
 def _put_back(
-    found: Found | None, staged: Staged, *, config: Config, order: Order, machine: Runtime, console: Console
+    found: Found | None,
+    staged: Staged,
+    shadow: Shadow | None,
+    *,
+    config: Config,
+    order: Order,
+    machine: Runtime,
+    console: Console,
 ) -> Start:
     """Put everything back to where the checkpoint stands, if there is one, and return where that is."""
     if found is None:
@@ -246,7 +286,8 @@ def _put_back(
     # Moments there are of what has trained so far, statistics of what was not frozen then.
     staged.stand(max(0, state.step - 1) // order.steps_per_epoch)
     runtime.raise_together(
-        accelerator, put_back(found, staged.bare, staged.optimizer, accelerator.scaler, machine=machine)
+        accelerator,
+        put_back(found, staged.bare, staged.optimizer, accelerator.scaler, machine=machine, shadow=shadow),
     )
     console.print("\n".join(going_on(state, config, order, machine)))
     return Start(epoch=state.epoch, step=state.step, sums=state.sums)
@@ -296,17 +337,32 @@ def _watch(config: Config, machine: Runtime, keeper: Keeper, number: int) -> Han
     )
 
 
-def _finished(found: Found, folder: Path, attempt: Attempt | None, console: Console) -> tuple[Row, ...]:
+def _finished(found: Found, config: Config, attempt: Attempt | None, console: Console) -> tuple[Row, ...]:
     """Say that the run has come to its last epoch already, and return its epochs, which metrics.jsonl then holds."""
     state = found.state
-    console.print(
-        f"finished already, after epoch {state.epoch}: nothing to train. A larger train.epochs goes on from here; "
-        "--run.resume never starts anew"
-    )
+    rows = tuple(epoch_rows(parse_rows(found.metrics, str(found.path))))
+    if state.epoch < config.train.epochs:
+        console.print(f"finished already: {_ended_early(rows, config)}")
+    else:
+        console.print(
+            f"finished already, after epoch {state.epoch}: nothing to train. A larger train.epochs goes on from here; "
+            "--run.resume never starts anew"
+        )
     if attempt is not None:
         attempt.update(step=state.step, steps=state.step, epoch=state.epoch, epochs=state.epoch)
-        restore_metrics(folder / METRICS, found.metrics)
-    return tuple(epoch_rows(parse_rows(found.metrics, str(found.path))))
+        restore_metrics(Path(config.run.dir) / METRICS, found.metrics)
+    return rows
+
+
+def _ended_early(rows: Sequence[Row], config: Config) -> str:
+    """Return why training has ended before its last epoch."""
+    if not rows:  # not rank 0, which speaks
+        return ""
+    return (
+        f"stopped early, after epoch {rows[-1]['epoch']} of {config.train.epochs}: none of the last "
+        f"{config.regularise.early_stopping} was better on val than epoch {best_row(rows, 'val')['epoch']}. A larger "
+        "regularise.early_stopping goes on from here"
+    )
 
 
 def _subject(config: Config, prepared: Prepared) -> Subject:

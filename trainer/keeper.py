@@ -25,18 +25,21 @@ from trainer.checkpoint import store
 from trainer.checkpoint.policy import Policy
 from trainer.checkpoint.state import Best, State, Subject
 from trainer.checkpoint.store import Place
-from trainer.checkpoint.tensors import Tensors, capture, load
+from trainer.checkpoint.tensors import Tensors, capture, capture_average, load
 from trainer.checkpoint.writer import Writer
 from trainer.data.loader import Order
+from trainer.ema import Shadow
 from trainer.errors import UserError
 from trainer.hang import Beats
 from trainer.loop import Evaluations, Progress, Wish
 from trainer.meter import Sums
 from trainer.model.batch_norm import gather_statistics
 from trainer.model_file import Description, read_description, write_model
+from trainer.report.metrics import epoch_rows
 from trainer.run_folder import CHECKPOINTS, MODEL, STOP
 from trainer.runtime import Runtime, in_turn, raise_together
 from trainer.signals import Stopped, StopSignals
+from trainer.stopping import is_over
 
 _STOP_FILE = 1 << 10  # above every signal's number
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -87,6 +90,12 @@ class Keeper:
     best: Best | None
     last: Place | None
     """The newest checkpoint."""
+    shadow: Shadow | None = None
+    """The model's average, which is then what is evaluated and what the model file holds."""
+    patience: int | None = None
+    """Epochs without a better one on `selection` after which the run is over."""
+    over: bool = False
+    """Whether it is: the epoch that was kept last is the last one, although more were planned."""
     beats: Beats = field(default_factory=Beats)
     """Counts the boundaries, for whoever watches over a hang."""
     _writer: Writer = field(default_factory=Writer)
@@ -134,15 +143,33 @@ class Keeper:
         if is_best:
             self.best = now
         wish = self.agree(progress.step)
-        is_last = progress.epoch == self.epochs
+        self.over = progress.epoch < self.epochs and self._is_over()
+        is_last = progress.epoch == self.epochs or self.over
         self.beats.wait_longer()  # for rank 0, which waits for its disk
         if wish.save or wish.stop or is_last or (is_best and self.policy.keep_best):
             self._save(Place(progress.step, progress.epoch), None, with_model=is_best)
         elif is_best and self.attempt is not None and self._writer.settle():
             # A run that goes on from an earlier checkpoint comes to the same best epoch again.
-            model = capture(self.model, self.optimizer)[store.MODEL]
+            model = self._captured()[self._evaluated]
             self._writer.submit(partial(self._write_model, self.attempt, model, self._described()))
         return wish.stop
+
+    def _is_over(self) -> bool:
+        """Return rank 0's word, which alone has the metrics, on whether training ends early."""
+        if self.patience is None or self.selection is None:
+            return False
+        rows = epoch_rows(self.report.rows) if self.machine.is_main else []
+        (over,) = self.machine.agree([is_over(rows, part=self.selection, patience=self.patience)])
+        return bool(over)
+
+    @property
+    def _evaluated(self) -> str:
+        """Return which file of a checkpoint holds the weights that are evaluated."""
+        return store.MODEL if self.shadow is None else store.AVERAGE
+
+    def _captured(self) -> dict[str, Tensors]:
+        average = {} if self.shadow is None else capture_average(self.shadow.model)
+        return capture(self.model, self.optimizer) | average
 
     def __enter__(self) -> Self:
         if self.attempt is not None:
@@ -175,11 +202,12 @@ class Keeper:
         if place == self.last:
             return
         self.beats.wait_longer()
-        statistics = gather_statistics(self.model, self.machine.world)
+        both = self.model if self.shadow is None else self.shadow.and_model()
+        statistics = gather_statistics(both, self.machine.world)
         self.last, self._saved_at = place, time.monotonic()
         if self.attempt is None or not self._writer.settle():
             return  # a failure is raised by all at the next boundary
-        tensors = capture(self.model, self.optimizer)
+        tensors = self._captured()
         if statistics:
             tensors[store.STATISTICS] = statistics
         self._writer.submit(
@@ -190,6 +218,7 @@ class Keeper:
                 tensors=tensors,
                 metrics=self.report.text,
                 description=self._described() if with_model else None,
+                over=self.over,
             )
         )
 
@@ -232,7 +261,7 @@ class Keeper:
                 f"{MODEL} is of an epoch that was lost with an earlier start, and the best one's checkpoint was not "
                 "kept: from here on, the best epoch is sought anew"
             )
-        self._write_model(self.attempt, load(path / store.MODEL), self._described(self.best.step))
+        self._write_model(self.attempt, load(path / self._evaluated), self._described(self.best.step))
         return f"{MODEL} was not of the best epoch ({self.best.epoch}): made anew from its checkpoint"
 
     def _model_step(self) -> int | None:
@@ -267,19 +296,22 @@ class Keeper:
         tensors: Mapping[str, Tensors],
         metrics: str,
         description: Description | None,
+        over: bool,
     ) -> None:
         """Write a checkpoint, the best epoch's model before it; in the writer's thread, on copies alone."""
         place = Place(state.step, state.epoch)
         state = dataclasses.replace(state, order=self.order.digest(state.epoch))
-        _require_finite(tensors[store.MODEL], place)
+        for name in {store.MODEL, self._evaluated}:
+            _require_finite(tensors[name], place)
         if description is not None:
-            self._write_model(attempt, tensors[store.MODEL], description)
+            self._write_model(attempt, tensors[self._evaluated], description)
         folder = self.folder / CHECKPOINTS
         with _said(folder):
             files = {name: save(held) for name, held in tensors.items()}
             files |= {store.STATE: state.to_json(), store.METRICS: metrics.encode()}
             store.write(folder, place, files, check=attempt.check)
-            attempt.update(step=place.step, epoch=place.epoch)
+            whole = {"steps": place.step, "epochs": place.epoch} if over else {}
+            attempt.update(step=place.step, epoch=place.epoch, **whole)
             best = Place(state.best.step, state.best.epoch) if state.best else None
             store.prune(folder, self.policy.kept(store.places(folder), best), check=attempt.check)
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from trainer.ema import Shadow
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, Interrupted
 from trainer.meter import Figures, Meter, Sums
@@ -19,6 +20,7 @@ from trainer.model.batch_norm import average_statistics, batch_norm_in_eval
 from trainer.model.head import split_outputs
 from trainer.objective import PLAIN, Blend, Objective
 from trainer.optim import current_lr, set_lr
+from trainer.pull import Pull
 from trainer.seeds import derive_seed
 from trainer.signals import Stopped
 
@@ -108,6 +110,10 @@ class Wish(NamedTuple):
 class Keeper(Protocol):
     """What happens between updates. All processes call it at the same boundaries."""
 
+    @property
+    def over(self) -> bool:
+        """Return whether the epoch that was kept last is the run's last one, although more were planned."""
+
     def agree(self, step: int) -> Wish:
         """Return what all of them do after `step` updates of the run; raises what one of them has met."""
 
@@ -123,6 +129,8 @@ class Keeper(Protocol):
 
 class Unkept:
     """Saves nothing and never stops: for a look at the loop alone."""
+
+    over = False
 
     def agree(self, step: int) -> Wish:
         """Go on."""
@@ -152,8 +160,10 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
     begin_epoch: Callable[[int], nn.Module] | None = None,
     objective: Objective = PLAIN,
     mixing: Mixing | None = None,
+    shadow: Shadow | None = None,
+    pull: Pull | None = None,
 ) -> None:
-    """Train from `start` to the end of the last epoch.
+    """Train from `start` to the end of the last epoch, or of that with which the keeper says that it is over.
 
     Args:
         model: wrapped by accelerate.
@@ -172,6 +182,8 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
             None: it stays what it is.
         objective: the loss.
         mixing: what mixes the pictures of a global batch with one another; None: nothing does.
+        shadow: the model's average, which is evaluated in its place.
+        pull: towards the source's weights, at every update.
 
     Raises:
         UserError: the loss, or the model's output after an epoch, is not finite; or what the keeper has met.
@@ -239,7 +251,10 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
                 clip_norm=plan.clip_norm,
                 objective=objective,
                 blend=blend,
+                pull=pull,
             )
+            if shadow is not None:
+                shadow.follow(step + 1)
             meter.updated(step, len(labels), loss_sum, correct)
             listener.step(epoch + 1, epoch_step + 1)
             if epoch_step + 1 in points:
@@ -255,15 +270,18 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
         if whole.figures.seen != sum(plan.batch_sizes):
             raise RuntimeError(f"trained on {whole.figures.seen} examples, expected {sum(plan.batch_sizes)}")
         if begun < steps:  # else they were averaged before it was saved, and would be rounded anew
-            average_statistics(bare, world)
+            average_statistics(bare if shadow is None else shadow.and_model(), world)
+        evaluated = bare if shadow is None else shadow.model
         try:
-            evaluations = evaluate(bare, lambda: keeper.agree(done).stop is not None)  # noqa: B023 (called within the round)
+            evaluations = evaluate(evaluated, lambda: keeper.agree(done).stop is not None)  # noqa: B023 (called within the round)
         except Interrupted:
             leave(str(keeper.agree(done).stop), epoch, done)
         if not all(math.isfinite(e.loss_sum) for e in evaluations.values()):
             raise _not_finite(done - 1, plan, paths_of)
         listener.epoch(whole, evaluations)
         stop = keeper.epoch(whole, evaluations)
+        if keeper.over:
+            return
         if stop and epoch + 1 < plan.epochs:
             raise Stopped(stop, saved=f"the end of epoch {epoch + 1} of {plan.epochs}")
 
@@ -280,6 +298,7 @@ def update(
     clip_norm: float | None,
     objective: Objective = PLAIN,
     blend: Blend | None = None,
+    pull: Pull | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Make one update on the gradient of `backward`, clipped to `clip_norm` if given; returns what that does."""
     found = backward(
@@ -294,6 +313,10 @@ def update(
     )
     if clip_norm is not None:
         accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+    if pull is not None:
+        if clip_norm is None:  # which has undone fp16's loss scaling already
+            accelerator.unscale_gradients(optimizer)
+        pull.before_step(optimizer)
     optimizer.step()
     optimizer.zero_grad()
     return found

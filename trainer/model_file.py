@@ -146,15 +146,20 @@ def load(path: str | os.PathLike[str]) -> Loaded:
         # Without memory or random numbers: the file's tensors become the model's once they are known to fit.
         model = build(found.architecture, image_size=size, empty=True)
         graft(model, find_heads(model, size), len(found.classes), "torch")
-        state = _read_state(path, model.state_dict())
+        state = read_state(path, model.state_dict())
     except UserError as error:
         raise UserError(f"{os.fspath(path)}: {error}") from None
     model.load_state_dict(state, assign=True)
     return Loaded(model.eval(), Preprocess(found.preprocessing), found.classes)
 
 
-def _read_state(path: str | os.PathLike[str], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the file's tensors, float32 and finite, if they are those of the model, by name and shape."""
+def read_state(path: str | os.PathLike[str], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the file's tensors, float32 and finite, if they are those of the model, by name and shape.
+
+    Raises:
+        UserError: they are not, or cannot be read.
+
+    """
     state: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:

@@ -11,16 +11,18 @@ from trainer.attempts import ATTEMPTS
 from trainer.checkpoint import store
 from trainer.checkpoint.state import State, Subject
 from trainer.checkpoint.store import Found
-from trainer.checkpoint.tensors import load_statistics, restore
+from trainer.checkpoint.tensors import load_statistics, restore, restore_average
 from trainer.config import Config
 from trainer.data.index import write_split
 from trainer.data.loader import Order
 from trainer.data.names import printable
 from trainer.data.prepare import Prepared
+from trainer.ema import Shadow
 from trainer.errors import UserError
 from trainer.files import remove_leftovers
 from trainer.model.batch_norm import restore_statistics
 from trainer.parse import dump
+from trainer.report.metrics import epoch_rows, parse_rows
 from trainer.run_folder import (
     CHECKPOINTS,
     MODEL,
@@ -32,6 +34,7 @@ from trainer.run_folder import (
     write_config,
 )
 from trainer.runtime import Runtime
+from trainer.stopping import is_over
 from trainer.versions import versions
 
 
@@ -59,6 +62,7 @@ def find(
         found = store.newest(folder / CHECKPOINTS, say=say)
         if found is not None:
             _require_own(found, config, subject, order)
+            _require_model(found, config, prepared.index.selection)
         elif (aside := set_results_aside(folder)) is not None:
             say(aside)
         # Only now: a start that is refused leaves the config as it was.
@@ -87,8 +91,28 @@ def _require_own(found: Found, config: Config, subject: Subject, order: Order) -
             f"{found.path}: after {state.epoch} epochs of {state.steps_per_epoch} steps, but this run is to have "
             f"{config.train.epochs} of {order.steps_per_epoch}: choose another run.dir, or --run.resume never"
         )
+
+
+def is_finished(found: Found, config: Config, selection: str | None) -> bool:
+    """Return whether there is nothing to train after a checkpoint: it is of the last epoch, or training ended early.
+
+    Raises:
+        UserError: its metrics are damaged.
+
+    """
+    state, patience = found.state, config.regularise.early_stopping
+    if state.epoch == config.train.epochs:
+        return True
+    if patience is None or selection is None or state.sums is not None:
+        return False
+    rows = epoch_rows(parse_rows(found.metrics, str(found.path)))
+    return is_over(rows, part=selection, patience=patience)
+
+
+def _require_model(found: Found, config: Config, selection: str | None) -> None:
+    """Raise a UserError for a finished run without its model file: nothing would be trained to make it again."""
     model = Path(config.run.dir) / MODEL
-    if state.epoch == config.train.epochs and not model.exists():
+    if not model.exists() and is_finished(found, config, selection):
         raise UserError(
             f"{model} is gone, and the run is finished. Restore that file, or --run.resume never, which moves the run "
             "aside"
@@ -102,13 +126,16 @@ def put_back(
     scaler: torch.amp.GradScaler | None,
     *,
     machine: Runtime,
+    shadow: Shadow | None = None,
 ) -> UserError | None:
     """Put everything back to where the checkpoint stands, or return why that cannot be."""
     state = found.state
+    both = model if shadow is None else shadow.and_model()
     try:
+        restore_average(found.path, shadow.model if shadow else None)
         # Fp16's loss scaling skips updates until it has settled: the first ones may leave no moments.
         restore(found.path, model, optimizer, updated=state.step > 0 and not state.scaler)
-        restore_statistics(model, load_statistics(found.path), rank=machine.rank, world=machine.world)
+        restore_statistics(both, load_statistics(found.path), rank=machine.rank, world=machine.world)
     except UserError as error:
         return error
     if scaler is not None and state.scaler:  # none where the run began without fp16

@@ -3,6 +3,9 @@
 config.yaml         the resolved config; runs again from there
 metrics.jsonl       one row an epoch, and finer ones
 model.safetensors   the best epoch's weights, with all that is needed to predict
+start.safetensors   with transfer.wise_ft: the model before its first update
+fine-tuned.safetensors  the best epoch's weights, where another point between the two is now in model.safetensors
+wise.json           what was found on the line between the two
 checkpoints/        the training state, in folders that are whole or absent
 attempts/           one file for each start: who, how far, how it ended
 environment/        one file for each start: code, packages, hardware and settings that it was made with
@@ -36,9 +39,11 @@ CONFIG, METRICS, MODEL, CHECKPOINTS, CURVES, SPLIT, STOP = (
     "split.csv",
     "STOP",
 )
-OURS = (CONFIG, METRICS, MODEL, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT)
+START, FINE_TUNED, WISE = "start.safetensors", "fine-tuned.safetensors", "wise.json"
+OURS = (CONFIG, METRICS, MODEL, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT, START, FINE_TUNED, WISE)
 # A resumed run may differ in these: they say where and how fast it runs, not what it computes. (In train.epochs
-# it may have more.) The images are compared by their fingerprint, so that they may have moved.
+# and regularise.early_stopping it may have more.) The images are compared by their fingerprint, so that they may
+# have moved.
 LOG_FOLDER = "REGRAFT_LOGS"
 """Variable of the environment: where regraft's launcher writes what this start says."""
 _FREE = frozenset(
@@ -149,10 +154,10 @@ def set_results_aside(folder: Path) -> str | None:
     """
     if not (folder / MODEL).exists():
         return None
-    number = 1
-    while any((folder / f"earlier-{number}-{name}").exists() for name in (MODEL, METRICS)):
+    number, results = 1, (MODEL, METRICS, FINE_TUNED, WISE)
+    while any((folder / f"earlier-{number}-{name}").exists() for name in results):
         number += 1
-    for name in (MODEL, METRICS):
+    for name in results:
         if (folder / name).exists():
             (folder / name).rename(folder / f"earlier-{number}-{name}")
     return f"{folder}: holds results but no checkpoint to go on from: kept as earlier-{number}-{MODEL}"
@@ -215,6 +220,8 @@ def _differences(earlier: Path, now: str) -> Iterator[str]:
     for key in sorted((before.keys() | after.keys()) - _FREE):
         if key == "train.epochs" and _is_more(before.get(key), after.get(key)):
             continue
+        if key == "regularise.early_stopping" and _is_more_patient(before.get(key), after.get(key)):
+            continue
         if before.get(key) != after.get(key):
             yield f"{key}: {before.get(key)!r} there, {after.get(key)!r} now"
 
@@ -222,6 +229,11 @@ def _differences(earlier: Path, now: str) -> Iterator[str]:
 def _is_more(before: object, after: object) -> bool:
     """Return whether a run is to be extended."""
     return isinstance(before, int) and isinstance(after, int) and after > before
+
+
+def _is_more_patient(before: object, after: object) -> bool:
+    """Return whether a run that may have ended early is to go on; null is for ever."""
+    return isinstance(before, int) and (after is None or _is_more(before, after))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -101,7 +101,7 @@ def _stages(
         console.rule("fine-tuning" if weights else "training", align="left")
     outcome = stage("", config, weights)
     if machine.is_main:
-        console.print(summary(outcome))
+        console.print(summary(outcome, alpha=outcome.alpha))
     if config.scratch.lr:
         console.rule("from scratch", align="left")
         scratch = stage("scratch", scratch_stage(config), None)
@@ -239,6 +239,7 @@ def source_stage(config: Config) -> Config:
     return replace(
         _from_scratch(config, "source", lr=config.source.lr),
         data=replace(config.data, root=config.source.root, val_fraction=0.0),
+        regularise=replace(config.regularise, early_stopping=None),  # it has nothing to select on
         train=replace(config.train, epochs=config.source.epochs),
     )
 

@@ -3,7 +3,16 @@ from typing import Any
 
 import pytest
 
-from trainer.config import CheckpointConfig, Config, DataConfig, RegulariseConfig, TrainConfig
+from trainer.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RegulariseConfig,
+    SourceConfig,
+    TrainConfig,
+    TransferConfig,
+)
 from trainer.errors import UserError
 
 
@@ -86,3 +95,14 @@ def test_regularisers_that_do_not_go_together_are_refused(given: dict[str, Any],
 def test_a_regulariser_out_of_its_range_is_refused(section: Any, given: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         section(**given)
+
+
+@pytest.mark.parametrize("given", [{"l2_sp": 0.1}, {"wise_ft": True}])
+def test_what_leads_back_to_a_source_needs_one(given: dict[str, Any]) -> None:
+    transfer = TransferConfig(**given)
+    Config(transfer=transfer)
+    Config(transfer=transfer, model=ModelConfig(weights=None), source=SourceConfig(root="images"))
+    with pytest.raises(
+        UserError, match=r"transfer\.(l2_sp is 0\.1|wise_ft is True), which leads back to a source"
+    ):
+        Config(transfer=transfer, model=ModelConfig(weights=None))

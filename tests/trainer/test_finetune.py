@@ -36,6 +36,7 @@ def train(
     *,
     signals: StopSignals | None = None,
     started: Callable[[Attempt], object] = lambda attempt: None,
+    weights: str | None = None,
 ) -> tuple[Outcome, str]:
     """Start a run as `stages` does, and return what came of it, and what was seen of it."""
     screen = io.StringIO()
@@ -48,7 +49,7 @@ def train(
     started(attempt)
     try:
         outcome = finetune(
-            config, machine, console, weights=None, attempt=attempt, signals=signals or StopSignals()
+            config, machine, console, weights=weights, attempt=attempt, signals=signals or StopSignals()
         )
     except BaseException:
         attempt.end("failed")

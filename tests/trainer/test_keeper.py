@@ -25,6 +25,7 @@ from trainer.checkpoint.state import Best, Subject
 from trainer.checkpoint.store import Found, Place
 from trainer.data.augment import Preprocessing
 from trainer.data.loader import Order
+from trainer.ema import Shadow
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation
 from trainer.keeper import Keeper
@@ -69,12 +70,14 @@ class Run:
             for parameter in self.net.parameters():
                 parameter.fill_(number)
 
-    def epoch(self, epoch: int, accuracy: float, *, loss: float = 1.0, part: str = "test") -> str | None:
+    def epoch(
+        self, epoch: int, accuracy: float, *, loss: float = 1.0, part: str = "test", **row: Any
+    ) -> str | None:
         """Come to the end of an epoch, with the weights at its number."""
         self.update(epoch)
         figures = Figures(loss_sum=1.0, correct=1, seen=7, seconds=1.0, compute_seconds=1.0, bad_step=None)
         progress = Progress(epoch=epoch, epoch_step=2, step=2 * epoch, figures=figures, lr={})
-        self.told.rows.append({"kind": "epoch", "epoch": epoch, "step": 2 * epoch})
+        self.told.rows.append({"kind": "epoch", "epoch": epoch, "step": 2 * epoch, **row})
         right = round(10 * accuracy)
         found = Evaluation(loss_sum=10 * loss, correct=(right, 0), support=(10, 0), predicted=(10, 0))
         return self.keeper.epoch(progress, {part: found})
@@ -643,3 +646,67 @@ def test_without_the_best_ones_checkpoint_the_best_is_sought_anew_or_the_loss_is
     gone = make(best=lost, last=Place(2, 1))
     with pytest.raises(UserError, match=r"model.safetensors is gone, which holds the best epoch \(1\)"):
         gone.keeper.mend_model(said.append)
+
+
+# --- the moving average, and early stopping
+
+
+def averaged(run: Run) -> Run:
+    """Give a keeper an average of its model, that stands still at 77."""
+    run.keeper.shadow = Shadow(run.net, 0.9)
+    with torch.no_grad():
+        for parameter in run.keeper.shadow.model.parameters():
+            parameter.fill_(77)
+    return run
+
+
+@pytest.mark.parametrize("policy", [EVERY_EPOCH, NEVER], ids=["every epoch", "never"])
+def test_the_model_file_is_the_average_and_a_checkpoint_holds_both(policy: Policy, make: Make) -> None:
+    run = averaged(make(policy, epochs=2))
+    with run.keeper:
+        run.epoch(1, 0.9)
+        run.epoch(2, 0.8)
+    assert run.model() == (77, 1)
+    path = run.read(4, 2).path
+    held = {
+        name: load_file(path / name)["0.weight"].unique().tolist() for name in (store.MODEL, store.AVERAGE)
+    }
+    assert held == {store.MODEL: [2.0], store.AVERAGE: [77.0]}
+    assert not list(path.glob("statistics*")), "one process has them in its tensors"
+
+
+def test_a_model_file_of_a_later_epoch_is_mended_from_the_average(make: Make) -> None:
+    run = averaged(make())
+    with run.keeper:
+        run.epoch(1, 0.9)
+        assert run.keeper._writer.settle()
+        (run.folder / MODEL).write_bytes(b"of an epoch whose checkpoint never came to be")
+    run.keeper.mend_model(print)
+    assert run.model() == (77, 1)
+
+
+def test_weights_whose_average_is_not_finite_are_not_saved(make: Make) -> None:
+    run = averaged(make())
+
+    def go() -> None:
+        with run.keeper as keeper:
+            assert keeper.shadow is not None
+            next(keeper.shadow.model.parameters()).data.fill_(float("nan"))
+            keeper.save(0, 1, SUMS)
+
+    with pytest.raises(UserError, match="not finite"):
+        go()
+    assert run.checkpoints == []
+
+
+def test_a_run_that_does_not_get_better_ends_with_a_checkpoint_and_says_how_long_it_was(make: Make) -> None:
+    run = make(NEVER, patience=1, selection="val")
+    accuracies = [0.5, 0.6, 0.6]
+    with run.keeper as keeper:
+        for epoch, accuracy in enumerate(accuracies, start=1):
+            run.epoch(epoch, accuracy, part="val", val_accuracy=accuracy, val_loss=1.0)
+            assert keeper.over == (epoch == 3)
+    assert run.checkpoints == [(6, 3)]
+    record = read_record(run.folder / "attempts" / "0001.json")
+    assert record is not None
+    assert (record.step, record.steps, record.epoch, record.epochs) == (6, 6, 3, 3)

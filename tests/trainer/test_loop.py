@@ -83,6 +83,8 @@ class Told:
 class Kept:
     """Remembers what it is told to save; wishes what a test has planned for a step."""
 
+    over = False
+
     def __init__(self, wishes: Mapping[int, Wish] | None = None, stop_after_epoch: int | None = None) -> None:
         self.wishes = wishes or {}
         self.stop_after_epoch = stop_after_epoch

@@ -9,22 +9,26 @@ import pytest
 from trainer import run_folder
 from trainer.attempts import ATTEMPTS, Record
 from trainer.checkpoint.store import Place
-from trainer.config import Config, DataConfig, RunConfig
+from trainer.config import Config, DataConfig, RegulariseConfig, RunConfig
 from trainer.errors import UserError
 from trainer.parse import dump, keys
 from trainer.run_folder import (
     CHECKPOINTS,
     CONFIG,
     CURVES,
+    FINE_TUNED,
     MARK,
     METRICS,
     MODEL,
     SPLIT,
+    START,
+    WISE,
     check_seen,
     examine,
     holds_run,
     kept_precision,
     move_aside,
+    set_results_aside,
     write_config,
 )
 
@@ -477,3 +481,29 @@ def test_a_folder_that_another_machine_does_not_see_is_refused(folder: Path) -> 
         check_seen(folder)
     opened(folder)
     check_seen(folder)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "allowed"), [(2, 3, True), (2, None, True), (3, 2, False), (None, 2, False)]
+)
+def test_a_run_may_become_more_patient_and_not_less(
+    before: int | None, after: int | None, allowed: bool, tmp_path: Path
+) -> None:
+    def config(patience: int | None) -> str:
+        return dump(Config(regularise=RegulariseConfig(early_stopping=patience)))
+
+    finished(tmp_path / "run", config(before))
+    if allowed:
+        assert opened(tmp_path / "run", config(after)) is None
+    else:
+        assert f"regularise.early_stopping: {before} there, {after} now" in refusal(
+            tmp_path / "run", config(after)
+        )
+
+
+def test_results_without_checkpoints_are_set_aside_with_what_belongs_to_them(tmp_path: Path) -> None:
+    for name in (MODEL, METRICS, FINE_TUNED, WISE, START):
+        (tmp_path / name).write_text(name)
+    assert set_results_aside(tmp_path) is not None
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == sorted([START, *(f"earlier-1-{name}" for name in (MODEL, METRICS, FINE_TUNED, WISE))])

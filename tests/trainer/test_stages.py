@@ -17,16 +17,18 @@ from trainer.config import (
     Config,
     DataConfig,
     ModelConfig,
+    RegulariseConfig,
     RunConfig,
     ScratchConfig,
     SourceConfig,
     TrainConfig,
+    TransferConfig,
 )
 from trainer.errors import UserError
 from trainer.finetune import Outcome
 from trainer.run_folder import CHECKPOINTS, CONFIG, MARK, STOP
 from trainer.signals import Stopped, StopSignals
-from trainer.stages import resolve, run
+from trainer.stages import resolve, run, source_stage
 
 SCRATCH = ModelConfig(name="resnet18", weights=None)
 NOBODY = "~nobody-of-this-name/there"
@@ -348,3 +350,15 @@ def test_a_finished_runs_figures_are_restored(small: Config, folder: Path) -> No
     path.write_bytes(before[: len(before) // 2])
     run(small, StopSignals())
     assert path.read_bytes() == before
+
+
+def test_a_source_model_has_nothing_to_stop_early_by_and_nothing_to_be_pulled_to() -> None:
+    given = replace(
+        config("images"),
+        source=SourceConfig(root="others"),
+        regularise=RegulariseConfig(early_stopping=3, ema=0.9),
+        transfer=TransferConfig(l2_sp=0.1, wise_ft=True),
+    )
+    source = source_stage(given)
+    assert (source.regularise.early_stopping, source.regularise.ema) == (None, 0.9)
+    assert (source.transfer.l2_sp, source.transfer.wise_ft) == (0, False)

@@ -3,6 +3,7 @@
 step-00000120-epoch-0004/   after 120 updates, of them 4 whole epochs
   model.safetensors           weights and buffers
   optimizer.safetensors       its moments
+  average.safetensors         with regularise.ema: the weights' moving average
   statistics.safetensors      each process's BatchNorm statistics, where they differ
   state.json                  counters, and what they belong to
   metrics.jsonl               the run's figures up to here
@@ -37,9 +38,10 @@ from trainer.files import remove_leftovers, sync_folder, write_text_atomically
 
 MANIFEST, LATEST, STATE, METRICS = "MANIFEST.json", "LATEST", "state.json", "metrics.jsonl"
 MODEL, OPTIMIZER, STATISTICS = "model.safetensors", "optimizer.safetensors", "statistics.safetensors"
+AVERAGE = "average.safetensors"
 FORMAT = 1
 _REQUIRED = {MODEL, OPTIMIZER, STATE, METRICS}
-_ALLOWED = _REQUIRED | {STATISTICS}
+_ALLOWED = _REQUIRED | {STATISTICS, AVERAGE}
 _CHUNK = 1 << 22
 _MOST_JSON = 1 << 26
 """Bytes of the largest manifest or state that is read: a class list takes some megabytes at most."""

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trainer.checkpoint.store import MODEL, OPTIMIZER, STATISTICS
+from trainer.checkpoint.store import AVERAGE, MODEL, OPTIMIZER, STATISTICS
 from trainer.data.names import listed, printable
 from trainer.errors import UserError
 
@@ -31,6 +31,11 @@ def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
         if isinstance(value, Tensor)
     }
     return {MODEL: _copied(model.state_dict()), OPTIMIZER: _copied(moments)}
+
+
+def capture_average(average: nn.Module) -> dict[str, Tensors]:
+    """Return copies in main memory of the moving average of a model, likewise."""
+    return {AVERAGE: _copied(average.state_dict())}
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -79,6 +84,32 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, u
         if name in has_moments
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def restore_average(path: Path, average: nn.Module | None) -> None:
+    """Put the moving average back to what `capture_average` saw; None where the run has none.
+
+    Raises:
+        UserError: only one of checkpoint and run has one, or it is of another model; it is then as it was.
+
+    """
+    saved = (path / AVERAGE).exists()
+    if saved != (average is not None):
+        what = "holds a moving average of the weights" if saved else "holds no moving average of the weights"
+        then, now = ("with", "without") if saved else ("without", "with")
+        raise UserError(
+            f"{path}: {what}: it was saved {then} regularise.ema, and this run is {now} it. Bring back that setting, "
+            "choose another run.dir, or start anew with --run.resume never, which moves the run aside"
+        )
+    if average is None:
+        return
+    found = load(path / AVERAGE)
+    if wrong := _differences(found, average.state_dict()):
+        raise UserError(
+            f"{path / AVERAGE}: does not fit this run: {listed(wrong, limit=5)}. Choose another run.dir, or start anew "
+            "with --run.resume never, which moves the run aside"
+        )
+    average.load_state_dict(found)
 
 
 def load_statistics(path: Path) -> Tensors:

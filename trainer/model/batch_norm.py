@@ -43,6 +43,15 @@ def freeze_batch_norm(model: nn.Module) -> int:
     return len(layers)
 
 
+def freeze_alike(copied: nn.Module, model: nn.Module) -> None:
+    """Let the statistics of a copy be kept as they are where the model's are now, and nowhere else."""
+    for layer, other in zip(batch_norms(copied), batch_norms(model), strict=True):
+        if not is_frozen(other):
+            vars(layer).pop("train", None)
+        elif not is_frozen(layer):
+            freeze_batch_norm(layer)
+
+
 def _stay_in_eval(layer: _BatchNorm, mode: bool = True) -> _BatchNorm:
     return layer
 

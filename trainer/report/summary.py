@@ -65,11 +65,15 @@ def headline(run: Finished) -> str:
     )
 
 
-def summary(run: Finished) -> str:
-    """Return the end of a run in a few lines."""
+def summary(run: Finished, *, alpha: float = 1.0) -> str:
+    """Return the end of a run in a few lines.
+
+    `alpha` is how far from the start to the best epoch the model file's weights are (WiSE-FT).
+    """
     best = best_row(run.rows, run.selection)
     last = run.rows[-1]
     to_train, to_test = run.examples
+    way = "" if alpha == 1 else f", {alpha:g} of the way to it from the start (wise.json)"
     lines = [
         headline(run),
         f"{last['test_seen']} of {to_test} evaluated, {last['train_seen']} of {to_train} trained on in every epoch",
@@ -82,7 +86,7 @@ def summary(run: Finished) -> str:
     lines += [
         f"time {duration(run.seconds)}, of it {duration(sum(row['seconds'] for row in run.rows))} training",
         f"run folder {run.folder}",
-        f"  model.safetensors  the best epoch ({best['epoch']}); trainer.load reads it",
+        f"  model.safetensors  the best epoch ({best['epoch']}){way}; trainer.load reads it",
         "  checkpoints/       the training state, to go on from",
         "  metrics.jsonl      every figure",
         "  curves.png         their plot",

@@ -66,3 +66,11 @@ def test_two_runs_stand_beside_each_other_within_80_columns() -> None:
     assert len(lines) == 2
     assert lines[0].split()[:5] == ["fine-tuned", "0.900", "0.800", "to", "1.000"]
     assert lines[1].split()[:3] == ["from", "scratch", "0.600"]
+
+
+def test_a_model_file_that_is_another_point_of_the_line_says_so() -> None:
+    run = Run([row(1, 0.9, val=0.5)], selection="val")
+    assert "the best epoch (1); trainer.load" in summary(run)
+    assert "the best epoch (1), 0.4 of the way to it from the start (wise.json); trainer.load" in summary(
+        run, alpha=0.4
+    )
