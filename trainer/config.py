@@ -217,9 +217,9 @@ class OptimConfig:
     loss_reduction: Literal["mean", "sum"] = "mean"
     """What is differentiated: the mean, or the sum, of the cross-entropy over the examples of the global batch."""
     schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"
-    """Learning rate after the warm-up: constant, or a half cosine down to 0 at the end. one-cycle (Smith 2018): up from a 25th by a half cosine, over the warm-up or 30% where there is none, then down to nearly 0."""
+    """Learning rate after the warm-up: constant, or a half cosine down to 0 at the end. one-cycle (Smith 2018): up from a 25th by a half cosine, over the warm-up or 30% of the run where there is none, then down to nearly 0; the momentum stays."""
     warmup: str = "0 steps"
-    """Length of the linear warm-up: '100 steps', '1 epochs' or '5%'."""
+    """Length of the warm-up, linear but in one-cycle: '100 steps', '1 epochs' or '5%'."""
     clip_norm: float | None = None
     """Greatest norm of the whole gradient; null: not clipped."""
 
