@@ -171,7 +171,7 @@ class TransferConfig:
     """What of the source model changes."""
 
     strategy: str | None = None
-    """A named combination of options (configs/strategies/NAME.yaml), or a YAML file of one. What stands beside it, in the same file or on the command line, wins over it; null: none."""
+    """A named combination of options (configs/strategies/NAME.yaml): note, head-only, lp-ft, gradual, strong-regularisation, from-scratch, or a YAML file of one. What stands beside it, in the same file or on the command line, wins over it; null: none."""
     train: dict[int, str] | str = "all"
     """What trains: all; head; from:MODULE, that module and all that the forward pass comes to after it; last:N, the last N blocks, the output layer's among them; or names of modules and patterns of parameter names, as in 'layer4, *.bias'. New output layers always do. In stages: {0: head, 1: layer4, 3: all}, epoch -> what trains from there on, with all that did before."""
     batch_norm: Literal["frozen-with-weights", "frozen", "train", "sync"] = "frozen-with-weights"
