@@ -23,7 +23,7 @@ _STUDENT = (
 )  # fmt: skip
 _ROUNDING = 1e-9
 """Of a mean of accuracies: a run that has exactly that accuracy has reached it."""
-_COLUMNS = ("test accuracy", "epochs", "training [s]", "ex/s", "to first [s]", "share")
+_COLUMNS = ("accuracy", "epochs", "time [s]", "ex/s", "to first", "share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +156,20 @@ def _why(failures: Mapping[int, str]) -> str:
 
 
 def table(summaries: Sequence[Summary]) -> Table:
-    """Return the comparison for a terminal."""
-    found = Table("strategy", box=SIMPLE_HEAD, pad_edge=False)
-    for column in _COLUMNS:
-        found.add_column(column, justify="right", no_wrap=column != "test accuracy")
-    for summary in summaries:
-        found.add_row(summary.strategy, *_cells(summary))
+    """Return the comparison for a terminal of 80 columns; the epochs are told only where they differ."""
+    found = Table(box=SIMPLE_HEAD, pad_edge=False)
+    found.add_column("strategy", overflow="fold")
+    rows = {summary.strategy: _cells(summary) for summary in summaries}
+    epochs = _COLUMNS.index("epochs")
+    told = [
+        i
+        for i in range(len(_COLUMNS))
+        if i != epochs or len({cells[i] for cells in rows.values()} - {"-"}) > 1
+    ]
+    for i in told:
+        found.add_column(_COLUMNS[i], justify="right", no_wrap=True)
+    for strategy, cells in rows.items():
+        found.add_row(strategy, *(cells[i] for i in told))
     return found
 
 
@@ -170,13 +178,18 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
     first = summaries[0]
     seeds = max(len(summary.trials) for summary in summaries)
     lines = [
-        ("mean over seeds ± 95 % interval (Student's t); " if seeds > 1 else "one seed: no interval; ")
-        + "training: seconds of the updates, and of a linear probe, without evaluation and saving",
+        "accuracy: on the test images, "
+        + (
+            "mean over seeds ± 95 % interval (Student's t); "
+            if seeds > 1
+            else "of one seed, so without interval; "
+        )
+        + "time: training seconds, those of a linear probe included, without evaluation and saving",
     ]
     if first.accuracy is not None:
         lines.append(
-            f"to first: training seconds until the test accuracy reaches {first.accuracy:.3f}, the mean that "
-            f"{first.strategy} ends at (-: not with every seed); share: the same over {first.strategy}'s training"
+            f"to first: seconds of these until the test accuracy reaches {first.accuracy:.3f}, the mean that "
+            f"{first.strategy} ends at (-: not with every seed); share: the same over {first.strategy}'s time"
         )
     lines += [
         f"{summary.strategy}, seed {seed} failed: {why.partition(chr(10))[0]}"
