@@ -20,6 +20,8 @@ Start training anywhere, and keep it going.
   regraft status [RUN] [--watch]
   regraft doctor [--nodes N] [--nproc N] [--json] [--config FILE] [--section.key VALUE ...]
   regraft preview [--config FILE] [--section.key VALUE ...]
+  regraft lr-find [--from LR] [--to LR] [--steps N] [--config FILE] [--section.key VALUE ...]
+  regraft compare --strategies NAME,... [--seeds N] [--config FILE] [--section.key VALUE ...]
   regraft completion bash|zsh
 
 What a verb does not know goes to the trainer, which checks it: `regraft train --help` lists its options.
@@ -162,6 +164,8 @@ def _completion(words: list[str]) -> int:
     own |= {verb: parser_of(verb) for verb in ("submit", "render")}
     options = {verb: [*completion.options_of(own[verb]), *trainers] for verb in own}
     options |= {"debug": trainers, "preview": [*trainers, "--output"]}
+    options |= {"lr-find": ["--from", "--to", "--steps", *trainers]}
+    options |= {"compare": ["--strategies", "--seeds", *trainers]}
     options |= {"status": completion.options_of(_status_parser()), "completion": []}
     print(completion.script(words[0], options), end="")
     return contract.DONE
@@ -181,6 +185,8 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "status": _status,
     "doctor": _doctor,
     "preview": lambda words: _trainer("preview.py", words),
+    "lr-find": lambda words: _trainer("lr_find.py", words),
+    "compare": lambda words: _trainer("compare.py", words),
     "completion": _completion,
 }
 

@@ -171,7 +171,7 @@ class TransferConfig:
     """What of the source model changes."""
 
     strategy: str | None = None
-    """A named combination of options (configs/strategies/NAME.yaml), or a YAML file of one. What stands beside it, in the same file or on the command line, wins over it; null: none."""
+    """A named combination of options (configs/strategies/NAME.yaml): note, head-only, lp-ft, gradual, strong-regularisation, from-scratch, or a YAML file of one. What stands beside it, in the same file or on the command line, wins over it; null: none."""
     train: dict[int, str] | str = "all"
     """What trains: all; head; from:MODULE, that module and all that the forward pass comes to after it; last:N, the last N blocks, the output layer's among them; or names of modules and patterns of parameter names, as in 'layer4, *.bias'. New output layers always do. In stages: {0: head, 1: layer4, 3: all}, epoch -> what trains from there on, with all that did before."""
     batch_norm: Literal["frozen-with-weights", "frozen", "train", "sync"] = "frozen-with-weights"
@@ -217,9 +217,9 @@ class OptimConfig:
     loss_reduction: Literal["mean", "sum"] = "mean"
     """What is differentiated: the mean, or the sum, of the loss over the examples of the global batch."""
     schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"
-    """Learning rate after the warm-up: constant, or a half cosine down to 0 at the end. one-cycle (Smith 2018): up from a 25th by a half cosine, over the warm-up or 30% where there is none, then down to nearly 0."""
+    """Learning rate after the warm-up: constant, or a half cosine down to 0 at the end. one-cycle (Smith 2018): up from a 25th by a half cosine, over the warm-up or 30% of the run where there is none, then down to nearly 0; the momentum stays."""
     warmup: str = "0 steps"
-    """Length of the linear warm-up: '100 steps', '1 epochs' or '5%'."""
+    """Length of the warm-up, linear but in one-cycle: '100 steps', '1 epochs' or '5%'."""
     clip_norm: float | None = None
     """Greatest norm of the whole gradient; null: not clipped."""
 

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -37,20 +37,35 @@ INTERRUPTED = 130
 _SECONDS_FOR_RANK_0 = 5.0
 
 
+_GOES_ON = "The same command (without --run.resume never) goes on from the run folder's newest checkpoint"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, and return the exit code: 0, 2 for what the user can mend, 75 for a stop, 130 for a second Ctrl-C."""
+
+    def train(signals: StopSignals) -> None:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        # torch takes seconds to import: a wrong option is answered without it.
+        with signals.as_flags():  # an import that is broken off would leave half a module behind
+            from trainer.stages import run  # noqa: PLC0415
+        if signals.asked:
+            raise Stopped(signal.Signals(signals.asked).name)
+
+        run(config, signals)
+
+    return answer(train)
+
+
+def answer(work: Callable[[StopSignals], object], *, goes_on: str = _GOES_ON) -> int:
+    """Do the work of a verb under signals, say in one sentence why it ended, and return the exit code.
+
+    `goes_on` tells whoever has stopped it what the same command will do.
+    """
     with StopSignals() as signals:
         if has_launcher(os.environ):
             follow_launcher()
         try:
-            config = parse(sys.argv[1:] if argv is None else argv)
-            # torch takes seconds to import: a wrong option is answered without it.
-            with signals.as_flags():  # an import that is broken off would leave half a module behind
-                from trainer.stages import run  # noqa: PLC0415
-            if signals.asked:
-                raise Stopped(signal.Signals(signals.asked).name)
-
-            run(config, signals)
+            work(signals)
         except UserError as error:
             write_error_file(error)
             _say("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
@@ -58,15 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Stopped as stop:
             if os.environ.get("RANK", "0") == "0":  # all have stopped together
                 how = f"saved at {stop.saved}" if stop.saved else "there was nothing new to save"
-                _say(
-                    f"stopped by {stop.reason}: {how}. The same command (without --run.resume never) goes on from the "
-                    "run folder's newest checkpoint"
-                )
+                _say(f"stopped by {stop.reason}: {how}. {goes_on}")
             return stop_code(os.environ)
         except KeyboardInterrupt:
             _say(
-                "interrupted before the state could be saved: what the run folder holds is whole; the same command "
-                "(without --run.resume never) goes on from its newest checkpoint"
+                "interrupted before the state could be saved: what the run folder holds is whole. " + goes_on
             )
             return INTERRUPTED
     return 0
@@ -112,13 +123,18 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-if __name__ == "__main__":
+def leave_after(work: Callable[[], int]) -> NoReturn:
+    """Exit with the code that the work returns; what it raises is told as Python tells it."""
     try:
-        code = main()
+        code = work()
     except SystemExit:  # of --help
         raise
-    except BaseException as error:  # noqa: BLE001 (told as Python tells it)
+    except BaseException as error:  # noqa: BLE001 (told below)
         write_error_file(error)
         sys.excepthook(*sys.exc_info())
         code = FAILED
     leave(code)
+
+
+if __name__ == "__main__":
+    leave_after(main)

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.strategies import in_order
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
@@ -76,14 +77,14 @@ def _mapping_once(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_once)
 
 
-def _check_file(path: Path) -> None:
-    """Raise a UserError for a file that is not a YAML of known keys."""
+def _read(path: Path, what: str) -> dict[str, Any]:
+    """Return the content of a YAML file; raises a UserError unless all its keys are known. `what` names it."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_named(path))  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
         near = ", ".join(sorted(p.name for p in QUICKSTART.parent.glob("*.yaml")))
         raise UserError(
-            f"--config {path}: there is no such file. The recipes in {QUICKSTART.parent}: {near}"
+            f"{what}: there is no such file. The recipes in {QUICKSTART.parent}: {near}"
         ) from None
     except (
         OSError,
@@ -91,26 +92,21 @@ def _check_file(path: Path) -> None:
         RecursionError,
         yaml.YAMLError,
     ) as error:  # YAML's own readers raise them too
-        raise UserError(
-            f"--config {path}: not a readable YAML file: {' '.join(str(error).split())}"
-        ) from None
+        raise UserError(f"{what}: not a readable YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(
-            f"--config {path}: expected sections with keys, as in 'optim:' and below it '  lr: 0.001'"
-        )
+        raise UserError(f"{what}: expected sections with keys, as in 'optim:' and below it '  lr: 0.001'")
     known = set(keys())
     sections = {k.split(".")[0] for k in known if "." in k}
     for section, values in content.items():
         if section in sections:
             if not isinstance(values, dict):
-                raise UserError(
-                    f"--config {path}: section {section!r} holds {values!r}: expected keys below it"
-                )
+                raise UserError(f"{what}: section {section!r} holds {values!r}: expected keys below it")
             for key in values:
                 if f"{section}.{key}" not in known:
-                    raise _unknown(f"{section}.{key}", f"--config {path}")
+                    raise _unknown(f"{section}.{key}", what)
         elif section not in known:
-            raise _unknown(str(section), f"--config {path}")
+            raise _unknown(str(section), what)
+    return content
 
 
 def _named(path: Path) -> type[yaml.SafeLoader]:
@@ -149,17 +145,13 @@ def parse(argv: Sequence[str]) -> Config:
     """
     arguments = _check_arguments(argv)
     given = [a.split("=", 1)[0] for a in arguments]
-    for i, word in enumerate(arguments):
-        if word == "--config" and i + 1 < len(arguments):
-            _check_file(Path(arguments[i + 1]))
-        elif word.startswith("--config="):
-            _check_file(Path(word.removeprefix("--config=")))
     if "--config" not in given and "--data.root" not in given:
         if not QUICKSTART.is_file():
             raise UserError(
                 "neither --config nor --data.root was given: name a recipe, or the folder of your images"
             )
         arguments = [f"--config={QUICKSTART}", *arguments]
+    arguments = in_order(arguments, read=_read, complete=frozenset(keys()))
     parser = _parser()
     try:
         return _instantiate(parser, parser.parse_args(arguments))

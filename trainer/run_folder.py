@@ -58,6 +58,7 @@ _FREE = frozenset(
         "data.workers",
         "data.cache",
         "data.on_unreadable",
+        "transfer.strategy",  # a name for options, all of which are compared
         "train.accumulation",
         "train.points_per_epoch",
         "checkpoint.every",

@@ -13,6 +13,8 @@ from trainer.errors import UserError
 
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*")
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
+_RISE, _FIRST, _LAST = 0.3, 1 / 25, 1e-4
+"""Of one-cycle: the share of the run in which it rises, its first rate over the peak, its last over the first."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,27 @@ def lr_factor(
     """Return the share of the peak learning rate at which update `step` (counted from 0) is made.
 
     A linear warm-up over `warmup_steps` that ends on 1, then constant, or half a cosine that would reach
-    0 at `total_steps` (Loshchilov & Hutter 2017, SGDR, without restarts).
+    0 at `total_steps` (Loshchilov & Hutter 2017, SGDR, without restarts). one-cycle: see `_one_cycle`.
     """
+    if kind == "one-cycle":
+        return _one_cycle(step, total_steps=total_steps, rise=warmup_steps or round(_RISE * total_steps))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if kind == "constant":
         return 1.0
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _one_cycle(step: int, *, total_steps: int, rise: int) -> float:
+    """Return the 1cycle policy's share of the peak (Smith 2018; Smith & Topin 2019, super-convergence).
+
+    The first update is made at a 25th of the peak, the `rise`-th at the peak and the last at 1e-4 of the first's;
+    between them the rate follows half cosines, as in fastai and torch's OneCycleLR. Momentum is not cycled.
+    """
+    peak = max(0, rise - 1)
+    if step <= peak:
+        start, end, progress = _FIRST, 1.0, step / peak if peak else 1.0
+    else:
+        start, end, progress = 1.0, _FIRST * _LAST, min(1.0, (step - peak) / max(1, total_steps - 1 - peak))
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -244,6 +244,15 @@ def source_stage(config: Config) -> Config:
     )
 
 
+def with_weights(config: Config, file: Path) -> Config:
+    """Return the config with a source model trained before in place of the stage that trains one."""
+    return replace(
+        config,
+        model=replace(config.model, weights=str(file)),
+        source=replace(config.source, root=None),
+    )
+
+
 def scratch_stage(config: Config) -> Config:
     """Return the comparison: the same network, data and budget, from scratch, in `scratch/`."""
     assert config.scratch.lr is not None  # for mypy: the caller asks only where it is set

@@ -292,6 +292,7 @@ FREE = {
     "data.workers",
     "data.cache",
     "data.on_unreadable",
+    "transfer.strategy",
     "train.accumulation",
     "train.points_per_epoch",
     "checkpoint.every",

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 
 from trainer.errors import UserError
 from trainer.schedule import Duration, Interval, lr_factor, parse_duration, parse_interval, to_steps
@@ -87,3 +88,47 @@ def test_the_cosine_starts_at_1_falls_and_would_end_at_0() -> None:
 def test_a_warm_up_as_long_as_the_run_only_rises() -> None:
     factors = [lr_factor(step, total_steps=3, warmup_steps=3, kind="cosine") for step in range(3)]
     assert factors == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1]
+
+
+def one_cycle(total: int, warmup: int) -> list[float]:
+    return [
+        lr_factor(step, total_steps=total, warmup_steps=warmup, kind="one-cycle") for step in range(total)
+    ]
+
+
+@pytest.mark.parametrize(("total", "warmup", "peak"), [(20, 0, 5), (20, 3, 2), (7, 7, 6), (1000, 0, 299)])
+def test_one_cycle_rises_from_a_25th_to_the_peak_and_falls_to_a_250_000th(
+    total: int, warmup: int, peak: int
+) -> None:
+    factors = one_cycle(total, warmup)
+    assert factors[0] == pytest.approx(1 / 25, rel=1e-12)
+    assert factors[peak] == max(factors) == 1
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    if peak + 1 < total:
+        assert factors[-1] == pytest.approx(1 / 25 / 1e4, rel=1e-9)
+
+
+def test_one_cycle_follows_torchs_own() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=50, pct_start=0.3, cycle_momentum=False
+    )
+    rates = []
+    for _ in range(50):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step() if len(rates) < 50 else None
+    assert one_cycle(50, 0) == pytest.approx(rates, rel=1e-9)
+
+
+@pytest.mark.parametrize(("total", "expected"), [(1, [1.0]), (2, [1.0, 4e-6]), (3, [1.0, 0.500002, 4e-6])])
+def test_one_cycle_in_a_very_short_run_is_at_its_peak_at_once(total: int, expected: list[float]) -> None:
+    assert one_cycle(total, 0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (7, 7), (9, 0)])
+def test_one_cycle_has_a_rate_for_the_update_after_the_last(total: int, warmup: int) -> None:
+    after = lr_factor(total, total_steps=total, warmup_steps=warmup, kind="one-cycle")
+    assert after == pytest.approx(4e-6), "a checkpoint at the end names it, and a longer run goes on"
