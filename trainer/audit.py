@@ -1,8 +1,8 @@
 """`audit/rank-N.jsonl`: what each process saw in every update, to compare one run with another.
 
 One JSON object an update: attempt, epoch and step (from 0), world, lr_factor, examples (positions in the list of
-training examples) and for each of them the CRC-32 of its pixels as they are trained on. After a kill, updates that
-were lost are made again: of a step's rows those of the latest attempt count.
+training examples) and for each of them the CRC-32 of its pixels as they are trained on (before mixup or CutMix).
+After a kill, updates that were lost are made again: of a step's rows those of the latest attempt count.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Which examples make which update, and how they get to the device.
 
 The order is a pure function of (seed, epoch); step s updates on `order[s * B : (s + 1) * B]` of its epoch,
-whatever the number of processes: rank r of w takes every w-th of those. Nothing is padded or repeated, so
-shares may be unequal, and empty at the ragged end of an epoch.
+whatever the number of processes: rank r of w takes every w-th of those. Nothing is padded or repeated (but by
+balanced sampling, whose epochs are as long), so shares may be unequal, and empty at the ragged end of an epoch.
 """
 
 import hashlib
