@@ -1,8 +1,9 @@
 """Sections of the config -> the parts of a run. Only here, and in the verbs, is the whole config known."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -21,6 +22,8 @@ from trainer.errors import UserError
 from trainer.evaluate import evaluate
 from trainer.loop import Evaluations, Plan
 from trainer.model.create import Created, create
+from trainer.model.source_labels import Labels
+from trainer.model_file import read_description
 from trainer.optim import Group, group_parameters
 from trainer.report.console import checking, downloading
 from trainer.runtime import Runtime
@@ -228,7 +231,7 @@ def paths_of(images: Images, order: Order, epoch: int, step: int) -> list[str]:
 
 def make_model(
     config: Config,
-    classes: int,
+    classes: Sequence[str],
     weights: str | None,
     *,
     world: int = 1,
@@ -242,10 +245,13 @@ def make_model(
     created = create(
         config.model.name,
         image_size=config.data.image_size,  # type: ignore[arg-type]
-        num_classes=classes,
+        num_classes=len(classes),
         weights=weights,
         head_init=config.model.head_init,
         frozen_batch_norm=config.transfer.batch_norm == "frozen",
+        labels=_labels(config, classes, weights),
+        dropout=config.model.dropout,
+        stochastic_depth=config.model.stochastic_depth,
         on_progress=on_progress,
     )
     if config.transfer.batch_norm == "sync" and world > 1:
@@ -253,6 +259,20 @@ def make_model(
     if config.train.channels_last:
         created.model.to(memory_format=torch.channels_last)
     return created
+
+
+def _labels(config: Config, classes: Sequence[str], weights: str | None) -> Labels | None:
+    """Return what source-labels needs to know of names."""
+    if config.model.head_init != "source-labels" or weights is None:
+        return None
+    is_ours = weights.endswith(".safetensors") and Path(weights).is_file()
+    described = read_description(weights) if is_ours else None
+    return Labels(
+        targets=tuple(classes),
+        sources=config.model.source_labels,
+        described=described.classes if described else None,
+        aliases=config.model.aliases,
+    )
 
 
 def require_synchronisable(config: Config, order: Order, machine: Runtime) -> None:

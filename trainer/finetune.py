@@ -134,9 +134,7 @@ def finetune(
     preprocessing = preprocessing_of(config.data)
     created = runtime.in_turn(
         accelerator,
-        lambda: make_model(
-            config, len(index.classes), weights, world=machine.world, on_progress=console.print
-        ),
+        lambda: make_model(config, index.classes, weights, world=machine.world, on_progress=console.print),
         local=True,
     )
     console.print("\n".join(created.lines))

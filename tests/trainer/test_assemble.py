@@ -125,7 +125,7 @@ def test_other_batch_norms_are_never_refused(batch_norm: Any) -> None:
 
 def test_layers_are_synchronised_where_there_is_somebody_to_synchronise_with() -> None:
     alone, one, several = (
-        make_model(config, 3, None, world=world, on_progress=print).model
+        make_model(config, "abc", None, world=world, on_progress=print).model
         for config, world in ((Config(data=DataConfig(image_size=32), model=synchronised().model), 2),
                               (synchronised(), 1), (synchronised(), 2))
     )  # fmt: skip
