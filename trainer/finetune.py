@@ -26,6 +26,7 @@ from trainer.assemble import (
     make_policy,
     paths_of,
     preprocessing_of,
+    probe_head,
     require_synchronisable,
     training_images,
     warmup_steps,
@@ -73,7 +74,7 @@ class Outcome:
         return self.folder / MODEL
 
 
-def finetune(
+def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
     config: Config,
     machine: Runtime,
     console: Console,
@@ -88,7 +89,7 @@ def finetune(
      1. the list of examples, each checked, and their order;
      2. the newest checkpoint of an earlier start, if there is one: rank 0 chooses it;
      3. the model with fresh weights from `run.seed`; its head found and replaced; source weights copied in;
-     4. device, parameter groups and the optimizer over them;
+     4. device, the output layer of a linear probe, parameter groups and the optimizer over them;
      5. precision and process group (accelerate);
      6. model, optimizer and loss scaling from the checkpoint;
      7. loaders that begin at its position.
@@ -141,6 +142,9 @@ def finetune(
 
     # 4. On the device already: the optimizer's kernels are chosen by where its parameters lie.
     created.model.to(accelerator.device)
+    head_seconds = 0.0
+    if found is None and config.model.head_init == "linear-probe":
+        head_seconds = probe_head(created, index, preprocessing, config, machine, say=console.print)
     groups = make_groups(created, config)
     console.print(group_table(groups))
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
@@ -213,6 +217,9 @@ def finetune(
         last=Place(state.step, state.epoch) if state else None,
     )
     keeper.mend_model(console.print)
+    if found is None and config.model.head_init in ("source-labels", "linear-probe"):
+        # A signal ends the run here: nothing is lost that would not be made again.
+        report.start(evaluator(bare, lambda: False), head_seconds)
     try:
         with signals.as_flags(), display.shown(), _watch(config, machine, keeper, number), keeper:
             fit(
