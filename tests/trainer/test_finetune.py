@@ -48,7 +48,12 @@ def train(
     started(attempt)
     try:
         outcome = finetune(
-            config, machine, console, weights=None, attempt=attempt, signals=signals or StopSignals()
+            config,
+            machine,
+            console,
+            weights=config.model.weights,
+            attempt=attempt,
+            signals=signals or StopSignals(),
         )
     except BaseException:
         attempt.end("failed")
