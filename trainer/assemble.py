@@ -1,9 +1,10 @@
 """Sections of the config -> the parts of a run. Only here, and in the verbs, is the whole config known."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -20,10 +21,13 @@ from trainer.data.names import listed, printable
 from trainer.data.prepare import Displays, Prepared, prepare
 from trainer.errors import UserError
 from trainer.evaluate import evaluate
+from trainer.linear_probe import probe, require_linear
 from trainer.loop import Evaluations, Plan
 from trainer.mixing import Mixing
 from trainer.model.create import Created, create
 from trainer.model.freeze import enter, make_stages
+from trainer.model.source_labels import Labels
+from trainer.model_file import read_description
 from trainer.objective import Objective, balanced_weights
 from trainer.optim import Group, group_parameters
 from trainer.patterns import matching
@@ -159,6 +163,12 @@ def decoding_threads(asked_workers: int | None, machine: Runtime) -> int:
     return 1 if input_workers(asked_workers, machine) else machine.threads
 
 
+def _images_at_a_time(config: Config, machine: Runtime) -> int:
+    """Return how many images a process evaluates at a time: as many as it trains on, a few at the least."""
+    share = -(-config.train.batch_size // (machine.world * config.train.accumulation))
+    return max(8, share)
+
+
 class Evaluator:
     """Evaluates each part of the data; its workers stay between epochs."""
 
@@ -168,8 +178,7 @@ class Evaluator:
         self._machine = machine
         self._classes = len(index.classes)
         self._normalise = Normalise(preprocessing, machine.accelerator.device)
-        share = -(-config.train.batch_size // (machine.world * config.train.accumulation))
-        self._size = max(8, share)
+        self._size = _images_at_a_time(config, machine)
         self._parts: dict[str, tuple[int, Iterable[Batch]]] = {}
         for name, part in evaluated(index).items():
             images = Images(
@@ -279,7 +288,7 @@ def paths_of(images: Images, order: Order, epoch: int, step: int) -> list[str]:
 
 def make_model(
     config: Config,
-    classes: int,
+    classes: Sequence[str],
     weights: str | None,
     *,
     world: int = 1,
@@ -293,11 +302,16 @@ def make_model(
     created = create(
         config.model.name,
         image_size=config.data.image_size,  # type: ignore[arg-type]
-        num_classes=classes,
+        num_classes=len(classes),
         weights=weights,
         head_init=config.model.head_init,
+        labels=_labels(config, classes, weights),
+        dropout=config.model.dropout,
+        stochastic_depth=config.model.stochastic_depth,
         on_progress=on_progress,
     )
+    if config.model.head_init == "linear-probe":
+        require_linear(created.model, created.heads[0], config.data.image_size)  # type: ignore[arg-type]
     if config.transfer.batch_norm == "sync" and world > 1:
         created = replace(created, model=nn.SyncBatchNorm.convert_sync_batchnorm(created.model))
     if config.train.channels_last:
@@ -310,6 +324,56 @@ def make_model(
         for begins in late
     ]
     return replace(created, stages=stages, lines=(*created.lines, *notes))
+
+
+def _labels(config: Config, classes: Sequence[str], weights: str | None) -> Labels | None:
+    """Return what source-labels needs to know of names."""
+    if config.model.head_init != "source-labels" or weights is None:
+        return None
+    is_ours = weights.endswith(".safetensors") and Path(weights).is_file()
+    described = read_description(weights) if is_ours else None
+    return Labels(
+        targets=tuple(classes),
+        sources=config.model.source_labels,
+        described=described.classes if described else None,
+        aliases=config.model.aliases,
+    )
+
+
+def probe_head(
+    created: Created,
+    index: ImageIndex,
+    preprocessing: Preprocessing,
+    config: Config,
+    machine: Runtime,
+    *,
+    say: Callable[[str], object],
+) -> float:
+    """Give the model, on its device, the output layer of a linear probe on all processes; returns the seconds."""
+    images = Images(
+        index.train,
+        eval_transform(preprocessing),
+        seed=config.run.seed,
+        threads=decoding_threads(config.data.workers, machine),
+    )
+    slices = Slices(
+        len(images),
+        batch_size=_images_at_a_time(config, machine),
+        rank=machine.rank,
+        world=machine.world,
+    )
+    return probe(
+        created.model,
+        created.heads[0],
+        loader_of(images, slices, config, machine),
+        [label for _, label in index.train],
+        classes=len(index.classes),
+        balanced=config.regularise.class_weights == "balanced",
+        seed=config.run.seed,
+        normalise=Normalise(preprocessing, machine.accelerator.device),
+        machine=machine,
+        say=say,
+    )
 
 
 def require_synchronisable(config: Config, order: Order, machine: Runtime) -> None:

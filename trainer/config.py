@@ -149,7 +149,7 @@ class ModelConfig:
     aliases: dict[str, str] = field(default_factory=dict)
     """For source-labels: class of yours -> class of the source, where their names differ, as in {dachshund puppy: dachshund}."""
     dropout: float | None = None
-    """Probability of the model's dropout layers; null: as the model has it."""
+    """Probability of the model's dropout layers (not of attention weights, nor in auxiliary classifiers); null: as the model has it."""
     stochastic_depth: float | None = None
     """Probability with which the last residual block is left out (Huang et al. 2016), those before it less often, in proportion to their depth; null: as the model has it."""
 

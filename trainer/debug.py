@@ -93,11 +93,9 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
     index = _few(prepared.index)
 
     with stage("model"):
-        if config.source.root:
-            console.print(
-                f"the source stage ({config.source.root}) is left out: random weights stand for its own"
-            )
-        created = make_model(config, len(index.classes), config.model.weights, on_progress=console.print)
+        for line in _left_out(config):
+            console.print(line)
+        created = make_model(config, index.classes, config.model.weights, on_progress=console.print)
         console.print("\n".join(created.lines))
         created.model.to(device)
         groups = make_groups(created, config)
@@ -151,6 +149,14 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
             if len(losses) % SHOWN_EVERY == 1:
                 console.print(f"update {len(losses)}: loss {loss:.4f}")
         console.print(verdict(losses))
+
+
+def _left_out(config: Config) -> Iterator[str]:
+    """Yield what the run does before it trains and this walk does not."""
+    if config.source.root:
+        yield f"the source stage ({config.source.root}) is left out: random weights stand for its own"
+    if config.model.head_init == "linear-probe":
+        yield "the linear probe is left out: a drawn output layer stands for its own"
 
 
 def _overfit(

@@ -28,6 +28,7 @@ from trainer.assemble import (
     make_pull,
     paths_of,
     preprocessing_of,
+    probe_head,
     require_selection,
     require_synchronisable,
     training_images,
@@ -82,7 +83,7 @@ class Outcome:
         return self.folder / MODEL
 
 
-def finetune(  # noqa: PLR0915 (the order of its steps is worth its length)
+def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
     config: Config,
     machine: Runtime,
     console: Console,
@@ -97,7 +98,7 @@ def finetune(  # noqa: PLR0915 (the order of its steps is worth its length)
      1. the list of examples, each checked, and their order;
      2. the newest checkpoint of an earlier start, if there is one: rank 0 chooses it;
      3. the model with fresh weights from `run.seed`; its head found and replaced; source weights copied in;
-     4. device, parameter groups and the optimizer over them;
+     4. device, the output layer of a linear probe, parameter groups and the optimizer over them;
      5. precision and process group (accelerate);
      6. model, optimizer and loss scaling from the checkpoint;
      7. loaders that begin at its position.
@@ -157,9 +158,7 @@ def finetune(  # noqa: PLR0915 (the order of its steps is worth its length)
     # 3.
     created = runtime.in_turn(
         accelerator,
-        lambda: make_model(
-            config, len(index.classes), weights, world=machine.world, on_progress=console.print
-        ),
+        lambda: make_model(config, index.classes, weights, world=machine.world, on_progress=console.print),
         local=True,
     )
     console.print("\n".join(created.lines))
@@ -167,6 +166,9 @@ def finetune(  # noqa: PLR0915 (the order of its steps is worth its length)
     # 4. On the device already: the optimizer's kernels are chosen by where its parameters lie.
     created.model.to(accelerator.device)
     pull = make_pull(created, config)  # towards what the source gave, not what a checkpoint puts back
+    head_seconds = 0.0
+    if found is None and config.model.head_init == "linear-probe":
+        head_seconds = probe_head(created, index, preprocessing, config, machine, say=console.print)
     groups = make_groups(created, config)
     console.print(block_table(created, groups))
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
@@ -235,6 +237,9 @@ def finetune(  # noqa: PLR0915 (the order of its steps is worth its length)
         patience=config.regularise.early_stopping,
     )
     keeper.mend_model(console.print)
+    if found is None and config.model.head_init in ("source-labels", "linear-probe"):
+        # A signal ends the run here: nothing is lost that would not be made again.
+        report.start(evaluator(bare, lambda: False), head_seconds)
     try:
         with signals.as_flags(), display.shown(), _watch(config, machine, keeper, number), keeper:
             fit(

@@ -26,23 +26,28 @@ from trainer.assemble import (
     load_examples,
     loader_of,
     make_groups,
+    make_mixing,
     make_model,
+    make_objective,
+    make_order,
+    make_pull,
     preprocessing_of,
+    probe_head,
     require_synchronisable,
     training_images,
 )
 from trainer.config import Config
 from trainer.data.augment import Normalise
-from trainer.data.loader import Order, Shares
+from trainer.data.loader import Shares
 from trainer.errors import UserError
 from trainer.files import write_text_atomically
-from trainer.finetune import _prepare
 from trainer.loop import update
 from trainer.lr_range import Suggestion, has_diverged, rates, smoothed, suggest
 from trainer.main import answer, leave_after
 from trainer.optim import make_optimizer, set_lr
 from trainer.parse import parse
-from trainer.report.console import group_table, make_console
+from trainer.report.blocks import block_table
+from trainer.report.console import make_console
 from trainer.report.lr_range import draw_range, range_table
 from trainer.run_folder import MODEL
 from trainer.runtime import Runtime
@@ -63,7 +68,7 @@ class Found:
     rates: tuple[float, ...]
     """Of each update that counts, in the units of `optim.lr`; every group's own is in proportion."""
     losses: tuple[float, ...]
-    """Mean cross-entropy of each global batch before its update; all finite."""
+    """Mean loss of each global batch before its update; all finite."""
     diverged: bool
     """Whether it ended before its time."""
     suggestion: Suggestion
@@ -88,16 +93,15 @@ def find(
     """
     accelerator = machine.accelerator
     prepared = load_examples(config.data, machine, console)
-    order = Order(
-        examples=len(prepared.index.train), batch_size=config.train.batch_size, seed=config.run.seed
-    )
+    index, preprocessing = prepared.index, preprocessing_of(config.data)
+    order = make_order(config, index)
     require_synchronisable(config, order, machine)
     runtime.require_equal(accelerator, prepared.fingerprint, "the images")
     created = runtime.in_turn(
         accelerator,
         lambda: make_model(
             config,
-            len(prepared.index.classes),
+            index.classes,
             config.model.weights,
             world=machine.world,
             on_progress=console.print,
@@ -106,13 +110,16 @@ def find(
     )
     console.print("\n".join(created.lines))
     created.model.to(accelerator.device)
+    pull = make_pull(created, config)
+    if config.model.head_init == "linear-probe":
+        probe_head(created, index, preprocessing, config, machine, say=console.print)
     groups = make_groups(created, config)
-    console.print(group_table(groups))
+    console.print(block_table(created, groups))
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
-    model, optimizer = _prepare(accelerator, created.model, optimizer)
+    model, optimizer = runtime.prepare(accelerator, created.model, optimizer)
 
-    preprocessing = preprocessing_of(config.data)
-    images = training_images(prepared.index, preprocessing, config, machine)
+    training = training_images(index, preprocessing, config, machine)
+    objective, mixing = make_objective(config, index, accelerator.device), make_mixing(config, machine)
     epochs = -(-len(tried) // order.steps_per_epoch)
     shares = Shares(order, epochs=epochs, rank=machine.rank, world=machine.world)
     normalise = Normalise(preprocessing, accelerator.device)
@@ -122,7 +129,7 @@ def find(
     model.train()
     with signals.as_flags():
         for step, (rate, share) in enumerate(
-            zip(tried, loader_of(images, shares, config, machine), strict=False)
+            zip(tried, loader_of(training, shares, config, machine), strict=False)
         ):
             (asked,) = machine.agree([signals.asked or 0])
             if asked:
@@ -130,15 +137,22 @@ def find(
             set_lr(optimizer, rate / config.optim.lr)
             torch.manual_seed(derive_seed("masks", config.run.seed, step, machine.rank))
             size = sizes[step % len(sizes)]
+            images, labels, examples = share
+            blend = None
+            if mixing is not None:
+                images, labels, blend = mixing(images, labels, step, size)
             loss_sum, _ = update(
                 model,
                 optimizer,
-                share,
+                (images, labels, examples),
                 machine.world / size if config.optim.loss_reduction == "mean" else float(machine.world),
                 accelerator=accelerator,
                 normalise=normalise,
                 parts=config.train.accumulation,
                 clip_norm=config.optim.clip_norm,
+                objective=objective,
+                blend=blend,
+                pull=pull,
             )
             # Gathered and added up in one order, so that all come to the same number and end together.
             losses.append(float(accelerator.gather(loss_sum.view(1)).sum()) / size)

@@ -129,8 +129,10 @@ class Model:
         self._examples = share if self._device.type == "cuda" else min(share, _MOST_ON_CPU)
         self._classes = classes
         # Weights would have to be fetched, and no figure depends on them.
-        without = replace(config, model=replace(config.model, weights=None))
-        created = make_model(without, classes, None, on_progress=lambda _: None)
+        without = replace(config, model=replace(config.model, weights=None, head_init="xavier"))
+        created = make_model(
+            without, [str(number) for number in range(classes)], None, on_progress=lambda _: None
+        )
         created.model.to(self._device)
         self._normalise = Normalise(preprocessing_of(config.data), self._device)
         optimizer = make_optimizer(

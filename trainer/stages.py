@@ -178,7 +178,10 @@ def resolve(config: Config) -> Config:
     weights = config.model.weights
     if weights is not None and Path(there := _absolute("model.weights", weights)).is_file():
         weights = there
-    config = replace(config, model=replace(config.model, weights=weights))
+    labels = config.model.source_labels
+    if labels != "auto":
+        labels = _absolute("model.source_labels", labels)
+    config = replace(config, model=replace(config.model, weights=weights, source_labels=labels))
     found = _preprocessing(config)
     size = data.image_size or found.image_size
     in_proportion = round(found.resize_size * size / found.image_size)

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision import models
 
 from tests.launching import run, torchrun
 
@@ -79,3 +82,24 @@ def test_what_is_met_at_a_boundary_is_everyones(tmp_path: Path) -> None:
         assert (result["bad_step"], result["first_bad_step"]) == (None, 6)
         assert result["of_more"] == [2.0, 4, 8, True], "of four processes, on three: the same in all"
         assert (result["ended"], result["rounds"], result["training"]) == (True, 2, True)
+
+
+@pytest.mark.slow
+def test_every_process_starts_with_the_same_head(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    save_file(models.squeezenet1_1(num_classes=2).state_dict(), tmp_path / "source.safetensors")
+    (alone,) = results("heads", 1, tmp_path)
+    every = results("heads", 2, tmp_path)
+    for result in every:
+        assert result["copied"] == alone["copied"]
+        assert result["norms"] == pytest.approx([result["norms"][1]] * 3), "new rows level with copied ones"
+        for part in ("of 7", "of 1"):
+            assert result[part]["model"] == every[0][part]["model"], "bit for bit"
+            # Features of other batches are rounded another way, which moves the solution a little.
+            theirs, ours = (torch.tensor(found[part]["logits"]).softmax(1) for found in (alone, result))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2)
+        assert "features 7 x 512 in" in result["of 7"]["said"]
+        assert "not chosen: no class has a second image" in result["of 1"]["said"]
+        assert "the model's logits are not classifier.1 on the mean" in result["refused"]
+        assert result["kept"] == pytest.approx(0.75, abs=0.02)
+    assert every[0]["mask"] == alone["mask"] != every[1]["mask"], "masks belong to (seed, step, process)"

@@ -203,9 +203,102 @@ def regularised(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
     return everything(machine)
 
 
+def heads(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
+    """Start output layers from the source's rows and from a linear probe, with an empty share too; drop features."""
+    import hashlib
+
+    import torch
+    from torch import Tensor, nn
+
+    from trainer.data.loader import Slices
+    from trainer.linear_probe import probe
+    from trainer.model.create import create
+    from trainer.model.source_labels import Labels
+    from trainer.seeds import derive_seed
+
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 255, (7, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    labels = [0, 1, 2, 0, 1, 2, 0]
+
+    def start(init: Any) -> nn.Module:
+        torch.manual_seed(1)
+        return create(
+            "squeezenet1_1",
+            image_size=64,
+            num_classes=3,
+            weights=str(out.with_name("source.safetensors")),
+            head_init=init,
+            labels=Labels(targets=("x", "bees", "ants"), described=("ant", "bee"), aliases={}),
+            dropout=0.25,
+        ).model
+
+    def digest(model: nn.Module) -> str:
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
+
+    model = start("source-labels")
+    found: dict[str, Any] = {
+        "copied": digest(model),
+        "norms": model.classifier[1].weight[:, :, 0, 0].norm(dim=1).tolist(),
+    }
+    # The masks as the loop draws them.
+    torch.manual_seed(derive_seed("masks", 0, 5, machine.rank))
+    kept = model.classifier[0].train()(torch.ones(100, 100)) != 0
+    found |= {"kept": kept.float().mean().item(), "mask": hashlib.sha256(kept.numpy().tobytes()).hexdigest()}
+
+    def normalise(images: Tensor) -> Tensor:
+        return (images.float() - 128) / 64
+
+    model = start("linear-probe")
+    for count in (7, 1):  # with one example all but one process have none
+        slices = Slices(count, batch_size=2, rank=machine.rank, world=machine.world)
+        shares = [torch.tensor([draw.example for draw in draws]) for draws in slices]
+        said: list[str] = []
+        probe(
+            model,
+            "classifier.1",
+            [(images[share], torch.tensor(labels)[share], share) for share in shares],
+            labels[:count],
+            classes=3,
+            balanced=count == 7,
+            seed=0,
+            normalise=normalise,
+            machine=machine,
+            say=said.append,
+        )
+        with torch.no_grad():
+            logits = model.eval()(normalise(images[:count]))
+        found[f"of {count}"] = {"model": digest(model), "logits": logits.tolist(), "said": said[1]}
+    model.classifier.append(nn.Tanh())
+    try:  # the share of rank 1 is empty: it hears of it from the other
+        probe(
+            model,
+            "classifier.1",
+            [(images[:1], torch.tensor([0]), torch.tensor([0]))] if machine.rank == 0 else [],
+            labels[:1],
+            classes=3,
+            balanced=False,
+            seed=0,
+            normalise=normalise,
+            machine=machine,
+            say=said.append,
+        )
+    except UserError as error:
+        found["refused"] = str(error)
+    return found
+
+
 WORKERS: dict[str, Callable[[runtime.Runtime, Path], dict[str, Any]]] = {
     worker.__name__: worker
-    for worker in (in_turn, error_of_one, statistics, evaluation, kept_statistics, boundaries, regularised)
+    for worker in (
+        in_turn,
+        error_of_one,
+        statistics,
+        evaluation,
+        kept_statistics,
+        boundaries,
+        regularised,
+        heads,
+    )
 }
 
 

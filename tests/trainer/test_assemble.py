@@ -91,7 +91,7 @@ def rates(**optim: Any) -> dict[str, set[tuple[str, float, float]]]:
         transfer=transfer,
         optim=OptimConfig(**given),
     )
-    created = make_model(config, 3, None, on_progress=print)
+    created = make_model(config, "abc", None, on_progress=print)
     groups = make_groups(created, config)
     every = [parameter for group in groups for parameter in group.parameters]
     assert len(every) == len({id(p) for p in every}), "a parameter is in one group"
@@ -156,7 +156,7 @@ def test_the_table_says_of_each_block_what_becomes_of_it(train: Any, row: str) -
         transfer=TransferConfig(train=train),
         optim=OptimConfig(lr=1e-3, weight_decay=0.1),
     )
-    created = make_model(config, 3, None, on_progress=print)
+    created = make_model(config, "abc", None, on_progress=print)
     file = io.StringIO()
     Console(file=file, width=120).print(block_table(created, make_groups(created, config)))
     lines = [line.split() for line in file.getvalue().splitlines() if line.strip()]
@@ -171,7 +171,7 @@ def test_a_stage_that_never_comes_is_told_of() -> None:
         transfer=TransferConfig(train={0: "head", 2: "layer4", 9: "all"}),
         train=TrainConfig(epochs=3),
     )
-    lines = make_model(config, 3, None, on_progress=print).lines
+    lines = make_model(config, "abc", None, on_progress=print).lines
     assert [line for line in lines if "stage" in line] == [
         "transfer.train: the run ends after epoch 3, before the stage from epoch 10 on"
     ]
@@ -234,7 +234,7 @@ def test_other_batch_norms_are_never_refused(batch_norm: Any) -> None:
 
 def test_layers_are_synchronised_where_there_is_somebody_to_synchronise_with() -> None:
     alone, one, several = (
-        make_model(config, 3, None, world=world, on_progress=print).model
+        make_model(config, "abc", None, world=world, on_progress=print).model
         for config, world in ((Config(data=DataConfig(image_size=32), model=synchronised().model), 2),
                               (synchronised(), 1), (synchronised(), 2))
     )  # fmt: skip

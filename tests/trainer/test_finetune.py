@@ -49,7 +49,12 @@ def train(
     started(attempt)
     try:
         outcome = finetune(
-            config, machine, console, weights=weights, attempt=attempt, signals=signals or StopSignals()
+            config,
+            machine,
+            console,
+            weights=weights or config.model.weights,
+            attempt=attempt,
+            signals=signals or StopSignals(),
         )
     except BaseException:
         attempt.end("failed")

@@ -81,7 +81,7 @@ def test_the_first_loss_is_of_balanced_erased_and_mixed_pictures_under_smoothed_
     assert sorted(classes.values()) == [3, 4], "of 5 and 2 pictures"
 
     torch.manual_seed(derive_seed("weights", 0))  # run.seed is 0, as is the first step
-    model = make_model(config, 2, None, on_progress=print).model.train()
+    model = make_model(config, "ab", None, on_progress=print).model.train()
     preprocessing = preprocessing_of(config.data)
     transform = train_transform(
         preprocessing, "recipe", config.data.crop_scale, random_erasing=config.data.random_erasing

@@ -9,8 +9,10 @@ from torch import nn
 from trainer.model.batch_norm import guard_single_values
 from trainer.model.blocks import Structure, examine
 from trainer.model.build import build
+from trainer.model.drop import set_dropout, set_stochastic_depth
 from trainer.model.freeze import Stage
 from trainer.model.head import find_heads, graft
+from trainer.model.source_labels import Labels, copy_rows
 from trainer.model.weights import load_weights, read_weights
 
 
@@ -37,14 +39,20 @@ def create(
     num_classes: int,
     weights: str | None,
     head_init: Literal["xavier", "torch", "source-labels", "linear-probe"],
+    labels: Labels | None = None,
+    dropout: float | None = None,
+    stochastic_depth: float | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Created:
     """Build a model with a new head, drawn from torch's generator, and copy the source weights into the rest.
 
+    `labels` are asked for by head_init source-labels alone; a linear probe begins with a drawn head, and is made
+    elsewhere, since it sees images. `dropout` and `stochastic_depth` are probabilities, None: the model's own.
     `on_progress` hears one line before a download begins.
 
     Raises:
-        UserError: an unknown name, weights that do not fit, a head that is not found, or too small an image.
+        UserError: an unknown name, weights that do not fit, a head that is not found, too small an image, or what
+            `source_labels.copy_rows` and `drop` refuse.
 
     """
     model = build(name, image_size=image_size)
@@ -58,6 +66,12 @@ def create(
         state, source = read_weights(name, weights, on_progress=on_progress)
         report = load_weights(model, heads, state, name=name, image_size=image_size, source=source)
         lines += report.lines()
+        if head_init == "source-labels" and labels is not None:
+            lines += copy_rows(model, heads[0], state, labels, name=name, weights=weights)
+    if dropout is not None:
+        lines.append(set_dropout(model, name, dropout))
+    if stochastic_depth is not None:
+        lines.append(set_stochastic_depth(model, name, stochastic_depth))
     guard_single_values(model)
     return Created(
         model, tuple(head.name for head in heads), source, tuple(lines), examine(model, image_size)

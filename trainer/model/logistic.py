@@ -6,6 +6,7 @@ is right already lets the backbone stay where it is good.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,20 +38,41 @@ class Solution:
         return self.slope <= _FLAT
 
 
-def solve(features: Tensor, labels: Tensor, classes: int, penalties: Sequence[float]) -> list[Solution]:
+class Choice(NamedTuple):
+    """A solution under the penalty that did best on examples held out."""
+
+    solution: Solution
+    losses: dict[float, float]
+    """Penalty -> mean loss on the examples held out, weighted as in `solve`."""
+    correct: int
+    """Right answers on them, of the solution that had not seen them."""
+
+
+def solve(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    penalties: Sequence[float],
+    *,
+    weights: Tensor | None = None,
+    intercept: bool = True,
+) -> list[Solution]:
     """Return the solution for each penalty, in their order.
 
     It minimises mean cross-entropy + penalty / 2 * |W|^2 over weights W of features that are brought to mean 0 and
     variance 1 (the bias is free), by L-BFGS in float64, and folds the scaling into the layer that it returns.
+    Without an intercept they are brought to mean square 1, and the bias is 0.
 
     Args:
         features: [examples, features] on any device; the work is done there.
         labels: int64 [examples].
         classes: how many there are, those without an example included.
         penalties: above 0.
+        weights: [examples] of each one's loss, above 0, whose mean over them is divided by; None: all alike.
+        intercept: whether the layer has a bias.
 
     """
-    mean = features.mean(0, dtype=torch.float64)
+    mean = features.mean(0, dtype=torch.float64) * intercept
     deviation = (features.to(torch.float64) - mean).pow(2).mean(0).sqrt()
     varies = deviation > 1e-6 * deviation.max().clamp(min=torch.finfo(torch.float64).tiny)
     scale = torch.where(varies, 1 / deviation, 0.0)  # what never varies gets no weight
@@ -59,17 +81,30 @@ def solve(features: Tensor, labels: Tensor, classes: int, penalties: Sequence[fl
     bias = torch.zeros(classes, dtype=torch.float64, device=features.device)
     found = []
     for penalty in penalties:
-        slope, iterations = _minimise(inputs, labels, weight, bias, penalty)
+        slope, iterations = _minimise(
+            inputs,
+            labels,
+            weight=weight,
+            bias=bias if intercept else None,
+            penalty=penalty,
+            weights=weights,
+        )
         folded = weight * scale
         found.append(Solution(folded.float(), (bias - folded @ mean).float(), penalty, slope, iterations))
     return found
 
 
 def _minimise(
-    inputs: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, penalty: float
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None,
+    penalty: float,
+    weights: Tensor | None,
 ) -> tuple[float, int]:
     """Bring weight and bias to the minimum, in place; returns (greatest slope, iterations)."""
-    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    parameters = [tensor.requires_grad_() for tensor in (weight, bias) if tensor is not None]
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=_MOST_ITERATIONS,
@@ -81,7 +116,8 @@ def _minimise(
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = cross_entropy(inputs @ weight.T + bias, labels) + penalty / 2 * weight.square().sum()
+        logits = inputs @ weight.T if bias is None else inputs @ weight.T + bias
+        value = _loss(logits, labels, weights) + penalty / 2 * weight.square().sum()
         value.backward()
         return value
 
@@ -94,15 +130,24 @@ def _minimise(
     return slope, int(optimizer.state[weight]["n_iter"])
 
 
-def held_out_loss(solution: Solution, features: Tensor, labels: Tensor) -> float:
-    """Return the mean cross-entropy on features that the solution has not seen."""
-    return float(cross_entropy(features.float() @ solution.weight.T + solution.bias, labels))
+def _loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the mean cross-entropy; of weighted examples, the weighted mean."""
+    if weights is None:
+        return cross_entropy(logits, labels)
+    return (cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
 
 
 def choose(
-    features: Tensor, labels: Tensor, classes: int, held_out: Tensor, penalties: Sequence[float] = PENALTIES
-) -> tuple[Solution, dict[float, float]]:
-    """Return the solution on all examples under the penalty that is best on those held out, and each one's loss there.
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    held_out: Tensor,
+    penalties: Sequence[float] = PENALTIES,
+    *,
+    weights: Tensor | None = None,
+    intercept: bool = True,
+) -> Choice:
+    """Return the solution on all examples under the penalty that is best on those held out.
 
     Args:
         features: [examples, features].
@@ -110,13 +155,21 @@ def choose(
         classes: how many there are.
         held_out: bool [examples]; both kinds must exist.
         penalties: those to choose from.
+        weights: as in `solve`.
+        intercept: as in `solve`.
 
     """
-    tried = solve(features[~held_out], labels[~held_out], classes, penalties)
-    losses = {
-        solution.penalty: held_out_loss(solution, features[held_out], labels[held_out]) for solution in tried
-    }
+    seen, unseen = (None if weights is None else weights[part] for part in (~held_out, held_out))
+    tried = solve(
+        features[~held_out], labels[~held_out], classes, penalties, weights=seen, intercept=intercept
+    )
+    losses, correct = {}, {}
+    for solution in tried:
+        logits = features[held_out].float() @ solution.weight.T + solution.bias
+        losses[solution.penalty] = float(_loss(logits, labels[held_out], unseen))
+        correct[solution.penalty] = int((logits.argmax(1) == labels[held_out]).sum())
     best = min(losses, key=losses.__getitem__)
     # Down to the best one from the strongest, as before: each begins where the one before ended.
     path = [penalty for penalty in penalties if penalty >= best]
-    return solve(features, labels, classes, path)[-1], losses
+    found = solve(features, labels, classes, path, weights=weights, intercept=intercept)[-1]
+    return Choice(found, losses, correct[best])

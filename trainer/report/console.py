@@ -111,6 +111,17 @@ def row_line(row: Row, epochs: int, parts: Sequence[str]) -> str:
     )
 
 
+def start_line(row: Row, parts: Sequence[str]) -> str:
+    """Return the accuracy of each part before the first step."""
+    found = [
+        f"{part} accuracy {row[f'{part}_accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}; "
+        f"{row[f'{part}_correct']} of {row[f'{part}_seen']} right)"
+        for part in parts
+        for low, high in [row[f"{part}_interval"]]
+    ]
+    return f"before the first step: {', '.join(found)}"
+
+
 class Display:
     """Progress with ETA while training, and a row for each epoch."""
 
@@ -139,6 +150,10 @@ class Display:
         """Show progress for as long as the block runs."""
         with self._bar:
             yield
+
+    def start(self, row: Row, parts: Sequence[str]) -> None:
+        """Print the accuracy before the first step."""
+        self.console.print(start_line(row, parts))
 
     def step(self, epoch: int, epoch_step: int) -> None:
         """Move the bar by one update."""

@@ -33,11 +33,12 @@ def draw_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
     )
     accuracies = [row["train_accuracy"] for row in points]
     lines += axes.plot(at, accuracies, f"--{dots}", markersize=4, color="tab:purple", label="train accuracy")
-    ends = [row["epoch"] for row in epochs]
+    evaluated = [row for row in rows if row["kind"] == "start"] + epochs
+    ends = [row["epoch"] for row in evaluated]
     for part, style, colour in (("val", ":s", "tab:orange"), ("test", "-.o", "tab:green")):
         key = f"{part}_accuracy"
         if epochs and key in epochs[-1]:
-            accuracies = [row[key] for row in epochs]
+            accuracies = [row[key] for row in evaluated]
             lines += axes.plot(ends, accuracies, style, markersize=4, color=colour, label=f"{part} accuracy")
     axes.set_title(title, fontfamily=fonts(), fontsize=9, wrap=True, parse_math=False)
     axes.set(xlabel="epoch", xlim=(0, 1.02 * max(at, default=1)))

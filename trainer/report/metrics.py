@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: one JSON object a line; kind `epoch` for whole epochs, kind `train` for points within one."""
+"""`metrics.jsonl`: one JSON object a line; kind `epoch` for whole epochs, kind `train` for points within one.
+
+Kind `start`, epoch 0, stands before them where the output layer was not drawn: what it is worth before any update.
+"""
 
 import json
 from contextlib import suppress
@@ -117,6 +120,16 @@ def epoch_row(progress: Progress, evaluations: Evaluations, memory: int) -> Row:
         **{f"lr_{name}": lr for name, lr in progress.lr.items()},
         "memory_bytes": memory,
     }
+    return row | _figures_of(evaluations)
+
+
+def start_row(evaluations: Evaluations, seconds: float) -> Row:
+    """Return the row of the model before the first step; the seconds are those that its output layer took."""
+    return {"kind": "start", "epoch": 0, "step": 0, "seconds": seconds, **_figures_of(evaluations)}
+
+
+def _figures_of(evaluations: Evaluations) -> Row:
+    row: Row = {}
     for part, found in evaluations.items():
         low, high = found.interval
         row |= {

@@ -11,7 +11,7 @@ from trainer.errors import UserError
 from trainer.loop import Evaluations, Progress
 from trainer.report.console import Display, peak_memory
 from trainer.report.figures import draw_curves
-from trainer.report.metrics import MetricsFile, Row, epoch_row, train_row
+from trainer.report.metrics import MetricsFile, Row, epoch_row, start_row, train_row
 from trainer.run_folder import CURVES, METRICS
 
 _SECONDS_BETWEEN_FIGURES = 20.0  # short epochs are not slowed down by their own picture
@@ -60,6 +60,13 @@ class RunReport:
     def text(self) -> str:
         """Return the metrics file so far."""
         return self._metrics.text
+
+    def start(self, evaluations: Evaluations, seconds: float) -> None:
+        """Show and write what the model is worth before the first step; its output layer took the seconds."""
+        row = start_row(evaluations, seconds)
+        with self._kept():
+            self._metrics.append(row)
+        self._display.start(row, tuple(evaluations))
 
     def step(self, epoch: int, epoch_step: int) -> None:
         """Move the progress bar."""
@@ -115,6 +122,9 @@ class Silent:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+
+    def start(self, evaluations: Evaluations, seconds: float) -> None:
+        """Say nothing."""
 
     def step(self, epoch: int, epoch_step: int) -> None:
         """Say nothing."""

@@ -10,6 +10,7 @@ from torchvision import models
 from torchvision.models import GoogLeNetOutputs, InceptionOutputs
 
 from trainer.errors import UserError
+from trainer.linear_probe import require_linear
 from trainer.model.blocks import examine
 from trainer.model.head import Head, find_heads, graft, split_outputs, trial_forward
 
@@ -74,6 +75,7 @@ def test_exactly_the_head_of_every_torchvision_model_changes(name: str) -> None:
 
     graft(model, heads, CLASSES, "xavier")
 
+    require_linear(model, heads[0].name, SIZES.get(name, 64))  # or a linear probe would be refused
     new_modules, new_tensors, new_shapes = snapshot(model)
     paths = {head.name for head in heads}
     assert list(new_modules) == list(modules)

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from trainer.model.logistic import PENALTIES, choose, held_out_loss, solve
+from trainer.model.logistic import PENALTIES, choose, solve
 
 
 def clouds(
@@ -70,11 +70,41 @@ def test_a_class_without_examples_is_never_predicted() -> None:
 def test_the_penalty_that_is_chosen_is_the_best_on_what_was_held_out() -> None:
     features, labels = clouds(120, 60, 3, seed=7, apart=0.3)
     held_out = torch.arange(120) % 5 == 0
-    found, losses = choose(features, labels, 3, held_out)
+    found, losses, correct = choose(features, labels, 3, held_out)
     assert found.penalty == min(losses, key=losses.__getitem__)
     assert set(losses) == set(PENALTIES)
     (again,) = solve(features[~held_out], labels[~held_out], 3, [found.penalty])
-    assert held_out_loss(again, features[held_out], labels[held_out]) == pytest.approx(
-        losses[found.penalty], rel=1e-3
-    )
+    logits = features[held_out] @ again.weight.T + again.bias
+    assert float(cross_entropy(logits, labels[held_out])) == pytest.approx(losses[found.penalty], rel=1e-3)
+    assert correct == (logits.argmax(1) == labels[held_out]).sum()
     assert losses[found.penalty] < min(losses[PENALTIES[0]], losses[PENALTIES[-1]]), "neither end of the row"
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_an_example_of_weight_three_counts_as_three(intercept: bool) -> None:
+    features, labels = clouds(60, 4, 3, seed=8)
+    features = (features - features.mean(0)) / features.std(0)
+    again = torch.cat([torch.arange(60), torch.arange(20), torch.arange(20)])
+    # The scale of the features is that of the examples as they are: no penalty, so that it does not matter.
+    (thrice,) = solve(features[again], labels[again], 3, [1e-9], intercept=intercept)
+    weights = torch.ones(60)
+    weights[:20] = 3.0
+    (weighted,) = solve(features, labels, 3, [1e-9], weights=weights, intercept=intercept)
+    (plain,) = solve(features, labels, 3, [1e-9], intercept=intercept)
+    logits = [features @ s.weight.T + s.bias for s in (thrice, weighted, plain)]
+    first, second, other = (each.log_softmax(1) for each in logits)
+    torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-3)
+    assert (other - first).abs().max() > 0.01
+
+
+def test_without_an_intercept_the_bias_is_0_and_the_slope_is_still_flat() -> None:
+    features, labels = clouds(90, 6, 3, seed=9)
+    (found,) = solve(features, labels, 3, [1e-2], intercept=False)
+    assert found.converged, found.slope
+    assert found.bias.abs().max() == 0
+    scale = features.double().square().mean(0).sqrt()
+    weight = found.weight.double().requires_grad_()
+    loss = cross_entropy(features.double() @ weight.T, labels) + 0.005 * (weight * scale).square().sum()
+    loss.backward()
+    assert weight.grad is not None
+    assert (weight.grad / scale).abs().max() < 1e-5
