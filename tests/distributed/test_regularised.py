@@ -31,7 +31,8 @@ def test_each_option_trains_to_something_else_and_in_parts_to_the_same(alone: di
 
 
 def test_a_run_that_goes_on_equals_one_that_was_not_cut(alone: dict[str, Any]) -> None:
-    for name, found in alone.items():
+    for name in CASES:
+        found = alone[f"{name}, 1 parts"]
         assert found["resumed"] == found["parameters"], name
         assert found["resumed figures"] == found["figures"], name
 
@@ -43,7 +44,7 @@ def test_processes_make_the_same_updates_and_go_on_with_them(
 ) -> None:
     several, *others = results("regularised", processes, tmp_path)
     assert all(other == several for other in others)
-    assert several.keys() == alone.keys()
+    assert several.keys() == {name for name in alone if not name.startswith("plain")}
     for name, found in several.items():
         assert found["parameters"] == pytest.approx(alone[name]["parameters"], abs=2e-6), name
         for (loss, *counted), (other_loss, *others_counted) in zip(
@@ -51,6 +52,8 @@ def test_processes_make_the_same_updates_and_go_on_with_them(
         ):
             assert loss == pytest.approx(other_loss, rel=1e-5), name
             assert counted == others_counted, name
+        if "2 parts" in name:
+            continue
         if processes == 2:
             assert found["resumed"] == found["parameters"], name
         else:  # after its first step DDP gathers the gradients in other portions: another order of three terms
