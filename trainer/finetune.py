@@ -1,5 +1,6 @@
 """One model trained on one data set: data, model, optimizer, loop and what is left, put together."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from torch import nn
 
 from trainer import runtime, wise
 from trainer.assemble import (
@@ -43,9 +45,10 @@ from trainer.data.augment import Normalise
 from trainer.data.loader import Batch, Images, Order, Shares
 from trainer.data.prepare import Prepared
 from trainer.ema import Shadow
+from trainer.errors import UserError
 from trainer.hang import HangWatch
 from trainer.keeper import Keeper
-from trainer.loop import Plan, Start, fit
+from trainer.loop import Evaluations, Plan, Start, fit
 from trainer.model_file import Description
 from trainer.optim import make_optimizer
 from trainer.report.blocks import block_table
@@ -238,8 +241,7 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
     )
     keeper.mend_model(console.print)
     if found is None and config.model.head_init in ("source-labels", "linear-probe"):
-        # A signal ends the run here: nothing is lost that would not be made again.
-        report.start(evaluator(bare, lambda: False), head_seconds)
+        report.start(_before_training(evaluator, bare), head_seconds)
     try:
         with signals.as_flags(), display.shown(), _watch(config, machine, keeper, number), keeper:
             fit(
@@ -324,6 +326,24 @@ def _report(
             else Silent()
         ),
     )
+
+
+def _before_training(evaluator: Evaluator, model: nn.Module) -> Evaluations:
+    """Return what the model is worth before the first step.
+
+    A signal ends the run here: nothing is lost that would not be made again.
+
+    Raises:
+        UserError: its output is not finite.
+
+    """
+    found = evaluator(model, lambda: False)
+    if not all(math.isfinite(part.loss_sum) for part in found.values()):
+        raise UserError(
+            "the loss of the model before the first step is not finite: see model.weights, data.mean and data.std, "
+            "or try train.precision fp32"
+        )
+    return found
 
 
 def _watch(config: Config, machine: Runtime, keeper: Keeper, number: int) -> HangWatch:

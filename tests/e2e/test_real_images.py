@@ -1,12 +1,21 @@
 """Real photographs and real pretrained weights (shared data): the note's method reaches what it should."""
 
+import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from rich.console import Console
 
 import trainer
 from tests.launching import MAIN, REPOSITORY, accelerate_launch, rows, run
+from trainer import runtime
+from trainer.assemble import Evaluator, load_examples, make_model, preprocessing_of, probe_head
+from trainer.config import Config, DataConfig, ModelConfig
+from trainer.evaluate import Evaluation
+from trainer.stages import resolve
 
 WEIGHTS = "squeezenet1_1-imagenet1k-fp16.safetensors"
 
@@ -43,3 +52,35 @@ def test_ants_and_bees_by_the_notes_method(shared: Path, tmp_path: Path) -> None
     assert classes == ("ants", "bees")
     # One image at a time, another order of the sums: a picture on the very border may fall to the other side.
     assert abs(right - best["test_correct"]) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_ants_and_bees_are_told_apart_before_the_first_step(shared: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    machine = runtime.start(device="cpu", precision="fp32", threads=threads)
+    console = Console(file=io.StringIO(), width=100, soft_wrap=True)
+    config = resolve(
+        Config(
+            data=DataConfig(root=str(shared / "data" / "hymenoptera"), workers=0, cache=str(tmp_path)),
+            model=ModelConfig(name="squeezenet1_1", weights=str(shared / "weights" / WEIGHTS)),
+        )
+    )
+    index = load_examples(config.data, machine, console).index
+    preprocessing = preprocessing_of(config.data)
+    evaluator = Evaluator(index, preprocessing, config, machine)
+    found: dict[str, Evaluation] = {}
+    for init in ("source-labels", "linear-probe"):
+        config = replace(config, model=replace(config.model, head_init=init))  # type: ignore[arg-type]
+        created = make_model(config, index.classes, config.model.weights, on_progress=console.print)
+        console.print("\n".join(created.lines))
+        if init == "linear-probe":
+            probe_head(created, index, preprocessing, config, machine, say=console.print)
+        found[init] = evaluator(created.model, lambda: False)["test"]
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert {part.seen for part in found.values()} == {153}
+    assert "ants <- ant, row 310 (plural)" in said
+    assert "bees <- bee, row 309 (plural)" in said
+    assert found["source-labels"].accuracy >= 0.92, "no training at all"
+    assert "linear probe: features 244 x 512 in" in said
+    assert found["linear-probe"].accuracy >= 0.90, "one pass"

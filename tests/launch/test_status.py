@@ -51,6 +51,15 @@ def run(folder: Path, *, epochs: int = 0, seen: float = NOW - 5, **changes: Any)
     return folder
 
 
+def test_a_run_that_has_only_evaluated_its_start_is_at_its_first_epoch(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r", step=0, epoch=0)
+    row = {"kind": "start", "epoch": 0, "step": 0, "seconds": 3.0, "test_accuracy": 0.9}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    text, code, over = describe(folder, now=NOW)
+    assert (code, over) == (0, False)
+    assert text.splitlines()[2:] == ["step 0 of 200, epoch 0 of 10"]
+
+
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
     text, code, over = describe(run(tmp_path / "r", epochs=3), now=NOW)
     assert (code, over) == (0, False)

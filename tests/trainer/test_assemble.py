@@ -1,12 +1,15 @@
 import io
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torchvision import models
 
 from trainer import assemble, runtime
 from trainer.assemble import (
@@ -24,6 +27,7 @@ from trainer.config import (
     DataConfig,
     ModelConfig,
     OptimConfig,
+    SourceConfig,
     TrainConfig,
     TransferConfig,
 )
@@ -31,6 +35,7 @@ from trainer.data.augment import Preprocessing
 from trainer.data.index import Example, ImageIndex
 from trainer.data.loader import Order
 from trainer.errors import UserError
+from trainer.model_file import Description, write_model
 from trainer.report.blocks import block_table
 
 ORDER = Order(examples=25, batch_size=10, seed=0)  # 3 steps an epoch
@@ -224,6 +229,43 @@ def test_where_the_global_batch_is_not_seen_at_once_it_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=r"transfer\.batch_norm is sync, .*" + said):
         require_synchronisable(config, order, Machine(world, device))  # type: ignore[arg-type]
+
+
+def test_the_classes_of_a_model_file_of_regraft_are_what_it_says_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    source = models.squeezenet1_1(num_classes=3)
+    preprocessing = Preprocessing(
+        image_size=32,
+        resize_size=32,
+        resize="squash",
+        interpolation="bilinear",
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )
+    description = Description(
+        version="0",
+        architecture="squeezenet1_1",
+        classes=("bee", "ant", "cat"),
+        preprocessing=preprocessing,
+        source="",
+        metrics={},
+    )
+    path = tmp_path / "model.safetensors"
+    write_model(path, source.state_dict(), description)
+    config = Config(
+        data=DataConfig(image_size=32),
+        model=ModelConfig(
+            name="squeezenet1_1", weights=str(path), head_init="source-labels", aliases={"Felix": "cat"}
+        ),
+    )
+    made = make_model(config, ["Felix", "ants"], str(path), on_progress=print)
+    weight = source.classifier[1].weight
+    assert torch.equal(made.model.classifier[1].weight, weight[[2, 1]] - weight.mean(0))
+    assert f"what file {path} says of itself" in "\n".join(made.lines)
+    # With a source stage it is that stage's file, whatever model.weights says.
+    config = replace(config, source=SourceConfig(root="x"), model=replace(config.model, weights=None))
+    again = make_model(config, ["Felix", "ants"], str(path), on_progress=print)
+    assert torch.equal(again.model.classifier[1].weight, made.model.classifier[1].weight)
 
 
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])

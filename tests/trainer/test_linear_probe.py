@@ -247,6 +247,15 @@ def test_a_solution_that_did_not_converge_is_told(machine: Runtime, monkeypatch:
     assert "NOT SOLVED to the end in" in probed(model, "last", *pictures(12, 12), machine)
 
 
+def test_a_model_whose_output_is_not_finite_does_not_begin() -> None:
+    from trainer.evaluate import Evaluation
+    from trainer.finetune import _before_training
+
+    bad = Evaluation(loss_sum=float("nan"), correct=(0,), support=(1,), predicted=(1,))
+    with pytest.raises(UserError, match="before the first step is not finite"):
+        _before_training(lambda model, interrupted: {"test": bad}, nn.Identity())  # type: ignore[arg-type]
+
+
 def test_an_example_that_was_not_seen_is_an_error(machine: Runtime) -> None:
     model = Odd(pooled(), nn.Linear(6, CLASSES), nn.Identity())
     images, labels = pictures(6, 12)

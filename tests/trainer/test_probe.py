@@ -44,7 +44,8 @@ def test_everything_that_a_run_needs_is_measured_and_nothing_written_but_to_its_
     root = image_folder(tmp_path / "images", {"train": {"a": 3, "b": 2}, "test": {"a": 1, "b": 1}})
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    probe.pace(scratch, 2, options(root, tmp_path, "--optim.name=adamw", "--train.batch_size=6"))
+    changes = ["--optim.name=adamw", "--train.batch_size=6", "--model.head_init=source-labels"]
+    probe.pace(scratch, 2, options(root, tmp_path, *changes))
     found = told(capsys)
     assert {name: one for name, one in found.items() if "error" in one} == {}
     assert list(found) == ["build", "vision", "config", "read", "decode", "model", "step", "write"]

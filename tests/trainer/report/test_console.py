@@ -21,6 +21,7 @@ from trainer.report.console import (
     row_header,
     row_line,
     size,
+    start_line,
 )
 
 ROW: dict[str, Any] = {
@@ -58,6 +59,16 @@ def test_a_row_stands_under_its_headings() -> None:
     ):
         end = header.index(title) + len(title)
         assert line[:end].endswith(value)
+
+
+def test_the_accuracy_before_the_first_step_is_one_line() -> None:
+    row = {
+        f"{part}_{key}": value
+        for part in ("val", "test")
+        for key, value in (("accuracy", 0.9), ("interval", [0.8, 0.95]), ("correct", 9), ("seen", 10))
+    }
+    found = "accuracy 0.900 (95 % interval 0.800 to 0.950; 9 of 10 right)"
+    assert start_line(row, ("val", "test")) == f"before the first step: val {found}, test {found}"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65.4, "1:05"), (3725, "1:02:05")])

@@ -31,6 +31,23 @@ def blue_pixels(path: Path) -> int:
     return int((pixels[..., 2] - pixels[..., 0] > 80).sum())
 
 
+def test_the_accuracy_before_the_first_step_is_drawn_at_0(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: list[dict[str, list[float]]] = []
+
+    def look(figure: Any, path: Path, *, dpi: int) -> None:
+        (axes,) = figure.axes
+        found.append({str(line.get_label()): list(line.get_xdata()) for line in axes.lines})
+
+    monkeypatch.setattr("trainer.report.figures.save_figure", look)
+    start = {"kind": "start", "epoch": 0, "test_accuracy": 0.3, "val_accuracy": 0.2}
+    draw_curves([start, *rows(2, 1, val=True)], tmp_path / "curves.png", title="")
+    draw_curves(rows(2, 1), tmp_path / "curves.png", title="")
+    assert found[0]["test accuracy"] == found[0]["val accuracy"] == [0, 1, 2]
+    assert found[1]["test accuracy"] == [1, 2]
+
+
 @pytest.mark.parametrize(
     "drawn",
     [rows(5, 5), rows(1, 1, loss=0.3), rows(3, 2, loss=7.0), rows(3, 4, val=True)],

@@ -7,7 +7,7 @@ from trainer.errors import UserError
 from trainer.evaluate import Evaluation
 from trainer.loop import Progress
 from trainer.meter import Figures
-from trainer.report.metrics import MetricsFile, Row, epoch_row, epoch_rows, parse_rows, train_row
+from trainer.report.metrics import MetricsFile, Row, epoch_row, epoch_rows, parse_rows, start_row, train_row
 
 FIGURES = Figures(loss_sum=6.0, correct=3, seen=4, seconds=2.0, compute_seconds=1.0, bad_step=None)
 PROGRESS = Progress(epoch=2, epoch_step=3, step=7, figures=FIGURES, lr={"backbone": 0.1, "head": 1.0})
@@ -35,6 +35,24 @@ def test_an_epochs_row_has_the_names_that_scripts_rely_on() -> None:
 def test_a_finer_row_tells_its_kind_and_its_place_within_the_epoch() -> None:
     row = train_row(PROGRESS, steps_per_epoch=4)
     assert (row["kind"], row["epoch"], row["step"], row["train_seen"]) == ("train", 1.75, 7, 4)
+
+
+def test_the_start_has_its_row_at_epoch_0_and_is_no_epoch() -> None:
+    row = start_row({"test": TEST, "val": TEST}, 4.5)
+    promised = {
+        "kind": "start",
+        "epoch": 0,
+        "step": 0,
+        "seconds": 4.5,
+        "test_accuracy": 0.6,
+        "val_accuracy": 0.6,
+    }
+    assert row.items() >= promised.items()
+    low, high = row["test_interval"]
+    assert low == pytest.approx(0.2307, abs=1e-3)
+    assert high == pytest.approx(0.8824, abs=1e-3)
+    assert parse_rows(json.dumps(row, allow_nan=False), "m") == [row]
+    assert epoch_rows([row]) == []
 
 
 ROWS: list[Row] = [

@@ -42,11 +42,12 @@ def full(*_: Any, **__: Any) -> None:
 
 def test_what_is_told_is_shown_written_and_drawn(tmp_path: Path) -> None:
     told = report(tmp_path)
+    told.start({"test": TEST}, 2.5)
     told.step(1, 1)
     told.point(at(1))
     told.epoch(at(2), {"test": TEST})
     told.close()
-    assert [row["kind"] for row in told.rows] == ["train", "epoch"]
+    assert [row["kind"] for row in told.rows] == ["start", "train", "epoch"]
     assert parse_rows((tmp_path / METRICS).read_text(), "m") == told.rows == parse_rows(told.text, "m")
     assert (tmp_path / CURVES).stat().st_size > 0
     assert told.failure is None
