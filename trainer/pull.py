@@ -59,8 +59,9 @@ class Pull:
             ]
             if not pulled:
                 continue
-            away = torch._foreach_sub(pulled, [self._anchors[p] for p in pulled])
+            anchors = [self._anchors[p] for p in pulled]
             if self._decoupled:
-                torch._foreach_add_(pulled, away, alpha=-group["lr"] * self._strength)
+                torch._foreach_lerp_(pulled, anchors, group["lr"] * self._strength)
             else:
+                away = torch._foreach_sub(pulled, anchors)
                 torch._foreach_add_([p.grad for p in pulled], away, alpha=self._strength)

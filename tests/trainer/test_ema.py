@@ -97,6 +97,24 @@ def test_the_average_keeps_the_memory_layout_and_asks_for_no_gradient() -> None:
     assert not any(m.training for m in shadow.model.modules())
 
 
+def test_under_reduced_precision_the_average_computes_by_its_own_weights() -> None:
+    accelerator = runtime.start(device="cpu", precision="bf16", threads=1).accelerator
+    net = Net()
+    model = accelerator.prepare_model(net)
+    shadow = Shadow(accelerator.unwrap_model(model, keep_fp32_wrapper=True), 0.9)
+    images = torch.rand(2, 3, 8, 8)
+    before = model(images)
+    set_to(net, 0.0)
+    assert not model(images).any()
+    averaged = shadow.model(images)
+    assert torch.equal(averaged, before)
+    assert averaged.dtype == torch.float32
+    with torch.no_grad():
+        plain = Net.forward(shadow.model, images)  # type: ignore[arg-type]
+    assert not torch.equal(averaged, plain), "in bf16, as the model itself"
+    torch.testing.assert_close(averaged, plain, rtol=0.05, atol=0.02)
+
+
 def test_statistics_of_the_average_are_frozen_where_the_models_are_now() -> None:
     net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
     shadow = Shadow(net, 0.9)

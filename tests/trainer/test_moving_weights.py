@@ -29,11 +29,12 @@ from trainer.config import (
     TransferConfig,
 )
 from trainer.errors import UserError
-from trainer.model_file import read_description
+from trainer.model_file import read_description, write_model
 from trainer.report.metrics import Row
 from trainer.report.summary import best_row
 from trainer.run_folder import CHECKPOINTS, FINE_TUNED, MODEL, START, WISE
 from trainer.stages import resolve
+from trainer.wise import between
 
 pytestmark = pytest.mark.slow
 EPOCHS, STEPS = 3, 2
@@ -167,6 +168,28 @@ def test_a_finished_run_evaluates_the_line_only_if_that_was_not_done(copy: Confi
     assert "alpha" in seen
     assert contents() == before, "from the best epoch's own weights, wherever they stand by now"
     require_equal(copy, finished)
+
+
+def test_a_run_that_is_made_longer_goes_on_from_the_best_epochs_weights_and_evaluates_the_line_anew(
+    copy: Config,
+) -> None:
+    folder = Path(copy.run.dir)
+    described = read_description(folder / MODEL)
+    assert described is not None
+    # As where another point has won.
+    tuned = load_file(fine_tuned(folder))
+    write_model(folder / FINE_TUNED, tuned, described)
+    moved = replace(described, metrics={**described.metrics, "wise_ft": {"alpha": 0.5}})
+    write_model(folder / MODEL, between(load_file(folder / START), tuned, 0.5), moved)
+    (folder / WISE).write_text('{"alpha": 0.5}')
+
+    found, seen = run(replace(copy, train=replace(copy.train, epochs=EPOCHS + 1)))
+    assert "going on after epoch 3 of 4" in seen
+    assert "alpha" in seen
+    assert len(json.loads((folder / WISE).read_text())["points"]) == 11
+    best = best_row(found, "val")
+    average = tensors(copy, (best["step"], best["epoch"]), store.AVERAGE)
+    assert same(load_file(fine_tuned(folder)), average), "never a point of the earlier line"
 
 
 def test_without_its_start_the_line_is_refused_with_a_sentence(copy: Config) -> None:
