@@ -25,7 +25,7 @@ from trainer.config import Config, ScratchConfig
 from trainer.errors import UserError
 from trainer.files import write_text_atomically
 from trainer.main import answer, leave_after
-from trainer.parse import dump, parse
+from trainer.parse import QUICKSTART, dump, parse
 from trainer.report.comparison import (
     Summary,
     Trial,
@@ -42,6 +42,7 @@ from trainer.run_folder import METRICS, MODEL, examine, kept_precision
 from trainer.runtime import Runtime
 from trainer.signals import StopSignals
 from trainer.stages import resolve, run, source_stage, with_weights
+from trainer.strategies import path_of
 from trainer.versions import versions
 
 NAME = "compare"
@@ -115,8 +116,11 @@ def _split(text: str, separator: str) -> list[str]:
     return parts
 
 
-def plan(options: Sequence[str], chosen: Sequence[Variant]) -> dict[str, Config]:
-    """Return text of the variant -> the config of its runs, all but seed and folder; each is checked.
+def plan(options: Sequence[str], chosen: Sequence[Variant]) -> tuple[Config, dict[str, Config], list[str]]:
+    """Return the config without a strategy, text of the variant -> the config of its runs, and what is to be said.
+
+    Here a strategy wins over the options of the command line, which are common to all as the file's are: from-scratch
+    is from scratch though weights are named for the others. A variant's own options come last.
 
     Raises:
         UserError: what is wrong with one of them, or they are not to be compared.
@@ -124,17 +128,23 @@ def plan(options: Sequence[str], chosen: Sequence[Variant]) -> dict[str, Config]
     """
     if any(word.partition("=")[0] == "--transfer.strategy" for word in options):
         raise UserError("--transfer.strategy: compare takes the strategies by --strategies; leave it out")
+    plain = parse(options)
+    if plain.debug:
+        raise UserError("--debug is a run of its own: leave it out here")
+    if not any(word.partition("=")[0] in ("--config", "--data.root") for word in options):
+        options = [f"--config={QUICKSTART}", *options]
     found: dict[str, Config] = {}
+    said: list[str] = []
     for variant in chosen:
-        words = [*options, f"--transfer.strategy={variant.strategy}", *variant.options]
         try:
+            layer = f"--config={path_of(variant.strategy)}"
+            words = [*options, layer, f"--transfer.strategy={variant.strategy}", *variant.options]
             config = parse(words)
             resolve(config)
         except UserError as error:
             raise UserError(f"strategy {variant.text}: {error}") from None
-        if config.debug:
-            raise UserError("--debug is a run of its own: leave it out here")
         found[variant.text] = replace(config, scratch=ScratchConfig())
+        said += _overruled(options, variant, plain, config)
     data = {text: _yardstick(config) for text, config in found.items()}
     one, *others = data
     for other in others:
@@ -143,7 +153,22 @@ def plan(options: Sequence[str], chosen: Sequence[Variant]) -> dict[str, Config]
                 f"strategies {one} and {other} have other data ({data[one]}, {data[other]}): a strategy that is "
                 "compared may set nothing of that"
             )
-    return found
+    return plain, found, said
+
+
+def _overruled(options: Sequence[str], variant: Variant, plain: Config, config: Config) -> list[str]:
+    """Return a line for each option of the command line that a strategy sets otherwise."""
+    own = {option.partition("=")[0] for option in variant.options}
+    lines = []
+    for option in dict.fromkeys(word.partition("=")[0] for word in options if word.startswith("--")):
+        section, dot, key = option.removeprefix("--").removesuffix("+").partition(".")
+        if dot and option not in own:
+            asked, has = (getattr(getattr(c, section), key) for c in (plain, config))
+            if asked != has:
+                lines.append(
+                    f"strategy {variant.text}: {section}.{key} is {has}, not {asked} as on the command line"
+                )
+    return lines
 
 
 def _yardstick(config: Config) -> dict[str, object]:
@@ -165,15 +190,15 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
     if not 1 <= own.seeds <= _MOST_SEEDS:
         raise UserError(f"--seeds {own.seeds}: expected 1 to {_MOST_SEEDS}")
     chosen = variants(own.strategies)
-    configs = plan(rest, chosen)
+    plain, configs, said = plan(rest, chosen)
     base = resolve(next(iter(configs.values())))
     folder = Path(base.run.dir)
 
     machine = runtime.start(device=base.run.device, precision=base.train.precision, threads=base.run.threads)
     console = make_console(speaks=machine.is_main)
     data = describe(load_examples(base.data, machine, console))  # an error here is all runs'
-    console.print(data)
-    configs = _with_source_model(configs, folder, console, signals)
+    console.print("\n".join([data, *said]))
+    configs = _with_source_model(configs, plain, folder, console, signals)
     seeds = [base.run.seed + k for k in range(own.seeds)]
     todo = {
         (variant.text, seed): resolve(
@@ -238,7 +263,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="regraft compare",
         allow_abbrev=False,
         description="Run strategies under one budget, with several seeds; the same command goes on where it stopped.",
-        epilog="All other options are those of trainer/main.py: --config FILE, --section.key VALUE. They hold for all.",
+        epilog="All other options are those of trainer/main.py: --config FILE, --section.key VALUE. They are common "
+        "to all; what a strategy sets wins over them here, and what stands behind its @ over that.",
     )
     parser.add_argument(
         "--strategies",
@@ -258,14 +284,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _with_source_model(
-    configs: dict[str, Config], folder: Path, console: Console, signals: StopSignals
+    configs: dict[str, Config], plain: Config, folder: Path, console: Console, signals: StopSignals
 ) -> dict[str, Config]:
-    """Train the source model once for all that start from it, where the config has such a stage."""
-    asking = [config for config in configs.values() if config.source.root]
-    if not asking:
+    """Train the source model once for all that start from it, where the config has such a stage.
+
+    `plain` is the config without a strategy: none of them has a say in how the source is trained.
+    """
+    if not any(config.source.root for config in configs.values()):
         return configs
     console.rule("source model", align="left")
-    stage = source_stage(resolve(asking[0]))
+    stage = source_stage(resolve(plain))
     run(replace(stage, run=replace(stage.run, dir=str(folder / SOURCE))), signals)
     file = folder / SOURCE / MODEL
     return {
