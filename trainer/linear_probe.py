@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trainer.errors import UserError
 from trainer.model.head import trial_forward
 from trainer.model.logistic import PENALTIES, Choice, choose, solve
+from trainer.objective import balanced_weights
 from trainer.runtime import Runtime, in_turn, raise_together
 from trainer.seeds import derive_seed
 
@@ -238,8 +239,9 @@ def _solve(
             "images are not finite: see model.weights, data.mean and data.std, or try train.precision fp32"
         )
     apart = held_out(labels, seed).to(features.device)
-    counts = labels.bincount(minlength=classes)
-    weights = (len(labels) / (classes * counts[labels])).to(features) if balanced else None
+    weights = None
+    if balanced:
+        weights = balanced_weights(labels.bincount(minlength=classes).tolist())[labels].to(features)
     there = labels.to(features.device)
     if bool(apart.any()):
         found = choose(features, there, classes, apart, weights=weights, intercept=intercept)

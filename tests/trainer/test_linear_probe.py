@@ -82,7 +82,6 @@ def probed(
         pytest.param("inception_v3", 96, marks=slow),
         pytest.param("efficientnet_b0", 32, marks=slow),
         pytest.param("densenet121", 32, marks=slow),
-        pytest.param("maxvit_t", 224, marks=slow),
     ],
 )
 def test_the_head_is_the_solution_on_what_reaches_it(name: str, size: int, machine: Runtime) -> None:
@@ -186,6 +185,19 @@ def test_what_is_not_linear_is_refused_before_the_pass(
         probed(model, "last", images, labels, machine)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert model.training
+
+
+def test_a_layer_without_a_bias_is_solved_for_without_one(machine: Runtime) -> None:
+    torch.manual_seed(0)
+    model = Odd(pooled(), nn.Linear(6, CLASSES, bias=False), nn.Identity())  # as MaxViT's
+    images, labels = pictures(12, 12)
+    probed(model, "last", images, labels, machine)
+    with torch.no_grad():
+        features = model.eval().body(normalise(images))
+        logits = model(normalise(images))
+    there = torch.tensor(labels)
+    choice = choose(features, there, CLASSES, held_out(there, 0), intercept=False)
+    torch.testing.assert_close(logits, features @ choice.solution.weight.T, rtol=1e-2, atol=1e-3)
 
 
 def test_classes_of_one_image_break_nothing(machine: Runtime) -> None:
