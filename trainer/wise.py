@@ -265,11 +265,13 @@ def _keep(  # noqa: PLR0917 (all of it is written)
 
 def _table(points: Sequence[Point], figures: Mapping[str, float], part: str) -> Table:
     """Return the line as a table: the best point is marked."""
-    title = (
-        f"the line from the start (0) to the fine-tuned weights (1): {MODEL} is {figures['alpha']:g}, the best on "
-        f"{part}; test accuracy {figures['test_accuracy']:.3f}, of the fine-tuned weights "
-        f"{figures['test_accuracy_of_fine_tuned']:.3f}"
+    tested, tuned = figures["test_accuracy"], figures["test_accuracy_of_fine_tuned"]
+    found = (
+        f"{figures['alpha']:g} is the best on {part} and becomes {MODEL}; test accuracy {tested:.3f}, at 1 {tuned:.3f}"
+        if figures["alpha"] < 1
+        else f"1 is the best on {part}, and {MODEL} stays as it is; test accuracy {tested:.3f}"
     )
+    title = f"the line from the start (0) to the fine-tuned weights (1): {found}"
     table = Table("alpha", title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in (f"{part} accuracy", f"{part} loss", ""):
         table.add_column(name, justify="right", no_wrap=True)
