@@ -48,7 +48,7 @@ from trainer.optim import make_optimizer, set_lr
 from trainer.parse import parse
 from trainer.report.blocks import block_table
 from trainer.report.console import make_console
-from trainer.report.lr_range import draw_range, range_table
+from trainer.report.lr_range import draw_range, range_table, testing
 from trainer.run_folder import MODEL
 from trainer.runtime import Runtime
 from trainer.seeds import derive_seed
@@ -127,7 +127,7 @@ def find(
     losses: list[float] = []
     diverged = False
     model.train()
-    with signals.as_flags():
+    with signals.as_flags(), testing(console, len(tried)) as show:
         for step, (rate, share) in enumerate(
             zip(tried, loader_of(training, shares, config, machine), strict=False)
         ):
@@ -156,6 +156,7 @@ def find(
             )
             # Gathered and added up in one order, so that all come to the same number and end together.
             losses.append(float(accelerator.gather(loss_sum.view(1)).sum()) / size)
+            show(rate, losses[-1])
             if has_diverged(losses):
                 diverged = True
                 break

@@ -11,6 +11,7 @@ from typing import Literal
 from rich.console import Console
 
 from trainer import environment, runtime
+from trainer.assemble import load_examples, require_selection
 from trainer.attempts import Attempt, Record, latest, require_free, restarted
 from trainer.config import Config, ScratchConfig, SourceConfig, TransferConfig
 from trainer.data.augment import Preprocessing
@@ -94,6 +95,10 @@ def _stages(
         return finetune(config, machine, console, weights=weights, attempt=attempt, signals=signals)
 
     if config.source.root:
+        if (
+            config.regularise.early_stopping or config.transfer.wise_ft
+        ):  # ahead of the source model's training
+            require_selection(config, load_examples(config.data, machine, console).index)
         console.rule("source model", align="left")
         source = stage("source", source_stage(config), None)
         weights = str(source.model_file)

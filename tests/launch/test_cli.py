@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
+from launch.errors import LaunchError
 from tests.launching import REPOSITORY
 
 HEAVY = {"torch", "torchvision", "accelerate", "trainer", "rich", "numpy", "jsonargparse"}
@@ -59,3 +61,27 @@ def test_every_verb_has_help(verb: str) -> None:
         check=True,
     )
     assert "usage: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("verb", "program", "words"),
+    [
+        ("debug", "main.py", ["--a", "b", "--debug"]),
+        ("preview", "preview.py", ["--a", "b"]),
+        ("lr-find", "lr_find.py", ["--a", "b"]),
+        ("compare", "compare.py", ["--a", "b"]),
+    ],
+)
+def test_a_verb_of_the_trainers_becomes_its_program(
+    verb: str, program: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    became: list[list[str]] = []
+
+    def execv(_: str, command: list[str]) -> None:
+        became.append(command)
+        raise LaunchError("the end of this process")
+
+    monkeypatch.setattr(os, "execv", execv)
+    assert cli.main([verb, "--a", "b"]) == 2
+    assert became == [[sys.executable, str(REPOSITORY / "trainer" / program), *words]]
+    assert Path(became[0][1]).is_file()

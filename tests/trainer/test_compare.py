@@ -211,6 +211,7 @@ def test_what_one_process_alone_may_meet_ends_the_comparison(
     assert len(ran.configs) == 1
 
 
+@pytest.mark.slow
 def test_a_source_model_is_trained_once_for_all_that_start_from_one(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_is_not_touched_and_one_that_comes_is_not_hindered(
     options: list[str], tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_what_is_wrong_is_said_before_any_update(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_source_model_of_ones_own_has_to_be_trained_first(
     options: list[str], tmp_path: Path, root: Path
 ) -> None:

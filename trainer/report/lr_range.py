@@ -1,14 +1,50 @@
-"""`lr-find.png` and the table of a learning-rate range test."""
+"""What is seen of a learning-rate range test: its progress, `lr-find.png`, and the table at its end."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from trainer.lr_range import Suggestion, smoothed
+from trainer.report.console import SECONDS_BETWEEN_LINES
 from trainer.report.figures import fonts, save_figure
+
+
+@contextmanager
+def testing(console: Console, steps: int) -> Iterator[Callable[[float, float], None]]:
+    """Show how far a test has come: a bar on a terminal, elsewhere a line now and then.
+
+    Yields what is called with (learning rate, loss) after each update.
+    """
+    bar = Progress(
+        TextColumn("learning rates"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("", total=steps, figures="")
+    spoke, done = time.monotonic(), 0
+
+    def show(rate: float, loss: float) -> None:
+        nonlocal spoke, done
+        done += 1
+        text = f"lr {rate:.2g} loss {loss:.3f}"
+        bar.update(task, advance=1, figures=text)
+        if not console.is_terminal and time.monotonic() - spoke > SECONDS_BETWEEN_LINES:
+            spoke = time.monotonic()
+            console.print(f"  {done}/{steps}  {text}")
+
+    with bar:
+        yield show
 
 
 def draw_range(
