@@ -16,6 +16,8 @@ DIVERGED = 4.0
 _TURNED = 1.5
 """A smoothed loss above this many times the best so far has passed the minimum that counts: what explodes once may fall
 again, to the loss of a model that has forgotten everything."""
+_MARGIN = 3.0
+"""How far below the rate at the minimum a rate is held safe: right before it, the next batch may explode."""
 _FALLS = 0.95
 """The least smoothed loss over the first one, above which no rate has taught the model anything."""
 
@@ -48,9 +50,9 @@ class Suggestion:
     """What a range test says; rates in the units of `optim.lr`."""
 
     lr: float | None
-    """The smaller of the two below; None: the loss fell nowhere."""
+    """The larger of the two below; None: the loss fell nowhere."""
     steepest: float | None
-    """Where the smoothed loss falls fastest over the logarithm of the rate."""
+    """Where the smoothed loss falls fastest over the log of the rate, up to a third of the rate at its minimum."""
     tenth: float | None
     """A tenth of the rate at which the smoothed loss is lowest."""
     why: str
@@ -59,8 +61,8 @@ class Suggestion:
 def suggest(tried: Sequence[float], losses: Sequence[float]) -> Suggestion:
     """Return the learning rate to train with, from the rates tried and the (finite) losses before each update.
 
-    The two usual readings err on different sides: the steepest descent may come late where the first rates do
-    nothing, the minimum where the loss is flat. For fine-tuning the careful one counts.
+    The loss may fall fastest long before the minimum, where the batches are uneven, and right before it, where the
+    next update may explode: a tenth of the minimum's rate is the least that is suggested, a third the most.
     """
     averages = _before_turn(smoothed(losses))
     lowest = int(np.argmin(averages)) if averages else 0
@@ -74,12 +76,13 @@ def suggest(tried: Sequence[float], losses: Sequence[float]) -> Suggestion:
         )
     tenth = tried[lowest] / 10
     slopes = list(_slopes(tried[: lowest + 1], averages[: lowest + 1]))
-    steepest = tried[int(np.argmin(slopes))]
-    if steepest <= tenth:
-        why = "where the loss falls fastest, which lies below a tenth of the rate at its minimum"
+    safe = [i for i in range(lowest + 1) if tried[i] <= tried[lowest] / _MARGIN] or [0]
+    steepest = tried[min(safe, key=slopes.__getitem__)]
+    if steepest >= tenth:
+        why = "where the loss falls fastest, a third of the rate at its minimum or less"
     else:
-        why = "a tenth of the rate at the lowest loss, which lies below the one where it falls fastest"
-    return Suggestion(lr=min(steepest, tenth), steepest=steepest, tenth=tenth, why=why)
+        why = "a tenth of the rate at the lowest loss: where it falls fastest lies lower still"
+    return Suggestion(lr=max(steepest, tenth), steepest=steepest, tenth=tenth, why=why)
 
 
 def _before_turn(averages: list[float]) -> list[float]:
@@ -92,10 +95,10 @@ def _before_turn(averages: list[float]) -> list[float]:
 
 
 def _slopes(tried: Sequence[float], averages: Sequence[float]) -> Iterator[float]:
-    """Yield the slope at each rate [loss per decade]: of the line through its neighbours within a quarter of one."""
+    """Yield the slope at each rate [loss per decade]: of the line through its neighbours within half a one."""
     places = np.log10(tried)
     for place, (i, _) in zip(places, enumerate(averages), strict=True):
-        near = np.abs(places - place) <= 0.25
+        near = np.abs(places - place) <= 0.5
         near[max(0, i - 1) : i + 2] = True
         x, y = places[near], np.asarray(averages)[near]
         spread = ((x - x.mean()) ** 2).sum()

@@ -291,6 +291,6 @@ def test_a_comparison_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
     assert once_more == resumed
     assert {path: path.stat().st_mtime_ns for path in models} == models
     assert records(tmp_path / "again" / other / "seed-1")[-1].state == "done"
-    with pytest.raises(UserError, match=r"optim\.weight_decay: 0\.001 there, 0\.5 now"):
-        compare([*again, "--optim.weight_decay=0.5"], StopSignals())
+    with pytest.raises(UserError, match=r"optim\.clip_norm: None there, 0\.5 now"):
+        compare([*again, "--optim.clip_norm=0.5"], StopSignals())
     assert steps == 4 * 4

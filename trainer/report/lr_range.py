@@ -98,7 +98,7 @@ def range_table(
     if found.steepest is not None and found.tenth is not None:
         row("the loss falls fastest", found.steepest, near(found.steepest))
         row("a tenth of the next", found.tenth, near(found.tenth))
-        row("the loss is lowest", 10 * found.tenth, near(10 * found.tenth))
+        row("lowest before it rises", 10 * found.tenth, near(10 * found.tenth))
     row(
         "diverged" if ended else "last",
         tried[len(losses) - 1] if losses else tried[0],
