@@ -164,7 +164,13 @@ def decoding_threads(asked_workers: int | None, machine: Runtime) -> int:
 
 
 def _images_at_a_time(config: Config, machine: Runtime) -> int:
-    """Return how many images a process evaluates at a time: as many as it trains on, a few at the least."""
+    """Return how many images a process evaluates at a time.
+
+    On a CPU a few for each thread: what passes from layer to layer then stays in its caches (SqueezeNet at 224 px on
+    two threads: 8 at a time take 0.6 of the time of 128). On a GPU as many as it trains on.
+    """
+    if machine.accelerator.device.type == "cpu":
+        return max(8, 4 * machine.threads)
     share = -(-config.train.batch_size // (machine.world * config.train.accumulation))
     return max(8, share)
 

@@ -28,6 +28,9 @@ _ROUNDING = 2e-3
 """Greatest deviation of the model's logits from the layer's on its features, as a share of the sum of their terms'
 sizes: ten times what GPUs lose that multiply in TF32."""
 
+_COMPARED = 2
+"""Images on which that is looked at, twice: of a whole batch it would cost as much as the pass."""
+
 
 def require_linear(model: nn.Module, head: str, image_size: int) -> None:
     """Raise a UserError unless the output layer acts on one row of features a picture; tried without memory.
@@ -195,7 +198,7 @@ def _collect(
     mine = iter(batches)
     head_of = next(mine, None)
     # Ahead of the pass, and again after it: whether the model is linear there does not depend on the weights.
-    first = None if head_of is None else head_of[0]
+    first = None if head_of is None else head_of[0][:_COMPARED]
     _agree_on_equality(model, head, first, normalise, machine)
     features = torch.zeros(examples, layer.weight.shape[1])
     seen = torch.zeros(examples, dtype=torch.int64)

@@ -347,4 +347,4 @@ def test_there_are_as_many_rounds_as_the_process_with_most_batches_has(
         evaluator(nn.Identity(), lambda: False)
     most = [max(lengths_of_part) for lengths_of_part in zip(*lengths, strict=True)]
     assert asked == most * world, "all processes make as many, for each part"
-    assert most == [1, math.ceil(count / (world * max(8, math.ceil(16 / world))))]
+    assert most == [1, math.ceil(count / (world * 8))]
