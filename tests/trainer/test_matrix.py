@@ -29,16 +29,11 @@ from trainer.stages import resolve
 
 CLASSES = {"ants": 3, "bees": 3, "wasps": 2}
 ANT, BEE = 310, 309
-HEADS = {"resnet18": "fc", "squeezenet1_1": "classifier.1", "mobilenet_v3_small": "classifier.3"}
-LAST_2 = {
-    "resnet18": ("layer4", "fc"),
-    "squeezenet1_1": ("features.12", "classifier"),
-    "mobilenet_v3_small": ("features.12", "classifier"),
-}
+HEADS = {"resnet18": "fc", "squeezenet1_1": "classifier.1"}
+LAST_2 = {"resnet18": ("layer4", "fc"), "squeezenet1_1": ("features.12", "classifier")}
 TRAINS: list[tuple[Any, dict[str, tuple[str, ...]]]] = [
     ("all", dict.fromkeys(HEADS, ("",))),
     ("head", {name: (head,) for name, head in HEADS.items()}),
-    ("last:2", LAST_2),
     ({0: "head", 1: "last:2"}, LAST_2),
 ]
 
