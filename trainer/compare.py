@@ -44,6 +44,7 @@ from trainer.signals import StopSignals
 from trainer.stages import resolve, run, source_stage, with_weights
 from trainer.strategies import path_of
 from trainer.versions import versions
+from trainer.wise import test_accuracy
 
 NAME = "compare"
 SOURCE = "source-model"
@@ -128,7 +129,7 @@ def plan(options: Sequence[str], chosen: Sequence[Variant]) -> tuple[Config, dic
     """
     if any(word.partition("=")[0] == "--transfer.strategy" for word in options):
         raise UserError("--transfer.strategy: compare takes the strategies by --strategies; leave it out")
-    plain = parse(options)
+    plain = parse([*options, "--transfer.strategy=null"])
     if plain.debug:
         raise UserError("--debug is a run of its own: leave it out here")
     if not any(word.partition("=")[0] in ("--config", "--data.root") for word in options):
@@ -320,7 +321,10 @@ def _trial(config: Config, signals: StopSignals, *, is_main: bool) -> Trial | No
         return None
     path = outcome.folder / METRICS
     rows = parse_rows(path.read_text(encoding="utf-8"), str(path))
-    return trial_of(rows, seed=config.run.seed, selection=outcome.selection)
+    trial = trial_of(rows, seed=config.run.seed, selection=outcome.selection)
+    if outcome.alpha < 1:  # the model file is another point of the line than the one that the rows are of
+        trial = replace(trial, accuracy=test_accuracy(outcome.folder))
+    return trial
 
 
 def _write(

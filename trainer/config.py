@@ -236,8 +236,11 @@ class OptimConfig:
         _require(
             0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}: expected above 0, up to 1"
         )
-        wrong = {name: scale for name, scale in self.lr_scales.items() if not 0 <= scale < math.inf}
-        _require(not wrong, f"optim.lr_scales holds {wrong}: expected multiples of 0 or more")
+        wrong = {name: scale for name, scale in self.lr_scales.items() if not 0 < scale < math.inf}
+        _require(
+            not wrong,
+            f"optim.lr_scales holds {wrong}: expected multiples above 0; transfer.train says what does not train",
+        )
         _require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}: expected 0 to below 1")
         _require(
             self.clip_norm is None or 0 < self.clip_norm < math.inf,

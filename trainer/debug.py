@@ -32,6 +32,7 @@ from trainer.assemble import (
     make_plan,
     paths_of,
     preprocessing_of,
+    require_selection,
     training_images,
 )
 from trainer.config import Config
@@ -90,6 +91,7 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
         check = config.data.on_unreadable == "skip"
         prepared = prepare(config.data, workers=machine.cores, displays=displays_on(console), check=check)
         console.print(describe(prepared))
+    require_selection(config, prepared.index)
     index = _few(prepared.index)
 
     with stage("model"):
@@ -155,6 +157,10 @@ def _left_out(config: Config) -> Iterator[str]:
     """Yield what the run does before it trains and this walk does not."""
     if config.source.root:
         yield f"the source stage ({config.source.root}) is left out: random weights stand for its own"
+    if config.regularise.ema or config.transfer.l2_sp:
+        yield "regularise.ema and transfer.l2_sp are left out"
+    if isinstance(config.transfer.train, dict):
+        yield "of the stages of transfer.train, the first is walked"
     if config.model.head_init == "linear-probe":
         yield "the linear probe is left out: a drawn output layer stands for its own"
 

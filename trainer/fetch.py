@@ -25,7 +25,8 @@ def fetch(argv: Sequence[str]) -> None:
     """Check and fetch; what is found is printed.
 
     Raises:
-        UserError: whatever a run would end with before it trains, but for images that cannot be read.
+        UserError: whatever a run would end with before it trains, but for images that cannot be read and for what
+            depends on the machine, or on names of the source's classes.
 
     """
     config = parse(argv)
@@ -33,6 +34,7 @@ def fetch(argv: Sequence[str]) -> None:
     from trainer.assemble import describe, displays_on  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415
     from trainer.model.weights import read_weights  # noqa: PLC0415
+    from trainer.preflight import preflight  # noqa: PLC0415
     from trainer.report.console import make_console  # noqa: PLC0415
     from trainer.stages import resolve, source_stage  # noqa: PLC0415
 
@@ -42,6 +44,8 @@ def fetch(argv: Sequence[str]) -> None:
     for stage in stages:
         prepared = prepare(stage.data, workers=1, displays=displays_on(console), check=False)
         console.print(describe(prepared))
+        if stage is config:
+            preflight(config, prepared.index)
     if config.model.weights is not None:
         _, source = read_weights(config.model.name, config.model.weights, on_progress=console.print)
         console.print(f"weights: {source}")

@@ -226,6 +226,7 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
     for epoch in range(start.epoch, plan.epochs):
         begun = start.step - epoch * steps if epoch == start.epoch else 0
         if begin_epoch is not None:
+            del model  # or what DDP has hooked into it would outlive it
             model = begin_epoch(epoch)
         meter = Meter(accelerator, start.sums if begun else None)
         for epoch_step in range(begun, steps):

@@ -44,6 +44,7 @@ from trainer.files import write_text_atomically
 from trainer.loop import update
 from trainer.lr_range import Suggestion, has_diverged, rates, smoothed, suggest
 from trainer.main import answer, leave_after
+from trainer.model.freeze import enter
 from trainer.optim import make_optimizer, set_lr
 from trainer.parse import parse
 from trainer.report.blocks import block_table
@@ -113,6 +114,9 @@ def find(
     pull = make_pull(created, config)
     if config.model.head_init == "linear-probe":
         probe_head(created, index, preprocessing, config, machine, say=console.print)
+    if len(created.stages) > 1:
+        console.print("transfer.train has stages: the last one is tested, in which all trains that ever does")
+        enter(created.model, created.stages[-1], config.transfer.batch_norm)
     groups = make_groups(created, config)
     console.print(block_table(created, groups))
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)

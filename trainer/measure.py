@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from trainer.data.loader import Batch, Draw, Images
 from trainer.data.prepare import prepare
 from trainer.loop import update
 from trainer.optim import make_optimizer, set_lr
+from trainer.preflight import without_weights
 from trainer.report.console import peak_memory
 
 SECONDS = 1.0
@@ -129,9 +130,11 @@ class Model:
         self._examples = share if self._device.type == "cuda" else min(share, _MOST_ON_CPU)
         self._classes = classes
         # Weights would have to be fetched, and no figure depends on them.
-        without = replace(config, model=replace(config.model, weights=None, head_init="xavier"))
         created = make_model(
-            without, [str(number) for number in range(classes)], None, on_progress=lambda _: None
+            without_weights(config),
+            [str(number) for number in range(classes)],
+            None,
+            on_progress=lambda _: None,
         )
         created.model.to(self._device)
         self._normalise = Normalise(preprocessing_of(config.data), self._device)

@@ -11,7 +11,7 @@ from typing import Literal
 from rich.console import Console
 
 from trainer import environment, runtime
-from trainer.assemble import load_examples, require_selection
+from trainer.assemble import load_examples
 from trainer.attempts import Attempt, Record, latest, require_free, restarted
 from trainer.config import Config, ScratchConfig, SourceConfig, TransferConfig
 from trainer.data.augment import Preprocessing
@@ -22,6 +22,7 @@ from trainer.finetune import Outcome, finetune
 from trainer.model.build import preset
 from trainer.model_file import read_description
 from trainer.parse import dump
+from trainer.preflight import preflight
 from trainer.report.console import make_console
 from trainer.report.summary import comparison, summary
 from trainer.run_folder import STOP, examine, holds_run, kept_precision, move_aside, write_config
@@ -95,10 +96,7 @@ def _stages(
         return finetune(config, machine, console, weights=weights, attempt=attempt, signals=signals)
 
     if config.source.root:
-        if (
-            config.regularise.early_stopping or config.transfer.wise_ft
-        ):  # ahead of the source model's training
-            require_selection(config, load_examples(config.data, machine, console).index)
+        preflight(config, load_examples(config.data, machine, console).index, machine)
         console.rule("source model", align="left")
         source = stage("source", source_stage(config), None)
         weights = str(source.model_file)
@@ -272,7 +270,9 @@ def _from_scratch(config: Config, name: str, *, lr: float) -> Config:
         config,
         run=replace(config.run, dir=str(Path(config.run.dir) / name)),
         model=replace(config.model, weights=None, head_init="xavier"),
-        transfer=TransferConfig(),
+        transfer=TransferConfig(
+            batch_norm="sync" if config.transfer.batch_norm == "sync" else TransferConfig.batch_norm
+        ),
         optim=replace(config.optim, lr=lr, head_lr_scale=1.0, layer_decay=1.0, lr_scales={}),
         source=SourceConfig(),
         scratch=ScratchConfig(),

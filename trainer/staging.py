@@ -42,5 +42,6 @@ class Staged:
                 count = sum(p.numel() for p in self.bare.parameters() if p.requires_grad)
                 self._say(f"  from epoch {epoch + 1} on, {count:,} parameters train")
             self._stage = stage
+            del self.model
             self.model = runtime.wrap_again(self._accelerator, self.bare, self.optimizer)
         return self.model

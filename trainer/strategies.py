@@ -98,7 +98,7 @@ def in_order(
     words = list(arguments)
     if on_line and on_line[-1] is not None:
         words.insert(end, file_of(on_line[-1]))
-    if not on_line or on_line[-1] is not None:  # null on the command line: none
+    if not on_line:  # one on the command line takes the file's place, null all
         for i, strategy in reversed(configs):
             words.insert(i, file_of(strategy))
     return words

@@ -178,6 +178,21 @@ def _begin(folder: Path, new: nn.Module | None, description: Description, attemp
         sync_folder(folder)
 
 
+def test_accuracy(folder: Path) -> float:
+    """Return the test accuracy of the point that was kept as a run's model file.
+
+    Raises:
+        UserError: what was found on the line cannot be read.
+
+    """
+    try:
+        return float(json.loads((folder / WISE).read_text(encoding="utf-8"))["test_accuracy"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / WISE}: damaged, or gone ({error}): delete it, and it is made again"
+        ) from None
+
+
 def _stand(folder: Path) -> tuple[float | None, Path]:
     """Return which point the model file is, if the line was evaluated; and where the fine-tuned weights are."""
     tuned = folder / (FINE_TUNED if _is_moved(folder) else MODEL)

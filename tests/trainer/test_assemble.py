@@ -123,11 +123,11 @@ def test_the_rate_falls_with_each_block_below_the_head() -> None:
 
 
 def test_patterns_multiply_rates_and_the_last_that_matches_counts() -> None:
-    found = rates(lr_scales={"layer*": 0.1, "layer4": 3, "fc.bias": 2, "layer1.0.bn1.bias": 0})
+    found = rates(lr_scales={"layer*": 0.1, "layer4": 3, "fc.bias": 2, "layer1.0.bn1.bias": 0.5})
     assert found["layer2"] == {("backbone", 0.1, 0.5)}
     assert found["layer4"] == {("backbone", 3.0, 0.5)}
     assert found["fc"] == {("head", 10.0, 0.5), ("head", 20.0, 0.5)}
-    assert found["layer1"] == {("backbone", 0.1, 0.5), ("backbone", 0.0, 0.5)}
+    assert found["layer1"] == {("backbone", 0.1, 0.5), ("backbone", 0.5, 0.5)}
     assert found["conv1"] == {("backbone", 1.0, 0.5)}
     with pytest.raises(UserError, match="'layre' matches no parameter of this model; its blocks are conv1"):
         rates(lr_scales={"layre": 1})

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torchvision import models
 
 from tests.folders import image_folder
 from tests.launching import rows
 from trainer import compare as verb
+from trainer import wise
 from trainer.attempts import records
 from trainer.compare import compare, plan, variants
 from trainer.data.loader import ImageGone
@@ -18,6 +20,7 @@ from trainer.errors import UserError
 from trainer.finetune import Outcome
 from trainer.report.run_report import RunReport
 from trainer.signals import Stopped, StopSignals
+from trainer.strategies import known
 
 TIMED = {"seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes"}
 
@@ -294,3 +297,32 @@ def test_a_comparison_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
     with pytest.raises(UserError, match=r"optim\.clip_norm: None there, 0\.5 now"):
         compare([*again, "--optim.clip_norm=0.5"], StopSignals())
     assert steps == 4 * 4
+
+
+@pytest.mark.slow
+def test_every_strategy_that_is_shipped_trains_and_wise_ft_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(5)
+    save_file(models.squeezenet1_1().state_dict(), tmp_path / "source.safetensors")
+    parts = {"train": {"a": 5, "b": 5}, "val": {"a": 2, "b": 2}, "test": {"a": 2, "b": 2}}
+    root = image_folder(tmp_path / "images", parts)
+    weights = tmp_path / "source.safetensors"
+    words = options(root, tmp_path / "c", model__weights=weights, train__epochs=4, train__batch_size=8)
+    # The line's best point is not the fine-tuned end: what is compared has to be the model that is kept.
+    monkeypatch.setattr(wise, "best_of", lambda points: points[0])
+    chosen = f"{','.join(known())},lp-ft@transfer.wise_ft=true"
+    compare([*words, "--strategies", chosen, "--seeds", "1"], StopSignals())
+    found = json.loads((tmp_path / "c" / "compare.json").read_text())["strategies"]
+    trials = {one["strategy"]: one["trials"] for one in found}
+    assert list(trials) == chosen.split(",")
+    assert all(len(each) == 1 for each in trials.values()), "none has failed"
+    folder = tmp_path / "c" / "lp-ft@transfer.wise_ft=true" / "seed-0"
+    kept = json.loads((folder / "wise.json").read_text())
+    assert kept["alpha"] == 0
+    (start,) = rows(folder, "start")
+    assert (
+        kept["test_accuracy"]
+        == start["test_accuracy"]
+        == trials["lp-ft@transfer.wise_ft=true"][0]["accuracy"]
+    )

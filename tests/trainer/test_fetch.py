@@ -49,6 +49,9 @@ def test_several_runs_are_looked_at_in_one_start(data: Path, capsys: pytest.Capt
         (["--data.root=/nowhere"], "there is no such folder"),
         (["--model.weights=no.safetensors"], "no.safetensors"),
         (["--model.name=resnet19"], "resnet19"),
+        (["--transfer.train=layer9"], "'layer9' matches none of this model's"),
+        (["--regularise.early_stopping=2"], "set data.val_fraction 0.1"),
+        (["--optim.warmup=1000 steps"], "the peak learning rate"),
     ],
 )
 def test_what_a_run_would_end_with_is_said_before(

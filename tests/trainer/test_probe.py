@@ -45,6 +45,11 @@ def test_everything_that_a_run_needs_is_measured_and_nothing_written_but_to_its_
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     changes = ["--optim.name=adamw", "--train.batch_size=6", "--model.head_init=source-labels"]
+    changes += [
+        "--transfer.l2_sp=0.1",
+        "--scratch.lr=0.1",
+        "--transfer.wise_ft=true",
+    ]
     probe.pace(scratch, 2, options(root, tmp_path, *changes))
     found = told(capsys)
     assert {name: one for name, one in found.items() if "error" in one} == {}

@@ -17,6 +17,7 @@ from trainer.config import (
     Config,
     DataConfig,
     ModelConfig,
+    OptimConfig,
     RegulariseConfig,
     RunConfig,
     ScratchConfig,
@@ -131,6 +132,29 @@ def test_a_run_says_that_it_is_done_and_where_it_stands(small: Config, folder: P
     )  # fmt: skip
     assert record.ended is not None
     assert not [thread for thread in attempts.threading.enumerate() if thread.name == "sign of life"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"transfer": TransferConfig(train="from:layer9")}, "no module 'layer9'"),
+        ({"optim": OptimConfig(lr_scales={"layre": 0.1})}, "'layre' matches no parameter"),
+        ({"optim": OptimConfig(warmup="9 steps")}, "the peak learning rate"),
+        ({"transfer": TransferConfig(wise_ft=True)}, r"set data\.val_fraction 0\.1"),
+        (
+            {"model": ModelConfig(name="squeezenet1_1", weights=None, head_init="source-labels", aliases={"c": "d"})},
+            "'c', which is no class of yours",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_is_wrong_with_the_fine_tuning_is_said_before_the_source_model_trains(
+    changes: dict[str, Any], said: str, small: Config, folder: Path
+) -> None:
+    sourced = replace(small, source=SourceConfig(root=small.data.root, epochs=2))
+    with pytest.raises(UserError, match=said):
+        run(replace(sourced, **changes), StopSignals())
+    assert not (folder / "source").exists()
 
 
 def test_all_stages_are_one_attempt(small: Config, folder: Path) -> None:

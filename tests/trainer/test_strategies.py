@@ -34,7 +34,7 @@ def test_each_layer_wins_over_the_one_before_it(file: str) -> None:
     on_line = parse(["--config", file, "--transfer.strategy", "lp-ft"])
     assert (on_line.optim.lr, on_line.optim.loss_reduction) == (3e-5, "mean"), "another one, over the file"
     assert on_line.optim.clip_norm == 7, "the file, where that one says nothing"
-    assert on_line.optim.momentum == 0, "and the file's own strategy below it"
+    assert on_line.optim.momentum == 0.9, "the file's own strategy is not beneath it"
     last = parse(["--config", file, "--optim.lr=5", "--transfer.strategy=lp-ft", "--optim.warmup", "3 steps"])
     assert (last.optim.lr, last.optim.warmup) == (5, "3 steps"), "options of the line, on either side of it"
     assert (last.transfer.strategy, last.model.head_init) == ("lp-ft", "linear-probe")

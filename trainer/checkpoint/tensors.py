@@ -62,12 +62,16 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, u
     weights = model.state_dict()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     every = [(names[id(p)], p) for group in optimizer.param_groups for p in group["params"]]
-    # What has yet to be unfrozen has no moments; unless the optimizer began with them.
-    trained = [(name, p) for name, p in every if p.requires_grad or optimizer.state.get(p)]
     kept = _kept(optimizer)
     if not found[OPTIMIZER] and not updated:
         kept = ()
-    moments = {f"{key}.{name}": _like(key, p) for name, p in trained for key in kept}
+    # What has yet to be unfrozen has no moments, or empty ones where the optimizer begins with them (on GPUs).
+    moments = {
+        f"{key}.{name}": _like(key, p)
+        for name, p in every
+        for key in kept
+        if p.requires_grad or f"{key}.{name}" in found[OPTIMIZER]
+    }
     wrong = [*_differences(found[MODEL], weights), *_differences(found[OPTIMIZER], moments)]
     if wrong:
         raise UserError(
@@ -77,11 +81,13 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, u
     model.load_state_dict(found[MODEL])
     for entry, moment in moments.items():
         moment.copy_(found[OPTIMIZER][entry])
-    has_moments = {name for name, _ in trained}
     state = {
-        number: {key: moments[f"{key}.{name}"] for key in kept}
-        for number, (name, _) in enumerate(every)
-        if name in has_moments
+        number: {
+            key: moments[entry] if (entry := f"{key}.{name}") in moments else torch.zeros_like(p)
+            for key in kept
+        }
+        for number, (name, p) in enumerate(every)
+        if p.requires_grad or optimizer.state.get(p)
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

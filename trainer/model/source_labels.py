@@ -4,6 +4,7 @@ Raghu et al. 2019 (Transfusion) and the note: what the source has learnt of a cl
 """
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,14 +98,20 @@ def read_names(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_aliases(aliases: Mapping[str, str], targets: Sequence[str], sources: Sequence[str]) -> None:
-    """Raise a UserError for an alias whose names do not exist, with those that were probably meant."""
-    known = {spelt(name) for name in sources}
-    for target, source in aliases.items():
+def check_targets(aliases: Mapping[str, str], targets: Sequence[str]) -> None:
+    """Raise a UserError for an alias of a class that is not there, with those that were probably meant."""
+    for target in aliases:
         if target not in targets:
             raise UserError(
                 f"model.aliases has {_shown(target)!r}, which is no class of yours. {_close(target, targets)}"
             )
+
+
+def check_aliases(aliases: Mapping[str, str], targets: Sequence[str], sources: Sequence[str]) -> None:
+    """Raise a UserError for an alias whose names do not exist, with those that were probably meant."""
+    check_targets(aliases, targets)
+    known = {spelt(name) for name in sources}
+    for target, source in aliases.items():
         if spelt(source) not in known:
             raise UserError(
                 f"model.aliases has {_shown(target)} -> {_shown(source)}, but the source has no class "
@@ -136,8 +143,8 @@ def copy_rows(
 
     A copied row is the source's less the mean of all the source's rows, its bias likewise: that changes no softmax of
     the source, and brings the row level with new ones, whose mean is 0. A row without a match keeps the direction
-    that was drawn for it, in the mean length of the copied ones, and a bias of 0. Without any match the layer
-    stays as it was drawn.
+    that was drawn for it, in the mean length of the copied ones; its bias makes it stand for its part of the
+    source's classes that were not matched. Without any match the layer stays as it was drawn.
 
     Raises:
         UserError: the source has no such layer, or one of another shape; its classes have no names; a wrong alias.
@@ -161,9 +168,18 @@ def copy_rows(
             layer.weight[at] = rows
             if layer.bias is not None:
                 bias = _source_tensor(state, f"{head.name}.bias", (), name, weights)
-                layer.bias.zero_()
+                layer.bias.fill_(_rest(len(weight) - len(set(taken)), len(labels.targets) - len(at)))
                 layer.bias[at] = bias[taken] - bias.mean()
-    return _report(matches, labels, names, where)
+    return _report(matches, labels, names, where, has_bias=layer.bias is not None)
+
+
+def _rest(sources: int, targets: int) -> float:
+    """Return the bias of each of `targets` classes that share what speaks for `sources` classes of the source.
+
+    Log of the sum of as many exponentials of 0, the mean logit: without it, a picture of nothing that was matched
+    would be taken for the matched class that is a little more like it than the average class is.
+    """
+    return math.log(max(1, sources) / targets) if targets else 0.0
 
 
 def _source_tensor(
@@ -184,7 +200,9 @@ def _source_tensor(
     return tensor
 
 
-def _report(matches: Matches, labels: Labels, names: Sequence[str], where: str) -> list[str]:
+def _report(
+    matches: Matches, labels: Labels, names: Sequence[str], where: str, *, has_bias: bool
+) -> list[str]:
     targets = labels.targets
     lines = [f"output layer from the source's own: {len(matches.found)} of {len(targets)} classes ({where})"]
     for match in matches.found:
@@ -202,6 +220,10 @@ def _report(matches: Matches, labels: Labels, names: Sequence[str], where: str) 
     unknown = [_shown(name) for target, name in enumerate(targets) if target not in known]
     if unknown:
         lines.append(f"  left random, {len(unknown)} that the source does not know: {', '.join(unknown)}")
+    if unknown and matches.found and not has_bias:
+        lines.append(
+            "  the output layer has no bias, by which these could stand for the source's other classes: they start low"
+        )
     if not matches.found:
         lines.append(
             "  NO CLASS OF YOURS IS THE SOURCE'S: the whole output layer is random, as under xavier; name the same "

@@ -251,6 +251,36 @@ def test_frozen_parameters_have_no_moments(path: Path) -> None:
     assert len(other_optimizer.state) == 2
 
 
+@pytest.mark.parametrize("begun", ["here", "there"])
+def test_moments_that_one_device_begins_with_and_the_other_does_not_are_no_obstacle(
+    begun: str, path: Path
+) -> None:
+    """On GPUs the optimizer begins with empty moments, also of what has yet to be let loose."""
+
+    def staged(seed: int, *, begins: bool) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+        model = network(seed)
+        optimizer = sgd(model)
+        model[0].requires_grad_(requires_grad=False)
+        if begins:
+            for parameter in model.parameters():
+                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+        return model, optimizer
+
+    model, optimizer = staged(0, begins=begun == "there")
+    train(model, optimizer, range(2))
+    write(path, model, optimizer)
+    other, other_optimizer = staged(1, begins=begun == "here")
+    restore(path, other, other_optimizer, updated=True)
+    assert same(model.state_dict(), other.state_dict())
+    mine, theirs = moments(model, optimizer), moments(other, other_optimizer)
+    trained = {name for name in mine if not name.startswith("momentum_buffer of 0.")}
+    assert trained
+    assert all(torch.equal(mine[name], theirs[name]) for name in trained)
+    frozen = {name for name in theirs if name.startswith("momentum_buffer of 0.")}
+    assert len(frozen) == (2 if begun == "here" else 0)
+    assert not any(theirs[name].any() for name in frozen)
+
+
 def test_without_momentum_there_is_nothing_to_keep(path: Path) -> None:
     model = network()
     optimizer = sgd(model, momentum=0)
