@@ -149,7 +149,7 @@ def test_a_strategy_is_a_name_for_its_options_when_a_run_goes_on(tmp_path: Path)
     same = parse(["--data.root=x", *words])
     assert same.transfer.strategy is None
     assert examine(tmp_path, dump(same), resume="auto") is not None
-    with pytest.raises(UserError, match=r"optim\.lr: 0.001 there, 3e-05 now"):
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.01 there, 3e-05 now"):
         examine(tmp_path, dump(parse(["--data.root=x", "--transfer.strategy=lp-ft"])), resume="auto")
 
 
