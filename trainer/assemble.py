@@ -1,10 +1,8 @@
 """Sections of the config -> the parts of a run. Only here, and in the verbs, is the whole config known."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from trainer import runtime
 from trainer.checkpoint.policy import Policy
-from trainer.config import Config, DataConfig, OptimConfig
+from trainer.config import Config, DataConfig
 from trainer.data.augment import Normalise, Preprocessing, Transform, eval_transform, train_transform
 from trainer.data.index import Example, ImageIndex
 from trainer.data.loader import Batch, Images, Order, Shares, Slices, make_loader
@@ -21,21 +19,12 @@ from trainer.data.names import listed, printable
 from trainer.data.prepare import Displays, Prepared, prepare
 from trainer.errors import UserError
 from trainer.evaluate import evaluate
-from trainer.linear_probe import probe, require_linear
 from trainer.loop import Evaluations, Plan
 from trainer.mixing import Mixing
-from trainer.model.create import Created, create
-from trainer.model.freeze import enter, make_stages
-from trainer.model.source_labels import Labels
-from trainer.model_file import read_description
 from trainer.objective import Objective, balanced_weights
-from trainer.optim import Group, group_parameters
-from trainer.patterns import matching
-from trainer.pull import Pull, outside, spare_decay
 from trainer.report.console import checking, downloading
 from trainer.runtime import Runtime
 from trainer.schedule import Interval, lr_factor, parse_duration, parse_interval, to_steps
-from trainer.seeds import derive_seed
 
 
 def load_examples(data: DataConfig, machine: Runtime, console: Console) -> Prepared:
@@ -163,7 +152,7 @@ def decoding_threads(asked_workers: int | None, machine: Runtime) -> int:
     return 1 if input_workers(asked_workers, machine) else machine.threads
 
 
-def _images_at_a_time(config: Config, machine: Runtime) -> int:
+def images_at_a_time(config: Config, machine: Runtime) -> int:
     """Return how many images a process evaluates at a time.
 
     On a CPU a few for each thread: what passes from layer to layer then stays in its caches (SqueezeNet at 224 px on
@@ -184,7 +173,7 @@ class Evaluator:
         self._machine = machine
         self._classes = len(index.classes)
         self._normalise = Normalise(preprocessing, machine.accelerator.device)
-        self._size = _images_at_a_time(config, machine)
+        self._size = images_at_a_time(config, machine)
         self._parts: dict[str, tuple[int, Iterable[Batch]]] = {}
         for name, part in evaluated(index).items():
             images = Images(
@@ -290,191 +279,3 @@ def make_policy(config: Config, order: Order) -> Policy:
 def paths_of(images: Images, order: Order, epoch: int, step: int) -> list[str]:
     """Return the files of a global batch, fit to be shown; epoch and step count from 0."""
     return [printable(images.paths[example]) for example in order.batch(epoch, step)]
-
-
-def make_model(
-    config: Config,
-    classes: Sequence[str],
-    weights: str | None,
-    *,
-    world: int = 1,
-    on_progress: Callable[[str], None],
-) -> Created:
-    """Return the model with its new head, drawn from `run.seed`, in the memory layout that it trains in.
-
-    `on_progress` hears of a download before it begins.
-    """
-    torch.manual_seed(derive_seed("weights", config.run.seed))
-    created = create(
-        config.model.name,
-        image_size=config.data.image_size,  # type: ignore[arg-type]
-        num_classes=len(classes),
-        weights=weights,
-        head_init=config.model.head_init,
-        labels=_labels(config, classes, weights),
-        dropout=config.model.dropout,
-        stochastic_depth=config.model.stochastic_depth,
-        on_progress=on_progress,
-    )
-    if config.model.head_init == "linear-probe":
-        require_linear(created.model, created.heads[0], config.data.image_size)  # type: ignore[arg-type]
-    if config.transfer.batch_norm == "sync" and world > 1:
-        created = replace(created, model=nn.SyncBatchNorm.convert_sync_batchnorm(created.model))
-    if config.train.channels_last:
-        created.model.to(memory_format=torch.channels_last)
-    stages = make_stages(config.transfer.train, created.model, created.heads, created.structure)
-    enter(created.model, stages[0], config.transfer.batch_norm)
-    late = [stage.begins for stage in stages if stage.begins >= config.train.epochs]
-    notes = [
-        f"transfer.train: the run ends after epoch {config.train.epochs}, before the stage from epoch {begins + 1} on"
-        for begins in late
-    ]
-    return replace(created, stages=stages, lines=(*created.lines, *notes))
-
-
-def _labels(config: Config, classes: Sequence[str], weights: str | None) -> Labels | None:
-    """Return what source-labels needs to know of names."""
-    if config.model.head_init != "source-labels" or weights is None:
-        return None
-    is_ours = weights.endswith(".safetensors") and Path(weights).is_file()
-    described = read_description(weights) if is_ours else None
-    return Labels(
-        targets=tuple(classes),
-        sources=config.model.source_labels,
-        described=described.classes if described else None,
-        aliases=config.model.aliases,
-    )
-
-
-def probe_head(
-    created: Created,
-    index: ImageIndex,
-    preprocessing: Preprocessing,
-    config: Config,
-    machine: Runtime,
-    *,
-    say: Callable[[str], object],
-) -> float:
-    """Give the model, on its device, the output layer of a linear probe on all processes; returns the seconds."""
-    images = Images(
-        index.train,
-        eval_transform(preprocessing),
-        seed=config.run.seed,
-        threads=decoding_threads(config.data.workers, machine),
-    )
-    slices = Slices(
-        len(images),
-        batch_size=_images_at_a_time(config, machine),
-        rank=machine.rank,
-        world=machine.world,
-    )
-    return probe(
-        created.model,
-        created.heads[0],
-        loader_of(images, slices, config, machine),
-        [label for _, label in index.train],
-        classes=len(index.classes),
-        balanced=config.regularise.class_weights == "balanced",
-        seed=config.run.seed,
-        normalise=Normalise(preprocessing, machine.accelerator.device),
-        machine=machine,
-        say=say,
-    )
-
-
-def require_synchronisable(config: Config, order: Order, machine: Runtime) -> None:
-    """Raise a UserError where BatchNorm cannot use the statistics of the global batch, though it is to.
-
-    torch's SyncBatchNorm refuses CPU tensors, and takes part in every forward of every process: none may have an
-    empty share, nor go through its share in another number of parts.
-    """
-    if config.transfer.batch_norm != "sync":
-        return
-    asked = "transfer.batch_norm is sync"
-    if config.train.accumulation > 1:
-        raise UserError(
-            f"{asked}, but train.accumulation {config.train.accumulation} shows the layers one part of the batch at a "
-            "time: set it to 1, or batch_norm to frozen"
-        )
-    if machine.world == 1:
-        return  # its share is the global batch
-    if machine.accelerator.device.type != "cuda":
-        raise UserError(
-            f"{asked}, which needs GPUs: torch has no such layer for CPUs. Choose frozen, which is equal on any number "
-            "of processes, or run one process"
-        )
-    if min(order.batch_sizes) < machine.world:
-        raise UserError(
-            f"{asked}, but the last of {order.examples} examples make a batch of {min(order.batch_sizes)}, fewer than "
-            f"the {machine.world} processes: choose another train.batch_size"
-        )
-
-
-def require_selection(config: Config, index: ImageIndex) -> None:
-    """Raise a UserError where something is to be selected, and there are no images to select on."""
-    asked = {
-        f"regularise.early_stopping {config.regularise.early_stopping}": config.regularise.early_stopping,
-        "transfer.wise_ft": config.transfer.wise_ft,
-    }
-    wanted = [option for option, value in asked.items() if value]
-    if wanted and index.selection is None:
-        raise UserError(
-            f"{' and '.join(wanted)} choose{'s' * (len(wanted) == 1)} by an accuracy, and {printable(str(index.root))} "
-            "has no images to select on beside those reported, which must not be what was selected on: set "
-            "data.val_fraction 0.1, which cuts them out of the training images"
-        )
-
-
-def make_pull(created: Created, config: Config) -> Pull | None:
-    """Return the pull of a created model, as the source gave it, towards the source; None where there is none."""
-    if not config.transfer.l2_sp:
-        return None
-    pulled = outside(created.model, created.heads)
-    return Pull(pulled, config.transfer.l2_sp, decoupled=config.optim.name == "adamw")
-
-
-def make_groups(created: Created, config: Config) -> tuple[Group, ...]:
-    """Return the parameter groups of a created model, of all that trains in any of its stages."""
-    groups = _groups(created, config)
-    if not config.transfer.l2_sp:
-        return groups
-    return spare_decay(groups, outside(created.model, created.heads))
-
-
-def _groups(created: Created, config: Config) -> tuple[Group, ...]:
-    return group_parameters(
-        created.model,
-        created.heads,
-        lr=config.optim.lr,
-        head_lr_scale=config.optim.head_lr_scale,
-        weight_decay=config.optim.weight_decay,
-        decay_norms=config.optim.decay_norms,
-        scales=_lr_scales(created, config.optim),
-        trains=created.stages[-1].trains,
-    )
-
-
-def _lr_scales(created: Created, optim: OptimConfig) -> dict[str, float]:
-    """Return parameter name -> multiple of its learning rate: lower with each block below the head, and by pattern.
-
-    Raises:
-        UserError: a pattern that matches nothing.
-
-    """
-    depth = created.structure.depth
-    scales = {
-        name: 1.0
-        if name.startswith(tuple(f"{head}." for head in created.heads))
-        else optim.layer_decay**after
-        for name, after in depth.items()
-    }
-    by_pattern: dict[str, float] = {}
-    for pattern, scale in optim.lr_scales.items():
-        names = matching(pattern, depth)
-        if not names:
-            blocks = ", ".join(block.name for block in created.structure.blocks)
-            raise UserError(
-                f"optim.lr_scales: {pattern!r} matches no parameter of this model; its blocks are {blocks}"
-            )
-        by_pattern |= dict.fromkeys(names, scale)
-    return {name: scale * by_pattern.get(name, 1.0) for name, scale in scales.items()}

@@ -24,15 +24,12 @@ from trainer.assemble import (
     describe,
     displays_on,
     loader_of,
-    make_groups,
     make_mixing,
-    make_model,
     make_objective,
     make_order,
     make_plan,
     paths_of,
     preprocessing_of,
-    require_selection,
     training_images,
 )
 from trainer.config import Config
@@ -44,8 +41,10 @@ from trainer.errors import UserError
 from trainer.loop import Evaluations, Progress, Start, Unkept, fit, update
 from trainer.model.head import split_outputs
 from trainer.optim import make_optimizer, set_lr
+from trainer.preflight import require_selection
 from trainer.report.blocks import block_table
 from trainer.runtime import Runtime
+from trainer.target import make_groups, make_model
 
 BATCHES = 3
 EVALUATED = 32

@@ -20,19 +20,13 @@ from trainer.assemble import (
     describe,
     load_examples,
     loader_of,
-    make_groups,
     make_mixing,
-    make_model,
     make_objective,
     make_order,
     make_plan,
     make_policy,
-    make_pull,
     paths_of,
     preprocessing_of,
-    probe_head,
-    require_selection,
-    require_synchronisable,
     training_images,
     warmup_steps,
 )
@@ -51,6 +45,7 @@ from trainer.keeper import Keeper
 from trainer.loop import Evaluations, Plan, Start, fit
 from trainer.model_file import Description
 from trainer.optim import make_optimizer
+from trainer.preflight import require_selection, require_synchronisable
 from trainer.report.blocks import block_table
 from trainer.report.console import Display
 from trainer.report.metrics import Row, epoch_rows, parse_rows, restore_metrics
@@ -61,6 +56,7 @@ from trainer.run_folder import METRICS, MODEL
 from trainer.runtime import Runtime
 from trainer.signals import StopSignals
 from trainer.staging import Staged
+from trainer.target import make_groups, make_model, make_pull, probe_head
 from trainer.versions import own_version, versions
 
 

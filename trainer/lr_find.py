@@ -25,15 +25,10 @@ from trainer import runtime
 from trainer.assemble import (
     load_examples,
     loader_of,
-    make_groups,
     make_mixing,
-    make_model,
     make_objective,
     make_order,
-    make_pull,
     preprocessing_of,
-    probe_head,
-    require_synchronisable,
     training_images,
 )
 from trainer.config import Config
@@ -47,6 +42,7 @@ from trainer.main import answer, leave_after
 from trainer.model.freeze import enter
 from trainer.optim import make_optimizer, set_lr
 from trainer.parse import parse
+from trainer.preflight import require_synchronisable
 from trainer.report.blocks import block_table
 from trainer.report.console import make_console
 from trainer.report.lr_range import draw_range, range_table, testing
@@ -55,6 +51,7 @@ from trainer.runtime import Runtime
 from trainer.seeds import derive_seed
 from trainer.signals import Stopped, StopSignals
 from trainer.stages import resolve, with_weights
+from trainer.target import make_groups, make_model, make_pull, probe_head
 
 NAME = "lr-find"
 STEPS = 100

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from trainer import runtime
-from trainer.assemble import input_workers, make_groups, make_model, preprocessing_of, training_transform
+from trainer.assemble import input_workers, preprocessing_of, training_transform
 from trainer.config import Config
 from trainer.data.augment import Normalise
 from trainer.data.known import is_known
@@ -23,6 +23,7 @@ from trainer.loop import update
 from trainer.optim import make_optimizer, set_lr
 from trainer.preflight import without_weights
 from trainer.report.console import peak_memory
+from trainer.target import make_groups, make_model
 
 SECONDS = 1.0
 """That each figure is measured for, at least one piece of work."""

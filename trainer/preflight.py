@@ -2,19 +2,16 @@
 
 from dataclasses import replace
 
-from trainer.assemble import (
-    make_groups,
-    make_model,
-    make_order,
-    make_plan,
-    require_selection,
-    require_synchronisable,
-)
+from trainer.assemble import make_order, make_plan
 from trainer.config import Config, ScratchConfig
 from trainer.data.index import ImageIndex
+from trainer.data.loader import Order
+from trainer.data.names import printable
+from trainer.errors import UserError
 from trainer.linear_probe import require_linear
 from trainer.model.source_labels import check_targets
 from trainer.runtime import Runtime
+from trainer.target import make_groups, make_model
 
 
 def preflight(config: Config, index: ImageIndex, machine: Runtime | None = None) -> None:
@@ -47,3 +44,46 @@ def without_weights(config: Config) -> Config:
         transfer=replace(config.transfer, l2_sp=0.0, wise_ft=False),
         scratch=ScratchConfig(),
     )
+
+
+def require_synchronisable(config: Config, order: Order, machine: Runtime) -> None:
+    """Raise a UserError where BatchNorm cannot use the statistics of the global batch, though it is to.
+
+    torch's SyncBatchNorm refuses CPU tensors, and takes part in every forward of every process: none may have an
+    empty share, nor go through its share in another number of parts.
+    """
+    if config.transfer.batch_norm != "sync":
+        return
+    asked = "transfer.batch_norm is sync"
+    if config.train.accumulation > 1:
+        raise UserError(
+            f"{asked}, but train.accumulation {config.train.accumulation} shows the layers one part of the batch at a "
+            "time: set it to 1, or batch_norm to frozen"
+        )
+    if machine.world == 1:
+        return  # its share is the global batch
+    if machine.accelerator.device.type != "cuda":
+        raise UserError(
+            f"{asked}, which needs GPUs: torch has no such layer for CPUs. Choose frozen, which is equal on any number "
+            "of processes, or run one process"
+        )
+    if min(order.batch_sizes) < machine.world:
+        raise UserError(
+            f"{asked}, but the last of {order.examples} examples make a batch of {min(order.batch_sizes)}, fewer than "
+            f"the {machine.world} processes: choose another train.batch_size"
+        )
+
+
+def require_selection(config: Config, index: ImageIndex) -> None:
+    """Raise a UserError where something is to be selected, and there are no images to select on."""
+    asked = {
+        f"regularise.early_stopping {config.regularise.early_stopping}": config.regularise.early_stopping,
+        "transfer.wise_ft": config.transfer.wise_ft,
+    }
+    wanted = [option for option, value in asked.items() if value]
+    if wanted and index.selection is None:
+        raise UserError(
+            f"{' and '.join(wanted)} choose{'s' * (len(wanted) == 1)} by an accuracy, and {printable(str(index.root))} "
+            "has no images to select on beside those reported, which must not be what was selected on: set "
+            "data.val_fraction 0.1, which cuts them out of the training images"
+        )

@@ -13,7 +13,7 @@ from rich.console import Console
 import trainer
 from tests.launching import MAIN, REPOSITORY, accelerate_launch, rows, run
 from trainer import runtime
-from trainer.assemble import Evaluator, load_examples, make_model, preprocessing_of, probe_head
+from trainer.assemble import Evaluator, load_examples, preprocessing_of
 from trainer.config import Config, DataConfig, ModelConfig
 from trainer.data.augment import Preprocessing
 from trainer.evaluate import Evaluation
@@ -22,6 +22,7 @@ from trainer.model.create import create
 from trainer.model.source_labels import Labels
 from trainer.model_file import Preprocess
 from trainer.stages import resolve
+from trainer.target import make_model, probe_head
 
 WEIGHTS = "squeezenet1_1-imagenet1k-fp16.safetensors"
 

@@ -12,14 +12,7 @@ from torch import nn
 from torchvision import models
 
 from trainer import assemble, runtime
-from trainer.assemble import (
-    Evaluator,
-    make_groups,
-    make_model,
-    make_plan,
-    make_policy,
-    require_synchronisable,
-)
+from trainer.assemble import Evaluator, make_plan, make_policy
 from trainer.checkpoint.policy import Policy
 from trainer.config import (
     CheckpointConfig,
@@ -36,7 +29,9 @@ from trainer.data.index import Example, ImageIndex
 from trainer.data.loader import Order
 from trainer.errors import UserError
 from trainer.model_file import Description, write_model
+from trainer.preflight import require_synchronisable
 from trainer.report.blocks import block_table
+from trainer.target import make_groups, make_model
 
 ORDER = Order(examples=25, batch_size=10, seed=0)  # 3 steps an epoch
 

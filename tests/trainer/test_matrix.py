@@ -14,18 +14,13 @@ from torchvision import models
 
 from tests.folders import image_folder
 from trainer import runtime
-from trainer.assemble import (
-    load_examples,
-    make_groups,
-    make_model,
-    preprocessing_of,
-    probe_head,
-)
+from trainer.assemble import load_examples, preprocessing_of
 from trainer.config import Config, DataConfig, ModelConfig, OptimConfig, TransferConfig
 from trainer.loop import update
 from trainer.model.freeze import enter
 from trainer.optim import make_optimizer
 from trainer.stages import resolve
+from trainer.target import make_groups, make_model, probe_head
 
 CLASSES = {"ants": 3, "bees": 3, "wasps": 2}
 ANT, BEE = 310, 309

@@ -15,13 +15,7 @@ from torch.nn.functional import cross_entropy
 from tests.folders import image_folder
 from tests.trainer.test_finetune import PLACES, back_to, equal, in_folder, rows, train
 from trainer import runtime
-from trainer.assemble import (
-    load_examples,
-    make_model,
-    make_objective,
-    make_order,
-    preprocessing_of,
-)
+from trainer.assemble import load_examples, make_objective, make_order, preprocessing_of
 from trainer.config import (
     CheckpointConfig,
     Config,
@@ -37,6 +31,7 @@ from trainer.mixing import draw, paste
 from trainer.report.console import make_console
 from trainer.seeds import derive_seed
 from trainer.stages import resolve
+from trainer.target import make_model
 
 ALPHAS = {"mixup": 0.5, "cutmix": 1.0}
 SMOOTHING = 0.1
