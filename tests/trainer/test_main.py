@@ -134,11 +134,15 @@ def test_one_of_a_group_leaves_with_its_code_and_all_that_it_said() -> None:
 def test_another_rank_is_silent_if_the_launcher_ends_it_since_rank_0_has_spoken() -> None:
     with running("raise UserError('x')", WORLD_SIZE="2", RANK="1") as process:
 
-        def ignored() -> int:
+        def has(mask: str, number: signal.Signals) -> int:
             status = Path(f"/proc/{process.pid}/status").read_text()
-            return int(status.partition("SigIgn:")[2].split()[0], 16)
+            return int(status.partition(f"{mask}:")[2].split()[0], 16) >> (number - 1) & 1
 
-        while not ignored() >> (signal.SIGHUP - 1) & 1:  # until it has come to its last words
+        def at_its_last_words() -> bool:
+            ignores = all(has("SigIgn", number) for number in (signal.SIGINT, signal.SIGHUP))
+            return ignores and not (has("SigIgn", signal.SIGTERM) or has("SigCgt", signal.SIGTERM))
+
+        while not at_its_last_words():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)  # an echo
         process.send_signal(signal.SIGTERM)
