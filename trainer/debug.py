@@ -56,7 +56,7 @@ def debug(config: Config, machine: Runtime, console: Console) -> None:
     """Walk once through all stages of a run on a little of its data, and say whether one batch can be learnt.
 
     Raises:
-        UserError: whatever would stop the run itself.
+        UserError: whatever of what is walked through would stop the run itself.
 
     """
     try:

@@ -1,7 +1,7 @@
 """Strategies: named files of options (configs/strategies/NAME.yaml), and where they come in among the others.
 
 defaults < strategy that a --config file names < that file's own values < strategy named on the command line
-< the other options of the command line.
+< the other options of the command line. One that is named on the command line takes the place of the file's.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
