@@ -1,6 +1,7 @@
 """Fixtures shared by the whole suite."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ SHARED = Path(os.environ.get("REGRAFT_SHARED", REPOSITORY.parent / "shared")).re
 
 
 def pytest_configure() -> None:
-    """Leave each of several workers (`pytest -n 2`) a core: threads that wait for each other's cores are slow.
+    """Make the tests the same however they were started, and leave each of several workers (`pytest -n 2`) a core.
 
-    Those of the processes that they start wait asleep, which changes no result.
+    In the background of a script Ctrl-C is ignored, under nohup a hang-up, and every process inherits that.
+    Threads that wait for each other's cores are slow: one here, and those of the processes that the tests start wait
+    asleep, which changes no result.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -31,7 +31,7 @@ STEPS = 6
 """Updates of an epoch: 22 examples in batches of 4, the last one ragged."""
 EPOCHS = 3
 SAME_ANYWHERE = {
-    "model__name": "resnet18",
+    "model__name": "shufflenet_v2_x0_5",
     "transfer__batch_norm": "frozen",
     "data__image_size": 32,
     "optim__lr": 3e-5,

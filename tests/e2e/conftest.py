@@ -27,7 +27,7 @@ def options(images: Path, tmp_path: Path) -> Options:
             "data.root": images,
             "data.image_size": 32,
             "data.workers": 0,
-            "model.name": "resnet18",
+            "model.name": "shufflenet_v2_x0_5",
             "model.weights": "null",
             "train.epochs": 2,
             "train.batch_size": 8,

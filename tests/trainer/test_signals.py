@@ -21,11 +21,9 @@ NAMES = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
 
 @pytest.fixture(autouse=True)
 def _handlers_are_restored() -> Iterator[None]:
-    hangs_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # however the tests were started
     before = {number: signal.getsignal(number) for number in STOPPING}
     yield
     assert {number: signal.getsignal(number) for number in STOPPING} == before
-    signal.signal(signal.SIGHUP, hangs_up)
 
 
 def send(name: str) -> None:
