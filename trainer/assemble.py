@@ -1,8 +1,9 @@
 """Sections of the config -> the parts of a run. Only here, and in the verbs, is the whole config known."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from trainer import runtime
+from trainer.audit import audited
 from trainer.checkpoint.policy import Policy
 from trainer.config import Config, DataConfig
 from trainer.data.augment import Normalise, Preprocessing, Transform, eval_transform, train_transform
@@ -19,7 +21,7 @@ from trainer.data.names import listed, printable
 from trainer.data.prepare import Displays, Prepared, prepare
 from trainer.errors import UserError
 from trainer.evaluate import evaluate
-from trainer.loop import Evaluations, Plan
+from trainer.loop import Evaluations, Plan, Start
 from trainer.mixing import Mixing
 from trainer.objective import Objective, balanced_weights
 from trainer.report.console import checking, downloading
@@ -130,6 +132,33 @@ def loader_of(
         channels_last=config.train.channels_last,
         workers=input_workers(config.data.workers, machine),
         accelerator=machine.accelerator,
+    )
+
+
+def make_batches(
+    images: Images,
+    order: Order,
+    start: Start,
+    plan: Plan,
+    *,
+    config: Config,
+    machine: Runtime,
+    attempt: int,
+) -> Iterator[Batch]:
+    """Return this process's shares of the updates from `start` to the end of the run, written down where asked."""
+    shares = Shares(order, epochs=plan.epochs, start_step=start.step, rank=machine.rank, world=machine.world)
+    batches: Iterator[Batch] = iter(loader_of(images, shares, config, machine))
+    if not config.run.audit:
+        return batches
+    return audited(
+        batches,
+        Path(config.run.dir),
+        start_step=start.step,
+        steps_per_epoch=order.steps_per_epoch,
+        rank=machine.rank,
+        world=machine.world,
+        attempt=attempt,
+        lr_factor=plan.lr_factor,
     )
 
 

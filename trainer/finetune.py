@@ -2,12 +2,10 @@
 
 import math
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +17,7 @@ from trainer.assemble import (
     Evaluator,
     describe,
     load_examples,
-    loader_of,
+    make_batches,
     make_mixing,
     make_objective,
     make_order,
@@ -28,21 +26,17 @@ from trainer.assemble import (
     paths_of,
     preprocessing_of,
     training_images,
-    warmup_steps,
 )
 from trainer.attempts import Attempt
-from trainer.audit import audited
-from trainer.checkpoint.state import Subject
 from trainer.checkpoint.store import Found, Place
 from trainer.config import Config
 from trainer.data.augment import Normalise
-from trainer.data.loader import Batch, Images, Order, Shares
-from trainer.data.prepare import Prepared
+from trainer.data.loader import Order
 from trainer.ema import Shadow
 from trainer.errors import UserError
-from trainer.hang import HangWatch
+from trainer.hang import Beats, HangWatch
 from trainer.keeper import Keeper
-from trainer.loop import Evaluations, Plan, Start, fit
+from trainer.loop import Evaluations, Start, fit
 from trainer.model_file import Description
 from trainer.optim import make_optimizer
 from trainer.preflight import require_selection, require_synchronisable
@@ -51,13 +45,13 @@ from trainer.report.console import Display
 from trainer.report.metrics import Row, epoch_rows, parse_rows, restore_metrics
 from trainer.report.run_report import RunReport, Silent
 from trainer.report.summary import best_row
-from trainer.resume import find, going_on, is_finished, put_back
+from trainer.resume import facts_of, find, going_on, is_finished, put_back, subject_of
 from trainer.run_folder import METRICS, MODEL
 from trainer.runtime import Runtime
 from trainer.signals import StopSignals
 from trainer.staging import Staged
 from trainer.target import make_groups, make_model, make_pull, probe_head
-from trainer.versions import own_version, versions
+from trainer.versions import own_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +123,7 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
     runtime.require_equal(accelerator, prepared.fingerprint, "the images")
 
     # 2.
-    subject = _subject(config, prepared)
+    subject = subject_of(config, prepared)
     stand = partial(find, config, prepared, subject, order, say=console.print, writes=machine.is_main)
     found = machine.from_main(runtime.in_turn(accelerator, stand))
     state = found.state if found else None
@@ -137,12 +131,15 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
         Outcome, folder=folder, selection=index.selection, examples=(len(index.train), len(index.test))
     )
     preprocessing = preprocessing_of(config.data)
+    number = machine.from_main(attempt.record.attempt if attempt else 0)
+    watch = partial(_watch, config, machine, attempt, number)
     line = wise.Search(
         folder=folder,
         part=index.selection if config.transfer.wise_ft else None,
         machine=machine,
         attempt=attempt,
         signals=signals,
+        watch=watch,
         say=console.print,
     )
     finished = found is not None and is_finished(found, config, index.selection)
@@ -151,6 +148,7 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
         alpha = line.settle(
             lambda: wise.alone(folder, machine, channels_last=config.train.channels_last),
             Evaluator(index, preprocessing, config, machine),
+            step=found.state.step,
         )
         return outcome(rows=rows, alpha=alpha, seconds=time.monotonic() - began)
 
@@ -167,7 +165,10 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
     pull = make_pull(created, config)  # towards what the source gave, not what a checkpoint puts back
     head_seconds = 0.0
     if found is None and config.model.head_init == "linear-probe":
-        head_seconds = probe_head(created, index, preprocessing, config, machine, say=console.print)
+        with watch(Beats()) as beats:
+            head_seconds = probe_head(
+                created, index, preprocessing, config, machine, beats=beats, say=console.print
+            )
     groups = make_groups(created, config)
     console.print(block_table(created, groups))
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
@@ -200,8 +201,7 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
 
     # 7.
     images = training_images(index, preprocessing, config, machine)
-    number = machine.from_main(attempt.record.attempt if attempt else 0)
-    batches = _batches(images, order, start, plan, config=config, machine=machine, attempt=number)
+    batches = make_batches(images, order, start, plan, config=config, machine=machine, attempt=number)
     evaluator = Evaluator(index, preprocessing, config, machine)
 
     display = Display(
@@ -224,7 +224,7 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
         order=order,
         epochs=config.train.epochs,
         policy=make_policy(config, order),
-        facts=_facts(config, order, machine),
+        facts=facts_of(config, order, machine),
         lr_factor=plan.lr_factor,
         subject=subject,
         description=description,
@@ -237,9 +237,10 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
     )
     keeper.mend_model(console.print)
     if found is None and config.model.head_init in ("source-labels", "linear-probe"):
-        report.start(_before_training(evaluator, bare), head_seconds)
+        with watch(Beats()) as beats:
+            report.start(_before_training(evaluator, bare, beats), head_seconds)
     try:
-        with signals.as_flags(), display.shown(), _watch(config, machine, keeper, number), keeper:
+        with signals.as_flags(), display.shown(), watch(keeper.beats), keeper:
             fit(
                 staged.model,
                 optimizer,
@@ -266,7 +267,7 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
     rows = tuple(epoch_rows(report.rows))
     if keeper.over:
         console.print(_ended_early(rows, config))
-    alpha = line.settle(lambda: bare, evaluator)
+    alpha = line.settle(lambda: bare, evaluator, step=keeper.beats.step)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return outcome(rows=rows, alpha=alpha, seconds=time.monotonic() - began)
@@ -324,7 +325,7 @@ def _report(
     )
 
 
-def _before_training(evaluator: Evaluator, model: nn.Module) -> Evaluations:
+def _before_training(evaluator: Evaluator, model: nn.Module, beats: Beats) -> Evaluations:
     """Return what the model is worth before the first step.
 
     A signal ends the run here: nothing is lost that would not be made again.
@@ -333,7 +334,12 @@ def _before_training(evaluator: Evaluator, model: nn.Module) -> Evaluations:
         UserError: its output is not finite.
 
     """
-    found = evaluator(model, lambda: False)
+
+    def passed() -> bool:
+        beats.beat(0)
+        return False
+
+    found = evaluator(model, passed)
     if not all(math.isfinite(part.loss_sum) for part in found.values()):
         raise UserError(
             "the loss of the model before the first step is not finite: see model.weights, data.mean and data.std, "
@@ -342,18 +348,18 @@ def _before_training(evaluator: Evaluator, model: nn.Module) -> Evaluations:
     return found
 
 
-def _watch(config: Config, machine: Runtime, keeper: Keeper, number: int) -> HangWatch:
+def _watch(config: Config, machine: Runtime, attempt: Attempt | None, number: int, beats: Beats) -> HangWatch:
     """Return the watch over this process, in the attempt of that number; raises a UserError on all if one has none."""
     return runtime.in_turn(
         machine.accelerator,
         lambda: HangWatch(
             config.run.hang_timeout,
-            keeper.beats,
+            beats,
             folder=Path(config.run.dir),
             number=number,
             rank=machine.rank,
             world=machine.world,
-            attempt=keeper.attempt,
+            attempt=attempt,
         ),
     )
 
@@ -383,60 +389,6 @@ def _ended_early(rows: Sequence[Row], config: Config) -> str:
         f"stopped early, after epoch {rows[-1]['epoch']} of {config.train.epochs}: none of the last "
         f"{config.regularise.early_stopping} was better on val than epoch {best_row(rows, 'val')['epoch']}. A larger "
         "regularise.early_stopping goes on from here"
-    )
-
-
-def _subject(config: Config, prepared: Prepared) -> Subject:
-    """Return what the run trains, to be compared with a checkpoint's."""
-    labels = Counter(label for _, label in prepared.index.train)
-    classes = prepared.index.classes
-    return Subject(
-        architecture=config.model.name,
-        classes=classes,
-        examples=tuple(labels[label] for label in range(len(classes))),
-        data=prepared.fingerprint,
-    )
-
-
-def _facts(config: Config, order: Order, machine: Runtime) -> dict[str, Any]:
-    """Return what every checkpoint of this start says of it."""
-    return {
-        "seed": config.run.seed,
-        "schedule": {
-            "kind": config.optim.schedule,
-            "warmup_steps": warmup_steps(config, order),
-            "total_steps": order.steps_per_epoch * config.train.epochs,
-        },
-        "chosen": {"precision": machine.precision, "channels_last": config.train.channels_last},
-        "threads": machine.threads,
-        "versions": versions(),
-    }
-
-
-def _batches(
-    images: Images,
-    order: Order,
-    start: Start,
-    plan: Plan,
-    *,
-    config: Config,
-    machine: Runtime,
-    attempt: int,
-) -> Iterator[Batch]:
-    """Return this process's shares of the updates from `start` to the end of the run."""
-    shares = Shares(order, epochs=plan.epochs, start_step=start.step, rank=machine.rank, world=machine.world)
-    batches: Iterator[Batch] = iter(loader_of(images, shares, config, machine))
-    if not config.run.audit:
-        return batches
-    return audited(
-        batches,
-        Path(config.run.dir),
-        start_step=start.step,
-        steps_per_epoch=order.steps_per_epoch,
-        rank=machine.rank,
-        world=machine.world,
-        attempt=attempt,
-        lr_factor=plan.lr_factor,
     )
 
 

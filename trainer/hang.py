@@ -1,6 +1,7 @@
 """A run that comes to no step any more: its stacks are written down and its processes end, to be started again.
 
-Where all processes pass, between two updates and two rounds of an evaluation, they count (`Beats`). A thread of each
+Where all processes pass, between two updates, two rounds of an evaluation, two batches of a linear probe's pass, they
+count (`Beats`). A thread of each
 looks at that count every second; when it has stood still for too long (`Pace`), the thread writes every Python
 stack of the process to `RUN/hangs/ATTEMPT-rank-RANK.txt`, tells launcher and console, and ends the process with exit
 code 1. torchrun then ends the others, and starts all of them again if it may.
@@ -21,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Literal, NoReturn, Self
+from typing import Literal, NoReturn
 
 from trainer.attempts import Attempt
 from trainer.data.names import printable
@@ -103,7 +104,7 @@ class Pace:
 
 
 class HangWatch:
-    """A context that watches over a training: a thread, and a file for the stacks that is gone if none were written."""
+    """A context that watches over long work: a thread, and a file for the stacks that is gone if none were written."""
 
     def __init__(
         self,
@@ -153,10 +154,10 @@ class HangWatch:
                 f"{self.path}: cannot be written ({error.strerror}); expected a run folder that every rank may write to"
             ) from None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Beats:
         if self._pace is not None:
             self._thread.start()
-        return self
+        return self._beats
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
+from trainer.hang import Beats
 from trainer.model.head import trial_forward
 from trainer.model.logistic import PENALTIES, Choice, choose, solve
 from trainer.objective import balanced_weights
@@ -112,6 +113,7 @@ def probe(
     seed: int,
     normalise: Callable[[Tensor], Tensor],
     machine: Runtime,
+    beats: Beats,
     say: Callable[[str], object],
 ) -> float:
     """Solve for the output layer, put it into the model, the same bit for bit on every process; returns the seconds.
@@ -129,6 +131,7 @@ def probe(
         seed: of the choice of the examples that are held out.
         normalise: uint8 images -> the model's input.
         machine: the processes.
+        beats: counts the batches, for whoever watches over a hang.
         say: hears what was done.
 
     Raises:
@@ -143,9 +146,10 @@ def probe(
     try:
         with torch.inference_mode():
             features, first = _collect(
-                model, head, batches, examples=len(labels), normalise=normalise, machine=machine
+                model, head, batches, examples=len(labels), normalise=normalise, machine=machine, beats=beats
             )
         passed = time.perf_counter()
+        beats.wait_longer()  # for rank 0, which solves
         choice = in_turn(
             machine.accelerator,
             lambda: (
@@ -189,6 +193,7 @@ def _collect(
     examples: int,
     normalise: Callable[[Tensor], Tensor],
     machine: Runtime,
+    beats: Beats,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (features float32 [examples, D] on the CPU, in their order; some of this process's images, if it has any).
 
@@ -207,6 +212,7 @@ def _collect(
             found, _ = _features_and_logits(model, layer, normalise(images))
         features[places.cpu()] = found.cpu()
         seen[places.cpu()] += 1
+        beats.beat(0)
     if machine.world > 1:
         for tensor in (features, seen):
             torch.distributed.all_reduce(tensor, group=machine.control)

@@ -1,12 +1,15 @@
 """Where a run goes on: the newest checkpoint that is whole and its own, and everything put back to it."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from trainer.assemble import warmup_steps
 from trainer.attempts import ATTEMPTS
 from trainer.checkpoint import store
 from trainer.checkpoint.state import State, Subject
@@ -36,6 +39,33 @@ from trainer.run_folder import (
 from trainer.runtime import Runtime
 from trainer.stopping import is_over
 from trainer.versions import versions
+
+
+def subject_of(config: Config, prepared: Prepared) -> Subject:
+    """Return what the run trains, to be compared with a checkpoint's."""
+    labels = Counter(label for _, label in prepared.index.train)
+    classes = prepared.index.classes
+    return Subject(
+        architecture=config.model.name,
+        classes=classes,
+        examples=tuple(labels[label] for label in range(len(classes))),
+        data=prepared.fingerprint,
+    )
+
+
+def facts_of(config: Config, order: Order, machine: Runtime) -> dict[str, Any]:
+    """Return what every checkpoint of this start says of it."""
+    return {
+        "seed": config.run.seed,
+        "schedule": {
+            "kind": config.optim.schedule,
+            "warmup_steps": warmup_steps(config, order),
+            "total_steps": order.steps_per_epoch * config.train.epochs,
+        },
+        "chosen": {"precision": machine.precision, "channels_last": config.train.channels_last},
+        "threads": machine.threads,
+        "versions": versions(),
+    }
 
 
 def find(

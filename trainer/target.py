@@ -13,6 +13,7 @@ from trainer.data.augment import Normalise, Preprocessing, eval_transform
 from trainer.data.index import ImageIndex
 from trainer.data.loader import Images, Slices
 from trainer.errors import UserError
+from trainer.hang import Beats
 from trainer.linear_probe import probe, require_linear
 from trainer.model.create import Created, create
 from trainer.model.freeze import enter, make_stages
@@ -86,6 +87,7 @@ def probe_head(
     config: Config,
     machine: Runtime,
     *,
+    beats: Beats,
     say: Callable[[str], object],
 ) -> float:
     """Give the model, on its device, the output layer of a linear probe on all processes; returns the seconds."""
@@ -111,6 +113,7 @@ def probe_head(
         seed=config.run.seed,
         normalise=Normalise(preprocessing, machine.accelerator.device),
         machine=machine,
+        beats=beats,
         say=say,
     )
 

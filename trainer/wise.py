@@ -10,7 +10,7 @@ import dataclasses
 import json
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +25,7 @@ from trainer.attempts import Attempt
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, Interrupted
 from trainer.files import sync_folder, write_text_atomically
+from trainer.hang import Beats
 from trainer.loop import Evaluations
 from trainer.model_file import Description, load, read_description, read_state, write_model
 from trainer.run_folder import FINE_TUNED, MODEL, START, WISE
@@ -80,6 +81,8 @@ class Search:
     attempt: Attempt | None
     """Rank 0's right to write; None elsewhere."""
     signals: StopSignals
+    watch: Callable[[Beats], AbstractContextManager[Beats]]
+    """Makes what notices that this process hangs."""
     say: Callable[[object], None]
 
     def begin(self, model: nn.Module, description: Description, *, goes_on: bool) -> None:
@@ -95,12 +98,13 @@ class Search:
                 lambda: _begin(self.folder, None if goes_on else model, description, self.attempt),
             )
 
-    def settle(self, make: Callable[[], nn.Module], evaluate: Evaluate) -> float:
+    def settle(self, make: Callable[[], nn.Module], evaluate: Evaluate, *, step: int) -> float:
         """Keep the best point as the model file of a finished run, if that is not done; return its alpha.
 
         Args:
             make: returns the model, bare, on its device, prepared for its precision; it is left at some point.
             evaluate: over all processes.
+            step: updates that were made.
 
         Raises:
             UserError: one of the two ends cannot be read, or the best point not be written.
@@ -115,12 +119,17 @@ class Search:
         if alpha is not None:
             return alpha
         model, part = make(), self.part
-        with self.signals.as_flags():
+        with self.signals.as_flags(), self.watch(Beats(step=step)) as beats:
             start, tuned = (_shared(model, path, self.machine) for path in (self.folder / START, tuned_path))
+
+            def interrupted() -> bool:
+                asked = self._asked() > 0
+                beats.beat(step)
+                return asked
 
             def accuracy_at(alpha: float, part: str) -> Evaluation:
                 model.load_state_dict(between(start, tuned, alpha))
-                return evaluate(model, lambda: self._asked() > 0, (part,))[part]
+                return evaluate(model, interrupted, (part,))[part]
 
             try:
                 points, figures = _walked(accuracy_at, part)

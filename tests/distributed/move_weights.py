@@ -237,9 +237,10 @@ def line(machine: runtime.Runtime, home: Path) -> dict[str, Any]:
         machine=machine,
         attempt=attempt,
         signals=StopSignals(),
+        watch=contextlib.nullcontext,
         say=lambda table: None,
     )
-    alpha = search.settle(lambda: net(7, 7), evaluate)
+    alpha = search.settle(lambda: net(7, 7), evaluate, step=4)
     if attempt is not None:
         attempt.end("done")
     kept = load_file(folder / MODEL)["0.weight"].unique().tolist() if machine.is_main else None

@@ -11,6 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 from trainer import runtime
 from trainer.errors import UserError
+from trainer.hang import Beats
 from trainer.main import leave
 
 
@@ -263,6 +264,7 @@ def heads(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
             seed=0,
             normalise=normalise,
             machine=machine,
+            beats=Beats(),
             say=said.append,
         )
         with torch.no_grad():
@@ -280,6 +282,7 @@ def heads(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
             seed=0,
             normalise=normalise,
             machine=machine,
+            beats=Beats(),
             say=said.append,
         )
     except UserError as error:

@@ -190,7 +190,9 @@ def test_bf16_trains_on_a_cpu_and_is_said(options: Options, tmp_path: Path) -> N
     assert "precision bf16: as train.precision asks" in said
     full = run([sys.executable, MAIN, *options(run__dir=tmp_path / "full", **settings)], cwd=tmp_path)
     assert "precision fp32" in full
-    reduced, whole = ([row["train_loss"] for row in rows(tmp_path / name, "train")] for name in ("run", "full"))
+    reduced, whole = (
+        [row["train_loss"] for row in rows(tmp_path / name, "train")] for name in ("run", "full")
+    )
     assert reduced != whole
     assert reduced == pytest.approx(whole, rel=0.01)
 

@@ -28,7 +28,7 @@ def test_debug_shows_every_stage_and_writes_nothing(options: Options, tmp_path: 
     ):
         assert stage in said
     assert "images: uint8 [8, 3, 32, 32]" in said
-    assert "layer4" in said
+    assert "stage4" in said
     assert "evaluated 8 images of test" in said
     assert "it goes down" in said
     assert said.count(" ms") > 10

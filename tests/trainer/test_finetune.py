@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tests.folders import image_folder
+from trainer import finetune as module
 from trainer import runtime
 from trainer.attempts import ATTEMPTS, Attempt, records
 from trainer.checkpoint import store
@@ -21,6 +22,7 @@ from trainer.checkpoint.store import Place
 from trainer.config import CheckpointConfig, Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from trainer.errors import UserError
 from trainer.finetune import Outcome, finetune
+from trainer.hang import Beats, HangWatch
 from trainer.parse import dump
 from trainer.report.metrics import Row, epoch_rows, parse_rows
 from trainer.run_folder import CHECKPOINTS, METRICS, MODEL, STOP, examine, write_config
@@ -127,6 +129,38 @@ def equal(one: Config, other: Config) -> bool:
         if not (a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)):
             return False
     return rows(one) == rows(other)
+
+
+def test_what_comes_before_and_after_the_updates_is_watched_too(
+    finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probe's pass, the evaluation before the first step, training, and the eleven of WiSE-FT."""
+    watched: list[Beats] = []
+
+    class Watch(HangWatch):
+        def __enter__(self) -> Beats:
+            watched.append(super().__enter__())
+            return watched[-1]
+
+    monkeypatch.setattr(module, "HangWatch", Watch)
+    source = str(Path(finished.run.dir) / MODEL)
+    config = replace(
+        in_folder(finished, tmp_path / "run"),
+        data=replace(finished.data, val_fraction=0.3, seed=3),
+        model=replace(finished.model, weights=source, head_init="linear-probe"),
+        transfer=replace(finished.transfer, wise_ft=True),
+    )
+    outcome, _ = train(config)
+    probe, before, training, line = watched
+    assert probe.passed == 1, "a batch"
+    assert probe.waits, "rank 0 solves"
+    assert (before.passed, before.step) == (2, 0), "val and test"
+    assert training.passed >= STEPS * EPOCHS
+    tested = 1 if outcome.alpha == 1 else 2
+    assert (line.passed, line.step) == (11 + tested, training.step), (
+        "eleven points on val, one or two on test"
+    )
+    assert not (Path(config.run.dir) / "hangs").exists()
 
 
 def test_a_finished_run_is_only_reported(copy: Config) -> None:

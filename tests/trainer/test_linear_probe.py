@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from trainer import runtime
 from trainer.errors import UserError
+from trainer.hang import Beats
 from trainer.linear_probe import held_out, probe, require_linear
 from trainer.model.create import create
 from trainer.model.logistic import choose
@@ -62,6 +63,7 @@ def probed(
         seed=0,
         normalise=normalise,
         machine=machine,
+        beats=Beats(),
         say=said.append,
     )
     assert seconds > 0
@@ -282,5 +284,6 @@ def test_an_example_that_was_not_seen_is_an_error(machine: Runtime) -> None:
             seed=0,
             normalise=normalise,
             machine=machine,
+            beats=Beats(),
             say=print,
         )

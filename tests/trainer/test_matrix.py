@@ -16,6 +16,7 @@ from tests.folders import image_folder
 from trainer import runtime
 from trainer.assemble import load_examples, preprocessing_of
 from trainer.config import Config, DataConfig, ModelConfig, OptimConfig, TransferConfig
+from trainer.hang import Beats
 from trainer.loop import update
 from trainer.model.freeze import enter
 from trainer.optim import make_optimizer
@@ -81,7 +82,9 @@ def test_what_trains_and_where_the_head_starts_combine(
     index = load_examples(config.data, machine, console).index
     created = make_model(config, index.classes, config.model.weights, on_progress=console.print)
     if init == "linear-probe":
-        probe_head(created, index, preprocessing_of(config.data), config, machine, say=console.print)
+        probe_head(
+            created, index, preprocessing_of(config.data), config, machine, beats=Beats(), say=console.print
+        )
     model, start = created.model, copied(created.model)
 
     # Where the head starts; the rest is the source's, whatever the head.

@@ -4,6 +4,7 @@ import copy
 import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class Run:
     said: list[Any]
 
     def settle(self, judge: Judge) -> float:
-        return self.search.settle(lambda: net(7, 7), judge)
+        return self.search.settle(lambda: net(7, 7), judge, step=4)
 
     def held(self, name: str) -> float:
         state = load_file(self.folder / name)
@@ -144,7 +145,13 @@ def made(tmp_path: Path) -> Iterator[Run]:
     machine = runtime.start(device="cpu", precision="fp32", threads=1)
     attempt = Attempt.claim(tmp_path, say=print)
     search = Search(
-        folder=tmp_path, part="val", machine=machine, attempt=attempt, signals=StopSignals(), say=said.append
+        folder=tmp_path,
+        part="val",
+        machine=machine,
+        attempt=attempt,
+        signals=StopSignals(),
+        watch=nullcontext,
+        say=said.append,
     )
     yield Run(search, tmp_path, said)
     attempt.end("done")
@@ -281,6 +288,6 @@ def test_without_the_option_nothing_is_kept_and_nothing_evaluated(made: Run) -> 
     search = Search(**{**vars(made.search), "part": None})
     search.begin(net(0, 0), DESCRIPTION, goes_on=False)
     judge = Judge(peak=0.6)
-    assert search.settle(lambda: net(7, 7), judge) == 1.0
+    assert search.settle(lambda: net(7, 7), judge, step=4) == 1.0
     assert judge.asked == []
     assert not (made.folder / START).exists()
