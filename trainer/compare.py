@@ -26,6 +26,7 @@ from trainer.errors import UserError
 from trainer.files import write_text_atomically
 from trainer.main import answer, leave_after
 from trainer.parse import QUICKSTART, dump, parse
+from trainer.preflight import preflight
 from trainer.report.comparison import (
     Summary,
     Trial,
@@ -197,8 +198,14 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
 
     machine = runtime.start(device=base.run.device, precision=base.train.precision, threads=base.run.threads)
     console = make_console(speaks=machine.is_main)
-    data = describe(load_examples(base.data, machine, console))  # an error here is all runs'
+    prepared = load_examples(base.data, machine, console)  # an error here is all runs'
+    data = describe(prepared)
     console.print("\n".join([data, *said]))
+    for text, config in configs.items():
+        try:
+            preflight(resolve(config), prepared.index, machine)
+        except UserError as error:
+            raise UserError(f"strategy {text}: {error}") from None
     configs = _with_source_model(configs, plain, folder, console, signals)
     seeds = [base.run.seed + k for k in range(own.seeds)]
     todo = {

@@ -7,8 +7,8 @@ copy of the state; a thread of rank 0 writes it.
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 
@@ -36,7 +35,7 @@ from trainer.meter import Sums
 from trainer.model.batch_norm import gather_statistics
 from trainer.model_file import Description, read_description, write_model
 from trainer.report.metrics import epoch_rows
-from trainer.run_folder import CHECKPOINTS, MODEL, STOP
+from trainer.run_folder import CHECKPOINTS, MODEL, STOP, saving
 from trainer.runtime import Runtime, in_turn, raise_together
 from trainer.signals import Stopped, StopSignals
 from trainer.stopping import is_over
@@ -306,7 +305,7 @@ class Keeper:
         if description is not None:
             self._write_model(attempt, tensors[self._evaluated], description)
         folder = self.folder / CHECKPOINTS
-        with _said(folder):
+        with saving(folder):
             files = {name: save(held) for name, held in tensors.items()}
             files |= {store.STATE: state.to_json(), store.METRICS: metrics.encode()}
             store.write(folder, place, files, check=attempt.check)
@@ -316,21 +315,9 @@ class Keeper:
             store.prune(folder, self.policy.kept(store.places(folder), best), check=attempt.check)
 
     def _write_model(self, attempt: Attempt, model: Tensors, description: Description) -> None:
-        with _said(self.folder / MODEL):
+        with saving(self.folder / MODEL):
             attempt.check()
             write_model(self.folder / MODEL, model, description)
-
-
-@contextmanager
-def _said(path: Path) -> Iterator[None]:
-    """Turn a full disk, or a folder that is gone, into one sentence."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: the state of the run could not be saved ({error}). What was saved before is whole: make room, "
-            "and the same command goes on from there"
-        ) from None
 
 
 def _require_finite(model: Tensors, place: Place) -> None:

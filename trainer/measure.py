@@ -147,18 +147,23 @@ class Model:
         trained = sum(one.numel() * one.element_size() for one in created.model.parameters())
         moments = 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
         self.gradient_bytes = trained
-        self.checkpoint_bytes = state + moments * trained
+        averages = int(config.regularise.ema is not None)
+        self.model_bytes = state
+        self.checkpoint_bytes = (1 + averages) * state + moments * trained
         self._model, self._optimizer = self._accelerator.prepare(created.model, optimizer)
 
     def sizes(self) -> dict[str, Any]:
         """Return what the model asks of network, disk and processors."""
 
         checkpoints = self._config.checkpoint.keep_last + 1 + int(self._config.checkpoint.keep_best)
+        models = (
+            3 if self._config.transfer.wise_ft else 1
+        )  # with the start, and the fine-tuned end of the line
         workers = input_workers(self._config.data.workers, self._machine)
         return {
             "gradient_bytes": self.gradient_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
-            "kept_bytes": checkpoints * self.checkpoint_bytes,
+            "kept_bytes": checkpoints * self.checkpoint_bytes + models * self.model_bytes,
             "workers": workers,
             "cores": self._machine.cores,
             "decoding_cores": min(workers or self._machine.threads, self._machine.cores),

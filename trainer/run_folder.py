@@ -20,10 +20,12 @@ STOP                made by a person: the run saves and stops
 import os
 import socket
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from safetensors import SafetensorError
 
 from trainer.attempts import ATTEMPTS, records
 from trainer.checkpoint.store import has_any
@@ -243,3 +245,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turn a full disk, or a folder that is gone, into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: the state of the run could not be saved ({error}). What was saved before is whole: make room, "
+            "and the same command goes on from there"
+        ) from None

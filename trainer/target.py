@@ -63,6 +63,11 @@ def make_model(
         f"transfer.train: the run ends after epoch {config.train.epochs}, before the stage from epoch {begins + 1} on"
         for begins in late
     ]
+    if weights is None and len(stages[-1].trains) < len(list(created.model.parameters())):
+        notes.append(
+            "transfer.train: what does not train keeps the values that were drawn for it, for there is no source "
+            "model: set model.weights or source.root, or transfer.train all"
+        )
     return replace(created, stages=stages, lines=(*created.lines, *notes))
 
 

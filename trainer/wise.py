@@ -9,8 +9,8 @@ another point takes their place in `model.safetensors`.
 import dataclasses
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,6 @@ from typing import Protocol
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainer.attempts import Attempt
@@ -28,7 +27,7 @@ from trainer.files import sync_folder, write_text_atomically
 from trainer.hang import Beats
 from trainer.loop import Evaluations
 from trainer.model_file import Description, load, read_description, read_state, write_model
-from trainer.run_folder import FINE_TUNED, MODEL, START, WISE
+from trainer.run_folder import FINE_TUNED, MODEL, START, WISE, saving
 from trainer.runtime import Runtime, in_turn
 from trainer.signals import Stopped, StopSignals
 
@@ -173,7 +172,7 @@ def require_start(folder: Path) -> None:
 def _begin(folder: Path, new: nn.Module | None, description: Description, attempt: Attempt | None) -> None:
     if attempt is None:
         return
-    with _said(folder / START):
+    with saving(folder / START):
         attempt.check()
         if new is None:
             require_start(folder)
@@ -272,7 +271,7 @@ def _keep(  # noqa: PLR0917 (all of it is written)
             f"{tuned_path}: is not what the run has written. Restore that file, or --run.resume never, which moves the "
             "run aside"
         )
-    with _said(folder / MODEL):
+    with saving(folder / MODEL):
         attempt.check()
         if figures["alpha"] < 1:
             if tuned_path.name == MODEL:
@@ -314,15 +313,3 @@ def _is_moved(folder: Path) -> bool:
     except UserError:  # gone, or damaged
         return True
     return description is None or "wise_ft" in description.metrics
-
-
-@contextmanager
-def _said(path: Path) -> Iterator[None]:
-    """Turn a full disk, or a folder that is gone, into one sentence."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: could not be written ({error}). What was saved before is whole: make room, and the same command "
-            "goes on from there"
-        ) from None

@@ -177,6 +177,17 @@ def test_a_stage_that_never_comes_is_told_of() -> None:
     ]
 
 
+@pytest.mark.parametrize(("train", "told"), [("head", 1), ({0: "head", 1: "all"}, 0), ("all", 0)])
+def test_layers_that_nobody_ever_trains_are_told_of(train: Any, told: int) -> None:
+    config = Config(
+        data=DataConfig(image_size=32),
+        model=ModelConfig(name="shufflenet_v2_x0_5", weights=None),
+        transfer=TransferConfig(train=train),
+    )
+    lines = make_model(config, "abc", None, on_progress=print).lines
+    assert sum("keeps the values that were drawn for it" in line for line in lines) == told
+
+
 # BatchNorm over the global batch
 
 

@@ -127,6 +127,10 @@ def test_without_a_config_it_is_the_quickstart_that_is_compared() -> None:
         (["--strategies=note", "--seeds=0"], "--seeds 0: expected 1 to 100"),
         (["--strategies=note", "--data.root=nowhere/at-all"], "nowhere/at-all"),
         (["--strategies=lp-ft"], "strategy lp-ft: model.head_init is linear-probe"),
+        (
+            ["--strategies=note,note@transfer.train=from:nowhere"],
+            "strategy note@transfer.train=from:nowhere: transfer.train",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_any_run(

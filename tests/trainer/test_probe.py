@@ -49,6 +49,7 @@ def test_everything_that_a_run_needs_is_measured_and_nothing_written_but_to_its_
         "--transfer.l2_sp=0.1",
         "--scratch.lr=0.1",
         "--transfer.wise_ft=true",
+        "--regularise.ema=0.9",
     ]
     probe.pace(scratch, 2, options(root, tmp_path, *changes))
     found = told(capsys)
@@ -64,10 +65,10 @@ def test_everything_that_a_run_needs_is_measured_and_nothing_written_but_to_its_
         assert found[name]["images_per_second"] > 0
     assert found["step"]["examples"] == 3, "a process's share"
     assert found["step"]["device"] == "cpu"
-    # The weights, and AdamW's two moments of each.
+    # The weights, their average, and AdamW's two moments of each; the line's ends and its best point.
     weights = found["model"]["gradient_bytes"]
-    assert found["model"]["checkpoint_bytes"] == pytest.approx(3 * weights, rel=0.01)
-    assert found["model"]["kept_bytes"] == 4 * found["model"]["checkpoint_bytes"]
+    assert found["model"]["checkpoint_bytes"] == pytest.approx(4 * weights, rel=0.01)
+    assert found["model"]["kept_bytes"] == pytest.approx((4 * 4 + 3) * weights, rel=0.01)
     assert found["write"]["bytes"] <= found["model"]["checkpoint_bytes"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "scratch"]
     assert list(scratch.iterdir()) == []
