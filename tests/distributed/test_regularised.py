@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.regularised import CASES, everything
-from tests.distributed.test_processes import results
+from tests.distributed.test_processes import read, work
 from trainer import runtime
 
 
@@ -42,7 +42,8 @@ def test_a_run_that_goes_on_equals_one_that_was_not_cut(alone: dict[str, Any]) -
 def test_processes_make_the_same_updates_and_go_on_with_them(
     processes: int, alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    several, *others = results("regularised", processes, tmp_path)
+    work(["regularised"], processes, tmp_path)
+    several, *others = read("regularised", processes, tmp_path)
     assert all(other == several for other in others)
     assert several.keys() == {name for name in alone if not name.startswith("plain")}
     for name, found in several.items():

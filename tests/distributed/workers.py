@@ -1,4 +1,4 @@
-"""What the tests of several processes run in each of them: `workers.py NAME OUT`."""
+"""What the tests of several processes run in each of them: `workers.py OUT NAME...`."""
 
 import json
 import os
@@ -306,10 +306,11 @@ WORKERS: dict[str, Callable[[runtime.Runtime, Path], dict[str, Any]]] = {
 
 
 def main() -> None:
-    name, out = sys.argv[1], Path(sys.argv[2])
+    out, names = Path(sys.argv[1]), sys.argv[2:]
     machine = runtime.start(device="cpu", precision="fp32", threads=1)
-    found = WORKERS[name](machine, out)
-    out.with_name(f"{name}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+    for name in names:
+        found = WORKERS[name](machine, out)
+        out.with_name(f"{name}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
     runtime.shut_down()
     leave(0)
 

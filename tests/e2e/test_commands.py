@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 import trainer
 from tests.e2e.conftest import Options
 from tests.launching import MAIN, REPOSITORY, accelerate_launch, rows, run, torchrun
+from trainer.main import main
 
 COMMANDS = {
     "accelerate launch": (lambda: accelerate_launch("--num_processes", 1, MAIN), REPOSITORY, {}),
@@ -117,8 +119,18 @@ def test_a_second_start_over_the_first(options: Options, tmp_path: Path) -> None
     assert len(rows(tmp_path / "run", "epoch")) == 2
 
 
-@pytest.mark.slow
-def test_what_is_wrong_is_one_sentence_before_any_work(options: Options, tmp_path: Path) -> None:
+@pytest.fixture
+def _threads_are_restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_threads_are_restored")
+def test_what_is_wrong_is_one_sentence_before_any_work(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     attempts = {
         "no such folder": (options(data__root=tmp_path / "nowhere"), ["data.root", "nowhere", "hotdog"]),
         "misspelt option": ([*options(), "--optim.lrr=1"], ["optim.lrr", "Did you mean optim.lr"]),
@@ -133,7 +145,9 @@ def test_what_is_wrong_is_one_sentence_before_any_work(options: Options, tmp_pat
         "must, but nothing there": ([*options(), "--run.resume=must"], ["run.resume is must"]),
     }
     for name, (arguments, words) in attempts.items():
-        said = run([sys.executable, MAIN, *arguments], cwd=tmp_path, code=2)
+        assert main(arguments) == 2, name
+        printed = capsys.readouterr()
+        said = printed.out + printed.err
         assert "Traceback" not in said, name
         for word in words:
             assert word in said, f"{name}: {said}"

@@ -267,7 +267,7 @@ def test_a_model_whose_output_is_not_finite_does_not_begin() -> None:
 
     bad = Evaluation(loss_sum=float("nan"), correct=(0,), support=(1,), predicted=(1,))
     with pytest.raises(UserError, match="before the first step is not finite"):
-        _before_training(lambda model, interrupted: {"test": bad}, nn.Identity())  # type: ignore[arg-type]
+        _before_training(lambda model, interrupted: {"test": bad}, nn.Identity(), Beats())  # type: ignore[arg-type]
 
 
 def test_an_example_that_was_not_seen_is_an_error(machine: Runtime) -> None:

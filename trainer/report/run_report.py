@@ -10,7 +10,6 @@ import torch
 from trainer.errors import UserError
 from trainer.loop import Evaluations, Progress
 from trainer.report.console import Display, peak_memory
-from trainer.report.figures import draw_curves
 from trainer.report.metrics import MetricsFile, Row, epoch_row, start_row, train_row
 from trainer.run_folder import CURVES, METRICS
 
@@ -95,6 +94,8 @@ class RunReport:
         except UserError as error:  # which the keeper comes to as well
             self.failure = error
             return
+        from trainer.report.figures import draw_curves  # noqa: PLC0415 (matplotlib: seconds that one rank needs)
+
         with self._kept():
             draw_curves(self.rows, self._folder / CURVES, title=self._title)
 

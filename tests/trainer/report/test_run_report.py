@@ -12,7 +12,7 @@ from trainer.errors import UserError
 from trainer.evaluate import Evaluation
 from trainer.loop import Progress
 from trainer.meter import Figures
-from trainer.report import run_report
+from trainer.report import figures
 from trainer.report.console import Display
 from trainer.report.metrics import parse_rows
 from trainer.report.run_report import RunReport
@@ -64,7 +64,7 @@ def test_a_full_disk_is_kept_for_all_to_hear_and_raised_by_nobody_alone(
     if at_fault == "append":
         monkeypatch.setattr(told._metrics, "append", full)
     else:
-        monkeypatch.setattr(run_report, "draw_curves", full)
+        monkeypatch.setattr(figures, "draw_curves", full)
     told.epoch(at(2), {"test": TEST})
     told.close()
     assert str(told.failure) == (
