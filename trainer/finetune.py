@@ -165,10 +165,9 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
     pull = make_pull(created, config)  # towards what the source gave, not what a checkpoint puts back
     head_seconds = 0.0
     if found is None and config.model.head_init == "linear-probe":
-        with watch(Beats()) as beats:
-            head_seconds = probe_head(
-                created, index, preprocessing, config, machine, beats=beats, say=console.print
-            )
+        head_seconds = probe_head(
+            created, index, preprocessing, config, machine, watch=watch, say=console.print
+        )
     groups = make_groups(created, config)
     console.print(block_table(created, groups))
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)

@@ -1,10 +1,9 @@
 """A run that comes to no step any more: its stacks are written down and its processes end, to be started again.
 
 Where all processes pass, between two updates, two rounds of an evaluation, two batches of a linear probe's pass, they
-count (`Beats`). A thread of each
-looks at that count every second; when it has stood still for too long (`Pace`), the thread writes every Python
-stack of the process to `RUN/hangs/ATTEMPT-rank-RANK.txt`, tells launcher and console, and ends the process with exit
-code 1. torchrun then ends the others, and starts all of them again if it may.
+count (`Beats`). A thread of each looks at that count every second; when it has stood still for too long (`Pace`), the
+thread writes every Python stack of the process to `RUN/hangs/ATTEMPT-rank-RANK.txt`, tells launcher and console, and
+ends the process with exit code 1. torchrun then ends the others, and starts all of them again if it may.
 
 Only seconds that the thread itself has lived through count: a machine that was asleep, a process that was stopped
 (Ctrl-Z, `scontrol suspend`, a debugger of processes) has not hung. For the same reason the thread cannot end a process

@@ -5,7 +5,7 @@ LP-FT: Kumar et al. 2022, Fine-Tuning can Distort Pretrained Features and Underp
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any, cast
@@ -113,7 +113,7 @@ def probe(
     seed: int,
     normalise: Callable[[Tensor], Tensor],
     machine: Runtime,
-    beats: Beats,
+    watch: Callable[[Beats], AbstractContextManager[Beats]],
     say: Callable[[str], object],
 ) -> float:
     """Solve for the output layer, put it into the model, the same bit for bit on every process; returns the seconds.
@@ -131,7 +131,7 @@ def probe(
         seed: of the choice of the examples that are held out.
         normalise: uint8 images -> the model's input.
         machine: the processes.
-        beats: counts the batches, for whoever watches over a hang.
+        watch: makes what notices that this process hangs in the pass.
         say: hears what was done.
 
     Raises:
@@ -144,12 +144,11 @@ def probe(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), watch(Beats()) as beats:
             features, first = _collect(
                 model, head, batches, examples=len(labels), normalise=normalise, machine=machine, beats=beats
             )
         passed = time.perf_counter()
-        beats.wait_longer()  # for rank 0, which solves
         choice = in_turn(
             machine.accelerator,
             lambda: (

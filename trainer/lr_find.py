@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from trainer.data.augment import Normalise
 from trainer.data.loader import Shares
 from trainer.errors import UserError
 from trainer.files import write_text_atomically
-from trainer.hang import Beats
 from trainer.loop import update
 from trainer.lr_range import Suggestion, has_diverged, rates, smoothed, suggest
 from trainer.main import answer, leave_after
@@ -111,7 +111,7 @@ def find(
     created.model.to(accelerator.device)
     pull = make_pull(created, config)
     if config.model.head_init == "linear-probe":
-        probe_head(created, index, preprocessing, config, machine, beats=Beats(), say=console.print)
+        probe_head(created, index, preprocessing, config, machine, watch=nullcontext, say=console.print)
     if len(created.stages) > 1:
         console.print("transfer.train has stages: the last one is tested, in which all trains that ever does")
         enter(created.model, created.stages[-1], config.transfer.batch_norm)

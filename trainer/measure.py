@@ -156,9 +156,8 @@ class Model:
         """Return what the model asks of network, disk and processors."""
 
         checkpoints = self._config.checkpoint.keep_last + 1 + int(self._config.checkpoint.keep_best)
-        models = (
-            3 if self._config.transfer.wise_ft else 1
-        )  # with the start, and the fine-tuned end of the line
+        # The line of WiSE-FT keeps its start and its other end beside the model file.
+        models = 3 if self._config.transfer.wise_ft else 1
         workers = input_workers(self._config.data.workers, self._machine)
         return {
             "gradient_bytes": self.gradient_bytes,

@@ -1,6 +1,7 @@
 """The target model, from the sections of the config: design, weights, output layer, what trains, parameter groups."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def probe_head(
     config: Config,
     machine: Runtime,
     *,
-    beats: Beats,
+    watch: Callable[[Beats], AbstractContextManager[Beats]],
     say: Callable[[str], object],
 ) -> float:
     """Give the model, on its device, the output layer of a linear probe on all processes; returns the seconds."""
@@ -118,7 +119,7 @@ def probe_head(
         seed=config.run.seed,
         normalise=Normalise(preprocessing, machine.accelerator.device),
         machine=machine,
-        beats=beats,
+        watch=watch,
         say=say,
     )
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 from trainer import runtime
 from trainer.errors import UserError
-from trainer.hang import Beats
 from trainer.main import leave
 
 
@@ -264,7 +264,7 @@ def heads(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
             seed=0,
             normalise=normalise,
             machine=machine,
-            beats=Beats(),
+            watch=nullcontext,
             say=said.append,
         )
         with torch.no_grad():
@@ -282,7 +282,7 @@ def heads(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
             seed=0,
             normalise=normalise,
             machine=machine,
-            beats=Beats(),
+            watch=nullcontext,
             say=said.append,
         )
     except UserError as error:

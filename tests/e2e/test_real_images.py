@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from trainer.assemble import Evaluator, load_examples, preprocessing_of
 from trainer.config import Config, DataConfig, ModelConfig
 from trainer.data.augment import Preprocessing
 from trainer.evaluate import Evaluation
-from trainer.hang import Beats
 from trainer.model.build import preset
 from trainer.model.create import create
 from trainer.model.source_labels import Labels
@@ -83,7 +83,7 @@ def test_ants_and_bees_are_told_apart_before_the_first_step(shared: Path, tmp_pa
         created = make_model(config, index.classes, config.model.weights, on_progress=console.print)
         console.print("\n".join(created.lines))
         if init == "linear-probe":
-            probe_head(created, index, preprocessing, config, machine, beats=Beats(), say=console.print)
+            probe_head(created, index, preprocessing, config, machine, watch=nullcontext, say=console.print)
         found[init] = evaluator(created.model, lambda: False)["test"]
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert {part.seen for part in found.values()} == {153}

@@ -1,6 +1,7 @@
 """What trains x where the output layer starts, on real architectures: what is to move moves, from where it should."""
 
 import io
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from tests.folders import image_folder
 from trainer import runtime
 from trainer.assemble import load_examples, preprocessing_of
 from trainer.config import Config, DataConfig, ModelConfig, OptimConfig, TransferConfig
-from trainer.hang import Beats
 from trainer.loop import update
 from trainer.model.freeze import enter
 from trainer.optim import make_optimizer
@@ -83,7 +83,13 @@ def test_what_trains_and_where_the_head_starts_combine(
     created = make_model(config, index.classes, config.model.weights, on_progress=console.print)
     if init == "linear-probe":
         probe_head(
-            created, index, preprocessing_of(config.data), config, machine, beats=Beats(), say=console.print
+            created,
+            index,
+            preprocessing_of(config.data),
+            config,
+            machine,
+            watch=nullcontext,
+            say=console.print,
         )
     model, start = created.model, copied(created.model)
 
