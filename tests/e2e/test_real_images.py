@@ -38,6 +38,7 @@ def test_ants_and_bees_by_the_notes_method(shared: Path, tmp_path: Path) -> None
             *("--data.root", shared / "data" / "hymenoptera"),
             *("--model.weights", shared / "weights" / WEIGHTS),
             *("--run.dir", tmp_path / "run"),
+            "--run.threads=1",  # as in test_quickstart.py
         ],
         cwd=tmp_path,
         timeout=900,
