@@ -27,15 +27,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-TIMES = {
-    "seconds",
-    "examples_per_sec",
-    "compute_examples_per_sec",
-    "peak_memory_mb",
-    "eta_seconds",
-    "head_seconds",
-}
-"""Keys of metrics.jsonl that differ from run to run."""
+TIMES = {"seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes"}
+"""Keys of metrics.jsonl that differ from run to run, by time and memory."""
 SMALL = [
     "--data.image_size=32",
     "--data.resize_size=36",

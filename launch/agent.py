@@ -3,7 +3,8 @@
 regraft --> torchrun (its own process group) --> the trainer's processes (sessions of their own)
 
 Ctrl-C reaches regraft alone, which passes it on. If regraft is killed, the kernel sends torchrun TERM, which passes
-that on; if torchrun is killed, the kernel sends the trainer's processes TERM (trainer/signals.py). They save and leave.
+that on; if torchrun is killed, the kernel sends the trainer's processes TERM
+(trainer/distributed/signals.py). They save and leave.
 """
 
 import ctypes

@@ -184,9 +184,9 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "render": _render,
     "status": _status,
     "doctor": _doctor,
-    "preview": lambda words: _trainer("preview.py", words),
-    "lr-find": lambda words: _trainer("lr_find.py", words),
-    "compare": lambda words: _trainer("compare.py", words),
+    "preview": lambda words: _trainer("commands/preview.py", words),
+    "lr-find": lambda words: _trainer("commands/lr_find.py", words),
+    "compare": lambda words: _trainer("commands/compare.py", words),
     "completion": _completion,
 }
 

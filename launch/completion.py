@@ -64,6 +64,6 @@ def options_of(parser: argparse.ArgumentParser) -> list[str]:
 
 def trainer_options() -> list[str]:
     """Return the trainer's options, asked of it: the launcher does not import it."""
-    program = "from trainer.parse import keys; print(*keys())"
+    program = "from trainer.config.parse import keys; print(*keys())"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     return ["--config", "--print_config", "--help", *(f"--{key}" for key in found.split())]

@@ -150,7 +150,7 @@ def _has_file(spec: Spec) -> bool:
 
 def _fetch(runs: Sequence[Sequence[str]]) -> int:
     """Have the trainer check each run's options and fetch weights and data, which is shown; returns its exit code."""
-    program = contract.trainer_folder() / "fetch.py"
+    program = contract.trainer_folder() / "commands" / "fetch.py"
     words = [word for options in runs for word in ("--next", *options)]
     return subprocess.run([sys.executable, str(program), *words[1:]], check=False).returncode
 

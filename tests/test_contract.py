@@ -8,10 +8,12 @@ import pytest
 
 from launch import contract
 from launch.command import Local, environment
-from trainer import attempts, failure, hang, main, run_folder
-from trainer.config import RunConfig
+from trainer import main
+from trainer.config.parse import QUICKSTART, parse
+from trainer.config.schema import RunConfig
+from trainer.distributed import error_file, watchdog
 from trainer.errors import UserError
-from trainer.parse import QUICKSTART, parse
+from trainer.run import folder, lock
 
 PACKAGES = Path(__file__).resolve().parent.parent
 
@@ -35,12 +37,12 @@ def test_exit_codes() -> None:
 
 
 def test_names_in_the_run_folder_and_the_environment() -> None:
-    assert contract.ATTEMPTS == attempts.ATTEMPTS
-    assert contract.STOP == run_folder.STOP
+    assert contract.ATTEMPTS == lock.ATTEMPTS
+    assert contract.STOP == folder.STOP
     assert contract.STOP_FILE in (PACKAGES / "trainer" / "keeper.py").read_text(encoding="utf-8")
-    assert contract.HANGS == hang.HANGS
-    assert contract.METRICS == run_folder.METRICS
-    assert contract.LOG_FOLDER == run_folder.LOG_FOLDER
+    assert contract.HANGS == watchdog.HANGS
+    assert contract.METRICS == folder.METRICS
+    assert contract.LOG_FOLDER == folder.LOG_FOLDER
     assert RunConfig().dir == contract.DEFAULT_RUN_DIR
     assert contract.trainer_folder() == PACKAGES / "trainer"
 
@@ -48,10 +50,10 @@ def test_names_in_the_run_folder_and_the_environment() -> None:
 def test_what_the_launcher_reads_of_an_attempt_is_what_the_trainer_writes(tmp_path: Path) -> None:
     assert contract.latest_attempt(tmp_path) is None
     assert contract.last_number(tmp_path) == 0
-    attempt = attempts.Attempt.claim(tmp_path, say=print)
+    attempt = lock.Attempt.claim(tmp_path, say=print)
     attempt.update(step=3, steps=12, epoch=1, epochs=4)
     attempt.end("stopped", "SIGTERM")
-    attempts.Attempt.claim(tmp_path, say=print).end("failed", "x: y")
+    lock.Attempt.claim(tmp_path, say=print).end("failed", "x: y")
     found = contract.latest_attempt(tmp_path)
     assert found is not None
     assert (found.attempt, found.state, found.reason) == (2, "failed", "x: y")
@@ -75,7 +77,7 @@ def test_an_error_that_is_the_users_is_told_apart(tmp_path: Path) -> None:
     ):
         folder = tmp_path / name / "id_x" / "attempt_0" / "0"
         folder.mkdir(parents=True)
-        failure.write_error_file(error, {failure.ERROR_FILE: str(folder / "error.json")})
+        error_file.write_error_file(error, {error_file.ERROR_FILE: str(folder / "error.json")})
         found = first_failure(tmp_path / name, host="h")
         assert found.is_users is is_users
         assert str(error) in found.what
@@ -86,10 +88,10 @@ def test_the_rank_among_all_machines_is_told(tmp_path: Path) -> None:
 
     folder = tmp_path / "id_x" / "attempt_0" / "1"
     folder.mkdir(parents=True)
-    place = {failure.ERROR_FILE: str(folder / "error.json"), "RANK": "5"}
-    failure.write_error_file(ValueError("no"), place)
+    place = {error_file.ERROR_FILE: str(folder / "error.json"), "RANK": "5"}
+    error_file.write_error_file(ValueError("no"), place)
     assert first_failure(tmp_path, host="h").rank == 5
-    failure.write_error_file(ValueError("an echo"), place)
+    error_file.write_error_file(ValueError("an echo"), place)
     assert first_failure(tmp_path, host="h").what == "ValueError: no", "what was said first is the cause"
 
 
@@ -98,7 +100,7 @@ def test_no_launch_writes_among_the_logs_of_another(tmp_path: Path) -> None:
     (tmp_path / "logs" / "0003-job-7.0").mkdir(parents=True)
     assert contract.new_logs(tmp_path).name == "0004"
     for _ in range(5):
-        attempts.Attempt.claim(tmp_path, say=print).end("stopped")
+        lock.Attempt.claim(tmp_path, say=print).end("stopped")
     assert contract.new_logs(tmp_path).name == "0006"
 
 
@@ -106,7 +108,7 @@ def test_the_log_folder_is_handed_to_the_trainer(tmp_path: Path) -> None:
     local = Local(
         processes=1, threads=1, max_restarts=0, trainer=tmp_path, options=(), logs=tmp_path / "logs"
     )
-    assert environment(local, {})[run_folder.LOG_FOLDER] == str(tmp_path / "logs")
+    assert environment(local, {})[folder.LOG_FOLDER] == str(tmp_path / "logs")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainer.model_file import Loaded
+    from trainer.model.file import Loaded
 
 __all__ = ["load"]
 
@@ -19,6 +19,6 @@ def load(path: str | PathLike[str]) -> "Loaded":
         trainer.errors.UserError: no such file, or not a model file of regraft.
 
     """
-    from trainer.model_file import load as read  # noqa: PLC0415 (torch takes seconds to import)
+    from trainer.model.file import load as read  # noqa: PLC0415 (torch takes seconds to import)
 
     return read(path)

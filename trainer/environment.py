@@ -22,15 +22,15 @@ import torch
 from accelerate.utils import gather_object
 
 from trainer import git
-from trainer.attempts import Attempt
-from trainer.data.names import printable
+from trainer.distributed.context import Runtime
 from trainer.errors import UserError
-from trainer.files import remove_leftovers, write_atomically, write_text_atomically
 from trainer.git import GitFailed, Repository
 from trainer.hardware import hardware
 from trainer.masking import masked_variables, masked_words
-from trainer.runtime import Runtime
-from trainer.versions import own_version
+from trainer.run.atomic import remove_leftovers, write_atomically, write_text_atomically
+from trainer.run.lock import Attempt
+from trainer.run.versions import own_version
+from trainer.text import printable
 
 ENVIRONMENT = "environment"
 _PREFIXES = (

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from trainer.data.names import printable
-from trainer.runtime import available_cores
+from trainer.distributed.context import available_cores
+from trainer.text import printable
 
 
 def hardware(device: torch.device, *, proc: Path = Path("/proc")) -> dict[str, Any]:

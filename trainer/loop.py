@@ -11,18 +11,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from trainer.ema import Shadow
+from trainer.distributed.signals import Stopped
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, Interrupted
-from trainer.meter import Figures, Meter, Sums
-from trainer.mixing import Mixing
+from trainer.metrics import Figures, Meter, Sums
 from trainer.model.batch_norm import average_statistics, batch_norm_in_eval
 from trainer.model.head import split_outputs
-from trainer.objective import PLAIN, Blend, Objective
-from trainer.optim import current_lr, set_lr
-from trainer.pull import Pull
+from trainer.optim.ema import Shadow
+from trainer.optim.loss import PLAIN, Blend, Objective
+from trainer.optim.mixup import Mixing
+from trainer.optim.param_groups import current_lr, set_lr
 from trainer.seeds import derive_seed
-from trainer.signals import Stopped
+from trainer.transfer.l2_sp import Pull
 
 Share = tuple[Tensor, Tensor, Tensor]
 """One process's part of a global batch: images uint8 [B, 3, H, W], labels int64 [B], examples int64 [B]."""

@@ -25,10 +25,10 @@ if not __package__:
     # Run by path, Python puts this file's folder first on the search path: its modules must not pass for others.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from trainer.config.parse import parse
+from trainer.distributed.error_file import write_error_file
+from trainer.distributed.signals import STOPPING, Stopped, StopSignals, follow_launcher, has_launcher
 from trainer.errors import UserError
-from trainer.failure import write_error_file
-from trainer.parse import parse
-from trainer.signals import STOPPING, Stopped, StopSignals, follow_launcher, has_launcher
 
 FAILED = 1
 USER_ERROR = 2
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # torch takes seconds to import: a wrong option is answered without it.
         # An import that is broken off would leave half a module behind.
         with signals.as_flags(), _without_collections():
-            from trainer.stages import run  # noqa: PLC0415
+            from trainer.pipeline import run  # noqa: PLC0415
         if signals.asked:
             raise Stopped(signal.Signals(signals.asked).name)
 

@@ -36,7 +36,7 @@ class Patient:
     scratch: Path | None = None
     """A folder for the doctor alone, on the run folder's disk; None: it cannot be made."""
     probed: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What trainer/probe.py has told."""
+    """What trainer/commands/probe.py has told."""
 
     @property
     def workers(self) -> int:
@@ -105,7 +105,7 @@ def _pace(patient: Patient) -> list[Finding]:
     scratch = patient.scratch
     if scratch is None:
         return [yellow("measuring", "nothing, for want of a folder", "see what is said of the run folder")]
-    probe = [sys.executable, str(contract.trainer_folder() / "probe.py")]
+    probe = [sys.executable, str(contract.trainer_folder() / "commands" / "probe.py")]
     ended = child.run(
         [*probe, "pace", str(scratch), str(patient.processes), *patient.options],
         seconds=SECONDS_TO_MEASURE,
@@ -177,7 +177,7 @@ def _exchange(patient: Patient) -> list[Finding]:
             "--standalone",
             "--nnodes=1",
             f"--nproc-per-node={wanted}",
-            str(contract.trainer_folder() / "probe.py"),
+            str(contract.trainer_folder() / "commands" / "probe.py"),
             "allreduce",
             str(size),
             *(["cpu"] if alone else []),

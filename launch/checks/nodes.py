@@ -140,7 +140,7 @@ def torchrun(
         f"--rdzv-endpoint={head['address']}:{head['port']}",
         f"--rdzv-conf=is_host={'true' if node == 0 else 'false'},join_timeout=50,read_timeout=50",
         f"--local-addr={met[node]['address']}",
-        str(contract.trainer_folder() / "probe.py"),
+        str(contract.trainer_folder() / "commands" / "probe.py"),
         "allreduce",
         str(size),
     ]

@@ -1,4 +1,4 @@
-"""What trainer/probe.py has measured, judged."""
+"""What trainer/commands/probe.py has measured, judged."""
 
 import json
 from collections.abc import Mapping

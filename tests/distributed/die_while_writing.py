@@ -22,22 +22,22 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from trainer.attempts import ATTEMPTS, Attempt
 from trainer.checkpoint import store
-from trainer.checkpoint.policy import Policy
+from trainer.checkpoint.manager import Keeper
+from trainer.checkpoint.retention import Policy
 from trainer.checkpoint.state import State, Subject
 from trainer.checkpoint.store import Found, Place
 from trainer.checkpoint.tensors import restore
 from trainer.data.augment import Preprocessing
 from trainer.data.loader import Order
+from trainer.distributed.signals import StopSignals
 from trainer.evaluate import Evaluation
-from trainer.files import remove_leftovers
-from trainer.keeper import Keeper
 from trainer.loop import Progress
-from trainer.meter import Figures
-from trainer.model_file import Description, read_description
-from trainer.run_folder import CHECKPOINTS, MODEL
-from trainer.signals import StopSignals
+from trainer.metrics import Figures
+from trainer.model.file import Description, read_description
+from trainer.run.atomic import remove_leftovers
+from trainer.run.folder import CHECKPOINTS, MODEL
+from trainer.run.lock import ATTEMPTS, Attempt
 
 PIECE = 512
 """Bytes that are written at a time: a process dies between any two of them."""

@@ -12,12 +12,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 import torch
 
 from tests.distributed.test_parity import BATCH, DECAY, EPOCHS, HEAD_SCALE, LR, SEED, Plain, listed
-from trainer import runtime
 from trainer.data.augment import Normalise, Preprocessing, eval_transform
 from trainer.data.loader import Images, Order, Shares, make_loader
+from trainer.distributed import context
 from trainer.loop import Plan, Progress, Start, Unkept, fit
 from trainer.main import leave
-from trainer.optim import group_parameters, make_optimizer
+from trainer.optim.param_groups import group_parameters, make_optimizer
 
 
 class Recorder:
@@ -39,7 +39,7 @@ class Recorder:
     def epoch(self, progress: Progress, evaluations: Any) -> None: ...
 
 
-def losses(folder: Path, machine: runtime.Runtime, reduction: Any, accumulation: int) -> list[float]:
+def losses(folder: Path, machine: context.Runtime, reduction: Any, accumulation: int) -> list[float]:
     torch.manual_seed(SEED)
     model = Plain()
     groups = group_parameters(model, ["last"], lr=LR[reduction], head_lr_scale=HEAD_SCALE, weight_decay=DECAY)
@@ -90,14 +90,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    machine = runtime.start(device="cpu", precision="fp32", threads=1)
+    machine = context.start(device="cpu", precision="fp32", threads=1)
     found = {}
     for reduction in ("sum", "mean"):
         found[reduction] = losses(arguments.folder, machine, reduction, 1)
         found[f"{reduction}, in two parts"] = losses(arguments.folder, machine, reduction, 2)
     if machine.is_main:
         arguments.out.write_text(json.dumps(found))
-    runtime.shut_down()
+    context.shut_down()
     leave(0)
 
 

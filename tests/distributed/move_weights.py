@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torchvision import models
 
 from tests.folders import image_folder
-from tests.trainer.test_wise import DESCRIPTION, net
-from trainer import runtime
-from trainer.attempts import Attempt, records
+from tests.trainer.transfer.test_wise_ft import DESCRIPTION, net
 from trainer.checkpoint import store
+from trainer.checkpoint.manager import Keeper
+from trainer.checkpoint.resume import put_back
 from trainer.checkpoint.tensors import capture, capture_average
-from trainer.config import (
+from trainer.config.parse import dump
+from trainer.config.schema import (
     Config,
     DataConfig,
     ModelConfig,
@@ -35,24 +36,23 @@ from trainer.config import (
     TransferConfig,
 )
 from trainer.data.loader import Order
-from trainer.ema import Shadow
+from trainer.distributed import context
+from trainer.distributed.signals import StopSignals
 from trainer.evaluate import Evaluation
-from trainer.finetune import finetune
-from trainer.keeper import Keeper
 from trainer.loop import Plan, Share, Start, Wish, fit
 from trainer.main import leave
-from trainer.meter import Sums
+from trainer.metrics import Sums
 from trainer.model.batch_norm import gather_statistics
-from trainer.model_file import write_model
-from trainer.optim import group_parameters, make_optimizer
-from trainer.parse import dump
-from trainer.pull import Pull, outside, spare_decay
-from trainer.report.run_report import Silent
-from trainer.resume import put_back
-from trainer.run_folder import MODEL, START, write_config
-from trainer.signals import StopSignals
-from trainer.stages import resolve
-from trainer.wise import Search
+from trainer.model.file import write_model
+from trainer.optim.ema import Shadow
+from trainer.optim.param_groups import group_parameters, make_optimizer
+from trainer.pipeline import resolve
+from trainer.report.logger import Silent
+from trainer.run.folder import MODEL, START, write_config
+from trainer.run.lock import Attempt, records
+from trainer.train_run import finetune
+from trainer.transfer.l2_sp import Pull, outside, spare_decay
+from trainer.transfer.wise_ft import Search
 
 SEED, DECAY, PULL = 3, 0.8, 0.3
 ORDER = Order(examples=11, batch_size=4, seed=SEED)  # 3 steps an epoch, the last of 3 examples
@@ -133,7 +133,7 @@ class Saving:
 
 
 def fitted(
-    machine: runtime.Runtime,
+    machine: context.Runtime,
     folder: Path,
     *,
     norm: bool,
@@ -188,7 +188,7 @@ def fitted(
     }
 
 
-def resumed(machine: runtime.Runtime, folder: Path, step: int, epoch: int) -> dict[str, Any]:
+def resumed(machine: context.Runtime, folder: Path, step: int, epoch: int) -> dict[str, Any]:
     """Save at a place, and train on from what was saved."""
     left = fitted(machine, folder, norm=True, at=(step, epoch))
     machine.accelerator.wait_for_everyone()
@@ -197,7 +197,7 @@ def resumed(machine: runtime.Runtime, folder: Path, step: int, epoch: int) -> di
     return fitted(machine, folder, norm=True, found=found)
 
 
-def over(machine: runtime.Runtime) -> list[bool]:
+def over(machine: context.Runtime) -> list[bool]:
     """Ask whether a run is over, of which rank 0 alone has the figures."""
     answers = []
     for accuracies in ([0.5, 0.6, 0.6], [0.5, 0.6, 0.7]):
@@ -211,7 +211,7 @@ def over(machine: runtime.Runtime) -> list[bool]:
     return answers
 
 
-def line(machine: runtime.Runtime, home: Path) -> dict[str, Any]:
+def line(machine: context.Runtime, home: Path) -> dict[str, Any]:
     """Find the best point of a line whose ends rank 0 alone can see yet; each process counts its half of the images."""
     folder = home / f"seen-by-{machine.rank}"
     folder.mkdir()
@@ -247,7 +247,7 @@ def line(machine: runtime.Runtime, home: Path) -> dict[str, Any]:
     return {"alpha": alpha, "values": values, "kept": kept}
 
 
-def whole(machine: runtime.Runtime, home: Path) -> dict[str, Any]:
+def whole(machine: context.Runtime, home: Path) -> dict[str, Any]:
     """Make a whole run that does not get better, and start it again when it is finished."""
     if machine.is_main:
         parts = {"train": {"a": 4, "b": 3}, "val": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}}
@@ -290,7 +290,7 @@ def whole(machine: runtime.Runtime, home: Path) -> dict[str, Any]:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    machine = runtime.start(device="cpu", precision="fp32", threads=1)
+    machine = context.start(device="cpu", precision="fp32", threads=1)
     found: dict[str, Any] = {"without": fitted(machine, out / "none", norm=False)}
     if machine.world > 1:
         found |= {
@@ -305,7 +305,7 @@ def main() -> None:
         if isinstance(one, dict):
             one.pop("sums", None)
     (out / f"found-{machine.world}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
-    runtime.shut_down()
+    context.shut_down()
     leave(0)
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed.test_parity import Plain
-from trainer import runtime
 from trainer.data.loader import Order, Shares
+from trainer.distributed import context
 from trainer.loop import Evaluations, Plan, Progress, Start, Unkept, Wish, fit
-from trainer.meter import Sums
-from trainer.mixing import Mixing
-from trainer.objective import Objective, balanced_weights
-from trainer.optim import group_parameters, make_optimizer
+from trainer.metrics import Sums
+from trainer.optim.loss import Objective, balanced_weights
+from trainer.optim.mixup import Mixing
+from trainer.optim.param_groups import group_parameters, make_optimizer
 
 COUNTS, EPOCHS, SEED = (12, 3, 7), 2, 3
 BATCH = 7
@@ -84,7 +84,7 @@ def shares_of(order: Order, start: int, rank: int, world: int) -> Iterator[tuple
         yield torch.stack(share) if share else images[:0], labels, examples
 
 
-def trained(machine: runtime.Runtime, case: Case, accumulation: int) -> dict[str, Any]:
+def trained(machine: context.Runtime, case: Case, accumulation: int) -> dict[str, Any]:
     """Return parameters and figures of a whole run, and the parameters of one that was cut and went on."""
     order = Order(examples=len(LABELS), batch_size=BATCH, seed=SEED, labels=LABELS if case.balanced else None)
     weights = balanced_weights(COUNTS) if case.weighted else None
@@ -143,7 +143,7 @@ def trained(machine: runtime.Runtime, case: Case, accumulation: int) -> dict[str
     return found
 
 
-def everything(machine: runtime.Runtime) -> dict[str, Any]:
+def everything(machine: context.Runtime) -> dict[str, Any]:
     """Return what comes of each case, in one part and in two."""
     found = {
         f"{name}, {parts} parts": trained(machine, case, parts)

@@ -10,13 +10,13 @@ import torch
 
 from tests.distributed.regularised import CASES, everything
 from tests.distributed.test_processes import read, work
-from trainer import runtime
+from trainer.distributed import context
 
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[dict[str, Any]]:
     threads = torch.get_num_threads()
-    yield everything(runtime.start(device="cpu", precision="fp32", threads=1))
+    yield everything(context.start(device="cpu", precision="fp32", threads=1))
     torch.set_num_threads(threads)
 
 

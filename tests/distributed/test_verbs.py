@@ -11,9 +11,9 @@ import torch
 
 from tests.folders import image_folder
 from tests.launching import rows, run, torchrun
-from trainer.compare import compare
-from trainer.lr_find import lr_find
-from trainer.signals import StopSignals
+from trainer.commands.compare import compare
+from trainer.commands.lr_find import lr_find
+from trainer.distributed.signals import StopSignals
 
 RANGE = ("--from=1e-5", "--to=1e-2", "--steps=10")
 TOO_FAR = ("--from=1e-4", "--to=1e4", "--steps=25")

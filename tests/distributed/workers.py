@@ -10,12 +10,12 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from trainer import runtime
+from trainer.distributed import context
 from trainer.errors import UserError
 from trainer.main import leave
 
 
-def in_turn(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
+def in_turn(machine: context.Runtime, out: Path) -> dict[str, Any]:
     """Rank 0 makes, the others find."""
     made = out.with_name("made")
 
@@ -24,10 +24,10 @@ def in_turn(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
         made.touch()
         return found
 
-    return {"found": runtime.in_turn(machine.accelerator, make)}
+    return {"found": context.in_turn(machine.accelerator, make)}
 
 
-def error_of_one(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
+def error_of_one(machine: context.Runtime, out: Path) -> dict[str, Any]:
     """One process fails, each in its turn."""
     said = []
     for failing in range(machine.world):
@@ -37,13 +37,13 @@ def error_of_one(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
                 raise UserError(f"rank {failing} has failed")
 
         try:
-            runtime.in_turn(machine.accelerator, fail)
+            context.in_turn(machine.accelerator, fail)
         except UserError as error:
             said.append(str(error))
     return {"said": said}
 
 
-def statistics(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
+def statistics(machine: context.Runtime, out: Path) -> dict[str, Any]:
     """Average BatchNorm's statistics; a frozen layer's stay."""
     import torch
     from torch import nn
@@ -63,7 +63,7 @@ def statistics(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
     }
 
 
-def evaluation(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
+def evaluation(machine: context.Runtime, out: Path) -> dict[str, Any]:
     """Evaluate 7 examples, so that shares are unequal, and with 5 processes one would be alone."""
     from functools import partial
 
@@ -99,7 +99,7 @@ def evaluation(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
     }
 
 
-def kept_statistics(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
+def kept_statistics(machine: context.Runtime, out: Path) -> dict[str, Any]:
     """Gather each process's BatchNorm statistics as a checkpoint does, and put them back after they have changed."""
     import torch
     from torch import nn
@@ -141,13 +141,13 @@ def kept_statistics(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
     }
 
 
-def boundaries(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
+def boundaries(machine: context.Runtime, out: Path) -> dict[str, Any]:
     """Agree, add up and evaluate with shares so unequal that one process has none."""
     import torch
     from torch import nn
 
     from trainer.evaluate import Interrupted, evaluate
-    from trainer.meter import Meter, Sums
+    from trainer.metrics import Meter, Sums
 
     rank, last = machine.rank, machine.world - 1
     meter = Meter(machine.accelerator)
@@ -197,14 +197,14 @@ def boundaries(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
     }
 
 
-def regularised(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
+def regularised(machine: context.Runtime, out: Path) -> dict[str, Any]:
     """Train under each option of the objective, of mixing and of sampling."""
     from tests.distributed.regularised import everything
 
     return everything(machine)
 
 
-def heads(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
+def heads(machine: context.Runtime, out: Path) -> dict[str, Any]:
     """Start output layers from the source's rows and from a linear probe, with an empty share too; drop features."""
     import hashlib
 
@@ -212,10 +212,10 @@ def heads(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
     from torch import Tensor, nn
 
     from trainer.data.loader import Slices
-    from trainer.linear_probe import probe
     from trainer.model.create import create
-    from trainer.model.source_labels import Labels
+    from trainer.model.source_classes import Labels
     from trainer.seeds import derive_seed
+    from trainer.transfer.linear_probe import probe
 
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 255, (7, 3, 64, 64), generator=generator, dtype=torch.uint8)
@@ -290,7 +290,7 @@ def heads(machine: runtime.Runtime, out: Path) -> dict[str, Any]:
     return found
 
 
-WORKERS: dict[str, Callable[[runtime.Runtime, Path], dict[str, Any]]] = {
+WORKERS: dict[str, Callable[[context.Runtime, Path], dict[str, Any]]] = {
     worker.__name__: worker
     for worker in (
         in_turn,
@@ -307,11 +307,11 @@ WORKERS: dict[str, Callable[[runtime.Runtime, Path], dict[str, Any]]] = {
 
 def main() -> None:
     out, names = Path(sys.argv[1]), sys.argv[2:]
-    machine = runtime.start(device="cpu", precision="fp32", threads=1)
+    machine = context.start(device="cpu", precision="fp32", threads=1)
     for name in names:
         found = WORKERS[name](machine, out)
         out.with_name(f"{name}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
-    runtime.shut_down()
+    context.shut_down()
     leave(0)
 
 

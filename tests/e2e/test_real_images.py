@@ -13,17 +13,17 @@ from rich.console import Console
 
 import trainer
 from tests.launching import MAIN, REPOSITORY, accelerate_launch, rows, run
-from trainer import runtime
-from trainer.assemble import Evaluator, load_examples, preprocessing_of
-from trainer.config import Config, DataConfig, ModelConfig
+from trainer.config.builders import Evaluator, load_examples, preprocessing_of
+from trainer.config.model_builder import make_model, probe_head
+from trainer.config.schema import Config, DataConfig, ModelConfig
 from trainer.data.augment import Preprocessing
+from trainer.distributed import context
 from trainer.evaluate import Evaluation
 from trainer.model.build import preset
 from trainer.model.create import create
-from trainer.model.source_labels import Labels
-from trainer.model_file import Preprocess
-from trainer.stages import resolve
-from trainer.target import make_model, probe_head
+from trainer.model.file import Preprocess
+from trainer.model.source_classes import Labels
+from trainer.pipeline import resolve
 
 WEIGHTS = "squeezenet1_1-imagenet1k-fp16.safetensors"
 
@@ -67,7 +67,7 @@ def test_ants_and_bees_by_the_notes_method(shared: Path, tmp_path: Path) -> None
 @pytest.mark.shared
 def test_ants_and_bees_are_told_apart_before_the_first_step(shared: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    machine = runtime.start(device="cpu", precision="fp32", threads=threads)
+    machine = context.start(device="cpu", precision="fp32", threads=threads)
     console = Console(file=io.StringIO(), width=100, soft_wrap=True)
     config = resolve(
         Config(

@@ -1,4 +1,4 @@
-"""`--debug` and `python -m trainer.preview`."""
+"""`--debug` and `python -m trainer.commands.preview`."""
 
 import sys
 from pathlib import Path
@@ -10,8 +10,8 @@ from PIL import Image
 from tests.e2e.conftest import Options
 from tests.folders import image_folder
 from tests.launching import MAIN, REPOSITORY, accelerate_launch, run, torchrun
+from trainer.commands.preview import preview
 from trainer.errors import UserError
-from trainer.preview import preview
 
 
 @pytest.mark.slow
@@ -78,7 +78,14 @@ def colours(path: Path) -> Image.Image:
 @pytest.mark.slow
 def test_the_preview_is_the_notes_grid_and_the_augmented_pictures(options: Options, tmp_path: Path) -> None:
     said = run(
-        [sys.executable, "-m", "trainer.preview", *options(), "--output", tmp_path / "new" / "p.png"],
+        [
+            sys.executable,
+            "-m",
+            "trainer.commands.preview",
+            *options(),
+            "--output",
+            tmp_path / "new" / "p.png",
+        ],
         cwd=REPOSITORY,
     )
     assert str(tmp_path / "new" / "p.png") in said
@@ -100,7 +107,7 @@ def test_the_preview_draws_few_pictures_and_odd_names(tmp_path: Path) -> None:
 def test_the_preview_shows_what_is_erased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = image_folder(tmp_path / "data", {"train": {"a": 3, "b": 3}, "val": {"a": 1}})
     drawn: list[tuple[str, list[Image.Image]]] = []
-    monkeypatch.setattr("trainer.preview.draw", lambda rows, path: drawn.extend(rows))
+    monkeypatch.setattr("trainer.commands.preview.draw", lambda rows, path: drawn.extend(rows))
     preview(
         [
             *(f"--data.root={folder}", "--data.image_size=32", "--data.random_erasing=1"),

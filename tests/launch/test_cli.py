@@ -67,9 +67,9 @@ def test_every_verb_has_help(verb: str) -> None:
     ("verb", "program", "words"),
     [
         ("debug", "main.py", ["--a", "b", "--debug"]),
-        ("preview", "preview.py", ["--a", "b"]),
-        ("lr-find", "lr_find.py", ["--a", "b"]),
-        ("compare", "compare.py", ["--a", "b"]),
+        ("preview", "commands/preview.py", ["--a", "b"]),
+        ("lr-find", "commands/lr_find.py", ["--a", "b"]),
+        ("compare", "commands/compare.py", ["--a", "b"]),
     ],
 )
 def test_a_verb_of_the_trainers_becomes_its_program(

@@ -5,15 +5,18 @@ from pathlib import Path
 from launch import contract
 from launch.failures import first_failure, told
 from tests.launch.test_failures import REPORT, failed
-from trainer import hang
+from trainer.distributed import watchdog
 
-WAITED = f"Hang: no step for 300 s, the last one was 7; {hang.WAITS} in all_reduce (distributed/distributed_c10d.py:1)"
+WAITED = (
+    f"Hang: no step for 300 s, the last one was 7; {watchdog.WAITS} in all_reduce "
+    "(distributed/distributed_c10d.py:1)"
+)
 READ = "Hang: no step for 300 s, the last one was 7; it was in select (selectors.py:1); stacks in /gloo/hangs/x.txt"
 
 
 def test_both_sides_mean_the_same_folder_and_the_same_words() -> None:
-    assert contract.HANGS == hang.HANGS
-    assert READ.startswith(f"{hang.Hang.__name__}: ")
+    assert contract.HANGS == watchdog.HANGS
+    assert READ.startswith(f"{watchdog.Hang.__name__}: ")
 
 
 def test_the_rank_that_hangs_is_shown_not_those_that_wait_for_it(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from tests.kills import (
     started,
 )
 from tests.launching import MAIN, REPOSITORY
-from trainer.attempts import Attempt
-from trainer.failure import ERROR_FILE, write_error_file
+from trainer.distributed.error_file import ERROR_FILE, write_error_file
+from trainer.run.lock import Attempt
 
 pytestmark = pytest.mark.slow
 LONG = 400

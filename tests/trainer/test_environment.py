@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from tests.folders import image_folder
-from trainer import environment, git, hardware, runtime
-from trainer.attempts import Attempt, records
-from trainer.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from trainer import environment, git, hardware
+from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from trainer.distributed import context
+from trainer.distributed.signals import StopSignals
 from trainer.environment import ENVIRONMENT, changes, chosen, diffs, keep, launchers, together
 from trainer.masking import MASK, masked_text, masked_variables, masked_words
-from trainer.signals import StopSignals
-from trainer.stages import run
+from trainer.pipeline import run
+from trainer.run.lock import Attempt, records
 
 SECRET = "hunter2-correct-horse"
 
@@ -71,7 +72,7 @@ def test_what_looks_like_a_secret_is_masked_in_any_text(text: str) -> None:
         "+    max_tokens = 512",
         "+    token: str | None",
         "+    password=None",
-        "+++ b/trainer/keeper.py",
+        "+++ b/trainer/checkpoint/manager.py",
     ],
 )
 def test_what_is_none_is_left(text: str) -> None:
@@ -303,7 +304,7 @@ def test_a_git_that_hangs_is_not_waited_for(
 @pytest.fixture
 def machine() -> Iterator[Any]:
     threads = torch.get_num_threads()
-    yield runtime.start(device="cpu", precision="fp32", threads=1)
+    yield context.start(device="cpu", precision="fp32", threads=1)
     torch.set_num_threads(threads)
 
 

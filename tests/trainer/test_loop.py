@@ -10,13 +10,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from trainer import loop, runtime
+from trainer import loop
+from trainer.distributed import context
+from trainer.distributed.signals import Stopped
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, Interrupted
 from trainer.loop import Evaluations, Plan, Progress, Start, Unkept, Wish, backward, cut, fit
-from trainer.meter import Sums
-from trainer.optim import group_parameters, make_optimizer
-from trainer.signals import Stopped
+from trainer.metrics import Sums
+from trainer.optim.param_groups import group_parameters, make_optimizer
 
 SIZES = (4, 4, 3)
 PLAN = Plan(
@@ -44,7 +45,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def accelerator() -> Accelerator:
-    return runtime.start(device="cpu", precision="fp32", threads=1).accelerator
+    return context.start(device="cpu", precision="fp32", threads=1).accelerator
 
 
 def normalise(images: Tensor) -> Tensor:

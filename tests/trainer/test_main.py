@@ -13,21 +13,21 @@ import pytest
 
 from tests.launching import MAIN, REPOSITORY
 from trainer import main as module
+from trainer.distributed.signals import STOPPING, Stopped, StopSignals
 from trainer.errors import UserError
 from trainer.main import main, stop_code
-from trainer.signals import STOPPING, Stopped, StopSignals
 
 # `trainer/main.py` run by path, as its users do; what it calls stands in `run`, and needs no torch.
 PROGRAM = """
 import os, runpy, signal, sys, time, types
 from trainer.errors import UserError
-from trainer.signals import Stopped
-stages = types.ModuleType("trainer.stages")
+from trainer.distributed.signals import Stopped
+stages = types.ModuleType("trainer.pipeline")
 def run(config, signals):
     print("running", flush=True)
     {run}
 stages.run = run
-sys.modules["trainer.stages"] = stages
+sys.modules["trainer.pipeline"] = stages
 sys.argv = [{main!r}, "--data.root=x"]
 runpy.run_path({main!r}, run_name="__main__")
 """
@@ -168,9 +168,9 @@ def ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         def run(config: object, signals: StopSignals) -> None:
             raise error
 
-        stages = types.ModuleType("trainer.stages")
+        stages = types.ModuleType("trainer.pipeline")
         stages.run = run  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "trainer.stages", stages)
+        monkeypatch.setitem(sys.modules, "trainer.pipeline", stages)
         monkeypatch.setattr(module, "_SECONDS_FOR_RANK_0", 0.0)
         monkeypatch.setattr(module, "has_launcher", lambda environment: False)
         monkeypatch.setenv("RANK", rank)
@@ -185,7 +185,8 @@ def test_what_was_imported_is_left_out_of_collections_that_go_on() -> None:
 import gc
 own = [{}]
 tracked = {id(one) for one in gc.get_objects()}
-print(gc.isenabled(), id(own) in tracked, id(vars(sys.modules['trainer.signals'])) in tracked, file=sys.stderr)"""
+signals = vars(sys.modules['trainer.distributed.signals'])
+print(gc.isenabled(), id(own) in tracked, id(signals) in tracked, file=sys.stderr)"""
     with running(seen) as process:
         assert end(process) == (0, "True True False\n")
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from trainer.data.names import listed, printable
 from trainer.errors import UserError
-from trainer.meter import Sums
+from trainer.metrics import Sums
+from trainer.text import listed, printable
 
 FORMAT = 1
 _SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}

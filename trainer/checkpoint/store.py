@@ -32,9 +32,9 @@ from typing import Any, NamedTuple, Self
 from safetensors import SafetensorError, safe_open
 
 from trainer.checkpoint.state import State
-from trainer.data.names import listed, printable
 from trainer.errors import UserError
-from trainer.files import remove_leftovers, sync_folder, write_text_atomically
+from trainer.run.atomic import remove_leftovers, sync_folder, write_text_atomically
+from trainer.text import listed, printable
 
 MANIFEST, LATEST, STATE, METRICS = "MANIFEST.json", "LATEST", "state.json", "metrics.jsonl"
 MODEL, OPTIMIZER, STATISTICS = "model.safetensors", "optimizer.safetensors", "statistics.safetensors"

@@ -8,8 +8,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trainer.checkpoint.store import AVERAGE, MODEL, OPTIMIZER, STATISTICS
-from trainer.data.names import listed, printable
 from trainer.errors import UserError
+from trainer.text import listed, printable
 
 Tensors = dict[str, Tensor]
 

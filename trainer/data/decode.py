@@ -34,7 +34,7 @@ from PIL import (
     _imaging,
 )
 
-from trainer.data.names import printable
+from trainer.text import printable
 
 DECODE_VERSION = 1
 """To be raised when a file may be judged otherwise than before: earlier verdicts then no longer count."""

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from trainer.data.names import printable
 from trainer.data.transfer import OnProgress, RemoteFile, TransferFailed, sha1_of, transfer
 from trainer.data.unpack import is_whole, unpack_whole
 from trainer.errors import UserError
+from trainer.text import printable
 
 TIMEOUT = 30.0
 """Seconds to wait for a connection, and for each piece of the answer."""

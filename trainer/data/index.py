@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trainer.data.layout import Listing, read_folder
-from trainer.data.names import listed, printable
 from trainer.data.split import Images, stratified_split
 from trainer.data.table import read_table, write_table
 from trainer.errors import UserError
+from trainer.text import listed, printable
 
 _PURPOSE = {"val": "select the best epoch on", "test": "report on"}
 

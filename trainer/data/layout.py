@@ -7,11 +7,11 @@ import os
 from collections import Counter
 from typing import NamedTuple
 
-from trainer.data.names import listed, printable
 from trainer.data.scan import Level, Scan, ending, look
 from trainer.data.split import Images
 from trainer.data.table import PARTS
 from trainer.errors import UserError
+from trainer.text import listed, printable
 
 # Names that people give to parts, and hardly to classes; those of PARTS are understood.
 _LIKE_PARTS = frozenset({*PARTS, "training", "testing", "eval", "evaluation", "dev"})

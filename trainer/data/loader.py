@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.data.augment import Transform, apply_seeded, to_array
 from trainer.data.balance import balanced, repeated
 from trainer.data.decode import UnreadableImage, decode
-from trainer.data.names import printable
+from trainer.distributed.signals import STOPPING, end_with_parent
 from trainer.errors import UserError
 from trainer.seeds import derive_seed
-from trainer.signals import STOPPING, end_with_parent
+from trainer.text import printable
 
 
 class ImageGone(UserError):

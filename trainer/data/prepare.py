@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
-from trainer.config import DataConfig
+from trainer.config.schema import DataConfig
 from trainer.data.index import ImageIndex, drop, read_index
-from trainer.data.known import cache_folder, locate
-from trainer.data.names import printable
-from trainer.data.verdicts import check_images, unreadable_error
+from trainer.data.registry import cache_folder, locate
+from trainer.data.validation import check_images, unreadable_error
+from trainer.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)

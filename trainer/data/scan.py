@@ -11,8 +11,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from trainer.data.names import printable
 from trainer.errors import UserError
+from trainer.text import printable
 
 # What systems and archivers leave behind; like names with a leading dot, never meant as data.
 _LITTER = frozenset({"__macosx", "thumbs.db", "desktop.ini"})

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from trainer.data.names import listed, printable
 from trainer.errors import UserError
-from trainer.files import write_atomically
+from trainer.run.atomic import write_atomically
+from trainer.text import listed, printable
 
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Word for a part, lower case -> the part."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from trainer.errors import UserError
 from trainer.model.head import trial_forward
-from trainer.patterns import matching
+from trainer.model.patterns import matching
 
 _ENOUGH = 5
 """Blocks; with fewer, the largest one is taken apart."""

@@ -9,10 +9,10 @@ from torch import nn
 from trainer.model.batch_norm import guard_single_values
 from trainer.model.blocks import Structure, examine
 from trainer.model.build import build
-from trainer.model.drop import set_dropout, set_stochastic_depth
+from trainer.model.dropout import set_dropout, set_stochastic_depth
 from trainer.model.freeze import Stage
 from trainer.model.head import find_heads, graft
-from trainer.model.source_labels import Labels, copy_rows
+from trainer.model.source_classes import Labels, copy_rows
 from trainer.model.weights import load_weights, read_weights
 
 

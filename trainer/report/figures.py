@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import MaxNLocator
 
-from trainer.files import write_atomically
 from trainer.report.metrics import Row
+from trainer.run.atomic import write_atomically
 
 # The first of these that are installed and hold a character draw it.
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from trainer.lr_range import Suggestion, smoothed
+from trainer.commands.lr_range import Suggestion, smoothed
 from trainer.report.console import SECONDS_BETWEEN_LINES
 from trainer.report.figures import fonts, save_figure
 

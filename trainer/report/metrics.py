@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.files import write_text_atomically
 from trainer.loop import Evaluations, Progress
+from trainer.run.atomic import write_text_atomically
 
 Row = dict[str, Any]
 

@@ -13,7 +13,7 @@ import torch
 
 from trainer.checkpoint.state import Best, State, Subject
 from trainer.errors import UserError
-from trainer.meter import Sums
+from trainer.metrics import Sums
 
 STEPS_PER_EPOCH = 3
 SUBJECT = Subject(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import ImageFolder
 
-from trainer.config import DataConfig
+from trainer.config.schema import DataConfig
 from trainer.data import scan
 from trainer.data.index import Example, ImageIndex, drop, read_index, write_split
 from trainer.errors import UserError

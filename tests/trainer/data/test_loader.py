@@ -17,8 +17,8 @@ from trainer.data.augment import Preprocessing, eval_transform, train_transform
 from trainer.data.decode import decode
 from trainer.data.index import Example, read_index
 from trainer.data.loader import Batch, Collate, Draw, ImageGone, Images, Order, Shares, Slices, make_loader
+from trainer.distributed.signals import STOPPING
 from trainer.errors import UserError
-from trainer.signals import STOPPING
 
 SMALL = Preprocessing(
     image_size=16,

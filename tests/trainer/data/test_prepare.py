@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.folders import image_folder, picture
-from trainer.config import DataConfig
-from trainer.data import known, verdicts
+from trainer.config.schema import DataConfig
+from trainer.data import registry, validation
 from trainer.data.decode import decode
 from trainer.data.index import read_index, write_split
 from trainer.data.prepare import Displays, Prepared, prepare
@@ -139,7 +139,7 @@ def test_unchecked_data_is_not_decoded(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(path: str) -> None:
         pytest.fail(f"{path} was decoded")
 
-    monkeypatch.setattr(verdicts, "decode", fail)
+    monkeypatch.setattr(validation, "decode", fail)
     small(tmp_path)
     (tmp_path / "train" / "a" / "bad.jpg").write_bytes(b"")
     assert len(prepare(config(tmp_path), workers=1, check=False).index.train) == 9
@@ -180,7 +180,7 @@ def test_progress_is_shown_while_a_known_data_set_is_downloaded(
         return small(tmp_path)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(known, "fetch", fetch)
+    monkeypatch.setattr(registry, "fetch", fetch)
     prepare(config(Path("hotdog")), workers=1, displays=Displays(downloading=show))
     assert events == ["hotdog", (1, 2), "closed"]
 

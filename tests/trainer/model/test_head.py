@@ -10,9 +10,9 @@ from torchvision import models
 from torchvision.models import GoogLeNetOutputs, InceptionOutputs
 
 from trainer.errors import UserError
-from trainer.linear_probe import require_linear
 from trainer.model.blocks import examine
 from trainer.model.head import Head, find_heads, graft, split_outputs, trial_forward
+from trainer.transfer.linear_probe import require_linear
 
 CLASSES = 7
 

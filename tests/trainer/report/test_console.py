@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from trainer.loop import Progress
-from trainer.meter import Figures
+from trainer.metrics import Figures
 from trainer.report import console as module
 from trainer.report.console import (
     Display,

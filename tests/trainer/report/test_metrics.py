@@ -6,7 +6,7 @@ import pytest
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation
 from trainer.loop import Progress
-from trainer.meter import Figures
+from trainer.metrics import Figures
 from trainer.report.metrics import MetricsFile, Row, epoch_row, epoch_rows, parse_rows, start_row, train_row
 
 FIGURES = Figures(loss_sum=6.0, correct=3, seen=4, seconds=2.0, compute_seconds=1.0, bad_step=None)

@@ -1,0 +1,89 @@
+"""What can be said of a run before any of its long work: an error that comes here costs nobody an hour, or a queue."""
+
+from dataclasses import replace
+
+from trainer.config.builders import make_order, make_plan
+from trainer.config.model_builder import make_groups, make_model
+from trainer.config.schema import Config, ScratchConfig
+from trainer.data.index import ImageIndex
+from trainer.data.loader import Order
+from trainer.distributed.context import Runtime
+from trainer.errors import UserError
+from trainer.model.source_classes import check_targets
+from trainer.text import printable
+from trainer.transfer.linear_probe import require_linear
+
+
+def preflight(config: Config, index: ImageIndex, machine: Runtime | None = None) -> None:
+    """Raise a UserError for what the run would end with before its first step, whatever its source model will be.
+
+    Args:
+        config: the whole of it, resolved.
+        index: the images to fine-tune on.
+        machine: what the run runs on; None: it will run elsewhere, and what depends on that is left.
+
+    """
+    order = make_order(config, index)
+    if machine is not None:
+        require_synchronisable(config, order, machine)
+    require_selection(config, index)
+    make_plan(config, order)
+    if config.model.head_init == "source-labels":
+        check_targets(config.model.aliases, index.classes)
+    created = make_model(without_weights(config), index.classes, None, on_progress=lambda _: None)
+    if config.model.head_init == "linear-probe":
+        require_linear(created.model, created.heads[0], config.data.image_size)  # type: ignore[arg-type]
+    make_groups(created, config)
+
+
+def without_weights(config: Config) -> Config:
+    """Return a config whose model is of the same design, with drawn weights: nothing has to be fetched for it."""
+    return replace(
+        config,
+        model=replace(config.model, weights=None, head_init="xavier"),
+        transfer=replace(config.transfer, l2_sp=0.0, wise_ft=False),
+        scratch=ScratchConfig(),
+    )
+
+
+def require_synchronisable(config: Config, order: Order, machine: Runtime) -> None:
+    """Raise a UserError where BatchNorm cannot use the statistics of the global batch, though it is to.
+
+    torch's SyncBatchNorm refuses CPU tensors, and takes part in every forward of every process: none may have an
+    empty share, nor go through its share in another number of parts.
+    """
+    if config.transfer.batch_norm != "sync":
+        return
+    asked = "transfer.batch_norm is sync"
+    if config.train.accumulation > 1:
+        raise UserError(
+            f"{asked}, but train.accumulation {config.train.accumulation} shows the layers one part of the batch at a "
+            "time: set it to 1, or batch_norm to frozen"
+        )
+    if machine.world == 1:
+        return  # its share is the global batch
+    if machine.accelerator.device.type != "cuda":
+        raise UserError(
+            f"{asked}, which needs GPUs: torch has no such layer for CPUs. Choose frozen, which is equal on any number "
+            "of processes, or run one process"
+        )
+    if min(order.batch_sizes) < machine.world:
+        raise UserError(
+            f"{asked}, but the last of {order.examples} examples make a batch of {min(order.batch_sizes)}, fewer than "
+            f"the {machine.world} processes: choose another train.batch_size"
+        )
+
+
+def require_selection(config: Config, index: ImageIndex) -> None:
+    """Raise a UserError where something is to be selected, and there are no images to select on."""
+    asked = {
+        f"regularise.early_stopping {config.regularise.early_stopping}": config.regularise.early_stopping,
+        "transfer.wise_ft": config.transfer.wise_ft,
+    }
+    wanted = [option for option, value in asked.items() if value]
+    if wanted and index.selection is None:
+        raise UserError(
+            f"{' and '.join(wanted)} choose{'s' * (len(wanted) == 1)} by an accuracy, and {printable(str(index.root))} "
+            "has no images to select on beside those reported, which must not be what was selected on: set "
+            "data.val_fraction 0.1, which cuts them out of the training images"
+        )

@@ -1,0 +1,1 @@
+"""Processes: distributed context, rendezvous, signals and the watchdog."""

@@ -1,0 +1,335 @@
+"""The machine side of a run: processes, device, threads and precision, checked before any work.
+
+Accelerate and torch are quick to run N copies of a job by accident, or one thread where there are many
+cores (`accelerate launch` sets OMP_NUM_THREADS=1); what is chosen here is said.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
+from torch import nn
+
+from trainer.distributed.rendezvous import join_group
+from trainer.errors import UserError
+
+T = TypeVar("T")
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_AS_BEGUN = "as this run began with"
+_ACCELERATE_NAME = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+# One rank may draw, download or check images while the others wait at a barrier.
+_PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a run runs on."""
+
+    accelerator: Accelerator
+    precision: Precision
+    threads: int
+    """CPU threads of this process."""
+    cores: int
+    """CPU cores open to each process of this machine."""
+    notes: tuple[str, ...]
+    """What was chosen, and why; one line each."""
+    control: torch.distributed.ProcessGroup | None = None
+    """The group for agreements: on the CPU, so that no device is waited for; None: the default one."""
+
+    @property
+    def rank(self) -> int:
+        """Return this process's number among all, from 0."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        """Return the number of processes."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Return whether this process is the one that speaks and writes."""
+        return bool(self.accelerator.is_main_process)
+
+    def agree(self, flags: Sequence[int]) -> list[int]:
+        """Return the greatest value of each flag over all processes; all of them call it."""
+        if self.world == 1:
+            return list(flags)
+        greatest = torch.tensor(flags, dtype=torch.int64)
+        torch.distributed.all_reduce(greatest, op=torch.distributed.ReduceOp.MAX, group=self.control)
+        return [int(flag) for flag in greatest]
+
+    def from_main(self, value: T) -> T:
+        """Return rank 0's value; all processes call it."""
+        values: list[T] = broadcast_object_list([value], from_process=0)
+        return values[0]
+
+
+def start(
+    *,
+    device: Literal["auto", "cpu", "cuda"],
+    precision: Literal["auto", "fp32", "bf16", "fp16"],
+    threads: int | None,
+    kept: Precision | None = None,
+) -> Runtime:
+    """Join the process group, if there is one, and return what the run runs on.
+
+    `kept` is the precision that an earlier start of the run had `auto` choose.
+
+    Raises:
+        UserError: a device or precision that this machine lacks, or processes that do not know of one another.
+
+    """
+    refuse_copies(os.environ)
+    refuse_launchers_settings(os.environ)
+    told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # accelerate obeys it whatever it is asked for here
+    if told_cpu and device == "cuda":
+        raise UserError(
+            "run.device is cuda, but accelerate is told to use the CPU (--cpu, or ACCELERATE_USE_CPU): drop one of them"
+        )
+    on_cpu = device == "cpu" or told_cpu or (device == "auto" and not torch.cuda.is_available())
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "run.device is cuda, but torch finds no GPU here: install a driver and a CUDA build of torch, "
+            "or set run.device to auto"
+        )
+    chosen, why = choose_precision(precision, on_cpu=on_cpu, environment=os.environ, kept=kept)
+    _forget_earlier()
+    join_group(os.environ, "gloo" if on_cpu else "nccl", patience=_PATIENCE)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=_ACCELERATE_NAME[chosen],
+        kwargs_handlers=[
+            # BatchNorm's statistics are averaged before they are used: no broadcast in every forward.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=_PATIENCE),
+        ],
+    )
+    _check_group(accelerator)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = max(1, available_cores() // local_world)
+    used = threads or (cores if on_cpu else max(1, cores // 2))
+    torch.set_num_threads(used)
+    notes = (
+        f"device {accelerator.device} x {accelerator.num_processes}, {used} CPU thread{'s' * (used > 1)} each",
+        f"precision {chosen}: {why}",
+    )
+    control = (
+        cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo", timeout=_PATIENCE))
+        if accelerator.num_processes > 1 and not on_cpu
+        else None
+    )
+    return Runtime(accelerator, chosen, used, cores, notes, control)
+
+
+def choose_precision(
+    asked: Literal["auto", "fp32", "bf16", "fp16"],
+    *,
+    on_cpu: bool,
+    environment: Mapping[str, str],
+    kept: Precision | None = None,
+) -> tuple[Precision, str]:
+    """Return the precision to use, and why; what `auto` chose when the run began (`kept`) is kept.
+
+    Raises:
+        UserError: fp16 on a CPU, which accelerate would silently run as fp32; bf16 on a GPU that lacks it, where
+            it would be emulated.
+
+    """
+    from_launcher = {"bf16": "bf16", "fp16": "fp16"}.get(environment.get("ACCELERATE_MIXED_PRECISION", ""))
+    if asked != "auto":
+        chosen, why = asked, "as train.precision asks"
+    elif kept is not None:
+        chosen, why = kept, _AS_BEGUN
+    elif from_launcher is not None:
+        chosen, why = from_launcher, "as accelerate launch --mixed_precision asks"  # type: ignore[assignment]
+    elif on_cpu:
+        chosen, why = "fp32", "the safe choice on a CPU; bf16 may be faster on one with AMX or AVX-512 BF16"
+    elif torch.cuda.is_bf16_supported(including_emulation=False):
+        chosen, why = "bf16", "this GPU computes in it, and it needs no loss scaling"
+    else:
+        chosen, why = "fp16", "this GPU has no bf16; the loss is scaled"
+    instead = "; it has to go on where that is at hand" if why == _AS_BEGUN else ": choose {}"
+    if chosen == "fp16" and on_cpu:
+        raise UserError(
+            f"precision fp16 ({why}) on a CPU, which has no fp16 training{instead.format('fp32 or bf16')}"
+        )
+    if chosen == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"precision bf16 ({why}) on a GPU that would only emulate it{instead.format('fp16 or fp32')}"
+        )
+    return chosen, why
+
+
+def available_cores() -> int:
+    """Return the CPU cores open to this process: its affinity, or its container's quota where that is less."""
+    cores = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, _, period = quota.read_text(encoding="ascii").strip().partition(" ")
+        if limit.isdigit() and period.isdigit():
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores
+
+
+def refuse_copies(environment: Mapping[str, str]) -> None:
+    """Raise a UserError where a launcher has started several processes that cannot find one another."""
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if "WORLD_SIZE" not in environment and tasks.isdigit() and int(tasks) > 1:
+        raise UserError(
+            f"srun has started {tasks} tasks and no WORLD_SIZE is set: each would train the whole job by itself. "
+            "Start one task a node, and in it torchrun (or accelerate launch), which starts the processes"
+        )
+    if environment.get("WORLD_SIZE", "1") != "1":
+        missing = [
+            name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment
+        ]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {', '.join(missing)} is not set: start the processes "
+                "by torchrun or accelerate launch, or unset WORLD_SIZE"
+            )
+
+
+def refuse_launchers_settings(environment: Mapping[str, str]) -> None:
+    """Raise a UserError for what `accelerate launch` or its config file sets behind the run's own config.
+
+    Accelerate takes these from the environment without a word: steps of accumulation would divide every
+    gradient, a compiled model would be saved under other names.
+    """
+    for variable, harmless, instead in (
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "train.accumulation cuts a batch into parts"),
+        ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "models are not compiled"),
+        ("ACCELERATE_MIXED_PRECISION", ("", "no", "bf16", "fp16"), "train.precision is fp32, bf16 or fp16"),
+    ):
+        value = environment.get(variable, "")
+        if value.lower() not in harmless:
+            raise UserError(
+                f"{variable} is {value!r}, set by accelerate launch or its config file: {instead} here. Leave that "
+                "option out, or name another file by accelerate launch --config_file"
+            )
+
+
+def _check_group(accelerator: Accelerator) -> None:
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise UserError(
+            f"WORLD_SIZE is {expected}, but accelerate has formed a group of {accelerator.num_processes}: "
+            f"{expected} copies of the same run would write into one folder. Launch with "
+            f"torchrun --nproc-per-node {expected} trainer/main.py"
+        )
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in known:
+        raise UserError(
+            f"accelerate is set to {accelerator.distributed_type}, expected plain data-parallel processes: "
+            "launch with torchrun, or choose another file by accelerate launch --config_file"
+        )
+
+
+def _forget_earlier() -> None:
+    """Drop the state that accelerate keeps for the process, so that several runs may follow one another in it."""
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state()
+    if PartialState._shared_state and not torch.distributed.is_initialized():
+        PartialState._reset_state()
+
+
+def in_turn(accelerator: Accelerator, function: Callable[[], T], *, local: bool = False) -> T:
+    """Return each process's own `function()`; rank 0 (of each machine, if `local`) calls it before the others.
+
+    What it makes they find. A UserError of one is raised by all, so that a run ends with one sentence rather
+    than with the others' complaints of a partner lost.
+    """
+    leads = accelerator.is_local_main_process if local else accelerator.is_main_process
+    result: T | None = None
+    for leaders_turn in (True, False):
+        error: UserError | None = None
+        if leads == leaders_turn:
+            try:
+                result = function()
+            except UserError as caught:
+                error = caught
+        raise_together(accelerator, error)
+    return cast(T, result)
+
+
+def raise_together(accelerator: Accelerator, error: UserError | None) -> None:
+    """Raise, on every process, the first error that one of them has come with; all of them call it."""
+    texts = [text for text in gather_object([str(error) if error else None]) if text is not None]
+    if texts:
+        raise UserError(texts[0])
+
+
+def require_equal(accelerator: Accelerator, value: object, what: str) -> None:
+    """Raise a UserError on every process unless all have come with the same value."""
+    values = gather_object([value])
+    if any(other != values[0] for other in values):
+        differing = [rank for rank, other in enumerate(values) if other != values[0]]
+        raise UserError(
+            f"the processes do not agree: {what}, is another on rank {', '.join(map(str, differing))} than on rank 0. "
+            "Expected the same run.dir and the same images on every machine"
+        )
+
+
+def stand_alone(environment: MutableMapping[str, str]) -> bool:
+    """Leave the group that a launcher has started, and return whether this process is the one to go on alone."""
+    is_first = environment.get("RANK", "0") == "0"
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return is_first
+
+
+def wrap_again(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+    """Return the model as accelerate wraps it, after the set of its parameters that train has changed.
+
+    DDP sorts parameters into buckets, and hooks into each, when it is made: unfreezing under a live one leaves ranks
+    apart (Lightning issue 20340). The caller must hold no reference to the one before, whose hooks live as long as it.
+
+    Args:
+        accelerator: of the process group.
+        model: bare.
+        optimizer: prepared by accelerate; it stays as it is.
+
+    """
+    if accelerator.num_processes == 1:
+        return model
+    bare: nn.Module = accelerator.unwrap_model(
+        model, keep_fp32_wrapper=False
+    )  # or autocast would wrap it twice
+    accelerator.free_memory()
+    wrapped, _ = prepare(accelerator, bare, optimizer)
+    return wrapped
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return model and optimizer as accelerate wraps them."""
+    with warnings.catch_warnings():
+        # Its successor does not exist in the oldest torch that is supported.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
+    return prepared
+
+
+def shut_down() -> None:
+    """Leave the process group, if this process is in one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody takes the group down while another is in its last exchange
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Optimization: parameter groups, learning-rate schedule, loss, mixup and weight averaging."""

@@ -1,0 +1,1 @@
+"""The run folder: layout, lock, atomic writes and records of a run."""

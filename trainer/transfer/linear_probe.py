@@ -1,0 +1,277 @@
+"""The output layer by logistic regression, before training: one pass over the training images, then a convex problem.
+
+LP-FT: Kumar et al. 2022, Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from trainer.distributed.context import Runtime, in_turn, raise_together
+from trainer.distributed.watchdog import Beats
+from trainer.errors import UserError
+from trainer.model.head import trial_forward
+from trainer.optim.loss import balanced_weights
+from trainer.seeds import derive_seed
+from trainer.transfer.logistic_regression import PENALTIES, Choice, choose, solve
+
+HELD_OUT = 0.2
+"""Share of each class's examples on which the penalty is chosen."""
+_UNCHOSEN = 1e-1
+"""Penalty where no class has two examples, so that none can be held out."""
+_ROUNDING = 2e-3
+"""Greatest deviation of the model's logits from the layer's on its features, as a share of the sum of their terms'
+sizes: ten times what GPUs lose that multiply in TF32."""
+
+_COMPARED = 2
+"""Images on which that is looked at, twice: of a whole batch it would cost as much as the pass."""
+
+
+def require_linear(model: nn.Module, head: str, image_size: int) -> None:
+    """Raise a UserError unless the output layer acts on one row of features a picture; tried without memory.
+
+    Such are a Linear on [B, D], and a convolution of 1 x 1 whose outputs the model averages over the picture:
+    all of torchvision's classification models.
+    """
+    layer = model.get_submodule(head)
+    with _inputs_of(layer) as seen:
+        trial_forward(model, image_size)
+    shape = list(seen[-1].shape)
+    is_point = isinstance(layer, nn.Conv2d) and (
+        set(layer.kernel_size) == set(layer.stride) == {1} and set(layer.padding) == {0}
+    )
+    if len(seen) != 1 or not (is_point or (isinstance(layer, nn.Linear) and len(shape) == 2)):
+        raise UserError(
+            f"model.head_init is linear-probe, but {head} is a {type(layer).__name__} on inputs {shape}: expected a "
+            "Linear layer on one row of features a picture, or a 1 x 1 convolution that is averaged. Choose xavier or "
+            "source-labels"
+        )
+
+
+@contextmanager
+def _inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what reaches a layer within a block."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+
+    handle = layer.register_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _features_and_logits(model: nn.Module, layer: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (features [B, D]: what the layer sees, averaged over places; logits [B, K]), in float32."""
+    with _inputs_of(layer) as seen:
+        logits = model(inputs)
+    return seen[0].float().flatten(2).mean(2) if seen[0].ndim > 2 else seen[0].float(), logits.float()
+
+
+def _require_equal(model: nn.Module, head: str, inputs: Tensor) -> None:
+    """Raise a UserError unless the model's logits are the output layer's on its features."""
+    layer = cast(nn.Linear | nn.Conv2d, model.get_submodule(head))
+    features, logits = _features_and_logits(model, layer, inputs)
+    weight = layer.weight.flatten(1).float()
+    bias = weight.new_zeros(()) if layer.bias is None else layer.bias.float()
+    terms = features.abs() @ weight.abs().T + bias.abs()
+    off = (logits - (features @ weight.T + bias)).abs()
+    if not bool((off <= _ROUNDING * terms).all()):
+        raise UserError(
+            f"model.head_init is linear-probe, but the model's logits are not {head} on the mean of what reaches it "
+            f"(off by {off.max():.3g}): something follows that layer. Choose xavier or source-labels"
+        )
+
+
+def held_out(labels: Tensor, seed: int) -> Tensor:
+    """Return which examples are held out, bool [examples]: a fifth of each class, at least 1 of 2; none of 1."""
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(derive_seed("probe", seed))
+    for label in labels.unique().tolist():
+        where = (labels == label).nonzero().flatten()
+        count = max(1, int(HELD_OUT * len(where))) if len(where) > 1 else 0
+        chosen[where[torch.randperm(len(where), generator=generator)[:count]]] = True
+    return chosen
+
+
+def probe(
+    model: nn.Module,
+    head: str,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    labels: Sequence[int],
+    *,
+    classes: int,
+    balanced: bool,
+    seed: int,
+    normalise: Callable[[Tensor], Tensor],
+    machine: Runtime,
+    watch: Callable[[Beats], AbstractContextManager[Beats]],
+    say: Callable[[str], object],
+) -> float:
+    """Solve for the output layer, put it into the model, the same bit for bit on every process; returns the seconds.
+
+    All processes call it; rank 0 solves. Each holds all features meanwhile, 4 bytes x examples x features.
+
+    Args:
+        model: bare, on its device; left in its mode.
+        head: name of the output layer.
+        batches: this process's share (images uint8 [B, 3, H, W], labels, examples) of one pass over the training
+            images as they are evaluated.
+        labels: of all training examples.
+        classes: how many there are.
+        balanced: weigh each class alike, whatever the number of its examples.
+        seed: of the choice of the examples that are held out.
+        normalise: uint8 images -> the model's input.
+        machine: the processes.
+        watch: makes what notices that this process hangs in the pass.
+        say: hears what was done.
+
+    Raises:
+        UserError: the model's logits are not linear in the features, or these are not finite.
+
+    """
+    say(f"linear probe: one pass over the {len(labels)} training images")
+    began = time.perf_counter()
+    layer = cast(nn.Linear | nn.Conv2d, model.get_submodule(head))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), watch(Beats()) as beats:
+            features, first = _collect(
+                model, head, batches, examples=len(labels), normalise=normalise, machine=machine, beats=beats
+            )
+        passed = time.perf_counter()
+        choice = in_turn(
+            machine.accelerator,
+            lambda: (
+                _solve(
+                    features.to(machine.accelerator.device),
+                    torch.tensor(labels),
+                    classes,
+                    balanced=balanced,
+                    seed=seed,
+                    intercept=layer.bias is not None,
+                )
+                if machine.is_main
+                else None
+            ),
+        )
+        choice = machine.from_main(choice)
+        assert choice is not None  # for mypy: rank 0 has it
+        with torch.no_grad():
+            layer.weight.copy_(choice.solution.weight.view_as(layer.weight))
+            if layer.bias is not None:
+                layer.bias.copy_(choice.solution.bias)
+        solved = time.perf_counter()
+        with torch.inference_mode():
+            _agree_on_equality(model, head, first, normalise, machine)
+    finally:
+        model.train(was_training)
+    count = int(held_out(torch.tensor(labels), seed).sum())
+    size = " x ".join(map(str, features.shape))
+    say(
+        f"linear probe: features {size} in {passed - began:.1f} s, output layer in {solved - passed:.1f} s; "
+        f"{_report(choice, count)}"
+    )
+    return time.perf_counter() - began
+
+
+def _collect(
+    model: nn.Module,
+    head: str,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    examples: int,
+    normalise: Callable[[Tensor], Tensor],
+    machine: Runtime,
+    beats: Beats,
+) -> tuple[Tensor, Tensor | None]:
+    """Return (features float32 [examples, D] on the CPU, in their order; some of this process's images, if it has any).
+
+    Each row comes from one process: adding the others' zeros to it is exact.
+    """
+    layer = cast(nn.Linear | nn.Conv2d, model.get_submodule(head))
+    mine = iter(batches)
+    head_of = next(mine, None)
+    # Ahead of the pass, and again after it: whether the model is linear there does not depend on the weights.
+    first = None if head_of is None else head_of[0][:_COMPARED]
+    _agree_on_equality(model, head, first, normalise, machine)
+    features = torch.zeros(examples, layer.weight.shape[1])
+    seen = torch.zeros(examples, dtype=torch.int64)
+    for images, _, places in chain(() if head_of is None else (head_of,), mine):
+        with machine.accelerator.autocast():
+            found, _ = _features_and_logits(model, layer, normalise(images))
+        features[places.cpu()] = found.cpu()
+        seen[places.cpu()] += 1
+        beats.beat(0)
+    if machine.world > 1:
+        for tensor in (features, seen):
+            torch.distributed.all_reduce(tensor, group=machine.control)
+    if not bool((seen == 1).all()):
+        raise RuntimeError(f"the features of {int((seen == 1).sum())} of {examples} examples were found once")
+    return features, first
+
+
+def _agree_on_equality(
+    model: nn.Module,
+    head: str,
+    images: Tensor | None,
+    normalise: Callable[[Tensor], Tensor],
+    machine: Runtime,
+) -> None:
+    error = None
+    if images is not None:
+        try:
+            _require_equal(model, head, normalise(images))
+        except UserError as caught:
+            error = caught
+    raise_together(machine.accelerator, error)
+
+
+def _solve(
+    features: Tensor, labels: Tensor, classes: int, *, balanced: bool, seed: int, intercept: bool
+) -> Choice:
+    """Return the solution, on the CPU; the penalty is chosen on a part of the examples that is held out."""
+    unusable = ~features.isfinite().all(1)
+    if bool(unusable.any()):
+        raise UserError(
+            f"model.head_init is linear-probe, but the source model's features of {int(unusable.sum())} training "
+            "images are not finite: see model.weights, data.mean and data.std, or try train.precision fp32"
+        )
+    apart = held_out(labels, seed).to(features.device)
+    weights = None
+    if balanced:
+        weights = balanced_weights(labels.bincount(minlength=classes).tolist())[labels].to(features)
+    there = labels.to(features.device)
+    if bool(apart.any()):
+        found = choose(features, there, classes, apart, weights=weights, intercept=intercept)
+    else:
+        path = [penalty for penalty in PENALTIES if penalty >= _UNCHOSEN]
+        solution = solve(features, there, classes, path, weights=weights, intercept=intercept)[-1]
+        found = Choice(solution, {}, 0)
+    solution = found.solution
+    return found._replace(solution=replace(solution, weight=solution.weight.cpu(), bias=solution.bias.cpu()))
+
+
+def _report(choice: Choice, count: int) -> str:
+    """Return what was found, for a person; `count` examples were held out."""
+    solution = choice.solution
+    how = (
+        f"penalty {solution.penalty:g}, chosen on {count} images held out, {choice.correct} right "
+        f"({choice.correct / count:.3f})"
+        if count
+        else f"penalty {solution.penalty:g}, not chosen: no class has a second image to hold out"
+    )
+    if solution.converged:
+        return f"{how}; solved in {solution.iterations} steps of L-BFGS"
+    return (
+        f"{how}; NOT SOLVED to the end in {solution.iterations} steps of L-BFGS (slope {solution.slope:.1e})"
+    )
