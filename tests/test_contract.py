@@ -50,10 +50,10 @@ def test_names_in_the_run_folder_and_the_environment() -> None:
 def test_what_the_launcher_reads_of_an_attempt_is_what_the_trainer_writes(tmp_path: Path) -> None:
     assert contract.latest_attempt(tmp_path) is None
     assert contract.last_number(tmp_path) == 0
-    attempt = lock.Attempt.claim(tmp_path, say=print)
+    attempt = lock.RunLock.acquire(tmp_path, log=print)
     attempt.update(step=3, steps=12, epoch=1, epochs=4)
     attempt.end("stopped", "SIGTERM")
-    lock.Attempt.claim(tmp_path, say=print).end("failed", "x: y")
+    lock.RunLock.acquire(tmp_path, log=print).end("failed", "x: y")
     found = contract.latest_attempt(tmp_path)
     assert found is not None
     assert (found.attempt, found.state, found.reason) == (2, "failed", "x: y")
@@ -100,7 +100,7 @@ def test_no_launch_writes_among_the_logs_of_another(tmp_path: Path) -> None:
     (tmp_path / "logs" / "0003-job-7.0").mkdir(parents=True)
     assert contract.new_logs(tmp_path).name == "0004"
     for _ in range(5):
-        lock.Attempt.claim(tmp_path, say=print).end("stopped")
+        lock.RunLock.acquire(tmp_path, log=print).end("stopped")
     assert contract.new_logs(tmp_path).name == "0006"
 
 

@@ -22,15 +22,15 @@ import torch
 from accelerate.utils import gather_object
 
 from trainer import git
-from trainer.distributed.context import Runtime
+from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
 from trainer.git import GitFailed, Repository
 from trainer.hardware import hardware
 from trainer.masking import masked_variables, masked_words
 from trainer.run.atomic import remove_leftovers, write_atomically, write_text_atomically
-from trainer.run.lock import Attempt
+from trainer.run.lock import RunLock
 from trainer.run.versions import own_version
-from trainer.text import printable
+from trainer.text import escape_unprintable
 
 ENVIRONMENT = "environment"
 _PREFIXES = (
@@ -64,13 +64,13 @@ _LAUNCHERS = (
 )
 
 
-def keep(folder: Path, attempt: Attempt | None, machine: Runtime) -> str | None:
+def keep(folder: Path, attempt: RunLock | None, ctx: DistributedContext) -> str | None:
     """Write down what this start was made with; all processes call it, rank 0 with its attempt.
 
     Returns one line where something has changed since the attempt before, or it cannot be written.
     """
-    here = _hardware(machine)
-    hosts = gather_object([here]) if machine.world > 1 else [here]
+    here = _hardware(ctx)
+    hosts = gather_object([here]) if ctx.world_size > 1 else [here]
     if attempt is None:
         return None
     try:
@@ -81,7 +81,7 @@ def keep(folder: Path, attempt: Attempt | None, machine: Runtime) -> str | None:
         return f"{folder / ENVIRONMENT}: what this start was made with could not be written down: {_short(error)}"
 
 
-def _write(folder: Path, attempt: Attempt, hosts: Sequence[Mapping[str, Any]]) -> str | None:
+def _write(folder: Path, attempt: RunLock, hosts: Sequence[Mapping[str, Any]]) -> str | None:
     number = attempt.record.attempt
     code, code_told = _repository(Path(__file__).with_name("main.py"))
     working, working_told = _repository(None)
@@ -122,7 +122,7 @@ def _write(folder: Path, attempt: Attempt, hosts: Sequence[Mapping[str, Any]]) -
 def chosen(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that have a say in a run; none that name a person."""
     return {
-        name: printable(value)
+        name: escape_unprintable(value)
         for name, value in environment.items()
         if (name.startswith(_PREFIXES) or name in _NAMES) and not name.endswith(_OF_PERSONS)
     }
@@ -183,7 +183,7 @@ def diffs(repositories: Sequence[Repository]) -> bytes:
     for one in repositories:
         if not one.diff:
             continue
-        head = f"# {printable(str(one.root))} at {one.commit}; what looked like a secret is masked\n"
+        head = f"# {escape_unprintable(str(one.root))} at {one.commit}; what looked like a secret is masked\n"
         parts += [head.encode(), one.diff.rstrip(b"\n") + b"\n"]
         if one.cut:
             parts.append(f"# cut here: the first {len(one.diff):,} bytes are kept\n".encode())
@@ -201,13 +201,15 @@ def changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[st
     then_code, code = before.get("code", {}), now.get("code", {})
     if then_code.get("commit") != code.get("commit"):
         then, commit = (str(of.get("commit") or "none")[:10] for of in (then_code, code))
-        found.append(f"the code's commit was {printable(then)}, is {printable(commit)}")
+        found.append(f"the code's commit was {escape_unprintable(then)}, is {escape_unprintable(commit)}")
     elif then_code.get("diff_sha256") != code.get("diff_sha256"):
         found.append("what is not committed of the code has changed")
     for key, what in (("cpu", "processor"), ("gpus", "GPUs"), ("driver", "NVIDIA driver")):
         then, this = (_said_of(facts, key) for facts in (before, now))
         if then != this:
-            found.append(f"the {what}: {printable(then or 'none')} then, {printable(this or 'none')} now")
+            found.append(
+                f"the {what}: {escape_unprintable(then or 'none')} then, {escape_unprintable(this or 'none')} now"
+            )
     return found
 
 
@@ -223,10 +225,10 @@ def _said_of(facts: Mapping[str, Any], key: str) -> str:
     return ", ".join(sorted(set(values)))
 
 
-def _hardware(machine: Runtime) -> dict[str, Any]:
+def _hardware(ctx: DistributedContext) -> dict[str, Any]:
     """Return this host's hardware, or why it cannot be told: the others wait for an answer."""
     try:
-        return hardware(machine.accelerator.device)
+        return hardware(ctx.accelerator.device)
     except Exception as error:  # noqa: BLE001 (as above)
         return {"host": socket.gethostname(), "error": _short(error)}
 
@@ -285,4 +287,4 @@ def _system() -> str:
 
 
 def _short(error: Exception) -> str:
-    return printable(f"{type(error).__name__}: {error}")[:300]
+    return escape_unprintable(f"{type(error).__name__}: {error}")[:300]

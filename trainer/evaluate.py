@@ -64,10 +64,10 @@ def evaluate(
     *,
     classes: int,
     expected: int,
-    normalise: Callable[[Tensor], Tensor],
+    normalize: Callable[[Tensor], Tensor],
     reduce: Callable[[Tensor], Tensor],
     device: torch.device,
-    rounds: int,
+    num_batches: int,
     interrupted: Callable[[], bool],
 ) -> Evaluation:
     """Run the model over this process's batches and return the sums over all processes.
@@ -93,7 +93,7 @@ def evaluate(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     counts = torch.zeros(3, classes, dtype=torch.int64, device=device)
     mine = iter(batches)
-    for _ in range(rounds):
+    for _ in range(num_batches):
         if interrupted():
             model.train(was_training)
             raise Interrupted
@@ -101,7 +101,7 @@ def evaluate(
         if batch is None:
             continue
         images, labels, _ = batch
-        logits = model(normalise(images)).float()
+        logits = model(normalize(images)).float()
         loss_sum += cross_entropy(logits, labels, reduction="sum")
         answers = logits.argmax(dim=1)
         # bincount and boolean indices would wait for the device, to learn how long their result is

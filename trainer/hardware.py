@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trainer.distributed.context import available_cores
-from trainer.text import printable
+from trainer.text import escape_unprintable
 
 
 def hardware(device: torch.device, *, proc: Path = Path("/proc")) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def _cpu(proc: Path) -> str | None:
     for line in _lines(proc / "cpuinfo"):
         name, _, value = line.partition(":")
         if name.strip() in ("model name", "Model", "CPU part"):
-            return printable(value.strip())
+            return escape_unprintable(value.strip())
     return None
 
 
@@ -56,7 +56,7 @@ def _gpus(device: torch.device, proc: Path) -> list[dict[str, Any]]:
         for line in _lines(path):
             name, _, value = line.partition(":")
             if name == "Model":
-                names.append({"name": printable(value.strip())})
+                names.append({"name": escape_unprintable(value.strip())})
     return names
 
 

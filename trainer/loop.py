@@ -14,37 +14,37 @@ from torch import Tensor, nn
 from trainer.distributed.signals import Stopped
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, Interrupted
-from trainer.metrics import Figures, Meter, Sums
-from trainer.model.batch_norm import average_statistics, batch_norm_in_eval
+from trainer.metrics import Meter, Metrics, MetricState
+from trainer.model.batch_norm import average_batch_norm_statistics, batch_norm_in_eval
 from trainer.model.head import split_outputs
-from trainer.optim.ema import Shadow
-from trainer.optim.loss import PLAIN, Blend, Objective
-from trainer.optim.mixup import Mixing
+from trainer.optim.ema import ModelEma
+from trainer.optim.loss import PLAIN, Criterion, MixedTarget
+from trainer.optim.mixup import Mixup
 from trainer.optim.param_groups import current_lr, set_lr
 from trainer.seeds import derive_seed
-from trainer.transfer.l2_sp import Pull
+from trainer.transfer.l2_sp import L2SP
 
 Share = tuple[Tensor, Tensor, Tensor]
 """One process's part of a global batch: images uint8 [B, 3, H, W], labels int64 [B], examples int64 [B]."""
-Normalise = Callable[[Tensor], Tensor]
+Normalize = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W], uint8 or (mixed) float from 0 to 255 -> the model's input."""
 Evaluations = dict[str, Evaluation]
 """Part of the data (`test`, `val`) -> what a pass over it found."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainSchedule:
     """Which updates are made."""
 
     batch_sizes: tuple[int, ...]
     """Examples of each global batch of an epoch, in order; there are as many as an epoch has steps."""
     epochs: int
     loss_reduction: Literal["mean", "sum"]
-    accumulation: int
-    clip_norm: float | None
+    grad_accum_steps: int
+    max_grad_norm: float | None
     seed: int
-    points_per_epoch: int
-    lr_factor: Callable[[int], float]
+    logs_per_epoch: int
+    lr_multiplier: Callable[[int], float]
     """Step of the run, counted from 0 -> share of the peak learning rate."""
 
     @property
@@ -53,21 +53,21 @@ class Plan:
         return len(self.batch_sizes)
 
     @property
-    def points(self) -> frozenset[int]:
+    def log_steps(self) -> frozenset[int]:
         """Return the steps of an epoch, counted from 1, after which figures are read; the last is one of them."""
-        wanted = min(self.points_per_epoch, self.steps_per_epoch)
+        wanted = min(self.logs_per_epoch, self.steps_per_epoch)
         return frozenset(math.ceil(i * self.steps_per_epoch / wanted) for i in range(1, wanted + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class ResumePoint:
     """Where training begins: a new run, or where an earlier start of it came to."""
 
     epoch: int = 0
     """Whole epochs made: trained and evaluated."""
     step: int = 0
     """Updates made; those beyond `epoch` whole epochs belong to the epoch in progress."""
-    sums: Sums | None = None
+    sums: MetricState | None = None
     """Of the epoch in progress."""
 
 
@@ -81,25 +81,25 @@ class Progress:
     """Updates made in the epoch."""
     step: int
     """Updates made in the run."""
-    figures: Figures
+    metrics: Metrics
     lr: dict[str, float]
     """Parameter group -> learning rate of the last update."""
 
 
-class Listener(Protocol):
+class TrainLogger(Protocol):
     """What the loop tells of itself. Figures are over all processes, and known to every rank."""
 
-    def step(self, epoch: int, epoch_step: int) -> None:
+    def log_progress(self, epoch: int, epoch_step: int) -> None:
         """Hear that an update was issued: without figures, so that the device need not be waited for."""
 
-    def point(self, progress: Progress) -> None:
+    def log_step(self, progress: Progress) -> None:
         """Hear the figures read within an epoch."""
 
-    def epoch(self, progress: Progress, evaluations: Evaluations) -> None:
+    def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
         """Hear that an epoch has ended and was evaluated; called before anything is saved."""
 
 
-class Wish(NamedTuple):
+class StepDecision(NamedTuple):
     """What the processes have agreed on at a boundary between two updates."""
 
     save: bool
@@ -107,39 +107,39 @@ class Wish(NamedTuple):
     """Who asks to stop (`SIGTERM`, `the file STOP`), or None."""
 
 
-class Keeper(Protocol):
+class CheckpointManager(Protocol):
     """What happens between updates. All processes call it at the same boundaries."""
 
     @property
-    def over(self) -> bool:
+    def stopped_early(self) -> bool:
         """Return whether the epoch that was kept last is the run's last one, although more were planned."""
 
-    def agree(self, step: int) -> Wish:
+    def sync_flags(self, step: int) -> StepDecision:
         """Return what all of them do after `step` updates of the run; raises what one of them has met."""
 
-    def save(self, epoch: int, step: int, sums: Sums) -> None:
+    def save(self, epoch: int, step: int, sums: MetricState) -> None:
         """Save the state within an epoch: after `epoch` whole ones and `step` updates in all."""
 
-    def epoch(self, progress: Progress, evaluations: Evaluations) -> str | None:
+    def end_epoch(self, progress: Progress, evaluations: Evaluations) -> str | None:
         """Save the state at the end of an epoch, if that is due; its row stands in the metrics already.
 
         Returns who asks to stop, if anybody does; the state is then saved.
         """
 
 
-class Unkept:
+class NullCheckpointManager:
     """Saves nothing and never stops: for a look at the loop alone."""
 
-    over = False
+    stopped_early = False
 
-    def agree(self, step: int) -> Wish:
+    def sync_flags(self, step: int) -> StepDecision:
         """Go on."""
-        return Wish(save=False, stop=None)
+        return StepDecision(save=False, stop=None)
 
-    def save(self, epoch: int, step: int, sums: Sums) -> None:
+    def save(self, epoch: int, step: int, sums: MetricState) -> None:
         """Save nothing."""
 
-    def epoch(self, progress: Progress, evaluations: Evaluations) -> str | None:
+    def end_epoch(self, progress: Progress, evaluations: Evaluations) -> str | None:
         """Save nothing."""
         return None
 
@@ -148,20 +148,20 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Share],
-    plan: Plan,
-    start: Start,
+    plan: TrainSchedule,
+    start: ResumePoint,
     *,
     accelerator: Accelerator,
-    normalise: Normalise,
+    normalize: Normalize,
     evaluate: Callable[[nn.Module, Callable[[], bool]], Evaluations],
-    keeper: Keeper,
-    listener: Listener,
-    paths_of: Callable[[int, int], Sequence[str]],
+    keeper: CheckpointManager,
+    listener: TrainLogger,
+    batch_paths: Callable[[int, int], Sequence[str]],
     begin_epoch: Callable[[int], nn.Module] | None = None,
-    objective: Objective = PLAIN,
-    mixing: Mixing | None = None,
-    shadow: Shadow | None = None,
-    pull: Pull | None = None,
+    criterion: Criterion = PLAIN,
+    mixup: Mixup | None = None,
+    ema: ModelEma | None = None,
+    l2_sp: L2SP | None = None,
 ) -> None:
     """Train from `start` to the end of the last epoch, or of that with which the keeper says that it is over.
 
@@ -191,19 +191,19 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
 
     """
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    points, steps = plan.points, plan.steps_per_epoch
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    points, steps = plan.log_steps, plan.steps_per_epoch
 
     def progress(epoch: int, epoch_step: int) -> Progress:
         """Read the figures after `epoch_step` updates of an epoch counted from 0."""
-        figures = meter.read()
-        if figures.bad_step is not None:
-            raise _not_finite(figures.bad_step, plan, paths_of)
+        figures = meter.compute()
+        if figures.first_nonfinite_step is not None:
+            raise _not_finite(figures.first_nonfinite_step, plan, batch_paths)
         return Progress(
             epoch=epoch + 1,
             epoch_step=epoch_step,
             step=epoch * steps + epoch_step,
-            figures=figures,
+            metrics=figures,
             lr=current_lr(optimizer),
         )
 
@@ -215,14 +215,16 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
         )
 
     def save(epoch: int, step: int) -> None:
-        sums, bad_step = meter.sums()
-        if bad_step is not None:
-            raise _not_finite(bad_step, plan, paths_of)
+        sums, first_nonfinite_step = meter.state()
+        if first_nonfinite_step is not None:
+            raise _not_finite(first_nonfinite_step, plan, batch_paths)
         keeper.save(epoch, step, sums)
 
     model.train()
     if start.step:
-        set_lr(optimizer, plan.lr_factor(start.step - 1))  # which is told of an epoch with no update to come
+        set_lr(
+            optimizer, plan.lr_multiplier(start.step - 1)
+        )  # which is told of an epoch with no update to come
     for epoch in range(start.epoch, plan.epochs):
         begun = start.step - epoch * steps if epoch == start.epoch else 0
         if begin_epoch is not None:
@@ -232,56 +234,56 @@ def fit(  # noqa: PLR0912, PLR0915 (that it reads from top to bottom is worth it
         for epoch_step in range(begun, steps):
             step, size = epoch * steps + epoch_step, plan.batch_sizes[epoch_step]
             images, labels, examples = next(batches)
-            meter.arrived()
+            meter.start_step()
             blend = None
-            if mixing is not None:
-                images, labels, blend = mixing(images, labels, step, size)
-            set_lr(optimizer, plan.lr_factor(step))
+            if mixup is not None:
+                images, labels, blend = mixup(images, labels, step, size)
+            set_lr(optimizer, plan.lr_multiplier(step))
             # The masks of dropout and stochastic depth belong to (seed, step, rank), not to what ran before.
             torch.manual_seed(derive_seed("masks", plan.seed, step, rank))
             # DDP averages the gradients over the ranks: times world, that is their sum.
-            scale = world / size if plan.loss_reduction == "mean" else float(world)
+            scale = world_size / size if plan.loss_reduction == "mean" else float(world_size)
             loss_sum, correct = update(
                 model,
                 optimizer,
                 (images, labels, examples),
                 scale,
                 accelerator=accelerator,
-                normalise=normalise,
-                parts=plan.accumulation,
-                clip_norm=plan.clip_norm,
-                objective=objective,
+                normalize=normalize,
+                parts=plan.grad_accum_steps,
+                max_grad_norm=plan.max_grad_norm,
+                criterion=criterion,
                 blend=blend,
-                pull=pull,
+                l2_sp=l2_sp,
             )
-            if shadow is not None:
-                shadow.follow(step + 1)
-            meter.updated(step, len(labels), loss_sum, correct)
-            listener.step(epoch + 1, epoch_step + 1)
+            if ema is not None:
+                ema.update(step + 1)
+            meter.end_step(step, len(labels), loss_sum, correct)
+            listener.log_progress(epoch + 1, epoch_step + 1)
             if epoch_step + 1 in points:
-                listener.point(progress(epoch, epoch_step + 1))
+                listener.log_step(progress(epoch, epoch_step + 1))
             if epoch_step + 1 < steps:  # the last update's boundary lies behind the evaluation
-                wish = keeper.agree(step + 1)
+                wish = keeper.sync_flags(step + 1)
                 if wish.stop:
                     leave(wish.stop, epoch, step + 1)
                 if wish.save:
                     save(epoch, step + 1)
         done = (epoch + 1) * steps
         whole = progress(epoch, steps)
-        if whole.figures.seen != sum(plan.batch_sizes):
-            raise RuntimeError(f"trained on {whole.figures.seen} examples, expected {sum(plan.batch_sizes)}")
+        if whole.metrics.seen != sum(plan.batch_sizes):
+            raise RuntimeError(f"trained on {whole.metrics.seen} examples, expected {sum(plan.batch_sizes)}")
         if begun < steps:  # else they were averaged before it was saved, and would be rounded anew
-            average_statistics(bare if shadow is None else shadow.and_model(), world)
-        evaluated = bare if shadow is None else shadow.model
+            average_batch_norm_statistics(bare if ema is None else ema.and_model(), world_size)
+        evaluated = bare if ema is None else ema.model
         try:
-            evaluations = evaluate(evaluated, lambda: keeper.agree(done).stop is not None)  # noqa: B023 (called within the round)
+            evaluations = evaluate(evaluated, lambda: keeper.sync_flags(done).stop is not None)  # noqa: B023 (called within the round)
         except Interrupted:
-            leave(str(keeper.agree(done).stop), epoch, done)
+            leave(str(keeper.sync_flags(done).stop), epoch, done)
         if not all(math.isfinite(e.loss_sum) for e in evaluations.values()):
-            raise _not_finite(done - 1, plan, paths_of)
-        listener.epoch(whole, evaluations)
-        stop = keeper.epoch(whole, evaluations)
-        if keeper.over:
+            raise _not_finite(done - 1, plan, batch_paths)
+        listener.log_epoch(whole, evaluations)
+        stop = keeper.end_epoch(whole, evaluations)
+        if keeper.stopped_early:
             return
         if stop and epoch + 1 < plan.epochs:
             raise Stopped(stop, saved=f"the end of epoch {epoch + 1} of {plan.epochs}")
@@ -294,30 +296,30 @@ def update(
     scale: float,
     *,
     accelerator: Accelerator,
-    normalise: Normalise,
+    normalize: Normalize,
     parts: int,
-    clip_norm: float | None,
-    objective: Objective = PLAIN,
-    blend: Blend | None = None,
-    pull: Pull | None = None,
+    max_grad_norm: float | None,
+    criterion: Criterion = PLAIN,
+    blend: MixedTarget | None = None,
+    l2_sp: L2SP | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Make one update on the gradient of `backward`, clipped to `clip_norm` if given; returns what that does."""
+    """Make one update on the gradient of `backward`, clipped to `max_grad_norm` if given; returns what that does."""
     found = backward(
         model,
         share,
         scale,
         accelerator=accelerator,
-        normalise=normalise,
+        normalize=normalize,
         parts=parts,
-        objective=objective,
+        criterion=criterion,
         blend=blend,
     )
-    if clip_norm is not None:
-        accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-    if pull is not None:
-        if clip_norm is None:  # which has undone fp16's loss scaling already
+    if max_grad_norm is not None:
+        accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    if l2_sp is not None:
+        if max_grad_norm is None:  # which has undone fp16's loss scaling already
             accelerator.unscale_gradients(optimizer)
-        pull.before_step(optimizer)
+        l2_sp.apply(optimizer)
     optimizer.step()
     optimizer.zero_grad()
     return found
@@ -329,10 +331,10 @@ def backward(
     scale: float,
     *,
     accelerator: Accelerator,
-    normalise: Normalise,
+    normalize: Normalize,
     parts: int = 1,
-    objective: Objective = PLAIN,
-    blend: Blend | None = None,
+    criterion: Criterion = PLAIN,
+    blend: MixedTarget | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add `scale` times the gradient of the share's summed loss to the parameters' gradients, over all ranks.
 
@@ -349,47 +351,49 @@ def backward(
     images, labels, _ = share
     loss_sum = torch.zeros((), dtype=torch.float64, device=labels.device)
     correct = torch.zeros((), dtype=torch.int64, device=labels.device)
-    pieces = cut(len(labels), parts)
+    pieces = split_micro_batches(len(labels), parts)
     for piece in pieces:
         is_last = piece is pieces[-1]
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             if piece.stop == piece.start:
-                loss = _nothing(model, images, normalise)
+                loss = _zero_loss(model, images, normalize)
             else:
                 wanted, mixed = labels[piece], None if blend is None else blend[piece]
-                logits, auxiliary = split_outputs(model(normalise(images[piece])))
-                loss = main = objective(logits, wanted, mixed)
+                logits, auxiliary = split_outputs(model(normalize(images[piece])))
+                loss = main = criterion(logits, wanted, mixed)
                 for weight, other in auxiliary:
-                    loss = loss + weight * objective(other, wanted, mixed)
+                    loss = loss + weight * criterion(other, wanted, mixed)
                 loss_sum += main.detach()
                 correct += (logits.detach().argmax(dim=1) == wanted).sum()
             accelerator.backward(loss * scale)
     return loss_sum, correct
 
 
-def cut(size: int, parts: int) -> list[slice]:
+def split_micro_batches(size: int, parts: int) -> list[slice]:
     """Return up to `parts` slices of nearly equal length that cover range(size); one empty slice for size 0."""
     parts = max(1, min(parts, size))
     edges = [i * size // parts for i in range(parts + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
-def _nothing(model: nn.Module, images: Tensor, normalise: Normalise) -> Tensor:
+def _zero_loss(model: nn.Module, images: Tensor, normalize: Normalize) -> Tensor:
     """Return a loss of exactly 0 that depends on every parameter, so that an empty share meets the other ranks.
 
     A blank picture goes through, since not every layer takes a batch of none; BatchNorm looks the other way.
     """
     blank = images.new_zeros(1, *images.shape[1:])
     with batch_norm_in_eval(model):
-        logits, auxiliary = split_outputs(model(normalise(blank)))
+        logits, auxiliary = split_outputs(model(normalize(blank)))
     total = logits.float().sum() + sum(other.float().sum() for _, other in auxiliary)
     zero: Tensor = torch.where(torch.isfinite(total), total, torch.zeros_like(total)) * 0
     return zero
 
 
-def _not_finite(step: int, plan: Plan, paths_of: Callable[[int, int], Sequence[str]]) -> UserError:
+def _not_finite(
+    step: int, plan: TrainSchedule, batch_paths: Callable[[int, int], Sequence[str]]
+) -> UserError:
     epoch, epoch_step = divmod(step, plan.steps_per_epoch)
-    paths: Any = paths_of(epoch, epoch_step)
+    paths: Any = batch_paths(epoch, epoch_step)
     shown = "".join(f"\n  {path}" for path in paths)
     return UserError(
         f"the loss is not finite since step {step + 1} (epoch {epoch + 1}, batch {epoch_step + 1}): training has "

@@ -27,7 +27,7 @@ if not __package__:
 
 from trainer.config.parse import parse
 from trainer.distributed.error_file import write_error_file
-from trainer.distributed.signals import STOPPING, Stopped, StopSignals, follow_launcher, has_launcher
+from trainer.distributed.signals import STOPPING, Stopped, StopSignals, exit_with_parent, has_launcher
 from trainer.errors import UserError
 
 FAILED = 1
@@ -48,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(sys.argv[1:] if argv is None else argv)
         # torch takes seconds to import: a wrong option is answered without it.
         # An import that is broken off would leave half a module behind.
-        with signals.as_flags(), _without_collections():
+        with signals.deferred(), _without_collections():
             from trainer.pipeline import run  # noqa: PLC0415
         if signals.asked:
             raise Stopped(signal.Signals(signals.asked).name)
 
         run(config, signals)
 
-    return answer(train)
+    return run_cli(train)
 
 
 @contextmanager
@@ -75,14 +75,14 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def answer(work: Callable[[StopSignals], object], *, goes_on: str = _GOES_ON) -> int:
+def run_cli(work: Callable[[StopSignals], object], *, goes_on: str = _GOES_ON) -> int:
     """Do the work of a verb under signals, say in one sentence why it ended, and return the exit code.
 
     `goes_on` tells whoever has stopped it what the same command will do.
     """
     with StopSignals() as signals:
         if has_launcher(os.environ):
-            follow_launcher()
+            exit_with_parent()
         try:
             work(signals)
         except UserError as error:
@@ -93,7 +93,7 @@ def answer(work: Callable[[StopSignals], object], *, goes_on: str = _GOES_ON) ->
             if os.environ.get("RANK", "0") == "0":  # all have stopped together
                 how = f"saved at {stop.saved}" if stop.saved else "there was nothing new to save"
                 _say(f"stopped by {stop.reason}: {how}. {goes_on}")
-            return stop_code(os.environ)
+            return stopped_exit_code(os.environ)
         except KeyboardInterrupt:
             _say(
                 "interrupted before the state could be saved: what the run folder holds is whole. " + goes_on
@@ -102,7 +102,7 @@ def answer(work: Callable[[StopSignals], object], *, goes_on: str = _GOES_ON) ->
     return 0
 
 
-def stop_code(environment: Mapping[str, str]) -> int:
+def stopped_exit_code(environment: Mapping[str, str]) -> int:
     """Return the exit code of a run that was asked to stop.
 
     torchrun knows success and failure alone, and starts again what has failed: there a stop is a success, and
@@ -124,7 +124,7 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Exit; as one of a group, or after an error that is none of the user's, without Python's own clearing up.
 
     All is written and the group is left by then, but now and then gloo's threads abort a process that clears
@@ -142,7 +142,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def leave_after(work: Callable[[], int]) -> NoReturn:
+def exit_after(work: Callable[[], int]) -> NoReturn:
     """Exit with the code that the work returns; what it raises is told as Python tells it."""
     try:
         code = work()
@@ -152,8 +152,8 @@ def leave_after(work: Callable[[], int]) -> NoReturn:
         write_error_file(error)
         sys.excepthook(*sys.exc_info())
         code = FAILED
-    leave(code)
+    exit_process(code)
 
 
 if __name__ == "__main__":
-    leave_after(main)
+    exit_after(main)

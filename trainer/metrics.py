@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class Metrics:
     """An epoch so far, over all processes. Losses and answers are of the forward passes before each update."""
 
     loss_sum: float
@@ -20,7 +20,7 @@ class Figures:
     """From the start of the epoch to the end of the last update; evaluation and saving lie outside."""
     compute_seconds: float
     """Of these, from each batch's arrival on the device to the end of its update."""
-    bad_step: int | None
+    first_nonfinite_step: int | None
     """The first step of the run, counted from 0, whose loss was not finite."""
 
     @property
@@ -45,7 +45,7 @@ class Figures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sums:
+class MetricState:
     """What an epoch has added up so far, as a checkpoint keeps it."""
 
     rows: tuple[tuple[float, int, int], ...]
@@ -57,7 +57,7 @@ class Sums:
 class Meter:
     """Adds up one epoch without waiting for the device; `read` waits, and reduces over the ranks."""
 
-    def __init__(self, accelerator: Accelerator, earlier: Sums | None = None) -> None:
+    def __init__(self, accelerator: Accelerator, earlier: MetricState | None = None) -> None:
         """Begin with what the same epoch had added up before it was cut short."""
         self._accelerator = accelerator
         self._device = accelerator.device
@@ -69,11 +69,11 @@ class Meter:
         self._arrival: float | torch.cuda.Event = 0.0
         self._began = time.perf_counter() - (earlier.seconds if earlier else 0.0)
 
-    def arrived(self) -> None:
+    def start_step(self) -> None:
         """Note that a batch is on its device and its update begins."""
         self._arrival = self._now()
 
-    def updated(self, step: int, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
+    def end_step(self, step: int, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
         """Note the end of update `step`, with this process's sums."""
         self._sums[0] += loss_sum
         self._sums[1] += correct
@@ -85,20 +85,20 @@ class Meter:
         elif isinstance(end, torch.cuda.Event) and isinstance(self._arrival, torch.cuda.Event):
             self._spans.append((self._arrival, end))
 
-    def read(self) -> Figures:
+    def compute(self) -> Metrics:
         """Return the figures of the epoch so far; every rank must call it, and gets the same sums."""
         every = self._gathered()
         first_bad = min(row[3] for row in every)
-        return Figures(
+        return Metrics(
             loss_sum=sum(row[0] for row in every),
             correct=int(sum(row[1] for row in every)),
             seen=int(sum(row[2] for row in every)),
             seconds=time.perf_counter() - self._began,
             compute_seconds=self._compute,
-            bad_step=None if first_bad == torch.inf else int(first_bad),
+            first_nonfinite_step=None if first_bad == torch.inf else int(first_bad),
         )
 
-    def sums(self) -> tuple[Sums, int | None]:
+    def state(self) -> tuple[MetricState, int | None]:
         """Return the epoch so far as a checkpoint keeps it, and the first step whose loss was not finite.
 
         Every rank must call it.
@@ -106,7 +106,9 @@ class Meter:
         every = self._gathered()
         first_bad = min(row[3] for row in every)
         rows = tuple((row[0], int(row[1]), int(row[2])) for row in every)
-        sums = Sums(rows=rows, seconds=time.perf_counter() - self._began, compute_seconds=self._compute)
+        sums = MetricState(
+            rows=rows, seconds=time.perf_counter() - self._began, compute_seconds=self._compute
+        )
         return sums, None if first_bad == torch.inf else int(first_bad)
 
     def _gathered(self) -> list[list[float]]:
@@ -127,9 +129,9 @@ class Meter:
         return event
 
 
-def _share(earlier: Sums, rank: int, world: int) -> tuple[float, float, float]:
+def _share(earlier: MetricState, rank: int, world_size: int) -> tuple[float, float, float]:
     """Return what `rank` begins with: its own sums, or the whole on rank 0 where the processes are others."""
-    if len(earlier.rows) == world:
+    if len(earlier.rows) == world_size:
         return earlier.rows[rank]
     if rank > 0:
         return 0, 0, 0

@@ -12,26 +12,26 @@ from rich.console import Console
 
 from trainer import environment
 from trainer.commands.debug import debug
-from trainer.config.builders import load_examples
+from trainer.config.builders import load_dataset
 from trainer.config.parse import dump
 from trainer.config.preflight import preflight
-from trainer.config.schema import Config, ScratchConfig, SourceConfig, TransferConfig
+from trainer.config.schema import BaselineConfig, Config, PretrainConfig, TransferConfig
 from trainer.data.augment import Preprocessing
 from trainer.data.registry import cache_folder, is_known
 from trainer.distributed import context
-from trainer.distributed.context import Runtime
+from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
 from trainer.model.build import preset
-from trainer.model.file import read_description
+from trainer.model.file import read_metadata
 from trainer.report.console import make_console
 from trainer.report.summary import comparison, summary
-from trainer.run.folder import STOP, examine, holds_run, kept_precision, move_aside, write_config
-from trainer.run.lock import Attempt, Record, latest, require_free, restarted
-from trainer.train_run import Outcome, finetune
+from trainer.run.folder import STOP, archive_run, check_resumable, holds_run, saved_precision, write_config
+from trainer.run.lock import AttemptRecord, RunLock, is_torchrun_restart, latest_attempt, wait_until_released
+from trainer.train_run import TrainResult, train_run
 
 
-def run(config: Config, signals: StopSignals) -> Outcome | None:
+def run(config: Config, signals: StopSignals) -> TrainResult | None:
     """Do all that the config asks for; returns the fine-tuned run, None in debug mode.
 
     Raises:
@@ -39,35 +39,35 @@ def run(config: Config, signals: StopSignals) -> Outcome | None:
         Stopped: the run was asked to stop.
 
     """
-    if config.debug and not context.stand_alone(os.environ):
+    if config.debug and not context.leave_process_group_env(os.environ):
         return None
     folder = Path(_absolute("run.dir", config.run.dir))
-    kept = kept_precision(folder) if config.run.resume != "never" else None
-    machine = context.start(
+    kept = saved_precision(folder) if config.run.resume != "never" else None
+    ctx = context.start(
         device=config.run.device,
         precision=config.train.precision,
         threads=config.run.threads,
         kept=None if config.debug else kept,
     )
-    console = make_console(speaks=machine.is_main)
+    console = make_console(speaks=ctx.is_main_process)
     config = resolve(config)
     # What was chosen is part of the run: it does not change where the run goes on.
-    config = replace(config, train=replace(config.train, precision=machine.precision))
-    for note in machine.notes:
+    config = replace(config, train=replace(config.train, precision=ctx.precision))
+    for note in ctx.notes:
         console.print(note)
     if config.debug:
-        debug(config, machine, console)
+        debug(config, ctx, console)
         return None
 
-    attempt = context.in_turn(
-        machine.accelerator, lambda: _open(config, console, signals) if machine.is_main else None
+    attempt = context.main_process_first(
+        ctx.accelerator, lambda: _open(config, console, signals) if ctx.is_main_process else None
     )
     try:
-        with signals.as_flags():  # the first stage asks for them
-            told = environment.keep(folder, attempt, machine)
+        with signals.deferred():  # the first stage asks for them
+            told = environment.keep(folder, attempt, ctx)
         if told is not None:
             console.print(told)
-        outcome = _stages(config, machine, console, attempt, signals)
+        outcome = _stages(config, ctx, console, attempt, signals)
     except BaseException as error:
         if attempt is not None:
             _end(attempt, error)
@@ -79,13 +79,13 @@ def run(config: Config, signals: StopSignals) -> Outcome | None:
 
 
 def _stages(
-    config: Config, machine: Runtime, console: Console, attempt: Attempt | None, signals: StopSignals
-) -> Outcome:
+    config: Config, ctx: DistributedContext, console: Console, attempt: RunLock | None, signals: StopSignals
+) -> TrainResult:
     weights = config.model.weights
 
-    def stage(name: str, config: Config, weights: str | None) -> Outcome:
+    def stage(name: str, config: Config, weights: str | None) -> TrainResult:
         # A signal that came while the stage before was finishing has only left its flag.
-        (asked,) = machine.agree([signals.asked or 0])
+        (asked,) = ctx.all_reduce_max([signals.asked or 0])
         if asked:
             raise Stopped(signal.Signals(asked).name)
 
@@ -93,45 +93,45 @@ def _stages(
             if attempt is not None:
                 attempt.update(stage=name, step=0, steps=0, epoch=0, epochs=config.train.epochs)
 
-        context.in_turn(machine.accelerator, note_down)
-        return finetune(config, machine, console, weights=weights, attempt=attempt, signals=signals)
+        context.main_process_first(ctx.accelerator, note_down)
+        return train_run(config, ctx, console, weights=weights, attempt=attempt, signals=signals)
 
     if config.source.root:
-        preflight(config, load_examples(config.data, machine, console).index, machine)
+        preflight(config, load_dataset(config.data, ctx, console).index, ctx)
         console.rule("source model", align="left")
-        source = stage("source", source_stage(config), None)
+        source = stage("source", pretrain_config(config), None)
         weights = str(source.model_file)
     if config.source.root or config.scratch.lr:
         console.rule("fine-tuning" if weights else "training", align="left")
     outcome = stage("", config, weights)
-    if machine.is_main:
+    if ctx.is_main_process:
         console.print(summary(outcome, alpha=outcome.alpha))
     if config.scratch.lr:
         console.rule("from scratch", align="left")
-        scratch = stage("scratch", scratch_stage(config), None)
-        if machine.is_main:
+        scratch = stage("scratch", baseline_config(config), None)
+        if ctx.is_main_process:
             console.rule("fine-tuned or from scratch", align="left")
             console.print(comparison(outcome, scratch))
             console.print(f"run folder {outcome.folder}; from scratch {scratch.folder}")
     return outcome
 
 
-def _open(config: Config, console: Console, signals: StopSignals) -> Attempt:
+def _open(config: Config, console: Console, signals: StopSignals) -> RunLock:
     """Make the run folder this process's, with a config in it."""
     folder, resume = Path(config.run.dir), config.run.resume
     # torchrun starts its processes again with the words that they were first started with.
-    if resume == "never" and restarted(folder):
+    if resume == "never" and is_torchrun_restart(folder):
         resume = "auto"
-    note = examine(folder, dump(config), resume=resume)
-    _, before = latest(folder)
-    free = require_free(folder, say=console.print)
-    with signals.as_flags():  # or a number would be taken, and nobody be there to say how it ended
-        attempt = Attempt.claim(folder, say=console.print, free=free)
+    note = check_resumable(folder, dump(config), resume=resume)
+    _, before = latest_attempt(folder)
+    free = wait_until_released(folder, log=console.print)
+    with signals.deferred():  # or a number would be taken, and nobody be there to say how it ended
+        attempt = RunLock.acquire(folder, log=console.print, free=free)
         try:
             if resume == "never" and holds_run(folder):
                 attempt.end("stopped", "moved aside")
-                note = move_aside(folder)
-                attempt, before = Attempt.claim(folder, say=console.print), None
+                note = archive_run(folder)
+                attempt, before = RunLock.acquire(folder, log=console.print), None
             if note is not None:
                 console.print(note)
             _settle_stop_file(folder, before, console)
@@ -143,7 +143,7 @@ def _open(config: Config, console: Console, signals: StopSignals) -> Attempt:
     return attempt
 
 
-def _settle_stop_file(folder: Path, before: Record | None, console: Console) -> None:
+def _settle_stop_file(folder: Path, before: AttemptRecord | None, console: Console) -> None:
     """Remove a STOP that an earlier start has left; one that came after it had been killed is still meant."""
     path = folder / STOP
     try:
@@ -160,7 +160,7 @@ def _settle_stop_file(folder: Path, before: Record | None, console: Console) -> 
     console.print(f"{path}: from before this start, removed")
 
 
-def _end(attempt: Attempt, error: BaseException) -> None:
+def _end(attempt: RunLock, error: BaseException) -> None:
     """Say how an attempt ended that has not come to its end; what it says must not hide why."""
     state: Literal["stopped", "failed"] = "stopped" if isinstance(error, Stopped) else "failed"
     try:
@@ -230,7 +230,7 @@ def _preprocessing(config: Config) -> Preprocessing:
     name, weights = config.model.name, config.model.weights
     usual = preset(name, weights)
     if weights and weights.endswith(".safetensors") and Path(weights).is_file():
-        described = read_description(weights)
+        described = read_metadata(weights)
         if described is not None:
             if described.architecture != name:
                 raise UserError(
@@ -241,7 +241,7 @@ def _preprocessing(config: Config) -> Preprocessing:
     return Preprocessing(resize="squash", **dataclasses.asdict(usual))
 
 
-def source_stage(config: Config) -> Config:
+def pretrain_config(config: Config) -> Config:
     """Return the run that trains the source model: from scratch, one learning rate, in `source/`."""
     return replace(
         _from_scratch(config, "source", lr=config.source.lr),
@@ -251,7 +251,7 @@ def source_stage(config: Config) -> Config:
     )
 
 
-def with_weights(config: Config, file: Path) -> Config:
+def with_pretrained(config: Config, file: Path) -> Config:
     """Return the config with a source model trained before in place of the stage that trains one."""
     return replace(
         config,
@@ -260,7 +260,7 @@ def with_weights(config: Config, file: Path) -> Config:
     )
 
 
-def scratch_stage(config: Config) -> Config:
+def baseline_config(config: Config) -> Config:
     """Return the comparison: the same network, data and budget, from scratch, in `scratch/`."""
     assert config.scratch.lr is not None  # for mypy: the caller asks only where it is set
     return _from_scratch(config, "scratch", lr=config.scratch.lr)
@@ -274,7 +274,7 @@ def _from_scratch(config: Config, name: str, *, lr: float) -> Config:
         transfer=TransferConfig(
             batch_norm="sync" if config.transfer.batch_norm == "sync" else TransferConfig.batch_norm
         ),
-        optim=replace(config.optim, lr=lr, head_lr_scale=1.0, layer_decay=1.0, lr_scales={}),
-        source=SourceConfig(),
-        scratch=ScratchConfig(),
+        optim=replace(config.optim, lr=lr, head_lr_scale=1.0, layer_decay=1.0, lr_mult={}),
+        source=PretrainConfig(),
+        scratch=BaselineConfig(),
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     r"""Return `text` on one line, with what cannot be shown escaped.
 
     Bytes that are no UTF-8, which Python keeps as surrogates, come out as `\xff`: a console refuses to print
@@ -21,9 +21,9 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def listed(names: Iterable[str], *, limit: int = 10) -> str:
+def join_truncated(names: Iterable[str], *, limit: int = 10) -> str:
     """Return the first `limit` names, printable, and how many more there are."""
     rest = iter(names)
-    shown = ", ".join(printable(name) for name in islice(rest, limit))
+    shown = ", ".join(escape_unprintable(name) for name in islice(rest, limit))
     more = sum(1 for _ in rest)
     return f"{shown} and {more} more" if more else shown

@@ -12,51 +12,58 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
-from trainer.checkpoint.manager import Keeper
-from trainer.checkpoint.resume import facts_of, find, going_on, is_finished, put_back, subject_of
-from trainer.checkpoint.store import Found, Place
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.resume import (
+    describe_resume,
+    is_finished,
+    load_latest_checkpoint,
+    restore_checkpoint,
+    run_identity,
+    run_metadata,
+)
+from trainer.checkpoint.store import CheckpointId, LoadedCheckpoint
 from trainer.config.builders import (
     Evaluator,
-    describe,
-    load_examples,
+    batch_paths,
+    dataset_summary,
+    load_dataset,
     make_batches,
-    make_mixing,
-    make_objective,
-    make_order,
-    make_plan,
-    make_policy,
-    paths_of,
-    preprocessing_of,
+    make_criterion,
+    make_epoch_order,
+    make_mixup,
+    make_preprocessing,
+    make_retention_policy,
+    make_schedule,
     training_images,
 )
-from trainer.config.model_builder import make_groups, make_model, make_pull, probe_head
-from trainer.config.preflight import require_selection, require_synchronisable
+from trainer.config.model_builder import fit_linear_probe, make_l2_sp, make_model, make_param_groups
+from trainer.config.preflight import require_sync_batch_norm, require_val_split
 from trainer.config.schema import Config
-from trainer.data.augment import Normalise
-from trainer.data.loader import Order
+from trainer.data.augment import Normalize
+from trainer.data.loader import EpochOrder
 from trainer.distributed import context
-from trainer.distributed.context import Runtime
+from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import StopSignals
-from trainer.distributed.watchdog import Beats, HangWatch
+from trainer.distributed.watchdog import Heartbeat, Watchdog
 from trainer.errors import UserError
-from trainer.loop import Evaluations, Start, fit
-from trainer.model.file import Description
-from trainer.optim.ema import Shadow
+from trainer.loop import Evaluations, ResumePoint, fit
+from trainer.model.file import ModelMetadata
+from trainer.optim.ema import ModelEma
 from trainer.optim.param_groups import make_optimizer
 from trainer.report.block_table import block_table
 from trainer.report.console import Display
-from trainer.report.logger import RunReport, Silent
+from trainer.report.logger import NullLogger, RunLogger
 from trainer.report.metrics import Row, epoch_rows, parse_rows, restore_metrics
 from trainer.report.summary import best_row
 from trainer.run.folder import METRICS, MODEL
-from trainer.run.lock import Attempt
+from trainer.run.lock import RunLock
 from trainer.run.versions import own_version
 from trainer.transfer import wise_ft
-from trainer.transfer.gradual_unfreezing import Staged
+from trainer.transfer.gradual_unfreezing import GradualUnfreezing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrainResult:
     """A finished run."""
 
     folder: Path
@@ -77,15 +84,15 @@ class Outcome:
         return self.folder / MODEL
 
 
-def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
+def train_run(  # noqa: PLR0915 (that it reads from top to bottom is worth its length)
     config: Config,
-    machine: Runtime,
+    ctx: DistributedContext,
     console: Console,
     *,
     weights: str | None,
-    attempt: Attempt | None,
+    attempt: RunLock | None,
     signals: StopSignals,
-) -> Outcome:
+) -> TrainResult:
     """Train, evaluate and save; or go on with, or just report, what the run folder holds.
 
     The state is initialised in this order, in every run:
@@ -111,85 +118,95 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
 
     """
     began = time.monotonic()
-    accelerator, folder = machine.accelerator, Path(config.run.dir)
+    accelerator, folder = ctx.accelerator, Path(config.run.dir)
 
     # 1.
-    prepared = load_examples(config.data, machine, console)
+    prepared = load_dataset(config.data, ctx, console)
     index = prepared.index
-    console.print(describe(prepared))
-    order = make_order(config, index)
-    require_synchronisable(config, order, machine)
-    require_selection(config, index)
-    plan = make_plan(config, order)
-    context.require_equal(accelerator, prepared.fingerprint, "the images")
+    console.print(dataset_summary(prepared))
+    order = make_epoch_order(config, index)
+    require_sync_batch_norm(config, order, ctx)
+    require_val_split(config, index)
+    plan = make_schedule(config, order)
+    context.check_equal_across_ranks(accelerator, prepared.fingerprint, "the images")
 
     # 2.
-    subject = subject_of(config, prepared)
-    stand = partial(find, config, prepared, subject, order, say=console.print, writes=machine.is_main)
-    found = machine.from_main(context.in_turn(accelerator, stand))
+    subject = run_identity(config, prepared)
+    stand = partial(
+        load_latest_checkpoint,
+        config,
+        prepared,
+        subject,
+        order,
+        log=console.print,
+        writes=ctx.is_main_process,
+    )
+    found = ctx.broadcast(context.main_process_first(accelerator, stand))
     state = found.state if found else None
     outcome = partial(
-        Outcome, folder=folder, selection=index.selection, examples=(len(index.train), len(index.test))
+        TrainResult, folder=folder, selection=index.val_split, examples=(len(index.train), len(index.test))
     )
-    preprocessing = preprocessing_of(config.data)
-    number = machine.from_main(attempt.record.attempt if attempt else 0)
-    watch = partial(_watch, config, machine, attempt, number)
-    line = wise_ft.Search(
+    preprocessing = make_preprocessing(config.data)
+    number = ctx.broadcast(attempt.record.attempt if attempt else 0)
+    watch = partial(_watch, config, ctx, attempt, number)
+    line = wise_ft.WiseFT(
         folder=folder,
-        part=index.selection if config.transfer.wise_ft else None,
-        machine=machine,
+        split=index.val_split if config.transfer.wise_ft else None,
+        ctx=ctx,
         attempt=attempt,
         signals=signals,
         watch=watch,
-        say=console.print,
+        log=console.print,
     )
-    finished = found is not None and is_finished(found, config, index.selection)
+    finished = found is not None and is_finished(found, config, index.val_split)
     if found and finished:
-        rows = context.in_turn(accelerator, lambda: _finished(found, config, attempt, console))
-        alpha = line.settle(
-            lambda: wise_ft.alone(folder, machine, channels_last=config.train.channels_last),
-            Evaluator(index, preprocessing, config, machine),
+        rows = context.main_process_first(accelerator, lambda: _finished(found, config, attempt, console))
+        alpha = line.select_alpha(
+            lambda: wise_ft.load_for_eval(folder, ctx, channels_last=config.train.channels_last),
+            Evaluator(index, preprocessing, config, ctx),
             step=found.state.step,
         )
         return outcome(rows=rows, alpha=alpha, seconds=time.monotonic() - began)
 
     # 3.
-    created = context.in_turn(
+    created = context.main_process_first(
         accelerator,
-        lambda: make_model(config, index.classes, weights, world=machine.world, on_progress=console.print),
+        lambda: make_model(
+            config, index.classes, weights, world_size=ctx.world_size, on_progress=console.print
+        ),
         local=True,
     )
-    console.print("\n".join(created.lines))
+    console.print("\n".join(created.summary))
 
     # 4. On the device already: the optimizer's kernels are chosen by where its parameters lie.
     created.model.to(accelerator.device)
-    pull = make_pull(created, config)  # towards what the source gave, not what a checkpoint puts back
+    l2_sp = make_l2_sp(created, config)  # towards what the source gave, not what a checkpoint puts back
     head_seconds = 0.0
     if found is None and config.model.head_init == "linear-probe":
-        head_seconds = probe_head(
-            created, index, preprocessing, config, machine, watch=watch, say=console.print
+        head_seconds = fit_linear_probe(
+            created, index, preprocessing, config, ctx, watch=watch, log=console.print
         )
-    groups = make_groups(created, config)
+    groups = make_param_groups(created, config)
     console.print(block_table(created, groups))
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
 
     # 5.
     _forget_earlier_stage(accelerator)
-    staged = Staged(
+    unfreezing = GradualUnfreezing(
         accelerator,
         created.model,
         optimizer,
-        stages=created.stages,
+        stages=created.unfreeze_stages,
         policy=config.transfer.batch_norm,
-        say=console.print,
+        log=console.print,
     )
-    bare, optimizer = staged.bare, staged.optimizer
-    shadow = Shadow(bare, config.regularise.ema) if config.regularise.ema else None
+    bare, optimizer = unfreezing.bare, unfreezing.optimizer
+    ema = ModelEma(bare, config.regularise.ema) if config.regularise.ema else None
 
     # 6.
-    start = _put_back(found, staged, shadow, config=config, order=order, machine=machine, console=console)
+    start = _put_back(found, unfreezing, ema, config=config, order=order, ctx=ctx, console=console)
 
-    description = Description(
+    description = ModelMetadata(
         version=own_version(),
         architecture=config.model.name,
         classes=index.classes,
@@ -197,12 +214,12 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
         source=created.source,
         metrics={},
     )
-    line.begin(bare, description, goes_on=state is not None)
+    line.save_initial_weights(bare, description, goes_on=state is not None)
 
     # 7.
-    images = training_images(index, preprocessing, config, machine)
-    batches = make_batches(images, order, start, plan, config=config, machine=machine, attempt=number)
-    evaluator = Evaluator(index, preprocessing, config, machine)
+    images = training_images(index, preprocessing, config, ctx)
+    batches = make_batches(images, order, start, plan, config=config, ctx=ctx, attempt=number)
+    evaluator = Evaluator(index, preprocessing, config, ctx)
 
     display = Display(
         console,
@@ -211,10 +228,10 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
         done_steps=start.step,
     )
     report = _report(
-        display, machine, attempt, folder=folder, title=f"{config.model.name}, {created.source}", found=found
+        display, ctx, attempt, folder=folder, title=f"{config.model.name}, {created.source}", found=found
     )
-    keeper = Keeper(
-        machine=machine,
+    keeper = CheckpointManager(
+        ctx=ctx,
         signals=signals,
         attempt=attempt,
         folder=folder,
@@ -223,41 +240,41 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
         scaler=accelerator.scaler,
         order=order,
         epochs=config.train.epochs,
-        policy=make_policy(config, order),
-        facts=facts_of(config, order, machine),
-        lr_factor=plan.lr_factor,
-        subject=subject,
+        policy=make_retention_policy(config, order),
+        run_metadata=run_metadata(config, order, ctx),
+        lr_multiplier=plan.lr_multiplier,
+        identity=subject,
         description=description,
-        selection=index.selection,
-        report=report,
+        selection=index.val_split,
+        logger=report,
         best=state.best if state else None,
-        last=Place(state.step, state.epoch) if state else None,
-        shadow=shadow,
+        last=CheckpointId(state.step, state.epoch) if state else None,
+        ema=ema,
         patience=config.regularise.early_stopping,
     )
-    keeper.mend_model(console.print)
+    keeper.repair_best_model(console.print)
     if found is None and config.model.head_init in ("source-labels", "linear-probe"):
-        with watch(Beats()) as beats:
-            report.start(_before_training(evaluator, bare, beats), head_seconds)
+        with watch(Heartbeat()) as heartbeat:
+            report.log_start(_before_training(evaluator, bare, heartbeat), head_seconds)
     try:
-        with signals.as_flags(), display.shown(), watch(keeper.beats), keeper:
+        with signals.deferred(), display.shown(), watch(keeper.heartbeat), keeper:
             fit(
-                staged.model,
+                unfreezing.model,
                 optimizer,
                 batches,
                 plan,
                 start,
                 accelerator=accelerator,
-                normalise=Normalise(preprocessing, accelerator.device),
+                normalize=Normalize(preprocessing, accelerator.device),
                 evaluate=evaluator,
                 keeper=keeper,
                 listener=report,
-                paths_of=partial(paths_of, images, order),
-                begin_epoch=staged.begin,
-                objective=make_objective(config, index, accelerator.device),
-                mixing=make_mixing(config, machine),
-                shadow=shadow,
-                pull=pull,
+                batch_paths=partial(batch_paths, images, order),
+                begin_epoch=unfreezing.start_epoch,
+                criterion=make_criterion(config, index, accelerator.device),
+                mixup=make_mixup(config, ctx),
+                ema=ema,
+                l2_sp=l2_sp,
             )
     finally:
         report.draw()
@@ -265,53 +282,55 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
     if report.failure is not None:  # the last curves alone: what came before them was raised
         console.print(str(report.failure))
     rows = tuple(epoch_rows(report.rows))
-    if keeper.over:
+    if keeper.stopped_early:
         console.print(_ended_early(rows, config))
-    alpha = line.settle(lambda: bare, evaluator, step=keeper.beats.step)
+    alpha = line.select_alpha(lambda: bare, evaluator, step=keeper.heartbeat.step)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return outcome(rows=rows, alpha=alpha, seconds=time.monotonic() - began)
 
 
 def _put_back(
-    found: Found | None,
-    staged: Staged,
-    shadow: Shadow | None,
+    found: LoadedCheckpoint | None,
+    unfreezing: GradualUnfreezing,
+    ema: ModelEma | None,
     *,
     config: Config,
-    order: Order,
-    machine: Runtime,
+    order: EpochOrder,
+    ctx: DistributedContext,
     console: Console,
-) -> Start:
+) -> ResumePoint:
     """Put everything back to where the checkpoint stands, if there is one, and return where that is."""
     if found is None:
-        return Start()
-    state, accelerator = found.state, machine.accelerator
+        return ResumePoint()
+    state, accelerator = found.state, ctx.accelerator
     # Moments there are of what has trained so far, statistics of what was not frozen then.
-    staged.stand(max(0, state.step - 1) // order.steps_per_epoch)
-    context.raise_together(
+    unfreezing.restore_stage(max(0, state.step - 1) // order.steps_per_epoch)
+    context.raise_on_all_ranks(
         accelerator,
-        put_back(found, staged.bare, staged.optimizer, accelerator.scaler, machine=machine, shadow=shadow),
+        restore_checkpoint(
+            found, unfreezing.bare, unfreezing.optimizer, accelerator.scaler, ctx=ctx, ema=ema
+        ),
     )
-    console.print("\n".join(going_on(state, config, order, machine)))
-    return Start(epoch=state.epoch, step=state.step, sums=state.sums)
+    console.print("\n".join(describe_resume(state, config, order, ctx)))
+    return ResumePoint(epoch=state.epoch, step=state.step, sums=state.sums)
 
 
 def _report(
     display: Display,
-    machine: Runtime,
-    attempt: Attempt | None,
+    ctx: DistributedContext,
+    attempt: RunLock | None,
     *,
     folder: Path,
     title: str,
-    found: Found | None,
-) -> RunReport | Silent:
+    found: LoadedCheckpoint | None,
+) -> RunLogger | NullLogger:
     """Return what rank 0 tells of the run, what was told of it before included; the others tell nothing."""
-    device = machine.accelerator.device
-    return context.in_turn(
-        machine.accelerator,
+    device = ctx.accelerator.device
+    return context.main_process_first(
+        ctx.accelerator,
         lambda: (
-            RunReport(
+            RunLogger(
                 display,
                 folder=folder,
                 title=title,
@@ -320,12 +339,12 @@ def _report(
                 check=attempt.check,
             )
             if attempt is not None
-            else Silent()
+            else NullLogger()
         ),
     )
 
 
-def _before_training(evaluator: Evaluator, model: nn.Module, beats: Beats) -> Evaluations:
+def _before_training(evaluator: Evaluator, model: nn.Module, heartbeat: Heartbeat) -> Evaluations:
     """Return what the model is worth before the first step.
 
     A signal ends the run here: nothing is lost that would not be made again.
@@ -336,7 +355,7 @@ def _before_training(evaluator: Evaluator, model: nn.Module, beats: Beats) -> Ev
     """
 
     def passed() -> bool:
-        beats.beat(0)
+        heartbeat.tick(0)
         return False
 
     found = evaluator(model, passed)
@@ -348,23 +367,27 @@ def _before_training(evaluator: Evaluator, model: nn.Module, beats: Beats) -> Ev
     return found
 
 
-def _watch(config: Config, machine: Runtime, attempt: Attempt | None, number: int, beats: Beats) -> HangWatch:
+def _watch(
+    config: Config, ctx: DistributedContext, attempt: RunLock | None, number: int, heartbeat: Heartbeat
+) -> Watchdog:
     """Return the watch over this process, in the attempt of that number; raises a UserError on all if one has none."""
-    return context.in_turn(
-        machine.accelerator,
-        lambda: HangWatch(
+    return context.main_process_first(
+        ctx.accelerator,
+        lambda: Watchdog(
             config.run.hang_timeout,
-            beats,
+            heartbeat,
             folder=Path(config.run.dir),
             number=number,
-            rank=machine.rank,
-            world=machine.world,
+            rank=ctx.rank,
+            world_size=ctx.world_size,
             attempt=attempt,
         ),
     )
 
 
-def _finished(found: Found, config: Config, attempt: Attempt | None, console: Console) -> tuple[Row, ...]:
+def _finished(
+    found: LoadedCheckpoint, config: Config, attempt: RunLock | None, console: Console
+) -> tuple[Row, ...]:
     """Say that the run has come to its last epoch already, and return its epochs, which metrics.jsonl then holds."""
     state = found.state
     rows = tuple(epoch_rows(parse_rows(found.metrics, str(found.path))))

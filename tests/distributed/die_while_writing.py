@@ -23,21 +23,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trainer.checkpoint import store
-from trainer.checkpoint.manager import Keeper
-from trainer.checkpoint.retention import Policy
-from trainer.checkpoint.state import State, Subject
-from trainer.checkpoint.store import Found, Place
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.retention import RetentionPolicy
+from trainer.checkpoint.state import CheckpointState, RunIdentity
+from trainer.checkpoint.store import CheckpointId, LoadedCheckpoint
 from trainer.checkpoint.tensors import restore
 from trainer.data.augment import Preprocessing
-from trainer.data.loader import Order
+from trainer.data.loader import EpochOrder
 from trainer.distributed.signals import StopSignals
 from trainer.evaluate import Evaluation
 from trainer.loop import Progress
-from trainer.metrics import Figures
-from trainer.model.file import Description, read_description
+from trainer.metrics import Metrics
+from trainer.model.file import ModelMetadata, read_metadata
 from trainer.run.atomic import remove_leftovers
 from trainer.run.folder import CHECKPOINTS, MODEL
-from trainer.run.lock import ATTEMPTS, Attempt
+from trainer.run.lock import ATTEMPTS, RunLock
 
 PIECE = 512
 """Bytes that are written at a time: a process dies between any two of them."""
@@ -81,28 +81,36 @@ def same(tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> b
     )
 
 
-def keeper(folder: Path, attempt: Attempt, earlier: State | None, epoch: int) -> Keeper:
+def keeper(folder: Path, attempt: RunLock, earlier: CheckpointState | None, epoch: int) -> CheckpointManager:
     """Return the keeper of a run that goes on from `earlier` and comes to the end of an epoch."""
     model, optimizer = network(epoch)
-    single: Any = SimpleNamespace(world=1, is_main=True, agree=list)
+    single: Any = SimpleNamespace(world_size=1, is_main_process=True, agree=list)
     report: Any = SimpleNamespace(
         failure=None, rows=[{"kind": "epoch", "epoch": epoch, "step": epoch}], text=metrics(epoch)
     )
-    return Keeper(
-        machine=single,
+    return CheckpointManager(
+        ctx=single,
         signals=StopSignals(),
         attempt=attempt,
         folder=folder,
         model=model,
         optimizer=optimizer,
         scaler=None,
-        order=Order(examples=4, batch_size=4, seed=0),
+        order=EpochOrder(examples=4, batch_size=4, seed=0),
         epochs=EPOCHS,
-        policy=Policy(every_steps=1, every_seconds=None, keep_last=2, keep_best=False, keep_every=None),
-        facts={"seed": 0, "schedule": {"kind": "constant"}, "chosen": {}, "threads": 1, "versions": {}},
-        lr_factor=lambda step: 1.0,
-        subject=Subject(architecture="resnet18", classes=("a", "b"), examples=(2, 2), data="0"),
-        description=Description(
+        policy=RetentionPolicy(
+            every_steps=1, every_seconds=None, keep_last=2, keep_best=False, keep_every=None
+        ),
+        run_metadata={
+            "seed": 0,
+            "schedule": {"kind": "constant"},
+            "chosen": {},
+            "threads": 1,
+            "versions": {},
+        },
+        lr_multiplier=lambda step: 1.0,
+        identity=RunIdentity(architecture="resnet18", classes=("a", "b"), examples=(2, 2), data="0"),
+        description=ModelMetadata(
             version="0",
             architecture="resnet18",
             classes=("a", "b"),
@@ -111,19 +119,21 @@ def keeper(folder: Path, attempt: Attempt, earlier: State | None, epoch: int) ->
             metrics={},
         ),
         selection=None,
-        report=report,
+        logger=report,
         best=earlier.best if earlier else None,
-        last=Place(earlier.step, earlier.epoch) if earlier else None,
+        last=CheckpointId(earlier.step, earlier.epoch) if earlier else None,
     )
 
 
-def save(folder: Path, attempt: Attempt, earlier: State | None, epoch: int) -> None:
+def save(folder: Path, attempt: RunLock, earlier: CheckpointState | None, epoch: int) -> None:
     """Come to the end of an epoch that is the best so far: its model is written, its state, and one is pruned."""
-    figures = Figures(loss_sum=1.0, correct=1, seen=4, seconds=1.0, compute_seconds=1.0, bad_step=None)
-    progress = Progress(epoch=epoch, epoch_step=1, step=epoch, figures=figures, lr={})
+    figures = Metrics(
+        loss_sum=1.0, correct=1, seen=4, seconds=1.0, compute_seconds=1.0, first_nonfinite_step=None
+    )
+    progress = Progress(epoch=epoch, epoch_step=1, step=epoch, metrics=figures, lr={})
     evaluation = Evaluation(1.0, (epoch, 0), (EPOCHS, 1), (epoch, EPOCHS + 1 - epoch))
     with keeper(folder, attempt, earlier, epoch) as saving:
-        saving.epoch(progress, {"test": evaluation})
+        saving.end_epoch(progress, {"test": evaluation})
 
 
 # Where it dies
@@ -199,7 +209,7 @@ def die(folder: Path, fatal: int | None, *, after: bool) -> list[str]:
     if child == 0:
         code = 1
         try:
-            attempt = Attempt.claim(folder, say=str)
+            attempt = RunLock.acquire(folder, log=str)
             earlier = taken_up(folder).state
             calls.arm()
             save(folder, attempt, earlier, 3)
@@ -222,17 +232,17 @@ def die(folder: Path, fatal: int | None, *, after: bool) -> list[str]:
 # What is left
 
 
-def taken_up(folder: Path) -> Found:
+def taken_up(folder: Path) -> LoadedCheckpoint:
     """Return the newest checkpoint as the next start finds it, and require that it is whole and nothing is lost."""
     checkpoints = folder / CHECKPOINTS
-    store.tidy(checkpoints)
+    store.clean_up(checkpoints)
     remove_leftovers(folder, MODEL)
     remove_leftovers(folder / ATTEMPTS, "*")
     said: list[str] = []
-    found = store.newest(checkpoints, say=said.append)
+    found = store.load_latest(checkpoints, log=said.append)
     assert found is not None
     assert not said, said
-    places = store.places(checkpoints)
+    places = store.list_checkpoints(checkpoints)
     expected = {store.LATEST, *(place.name for place in places)}
     assert {path.name for path in checkpoints.iterdir()} == expected, "no damage, no leftovers"
     assert {path.name for path in folder.iterdir()} == {CHECKPOINTS, ATTEMPTS, MODEL}
@@ -244,7 +254,7 @@ def taken_up(folder: Path) -> Found:
     return found
 
 
-def require_right(found: Found) -> None:
+def require_right(found: LoadedCheckpoint) -> None:
     """Require that a checkpoint holds what was saved in it."""
     epoch = found.state.epoch
     expected, expected_optimizer = network(epoch)
@@ -262,22 +272,22 @@ def require_right(found: Found) -> None:
 
 def model_epoch(folder: Path) -> int:
     """Return which epoch's model the run's model file holds, and require that it is whole."""
-    description = read_description(folder / MODEL)
+    description = read_metadata(folder / MODEL)
     assert description is not None
     epoch = int(description.metrics["epoch"])
     assert same(load_file(folder / MODEL), dict(network(epoch)[0].state_dict()))
     return epoch
 
 
-def go_on(folder: Path, found: Found) -> None:
+def go_on(folder: Path, found: LoadedCheckpoint) -> None:
     """Save up to epoch 4."""
-    attempt = Attempt.claim(folder, say=str)
+    attempt = RunLock.acquire(folder, log=str)
     state = found.state
     for epoch in range(state.epoch + 1, 5):
         save(folder, attempt, state, epoch)
-        state = store.read(folder / CHECKPOINTS / Place(epoch, epoch).name).state
+        state = store.read(folder / CHECKPOINTS / CheckpointId(epoch, epoch).name).state
     attempt.end("done")
-    assert store.places(folder / CHECKPOINTS) == [Place(4, 4), Place(3, 3)]
+    assert store.list_checkpoints(folder / CHECKPOINTS) == [CheckpointId(4, 4), CheckpointId(3, 3)]
     assert taken_up(folder).state == state
     assert model_epoch(folder) == 4
 
@@ -288,11 +298,11 @@ def main(folder: Path) -> None:
     # A process that is killed loses nothing that it has written: only a power cut makes a difference.
     os.fsync = lambda handle: None  # type: ignore[assignment]
     start, run = folder / "start", folder / "run"
-    attempt = Attempt.claim(start, say=str)
+    attempt = RunLock.acquire(start, log=str)
     save(start, attempt, None, 1)
     save(start, attempt, taken_up(start).state, 2)
     attempt.end("stopped")
-    assert [place.step for place in store.places(start / CHECKPOINTS)] == [2, 1]
+    assert [place.step for place in store.list_checkpoints(start / CHECKPOINTS)] == [2, 1]
 
     shutil.copytree(start, run)
     calls = die(run, None, after=False)

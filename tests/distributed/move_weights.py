@@ -21,50 +21,50 @@ from torchvision import models
 from tests.folders import image_folder
 from tests.trainer.transfer.test_wise_ft import DESCRIPTION, net
 from trainer.checkpoint import store
-from trainer.checkpoint.manager import Keeper
-from trainer.checkpoint.resume import put_back
-from trainer.checkpoint.tensors import capture, capture_average
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.resume import restore_checkpoint
+from trainer.checkpoint.tensors import snapshot, snapshot_ema
 from trainer.config.parse import dump
 from trainer.config.schema import (
     Config,
     DataConfig,
     ModelConfig,
     OptimConfig,
-    RegulariseConfig,
+    RegularizationConfig,
     RunConfig,
     TrainConfig,
     TransferConfig,
 )
-from trainer.data.loader import Order
+from trainer.data.loader import EpochOrder
 from trainer.distributed import context
 from trainer.distributed.signals import StopSignals
 from trainer.evaluate import Evaluation
-from trainer.loop import Plan, Share, Start, Wish, fit
-from trainer.main import leave
-from trainer.metrics import Sums
-from trainer.model.batch_norm import gather_statistics
+from trainer.loop import ResumePoint, Share, StepDecision, TrainSchedule, fit
+from trainer.main import exit_process
+from trainer.metrics import MetricState
+from trainer.model.batch_norm import gather_batch_norm_statistics
 from trainer.model.file import write_model
-from trainer.optim.ema import Shadow
+from trainer.optim.ema import ModelEma
 from trainer.optim.param_groups import group_parameters, make_optimizer
 from trainer.pipeline import resolve
-from trainer.report.logger import Silent
+from trainer.report.logger import NullLogger
 from trainer.run.folder import MODEL, START, write_config
-from trainer.run.lock import Attempt, records
-from trainer.train_run import finetune
-from trainer.transfer.l2_sp import Pull, outside, spare_decay
-from trainer.transfer.wise_ft import Search
+from trainer.run.lock import RunLock, read_attempts
+from trainer.train_run import train_run
+from trainer.transfer.l2_sp import L2SP, backbone_parameters, without_weight_decay
+from trainer.transfer.wise_ft import WiseFT
 
 SEED, DECAY, PULL = 3, 0.8, 0.3
-ORDER = Order(examples=11, batch_size=4, seed=SEED)  # 3 steps an epoch, the last of 3 examples
-PLAN = Plan(
+ORDER = EpochOrder(examples=11, batch_size=4, seed=SEED)  # 3 steps an epoch, the last of 3 examples
+PLAN = TrainSchedule(
     batch_sizes=ORDER.batch_sizes,
     epochs=2,
     loss_reduction="mean",
-    accumulation=1,
-    clip_norm=None,
+    grad_accum_steps=1,
+    max_grad_norm=None,
     seed=SEED,
-    points_per_epoch=1,
-    lr_factor=lambda step: 1.0,
+    logs_per_epoch=1,
+    lr_multiplier=lambda step: 1.0,
 )
 
 
@@ -79,7 +79,7 @@ class Net(nn.Module):
         return self.fc(self.norm(self.conv(images)).relu().mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
-def shares(rank: int, world: int, start: int) -> Iterator[Share]:
+def shares(rank: int, world_size: int, start: int) -> Iterator[Share]:
     """Yield a process's part of every global batch from a step of the run on."""
     generator = torch.Generator().manual_seed(SEED)
     images = torch.randint(256, (ORDER.examples, 3, 6, 6), dtype=torch.uint8, generator=generator)
@@ -88,7 +88,7 @@ def shares(rank: int, world: int, start: int) -> Iterator[Share]:
         batch for epoch in range(PLAN.epochs) for batch in ORDER.permutation(epoch).split(ORDER.batch_size)
     ]
     for batch in steps[start:]:
-        mine = batch[rank::world]
+        mine = batch[rank::world_size]
         yield images[mine], labels[mine], mine
 
 
@@ -105,12 +105,12 @@ class Saving:
         self.at, self._save = at, save
         self.just_before: list[list[float]] = []
         """Statistics of the average after each update."""
-        self.shadow: Shadow | None = None
+        self.ema: ModelEma | None = None
 
-    def agree(self, step: int) -> Wish:
-        return Wish(save=self.at is not None and step == self.at[0], stop=None)
+    def agree(self, step: int) -> StepDecision:
+        return StepDecision(save=self.at is not None and step == self.at[0], stop=None)
 
-    def save(self, epoch: int, step: int, sums: Sums) -> None:
+    def save(self, epoch: int, step: int, sums: MetricState) -> None:
         if (step, epoch) == self.at:
             self._save(step, epoch, sums)
             raise Left
@@ -124,8 +124,8 @@ class Saving:
         return None
 
     def step(self, epoch: int, epoch_step: int) -> None:
-        assert self.shadow is not None
-        layer = dict(self.shadow.model.named_modules())["norm"]
+        assert self.ema is not None
+        layer = dict(self.ema.model.named_modules())["norm"]
         if isinstance(layer, nn.BatchNorm2d):
             self.just_before.append(layer.running_mean.tolist())  # type: ignore[union-attr]
 
@@ -133,7 +133,7 @@ class Saving:
 
 
 def fitted(
-    machine: context.Runtime,
+    ctx: context.DistributedContext,
     folder: Path,
     *,
     norm: bool,
@@ -143,23 +143,23 @@ def fitted(
     """Train with an average and a pull, to the end or to `at`, where the state is saved; from `found` on if given."""
     torch.manual_seed(SEED)
     bare = Net(norm=norm)
-    backbone = outside(bare, ["fc"])
-    pull = Pull(backbone, PULL, decoupled=False)
+    backbone = backbone_parameters(bare, ["fc"])
+    l2_sp = L2SP(backbone, PULL, decoupled=False)
     groups = group_parameters(bare, ["fc"], lr=0.05, head_lr_scale=2.0, weight_decay=0.01)
-    optimizer = make_optimizer("sgd", spare_decay(groups, backbone), momentum=0.9)
-    model, optimizer = machine.accelerator.prepare(bare, optimizer)
-    shadow = Shadow(bare, DECAY)
-    start = Start()
+    optimizer = make_optimizer("sgd", without_weight_decay(groups, backbone), momentum=0.9)
+    model, optimizer = ctx.accelerator.prepare(bare, optimizer)
+    ema = ModelEma(bare, DECAY)
+    start = ResumePoint()
     if found is not None:
-        error = put_back(found, bare, optimizer, None, machine=machine, shadow=shadow)
+        error = restore_checkpoint(found, bare, optimizer, None, ctx=ctx, ema=ema)
         assert error is None, error
-        start = Start(epoch=found.state.epoch, step=found.state.step, sums=found.state.sums)
+        start = ResumePoint(epoch=found.state.epoch, step=found.state.step, sums=found.state.sums)
 
-    def save(step: int, epoch: int, sums: Sums | None) -> None:
-        statistics = gather_statistics(shadow.and_model(), machine.world)
-        if machine.is_main:
+    def save(step: int, epoch: int, sums: MetricState | None) -> None:
+        statistics = gather_batch_norm_statistics(ema.and_model(), ctx.world_size)
+        if ctx.is_main_process:
             folder.mkdir(parents=True)
-            tensors = capture(bare, optimizer) | capture_average(shadow.model)
+            tensors = snapshot(bare, optimizer) | snapshot_ema(ema.model)
             if statistics:
                 tensors[store.STATISTICS] = statistics
             for name, held in tensors.items():
@@ -173,31 +173,31 @@ def fitted(
         return {}
 
     saving = Saving(at, save)
-    saving.shadow = shadow
+    saving.ema = ema
     with contextlib.suppress(Left):
         fit(
-            model, optimizer, shares(machine.rank, machine.world, start.step), PLAN, start,
-            accelerator=machine.accelerator, normalise=lambda images: images.float() / 255, evaluate=evaluate,
-            keeper=saving, listener=saving, paths_of=lambda epoch, step: [], shadow=shadow, pull=pull,
+            model, optimizer, shares(ctx.rank, ctx.world_size, start.step), PLAN, start,
+            accelerator=ctx.accelerator, normalize=lambda images: images.float() / 255, evaluate=evaluate,
+            keeper=saving, listener=saving, batch_paths=lambda epoch, step: [], ema=ema, l2_sp=l2_sp,
         )  # fmt: skip
-    machine.accelerator.free_memory()
-    now = {"model": bare.state_dict(), "average": shadow.model.state_dict()}
+    ctx.accelerator.free_memory()
+    now = {"model": bare.state_dict(), "average": ema.model.state_dict()}
     return kept | {
         "just_before": saving.just_before,
         **{who: {name: tensor.tolist() for name, tensor in state.items()} for who, state in now.items()},
     }
 
 
-def resumed(machine: context.Runtime, folder: Path, step: int, epoch: int) -> dict[str, Any]:
+def resumed(ctx: context.DistributedContext, folder: Path, step: int, epoch: int) -> dict[str, Any]:
     """Save at a place, and train on from what was saved."""
-    left = fitted(machine, folder, norm=True, at=(step, epoch))
-    machine.accelerator.wait_for_everyone()
+    left = fitted(ctx, folder, norm=True, at=(step, epoch))
+    ctx.accelerator.wait_for_everyone()
     state = SimpleNamespace(step=step, epoch=epoch, sums=left["sums"], scaler={})
     found = SimpleNamespace(path=folder, state=state)
-    return fitted(machine, folder, norm=True, found=found)
+    return fitted(ctx, folder, norm=True, found=found)
 
 
-def over(machine: context.Runtime) -> list[bool]:
+def over(ctx: context.DistributedContext) -> list[bool]:
     """Ask whether a run is over, of which rank 0 alone has the figures."""
     answers = []
     for accuracies in ([0.5, 0.6, 0.6], [0.5, 0.6, 0.7]):
@@ -205,22 +205,22 @@ def over(machine: context.Runtime) -> list[bool]:
             {"kind": "epoch", "epoch": epoch, "val_accuracy": accuracy, "val_loss": 1.0}
             for epoch, accuracy in enumerate(accuracies, start=1)
         ]
-        report = SimpleNamespace(rows=rows if machine.is_main else Silent().rows)
-        keeper: Any = SimpleNamespace(machine=machine, patience=1, selection="val", report=report)
-        answers.append(Keeper._is_over(keeper))
+        report = SimpleNamespace(rows=rows if ctx.is_main_process else NullLogger().rows)
+        keeper: Any = SimpleNamespace(ctx=ctx, patience=1, selection="val", report=report)
+        answers.append(CheckpointManager._is_over(keeper))
     return answers
 
 
-def line(machine: context.Runtime, home: Path) -> dict[str, Any]:
+def line(ctx: context.DistributedContext, home: Path) -> dict[str, Any]:
     """Find the best point of a line whose ends rank 0 alone can see yet; each process counts its half of the images."""
-    folder = home / f"seen-by-{machine.rank}"
+    folder = home / f"seen-by-{ctx.rank}"
     folder.mkdir()
-    if machine.is_main:
+    if ctx.is_main_process:
         write_model(folder / START, net(0, 0).state_dict(), DESCRIPTION)
         write_model(
             folder / MODEL, net(1, 9).state_dict(), dataclasses.replace(DESCRIPTION, metrics={"step": 4})
         )
-    attempt = Attempt.claim(folder, say=print) if machine.is_main else None
+    attempt = RunLock.acquire(folder, log=print) if ctx.is_main_process else None
     values: list[float] = []
 
     def evaluate(model: nn.Module, interrupted: Any, parts: Any = None) -> dict[str, Evaluation]:
@@ -228,33 +228,33 @@ def line(machine: context.Runtime, home: Path) -> dict[str, Any]:
         value = round(model[1].running_mean[0].item(), 3)  # type: ignore[index, union-attr, operator]
         values.append(value)
         mine = torch.tensor(25.0 - round(10 * abs(value - 0.4)))
-        right = int(machine.accelerator.reduce(mine, reduction="sum"))
+        right = int(ctx.accelerator.reduce(mine, reduction="sum"))
         return {parts[0]: Evaluation(loss_sum=1.0, correct=(right, 0), support=(100, 0), predicted=(100, 0))}
 
-    search = Search(
+    search = WiseFT(
         folder=folder,
-        part="val",
-        machine=machine,
+        split="val",
+        ctx=ctx,
         attempt=attempt,
         signals=StopSignals(),
         watch=contextlib.nullcontext,
-        say=lambda table: None,
+        log=lambda table: None,
     )
-    alpha = search.settle(lambda: net(7, 7), evaluate, step=4)
+    alpha = search.select_alpha(lambda: net(7, 7), evaluate, step=4)
     if attempt is not None:
         attempt.end("done")
-    kept = load_file(folder / MODEL)["0.weight"].unique().tolist() if machine.is_main else None
+    kept = load_file(folder / MODEL)["0.weight"].unique().tolist() if ctx.is_main_process else None
     return {"alpha": alpha, "values": values, "kept": kept}
 
 
-def whole(machine: context.Runtime, home: Path) -> dict[str, Any]:
+def whole(ctx: context.DistributedContext, home: Path) -> dict[str, Any]:
     """Make a whole run that does not get better, and start it again when it is finished."""
-    if machine.is_main:
+    if ctx.is_main_process:
         parts = {"train": {"a": 4, "b": 3}, "val": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}}
         image_folder(home / "images", parts)
         torch.manual_seed(11)
         save_file(models.squeezenet1_1().state_dict(), home / "source.safetensors")
-    machine.accelerator.wait_for_everyone()
+    ctx.accelerator.wait_for_everyone()
     config = resolve(
         Config(
             run=RunConfig(dir=str(home / "run"), device="cpu", hang_timeout=None),
@@ -262,18 +262,18 @@ def whole(machine: context.Runtime, home: Path) -> dict[str, Any]:
             model=ModelConfig(name="squeezenet1_1", weights=str(home / "source.safetensors")),
             transfer=TransferConfig(wise_ft=True, l2_sp=0.1),
             optim=OptimConfig(lr=1e-30),
-            regularise=RegulariseConfig(ema=0.9, early_stopping=1),
-            train=TrainConfig(epochs=9, batch_size=4, precision="fp32", points_per_epoch=1),
+            regularise=RegularizationConfig(ema=0.9, early_stopping=1),
+            train=TrainConfig(epochs=9, batch_size=4, precision="fp32", logs_per_epoch=1),
         )
     )
     alphas, epochs = [], []
     for _ in range(2):
-        attempt = Attempt.claim(home / "run", say=print) if machine.is_main else None
+        attempt = RunLock.acquire(home / "run", log=print) if ctx.is_main_process else None
         if attempt is not None:
             write_config(home / "run", dump(config))
-        outcome = finetune(
+        outcome = train_run(
             config,
-            machine,
+            ctx,
             Console(quiet=True),
             weights=config.model.weights,
             attempt=attempt,
@@ -281,32 +281,32 @@ def whole(machine: context.Runtime, home: Path) -> dict[str, Any]:
         )
         if attempt is not None:
             attempt.end("done")
-        machine.accelerator.wait_for_everyone()
+        ctx.accelerator.wait_for_everyone()
         alphas.append(outcome.alpha)
         epochs.append(len(outcome.rows))
-    states = [(r.state, r.step, r.steps, r.epoch, r.epochs) for r in records(home / "run")]
+    states = [(r.state, r.step, r.steps, r.epoch, r.epochs) for r in read_attempts(home / "run")]
     return {"alphas": alphas, "epochs": epochs, "states": states}
 
 
 def main() -> None:
     out = Path(sys.argv[1])
-    machine = context.start(device="cpu", precision="fp32", threads=1)
-    found: dict[str, Any] = {"without": fitted(machine, out / "none", norm=False)}
-    if machine.world > 1:
+    ctx = context.start(device="cpu", precision="fp32", threads=1)
+    found: dict[str, Any] = {"without": fitted(ctx, out / "none", norm=False)}
+    if ctx.world_size > 1:
         found |= {
-            "whole": fitted(machine, out / "none", norm=True),
-            "within": resumed(machine, out / "within", 2, 0),
-            "between": resumed(machine, out / "between", 3, 1),
-            "over": over(machine),
-            "line": line(machine, out),
-            "run": whole(machine, out),
+            "whole": fitted(ctx, out / "none", norm=True),
+            "within": resumed(ctx, out / "within", 2, 0),
+            "between": resumed(ctx, out / "between", 3, 1),
+            "over": over(ctx),
+            "line": line(ctx, out),
+            "run": whole(ctx, out),
         }
     for one in found.values():
         if isinstance(one, dict):
             one.pop("sums", None)
-    (out / f"found-{machine.world}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+    (out / f"found-{ctx.world_size}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
     context.shut_down()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

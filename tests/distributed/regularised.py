@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed.test_parity import Plain
-from trainer.data.loader import Order, Shares
+from trainer.data.loader import DistributedBatchSampler, EpochOrder
 from trainer.distributed import context
-from trainer.loop import Evaluations, Plan, Progress, Start, Unkept, Wish, fit
-from trainer.metrics import Sums
-from trainer.optim.loss import Objective, balanced_weights
-from trainer.optim.mixup import Mixing
+from trainer.loop import (
+    Evaluations,
+    NullCheckpointManager,
+    Progress,
+    ResumePoint,
+    StepDecision,
+    TrainSchedule,
+    fit,
+)
+from trainer.metrics import MetricState
+from trainer.optim.loss import Criterion, balanced_weights
+from trainer.optim.mixup import Mixup
 from trainer.optim.param_groups import group_parameters, make_optimizer
 
 COUNTS, EPOCHS, SEED = (12, 3, 7), 2, 3
@@ -43,7 +51,7 @@ CASES = {
 }
 
 
-class Figures:
+class Metrics:
     """Keeps the last figures of each epoch: they are over all processes."""
 
     def __init__(self) -> None:
@@ -54,102 +62,108 @@ class Figures:
     def point(self, progress: Progress) -> None: ...
 
     def epoch(self, progress: Progress, evaluations: Evaluations) -> None:
-        figures = progress.figures
+        figures = progress.metrics
         self.found.append((figures.loss_sum, figures.correct, figures.seen))
 
 
-class Copying(Unkept):
+class Copying(NullCheckpointManager):
     """Copies model and optimizer as they stand after `CUT_AT` updates."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._parts = (model, optimizer)
-        self.copy: tuple[list[Any], Sums] | None = None
+        self.copy: tuple[list[Any], MetricState] | None = None
 
-    def agree(self, step: int) -> Wish:
-        return Wish(save=step == CUT_AT, stop=None)
+    def agree(self, step: int) -> StepDecision:
+        return StepDecision(save=step == CUT_AT, stop=None)
 
-    def save(self, epoch: int, step: int, sums: Sums) -> None:
+    def save(self, epoch: int, step: int, sums: MetricState) -> None:
         assert (epoch, step) == (0, CUT_AT)
         self.copy = ([copy.deepcopy(part.state_dict()) for part in self._parts], sums)
 
 
-def shares_of(order: Order, start: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def shares_of(
+    order: EpochOrder, start: int, rank: int, world_size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield pictures that lie in memory; one that comes again is rolled, for another crop."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (len(LABELS), 3, 12, 12), dtype=torch.uint8, generator=generator)
-    for draws in Shares(order, epochs=EPOCHS, start_step=start, rank=rank, world=world):
+    for draws in DistributedBatchSampler(
+        order, epochs=EPOCHS, start_step=start, rank=rank, world_size=world_size
+    ):
         share = [images[draw.example].roll(draw.repeat, -1) for draw in draws]
         labels = torch.tensor([LABELS[draw.example] for draw in draws], dtype=torch.int64)
         examples = torch.tensor([draw.example for draw in draws], dtype=torch.int64)
         yield torch.stack(share) if share else images[:0], labels, examples
 
 
-def trained(machine: context.Runtime, case: Case, accumulation: int) -> dict[str, Any]:
+def trained(ctx: context.DistributedContext, case: Case, grad_accum_steps: int) -> dict[str, Any]:
     """Return parameters and figures of a whole run, and the parameters of one that was cut and went on."""
-    order = Order(examples=len(LABELS), batch_size=BATCH, seed=SEED, labels=LABELS if case.balanced else None)
+    order = EpochOrder(
+        examples=len(LABELS), batch_size=BATCH, seed=SEED, labels=LABELS if case.balanced else None
+    )
     weights = balanced_weights(COUNTS) if case.weighted else None
     mixes = case.mixup or case.cutmix
 
-    def run(start: Start, state: list[Any] | None) -> tuple[list[float], Figures, Copying]:
+    def run(start: ResumePoint, state: list[Any] | None) -> tuple[list[float], Metrics, Copying]:
         torch.manual_seed(SEED)
         model = Plain()
         groups = group_parameters(model, ["last"], lr=0.02, head_lr_scale=5, weight_decay=1e-3)
-        prepared, optimizer = machine.accelerator.prepare(model, make_optimizer("sgd", groups, momentum=0.9))
+        prepared, optimizer = ctx.accelerator.prepare(model, make_optimizer("sgd", groups, momentum=0.9))
         for part, saved in zip((model, optimizer), state or [], strict=False):
             part.load_state_dict(saved)
-        figures, keeper = Figures(), Copying(model, optimizer)
+        figures, keeper = Metrics(), Copying(model, optimizer)
         fit(
             prepared,
             optimizer,
-            shares_of(order, start.step, machine.rank, machine.world),
-            Plan(
+            shares_of(order, start.step, ctx.rank, ctx.world_size),
+            TrainSchedule(
                 batch_sizes=order.batch_sizes,
                 epochs=EPOCHS,
                 loss_reduction="mean",
-                accumulation=accumulation,
-                clip_norm=None,
+                grad_accum_steps=grad_accum_steps,
+                max_grad_norm=None,
                 seed=SEED,
-                points_per_epoch=1,
-                lr_factor=lambda step: 1.0,
+                logs_per_epoch=1,
+                lr_multiplier=lambda step: 1.0,
             ),
             start,
-            accelerator=machine.accelerator,
-            normalise=lambda images: images.float() / 128 - 1,
+            accelerator=ctx.accelerator,
+            normalize=lambda images: images.float() / 128 - 1,
             evaluate=lambda model, interrupted: {},
             keeper=keeper,
             listener=figures,
-            paths_of=lambda epoch, step: [],
-            objective=Objective(label_smoothing=case.smoothing, class_weights=weights),
-            mixing=Mixing(
-                mixup=case.mixup,
-                cutmix=case.cutmix,
+            batch_paths=lambda epoch, step: [],
+            criterion=Criterion(label_smoothing=case.smoothing, class_weights=weights),
+            mixup=Mixup(
+                mixup_alpha=case.mixup,
+                cutmix_alpha=case.cutmix,
                 seed=SEED,
-                rank=machine.rank,
-                world=machine.world,
-                gather=machine.accelerator.gather,
+                rank=ctx.rank,
+                world_size=ctx.world_size,
+                gather=ctx.accelerator.gather,
             )
             if mixes
             else None,
         )
         return torch.cat([one.detach().flatten() for one in model.parameters()]).tolist(), figures, keeper
 
-    parameters, figures, keeper = run(Start(), None)
+    parameters, figures, keeper = run(ResumePoint(), None)
     found = {"parameters": parameters, "figures": figures.found}
-    if accumulation == 1:
+    if grad_accum_steps == 1:
         assert keeper.copy is not None
         state, sums = keeper.copy
-        resumed, again, _ = run(Start(epoch=0, step=CUT_AT, sums=sums), state)
+        resumed, again, _ = run(ResumePoint(epoch=0, step=CUT_AT, sums=sums), state)
         found |= {"resumed": resumed, "resumed figures": again.found}
     return found
 
 
-def everything(machine: context.Runtime) -> dict[str, Any]:
+def everything(ctx: context.DistributedContext) -> dict[str, Any]:
     """Return what comes of each case, in one part and in two."""
     found = {
-        f"{name}, {parts} parts": trained(machine, case, parts)
+        f"{name}, {parts} parts": trained(ctx, case, parts)
         for name, case in CASES.items()
         for parts in (1, 2)
-        if machine.world == 1 or name != "plain"  # test_parity.py has that
+        if ctx.world_size == 1 or name != "plain"  # test_parity.py has that
     }
-    machine.accelerator.free_memory()
+    ctx.accelerator.free_memory()
     return found

@@ -38,9 +38,9 @@ def agent(host: Host, head: Host, arguments: list[str]) -> list[str]:
         "keep_alive_max_attempt": 3,
         "read_timeout": 15,
     }
-    listed = ",".join(f"{key}={value}" for key, value in settings.items())
+    join_truncated = ",".join(f"{key}={value}" for key, value in settings.items())
     launcher = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
-    launcher += [f"--rdzv-endpoint={head.address}:{PORT}", "--rdzv-id=cut", f"--rdzv-conf={listed}"]
+    launcher += [f"--rdzv-endpoint={head.address}:{PORT}", "--rdzv-id=cut", f"--rdzv-conf={join_truncated}"]
     launcher += [f"--local-addr={host.address}", str(MAIN), *arguments]
     return host.command(sys.executable, "-m", "torch.distributed.run", *launcher)
 
@@ -69,7 +69,9 @@ def test_the_side_with_the_rendezvous_goes_on_and_the_other_ends(
             started(agent(stays, stays, arguments), folder, environment=environment) as here,
             started(agent(goes, stays, arguments), folder, environment=environment) as there,
         ):
-            here.wait(lambda: trained(folder, world=2, after=0) and last_step(folder) >= 5, "two processes")
+            here.wait(
+                lambda: trained(folder, world_size=2, after=0) and last_step(folder) >= 5, "two processes"
+            )
             goes.cut()
             since = time.monotonic()
 
@@ -81,7 +83,7 @@ def test_the_side_with_the_rendezvous_goes_on_and_the_other_ends(
             show("both sides have noticed")
             there.wait(lambda: len(there.alive()) <= 1, "none but torchrun where the cable is cut")
             show("the trainer that is cut off has ended")
-            here.wait(lambda: trained(folder, world=1, after=1), "one process at work again")
+            here.wait(lambda: trained(folder, world_size=1, after=1), "one process at work again")
             show("the other side is at work again")
             there.end(code=1)
             show("no process is left where the cable is cut")

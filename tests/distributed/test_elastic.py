@@ -38,9 +38,13 @@ def agent(port: int, *, is_host: bool, arguments: list[str]) -> list[str]:
         "keep_alive_interval": 1,
         "keep_alive_max_attempt": 3,
     }
-    listed = ",".join(f"{key}={value}" for key, value in settings.items())
+    join_truncated = ",".join(f"{key}={value}" for key, value in settings.items())
     launcher = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
-    launcher += [f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id=test-{port}", f"--rdzv-conf={listed}"]
+    launcher += [
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        f"--rdzv-id=test-{port}",
+        f"--rdzv-conf={join_truncated}",
+    ]
     return [
         sys.executable,
         "-m",
@@ -52,17 +56,20 @@ def agent(port: int, *, is_host: bool, arguments: list[str]) -> list[str]:
     ]
 
 
-def trained(folder: Path, *, world: int, after: int) -> bool:
+def trained(folder: Path, *, world_size: int, after: int) -> bool:
     """Return whether so many processes, of an attempt later than `after`, have come to an update."""
-    path = folder / "audit" / f"rank-{world - 1}.jsonl"
+    path = folder / "audit" / f"rank-{world_size - 1}.jsonl"
     lines = path.read_text(encoding="ascii").split("\n")[:-1] if path.exists() else []
-    return any(row["world"] == world and row["attempt"] > after for row in map(json.loads, lines))
+    return any(row["world"] == world_size and row["attempt"] > after for row in map(json.loads, lines))
 
 
-def came_back(run: Run, *, world: int, after: int, since: float) -> None:
-    run.wait(lambda: trained(run.folder, world=world, after=after), f"{world} processes at work again")
+def came_back(run: Run, *, world_size: int, after: int, since: float) -> None:
+    run.wait(
+        lambda: trained(run.folder, world_size=world_size, after=after),
+        f"{world_size} processes at work again",
+    )
     print(
-        f"{world} at work again after {time.monotonic() - since:.1f} s, from step {saved_step(run.folder)}",
+        f"{world_size} at work again after {time.monotonic() - since:.1f} s, from step {saved_step(run.folder)}",
         flush=True,
     )
 
@@ -78,14 +85,14 @@ def test_a_machine_that_loses_a_process_and_then_is_gone(
         started(agent(port, is_host=True, arguments=arguments), folder) as host,
         started(agent(port, is_host=False, arguments=arguments), folder) as guest,
     ):
-        host.wait(lambda: trained(folder, world=2, after=0) and last_step(folder) >= 3, "two processes")
+        host.wait(lambda: trained(folder, world_size=2, after=0) and last_step(folder) >= 3, "two processes")
 
         (victim,) = guest.trainers()
         number = len(attempts(folder))
         print(f"step {last_step(folder)}: SIGKILL to the second machine's process {victim}")
         since = time.monotonic()
         os.kill(victim, signal.SIGKILL)
-        came_back(host, world=2, after=number, since=since)
+        came_back(host, world_size=2, after=number, since=since)
 
         host.wait(lambda: last_step(folder) >= 12, "step 12")
         number = len(attempts(folder))
@@ -93,7 +100,7 @@ def test_a_machine_that_loses_a_process_and_then_is_gone(
         since = time.monotonic()
         for pid in guest.alive():
             os.kill(pid, signal.SIGKILL)
-        came_back(host, world=1, after=number, since=since)
+        came_back(host, world_size=1, after=number, since=since)
         host.end(code=0)
     assert attempts(folder)[-1]["state"] == "done"
     found = worlds(folder)

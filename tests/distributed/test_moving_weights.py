@@ -16,8 +16,8 @@ WORKER = Path(__file__).with_name("move_weights.py")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what each process has found: one alone, and two together."""
     out = tmp_path_factory.mktemp("moving")
-    for world in (1, 2):
-        run(torchrun(world, WORKER, out), cwd=out)
+    for world_size in (1, 2):
+        run(torchrun(world_size, WORKER, out), cwd=out)
     names = {"alone": "1-0", "first": "2-0", "second": "2-1"}
     return {who: json.loads((out / f"found-{name}.json").read_text()) for who, name in names.items()}
 

@@ -17,8 +17,8 @@ from torchvision import models, transforms
 
 from tests.folders import image_folder
 from tests.launching import MAIN, run, step_losses, torchrun
-from trainer.data.loader import Order
-from trainer.model.create import create
+from trainer.data.loader import EpochOrder
+from trainer.model.create import build_model
 from trainer.seeds import derive_seed
 
 # 22 = 3 x 7 + 1: the last batch is ragged, and of one example, so that two of three processes have none of it.
@@ -47,7 +47,7 @@ def recipe(
     )
     images = torch.stack([preprocess(Image.open(path).convert("RGB")) for path, _ in examples])
     labels = torch.tensor([label for _, label in examples])
-    order = Order(examples=len(examples), batch_size=BATCH, seed=SEED)
+    order = EpochOrder(examples=len(examples), batch_size=BATCH, seed=SEED)
     in_head = {id(p) for p in head}
     for epoch in range(EPOCHS):
         for batch in order.permutation(epoch).split(BATCH):
@@ -61,7 +61,7 @@ def recipe(
                     parameter.grad = None
 
 
-def listed(folder: Path) -> list[tuple[str, int]]:
+def join_truncated(folder: Path) -> list[tuple[str, int]]:
     return [
         (str(path), label)
         for label, name in enumerate("abc")
@@ -86,7 +86,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resnet_reference(folder: Path, weights: Path) -> dict[str, list[float]]:
     def losses(reduction: str) -> list[float]:
         torch.manual_seed(derive_seed("weights", SEED))
-        created = create(
+        created = build_model(
             "resnet18",
             image_size=32,
             num_classes=3,
@@ -95,7 +95,7 @@ def resnet_reference(folder: Path, weights: Path) -> dict[str, list[float]]:
         )
         model = created.model.eval()  # frozen BatchNorm is BatchNorm in eval mode; there is no dropout
         head = list(model.get_submodule(created.heads[0]).parameters())
-        return list(recipe(model, head, listed(folder), reduction))
+        return list(recipe(model, head, join_truncated(folder), reduction))
 
     return {reduction: losses(reduction) for reduction in ("sum", "mean")}
 
@@ -167,6 +167,6 @@ def test_the_loop_follows_the_recipe_on_a_model_without_batch_norm(
     for reduction in ("sum", "mean"):
         torch.manual_seed(SEED)
         model = Plain()
-        reference = list(recipe(model, list(model.last.parameters()), listed(folder), reduction))
+        reference = list(recipe(model, list(model.last.parameters()), join_truncated(folder), reduction))
         assert found[reduction] == pytest.approx(reference, rel=TOLERANCE)
         assert found[f"{reduction}, in two parts"] == pytest.approx(reference, rel=TOLERANCE)

@@ -8,14 +8,14 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 from tests.distributed.test_verbs import tried
-from trainer.main import leave
+from trainer.main import exit_process
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     found = tried(folder, sys.argv[2:])
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from tests.disks import disk, resize
 from tests.kills import (
     EXAMPLES,
     attempts,
+    check_equal_across_ranks,
     command,
     finish,
     last_step,
     options,
     pictures,
     require_each_once,
-    require_equal,
     started,
     whole_run,
 )
@@ -44,7 +44,7 @@ def fill(disk: Path) -> None:
 def whole_checkpoints(folder: Path) -> list[int]:
     """Return the steps of the checkpoints, each of which is read and checked."""
     paths = sorted((folder / "checkpoints").iterdir())
-    assert not [path for path in paths if path.is_dir() and store.Place.of(path.name) is None]
+    assert not [path for path in paths if path.is_dir() and store.CheckpointId.of(path.name) is None]
     return [store.read(path).state.step for path in paths if path.is_dir()]
 
 
@@ -74,7 +74,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing_that_was_sav
     said = finish(command(processes, *arguments), folder, logs=small_disk.parent)
     assert "(step 4)" in said
     require_each_once(folder)
-    require_equal(folder, whole_run(tmp_path_factory, processes))
+    check_equal_across_ranks(folder, whole_run(tmp_path_factory, processes))
 
 
 @pytest.mark.slow

@@ -13,16 +13,16 @@ from rich.console import Console
 
 import trainer
 from tests.launching import MAIN, REPOSITORY, accelerate_launch, rows, run
-from trainer.config.builders import Evaluator, load_examples, preprocessing_of
-from trainer.config.model_builder import make_model, probe_head
+from trainer.config.builders import Evaluator, load_dataset, make_preprocessing
+from trainer.config.model_builder import fit_linear_probe, make_model
 from trainer.config.schema import Config, DataConfig, ModelConfig
 from trainer.data.augment import Preprocessing
 from trainer.distributed import context
 from trainer.evaluate import Evaluation
 from trainer.model.build import preset
-from trainer.model.create import create
+from trainer.model.create import build_model
 from trainer.model.file import Preprocess
-from trainer.model.source_classes import Labels
+from trainer.model.source_classes import ClassMapping
 from trainer.pipeline import resolve
 
 WEIGHTS = "squeezenet1_1-imagenet1k-fp16.safetensors"
@@ -67,7 +67,7 @@ def test_ants_and_bees_by_the_notes_method(shared: Path, tmp_path: Path) -> None
 @pytest.mark.shared
 def test_ants_and_bees_are_told_apart_before_the_first_step(shared: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    machine = context.start(device="cpu", precision="fp32", threads=threads)
+    ctx = context.start(device="cpu", precision="fp32", threads=threads)
     console = Console(file=io.StringIO(), width=100, soft_wrap=True)
     config = resolve(
         Config(
@@ -75,16 +75,16 @@ def test_ants_and_bees_are_told_apart_before_the_first_step(shared: Path, tmp_pa
             model=ModelConfig(name="squeezenet1_1", weights=str(shared / "weights" / WEIGHTS)),
         )
     )
-    index = load_examples(config.data, machine, console).index
-    preprocessing = preprocessing_of(config.data)
-    evaluator = Evaluator(index, preprocessing, config, machine)
+    index = load_dataset(config.data, ctx, console).index
+    preprocessing = make_preprocessing(config.data)
+    evaluator = Evaluator(index, preprocessing, config, ctx)
     found: dict[str, Evaluation] = {}
     for init in ("source-labels", "linear-probe"):
         config = replace(config, model=replace(config.model, head_init=init))  # type: ignore[arg-type]
         created = make_model(config, index.classes, config.model.weights, on_progress=console.print)
-        console.print("\n".join(created.lines))
+        console.print("\n".join(created.summary))
         if init == "linear-probe":
-            probe_head(created, index, preprocessing, config, machine, watch=nullcontext, say=console.print)
+            fit_linear_probe(created, index, preprocessing, config, ctx, watch=nullcontext, log=console.print)
         found[init] = evaluator(created.model, lambda: False)["test"]
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert {part.seen for part in found.values()} == {153}
@@ -100,16 +100,16 @@ def test_ants_and_bees_are_told_apart_before_the_first_step(shared: Path, tmp_pa
 def test_what_is_none_of_the_matched_classes_is_not_taken_for_one(shared: Path) -> None:
     """Insects, and a head of `hotdog` and of what is not: the second row stands for the rest of ImageNet."""
     torch.manual_seed(0)
-    created = create(
+    created = build_model(
         "squeezenet1_1",
         image_size=224,
         num_classes=2,
         weights=str(shared / "weights" / WEIGHTS),
         head_init="source-labels",
-        labels=Labels(targets=("hotdog", "not-hotdog"), aliases={}),
+        labels=ClassMapping(targets=("hotdog", "not-hotdog"), aliases={}),
     )
-    assert "  hotdog <- hotdog, row 934 (name)" in created.lines
-    assert "  left random, 1 that the source does not know: not-hotdog" in created.lines
+    assert "  hotdog <- hotdog, row 934 (name)" in created.summary
+    assert "  left random, 1 that the source does not know: not-hotdog" in created.summary
     preprocess = Preprocess(
         Preprocessing(resize="squash", **dataclasses.asdict(preset("squeezenet1_1", None)))
     )

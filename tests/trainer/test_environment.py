@@ -20,7 +20,7 @@ from trainer.distributed.signals import StopSignals
 from trainer.environment import ENVIRONMENT, changes, chosen, diffs, keep, launchers, together
 from trainer.masking import MASK, masked_text, masked_variables, masked_words
 from trainer.pipeline import run
-from trainer.run.lock import Attempt, records
+from trainer.run.lock import RunLock, read_attempts
 
 SECRET = "hunter2-correct-horse"
 
@@ -302,20 +302,20 @@ def test_a_git_that_hangs_is_not_waited_for(
 
 
 @pytest.fixture
-def machine() -> Iterator[Any]:
+def ctx() -> Iterator[Any]:
     threads = torch.get_num_threads()
     yield context.start(device="cpu", precision="fp32", threads=1)
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def attempt(tmp_path: Path) -> Iterator[Attempt]:
-    found = Attempt.claim(tmp_path / "run", say=print)
+def attempt(tmp_path: Path) -> Iterator[RunLock]:
+    found = RunLock.acquire(tmp_path / "run", log=print)
     yield found
     found._over.set()
 
 
-def read(attempt: Attempt) -> dict[str, Any]:
+def read(attempt: RunLock) -> dict[str, Any]:
     path = attempt.folder / ENVIRONMENT / f"{attempt.record.attempt:04}.json"
     found = json.loads(path.read_text(encoding="ascii"))
     assert isinstance(found, dict)
@@ -323,14 +323,14 @@ def read(attempt: Attempt) -> dict[str, Any]:
 
 
 def test_a_start_is_written_down(
-    attempt: Attempt, machine: Any, monkeypatch: pytest.MonkeyPatch, repository: Path
+    attempt: RunLock, ctx: Any, monkeypatch: pytest.MonkeyPatch, repository: Path
 ) -> None:
     (repository / "code.py").write_text("lr = 2\n")
     monkeypatch.chdir(repository)
     monkeypatch.setenv("NCCL_NET_TOKEN", SECRET)
     monkeypatch.setenv("REGRAFT_X", "\udcff\n")
     monkeypatch.setattr(sys, "orig_argv", ["python", "trainer/main.py", f"--hub.token={SECRET}"])
-    assert keep(attempt.folder, attempt, machine) is None
+    assert keep(attempt.folder, attempt, ctx) is None
     found = read(attempt)
     assert found["command"] == ["python", "trainer/main.py", f"--hub.token={MASK}"]
     assert found["folder"] == str(repository)
@@ -362,20 +362,20 @@ def test_the_code_is_the_repository_that_holds_it_not_one_that_it_is_installed_b
     assert told["commit"] == found.commit
 
 
-def test_an_attempt_that_was_taken_over_writes_nothing(attempt: Attempt, machine: Any) -> None:
+def test_an_attempt_that_was_taken_over_writes_nothing(attempt: RunLock, ctx: Any) -> None:
     attempt.end("stopped", "SIGTERM")
-    Attempt.claim(attempt.folder, say=print)._over.set()
-    told = keep(attempt.folder, attempt, machine)
+    RunLock.acquire(attempt.folder, log=print)._over.set()
+    told = keep(attempt.folder, attempt, ctx)
     assert told is not None
     assert "attempt 2 on" in told
     assert list((attempt.folder / ENVIRONMENT).iterdir()) == []
 
 
 def test_that_it_cannot_be_written_is_one_line_and_no_end(
-    attempt: Attempt, machine: Any, monkeypatch: pytest.MonkeyPatch
+    attempt: RunLock, ctx: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (attempt.folder / ENVIRONMENT).write_text("in the way")
-    told = keep(attempt.folder, attempt, machine)
+    told = keep(attempt.folder, attempt, ctx)
     assert told is not None
     assert "\n" not in told
     assert "could not be written down: FileExistsError" in told
@@ -385,32 +385,32 @@ def test_that_it_cannot_be_written_is_one_line_and_no_end(
 
     monkeypatch.setattr(environment, "hardware", broken)
     (attempt.folder / ENVIRONMENT).unlink()
-    assert keep(attempt.folder, attempt, machine) is None
+    assert keep(attempt.folder, attempt, ctx) is None
     assert read(attempt)["hosts"][0]["error"] == "ZeroDivisionError: x\\ny"
 
 
 def test_the_next_start_says_what_has_changed(
-    attempt: Attempt, machine: Any, monkeypatch: pytest.MonkeyPatch
+    attempt: RunLock, ctx: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert keep(attempt.folder, attempt, machine) is None
+    assert keep(attempt.folder, attempt, ctx) is None
     attempt.end("stopped", "SIGTERM")
-    second = Attempt.claim(attempt.folder, say=print)
+    second = RunLock.acquire(attempt.folder, log=print)
     second._over.set()
-    assert keep(attempt.folder, second, machine) is None, "nothing has"
+    assert keep(attempt.folder, second, ctx) is None, "nothing has"
     first = attempt.folder / ENVIRONMENT / "0001.json"
     (attempt.folder / ENVIRONMENT / "0002.json").unlink()
     facts = json.loads(first.read_text())
     facts["hosts"][0] |= {"cpu": "Another CPU", "gpus": [{"name": "A100"}]}
     first.write_text(json.dumps(facts))
-    told = keep(attempt.folder, second, machine)
+    told = keep(attempt.folder, second, ctx)
     assert told is not None
     assert told.startswith("since the attempt before: the processor: Another CPU then, ")
     assert "the GPUs: A100 then, none now" in told
     first.write_text("[1")
-    assert keep(attempt.folder, second, machine) is None, "a damaged file says nothing"
+    assert keep(attempt.folder, second, ctx) is None, "a damaged file says nothing"
     for foreign in ('{"hosts": 3, "code": []}', "[]", '{"hosts": [{"gpus": [1]}], "code": {}}'):
         first.write_text(foreign)
-        assert keep(attempt.folder, second, machine) is None, "nor does one of another version"
+        assert keep(attempt.folder, second, ctx) is None, "nor does one of another version"
 
 
 @pytest.mark.parametrize(
@@ -468,14 +468,14 @@ def test_gpus_and_driver_are_read_from_the_kernels_files(tmp_path: Path) -> None
 
 
 def test_several_processes_are_gathered_and_rank_0_writes(
-    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+    attempt: RunLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gathered = [{"host": "a"}, {"host": "b"}]
     monkeypatch.setattr(environment, "gather_object", lambda _: gathered)
-    machine: Any = SimpleNamespace(world=2, accelerator=SimpleNamespace(device=torch.device("cpu")))
-    assert keep(attempt.folder, None, machine) is None
+    ctx: Any = SimpleNamespace(world_size=2, accelerator=SimpleNamespace(device=torch.device("cpu")))
+    assert keep(attempt.folder, None, ctx) is None
     assert not (attempt.folder / ENVIRONMENT).exists(), "another rank's"
-    keep(attempt.folder, attempt, machine)
+    keep(attempt.folder, attempt, ctx)
     assert read(attempt)["hosts"] == [{"host": "a", "ranks": [0]}, {"host": "b", "ranks": [1]}]
 
 
@@ -497,5 +497,5 @@ def test_a_run_writes_its_environment_at_each_start_and_does_without_if_need_be(
         run(replace(config, train=TrainConfig(epochs=2, batch_size=4)), signals)
     torch.set_num_threads(threads)
     assert "could not be written down: ZeroDivisionError" in capsys.readouterr().out
-    assert [one.state for one in records(tmp_path / "run")] == ["done", "done"]
+    assert [one.state for one in read_attempts(tmp_path / "run")] == ["done", "done"]
     assert (tmp_path / "run" / ENVIRONMENT / "0001.json").exists()

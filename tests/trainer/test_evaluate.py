@@ -39,10 +39,10 @@ def run(
         data,
         classes=3,
         expected=expected,
-        normalise=lambda images: images.float(),
+        normalize=lambda images: images.float(),
         reduce=lambda sums: sums if others is None else sums + others,
         device=torch.device("cpu"),
-        rounds=len(data) if rounds is None else rounds,
+        num_batches=len(data) if rounds is None else rounds,
         interrupted=interrupted,
     )
 

@@ -15,7 +15,7 @@ from tests.launching import MAIN, REPOSITORY
 from trainer import main as module
 from trainer.distributed.signals import STOPPING, Stopped, StopSignals
 from trainer.errors import UserError
-from trainer.main import main, stop_code
+from trainer.main import main, stopped_exit_code
 
 # `trainer/main.py` run by path, as its users do; what it calls stands in `run`, and needs no torch.
 PROGRAM = """
@@ -150,9 +150,9 @@ def test_another_rank_is_silent_if_the_launcher_ends_it_since_rank_0_has_spoken(
 
 
 def test_torchrun_knows_success_and_failure_alone() -> None:
-    assert stop_code({"TORCHELASTIC_RUN_ID": "none", "RANK": "0"}) == 0
-    assert stop_code({"ACCELERATE_MIXED_PRECISION": "no"}) == 75
-    assert stop_code({}) == 75
+    assert stopped_exit_code({"TORCHELASTIC_RUN_ID": "none", "RANK": "0"}) == 0
+    assert stopped_exit_code({"ACCELERATE_MIXED_PRECISION": "no"}) == 75
+    assert stopped_exit_code({}) == 75
 
 
 # --- in this process

@@ -12,25 +12,25 @@ import torch
 from tests.folders import image_folder
 from trainer import pipeline
 from trainer.config.schema import (
+    BaselineConfig,
     CheckpointConfig,
     Config,
     DataConfig,
     ModelConfig,
     OptimConfig,
-    RegulariseConfig,
+    PretrainConfig,
+    RegularizationConfig,
     RunConfig,
-    ScratchConfig,
-    SourceConfig,
     TrainConfig,
     TransferConfig,
 )
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
-from trainer.pipeline import resolve, run, source_stage
+from trainer.pipeline import pretrain_config, resolve, run
 from trainer.run import lock
 from trainer.run.folder import CHECKPOINTS, CONFIG, MARK, STOP
-from trainer.run.lock import ATTEMPTS, Attempt, Record, records
-from trainer.train_run import Outcome
+from trainer.run.lock import ATTEMPTS, AttemptRecord, RunLock, read_attempts
+from trainer.train_run import TrainResult
 
 SCRATCH = ModelConfig(name="resnet18", weights=None)
 NOBODY = "~nobody-of-this-name/there"
@@ -51,7 +51,7 @@ def test_without_a_root_there_is_nothing_to_train_on(root: str | None) -> None:
     [
         ("data.root", config(NOBODY)),
         ("run.dir", replace(config("images"), run=RunConfig(dir=NOBODY))),
-        ("source.root", replace(config("images"), source=SourceConfig(root=NOBODY))),
+        ("source.root", replace(config("images"), source=PretrainConfig(root=NOBODY))),
         ("model.weights", config("images", ModelConfig(name="resnet18", weights=NOBODY))),
         ("model.weights", config("images", ModelConfig(name="resnet18", weights=f"{NOBODY}.safetensors"))),
     ],
@@ -77,7 +77,7 @@ def test_paths_become_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found.run.dir == str(tmp_path / "runs" / "a")
     assert found.data.root == str(tmp_path / "图 片")
     assert found.model.weights == str(tmp_path / "home" / "w.pth")
-    sourced = resolve(replace(given, model=SCRATCH, source=SourceConfig(root="~/source")))
+    sourced = resolve(replace(given, model=SCRATCH, source=PretrainConfig(root="~/source")))
     assert sourced.source.root == str(tmp_path / "home" / "source")
     assert resolve(sourced) == sourced, "nothing is left to resolve"
 
@@ -86,7 +86,7 @@ def test_names_stay_names() -> None:
     given = Config(
         data=DataConfig(root="synthetic-target"),
         model=SCRATCH,
-        source=SourceConfig(root="synthetic-source"),
+        source=PretrainConfig(root="synthetic-source"),
     )
     found = resolve(given)
     assert (found.data.root, found.source.root) == ("synthetic-target", "synthetic-source")
@@ -121,13 +121,13 @@ def folder(tmp_path: Path) -> Path:
 
 def with_all_stages(config: Config) -> Config:
     return replace(
-        config, source=SourceConfig(root=config.data.root, epochs=2), scratch=ScratchConfig(lr=0.1)
+        config, source=PretrainConfig(root=config.data.root, epochs=2), scratch=BaselineConfig(lr=0.1)
     )
 
 
 def test_a_run_says_that_it_is_done_and_where_it_stands(small: Config, folder: Path) -> None:
     assert run(small, StopSignals()) is not None
-    (record,) = records(folder)
+    (record,) = read_attempts(folder)
     assert (record.state, record.stage, record.step, record.steps, record.epoch, record.epochs) == (
         "done", "", 1, 1, 1, 1,
     )  # fmt: skip
@@ -139,7 +139,7 @@ def test_a_run_says_that_it_is_done_and_where_it_stands(small: Config, folder: P
     ("changes", "said"),
     [
         ({"transfer": TransferConfig(train="from:layer9")}, "no module 'layer9'"),
-        ({"optim": OptimConfig(lr_scales={"layre": 0.1})}, "'layre' matches no parameter"),
+        ({"optim": OptimConfig(lr_mult={"layre": 0.1})}, "'layre' matches no parameter"),
         ({"optim": OptimConfig(warmup="9 steps")}, "the peak learning rate"),
         ({"transfer": TransferConfig(wise_ft=True)}, r"set data\.val_fraction 0\.1"),
         (
@@ -152,7 +152,7 @@ def test_a_run_says_that_it_is_done_and_where_it_stands(small: Config, folder: P
 def test_what_is_wrong_with_the_fine_tuning_is_said_before_the_source_model_trains(
     changes: dict[str, Any], said: str, small: Config, folder: Path
 ) -> None:
-    sourced = replace(small, source=SourceConfig(root=small.data.root, epochs=2))
+    sourced = replace(small, source=PretrainConfig(root=small.data.root, epochs=2))
     with pytest.raises(UserError, match=said):
         run(replace(sourced, **changes), StopSignals())
     assert not (folder / "source").exists()
@@ -161,7 +161,7 @@ def test_what_is_wrong_with_the_fine_tuning_is_said_before_the_source_model_trai
 def test_all_stages_are_one_attempt(small: Config, folder: Path) -> None:
     outcome = run(with_all_stages(small), StopSignals())
     assert outcome is not None
-    (record,) = records(folder)
+    (record,) = read_attempts(folder)
     assert (record.state, record.stage, record.step, record.epochs) == ("done", "scratch", 1, 1)
     for stage in ("source", ".", "scratch"):
         assert (folder / stage / CHECKPOINTS / "LATEST").exists()
@@ -173,7 +173,7 @@ def test_a_run_that_fails_says_why(small: Config, folder: Path) -> None:
     torch.save({}, folder.parent / "w.pth")
     with pytest.raises(UserError) as caught:
         run(wrong, StopSignals())
-    (record,) = records(folder)
+    (record,) = read_attempts(folder)
     assert (record.state, record.step) == ("failed", 0)
     assert record.reason
     assert str(caught.value).startswith(record.reason[:40])
@@ -189,7 +189,7 @@ def test_a_stop_while_the_data_is_prepared_is_written_down(
     with StopSignals() as signals, pytest.raises(Stopped) as stopped:
         run(small, signals)
     assert (stopped.value.reason, stopped.value.saved) == ("SIGUSR1", None)
-    (record,) = records(folder)
+    (record,) = read_attempts(folder)
     assert (record.state, record.reason) == ("stopped", "SIGUSR1")
 
 
@@ -197,11 +197,11 @@ def test_what_could_not_be_written_down_does_not_hide_why_the_run_ended(
     small: Config, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def taken_over(*_: Any, **__: Any) -> None:
-        later = replace(records(folder)[0], attempt=2, token="other", host="node17", pid=4)
+        later = replace(read_attempts(folder)[0], attempt=2, token="other", host="node17", pid=4)
         (folder / ATTEMPTS / "0002.json").write_text(lock._text(later))
         raise UserError("the first trouble")
 
-    monkeypatch.setattr(pipeline, "finetune", taken_over)
+    monkeypatch.setattr(pipeline, "train_run", taken_over)
     with pytest.raises(UserError, match="the first trouble") as caught:
         run(small, StopSignals())
     assert "node17, process 4 has taken this run over" in caught.value.__notes__[0]
@@ -211,13 +211,13 @@ def test_what_could_not_be_written_down_does_not_hide_why_the_run_ended(
 
 
 class Trained:
-    """Stands for `finetune`: trains nothing, and lets a signal come while a stage ends."""
+    """Stands for `train_run`: trains nothing, and lets a signal come while a stage ends."""
 
     def __init__(self, signals: StopSignals, stage: str) -> None:
         self.signals, self.stage = signals, stage
         self.made: list[str] = []
 
-    def __call__(self, config: Config, *_: Any, attempt: Attempt, **__: Any) -> Outcome:
+    def __call__(self, config: Config, *_: Any, attempt: RunLock, **__: Any) -> TrainResult:
         self.made.append(attempt.record.stage)
         if attempt.record.stage == self.stage:
             self.signals.asked = signal.SIGTERM
@@ -225,7 +225,9 @@ class Trained:
             "epoch": 1, "test_accuracy": 1.0, "test_loss": 1.0, "test_interval": [0, 1], "test_correct": 1,
             "test_seen": 1, "train_seen": 1, "train_loss": 1.0, "seconds": 1.0,
         }  # fmt: skip
-        return Outcome(folder=Path(config.run.dir), rows=(row,), examples=(1, 1), selection=None, seconds=1.0)
+        return TrainResult(
+            folder=Path(config.run.dir), rows=(row,), examples=(1, 1), selection=None, seconds=1.0
+        )
 
 
 @pytest.mark.parametrize(
@@ -241,21 +243,21 @@ def test_a_signal_that_came_with_a_stages_last_epoch_stops_before_the_next(
 ) -> None:
     signals = StopSignals()
     trained = Trained(signals, stage)
-    monkeypatch.setattr(pipeline, "finetune", trained)
+    monkeypatch.setattr(pipeline, "train_run", trained)
     if state == "done":
         run(with_all_stages(small), signals)
     else:
         with pytest.raises(Stopped, match="SIGTERM"):
             run(with_all_stages(small), signals)
     assert trained.made == made
-    assert records(folder)[0].state == state
+    assert read_attempts(folder)[0].state == state
 
 
 # --- opening the run folder
 
 
 @pytest.fixture
-def elsewhere(folder: Path) -> Iterator[Record]:
+def elsewhere(folder: Path) -> Iterator[AttemptRecord]:
     """Let another process of this machine work on the run, with a config of its own."""
     (folder / ATTEMPTS).mkdir(parents=True)
     with subprocess.Popen(["sleep", "1000"]) as sleeper:
@@ -269,7 +271,7 @@ def elsewhere(folder: Path) -> Iterator[Record]:
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_run_that_is_going_on_is_neither_joined_nor_moved_aside(
-    resume: Any, small: Config, folder: Path, elsewhere: Record
+    resume: Any, small: Config, folder: Path, elsewhere: AttemptRecord
 ) -> None:
     (folder / CONFIG).write_text(MARK)
     (folder / STOP).touch()
@@ -279,19 +281,19 @@ def test_a_run_that_is_going_on_is_neither_joined_nor_moved_aside(
         "its STOP is its own"
     )
     assert [path.name for path in folder.parent.glob("run*")] == ["run"]
-    assert len(records(folder)) == 1
+    assert len(read_attempts(folder)) == 1
 
 
 def test_never_moves_a_run_aside_whose_process_was_killed(
     small: Config, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(small, StopSignals())
-    record = replace(records(folder)[0], state="running", started=1)
+    record = replace(read_attempts(folder)[0], state="running", started=1)
     (folder / ATTEMPTS / "0001.json").write_text(lock._text(record))
     run(replace(small, run=replace(small.run, resume="never")), StopSignals())
     assert f"the earlier run was moved to {folder}.earlier-1" in capsys.readouterr().out
-    assert [(found.attempt, found.state) for found in records(folder)] == [(1, "done")]
-    assert records(folder.with_name("run.earlier-1"))[0] == record
+    assert [(found.attempt, found.state) for found in read_attempts(folder)] == [(1, "done")]
+    assert read_attempts(folder.with_name("run.earlier-1"))[0] == record
 
 
 def test_a_stop_from_before_a_start_is_not_obeyed(
@@ -302,7 +304,7 @@ def test_a_stop_from_before_a_start_is_not_obeyed(
     run(small, StopSignals())
     assert f"{folder / STOP}: from before this start, removed" in capsys.readouterr().out
     assert not (folder / STOP).exists()
-    assert records(folder)[0].state == "done"
+    assert read_attempts(folder)[0].state == "done"
 
 
 def test_a_refused_start_takes_no_number(small: Config, folder: Path) -> None:
@@ -310,7 +312,7 @@ def test_a_refused_start_takes_no_number(small: Config, folder: Path) -> None:
     other = replace(small, run=replace(small.run, seed=1))
     with pytest.raises(UserError, match=r"run\.seed: 0 there, 1 now"):
         run(other, StopSignals())
-    assert len(records(folder)) == 1
+    assert len(read_attempts(folder)) == 1
 
 
 # --- what the first start chose
@@ -360,7 +362,7 @@ def test_a_stop_that_was_made_after_a_start_was_killed_is_still_meant(
     state: Any, is_meant: bool, small: Config, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(small, StopSignals())
-    record = replace(records(folder)[0], state=state, started=1)
+    record = replace(read_attempts(folder)[0], state=state, started=1)
     (folder / ATTEMPTS / "0001.json").write_text(lock._text(record))
     (folder / "STOP").touch()
     run(small, StopSignals())
@@ -380,10 +382,10 @@ def test_a_finished_runs_figures_are_restored(small: Config, folder: Path) -> No
 def test_a_source_model_has_nothing_to_stop_early_by_and_nothing_to_be_pulled_to() -> None:
     given = replace(
         config("images"),
-        source=SourceConfig(root="others"),
-        regularise=RegulariseConfig(early_stopping=3, ema=0.9),
+        source=PretrainConfig(root="others"),
+        regularise=RegularizationConfig(early_stopping=3, ema=0.9),
         transfer=TransferConfig(l2_sp=0.1, wise_ft=True),
     )
-    source = source_stage(given)
+    source = pretrain_config(given)
     assert (source.regularise.early_stopping, source.regularise.ema) == (None, 0.9)
     assert (source.transfer.l2_sp, source.transfer.wise_ft) == (0, False)

@@ -16,18 +16,18 @@ from safetensors.torch import load_file
 from tests.folders import image_folder
 from trainer import train_run as module
 from trainer.checkpoint import store
-from trainer.checkpoint.store import Place
+from trainer.checkpoint.store import CheckpointId
 from trainer.config.parse import dump
 from trainer.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from trainer.distributed import context
 from trainer.distributed.signals import Stopped, StopSignals
-from trainer.distributed.watchdog import Beats, HangWatch
+from trainer.distributed.watchdog import Heartbeat, Watchdog
 from trainer.errors import UserError
 from trainer.pipeline import resolve
 from trainer.report.metrics import Row, epoch_rows, parse_rows
-from trainer.run.folder import CHECKPOINTS, METRICS, MODEL, STOP, examine, write_config
-from trainer.run.lock import ATTEMPTS, Attempt, records
-from trainer.train_run import Outcome, finetune
+from trainer.run.folder import CHECKPOINTS, METRICS, MODEL, STOP, check_resumable, write_config
+from trainer.run.lock import ATTEMPTS, RunLock, read_attempts
+from trainer.train_run import TrainResult, train_run
 
 EPOCHS, STEPS = 3, 2
 TIMED = ("seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes")
@@ -37,22 +37,22 @@ def train(
     config: Config,
     *,
     signals: StopSignals | None = None,
-    started: Callable[[Attempt], object] = lambda attempt: None,
+    started: Callable[[RunLock], object] = lambda attempt: None,
     weights: str | None = None,
-) -> tuple[Outcome, str]:
+) -> tuple[TrainResult, str]:
     """Start a run as `stages` does, and return what came of it, and what was seen of it."""
     screen = io.StringIO()
     console = Console(file=screen, width=100, soft_wrap=True)
-    machine = context.start(device="cpu", precision="fp32", threads=1)
+    ctx = context.start(device="cpu", precision="fp32", threads=1)
     folder = Path(config.run.dir)
-    examine(folder, dump(config), resume="auto")
-    attempt = Attempt.claim(folder, say=console.print)
+    check_resumable(folder, dump(config), resume="auto")
+    attempt = RunLock.acquire(folder, log=console.print)
     write_config(folder, dump(config))
     started(attempt)
     try:
-        outcome = finetune(
+        outcome = train_run(
             config,
-            machine,
+            ctx,
             console,
             weights=weights or config.model.weights,
             attempt=attempt,
@@ -76,7 +76,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
             run=RunConfig(dir=str(home / "run"), device="cpu"),
             data=DataConfig(root=str(root), image_size=32, workers=0, cache=str(home / "cache")),
             model=ModelConfig(name="squeezenet1_1", weights=None),
-            train=TrainConfig(epochs=EPOCHS, batch_size=4, precision="fp32", points_per_epoch=2),
+            train=TrainConfig(epochs=EPOCHS, batch_size=4, precision="fp32", logs_per_epoch=2),
             checkpoint=CheckpointConfig(every="1 steps", keep_last=100),
         )
     )
@@ -108,11 +108,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def back_to(config: Config, step: int, epoch: int) -> None:
     """Leave a run as a kill does whose newest checkpoint stands there."""
     folder = Path(config.run.dir) / CHECKPOINTS
-    for place in store.places(folder):
-        if place > Place(step, epoch):
+    for place in store.list_checkpoints(folder):
+        if place > CheckpointId(step, epoch):
             shutil.rmtree(folder / place.name)
-    (folder / store.LATEST).write_text(Place(step, epoch).name + "\n")
-    assert store.places(folder)[0] == Place(step, epoch)
+    (folder / store.LATEST).write_text(CheckpointId(step, epoch).name + "\n")
+    assert store.list_checkpoints(folder)[0] == CheckpointId(step, epoch)
 
 
 def rows(config: Config) -> list[Row]:
@@ -123,7 +123,7 @@ def rows(config: Config) -> list[Row]:
 
 def equal(one: Config, other: Config) -> bool:
     """Return whether two runs have come to the same: weights, moments, best epoch's model, and every figure."""
-    last = Path(CHECKPOINTS) / Place(EPOCHS * STEPS, EPOCHS).name
+    last = Path(CHECKPOINTS) / CheckpointId(EPOCHS * STEPS, EPOCHS).name
     for name in (MODEL, last / store.MODEL, last / store.OPTIMIZER):
         a, b = (load_file(Path(config.run.dir) / name) for config in (one, other))
         if not (a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)):
@@ -135,14 +135,14 @@ def test_what_comes_before_and_after_the_updates_is_watched_too(
     finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The probe's pass, the evaluation before the first step, training, and the eleven of WiSE-FT."""
-    watched: list[Beats] = []
+    watched: list[Heartbeat] = []
 
-    class Watch(HangWatch):
-        def __enter__(self) -> Beats:
+    class Watch(Watchdog):
+        def __enter__(self) -> Heartbeat:
             watched.append(super().__enter__())
             return watched[-1]
 
-    monkeypatch.setattr(module, "HangWatch", Watch)
+    monkeypatch.setattr(module, "Watchdog", Watch)
     source = str(Path(finished.run.dir) / MODEL)
     config = replace(
         in_folder(finished, tmp_path / "run"),
@@ -170,7 +170,7 @@ def test_a_finished_run_is_only_reported(copy: Config) -> None:
     assert "A larger train.epochs goes on from here" in seen
     assert [row["epoch"] for row in outcome.rows] == [1, 2, 3]
     assert contents(folder) == before
-    assert [(record.attempt, record.state) for record in records(folder)] == [(1, "done"), (2, "done")]
+    assert [(record.attempt, record.state) for record in read_attempts(folder)] == [(1, "done"), (2, "done")]
 
 
 PLACES = [(1, 0), (2, 1), (3, 1), (5, 2)]
@@ -254,8 +254,8 @@ def test_a_run_that_is_stopped_says_where_it_stands_and_goes_on(tmp_path: Path, 
         with pytest.raises(Stopped) as stopped:
             train(config, signals=signals)
         assert (stopped.value.reason, stopped.value.saved) == ("SIGTERM", said)
-        assert store.places(tmp_path / "run" / CHECKPOINTS)[0] == Place(step, 0)
-        last = records(tmp_path / "run")[-1]
+        assert store.list_checkpoints(tmp_path / "run" / CHECKPOINTS)[0] == CheckpointId(step, 0)
+        last = read_attempts(tmp_path / "run")[-1]
         assert (last.step, last.steps, last.epoch, last.epochs) == (step, 6, 0, 3)
     train(config)
     assert equal(config, finished)
@@ -271,9 +271,9 @@ def test_a_file_stop_is_honoured_and_removed(tmp_path: Path, finished: Config) -
 
 
 def test_an_audit_is_written_and_goes_on(copy: Config) -> None:
-    audited = replace(copy, run=replace(copy.run, audit=True))
+    with_audit = replace(copy, run=replace(copy.run, audit=True))
     back_to(copy, 3, 1)
-    train(audited)
+    train(with_audit)
     lines = (Path(copy.run.dir) / "audit" / "rank-0.jsonl").read_text().splitlines()
     assert [line.split(", ")[:3] for line in lines] == [
         ['{"attempt": 2', f'"epoch": {step // STEPS}', f'"step": {step}'] for step in (3, 4, 5)

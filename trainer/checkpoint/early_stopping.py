@@ -6,7 +6,7 @@ from trainer.report.metrics import Row
 from trainer.report.summary import best_row
 
 
-def is_over(epochs: Sequence[Row], *, part: str, patience: int) -> bool:
+def should_stop_early(epochs: Sequence[Row], *, part: str, patience: int) -> bool:
     """Return whether none of the last `patience` epochs was better on `part` than all before them.
 
     Better is what selects the best epoch: a higher accuracy, or an equal one at a lower loss. Patience as in Prechelt

@@ -20,25 +20,25 @@ from safetensors.torch import save
 from torch import nn
 
 from trainer.checkpoint import store
-from trainer.checkpoint.early_stopping import is_over
-from trainer.checkpoint.retention import Policy
-from trainer.checkpoint.state import Best, State, Subject
-from trainer.checkpoint.store import Place
-from trainer.checkpoint.tensors import Tensors, capture, capture_average, load
-from trainer.checkpoint.writer import Writer
-from trainer.data.loader import Order
-from trainer.distributed.context import Runtime, in_turn, raise_together
+from trainer.checkpoint.early_stopping import should_stop_early
+from trainer.checkpoint.retention import RetentionPolicy
+from trainer.checkpoint.state import BestEpoch, CheckpointState, RunIdentity
+from trainer.checkpoint.store import CheckpointId
+from trainer.checkpoint.tensors import Tensors, load_tensors, snapshot, snapshot_ema
+from trainer.checkpoint.writer import AsyncWriter
+from trainer.data.loader import EpochOrder
+from trainer.distributed.context import DistributedContext, main_process_first, raise_on_all_ranks
 from trainer.distributed.signals import Stopped, StopSignals
-from trainer.distributed.watchdog import Beats
+from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
-from trainer.loop import Evaluations, Progress, Wish
-from trainer.metrics import Sums
-from trainer.model.batch_norm import gather_statistics
-from trainer.model.file import Description, read_description, write_model
-from trainer.optim.ema import Shadow
+from trainer.loop import Evaluations, Progress, StepDecision
+from trainer.metrics import MetricState
+from trainer.model.batch_norm import gather_batch_norm_statistics
+from trainer.model.file import ModelMetadata, read_metadata, write_model
+from trainer.optim.ema import ModelEma
 from trainer.report.metrics import epoch_rows
-from trainer.run.folder import CHECKPOINTS, MODEL, STOP, saving
-from trainer.run.lock import Attempt
+from trainer.run.folder import CHECKPOINTS, MODEL, STOP, saving_to
+from trainer.run.lock import RunLock
 
 _STOP_FILE = 1 << 10  # above every signal's number
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -61,12 +61,12 @@ class Report(Protocol):
 
 
 @dataclass(kw_only=True)
-class Keeper:
+class CheckpointManager:
     """Agrees, saves, and says when to stop: a context around the loop, on every process; rank 0's writes."""
 
-    machine: Runtime
+    ctx: DistributedContext
     signals: StopSignals
-    attempt: Attempt | None
+    attempt: RunLock | None
     """Rank 0's right to write; None elsewhere."""
     folder: Path
     """Of this stage of the run."""
@@ -74,52 +74,52 @@ class Keeper:
     """Bare: neither DDP's wrapper nor its prefixes are written."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
-    order: Order
+    order: EpochOrder
     epochs: int
-    policy: Policy
-    facts: Mapping[str, Any]
+    policy: RetentionPolicy
+    run_metadata: Mapping[str, Any]
     """The fields of a state that do not change: schedule, chosen, threads, seed, versions."""
-    lr_factor: Callable[[int], float]
-    subject: Subject
-    description: Description
+    lr_multiplier: Callable[[int], float]
+    identity: RunIdentity
+    description: ModelMetadata
     """Of the model; its metrics are filled in as they come."""
     selection: str | None
     """The part that the best epoch is selected on, where it is not `test`."""
-    report: Report
-    best: Best | None
-    last: Place | None
+    logger: Report
+    best: BestEpoch | None
+    last: CheckpointId | None
     """The newest checkpoint."""
-    shadow: Shadow | None = None
+    ema: ModelEma | None = None
     """The model's average, which is then what is evaluated and what the model file holds."""
     patience: int | None = None
     """Epochs without a better one on `selection` after which the run is over."""
-    over: bool = False
+    stopped_early: bool = False
     """Whether it is: the epoch that was kept last is the last one, although more were planned."""
-    beats: Beats = field(default_factory=Beats)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     """Counts the boundaries, for whoever watches over a hang."""
-    _writer: Writer = field(default_factory=Writer)
+    _writer: AsyncWriter = field(default_factory=AsyncWriter)
     _saved_at: float = field(default_factory=time.monotonic)
     _looked_at: float = 0.0
     _stop_file: bool = False
 
-    def agree(self, step: int) -> Wish:
+    def sync_flags(self, step: int) -> StepDecision:
         """Return what all processes do after `step` updates of the run.
 
         Raises:
             UserError: one of them has met it; every process raises it.
 
         """
-        failure = self._failure() if self.machine.is_main else None
-        due = self.machine.is_main and self.policy.due(step, time.monotonic() - self._saved_at)
-        stop, save, failed = self.machine.agree([self._asked(), due, failure is not None])
-        self.beats.beat(step)
+        failure = self._failure() if self.ctx.is_main_process else None
+        due = self.ctx.is_main_process and self.policy.should_save(step, time.monotonic() - self._saved_at)
+        stop, save, failed = self.ctx.all_reduce_max([self._asked(), due, failure is not None])
+        self.heartbeat.tick(step)
         if failed:
-            raise_together(self.machine.accelerator, failure)
+            raise_on_all_ranks(self.ctx.accelerator, failure)
         reason = "the file STOP" if stop == _STOP_FILE else signal.Signals(stop).name if stop else None
-        return Wish(save=bool(save), stop=reason)
+        return StepDecision(save=bool(save), stop=reason)
 
     def _failure(self) -> UserError | None:
-        return self._writer.failure or self.report.failure
+        return self._writer.failure or self.logger.failure
 
     def _asked(self) -> int:
         if self.attempt is not None and not self._stop_file:
@@ -130,24 +130,24 @@ class Keeper:
                     self._stop_file = (self.attempt.folder / STOP).exists()
         return _STOP_FILE if self._stop_file else self.signals.asked or 0
 
-    def save(self, epoch: int, step: int, sums: Sums) -> None:
+    def save(self, epoch: int, step: int, sums: MetricState) -> None:
         """Save the state within an epoch, after `epoch` whole ones and `step` updates in all."""
-        self._save(Place(step, epoch), sums, with_model=False)
+        self._save(CheckpointId(step, epoch), sums, with_model=False)
 
-    def epoch(self, progress: Progress, evaluations: Evaluations) -> str | None:
+    def end_epoch(self, progress: Progress, evaluations: Evaluations) -> str | None:
         """Save the state at the end of an epoch if it is due, the best so far or the last; or if asked to stop."""
         found = evaluations[self.selection or "test"]
-        now = Best(epoch=progress.epoch, step=progress.step, accuracy=found.accuracy, loss=found.loss)
+        now = BestEpoch(epoch=progress.epoch, step=progress.step, accuracy=found.accuracy, loss=found.loss)
         is_best = self.best is None or now.score > self.best.score
         if is_best:
             self.best = now
-        wish = self.agree(progress.step)
-        self.over = progress.epoch < self.epochs and self._is_over()
-        is_last = progress.epoch == self.epochs or self.over
-        self.beats.wait_longer()  # for rank 0, which waits for its disk
+        wish = self.sync_flags(progress.step)
+        self.stopped_early = progress.epoch < self.epochs and self._is_over()
+        is_last = progress.epoch == self.epochs or self.stopped_early
+        self.heartbeat.extend_timeout()  # for rank 0, which waits for its disk
         if wish.save or wish.stop or is_last or (is_best and self.policy.keep_best):
-            self._save(Place(progress.step, progress.epoch), None, with_model=is_best)
-        elif is_best and self.attempt is not None and self._writer.settle():
+            self._save(CheckpointId(progress.step, progress.epoch), None, with_model=is_best)
+        elif is_best and self.attempt is not None and self._writer.wait():
             # A run that goes on from an earlier checkpoint comes to the same best epoch again.
             model = self._captured()[self._evaluated]
             self._writer.submit(partial(self._write_model, self.attempt, model, self._described()))
@@ -157,23 +157,25 @@ class Keeper:
         """Return rank 0's word, which alone has the metrics, on whether training ends early."""
         if self.patience is None or self.selection is None:
             return False
-        rows = epoch_rows(self.report.rows) if self.machine.is_main else []
-        (over,) = self.machine.agree([is_over(rows, part=self.selection, patience=self.patience)])
+        rows = epoch_rows(self.logger.rows) if self.ctx.is_main_process else []
+        (over,) = self.ctx.all_reduce_max(
+            [should_stop_early(rows, part=self.selection, patience=self.patience)]
+        )
         return bool(over)
 
     @property
     def _evaluated(self) -> str:
         """Return which file of a checkpoint holds the weights that are evaluated."""
-        return store.MODEL if self.shadow is None else store.AVERAGE
+        return store.MODEL if self.ema is None else store.AVERAGE
 
     def _captured(self) -> dict[str, Tensors]:
-        average = {} if self.shadow is None else capture_average(self.shadow.model)
-        return capture(self.model, self.optimizer) | average
+        average = {} if self.ema is None else snapshot_ema(self.ema.model)
+        return snapshot(self.model, self.optimizer) | average
 
     def __enter__(self) -> Self:
         if self.attempt is not None:
             steps = self.order.steps_per_epoch * self.epochs
-            done = self.last or Place(0, 0)
+            done = self.last or CheckpointId(0, 0)
             where = {"step": done.step, "steps": steps, "epoch": done.epoch, "epochs": self.epochs}
             self._writer.submit(partial(self.attempt.update, **where))
         return self
@@ -182,7 +184,7 @@ class Keeper:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let what is being written come to its end; after the last epoch or a stop, all hear how it went."""
-        self.beats.wait_longer()
+        self.heartbeat.extend_timeout()
         try:
             if error is None or isinstance(error, Stopped):
                 self._finish(stopped=error is not None)
@@ -190,21 +192,21 @@ class Keeper:
             self._writer.close()
 
     def _finish(self, *, stopped: bool) -> None:
-        if self.machine.is_main:
-            self._writer.settle()
-        self.agree(0)
+        if self.ctx.is_main_process:
+            self._writer.wait()
+        self.sync_flags(0)
         if stopped and self._stop_file and self.attempt is not None:
             with suppress(OSError):  # what cannot be removed, the next start says
                 (self.attempt.folder / STOP).unlink(missing_ok=True)  # honoured: the same command goes on
 
-    def _save(self, place: Place, sums: Sums | None, *, with_model: bool) -> None:
+    def _save(self, place: CheckpointId, sums: MetricState | None, *, with_model: bool) -> None:
         if place == self.last:
             return
-        self.beats.wait_longer()
-        both = self.model if self.shadow is None else self.shadow.and_model()
-        statistics = gather_statistics(both, self.machine.world)
+        self.heartbeat.extend_timeout()
+        both = self.model if self.ema is None else self.ema.and_model()
+        statistics = gather_batch_norm_statistics(both, self.ctx.world_size)
         self.last, self._saved_at = place, time.monotonic()
-        if self.attempt is None or not self._writer.settle():
+        if self.attempt is None or not self._writer.wait():
             return  # a failure is raised by all at the next boundary
         tensors = self._captured()
         if statistics:
@@ -215,19 +217,19 @@ class Keeper:
                 self.attempt,
                 self._state(place, sums),
                 tensors=tensors,
-                metrics=self.report.text,
+                metrics=self.logger.text,
                 description=self._described() if with_model else None,
-                over=self.over,
+                over=self.stopped_early,
             )
         )
 
-    def _described(self, step: int | None = None) -> Description:
+    def _described(self, step: int | None = None) -> ModelMetadata:
         """Return the description of the epoch that ended with `step`; of the last one, if none is given."""
-        rows = [row for row in self.report.rows if row["kind"] == "epoch" and step in (None, row.get("step"))]
+        rows = [row for row in self.logger.rows if row["kind"] == "epoch" and step in (None, row.get("step"))]
         metrics = {**rows[-1], "selected_on": self.selection or "test"}
         return dataclasses.replace(self.description, metrics=metrics)
 
-    def mend_model(self, say: Callable[[str], object]) -> None:
+    def repair_best_model(self, log: Callable[[str], object]) -> None:
         """See that the run's model file is of the best epoch that the checkpoint knows; before training.
 
         A start that was killed may have written a later epoch's, whose checkpoint never came to be. Made again on
@@ -237,19 +239,19 @@ class Keeper:
             UserError: there is neither the file nor that epoch's checkpoint, or it could not be written.
 
         """
-        mended = in_turn(self.machine.accelerator, self._mend_model)
-        self.best = self.machine.from_main(self.best)
+        mended = main_process_first(self.ctx.accelerator, self._mend_model)
+        self.best = self.ctx.broadcast(self.best)
         if mended is not None:
-            say(mended)
+            log(mended)
 
     def _mend_model(self) -> str | None:
         if self.attempt is None or self.best is None or self._model_step() == self.best.step:
             return None
-        place = Place(self.best.step, self.best.epoch)
+        place = CheckpointId(self.best.step, self.best.epoch)
         path = self.folder / CHECKPOINTS / place.name
         try:
             store.read(path)
-        except store.Damaged:
+        except store.CorruptCheckpoint:
             if not (self.folder / MODEL).exists():
                 raise UserError(
                     f"{self.folder}: {MODEL} is gone, which holds the best epoch ({self.best.epoch}), and so is its "
@@ -260,67 +262,72 @@ class Keeper:
                 f"{MODEL} is of an epoch that was lost with an earlier start, and the best one's checkpoint was not "
                 "kept: from here on, the best epoch is sought anew"
             )
-        self._write_model(self.attempt, load(path / self._evaluated), self._described(self.best.step))
+        self._write_model(self.attempt, load_tensors(path / self._evaluated), self._described(self.best.step))
         return f"{MODEL} was not of the best epoch ({self.best.epoch}): made anew from its checkpoint"
 
     def _model_step(self) -> int | None:
         """Return after which step the run's model file was written; None if it is not there, or none of a run."""
         try:
-            description = read_description(self.folder / MODEL)
+            description = read_metadata(self.folder / MODEL)
         except UserError:
             return None
         return description.metrics.get("step") if description else None
 
-    def _state(self, place: Place, sums: Sums | None) -> State:
+    def _state(self, place: CheckpointId, sums: MetricState | None) -> CheckpointState:
         assert self.attempt is not None  # for mypy: rank 0 alone asks
-        return State(
+        return CheckpointState(
             epoch=place.epoch,
             step=place.step,
             sums=sums,
             best=self.best,
-            subject=self.subject,
+            subject=self.identity,
             order="",  # drawn in the writer's thread
             steps_per_epoch=self.order.steps_per_epoch,
             scaler=self.scaler.state_dict() if self.scaler is not None else {},
-            world=self.machine.world,
+            world_size=self.ctx.world_size,
             attempt=self.attempt.record.attempt,
-            **{**self.facts, "schedule": {**self.facts["schedule"], "lr_factor": self.lr_factor(place.step)}},
+            **{
+                **self.run_metadata,
+                "schedule": {**self.run_metadata["schedule"], "lr_factor": self.lr_multiplier(place.step)},
+            },
         )
 
     def _write(
         self,
-        attempt: Attempt,
-        state: State,
+        attempt: RunLock,
+        state: CheckpointState,
         *,
         tensors: Mapping[str, Tensors],
         metrics: str,
-        description: Description | None,
+        description: ModelMetadata | None,
         over: bool,
     ) -> None:
         """Write a checkpoint, the best epoch's model before it; in the writer's thread, on copies alone."""
-        place = Place(state.step, state.epoch)
+        place = CheckpointId(state.step, state.epoch)
         state = dataclasses.replace(state, order=self.order.digest(state.epoch))
         for name in {store.MODEL, self._evaluated}:
             _require_finite(tensors[name], place)
         if description is not None:
             self._write_model(attempt, tensors[self._evaluated], description)
         folder = self.folder / CHECKPOINTS
-        with saving(folder):
+        with saving_to(folder):
             files = {name: save(held) for name, held in tensors.items()}
             files |= {store.STATE: state.to_json(), store.METRICS: metrics.encode()}
             store.write(folder, place, files, check=attempt.check)
             whole = {"steps": place.step, "epochs": place.epoch} if over else {}
             attempt.update(step=place.step, epoch=place.epoch, **whole)
-            best = Place(state.best.step, state.best.epoch) if state.best else None
-            store.prune(folder, self.policy.kept(store.places(folder), best), check=attempt.check)
+            best = CheckpointId(state.best.step, state.best.epoch) if state.best else None
+            store.prune(
+                folder, self.policy.to_keep(store.list_checkpoints(folder), best), check=attempt.check
+            )
 
-    def _write_model(self, attempt: Attempt, model: Tensors, description: Description) -> None:
-        with saving(self.folder / MODEL):
+    def _write_model(self, attempt: RunLock, model: Tensors, description: ModelMetadata) -> None:
+        with saving_to(self.folder / MODEL):
             attempt.check()
             write_model(self.folder / MODEL, model, description)
 
 
-def _require_finite(model: Tensors, place: Place) -> None:
+def _require_finite(model: Tensors, place: CheckpointId) -> None:
     spoilt = [name for name, tensor in model.items() if not torch.isfinite(tensor).all()]
     if spoilt:
         raise UserError(

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from trainer.checkpoint import store
-from trainer.checkpoint.early_stopping import is_over
-from trainer.checkpoint.state import State, Subject
-from trainer.checkpoint.store import Found
-from trainer.checkpoint.tensors import load_statistics, restore, restore_average
+from trainer.checkpoint.early_stopping import should_stop_early
+from trainer.checkpoint.state import CheckpointState, RunIdentity
+from trainer.checkpoint.store import LoadedCheckpoint
+from trainer.checkpoint.tensors import load_batch_norm_statistics, restore, restore_ema
 from trainer.config.builders import warmup_steps
 from trainer.config.parse import dump
 from trainer.config.schema import Config
 from trainer.data.index import write_split
-from trainer.data.loader import Order
+from trainer.data.loader import EpochOrder
 from trainer.data.prepare import Prepared
-from trainer.distributed.context import Runtime
+from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
-from trainer.model.batch_norm import restore_statistics
-from trainer.optim.ema import Shadow
+from trainer.model.batch_norm import restore_batch_norm_statistics
+from trainer.optim.ema import ModelEma
 from trainer.report.metrics import epoch_rows, parse_rows
 from trainer.run.atomic import remove_leftovers
 from trainer.run.folder import (
@@ -31,21 +31,21 @@ from trainer.run.folder import (
     MODEL,
     OURS,
     SPLIT,
+    archive_results,
+    check_resumable,
     check_seen,
-    examine,
-    set_results_aside,
     write_config,
 )
 from trainer.run.lock import ATTEMPTS
 from trainer.run.versions import versions
-from trainer.text import printable
+from trainer.text import escape_unprintable
 
 
-def subject_of(config: Config, prepared: Prepared) -> Subject:
+def run_identity(config: Config, prepared: Prepared) -> RunIdentity:
     """Return what the run trains, to be compared with a checkpoint's."""
     labels = Counter(label for _, label in prepared.index.train)
     classes = prepared.index.classes
-    return Subject(
+    return RunIdentity(
         architecture=config.model.name,
         classes=classes,
         examples=tuple(labels[label] for label in range(len(classes))),
@@ -53,7 +53,7 @@ def subject_of(config: Config, prepared: Prepared) -> Subject:
     )
 
 
-def facts_of(config: Config, order: Order, machine: Runtime) -> dict[str, Any]:
+def run_metadata(config: Config, order: EpochOrder, ctx: DistributedContext) -> dict[str, Any]:
     """Return what every checkpoint of this start says of it."""
     return {
         "seed": config.run.seed,
@@ -62,39 +62,39 @@ def facts_of(config: Config, order: Order, machine: Runtime) -> dict[str, Any]:
             "warmup_steps": warmup_steps(config, order),
             "total_steps": order.steps_per_epoch * config.train.epochs,
         },
-        "chosen": {"precision": machine.precision, "channels_last": config.train.channels_last},
-        "threads": machine.threads,
+        "chosen": {"precision": ctx.precision, "channels_last": config.train.channels_last},
+        "threads": ctx.threads,
         "versions": versions(),
     }
 
 
-def find(
+def load_latest_checkpoint(
     config: Config,
     prepared: Prepared,
-    subject: Subject,
-    order: Order,
+    subject: RunIdentity,
+    order: EpochOrder,
     *,
-    say: Callable[[str], object],
+    log: Callable[[str], object],
     writes: bool,
-) -> Found | None:
+) -> LoadedCheckpoint | None:
     """Open the run folder, and return the checkpoint that the run in it goes on from; None where it begins."""
     folder = Path(config.run.dir)
     if not writes:
         check_seen(folder)
         return None  # rank 0's choice is everyone's
     text = dump(replace(config, run=replace(config.run, resume="auto")))  # for whoever runs it again
-    examine(folder, text, resume="auto")
+    check_resumable(folder, text, resume="auto")
     try:
-        store.tidy(folder / CHECKPOINTS)
+        store.clean_up(folder / CHECKPOINTS)
         for name in OURS:
             remove_leftovers(folder, name)
         remove_leftovers(folder / ATTEMPTS, "*")
-        found = store.newest(folder / CHECKPOINTS, say=say)
+        found = store.load_latest(folder / CHECKPOINTS, log=log)
         if found is not None:
             _require_own(found, config, subject, order)
-            _require_model(found, config, prepared.index.selection)
-        elif (aside := set_results_aside(folder)) is not None:
-            say(aside)
+            _require_model(found, config, prepared.index.val_split)
+        elif (aside := archive_results(folder)) is not None:
+            log(aside)
         # Only now: a start that is refused leaves the config as it was.
         write_config(folder, text)
         if prepared.index.split_made:
@@ -106,14 +106,14 @@ def find(
     return found
 
 
-def _require_own(found: Found, config: Config, subject: Subject, order: Order) -> None:
+def _require_own(found: LoadedCheckpoint, config: Config, subject: RunIdentity, order: EpochOrder) -> None:
     """Raise a UserError for the checkpoint of another run than this."""
     state = found.state
-    state.subject.require_same(subject, str(found.path))
+    state.subject.check_same(subject, str(found.path))
     if state.seed != config.run.seed or state.order != order.digest(state.epoch):
         raise UserError(
             f"{found.path}: the examples are drawn in another order here than where it was written, by torch "
-            f"{printable(state.versions.get('torch', '?'))}: go on with that version, or start anew with "
+            f"{escape_unprintable(state.versions.get('torch', '?'))}: go on with that version, or start anew with "
             "--run.resume never, which moves the run aside"
         )
     if state.epoch > config.train.epochs or state.steps_per_epoch != order.steps_per_epoch:
@@ -123,7 +123,7 @@ def _require_own(found: Found, config: Config, subject: Subject, order: Order) -
         )
 
 
-def is_finished(found: Found, config: Config, selection: str | None) -> bool:
+def is_finished(found: LoadedCheckpoint, config: Config, selection: str | None) -> bool:
     """Return whether there is nothing to train after a checkpoint: it is of the last epoch, or training ended early.
 
     Raises:
@@ -136,10 +136,10 @@ def is_finished(found: Found, config: Config, selection: str | None) -> bool:
     if patience is None or selection is None or state.sums is not None:
         return False
     rows = epoch_rows(parse_rows(found.metrics, str(found.path)))
-    return is_over(rows, part=selection, patience=patience)
+    return should_stop_early(rows, part=selection, patience=patience)
 
 
-def _require_model(found: Found, config: Config, selection: str | None) -> None:
+def _require_model(found: LoadedCheckpoint, config: Config, selection: str | None) -> None:
     """Raise a UserError for a finished run without its model file: nothing would be trained to make it again."""
     model = Path(config.run.dir) / MODEL
     if not model.exists() and is_finished(found, config, selection):
@@ -149,23 +149,25 @@ def _require_model(found: Found, config: Config, selection: str | None) -> None:
         )
 
 
-def put_back(
-    found: Found,
+def restore_checkpoint(
+    found: LoadedCheckpoint,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
     *,
-    machine: Runtime,
-    shadow: Shadow | None = None,
+    ctx: DistributedContext,
+    ema: ModelEma | None = None,
 ) -> UserError | None:
     """Put everything back to where the checkpoint stands, or return why that cannot be."""
     state = found.state
-    both = model if shadow is None else shadow.and_model()
+    both = model if ema is None else ema.and_model()
     try:
-        restore_average(found.path, shadow.model if shadow else None)
+        restore_ema(found.path, ema.model if ema else None)
         # Fp16's loss scaling skips updates until it has settled: the first ones may leave no moments.
         restore(found.path, model, optimizer, updated=state.step > 0 and not state.scaler)
-        restore_statistics(both, load_statistics(found.path), rank=machine.rank, world=machine.world)
+        restore_batch_norm_statistics(
+            both, load_batch_norm_statistics(found.path), rank=ctx.rank, world_size=ctx.world_size
+        )
     except UserError as error:
         return error
     if scaler is not None and state.scaler:  # none where the run began without fp16
@@ -173,28 +175,32 @@ def put_back(
     return None
 
 
-def going_on(state: State, config: Config, order: Order, machine: Runtime) -> list[str]:
+def describe_resume(
+    state: CheckpointState, config: Config, order: EpochOrder, ctx: DistributedContext
+) -> list[str]:
     """Return where the run goes on, and what is no longer as it was when it was saved."""
     steps = order.steps_per_epoch
     begun = state.step - state.epoch * steps
     within = f", in epoch {state.epoch + 1} after {begun} of its {steps} steps" if begun else ""
     lines = [f"going on after epoch {state.epoch} of {config.train.epochs} (step {state.step}){within}"]
-    if state.world != machine.world:
+    if state.world_size != ctx.world_size:
         is_own = config.transfer.batch_norm in ("train", "frozen-with-weights")
         batch_norm = ", and BatchNorm, whose statistics belong to each process" if is_own else ""
         lines.append(
-            f"  on {machine.world} processes instead of {state.world}: the same examples, crops and learning rates; "
+            f"  on {ctx.world_size} processes instead of {state.world_size}: the same examples, crops and "
+            "learning rates; "
             f"equal but for the order of sums, and the masks of dropout{batch_norm}"
         )
     total = state.schedule.get("total_steps")
     if total != steps * config.train.epochs:
         lines.append(
-            f"  for {steps * config.train.epochs} steps instead of {printable(str(total))}: from here on, the learning "
+            f"  for {steps * config.train.epochs} steps instead of {escape_unprintable(str(total))}: from "
+            "here on, the learning "
             "rate is that of the longer run"
         )
     now = versions()
     changed = [
-        f"{name} {printable(then)} then, {now[name]} now"
+        f"{name} {escape_unprintable(then)} then, {now[name]} now"
         for name, then in state.versions.items()
         if name in now and now[name] != then
     ]

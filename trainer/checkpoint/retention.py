@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.checkpoint.store import Place
+from trainer.checkpoint.store import CheckpointId
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class RetentionPolicy:
     """What the config asks for, in steps of the run and in seconds."""
 
     every_steps: int | None
@@ -17,12 +17,12 @@ class Policy:
     keep_every: int | None
     """In steps."""
 
-    def due(self, step: int, seconds: float) -> bool:
+    def should_save(self, step: int, seconds: float) -> bool:
         """Return whether to save after `step` updates, `seconds` after the last checkpoint."""
         by_step = self.every_steps is not None and step % self.every_steps == 0
         return by_step or (self.every_seconds is not None and seconds >= self.every_seconds)
 
-    def kept(self, places: Sequence[Place], best: Place | None) -> set[Place]:
+    def to_keep(self, places: Sequence[CheckpointId], best: CheckpointId | None) -> set[CheckpointId]:
         """Return which of the checkpoints are kept.
 
         Args:

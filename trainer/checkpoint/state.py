@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from trainer.errors import UserError
-from trainer.metrics import Sums
-from trainer.text import listed, printable
+from trainer.metrics import MetricState
+from trainer.text import escape_unprintable, join_truncated
 
 FORMAT = 1
 _SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Best:
+class BestEpoch:
     """The best epoch so far."""
 
     epoch: int
@@ -35,7 +35,7 @@ class Best:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class RunIdentity:
     """What a run trains: another subject's checkpoint is of no use to it."""
 
     architecture: str
@@ -45,13 +45,13 @@ class Subject:
     data: str
     """Fingerprint of the examples: the order is drawn over those of training, the best epoch chosen on others."""
 
-    def require_same(self, other: "Subject", where: str) -> None:
+    def check_same(self, other: "RunIdentity", where: str) -> None:
         """Raise a UserError that says how a checkpoint's subject (`self`) differs from this run's."""
         if self == other:
             return
         lines = []
         if self.architecture != other.architecture:
-            lines.append(f"model: {printable(self.architecture)} there, {other.architecture} now")
+            lines.append(f"model: {escape_unprintable(self.architecture)} there, {other.architecture} now")
         gone = [name for name in self.classes if name not in other.classes]
         new = [name for name in other.classes if name not in self.classes]
         if gone or new:
@@ -60,12 +60,12 @@ class Subject:
             lines.append("classes: in another order")
         then, now = (dict(zip(s.classes, s.examples, strict=True)) for s in (self, other))
         counts = [
-            f"{printable(name)} {then[name]} there, {now[name]} now"
+            f"{escape_unprintable(name)} {then[name]} there, {now[name]} now"
             for name in then
             if name in now and then[name] != now[name]
         ]
         if counts:
-            lines.append(f"training images: {listed(counts, limit=5)}")
+            lines.append(f"training images: {join_truncated(counts, limit=5)}")
         if not lines:
             lines.append(
                 "images: as many to train on in each class, but not the same, or others to evaluate (names or split)"
@@ -78,21 +78,21 @@ class Subject:
 
 
 def _named(names: list[str]) -> str:
-    return listed([printable(name) for name in names], limit=5) if names else "none"
+    return join_truncated([escape_unprintable(name) for name in names], limit=5) if names else "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class CheckpointState:
     """Where a run stands, and what it needs to go on as if nothing had happened."""
 
     epoch: int
     """Whole epochs made: trained and evaluated."""
     step: int
     """Updates made; those beyond `epoch` whole epochs are of the epoch in progress."""
-    sums: Sums | None
+    sums: MetricState | None
     """Of the epoch in progress; None between two epochs."""
-    best: Best | None
-    subject: Subject
+    best: BestEpoch | None
+    subject: RunIdentity
     seed: int
     order: str
     """SHA-256 of the order of the examples in the epoch in progress: drawn again, it must be the same."""
@@ -103,7 +103,7 @@ class State:
     """State of fp16's loss scaling; empty without it."""
     chosen: Mapping[str, Any]
     """What was chosen for this machine: precision, channels_last. For readers: config.yaml keeps it."""
-    world: int
+    world_size: int
     """Processes that wrote it."""
     threads: int
     attempt: int
@@ -135,26 +135,26 @@ class State:
         subject, sums, best = fields["subject"], fields["sums"], fields["best"]
         for name in ("classes", "examples"):
             subject[name] = tuple(subject[name])
-        fields["subject"] = Subject(**subject)
+        fields["subject"] = RunIdentity(**subject)
         if sums is not None:
-            fields["sums"] = Sums(**{**sums, "rows": tuple(map(tuple, sums["rows"]))})
+            fields["sums"] = MetricState(**{**sums, "rows": tuple(map(tuple, sums["rows"]))})
         if best is not None:
-            fields["best"] = Best(**best)
+            fields["best"] = BestEpoch(**best)
         state = cls(**fields)
         state._check()
         return state
 
     def _check(self) -> None:
         _require(all(map(_is_count, (self.epoch, self.step, self.seed, self.attempt))), "its counters")
-        _require(all(map(_is_count, (self.world, self.threads, self.steps_per_epoch))), "its counters")
-        _require(self.world > 0 and self.steps_per_epoch > 0, "its counters")
+        _require(all(map(_is_count, (self.world_size, self.threads, self.steps_per_epoch))), "its counters")
+        _require(self.world_size > 0 and self.steps_per_epoch > 0, "its counters")
         begun = self.step - self.epoch * self.steps_per_epoch
         _require(0 <= begun <= self.steps_per_epoch, f"step {self.step} with {self.epoch} whole epochs")
         _require((self.sums is not None) == (begun > 0), "the sums of the epoch in progress")
         if self.sums is not None:
             rows = self.sums.rows
             _require(
-                len(rows) == self.world
+                len(rows) == self.world_size
                 and all(len(row) == 3 and _is_number(row[0]) and all(map(_is_count, row[1:])) for row in rows)
                 and _is_number(self.sums.seconds)
                 and _is_number(self.sums.compute_seconds),

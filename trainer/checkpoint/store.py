@@ -31,10 +31,10 @@ from typing import Any, NamedTuple, Self
 
 from safetensors import SafetensorError, safe_open
 
-from trainer.checkpoint.state import State
+from trainer.checkpoint.state import CheckpointState
 from trainer.errors import UserError
 from trainer.run.atomic import remove_leftovers, sync_folder, write_text_atomically
-from trainer.text import listed, printable
+from trainer.text import escape_unprintable, join_truncated
 
 MANIFEST, LATEST, STATE, METRICS = "MANIFEST.json", "LATEST", "state.json", "metrics.jsonl"
 MODEL, OPTIMIZER, STATISTICS = "model.safetensors", "optimizer.safetensors", "statistics.safetensors"
@@ -49,11 +49,11 @@ _ERRORS_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, err
 _WRITING, _LEAVING, _DAMAGED = ".writing-", ".leaving-", "damaged-"
 
 
-class Damaged(Exception):
+class CorruptCheckpoint(Exception):
     """A folder is not the checkpoint that its name promises; the text says why."""
 
 
-class Place(NamedTuple):
+class CheckpointId(NamedTuple):
     """Where in a run a checkpoint stands; its order is theirs."""
 
     step: int
@@ -74,16 +74,18 @@ class Place(NamedTuple):
         return place if place and place.name == name else None
 
 
-class Found(NamedTuple):
+class LoadedCheckpoint(NamedTuple):
     """A checkpoint that passed its check."""
 
     path: Path
-    state: State
+    state: CheckpointState
     metrics: str
     """Its metrics.jsonl."""
 
 
-def write(folder: Path, place: Place, files: Mapping[str, bytes], *, check: Callable[[], None]) -> None:
+def write(
+    folder: Path, place: CheckpointId, files: Mapping[str, bytes], *, check: Callable[[], None]
+) -> None:
     """Write a checkpoint, and point LATEST at it.
 
     Args:
@@ -127,10 +129,10 @@ def _write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def prune(folder: Path, keep: Iterable[Place], *, check: Callable[[], None]) -> None:
+def prune(folder: Path, keep: Iterable[CheckpointId], *, check: Callable[[], None]) -> None:
     """Remove the checkpoints that are not to be kept, except the newest; what is set aside stays."""
     kept = set(keep)
-    for place in places(folder)[1:]:
+    for place in list_checkpoints(folder)[1:]:
         if place not in kept:
             check()
             leaving = folder / f"{_LEAVING}{place.name}"
@@ -139,7 +141,7 @@ def prune(folder: Path, keep: Iterable[Place], *, check: Callable[[], None]) -> 
                 _remove(leaving)
 
 
-def tidy(folder: Path) -> None:
+def clean_up(folder: Path) -> None:
     """Remove what an attempt that was killed has left half written or half removed."""
     for prefix in (_WRITING, _LEAVING):
         for path in folder.glob(f"{prefix}*"):
@@ -154,34 +156,34 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def places(folder: Path) -> list[Place]:
+def list_checkpoints(folder: Path) -> list[CheckpointId]:
     """Return where there are checkpoints, by their names alone, the newest first."""
     try:
         names = [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return []
-    return sorted(filter(None, map(Place.of, names)), reverse=True)
+    return sorted(filter(None, map(CheckpointId.of, names)), reverse=True)
 
 
 def has_any(folder: Path) -> bool:
     """Return whether a checkpoint was ever finished here, be it damaged since."""
-    return bool(places(folder)) or any(folder.glob(f"{_DAMAGED}*"))
+    return bool(list_checkpoints(folder)) or any(folder.glob(f"{_DAMAGED}*"))
 
 
-def newest(folder: Path, *, say: Callable[[str], object]) -> Found | None:
+def load_latest(folder: Path, *, log: Callable[[str], object]) -> LoadedCheckpoint | None:
     """Return the newest checkpoint that is whole; those that are not are set aside, with a line for each.
 
     Raises:
         UserError: there were some, and none is whole.
 
     """
-    for place in places(folder):
+    for place in list_checkpoints(folder):
         path = folder / place.name
         try:
             found = read(path)
-        except Damaged as damage:
-            aside = _set_aside(path)
-            say(f"{path} is damaged ({damage}): set aside as {aside.name}")
+        except CorruptCheckpoint as damage:
+            aside = _quarantine(path)
+            log(f"{path} is damaged ({damage}): set aside as {aside.name}")
             continue
         if not _points_at(folder, place):
             _point_at(folder, place)
@@ -189,13 +191,14 @@ def newest(folder: Path, *, say: Callable[[str], object]) -> Found | None:
     damaged = sorted(path.name for path in folder.glob(f"{_DAMAGED}*"))
     if damaged:
         raise UserError(
-            f"{folder}: no checkpoint is whole; set aside: {listed(damaged, limit=5)}. Restore one under its name, or "
+            f"{folder}: no checkpoint is whole; set aside: {join_truncated(damaged, limit=5)}. Restore one "
+            "under its name, or "
             "start anew with --run.resume never, which moves the run aside"
         )
     return None
 
 
-def _points_at(folder: Path, place: Place) -> bool:
+def _points_at(folder: Path, place: CheckpointId) -> bool:
     latest = folder / LATEST
     if latest.is_symlink() or not latest.is_file():
         return False
@@ -204,13 +207,13 @@ def _points_at(folder: Path, place: Place) -> bool:
         return file.read(len(expected) + 1) == expected
 
 
-def _point_at(folder: Path, place: Place) -> None:
+def _point_at(folder: Path, place: CheckpointId) -> None:
     if (folder / LATEST).is_dir() and not (folder / LATEST).is_symlink():
-        _set_aside(folder / LATEST)  # a folder gives way to no file
+        _quarantine(folder / LATEST)  # a folder gives way to no file
     write_text_atomically(folder / LATEST, place.name + "\n")
 
 
-def _set_aside(path: Path) -> Path:
+def _quarantine(path: Path) -> Path:
     number = 1
     while os.path.lexists(aside := path.with_name(f"{_DAMAGED}{number}-{path.name}")):
         number += 1
@@ -219,7 +222,7 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> LoadedCheckpoint:
     """Return the checkpoint at `path` if it holds exactly what its manifest lists.
 
     Raises:
@@ -230,12 +233,12 @@ def read(path: Path) -> Found:
     """
     try:
         return _read(path)
-    except Damaged as error:
-        raise Damaged(printable(str(error)[:200])) from None
+    except CorruptCheckpoint as error:
+        raise CorruptCheckpoint(escape_unprintable(str(error)[:200])) from None
     except OSError as error:
         if error.errno not in _ERRORS_OF_DAMAGE:
             raise
-        raise Damaged(printable(str(error)[:200])) from None
+        raise CorruptCheckpoint(escape_unprintable(str(error)[:200])) from None
 
 
 @contextmanager
@@ -245,35 +248,37 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise Damaged(f"{name}: {reason}") from None
+        raise CorruptCheckpoint(f"{name}: {reason}") from None
 
 
-def _read(path: Path) -> Found:
+def _read(path: Path) -> LoadedCheckpoint:
     _require_kind(path, stat.S_ISDIR, "a folder")
     with _naming(MANIFEST):
         expected = _manifest(path)
     there = set(os.listdir(path))  # noqa: PTH208 (names, not paths)
     for name in sorted(there ^ {*expected, MANIFEST}):
-        raise Damaged(
+        raise CorruptCheckpoint(
             f"{name!r} is missing" if name in expected else f"{name!r} does not stand in its manifest"
         )
     for name, (size, digest) in expected.items():
         _require_kind(path / name, stat.S_ISREG, "a file")
         actual = (path / name).stat().st_size
         if actual != size:
-            raise Damaged(f"{name} has {actual} bytes, its manifest says {size}")
+            raise CorruptCheckpoint(f"{name} has {actual} bytes, its manifest says {size}")
         if _sha256(path / name) != digest:
-            raise Damaged(f"{name} is not what was written: its SHA-256 differs from its manifest's")
+            raise CorruptCheckpoint(
+                f"{name} is not what was written: its SHA-256 differs from its manifest's"
+            )
     for name in expected:
         if name.endswith(".safetensors"):
             with _naming(name), safe_open(path / name, framework="pt"):
                 pass
     with _naming(STATE):
-        state = State.from_json(_small(path / STATE))
-    if Place(state.step, state.epoch).name != path.name:
-        raise Damaged(f"it holds the state after step {state.step} and {state.epoch} epochs")
+        state = CheckpointState.from_json(_small(path / STATE))
+    if CheckpointId(state.step, state.epoch).name != path.name:
+        raise CorruptCheckpoint(f"it holds the state after step {state.step} and {state.epoch} epochs")
     with _naming(METRICS):
-        return Found(path, state, (path / METRICS).read_text(encoding="utf-8"))
+        return LoadedCheckpoint(path, state, (path / METRICS).read_text(encoding="utf-8"))
 
 
 def _manifest(path: Path) -> dict[str, tuple[int, str]]:
@@ -281,30 +286,32 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
     _require_kind(path / MANIFEST, stat.S_ISREG, "a file")
     content = json.loads(_small(path / MANIFEST))
     if content["format"] != FORMAT:
-        raise Damaged(f"format {content['format']!r}, this version of regraft reads {FORMAT}")
+        raise CorruptCheckpoint(f"format {content['format']!r}, this version of regraft reads {FORMAT}")
     files = content["files"]
     if not isinstance(files, dict):
-        raise Damaged(f"its manifest lists {type(files).__name__}, expected names with sizes and sums")
+        raise CorruptCheckpoint(
+            f"its manifest lists {type(files).__name__}, expected names with sizes and sums"
+        )
     unknown = files.keys() - _ALLOWED
     missing = _REQUIRED - files.keys()
     if unknown or missing:
-        raise Damaged(f"its manifest lists {sorted(map(str, files))}, expected {sorted(_REQUIRED)}")
+        raise CorruptCheckpoint(f"its manifest lists {sorted(map(str, files))}, expected {sorted(_REQUIRED)}")
     for name, entry in files.items():
         if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
-            raise Damaged(f"its manifest says {entry!r} of {name}")
+            raise CorruptCheckpoint(f"its manifest says {entry!r} of {name}")
     return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
 
 
 def _require_kind(path: Path, is_kind: Callable[[int], bool], what: str) -> None:
     # Without following links: a checkpoint holds its own files, and a pipe would be waited for.
     if not is_kind(path.lstat().st_mode):
-        raise Damaged(f"{path.name} is not {what}")
+        raise CorruptCheckpoint(f"{path.name} is not {what}")
 
 
 def _small(path: Path) -> str:
     size = path.stat().st_size
     if size > _MOST_JSON:
-        raise Damaged(f"{path.name} has {size} bytes, expected at most {_MOST_JSON}")
+        raise CorruptCheckpoint(f"{path.name} has {size} bytes, expected at most {_MOST_JSON}")
     return path.read_text(encoding="utf-8")
 
 

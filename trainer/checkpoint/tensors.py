@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.store import AVERAGE, MODEL, OPTIMIZER, STATISTICS
 from trainer.errors import UserError
-from trainer.text import listed, printable
+from trainer.text import escape_unprintable, join_truncated
 
 Tensors = dict[str, Tensor]
 
 
-def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
     """Return copies in main memory of all that training changes: file -> name -> tensor.
 
     This is what a training step pays for; the device is waited for.
@@ -33,7 +33,7 @@ def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     return {MODEL: _copied(model.state_dict()), OPTIMIZER: _copied(moments)}
 
 
-def capture_average(average: nn.Module) -> dict[str, Tensors]:
+def snapshot_ema(average: nn.Module) -> dict[str, Tensors]:
     """Return copies in main memory of the moving average of a model, likewise."""
     return {AVERAGE: _copied(average.state_dict())}
 
@@ -58,7 +58,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, u
         UserError: it is of another model or optimizer; both are then as they were.
 
     """
-    found = {name: load(path / name) for name in (MODEL, OPTIMIZER)}
+    found = {name: load_tensors(path / name) for name in (MODEL, OPTIMIZER)}
     weights = model.state_dict()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     every = [(names[id(p)], p) for group in optimizer.param_groups for p in group["params"]]
@@ -75,7 +75,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, u
     wrong = [*_differences(found[MODEL], weights), *_differences(found[OPTIMIZER], moments)]
     if wrong:
         raise UserError(
-            f"{path}: does not fit this run: {listed(wrong, limit=5)}. Choose another run.dir, or start anew with "
+            f"{path}: does not fit this run: {join_truncated(wrong, limit=5)}. Choose another run.dir, or "
+            "start anew with "
             "--run.resume never, which moves the run aside"
         )
     model.load_state_dict(found[MODEL])
@@ -92,8 +93,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, u
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def restore_average(path: Path, average: nn.Module | None) -> None:
-    """Put the moving average back to what `capture_average` saw; None where the run has none.
+def restore_ema(path: Path, average: nn.Module | None) -> None:
+    """Put the moving average back to what `snapshot_ema` saw; None where the run has none.
 
     Raises:
         UserError: only one of checkpoint and run has one, or it is of another model; it is then as it was.
@@ -109,21 +110,22 @@ def restore_average(path: Path, average: nn.Module | None) -> None:
         )
     if average is None:
         return
-    found = load(path / AVERAGE)
+    found = load_tensors(path / AVERAGE)
     if wrong := _differences(found, average.state_dict()):
         raise UserError(
-            f"{path / AVERAGE}: does not fit this run: {listed(wrong, limit=5)}. Choose another run.dir, or start anew "
+            f"{path / AVERAGE}: does not fit this run: {join_truncated(wrong, limit=5)}. Choose another "
+            "run.dir, or start anew "
             "with --run.resume never, which moves the run aside"
         )
     average.load_state_dict(found)
 
 
-def load_statistics(path: Path) -> Tensors:
+def load_batch_norm_statistics(path: Path) -> Tensors:
     """Return each process's statistics, `RANK.name` -> tensor; empty where they were no different."""
-    return load(path / STATISTICS) if (path / STATISTICS).exists() else {}
+    return load_tensors(path / STATISTICS) if (path / STATISTICS).exists() else {}
 
 
-def load(path: Path) -> Tensors:
+def load_tensors(path: Path) -> Tensors:
     """Return the tensors of a file of a checkpoint that was checked.
 
     Raises:
@@ -134,7 +136,7 @@ def load(path: Path) -> Tensors:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, RuntimeError, TypeError) as error:  # torch's of an impossible shape
-        reason = printable(str(error).partition("\n")[0])
+        reason = escape_unprintable(str(error).partition("\n")[0])
         raise UserError(
             f"{path}: could not be read ({reason}), although its check has passed; the same command tries again"
         ) from None

@@ -6,14 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from trainer.errors import UserError
 
 
-class Writer:
+class AsyncWriter:
     """Does what it is given in a thread, one thing after the other, until one has failed."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
 
-    def settle(self) -> bool:
+    def wait(self) -> bool:
         """Wait for what was begun; return whether it went well. Its error stays in `failure`."""
         if self._last is None:
             return True
@@ -22,7 +22,7 @@ class Writer:
 
     def submit(self, job: Callable[[], None]) -> None:
         """Begin a job, after the one before it: two are never under way. After a failure none is begun."""
-        if self.settle():
+        if self.wait():
             self._last = self._pool.submit(job)
 
     @property

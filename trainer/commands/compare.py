@@ -19,31 +19,31 @@ if not __package__:
 
 from rich.console import Console
 
-from trainer.config.builders import describe, load_examples
+from trainer.config.builders import dataset_summary, load_dataset
 from trainer.config.parse import QUICKSTART, dump, parse
 from trainer.config.preflight import preflight
-from trainer.config.schema import Config, ScratchConfig
+from trainer.config.schema import BaselineConfig, Config
 from trainer.config.strategies import path_of
 from trainer.distributed import context
-from trainer.distributed.context import Runtime
+from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
-from trainer.main import answer, leave_after
-from trainer.pipeline import resolve, run, source_stage, with_weights
+from trainer.main import exit_after, run_cli
+from trainer.pipeline import pretrain_config, resolve, run, with_pretrained
 from trainer.report.comparison import (
     Summary,
     Trial,
     draw_comparison,
     markdown,
     notes,
-    summarise,
+    summarize,
     table,
     trial_of,
 )
 from trainer.report.console import make_console
 from trainer.report.metrics import parse_rows
 from trainer.run.atomic import write_text_atomically
-from trainer.run.folder import METRICS, MODEL, examine, kept_precision
+from trainer.run.folder import METRICS, MODEL, check_resumable, saved_precision
 from trainer.run.versions import versions
 from trainer.transfer.wise_ft import test_accuracy
 
@@ -58,7 +58,7 @@ _COMMON = (
 
 
 @dataclass(frozen=True)
-class Variant:
+class StrategyVariant:
     """A strategy, as named on the command line: NAME, or NAME@key=value@key=value."""
 
     text: str
@@ -72,7 +72,7 @@ class Variant:
         return re.sub(r"[^\w.@=+-]", "_", self.text, flags=re.ASCII).lstrip(".") or "_"
 
 
-def variants(text: str) -> tuple[Variant, ...]:
+def variants(text: str) -> tuple[StrategyVariant, ...]:
     """Return the strategies of a list like `note@optim.lr=5e-6,lp-ft`; commas and @ within brackets are values' own.
 
     Raises:
@@ -89,7 +89,7 @@ def variants(text: str) -> tuple[Variant, ...]:
     return tuple(found)
 
 
-def _variant(text: str) -> Variant:
+def _variant(text: str) -> StrategyVariant:
     strategy, *options = _split(text, "@")
     wrong = [option for option in options if "=" not in option]
     if not strategy or wrong:
@@ -103,7 +103,7 @@ def _variant(text: str) -> Variant:
                 f"--strategies {text}: {key} is common to all that are compared: give it as an option of its own, "
                 f"--{key}"
             )
-    return Variant(text, strategy, tuple(f"--{option}" for option in options))
+    return StrategyVariant(text, strategy, tuple(f"--{option}" for option in options))
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -118,7 +118,9 @@ def _split(text: str, separator: str) -> list[str]:
     return parts
 
 
-def plan(options: Sequence[str], chosen: Sequence[Variant]) -> tuple[Config, dict[str, Config], list[str]]:
+def plan(
+    options: Sequence[str], chosen: Sequence[StrategyVariant]
+) -> tuple[Config, dict[str, Config], list[str]]:
     """Return the config without a strategy, text of the variant -> the config of its runs, and what is to be said.
 
     Here a strategy wins over the options of the command line, which are common to all as the file's are: from-scratch
@@ -145,7 +147,7 @@ def plan(options: Sequence[str], chosen: Sequence[Variant]) -> tuple[Config, dic
             resolve(config)
         except UserError as error:
             raise UserError(f"strategy {variant.text}: {error}") from None
-        found[variant.text] = replace(config, scratch=ScratchConfig())
+        found[variant.text] = replace(config, scratch=BaselineConfig())
         said += _overruled(options, variant, plain, config)
     data = {text: _yardstick(config) for text, config in found.items()}
     one, *others = data
@@ -158,7 +160,7 @@ def plan(options: Sequence[str], chosen: Sequence[Variant]) -> tuple[Config, dic
     return plain, found, said
 
 
-def _overruled(options: Sequence[str], variant: Variant, plain: Config, config: Config) -> list[str]:
+def _overruled(options: Sequence[str], variant: StrategyVariant, plain: Config, config: Config) -> list[str]:
     """Return a line for each option of the command line that a strategy sets otherwise."""
     own = {option.partition("=")[0] for option in variant.options}
     lines = []
@@ -196,14 +198,14 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
     base = resolve(next(iter(configs.values())))
     folder = Path(base.run.dir)
 
-    machine = context.start(device=base.run.device, precision=base.train.precision, threads=base.run.threads)
-    console = make_console(speaks=machine.is_main)
-    prepared = load_examples(base.data, machine, console)  # an error here is all runs'
-    data = describe(prepared)
+    ctx = context.start(device=base.run.device, precision=base.train.precision, threads=base.run.threads)
+    console = make_console(speaks=ctx.is_main_process)
+    prepared = load_dataset(base.data, ctx, console)  # an error here is all runs'
+    data = dataset_summary(prepared)
     console.print("\n".join([data, *said]))
     for text, config in configs.items():
         try:
-            preflight(resolve(config), prepared.index, machine)
+            preflight(resolve(config), prepared.index, ctx)
         except UserError as error:
             raise UserError(f"strategy {text}: {error}") from None
     configs = _with_source_model(configs, plain, folder, console, signals)
@@ -221,15 +223,17 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
         for variant in chosen
     }
     # The source model's run has left the group.
-    machine = context.start(device=base.run.device, precision=base.train.precision, threads=base.run.threads)
-    context.in_turn(machine.accelerator, lambda: _require_own(todo, machine) if machine.is_main else None)
+    ctx = context.start(device=base.run.device, precision=base.train.precision, threads=base.run.threads)
+    context.main_process_first(
+        ctx.accelerator, lambda: _require_own(todo, ctx) if ctx.is_main_process else None
+    )
 
     trials: dict[str, list[Trial]] = {variant.text: [] for variant in chosen}
     failures: dict[str, dict[int, str]] = {variant.text: {} for variant in chosen}
     for number, ((text, seed), config) in enumerate(todo.items(), start=1):
         console.rule(f"{text}, seed {seed} ({number} of {len(todo)})", align="left")
         try:
-            trial = _trial(config, signals, is_main=machine.is_main)
+            trial = _trial(config, signals, is_main_process=ctx.is_main_process)
         except UserError as error:
             if (
                 type(error) is not UserError
@@ -244,9 +248,9 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
         raise UserError(
             f"all {len(todo)} runs have failed; the first: {next(iter(failures[chosen[0].text].values()))}"
         )
-    if not machine.is_main:
+    if not ctx.is_main_process:
         return None
-    summaries = summarise(trials, failures)
+    summaries = summarize(trials, failures)
     seeds_text = f"{own.seeds} seed{'s' * (own.seeds > 1)} from {base.run.seed}"
     title = (
         f"{base.model.name}, {base.train.epochs} epochs in batches of {base.train.batch_size}, {seeds_text}"
@@ -254,7 +258,7 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
     facts = [
         *data.split("\n"),
         title,
-        *machine.notes,
+        *ctx.notes,
         ", ".join(f"{name} {version}" for name, version in versions().items()),
     ]
     command = shlex.join(["regraft", NAME, *argv])
@@ -301,30 +305,31 @@ def _with_source_model(
     if not any(config.source.root for config in configs.values()):
         return configs
     console.rule("source model", align="left")
-    stage = source_stage(resolve(plain))
+    stage = pretrain_config(resolve(plain))
     run(replace(stage, run=replace(stage.run, dir=str(folder / SOURCE))), signals)
     file = folder / SOURCE / MODEL
     return {
-        text: with_weights(config, file) if config.source.root else config for text, config in configs.items()
+        text: with_pretrained(config, file) if config.source.root else config
+        for text, config in configs.items()
     }
 
 
-def _require_own(todo: dict[tuple[str, int], Config], machine: Runtime) -> None:
+def _require_own(todo: dict[tuple[str, int], Config], ctx: DistributedContext) -> None:
     """Raise a UserError, before the long work, for a folder that holds a run of other options."""
     for config in todo.values():
         folder = Path(config.run.dir)
-        precision = kept_precision(folder) or machine.precision
-        examine(
+        precision = saved_precision(folder) or ctx.precision
+        check_resumable(
             folder,
             dump(replace(config, train=replace(config.train, precision=precision))),
             resume=config.run.resume,
         )
 
 
-def _trial(config: Config, signals: StopSignals, *, is_main: bool) -> Trial | None:
+def _trial(config: Config, signals: StopSignals, *, is_main_process: bool) -> Trial | None:
     """Run, or find the run finished, and return what it came to; None where another process has its figures."""
     outcome = run(config, signals)
-    if outcome is None or not is_main:
+    if outcome is None or not is_main_process:
         return None
     path = outcome.folder / METRICS
     rows = parse_rows(path.read_text(encoding="utf-8"), str(path))
@@ -355,11 +360,11 @@ def _write(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    return answer(
+    return run_cli(
         lambda signals: compare(words, signals),
         goes_on="The same command (without --run.resume never) goes on with the comparison from there",
     )
 
 
 if __name__ == "__main__":
-    leave_after(main)
+    exit_after(main)

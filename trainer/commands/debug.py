@@ -21,27 +21,27 @@ from torch import Tensor, nn
 
 from trainer.config.builders import (
     Evaluator,
-    describe,
+    batch_paths,
+    dataset_summary,
     displays_on,
-    loader_of,
-    make_mixing,
-    make_objective,
-    make_order,
-    make_plan,
-    paths_of,
-    preprocessing_of,
+    make_criterion,
+    make_epoch_order,
+    make_loader,
+    make_mixup,
+    make_preprocessing,
+    make_schedule,
     training_images,
 )
-from trainer.config.model_builder import make_groups, make_model
-from trainer.config.preflight import require_selection
+from trainer.config.model_builder import make_model, make_param_groups
+from trainer.config.preflight import require_val_split
 from trainer.config.schema import Config
-from trainer.data.augment import Normalise
-from trainer.data.index import Example, ImageIndex
-from trainer.data.loader import Batch, Shares
+from trainer.data.augment import Normalize
+from trainer.data.index import DatasetIndex, Example
+from trainer.data.loader import Batch, DistributedBatchSampler
 from trainer.data.prepare import prepare
-from trainer.distributed.context import Runtime
+from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
-from trainer.loop import Evaluations, Progress, Start, Unkept, fit, update
+from trainer.loop import Evaluations, NullCheckpointManager, Progress, ResumePoint, fit, update
 from trainer.model.head import split_outputs
 from trainer.optim.param_groups import make_optimizer, set_lr
 from trainer.report.block_table import block_table
@@ -52,7 +52,7 @@ OVERFIT_STEPS = 20
 SHOWN_EVERY = 5
 
 
-def debug(config: Config, machine: Runtime, console: Console) -> None:
+def debug(config: Config, ctx: DistributedContext, console: Console) -> None:
     """Walk once through all stages of a run on a little of its data, and say whether one batch can be learnt.
 
     Raises:
@@ -61,7 +61,7 @@ def debug(config: Config, machine: Runtime, console: Console) -> None:
     """
     try:
         with torch.autograd.set_detect_anomaly(True):
-            _walk(replace(config, data=replace(config.data, workers=0)), machine, console)
+            _walk(replace(config, data=replace(config.data, workers=0)), ctx, console)
     except (UserError, KeyboardInterrupt):
         raise
     except Exception:
@@ -73,8 +73,8 @@ def debug(config: Config, machine: Runtime, console: Console) -> None:
         raise
 
 
-def _walk(config: Config, machine: Runtime, console: Console) -> None:
-    accelerator, device = machine.accelerator, machine.accelerator.device
+def _walk(config: Config, ctx: DistributedContext, console: Console) -> None:
+    accelerator, device = ctx.accelerator, ctx.accelerator.device
 
     @contextmanager
     def stage(name: str) -> Iterator[None]:
@@ -88,40 +88,40 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
     with stage("data"):
         # The few images used are read below. Every one is checked, as the run does, only where some are to be skipped.
         check = config.data.on_unreadable == "skip"
-        prepared = prepare(config.data, workers=machine.cores, displays=displays_on(console), check=check)
-        console.print(describe(prepared))
-    require_selection(config, prepared.index)
+        prepared = prepare(config.data, workers=ctx.cores, displays=displays_on(console), check=check)
+        console.print(dataset_summary(prepared))
+    require_val_split(config, prepared.index)
     index = _few(prepared.index)
 
     with stage("model"):
         for line in _left_out(config):
             console.print(line)
         created = make_model(config, index.classes, config.model.weights, on_progress=console.print)
-        console.print("\n".join(created.lines))
+        console.print("\n".join(created.summary))
         created.model.to(device)
-        groups = make_groups(created, config)
+        groups = make_param_groups(created, config)
         console.print(block_table(created, groups))
         optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
         model, optimizer = accelerator.prepare(created.model, optimizer)
 
-    order = make_order(config, index)
-    plan = make_plan(config, order)
-    plan = replace(plan, batch_sizes=plan.batch_sizes[:BATCHES], epochs=1, points_per_epoch=BATCHES)
-    preprocessing = preprocessing_of(config.data)
-    normalise = Normalise(preprocessing, device)
-    images = training_images(index, preprocessing, config, machine)
-    shares = iter(loader_of(images, Shares(order, epochs=1), config, machine))
+    order = make_epoch_order(config, index)
+    plan = make_schedule(config, order)
+    plan = replace(plan, batch_sizes=plan.batch_sizes[:BATCHES], epochs=1, logs_per_epoch=BATCHES)
+    preprocessing = make_preprocessing(config.data)
+    normalize = Normalize(preprocessing, device)
+    images = training_images(index, preprocessing, config, ctx)
+    shares = iter(make_loader(images, DistributedBatchSampler(order, epochs=1), config, ctx))
 
     with stage("first batch: read, decode, augment"):
         first = next(shares)
         _describe_tensor(console, "images", first.images)
         _describe_tensor(console, "labels", first.labels)
     with stage("normalise"):
-        _describe_tensor(console, "input", normalise(first.images))
+        _describe_tensor(console, "input", normalize(first.images))
     with stage("forward, layer by layer"), _narrated(accelerator.unwrap_model(model), console, device):
         with torch.no_grad():
             model.train()
-            logits, _ = split_outputs(model(normalise(first.images)))
+            logits, _ = split_outputs(model(normalize(first.images)))
         _describe_tensor(console, "logits", logits)
 
     with stage(f"train on {len(plan.batch_sizes)} batches, then evaluate, with anomaly detection on"):
@@ -130,21 +130,21 @@ def _walk(config: Config, machine: Runtime, console: Console) -> None:
             optimizer,
             itertools.chain([first], shares),
             plan,
-            Start(),
+            ResumePoint(),
             accelerator=accelerator,
-            normalise=normalise,
-            evaluate=Evaluator(index, preprocessing, config, machine),
-            keeper=Unkept(),
+            normalize=normalize,
+            evaluate=Evaluator(index, preprocessing, config, ctx),
+            keeper=NullCheckpointManager(),
             listener=_Narrator(console),
-            paths_of=partial(paths_of, images, order),
-            objective=make_objective(config, index, device),
-            mixing=make_mixing(config, machine),
+            batch_paths=partial(batch_paths, images, order),
+            criterion=make_criterion(config, index, device),
+            mixup=make_mixup(config, ctx),
         )
 
     with stage(f"overfit one batch, {OVERFIT_STEPS} updates at the peak learning rate"):
         losses: list[float] = []
         for loss in _overfit(
-            model, optimizer, first, config=config, normalise=normalise, accelerator=accelerator
+            model, optimizer, first, config=config, normalize=normalize, accelerator=accelerator
         ):
             losses.append(loss)
             if len(losses) % SHOWN_EVERY == 1:
@@ -170,7 +170,7 @@ def _overfit(
     batch: Batch,
     *,
     config: Config,
-    normalise: Normalise,
+    normalize: Normalize,
     accelerator: Accelerator,
 ) -> Iterator[float]:
     """Yield the mean loss of one batch (plain cross-entropy, unmixed) before each of a few updates on it."""
@@ -184,9 +184,9 @@ def _overfit(
             batch,
             scale,
             accelerator=accelerator,
-            normalise=normalise,
-            parts=config.train.accumulation,
-            clip_norm=config.optim.clip_norm,
+            normalize=normalize,
+            parts=config.train.grad_accum_steps,
+            max_grad_norm=config.optim.max_grad_norm,
         )
         yield loss_sum.item() / size
 
@@ -208,24 +208,24 @@ class _Narrator:
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def step(self, epoch: int, epoch_step: int) -> None:
+    def log_progress(self, epoch: int, epoch_step: int) -> None:
         """Say nothing: the figures follow."""
 
-    def point(self, progress: Progress) -> None:
+    def log_step(self, progress: Progress) -> None:
         """Print the figures so far."""
-        figures = progress.figures
+        figures = progress.metrics
         self._console.print(
             f"batch {progress.epoch_step}: loss so far {figures.loss:.4f}, accuracy {figures.accuracy:.3f}, "
             f"{1000 * figures.compute_seconds:,.0f} ms computing of {1000 * figures.seconds:,.0f} ms"
         )
 
-    def epoch(self, progress: Progress, evaluations: Evaluations) -> None:
+    def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
         """Print the evaluations."""
         for part, found in evaluations.items():
             self._console.print(f"evaluated {found.seen} images of {part}: {sum(found.correct)} right")
 
 
-def _few(index: ImageIndex) -> ImageIndex:
+def _few(index: DatasetIndex) -> DatasetIndex:
     """Return the index with a few images to evaluate, spread over the classes."""
 
     def spread(part: tuple[Example, ...]) -> tuple[Example, ...]:

@@ -31,19 +31,19 @@ def fetch(argv: Sequence[str]) -> None:
     """
     config = parse(argv)
     # torch takes seconds to import: a wrong option is answered without it.
-    from trainer.config.builders import describe, displays_on  # noqa: PLC0415
+    from trainer.config.builders import dataset_summary, displays_on  # noqa: PLC0415
     from trainer.config.preflight import preflight  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415
     from trainer.model.weights import read_weights  # noqa: PLC0415
-    from trainer.pipeline import resolve, source_stage  # noqa: PLC0415
+    from trainer.pipeline import pretrain_config, resolve  # noqa: PLC0415
     from trainer.report.console import make_console  # noqa: PLC0415
 
     console = make_console(speaks=True)
     config = resolve(config)
-    stages = [config, source_stage(config)] if config.source.root else [config]
+    stages = [config, pretrain_config(config)] if config.source.root else [config]
     for stage in stages:
         prepared = prepare(stage.data, workers=1, displays=displays_on(console), check=False)
-        console.print(describe(prepared))
+        console.print(dataset_summary(prepared))
         if stage is config:
             preflight(config, prepared.index)
     if config.model.weights is not None:

@@ -24,29 +24,29 @@ from rich.console import Console
 
 from trainer.commands.lr_range import Suggestion, has_diverged, rates, smoothed, suggest
 from trainer.config.builders import (
-    load_examples,
-    loader_of,
-    make_mixing,
-    make_objective,
-    make_order,
-    preprocessing_of,
+    load_dataset,
+    make_criterion,
+    make_epoch_order,
+    make_loader,
+    make_mixup,
+    make_preprocessing,
     training_images,
 )
-from trainer.config.model_builder import make_groups, make_model, make_pull, probe_head
+from trainer.config.model_builder import fit_linear_probe, make_l2_sp, make_model, make_param_groups
 from trainer.config.parse import parse
-from trainer.config.preflight import require_synchronisable
+from trainer.config.preflight import require_sync_batch_norm
 from trainer.config.schema import Config
-from trainer.data.augment import Normalise
-from trainer.data.loader import Shares
+from trainer.data.augment import Normalize
+from trainer.data.loader import DistributedBatchSampler
 from trainer.distributed import context
-from trainer.distributed.context import Runtime
+from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
 from trainer.loop import update
-from trainer.main import answer, leave_after
-from trainer.model.freeze import enter
+from trainer.main import exit_after, run_cli
+from trainer.model.freeze import apply_stage
 from trainer.optim.param_groups import make_optimizer, set_lr
-from trainer.pipeline import resolve, with_weights
+from trainer.pipeline import resolve, with_pretrained
 from trainer.report.block_table import block_table
 from trainer.report.console import make_console
 from trainer.report.lr_range import draw_range, range_table, testing
@@ -74,7 +74,7 @@ class Found:
 
 
 def find(
-    config: Config, machine: Runtime, console: Console, signals: StopSignals, tried: Sequence[float]
+    config: Config, ctx: DistributedContext, console: Console, signals: StopSignals, tried: Sequence[float]
 ) -> Found:
     """Make one update at each of these rates until the loss diverges; all processes end with the same one.
 
@@ -90,71 +90,71 @@ def find(
         Stopped: it was asked to stop.
 
     """
-    accelerator = machine.accelerator
-    prepared = load_examples(config.data, machine, console)
-    index, preprocessing = prepared.index, preprocessing_of(config.data)
-    order = make_order(config, index)
-    require_synchronisable(config, order, machine)
-    context.require_equal(accelerator, prepared.fingerprint, "the images")
-    created = context.in_turn(
+    accelerator = ctx.accelerator
+    prepared = load_dataset(config.data, ctx, console)
+    index, preprocessing = prepared.index, make_preprocessing(config.data)
+    order = make_epoch_order(config, index)
+    require_sync_batch_norm(config, order, ctx)
+    context.check_equal_across_ranks(accelerator, prepared.fingerprint, "the images")
+    created = context.main_process_first(
         accelerator,
         lambda: make_model(
             config,
             index.classes,
             config.model.weights,
-            world=machine.world,
+            world_size=ctx.world_size,
             on_progress=console.print,
         ),
         local=True,
     )
-    console.print("\n".join(created.lines))
+    console.print("\n".join(created.summary))
     created.model.to(accelerator.device)
-    pull = make_pull(created, config)
+    l2_sp = make_l2_sp(created, config)
     if config.model.head_init == "linear-probe":
-        probe_head(created, index, preprocessing, config, machine, watch=nullcontext, say=console.print)
-    if len(created.stages) > 1:
+        fit_linear_probe(created, index, preprocessing, config, ctx, watch=nullcontext, log=console.print)
+    if len(created.unfreeze_stages) > 1:
         console.print("transfer.train has stages: the last one is tested, in which all trains that ever does")
-        enter(created.model, created.stages[-1], config.transfer.batch_norm)
-    groups = make_groups(created, config)
+        apply_stage(created.model, created.unfreeze_stages[-1], config.transfer.batch_norm)
+    groups = make_param_groups(created, config)
     console.print(block_table(created, groups))
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
     model, optimizer = context.prepare(accelerator, created.model, optimizer)
 
-    training = training_images(index, preprocessing, config, machine)
-    objective, mixing = make_objective(config, index, accelerator.device), make_mixing(config, machine)
+    training = training_images(index, preprocessing, config, ctx)
+    criterion, mixup = make_criterion(config, index, accelerator.device), make_mixup(config, ctx)
     epochs = -(-len(tried) // order.steps_per_epoch)
-    shares = Shares(order, epochs=epochs, rank=machine.rank, world=machine.world)
-    normalise = Normalise(preprocessing, accelerator.device)
+    shares = DistributedBatchSampler(order, epochs=epochs, rank=ctx.rank, world_size=ctx.world_size)
+    normalize = Normalize(preprocessing, accelerator.device)
     sizes = order.batch_sizes
     losses: list[float] = []
     diverged = False
     model.train()
-    with signals.as_flags(), testing(console, len(tried)) as show:
+    with signals.deferred(), testing(console, len(tried)) as show:
         for step, (rate, share) in enumerate(
-            zip(tried, loader_of(training, shares, config, machine), strict=False)
+            zip(tried, make_loader(training, shares, config, ctx), strict=False)
         ):
-            (asked,) = machine.agree([signals.asked or 0])
+            (asked,) = ctx.all_reduce_max([signals.asked or 0])
             if asked:
                 raise Stopped(signal.Signals(asked).name)
             set_lr(optimizer, rate / config.optim.lr)
-            torch.manual_seed(derive_seed("masks", config.run.seed, step, machine.rank))
+            torch.manual_seed(derive_seed("masks", config.run.seed, step, ctx.rank))
             size = sizes[step % len(sizes)]
             images, labels, examples = share
             blend = None
-            if mixing is not None:
-                images, labels, blend = mixing(images, labels, step, size)
+            if mixup is not None:
+                images, labels, blend = mixup(images, labels, step, size)
             loss_sum, _ = update(
                 model,
                 optimizer,
                 (images, labels, examples),
-                machine.world / size if config.optim.loss_reduction == "mean" else float(machine.world),
+                ctx.world_size / size if config.optim.loss_reduction == "mean" else float(ctx.world_size),
                 accelerator=accelerator,
-                normalise=normalise,
-                parts=config.train.accumulation,
-                clip_norm=config.optim.clip_norm,
-                objective=objective,
+                normalize=normalize,
+                parts=config.train.grad_accum_steps,
+                max_grad_norm=config.optim.max_grad_norm,
+                criterion=criterion,
                 blend=blend,
-                pull=pull,
+                l2_sp=l2_sp,
             )
             # Gathered and added up in one order, so that all come to the same number and end together.
             losses.append(float(accelerator.gather(loss_sum.view(1)).sum()) / size)
@@ -186,16 +186,16 @@ def lr_find(argv: Sequence[str], signals: StopSignals) -> Found:
     if own.steps < _FEWEST:
         raise UserError(f"--steps {own.steps}: expected {_FEWEST} or more")
 
-    machine = context.start(
+    ctx = context.start(
         device=config.run.device, precision=config.train.precision, threads=config.run.threads
     )
-    console = make_console(speaks=machine.is_main)
-    for note in machine.notes:
+    console = make_console(speaks=ctx.is_main_process)
+    for note in ctx.notes:
         console.print(note)
-    found = find(config, machine, console, signals, rates(lowest, highest, own.steps))
+    found = find(config, ctx, console, signals, rates(lowest, highest, own.steps))
     folder = Path(config.run.dir)
-    context.in_turn(
-        machine.accelerator, lambda: _write(folder, found, config, machine) if machine.is_main else None
+    context.main_process_first(
+        ctx.accelerator, lambda: _write(folder, found, config, ctx) if ctx.is_main_process else None
     )
     table = range_table(
         found.rates, found.losses, found.suggestion, configured=config.optim.lr, ended=found.diverged
@@ -247,10 +247,10 @@ def with_source(config: Config) -> Config:
             f"this run trains a source model first, and {model} is not there yet: train it (regraft train with the "
             "same options), or name the weights to start from: --source.root null --model.weights FILE"
         )
-    return with_weights(config, model)
+    return with_pretrained(config, model)
 
 
-def _write(folder: Path, found: Found, config: Config, machine: Runtime) -> None:
+def _write(folder: Path, found: Found, config: Config, ctx: DistributedContext) -> None:
     content: dict[str, Any] = {
         "optim.lr": found.suggestion.lr,
         "suggestion": asdict(found.suggestion),
@@ -258,8 +258,8 @@ def _write(folder: Path, found: Found, config: Config, machine: Runtime) -> None
         "loss_reduction": config.optim.loss_reduction,
         "batch_size": config.train.batch_size,
         "seed": config.run.seed,
-        "precision": machine.precision,
-        "processes": machine.world,
+        "precision": ctx.precision,
+        "processes": ctx.world_size,
         "diverged": found.diverged,
         "lr": list(found.rates),
         "loss": list(found.losses),
@@ -299,8 +299,8 @@ def _conclusion(found: Found, config: Config, options: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    return answer(lambda signals: lr_find(words, signals), goes_on="The same command begins anew")
+    return run_cli(lambda signals: lr_find(words, signals), goes_on="The same command begins anew")
 
 
 if __name__ == "__main__":
-    leave_after(main)
+    exit_after(main)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainer.config.builders import input_workers, preprocessing_of, training_transform
-from trainer.config.model_builder import make_groups, make_model
+from trainer.config.builders import make_preprocessing, num_loader_workers, training_transform
+from trainer.config.model_builder import make_model, make_param_groups
 from trainer.config.preflight import without_weights
 from trainer.config.schema import Config
-from trainer.data.augment import Normalise
-from trainer.data.loader import Batch, Draw, Images
+from trainer.data.augment import Normalize
+from trainer.data.loader import Batch, ImageDataset, SampleKey
 from trainer.data.prepare import prepare
 from trainer.data.registry import is_known
 from trainer.distributed import context
@@ -42,7 +42,7 @@ class Sample:
 
     paths: tuple[str, ...]
     classes: int
-    images: Images
+    images: ImageDataset
     what: str
     """For a reader."""
 
@@ -64,9 +64,9 @@ def sample(config: Config, folder: Path) -> Sample:
         examples = [(one.path, one.label) for one in index.train[::every][:_SAMPLED]]
         classes = len(index.classes)
         what = f"{len(examples)} of {len(index.train)} in {config.data.root}"
-    transform = training_transform(config.data, preprocessing_of(config.data))
+    transform = training_transform(config.data, make_preprocessing(config.data))
     paths = tuple(path for path, _ in examples)
-    return Sample(paths, classes, Images(examples, transform, seed=0), what)
+    return Sample(paths, classes, ImageDataset(examples, transform, seed=0), what)
 
 
 def draw(folder: Path) -> list[tuple[str, int]]:
@@ -106,14 +106,14 @@ def reading(paths: Sequence[str], *, threads: int = 8) -> dict[str, Any]:
     return {"images_per_second": count / seconds, "bytes_per_second": size / seconds, "threads": threads}
 
 
-def decoding(images: Images) -> dict[str, Any]:
+def decoding(images: ImageDataset) -> dict[str, Any]:
     """Return how many images a second one core decodes and augments."""
     count = len(images)
     torch.set_num_threads(1)
     began = time.perf_counter()
     done = 0
     while not done or time.perf_counter() - began < SECONDS:
-        images[Draw(done // count, done % count)]
+        images[SampleKey(done // count, done % count)]
         done += 1
     return {"images_per_second": done / (time.perf_counter() - began)}
 
@@ -122,11 +122,11 @@ class Model:
     """The config's model with random weights, ready for a step."""
 
     def __init__(self, config: Config, *, processes: int, classes: int) -> None:
-        machine = context.start(
+        ctx = context.start(
             device=config.run.device, precision=config.train.precision, threads=config.run.threads
         )
-        self._config, self._machine = config, machine
-        self._accelerator, self._device = machine.accelerator, machine.accelerator.device
+        self._config, self._machine = config, ctx
+        self._accelerator, self._device = ctx.accelerator, ctx.accelerator.device
         share = -(-config.train.batch_size // processes)
         self._examples = share if self._device.type == "cuda" else min(share, _MOST_ON_CPU)
         self._classes = classes
@@ -138,9 +138,9 @@ class Model:
             on_progress=lambda _: None,
         )
         created.model.to(self._device)
-        self._normalise = Normalise(preprocessing_of(config.data), self._device)
+        self._normalize = Normalize(make_preprocessing(config.data), self._device)
         optimizer = make_optimizer(
-            config.optim.name, make_groups(created, config), momentum=config.optim.momentum
+            config.optim.name, make_param_groups(created, config), momentum=config.optim.momentum
         )
         set_lr(optimizer, 0.0)
         state = sum(one.numel() * one.element_size() for one in created.model.state_dict().values())
@@ -158,7 +158,7 @@ class Model:
         checkpoints = self._config.checkpoint.keep_last + 1 + int(self._config.checkpoint.keep_best)
         # The line of WiSE-FT keeps its start and its other end beside the model file.
         models = 3 if self._config.transfer.wise_ft else 1
-        workers = input_workers(self._config.data.workers, self._machine)
+        workers = num_loader_workers(self._config.data.workers, self._machine)
         return {
             "gradient_bytes": self.gradient_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
@@ -192,9 +192,9 @@ class Model:
                 batch,
                 1 / count,
                 accelerator=self._accelerator,
-                normalise=self._normalise,
-                parts=self._config.train.accumulation,
-                clip_norm=self._config.optim.clip_norm,
+                normalize=self._normalize,
+                parts=self._config.train.grad_accum_steps,
+                max_grad_norm=self._config.optim.max_grad_norm,
             )
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)

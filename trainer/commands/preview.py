@@ -17,11 +17,11 @@ if not __package__:
 from matplotlib.figure import Figure
 from PIL import Image
 
-from trainer.config.builders import describe, displays_on, preprocessing_of, training_transform
+from trainer.config.builders import dataset_summary, displays_on, make_preprocessing, training_transform
 from trainer.config.parse import parse
 from trainer.data.augment import apply_seeded
 from trainer.data.decode import UnreadableImage, decode
-from trainer.data.index import Example, ImageIndex
+from trainer.data.index import DatasetIndex, Example
 from trainer.data.prepare import prepare
 from trainer.distributed.context import available_cores
 from trainer.errors import UserError
@@ -29,12 +29,12 @@ from trainer.pipeline import resolve
 from trainer.report.console import make_console
 from trainer.report.figures import fonts, save_figure
 from trainer.seeds import derive_seed
-from trainer.text import printable
+from trainer.text import escape_unprintable
 
 COLUMNS = 8
 
 
-def chosen(index: ImageIndex) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def chosen(index: DatasetIndex) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Return the first 8 training examples of the first class, and the last 8 of the last."""
     first = tuple(example for example in index.train if example.label == 0)
     last = tuple(example for example in index.train if example.label == len(index.classes) - 1)
@@ -45,7 +45,7 @@ def _picture(path: str) -> Image.Image:
     try:
         return decode(path)
     except UnreadableImage as error:
-        raise UserError(f"{printable(path)}: this image cannot be read: {error}") from None
+        raise UserError(f"{escape_unprintable(path)}: this image cannot be read: {error}") from None
 
 
 def draw(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:
@@ -88,7 +88,7 @@ def preview(argv: Sequence[str]) -> Path:
         displays=displays_on(make_console(speaks=True)),
         check=config.data.on_unreadable == "skip",
     )
-    index, preprocessing = prepared.index, preprocessing_of(config.data)
+    index, preprocessing = prepared.index, make_preprocessing(config.data)
     transform = training_transform(config.data, preprocessing)
     augmented_by = config.data.augment + (", random erasing" if config.data.random_erasing else "")
     places = {example: number for number, example in enumerate(index.train)}
@@ -113,7 +113,7 @@ def preview(argv: Sequence[str]) -> Path:
         draw([*seen, *augmented], output)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
-    print(describe(prepared))
+    print(dataset_summary(prepared))
     print(output)
     return output
 

@@ -22,7 +22,7 @@ if not __package__:
 
 import torch
 
-from trainer.distributed.signals import follow_launcher
+from trainer.distributed.signals import exit_with_parent
 
 _PATIENCE = timedelta(seconds=60)
 
@@ -110,7 +110,7 @@ def allreduce(size: int, *, on_cpu: bool) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     large = torch.full((max(1, size // 4),), float(rank + 1), device=device)
     small = torch.ones(2, device=device)
 
@@ -124,7 +124,7 @@ def allreduce(size: int, *, on_cpu: bool) -> None:
         return (time.perf_counter() - began) / count
 
     timed(large, 1)
-    expected = world * (world + 1) / 2
+    expected = world_size * (world_size + 1) / 2
     right = bool((large == expected).all())
     large.fill_(0.0)
     once = torch.tensor([timed(large, 1)], device=device)
@@ -136,7 +136,7 @@ def allreduce(size: int, *, on_cpu: bool) -> None:
     if rank == 0:
         tell(
             "allreduce",
-            ranks=world,
+            ranks=world_size,
             backend="nccl" if on_gpu else "gloo",
             right=wrong.item() == 0,
             bytes=large.numel() * 4,
@@ -149,7 +149,7 @@ def allreduce(size: int, *, on_cpu: bool) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Do what the command line asks for."""
-    follow_launcher()
+    exit_with_parent()
     verb, *rest = argv
     if verb == "pace":
         pace(Path(rest[0]), int(rest[1]), rest[2:])

@@ -8,23 +8,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer.config.builders import decoding_threads, images_at_a_time, loader_of
+from trainer.config.builders import decoding_threads, eval_batch_size, make_loader
 from trainer.config.schema import Config, OptimConfig
-from trainer.data.augment import Normalise, Preprocessing, eval_transform
-from trainer.data.index import ImageIndex
-from trainer.data.loader import Images, Slices
-from trainer.distributed.context import Runtime
-from trainer.distributed.watchdog import Beats
+from trainer.data.augment import Normalize, Preprocessing, eval_transform
+from trainer.data.index import DatasetIndex
+from trainer.data.loader import EvalBatchSampler, ImageDataset
+from trainer.distributed.context import DistributedContext
+from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
-from trainer.model.create import Created, create
-from trainer.model.file import read_description
-from trainer.model.freeze import enter, make_stages
-from trainer.model.patterns import matching
-from trainer.model.source_classes import Labels
-from trainer.optim.param_groups import Group, group_parameters
+from trainer.model.create import BuiltModel, build_model
+from trainer.model.file import read_metadata
+from trainer.model.freeze import apply_stage, make_stages
+from trainer.model.patterns import match_names
+from trainer.model.source_classes import ClassMapping
+from trainer.optim.param_groups import ParamGroup, group_parameters
 from trainer.seeds import derive_seed
-from trainer.transfer.l2_sp import Pull, outside, spare_decay
-from trainer.transfer.linear_probe import probe, require_linear
+from trainer.transfer.l2_sp import L2SP, backbone_parameters, without_weight_decay
+from trainer.transfer.linear_probe import fit_head, require_linear
 
 
 def make_model(
@@ -32,15 +32,15 @@ def make_model(
     classes: Sequence[str],
     weights: str | None,
     *,
-    world: int = 1,
+    world_size: int = 1,
     on_progress: Callable[[str], None],
-) -> Created:
+) -> BuiltModel:
     """Return the model with its new head, drawn from `run.seed`, in the memory layout that it trains in.
 
     `on_progress` hears of a download before it begins.
     """
     torch.manual_seed(derive_seed("weights", config.run.seed))
-    created = create(
+    created = build_model(
         config.model.name,
         image_size=config.data.image_size,  # type: ignore[arg-type]
         num_classes=len(classes),
@@ -53,32 +53,32 @@ def make_model(
     )
     if config.model.head_init == "linear-probe":
         require_linear(created.model, created.heads[0], config.data.image_size)  # type: ignore[arg-type]
-    if config.transfer.batch_norm == "sync" and world > 1:
+    if config.transfer.batch_norm == "sync" and world_size > 1:
         created = replace(created, model=nn.SyncBatchNorm.convert_sync_batchnorm(created.model))
     if config.train.channels_last:
         created.model.to(memory_format=torch.channels_last)
-    stages = make_stages(config.transfer.train, created.model, created.heads, created.structure)
-    enter(created.model, stages[0], config.transfer.batch_norm)
-    late = [stage.begins for stage in stages if stage.begins >= config.train.epochs]
+    stages = make_stages(config.transfer.train, created.model, created.heads, created.layer_order)
+    apply_stage(created.model, stages[0], config.transfer.batch_norm)
+    late = [stage.start_epoch for stage in stages if stage.start_epoch >= config.train.epochs]
     notes = [
         f"transfer.train: the run ends after epoch {config.train.epochs}, before the stage from epoch {begins + 1} on"
         for begins in late
     ]
-    if weights is None and len(stages[-1].trains) < len(list(created.model.parameters())):
+    if weights is None and len(stages[-1].trainable) < len(list(created.model.parameters())):
         notes.append(
             "transfer.train: what does not train keeps the values that were drawn for it, for there is no source "
             "model: set model.weights or source.root, or transfer.train all"
         )
-    return replace(created, stages=stages, lines=(*created.lines, *notes))
+    return replace(created, unfreeze_stages=stages, summary=(*created.summary, *notes))
 
 
-def _labels(config: Config, classes: Sequence[str], weights: str | None) -> Labels | None:
+def _labels(config: Config, classes: Sequence[str], weights: str | None) -> ClassMapping | None:
     """Return what source-labels needs to know of names."""
     if config.model.head_init != "source-labels" or weights is None:
         return None
     is_ours = weights.endswith(".safetensors") and Path(weights).is_file()
-    described = read_description(weights) if is_ours else None
-    return Labels(
+    described = read_metadata(weights) if is_ours else None
+    return ClassMapping(
         targets=tuple(classes),
         sources=config.model.source_labels,
         described=described.classes if described else None,
@@ -86,81 +86,81 @@ def _labels(config: Config, classes: Sequence[str], weights: str | None) -> Labe
     )
 
 
-def probe_head(
-    created: Created,
-    index: ImageIndex,
+def fit_linear_probe(
+    created: BuiltModel,
+    index: DatasetIndex,
     preprocessing: Preprocessing,
     config: Config,
-    machine: Runtime,
+    ctx: DistributedContext,
     *,
-    watch: Callable[[Beats], AbstractContextManager[Beats]],
-    say: Callable[[str], object],
+    watch: Callable[[Heartbeat], AbstractContextManager[Heartbeat]],
+    log: Callable[[str], object],
 ) -> float:
     """Give the model, on its device, the output layer of a linear probe on all processes; returns the seconds."""
-    images = Images(
+    images = ImageDataset(
         index.train,
         eval_transform(preprocessing),
         seed=config.run.seed,
-        threads=decoding_threads(config.data.workers, machine),
+        threads=decoding_threads(config.data.workers, ctx),
     )
-    slices = Slices(
+    slices = EvalBatchSampler(
         len(images),
-        batch_size=images_at_a_time(config, machine),
-        rank=machine.rank,
-        world=machine.world,
+        batch_size=eval_batch_size(config, ctx),
+        rank=ctx.rank,
+        world_size=ctx.world_size,
     )
-    return probe(
+    return fit_head(
         created.model,
         created.heads[0],
-        loader_of(images, slices, config, machine),
+        make_loader(images, slices, config, ctx),
         [label for _, label in index.train],
         classes=len(index.classes),
         balanced=config.regularise.class_weights == "balanced",
         seed=config.run.seed,
-        normalise=Normalise(preprocessing, machine.accelerator.device),
-        machine=machine,
+        normalize=Normalize(preprocessing, ctx.accelerator.device),
+        ctx=ctx,
         watch=watch,
-        say=say,
+        log=log,
     )
 
 
-def make_pull(created: Created, config: Config) -> Pull | None:
+def make_l2_sp(created: BuiltModel, config: Config) -> L2SP | None:
     """Return the pull of a created model, as the source gave it, towards the source; None where there is none."""
     if not config.transfer.l2_sp:
         return None
-    pulled = outside(created.model, created.heads)
-    return Pull(pulled, config.transfer.l2_sp, decoupled=config.optim.name == "adamw")
+    pulled_parameters = backbone_parameters(created.model, created.heads)
+    return L2SP(pulled_parameters, config.transfer.l2_sp, decoupled=config.optim.name == "adamw")
 
 
-def make_groups(created: Created, config: Config) -> tuple[Group, ...]:
+def make_param_groups(created: BuiltModel, config: Config) -> tuple[ParamGroup, ...]:
     """Return the parameter groups of a created model, of all that trains in any of its stages."""
     groups = _groups(created, config)
     if not config.transfer.l2_sp:
         return groups
-    return spare_decay(groups, outside(created.model, created.heads))
+    return without_weight_decay(groups, backbone_parameters(created.model, created.heads))
 
 
-def _groups(created: Created, config: Config) -> tuple[Group, ...]:
+def _groups(created: BuiltModel, config: Config) -> tuple[ParamGroup, ...]:
     return group_parameters(
         created.model,
         created.heads,
         lr=config.optim.lr,
         head_lr_scale=config.optim.head_lr_scale,
         weight_decay=config.optim.weight_decay,
-        decay_norms=config.optim.decay_norms,
-        scales=_lr_scales(created, config.optim),
-        trains=created.stages[-1].trains,
+        decay_norm_and_bias=config.optim.decay_norm_and_bias,
+        scales=_lr_mult(created, config.optim),
+        trains=created.unfreeze_stages[-1].trainable,
     )
 
 
-def _lr_scales(created: Created, optim: OptimConfig) -> dict[str, float]:
+def _lr_mult(created: BuiltModel, optim: OptimConfig) -> dict[str, float]:
     """Return parameter name -> multiple of its learning rate: lower with each block below the head, and by pattern.
 
     Raises:
         UserError: a pattern that matches nothing.
 
     """
-    depth = created.structure.depth
+    depth = created.layer_order.depth
     scales = {
         name: 1.0
         if name.startswith(tuple(f"{head}." for head in created.heads))
@@ -168,10 +168,10 @@ def _lr_scales(created: Created, optim: OptimConfig) -> dict[str, float]:
         for name, after in depth.items()
     }
     by_pattern: dict[str, float] = {}
-    for pattern, scale in optim.lr_scales.items():
-        names = matching(pattern, depth)
+    for pattern, scale in optim.lr_mult.items():
+        names = match_names(pattern, depth)
         if not names:
-            blocks = ", ".join(block.name for block in created.structure.blocks)
+            blocks = ", ".join(block.name for block in created.layer_order.blocks)
             raise UserError(
                 f"optim.lr_scales: {pattern!r} matches no parameter of this model; its blocks are {blocks}"
             )

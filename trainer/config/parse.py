@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from trainer.config.schema import Config
-from trainer.config.strategies import in_order
+from trainer.config.strategies import insert_strategies
 from trainer.errors import UserError
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -123,15 +123,17 @@ def _named(path: Path) -> type[yaml.SafeLoader]:
 def _check_arguments(argv: Sequence[str]) -> list[str]:
     """Return argv with a bare `--debug` spelt out; raise a UserError for an option that does not exist."""
     known = {*keys(), "config", "help", "print_config", *(f.name for f in dataclasses.fields(Config))}
-    spelt: list[str] = []
+    normalize_name: list[str] = []
     for i, word in enumerate(argv):
         following = argv[i + 1] if i + 1 < len(argv) else "--"
-        spelt.append("--debug=true" if word == "--debug" and following not in ("true", "false") else word)
+        normalize_name.append(
+            "--debug=true" if word == "--debug" and following not in ("true", "false") else word
+        )
         if word.startswith("--"):
             key = word[2:].split("=", 1)[0].removesuffix("+")
             if key not in known:
                 raise _unknown(key, "command line")
-    return spelt
+    return normalize_name
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -151,7 +153,7 @@ def parse(argv: Sequence[str]) -> Config:
                 "neither --config nor --data.root was given: name a recipe, or the folder of your images"
             )
         arguments = [f"--config={QUICKSTART}", *arguments]
-    arguments = in_order(arguments, read=_read, complete=frozenset(keys()))
+    arguments = insert_strategies(arguments, read=_read, complete=frozenset(keys()))
     parser = _parser()
     try:
         return _instantiate(parser, parser.parse_args(arguments))

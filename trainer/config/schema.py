@@ -206,11 +206,11 @@ class OptimConfig:
     """The head's learning rate as a multiple of lr."""
     weight_decay: float = 1e-4
     """Added to the gradient times the weight (sgd), or decoupled from it (adamw)."""
-    decay_norms: bool = True
+    decay_norm_and_bias: bool = True
     """Weight decay on biases, norms and other parameters of one dimension too, as the note has it."""
     layer_decay: float = 1.0
     """Factor of the learning rate from each block to the one before it, from the head's down; 1: one rate for all."""
-    lr_scales: dict[str, float] = field(default_factory=dict)
+    lr_mult: dict[str, float] = field(default_factory=dict)
     """Pattern of parameter names, or module -> multiple of its learning rate, as in {layer1: 0.1}; of several that match the last one counts."""
     momentum: float = 0.9
     """Momentum; sgd only."""
@@ -220,7 +220,7 @@ class OptimConfig:
     """Learning rate after the warm-up: constant, or a half cosine down to 0 at the end. one-cycle (Smith 2018): up from a 25th by a half cosine, over the warm-up or 30% of the run where there is none, then down to nearly 0; the momentum stays."""
     warmup: str = "0 steps"
     """Length of the warm-up, linear but in one-cycle: '100 steps', '1 epochs' or '5%'."""
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
     """Greatest norm of the whole gradient; null: not clipped."""
 
     def __post_init__(self) -> None:
@@ -236,21 +236,21 @@ class OptimConfig:
         _require(
             0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}: expected above 0, up to 1"
         )
-        wrong = {name: scale for name, scale in self.lr_scales.items() if not 0 < scale < math.inf}
+        wrong = {name: scale for name, scale in self.lr_mult.items() if not 0 < scale < math.inf}
         _require(
             not wrong,
             f"optim.lr_scales holds {wrong}: expected multiples above 0; transfer.train says what does not train",
         )
         _require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}: expected 0 to below 1")
         _require(
-            self.clip_norm is None or 0 < self.clip_norm < math.inf,
-            f"optim.clip_norm is {self.clip_norm}: expected a number above 0, or null",
+            self.max_grad_norm is None or 0 < self.max_grad_norm < math.inf,
+            f"optim.clip_norm is {self.max_grad_norm}: expected a number above 0, or null",
         )
         parse_duration("optim.warmup", self.warmup)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegulariseConfig:
+class RegularizationConfig:
     """What keeps a model of many parameters from learning few examples by heart; beside data.augment, optim.weight_decay."""
 
     label_smoothing: float = 0.0
@@ -292,13 +292,13 @@ class TrainConfig:
     """Passes over the training set."""
     batch_size: int = 32
     """Examples of one update, over all processes (the global batch)."""
-    accumulation: int = 1
+    grad_accum_steps: int = 1
     """Parts into which each process cuts its share of a batch, one after the other, to save memory; the update stays the same."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of forward and backward; auto: bf16 or fp16 on a GPU by what it can do, fp32 on a CPU."""
     channels_last: bool = True
     """Memory layout NHWC for images and convolutions; the results are the same but for rounding."""
-    points_per_epoch: int = 5
+    logs_per_epoch: int = 5
     """How often in an epoch figures are read from the device, shown and written."""
 
     def __post_init__(self) -> None:
@@ -306,8 +306,8 @@ class TrainConfig:
             value = getattr(self, key)
             _require(value >= 1, f"train.{key} is {value}: expected 1 or more")
         _require(
-            self.accumulation <= self.batch_size,
-            f"train.accumulation is {self.accumulation}, train.batch_size {self.batch_size}: "
+            self.grad_accum_steps <= self.batch_size,
+            f"train.accumulation is {self.grad_accum_steps}, train.batch_size {self.batch_size}: "
             "a batch cannot be cut into more parts than it has examples",
         )
 
@@ -338,7 +338,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
+class PretrainConfig:
     """A source model of one's own, trained first (the note's first step)."""
 
     root: str | None = None
@@ -354,7 +354,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScratchConfig:
+class BaselineConfig:
     """The note's comparison: the same network from scratch under the same budget."""
 
     lr: float | None = None
@@ -376,11 +376,11 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    regularise: RegulariseConfig = field(default_factory=RegulariseConfig)
+    regularise: RegularizationConfig = field(default_factory=RegularizationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    source: SourceConfig = field(default_factory=SourceConfig)
-    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    source: PretrainConfig = field(default_factory=PretrainConfig)
+    scratch: BaselineConfig = field(default_factory=BaselineConfig)
     debug: bool = False
     """One process, no workers, a handful of batches: every stage shown with shapes and times, and whether one batch can be learnt by heart."""
 

@@ -59,7 +59,7 @@ def refuse_runs_own(strategy: str, content: Content) -> None:
         )
 
 
-def in_order(
+def insert_strategies(
     arguments: Sequence[str], *, read: Callable[[Path, str], Content], complete: frozenset[str]
 ) -> list[str]:
     """Return the command line with the file of each strategy that it names put in as one more --config.

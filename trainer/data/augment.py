@@ -3,7 +3,7 @@
 Every random choice comes from the example: torch's generator is seeded from (seed, epoch, example) while
 a transform runs, so an example's crop is the same in whichever process, worker or attempt it is made.
 Transforms work on PIL images, whose resize is the recipe's own (antialiased), and end in uint8; the
-conversion to normalised floats is done in batches on the device (`normalise`).
+conversion to normalised floats is done in batches on the device (`normalize`).
 """
 
 import math
@@ -136,7 +136,7 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-class Normalise:
+class Normalize:
     """Images [B, 3, H, W], uint8 or float up to 255 -> float32, scaled to [0, 1], less the mean, over the deviation.
 
     The constants lie on the device from the start, so that no batch waits for their copy; the memory layout

@@ -34,7 +34,7 @@ from PIL import (
     _imaging,
 )
 
-from trainer.text import printable
+from trainer.text import escape_unprintable
 
 DECODE_VERSION = 1
 """To be raised when a file may be judged otherwise than before: earlier verdicts then no longer count."""
@@ -254,5 +254,5 @@ def _is_text(begin: bytes) -> bool:
 
 
 def _short(error: Exception) -> str:
-    text = printable(str(error).strip())[:120] or type(error).__name__
+    text = escape_unprintable(str(error).strip())[:120] or type(error).__name__
     return "damaged: its pixels cannot be decoded" if text.startswith("decoder error") else f"damaged: {text}"

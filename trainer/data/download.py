@@ -21,7 +21,7 @@ from rich.filesize import decimal
 from trainer.data.transfer import OnProgress, RemoteFile, TransferFailed, sha1_of, transfer
 from trainer.data.unpack import is_whole, unpack_whole
 from trainer.errors import UserError
-from trainer.text import printable
+from trainer.text import escape_unprintable
 
 TIMEOUT = 30.0
 """Seconds to wait for a connection, and for each piece of the answer."""
@@ -133,7 +133,7 @@ def _by_hand(dataset: KnownDataset, archive: RemoteFile, trouble: str) -> UserEr
     """Return what to tell of a download that failed: why, and the ways on."""
     kept = f"\n{decimal(archive.came)} are kept: the next start goes on from there." if archive.came else ""
     return UserError(
-        f"the data set {dataset.name!r} could not be downloaded: {printable(trouble)}.{kept}\n"
+        f"the data set {dataset.name!r} could not be downloaded: {escape_unprintable(trouble)}.{kept}\n"
         f"  from     {dataset.url}\n"
         f"  SHA-1    {dataset.sha1}\n"
         f"  by hand  put that file at {archive.path}, then run the same command again\n"

@@ -18,7 +18,7 @@ from trainer.data.layout import Listing, read_folder
 from trainer.data.split import Images, stratified_split
 from trainer.data.table import read_table, write_table
 from trainer.errors import UserError
-from trainer.text import listed, printable
+from trainer.text import escape_unprintable, join_truncated
 
 _PURPOSE = {"val": "select the best epoch on", "test": "report on"}
 
@@ -28,11 +28,11 @@ class Example(NamedTuple):
 
     path: str
     label: int
-    """Place of its class in `ImageIndex.classes`."""
+    """Place of its class in `DatasetIndex.classes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageIndex:
+class DatasetIndex:
     """The examples of a data set; in a part by class, then in the order of ImageFolder, or of the CSV."""
 
     root: Path
@@ -52,14 +52,14 @@ class ImageIndex:
     """What was passed over, is missing or was cut; one line each."""
 
     @property
-    def selection(self) -> str | None:
+    def val_split(self) -> str | None:
         """Return the part that the best epoch is selected on, where it is not the one reported."""
         return "val" if self.val else None
 
 
 def read_index(
     folder: Path, *, val_fraction: float, test_fraction: float, seed: int, extensions: Sequence[str]
-) -> ImageIndex:
+) -> DatasetIndex:
     """Return the examples of a folder or a CSV.
 
     Args:
@@ -74,7 +74,7 @@ def read_index(
             training lacks, or nothing to report on.
 
     """
-    shown = f"data.root {printable(str(folder))}"
+    shown = f"data.root {escape_unprintable(str(folder))}"
     try:
         folder.stat()
     except OSError as error:
@@ -105,7 +105,7 @@ def read_index(
                     "class gives one to a split if it has two"
                 )
             notes += _absent(classes, parts[part], purpose, listing.names[part])
-    return ImageIndex(
+    return DatasetIndex(
         root=root,
         classes=classes,
         train=parts["train"],
@@ -117,7 +117,7 @@ def read_index(
     )
 
 
-def drop(index: ImageIndex, unreadable: Mapping[str, str]) -> ImageIndex:
+def without_images(index: DatasetIndex, unreadable: Mapping[str, str]) -> DatasetIndex:
     """Return the index without the images that cannot be read (path -> reason).
 
     Raises:
@@ -133,7 +133,7 @@ def drop(index: ImageIndex, unreadable: Mapping[str, str]) -> ImageIndex:
     gone = [name for label, name in enumerate(index.classes) if label not in labels]
     if gone:
         raise UserError(
-            f"no training image of these classes can be read: {listed(gone)}. Mend or replace their images, "
+            f"no training image of these classes can be read: {join_truncated(gone)}. Mend or replace their images, "
             "or remove the classes"
         )
     notes = list(index.notes)
@@ -149,7 +149,7 @@ def drop(index: ImageIndex, unreadable: Mapping[str, str]) -> ImageIndex:
     return replace(index, train=train, val=val, test=test, notes=tuple(notes))
 
 
-def write_split(index: ImageIndex, path: Path) -> None:
+def write_split(index: DatasetIndex, path: Path) -> None:
     """Write the parts as a CSV that `read_index` reads to the same ones; the file is whole or absent.
 
     Raises:
@@ -170,27 +170,27 @@ def _read_csv(file: Path) -> Listing:
         parts.setdefault(row.part or "train", {}).setdefault(row.label, []).append(row.path)
     if "train" not in parts:
         raise UserError(
-            f"data.root {printable(str(file))}: no row's split is train, so there is nothing to train on"
+            f"data.root {escape_unprintable(str(file))}: no row's split is train, so there is nothing to train on"
         )
     names = {part: f"the CSV's {part} rows" for part in parts}
-    return Listing(parts, names, [f"{len(rows)} images listed in {printable(file.name)}", *notes])
+    return Listing(parts, names, [f"{len(rows)} images listed in {escape_unprintable(file.name)}", *notes])
 
 
 def _check(listing: Listing, classes: tuple[str, ...], shown: str) -> None:
     """Raise a UserError for too few training classes, or others among the images to evaluate."""
     if len(classes) < 2:
         raise UserError(
-            f"{shown}: a single class, {listed(classes)}, in {listing.names['train']}; expected two or more, "
+            f"{shown}: a single class, {join_truncated(classes)}, in {listing.names['train']}; expected two or more, "
             "each with training images"
         )
     for part in ("val", "test"):
         extra = sorted(set(listing.parts.get(part, ())) - set(classes))
         if extra:
-            spelt = {unicodedata.normalize("NFC", name) for name in classes}
-            alike = any(unicodedata.normalize("NFC", name) in spelt for name in extra)
+            normalize_name = {unicodedata.normalize("NFC", name) for name in classes}
+            alike = any(unicodedata.normalize("NFC", name) in normalize_name for name in extra)
             raise UserError(
-                f"{shown}: {listing.names[part]} has classes that training lacks: {listed(extra)}. The "
-                f"training classes: {listed(classes, limit=20)}. Name them alike, add training images, or "
+                f"{shown}: {listing.names[part]} has classes that training lacks: {join_truncated(extra)}. The "
+                f"training classes: {join_truncated(classes, limit=20)}. Name them alike, add training images, or "
                 "remove them"
                 + (". Some differ only in how accents are encoded (Unicode NFC and NFD)" if alike else "")
             )
@@ -241,4 +241,4 @@ def _absent(classes: tuple[str, ...], part: Iterable[Example], purpose: str, whe
     absent = [name for label, name in enumerate(classes) if label not in labels]
     if absent:
         count = f"{len(absent)} of {len(classes)} classes"
-        yield f"{count} have no image to {purpose} in {where}: {listed(absent)}"
+        yield f"{count} have no image to {purpose} in {where}: {join_truncated(absent)}"

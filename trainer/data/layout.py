@@ -11,7 +11,7 @@ from trainer.data.scan import Level, Scan, ending, look
 from trainer.data.split import Images
 from trainer.data.table import PARTS
 from trainer.errors import UserError
-from trainer.text import listed, printable
+from trainer.text import escape_unprintable, join_truncated
 
 # Names that people give to parts, and hardly to classes; those of PARTS are understood.
 _LIKE_PARTS = frozenset({*PARTS, "training", "testing", "eval", "evaluation", "dev"})
@@ -52,13 +52,13 @@ def read_folder(root: str, extensions: tuple[str, ...]) -> Listing:
             level = scan.above(path)
             if not level.folders:
                 raise UserError(
-                    f"{printable(path)}: no class folders in it, so its {len(level.files)} files have no "
+                    f"{escape_unprintable(path)}: no class folders in it, so its {len(level.files)} files have no "
                     f"label. Sort them into folders named as those of {names['train']}, or move it away"
                 )
             parts[part] = _read_classes(path, level, scan, training=part == "train")
             notes += _strays(names[part], level)
         beside = [f"{name}/" for name in top.folders if name not in folders.values()]
-        notes += [f"passed over beside {names['train']}: {listed(beside)}"] if beside else []
+        notes += [f"passed over beside {names['train']}: {join_truncated(beside)}"] if beside else []
     else:
         _check_class_folders(root, top, scan)
         names, parts = {"train": "the folder"}, {"train": _read_classes(root, top, scan, training=True)}
@@ -87,7 +87,7 @@ def _part_folders(root: str, top: Level, scan: Scan) -> dict[str, str]:
     for part, names in named.items():
         if len(names) > 1:
             raise UserError(
-                f"data.root {printable(root)}: {' and '.join(f'{name}/' for name in names)} stand for the "
+                f"data.root {escape_unprintable(root)}: {' and '.join(f'{name}/' for name in names)} stand for the "
                 f"same part, {part}. Keep one of them, or join them"
             )
     return {part: names[0] for part, names in named.items()}
@@ -100,16 +100,16 @@ def _read_classes(folder: str, level: Level, scan: Scan, *, training: bool) -> I
     for name in level.folders:
         if any("\udc80" <= character <= "\udcff" for character in name):
             raise UserError(
-                f"{printable(os.path.join(folder, name))}: the name of a class folder is not UTF-8, so the "
+                f"{escape_unprintable(os.path.join(folder, name))}: the name of a class folder is not UTF-8, so the "
                 "class could not be written into the model file. Rename the folder"
             )
         images[name], others = scan.images(os.path.join(folder, name))
         if not images[name]:
-            empty.append(f"\n  {printable(name)}/ holds {_counted(others) or 'no files'}")
+            empty.append(f"\n  {escape_unprintable(name)}/ holds {_counted(others) or 'no files'}")
     if training and empty:
         shown = "".join(empty[:10]) + (f"\n  and {len(empty) - 10} more" if len(empty) > 10 else "")
         raise UserError(
-            f"{printable(folder)}: {len(empty)} of {len(level.folders)} class folders hold no image:{shown}\n"
+            f"{escape_unprintable(folder)}: {len(empty)} of {len(level.folders)} class folders hold no image:{shown}\n"
             f"data.extensions takes {' '.join(scan.extensions)} for images: add an ending there, fill the "
             "folders, or remove them"
         )
@@ -118,7 +118,7 @@ def _read_classes(folder: str, level: Level, scan: Scan, *, training: bool) -> I
 
 def _check_class_folders(root: str, top: Level, scan: Scan) -> None:
     """Raise a UserError unless the folders of `root` can be its classes."""
-    shown = f"data.root {printable(root)}"
+    shown = f"data.root {escape_unprintable(root)}"
     if not top.folders:
         found = (
             f"{_images(top, scan)} images and no folders"
@@ -133,15 +133,15 @@ def _check_class_folders(root: str, top: Level, scan: Scan) -> None:
         or sum(_only_folders(os.path.join(root, name), scan) for name in alike) > 1
     ):
         raise UserError(
-            f"{shown}: {listed(f'{name}/' for name in alike)} look like parts of a data set rather than "
+            f"{shown}: {join_truncated(f'{name}/' for name in alike)} look like parts of a data set rather than "
             f"classes, but there is no train/ with class folders. {_EXPECTED}"
         )
     if len(top.folders) == 1:
         inner = _inner(os.path.join(root, top.folders[0]), scan)
         if inner is not None:
             raise UserError(
-                f"{shown}: holds a single folder, {printable(top.folders[0])}/, so there would be one class. "
-                f"If that is the data set, give --data.root {printable(inner)}"
+                f"{shown}: holds a single folder, {escape_unprintable(top.folders[0])}/, so there would be one class. "
+                f"If that is the data set, give --data.root {escape_unprintable(inner)}"
             )
 
 
@@ -187,4 +187,4 @@ def _passed_over(scan: Scan) -> list[str]:
 
 def _counted(endings: Counter[str]) -> str:
     most_first = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
-    return listed((f"{count} {name}" for name, count in most_first), limit=8)
+    return join_truncated((f"{count} {name}" for name, count in most_first), limit=8)

@@ -30,10 +30,10 @@ from trainer.data.decode import UnreadableImage, decode
 from trainer.distributed.signals import STOPPING, end_with_parent
 from trainer.errors import UserError
 from trainer.seeds import derive_seed
-from trainer.text import printable
+from trainer.text import escape_unprintable
 
 
-class ImageGone(UserError):
+class ImageReadError(UserError):
     """An image that cannot be read now, though it could be when it was checked.
 
     torch makes a worker's exception anew in the trainer, of its type and the text of the worker's
@@ -44,7 +44,7 @@ class ImageGone(UserError):
         super().__init__(text.rpartition(f"{type(self).__name__}: ")[2].rstrip("\n"))
 
 
-class Draw(NamedTuple):
+class SampleKey(NamedTuple):
     """One example as it is seen in one epoch."""
 
     epoch: int
@@ -64,7 +64,7 @@ class Batch(NamedTuple):
     """int64 [B]: positions in the training (or test) list."""
 
 
-class Images(Dataset[tuple[np.ndarray, int, int]]):
+class ImageDataset(Dataset[tuple[np.ndarray, int, int]]):
     """Decoded and transformed pictures; reading one is the only thing that a worker does."""
 
     def __init__(
@@ -80,11 +80,11 @@ class Images(Dataset[tuple[np.ndarray, int, int]]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, draw: Draw) -> tuple[np.ndarray, int, int]:
+    def __getitem__(self, draw: SampleKey) -> tuple[np.ndarray, int, int]:
         """Return (uint8 [H, W, 3], label, example)."""
         return self._transformed(draw, self._decoded(draw))
 
-    def __getitems__(self, draws: Sequence[Draw]) -> list[tuple[np.ndarray, int, int]]:
+    def __getitems__(self, draws: Sequence[SampleKey]) -> list[tuple[np.ndarray, int, int]]:
         """Return a whole share: torch's loader asks for it at once.
 
         Pillow lets other threads run while it decodes. The transforms draw from the process's one generator:
@@ -99,24 +99,24 @@ class Images(Dataset[tuple[np.ndarray, int, int]]):
                 items += map(self._transformed, some, pool.map(self._decoded, some))
         return items
 
-    def _decoded(self, draw: Draw) -> Image.Image:
+    def _decoded(self, draw: SampleKey) -> Image.Image:
         path = self.paths[draw.example]
         try:
             return decode(path)
         except UnreadableImage as error:
-            raise ImageGone(
-                f"{printable(path)}: this image cannot be read: {error}. If it could be when training began, "
+            raise ImageReadError(
+                f"{escape_unprintable(path)}: this image cannot be read: {error}. If it could be when training began, "
                 "it has changed since: bring it back, and the same command goes on from the last checkpoint"
             ) from None
 
-    def _transformed(self, draw: Draw, image: Image.Image) -> tuple[np.ndarray, int, int]:
+    def _transformed(self, draw: SampleKey, image: Image.Image) -> tuple[np.ndarray, int, int]:
         place = (draw.epoch, draw.example, draw.repeat) if draw.repeat else (draw.epoch, draw.example)
         image = apply_seeded(self.transform, image, derive_seed("crop", self.seed, *place))
         return to_array(image), int(self.labels[draw.example]), draw.example
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class EpochOrder:
     """The order of the training examples: (seed, epoch) -> as many draws as there are, cut into global batches."""
 
     examples: int
@@ -152,7 +152,7 @@ class Order:
         return tuple(min(self.batch_size, self.examples - start) for start in starts)
 
 
-class Shares:
+class DistributedBatchSampler:
     """A batch sampler: one rank's shares from update `start_step` of the run to its end.
 
     It runs through the epochs without a stop, so that workers decode ahead while the test set is evaluated.
@@ -161,40 +161,40 @@ class Shares:
     batch_size = 1  # accelerate reads it; the real sizes are those of the lists
 
     def __init__(
-        self, order: Order, *, epochs: int, start_step: int = 0, rank: int = 0, world: int = 1
+        self, order: EpochOrder, *, epochs: int, start_step: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
         self.order, self.epochs, self.start_step = order, epochs, start_step
-        self.rank, self.world = rank, world
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return self.order.steps_per_epoch * self.epochs - self.start_step
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         steps, size = self.order.steps_per_epoch, self.order.batch_size
         first_epoch, first_step = divmod(self.start_step, steps)
         for epoch in range(first_epoch, self.epochs):
             permutation = self.order.permutation(epoch)
             repeats = None if self.order.labels is None else repeated(permutation)
             for step in range(first_step if epoch == first_epoch else 0, steps):
-                mine = slice(step * size + self.rank, (step + 1) * size, self.world)
+                mine = slice(step * size + self.rank, (step + 1) * size, self.world_size)
                 share = permutation[mine].tolist()
                 times = [0] * len(share) if repeats is None else repeats[mine].tolist()
-                yield [Draw(epoch, *draw) for draw in zip(share, times, strict=True)]
+                yield [SampleKey(epoch, *draw) for draw in zip(share, times, strict=True)]
 
 
-class Slices:
+class EvalBatchSampler:
     """A batch sampler for evaluation: every world-th example, each once, in batches."""
 
-    def __init__(self, examples: int, *, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.mine = range(rank, examples, world)
+    def __init__(self, examples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.mine = range(rank, examples, world_size)
         self.batch_size = batch_size
 
     def __len__(self) -> int:
         return math.ceil(len(self.mine) / self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         for start in range(0, len(self.mine), self.batch_size):
-            yield [Draw(0, example) for example in self.mine[start : start + self.batch_size]]
+            yield [SampleKey(0, example) for example in self.mine[start : start + self.batch_size]]
 
 
 @dataclass(frozen=True)
@@ -234,9 +234,9 @@ def _end_when_told(trainer: int) -> None:
     os._exit(0)
 
 
-def make_loader(
-    images: Images,
-    sampler: Shares | Slices,
+def make_dataloader(
+    images: ImageDataset,
+    sampler: DistributedBatchSampler | EvalBatchSampler,
     *,
     image_size: int,
     channels_last: bool,

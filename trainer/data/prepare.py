@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from trainer.config.schema import DataConfig
-from trainer.data.index import ImageIndex, drop, read_index
+from trainer.data.index import DatasetIndex, read_index, without_images
 from trainer.data.registry import cache_folder, locate
 from trainer.data.validation import check_images, unreadable_error
-from trainer.text import printable
+from trainer.text import escape_unprintable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Displays:
+class ProgressHooks:
     """What shows the long work; by default nothing does."""
 
     downloading: Callable[[str], AbstractContextManager[Callable[[int, int | None], None] | None]] = (
@@ -26,14 +26,14 @@ class Displays:
     """Opens a display; what it yields is called with (images checked, images in all)."""
 
 
-NOWHERE = Displays()
+NOWHERE = ProgressHooks()
 
 
 @dataclass(frozen=True)
 class Prepared:
     """The examples of a run."""
 
-    index: ImageIndex
+    index: DatasetIndex
     notes: tuple[str, ...]
     """What the index passed over, cut or dropped; one line each."""
 
@@ -52,7 +52,9 @@ class Prepared:
         return digest.hexdigest()[:32]
 
 
-def prepare(data: DataConfig, *, workers: int, displays: Displays = NOWHERE, check: bool = True) -> Prepared:
+def prepare(
+    data: DataConfig, *, workers: int, displays: ProgressHooks = NOWHERE, check: bool = True
+) -> Prepared:
     """Find, list and check the images of `data`; download or draw them first where they are known by name.
 
     Args:
@@ -85,8 +87,10 @@ def prepare(data: DataConfig, *, workers: int, displays: Displays = NOWHERE, che
         return Prepared(index, index.notes)
     if data.on_unreadable == "stop":
         raise unreadable_error(unreadable, len(paths))
-    index = drop(index, unreadable)
-    skipped = "".join(f"\n  {printable(path)}: {reason}" for path, reason in sorted(unreadable.items()))
+    index = without_images(index, unreadable)
+    skipped = "".join(
+        f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items())
+    )
     return Prepared(
         index,
         (*index.notes, f"{len(unreadable)} of {len(paths)} images cannot be read and are skipped:{skipped}"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from trainer.errors import UserError
-from trainer.text import printable
+from trainer.text import escape_unprintable
 
 # What systems and archivers leave behind; like names with a leading dot, never meant as data.
 _LITTER = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
@@ -98,7 +98,7 @@ class Scan:
             return True
         if owner not in ("", class_folder):
             raise UserError(
-                f"{printable(owner)} and {printable(folder)} hold, through a link, the same folder: "
+                f"{escape_unprintable(owner)} and {escape_unprintable(folder)} hold, through a link, the same folder: "
                 "its images would count for both. Remove the link, or put other images in its place"
             )
         self.repeated += 1
@@ -149,6 +149,6 @@ def _identity(folder: str) -> tuple[int, int]:
 
 def _unreadable(folder: str, error: OSError) -> UserError:
     return UserError(
-        f"{printable(folder)}: the folder cannot be read ({error.strerror}). Make it readable, or move it "
+        f"{escape_unprintable(folder)}: the folder cannot be read ({error.strerror}). Make it readable, or move it "
         "away"
     )

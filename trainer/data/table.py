@@ -12,7 +12,7 @@ from typing import NamedTuple, TextIO
 
 from trainer.errors import UserError
 from trainer.run.atomic import write_atomically
-from trainer.text import listed, printable
+from trainer.text import escape_unprintable, join_truncated
 
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Word for a part, lower case -> the part."""
@@ -74,7 +74,9 @@ def write_table(file: Path, rows: Iterable[tuple[str, str, str]]) -> None:
     try:
         write_atomically(file, write)
     except OSError as error:
-        raise UserError(f"{printable(str(file))}: the split cannot be written ({error.strerror})") from None
+        raise UserError(
+            f"{escape_unprintable(str(file))}: the split cannot be written ({error.strerror})"
+        ) from None
 
 
 def _read(file: Path, stream: TextIO) -> tuple[list[Row], list[str]]:
@@ -99,7 +101,7 @@ def _read(file: Path, stream: TextIO) -> tuple[list[Row], list[str]]:
             word = fields[columns["split"]]
             part = PARTS.get(word.strip().lower())
             if part is None:
-                problems.add(line, f"the split is '{printable(word)}', expected train, val or test")
+                problems.add(line, f"the split is '{escape_unprintable(word)}', expected train, val or test")
         row = Row(os.path.join(folder, path), label, part)
         identity = _identity(row.path) if path else None
         if identity is None:
@@ -109,7 +111,8 @@ def _read(file: Path, stream: TextIO) -> tuple[list[Row], list[str]]:
         for earlier_line, earlier in others:
             if _same(earlier.path, row.path):
                 problems.add(
-                    line, f"{printable(path)} is on line {earlier_line} already{_conflict(earlier, row)}"
+                    line,
+                    f"{escape_unprintable(path)} is on line {earlier_line} already{_conflict(earlier, row)}",
                 )
                 break
         others.append((line, row))
@@ -125,14 +128,14 @@ def _missing(path: str, joined: str) -> str:
     if not path:
         return "the path is empty"
     hint = " (its name is not UTF-8: was the CSV saved as UTF-8?)" if _not_utf8(path) else ""
-    return f"no such file: {printable(joined)}{hint}"
+    return f"no such file: {escape_unprintable(joined)}{hint}"
 
 
 def _conflict(earlier: Row, row: Row) -> str:
     """Return how two rows of one image contradict each other, for a reader."""
     if earlier.part != row.part:
         return f", in {earlier.part}, and here in {row.part}"
-    return f", as {printable(earlier.label)}" if earlier.label != row.label else ""
+    return f", as {escape_unprintable(earlier.label)}" if earlier.label != row.label else ""
 
 
 def _check_labels(file: Path, labels: set[str]) -> None:
@@ -142,7 +145,7 @@ def _check_labels(file: Path, labels: set[str]) -> None:
         other = stripped.setdefault(label.strip(), label)
         if other != label:
             raise UserError(
-                f"{_at(file)}: the labels '{printable(other)}' and '{printable(label)}' differ in "
+                f"{_at(file)}: the labels '{escape_unprintable(other)}' and '{escape_unprintable(label)}' differ in "
                 "spaces only; write one of them"
             )
 
@@ -190,14 +193,18 @@ def _columns(file: Path, header: list[str]) -> tuple[dict[str, int], list[str]]:
     found = {name: names.index(name) for name in _COLUMNS if name in names}
     twice = sorted({name for name in found if names.count(name) > 1})
     if "path" not in found or "label" not in found or twice:
-        seen = listed(header, limit=6)[:200] or "nothing"
+        seen = join_truncated(header, limit=6)[:200] or "nothing"
         raise UserError(
             f"{_at(file)}: expected a CSV with the header path,label or path,label,split, "
             f"separated by commas; its first line holds {seen}"
             + (f"; twice: {', '.join(twice)}" if twice else "")
         )
     others = [name for name in names if name not in found]
-    notes = [f"columns of {printable(file.name)} that are not used: {listed(others)}"] if others else []
+    notes = (
+        [f"columns of {escape_unprintable(file.name)} that are not used: {join_truncated(others)}"]
+        if others
+        else []
+    )
     return found, notes
 
 
@@ -254,4 +261,4 @@ def _encoding(file: Path, line: int) -> UserError:
 
 def _at(file: Path, line: int | None = None) -> str:
     """Return where an error is, for a reader."""
-    return f"data.root {printable(str(file))}" + (f", line {line}" if line else "")
+    return f"data.root {escape_unprintable(str(file))}" + (f", line {line}" if line else "")

@@ -19,12 +19,12 @@ import PIL
 from trainer.data.decode import DECODE_VERSION, UnreachableImage, UnreadableImage, decode
 from trainer.errors import UserError
 from trainer.run.atomic import write_text_atomically
-from trainer.text import printable
+from trainer.text import escape_unprintable
 
 _AT_ONCE = 16  # images that a thread takes in hand
 
 
-class Verdict(NamedTuple):
+class ValidationResult(NamedTuple):
     """What was found, of which version of a file."""
 
     size: int
@@ -79,7 +79,7 @@ def check_images(
                         unreadable[path] = reason
                     version = versions[path]
                     if lasting and version is not None:
-                        known[images[path][len(folder) :]] = Verdict(*version, reason)
+                        known[images[path][len(folder) :]] = ValidationResult(*version, reason)
                 done += len(judgements)
                 if on_progress is not None:
                     on_progress(done, len(images))
@@ -90,9 +90,11 @@ def check_images(
 
 def unreadable_error(unreadable: Mapping[str, str], total: int) -> UserError:
     """Return the error that lists all images that cannot be read (path -> reason), of `total` checked."""
-    listed = "".join(f"\n  {printable(path)}: {reason}" for path, reason in sorted(unreadable.items()))
+    join_truncated = "".join(
+        f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items())
+    )
     return UserError(
-        f"{len(unreadable)} of {total} images cannot be read:{listed}\nMend, replace or remove them, or "
+        f"{len(unreadable)} of {total} images cannot be read:{join_truncated}\nMend, replace or remove them, or "
         "leave them out with --data.on_unreadable skip"
     )
 
@@ -146,7 +148,7 @@ def _make_writable(folder: Path) -> None:
         raise _unwritable(folder, error) from None
 
 
-def _read(file: Path, folder: str) -> dict[str, Verdict]:
+def _read(file: Path, folder: str) -> dict[str, ValidationResult]:
     """Return name below `folder` -> verdict, as an earlier start left them; none, if they are of other rules.
 
     A damaged file counts as none and is written anew: it only saves work, and every image that it would
@@ -161,14 +163,14 @@ def _read(file: Path, folder: str) -> dict[str, Verdict]:
         return {}
 
 
-def _verdict(entry: Any) -> Verdict:
+def _verdict(entry: Any) -> ValidationResult:
     size, mtime_ns, reason = entry
     if type(size) is not int or type(mtime_ns) is not int or not isinstance(reason, str | None):
         raise TypeError(f"not a verdict: {entry!r}")
-    return Verdict(size, mtime_ns, reason)
+    return ValidationResult(size, mtime_ns, reason)
 
 
-def _write(file: Path, folder: str, verdicts: Mapping[str, Verdict], *, current: Set[str]) -> None:
+def _write(file: Path, folder: str, verdicts: Mapping[str, ValidationResult], *, current: Set[str]) -> None:
     """Write the verdicts; those of images that are not of this data set stay while their files do."""
     kept = {name: v for name, v in verdicts.items() if name in current or os.path.lexists(folder + name)}
     try:
@@ -184,6 +186,6 @@ def _rules() -> str:
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
-        f"data.cache: the verdicts on the images cannot be written to {printable(str(folder))} "
+        f"data.cache: the verdicts on the images cannot be written to {escape_unprintable(str(folder))} "
         f"({error.strerror}). Set data.cache (or $REGRAFT_CACHE) to a folder that can be written to"
     )

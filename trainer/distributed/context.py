@@ -25,7 +25,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from trainer.distributed.rendezvous import join_group
+from trainer.distributed.rendezvous import join_process_group
 from trainer.errors import UserError
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ _PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
-class Runtime:
+class DistributedContext:
     """What a run runs on."""
 
     accelerator: Accelerator
@@ -58,24 +58,24 @@ class Runtime:
         return int(self.accelerator.process_index)
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         """Return the number of processes."""
         return int(self.accelerator.num_processes)
 
     @property
-    def is_main(self) -> bool:
+    def is_main_process(self) -> bool:
         """Return whether this process is the one that speaks and writes."""
         return bool(self.accelerator.is_main_process)
 
-    def agree(self, flags: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, flags: Sequence[int]) -> list[int]:
         """Return the greatest value of each flag over all processes; all of them call it."""
-        if self.world == 1:
+        if self.world_size == 1:
             return list(flags)
         greatest = torch.tensor(flags, dtype=torch.int64)
         torch.distributed.all_reduce(greatest, op=torch.distributed.ReduceOp.MAX, group=self.control)
         return [int(flag) for flag in greatest]
 
-    def from_main(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return rank 0's value; all processes call it."""
         values: list[T] = broadcast_object_list([value], from_process=0)
         return values[0]
@@ -87,7 +87,7 @@ def start(
     precision: Literal["auto", "fp32", "bf16", "fp16"],
     threads: int | None,
     kept: Precision | None = None,
-) -> Runtime:
+) -> DistributedContext:
     """Join the process group, if there is one, and return what the run runs on.
 
     `kept` is the precision that an earlier start of the run had `auto` choose.
@@ -111,7 +111,7 @@ def start(
         )
     chosen, why = choose_precision(precision, on_cpu=on_cpu, environment=os.environ, kept=kept)
     _forget_earlier()
-    join_group(os.environ, "gloo" if on_cpu else "nccl", patience=_PATIENCE)
+    join_process_group(os.environ, "gloo" if on_cpu else "nccl", patience=_PATIENCE)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=_ACCELERATE_NAME[chosen],
@@ -135,7 +135,7 @@ def start(
         if accelerator.num_processes > 1 and not on_cpu
         else None
     )
-    return Runtime(accelerator, chosen, used, cores, notes, control)
+    return DistributedContext(accelerator, chosen, used, cores, notes, control)
 
 
 def choose_precision(
@@ -250,7 +250,7 @@ def _forget_earlier() -> None:
         PartialState._reset_state()
 
 
-def in_turn(accelerator: Accelerator, function: Callable[[], T], *, local: bool = False) -> T:
+def main_process_first(accelerator: Accelerator, function: Callable[[], T], *, local: bool = False) -> T:
     """Return each process's own `function()`; rank 0 (of each machine, if `local`) calls it before the others.
 
     What it makes they find. A UserError of one is raised by all, so that a run ends with one sentence rather
@@ -265,18 +265,18 @@ def in_turn(accelerator: Accelerator, function: Callable[[], T], *, local: bool 
                 result = function()
             except UserError as caught:
                 error = caught
-        raise_together(accelerator, error)
+        raise_on_all_ranks(accelerator, error)
     return cast(T, result)
 
 
-def raise_together(accelerator: Accelerator, error: UserError | None) -> None:
+def raise_on_all_ranks(accelerator: Accelerator, error: UserError | None) -> None:
     """Raise, on every process, the first error that one of them has come with; all of them call it."""
     texts = [text for text in gather_object([str(error) if error else None]) if text is not None]
     if texts:
         raise UserError(texts[0])
 
 
-def require_equal(accelerator: Accelerator, value: object, what: str) -> None:
+def check_equal_across_ranks(accelerator: Accelerator, value: object, what: str) -> None:
     """Raise a UserError on every process unless all have come with the same value."""
     values = gather_object([value])
     if any(other != values[0] for other in values):
@@ -287,7 +287,7 @@ def require_equal(accelerator: Accelerator, value: object, what: str) -> None:
         )
 
 
-def stand_alone(environment: MutableMapping[str, str]) -> bool:
+def leave_process_group_env(environment: MutableMapping[str, str]) -> bool:
     """Leave the group that a launcher has started, and return whether this process is the one to go on alone."""
     is_first = environment.get("RANK", "0") == "0"
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -295,7 +295,7 @@ def stand_alone(environment: MutableMapping[str, str]) -> bool:
     return is_first
 
 
-def wrap_again(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+def rewrap_ddp(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
     """Return the model as accelerate wraps it, after the set of its parameters that train has changed.
 
     DDP sorts parameters into buckets, and hooks into each, when it is made: unfreezing under a live one leaves ranks

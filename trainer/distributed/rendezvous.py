@@ -21,7 +21,7 @@ from trainer.errors import UserError
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 
-def join_group(
+def join_process_group(
     environment: Mapping[str, str], backend: Literal["gloo", "nccl"], *, patience: timedelta
 ) -> None:
     """Join the process group that a launcher has started, unless this process is alone or has joined.
@@ -30,17 +30,17 @@ def join_group(
     """
     if environment.get("WORLD_SIZE", "1") == "1" or torch.distributed.is_initialized():
         return
-    store, rank, world = next(rendezvous("env://", timeout=patience))
+    store, rank, world_size = next(rendezvous("env://", timeout=patience))
     torch.distributed.init_process_group(
         backend,
-        store=PrefixStore(common_name(store, rank, world, patience=patience), store),
+        store=PrefixStore(rendezvous_nonce(store, rank, world_size, patience=patience), store),
         rank=rank,
-        world_size=world,
+        world_size=world_size,
         timeout=patience,
     )
 
 
-def common_name(store: Any, rank: int, world: int, *, patience: timedelta) -> str:
+def rendezvous_nonce(store: Any, rank: int, world_size: int, *, patience: timedelta) -> str:
     """Return a name that all processes of this start, and no others, have in common.
 
     Args:
@@ -62,7 +62,7 @@ def common_name(store: Any, rank: int, world: int, *, patience: timedelta) -> st
         name: str = store.get(f"regraft/answer/{mine}").decode()
         store.set(f"regraft/heard/{name}/{rank}", "")
         return name
-    missing, answered = set(range(1, world)), set()
+    missing, answered = set(range(1, world_size)), set()
     while missing:
         for other in sorted(missing):
             asks, heard = f"regraft/asks/{other}", f"regraft/heard/{mine}/{other}"

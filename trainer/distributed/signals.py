@@ -62,7 +62,7 @@ class StopSignals:
         self._earlier.clear()
 
     @contextmanager
-    def as_flags(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Only remember the signals, for a block."""
         self._only_flags = True
         try:
@@ -89,7 +89,7 @@ def end_with_parent(number: int) -> None:
         raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
 
 
-def follow_launcher() -> None:
+def exit_with_parent() -> None:
     """Save and leave when this process's launcher ends, and leave soon in any case.
 
     TERM asks for it. Partners may be dead too, and an exchange with them hang in code that lets no handler run:

@@ -1,14 +1,15 @@
-"""A run that comes to no step any more: its stacks are written down and its processes end, to be started again.
+"""End a run that hangs: write the stacks of every process, exit, and let torchrun restart the processes.
 
-Where all processes pass, between two updates, two rounds of an evaluation, two batches of a linear probe's pass, they
-count (`Beats`). A thread of each looks at that count every second; when it has stood still for too long (`Pace`), the
-thread writes every Python stack of the process to `RUN/hangs/ATTEMPT-rank-RANK.txt`, tells launcher and console, and
-ends the process with exit code 1. torchrun then ends the others, and starts all of them again if it may.
+The main thread counts its progress (`Heartbeat`): it ticks between two updates, between two batches of an evaluation
+and between two batches of the linear probe's pass. A second thread reads that count every second. If it has not
+changed for too long (`StallDetector`), the thread writes every Python stack of the process to
+`RUN/hangs/ATTEMPT-rank-RANK.txt`, reports the hang to the launcher and the console, and exits with code 1. torchrun then
+ends the other processes and restarts all of them if it may.
 
-Only seconds that the thread itself has lived through count: a machine that was asleep, a process that was stopped
-(Ctrl-Z, `scontrol suspend`, a debugger of processes) has not hung. For the same reason the thread cannot end a process
-whose main thread keeps Python's lock while it hangs (torch's exchanges let it go): of such a one, faulthandler's own
-timer, which needs no lock, still writes the stacks, and the partners' watches end the run.
+Only seconds in which the thread itself ran count. A machine that slept, or a process that was stopped (Ctrl-Z,
+`scontrol suspend`, a debugger), has not hung. For the same reason the thread cannot end a process whose main thread hangs
+while it holds the GIL (torch's collectives release it). In that case faulthandler's timer, which does not need the GIL,
+still writes the stacks, and the watchdogs of the other processes end the run.
 """
 
 import faulthandler
@@ -25,8 +26,8 @@ from typing import Literal, NoReturn
 
 from trainer.distributed.error_file import write_error_file
 from trainer.errors import UserError
-from trainer.run.lock import Attempt
-from trainer.text import printable
+from trainer.run.lock import RunLock
+from trainer.text import escape_unprintable
 
 HANGS = "hangs"
 LEAST, FACTOR, PATIENT, FIRST = 300.0, 10, 1800.0, 10
@@ -50,28 +51,28 @@ class Hang(Exception):
 
 
 @dataclass
-class Beats:
+class Heartbeat:
     """Counts the boundaries that this process has passed; the main thread's side, which costs next to nothing."""
 
     passed: int = 0
     step: int = 0
     """Updates made, as of the last boundary."""
-    waits: bool = False
+    extended: bool = False
     """Whether something without a pace of its own lies before the next boundary."""
 
-    def beat(self, step: int) -> None:
+    def tick(self, step: int) -> None:
         """Pass a boundary, after `step` updates."""
-        self.waits = False
+        self.extended = False
         self.step = max(self.step, step)
         self.passed += 1
 
-    def wait_longer(self) -> None:
+    def extend_timeout(self) -> None:
         """Expect the way to the next boundary to take longer: a checkpoint is being written, by rank 0 alone."""
-        self.waits = True
+        self.extended = True
 
 
 @dataclass
-class Pace:
+class StallDetector:
     """How long the next boundary may take, by how long the others have: pure, moved on by ticks of a clock."""
 
     timeout: float | None
@@ -90,31 +91,31 @@ class Pace:
         usual = max(LEAST, FACTOR * self._longest)
         return max(PATIENT, usual) if self._waits or self._passed < FIRST else usual
 
-    def tick(self, seconds: float, beats: Beats) -> bool:
+    def update(self, seconds: float, heartbeat: Heartbeat) -> bool:
         """Hear that some seconds have passed; returns whether the next boundary is overdue."""
         self.quiet += seconds
-        if beats.passed == self._passed:
-            self._waits = self._waits or beats.waits
+        if heartbeat.passed == self._passed:
+            self._waits = self._waits or heartbeat.extended
             return self.quiet > self.allowed
         if self._passed and not self._waits:  # on the way to the first one, workers and kernels are started
             self._longest = max(self._longest, self.quiet)
-        self.quiet, self._passed, self._waits = 0.0, beats.passed, beats.waits
+        self.quiet, self._passed, self._waits = 0.0, heartbeat.passed, heartbeat.extended
         return False
 
 
-class HangWatch:
+class Watchdog:
     """A context that watches over long work: a thread, and a file for the stacks that is gone if none were written."""
 
     def __init__(
         self,
         timeout: float | Literal["auto"] | None,
-        beats: Beats,
+        heartbeat: Heartbeat,
         *,
         folder: Path,
         number: int,
         rank: int,
-        world: int,
-        attempt: Attempt | None,
+        world_size: int,
+        attempt: RunLock | None,
     ) -> None:
         """Open the file for the stacks.
 
@@ -131,17 +132,15 @@ class HangWatch:
             UserError: the file cannot be made.
 
         """
-        self._beats, self._rank, self._world, self._attempt = beats, rank, world, attempt
-        self._pace = None if timeout is None else Pace(None if timeout == "auto" else timeout)
+        self._beats, self._rank, self._world, self._attempt = heartbeat, rank, world_size, attempt
+        self._pace = None if timeout is None else StallDetector(None if timeout == "auto" else timeout)
         self.path = folder / HANGS / f"{number:04}-rank-{rank}.txt"
         self._main = threading.get_ident()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
         if self._pace is None:
             return
-        begun = (
-            f"attempt {number}, rank {rank} of {world}, host {socket.gethostname()}, process {os.getpid()}\n"
-        )
+        begun = f"attempt {number}, rank {rank} of {world_size}, host {socket.gethostname()}, process {os.getpid()}\n"
         try:
             self.path.parent.mkdir(exist_ok=True)
             if rank == 0:
@@ -153,7 +152,7 @@ class HangWatch:
                 f"{self.path}: cannot be written ({error.strerror}); expected a run folder that every rank may write to"
             ) from None
 
-    def __enter__(self) -> Beats:
+    def __enter__(self) -> Heartbeat:
         if self._pace is not None:
             self._thread.start()
         return self._beats
@@ -186,20 +185,20 @@ class HangWatch:
                 return
             now = time.monotonic()
             gap, last = now - last, now
-            if pace.tick(min(gap, 2 * between), self._beats):
+            if pace.update(min(gap, 2 * between), self._beats):
                 stack = frames(self._main)
                 if is_debugged(stack):  # a person reads
                     pace.quiet = 0.0
                 else:
                     self._end(pace, stack)
 
-    def _end(self, pace: Pace, stack: list[FrameType]) -> NoReturn:
+    def _end(self, pace: StallDetector, stack: list[FrameType]) -> NoReturn:
         """Write the stacks, tell of them, and end the process, even if the disk is what hangs."""
         threading.Thread(target=_end_in, args=(_SECONDS_TO_WRITE,), name="hang limit", daemon=True).start()
         faulthandler.cancel_dump_traceback_later()
         what = (
             f"no step for {pace.quiet:.0f} s, the last one was {self._beats.step}; "
-            f"{where(stack, world=self._world)}; stacks in {printable(str(self.path))}"
+            f"{describe_stack(stack, world_size=self._world)}; stacks in {escape_unprintable(str(self.path))}"
         )
         text = f"{what}\n{pace.allowed:.0f} s were allowed (run.hang_timeout)\n{_ADVICE}\n"
         file = self._file
@@ -250,12 +249,12 @@ def is_debugged(stack: list[FrameType]) -> bool:
     return any(str(frame.f_globals.get("__name__")).split(".")[0] in _DEBUGGERS for frame in stack)
 
 
-def where(stack: list[FrameType], *, world: int) -> str:
+def describe_stack(stack: list[FrameType], *, world_size: int) -> str:
     """Return what a process was doing, as far as its innermost Python call tells; in a few words."""
     if not stack:
         return "without a main thread"
     innermost = stack[0].f_code.co_filename
-    if world > 1 and any(part in innermost for part in ("/torch/distributed/", "/torch/autograd/")):
+    if world_size > 1 and any(part in innermost for part in ("/torch/distributed/", "/torch/autograd/")):
         return f"{WAITS} in {_place(stack[0])}"
     ours = next((frame for frame in stack if _is_ours(frame)), None)
     called = f", called from {_place(ours)}" if ours is not None and ours is not stack[0] else ""

@@ -43,7 +43,7 @@ def freeze_batch_norm(model: nn.Module) -> int:
     return len(layers)
 
 
-def freeze_alike(copied: nn.Module, model: nn.Module) -> None:
+def copy_frozen_flags(copied: nn.Module, model: nn.Module) -> None:
     """Let the statistics of a copy be kept as they are where the model's are now, and nowhere else."""
     for layer, other in zip(batch_norms(copied), batch_norms(model), strict=True):
         if not is_frozen(other):
@@ -56,7 +56,7 @@ def _stay_in_eval(layer: _BatchNorm, mode: bool = True) -> _BatchNorm:
     return layer
 
 
-def thaw_batch_norm(model: nn.Module, *, training: bool) -> None:
+def unfreeze_batch_norm(model: nn.Module, *, training: bool) -> None:
     """Let BatchNorm follow `train()` again, beginning in the given mode."""
     for layer in batch_norms(model):
         if is_frozen(layer):
@@ -82,7 +82,7 @@ def batch_norm_in_eval(model: nn.Module) -> Iterator[None]:
             layer.training = mode
 
 
-def guard_single_values(model: nn.Module) -> int:
+def allow_single_value_batches(model: nn.Module) -> int:
     """Let a batch with one value per channel train on, where torch raises; return how many layers it guards.
 
     A ragged last batch of one example, or a process's share of one, meets BatchNorm over 1 x 1 maps with a
@@ -109,16 +109,16 @@ def _forward(layer: _BatchNorm, images: Tensor) -> Tensor:
     return type(layer).forward(layer, images)
 
 
-def gather_statistics(model: nn.Module, world: int) -> dict[str, Tensor]:
+def gather_batch_norm_statistics(model: nn.Module, world_size: int) -> dict[str, Tensor]:
     """Return each process's statistics of the layers that are not frozen: `RANK.name` -> float64, on the CPU.
 
     Every process calls it, with the same model. Empty for one process, which has its statistics in its model.
     """
     mine = _live_statistics(model)
-    if world == 1 or not mine:
+    if world_size == 1 or not mine:
         return {}
     flat = torch.cat([s.detach().double().flatten() for s in mine.values()])
-    every = [torch.empty_like(flat) for _ in range(world)]
+    every = [torch.empty_like(flat) for _ in range(world_size)]
     torch.distributed.all_gather(every, flat)
     sizes = [s.numel() for s in mine.values()]
     return {
@@ -129,8 +129,10 @@ def gather_statistics(model: nn.Module, world: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_statistics(model: nn.Module, gathered: dict[str, Tensor], *, rank: int, world: int) -> None:
-    """Put back what `gather_statistics` returned; among another number of processes, its average over them.
+def restore_batch_norm_statistics(
+    model: nn.Module, gathered: dict[str, Tensor], *, rank: int, world_size: int
+) -> None:
+    """Put back what `gather_batch_norm_statistics` returned; among another number of processes, its average over them.
 
     Raises:
         UserError: it is of another model.
@@ -152,7 +154,7 @@ def restore_statistics(model: nn.Module, gathered: dict[str, Tensor], *, rank: i
         return  # one process has written it: its statistics stand in the model
     for name, statistic in live.items():
         parts = [gathered[f"{number}.{name}"] for number in range(saved)]
-        value = parts[rank] if saved == world else torch.stack(parts).mean(0)
+        value = parts[rank] if saved == world_size else torch.stack(parts).mean(0)
         statistic.copy_(value)
 
 
@@ -165,18 +167,18 @@ def _live_statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def average_statistics(model: nn.Module, world: int) -> None:
-    """Replace running means and variances by their averages over the `world` processes, in one all-reduce.
+def average_batch_norm_statistics(model: nn.Module, world_size: int) -> None:
+    """Replace running means and variances by their averages over the `world_size` processes, in one all-reduce.
 
     Every process calls it, with the same model. Frozen layers and num_batches_tracked are left.
     """
     layers = [layer for layer in batch_norms(model) if not is_frozen(layer)]
-    if world == 1 or not layers:
+    if world_size == 1 or not layers:
         return
     statistics = [s for layer in layers for s in (layer.running_mean, layer.running_var) if s is not None]
     flat = torch.cat([s.detach().float() for s in statistics])
     torch.distributed.all_reduce(flat)
-    flat /= world
+    flat /= world_size
     parts = torch.split(flat, [s.numel() for s in statistics])
     with torch.no_grad():
         for statistic, average in zip(statistics, parts, strict=True):

@@ -13,7 +13,7 @@ from torch import nn
 
 from trainer.errors import UserError
 from trainer.model.head import trial_forward
-from trainer.model.patterns import matching
+from trainer.model.patterns import match_names
 
 _ENOUGH = 5
 """Blocks; with fewer, the largest one is taken apart."""
@@ -32,7 +32,7 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Structure:
+class LayerOrder:
     """A model in the order in which a picture passes through it."""
 
     order: Mapping[str, int]
@@ -45,7 +45,7 @@ class Structure:
         return {name: after for after, block in enumerate(reversed(self.blocks)) for name in block.parameters}
 
 
-def examine(model: nn.Module, image_size: int) -> Structure:
+def analyze_blocks(model: nn.Module, image_size: int) -> LayerOrder:
     """Return the structure of a model on images of `image_size` x `image_size` px.
 
     Raises:
@@ -53,7 +53,7 @@ def examine(model: nn.Module, image_size: int) -> Structure:
 
     """
     order = execution_order(model, image_size)
-    return Structure(order=order, blocks=blocks(model, order))
+    return LayerOrder(order=order, blocks=blocks(model, order))
 
 
 def execution_order(model: nn.Module, image_size: int) -> dict[str, int]:
@@ -149,7 +149,9 @@ def _parts(model: nn.Module, name: str, order: Mapping[str, int]) -> list[Block]
     return [Block(child, tuple(parameters)) for child, parameters in held.items()]
 
 
-def trained(what: str, model: nn.Module, heads: Sequence[str], structure: Structure) -> frozenset[str]:
+def trainable_parameters(
+    what: str, model: nn.Module, heads: Sequence[str], structure: LayerOrder
+) -> frozenset[str]:
     """Return the names of the parameters that train; those of the new output layers always do.
 
     Args:
@@ -210,7 +212,7 @@ def _last(text: str, found: Sequence[Block]) -> Sequence[Block]:
 def _matching(text: str, order: Mapping[str, int]) -> set[str]:
     chosen: set[str] = set()
     for pattern in (part.strip() for part in text.split(",")):
-        found = matching(pattern, order)
+        found = match_names(pattern, order)
         if not found:
             raise UserError(
                 f"transfer.train is {text!r}: expected all, head, from:MODULE, last:N, or modules and patterns of "

@@ -58,15 +58,15 @@ def match_labels(
     others = aliases or {}
     indexes: dict[How, dict[str, list[int]]] = {
         "name": _index((name, i) for i, name in enumerate(sources)),
-        "spelling": _index((spelt(name), i) for i, name in enumerate(sources)),
+        "spelling": _index((normalize_name(name), i) for i, name in enumerate(sources)),
         "plural": _index((form, i) for i, name in enumerate(sources) for form in singular(name)),
     }
     found, ambiguous = [], []
     for target, name in enumerate(targets):
         ways: list[tuple[How, Iterable[str], dict[str, list[int]]]] = [
             ("name", [name], indexes["name"]),
-            ("alias", [spelt(others[name])] if name in others else [], indexes["spelling"]),
-            ("spelling", [spelt(name)], indexes["spelling"]),
+            ("alias", [normalize_name(others[name])] if name in others else [], indexes["spelling"]),
+            ("spelling", [normalize_name(name)], indexes["spelling"]),
             ("plural", singular(name), indexes["plural"]),
         ]
         for how, forms, index in ways:
@@ -88,7 +88,7 @@ def _index(pairs: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
     return dict(index)
 
 
-def spelt(name: str) -> str:
+def normalize_name(name: str) -> str:
     """Return a name without case, spaces, hyphens and underscores."""
     return re.sub(r"[\s_-]+", "", name.casefold())
 

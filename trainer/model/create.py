@@ -6,18 +6,18 @@ from typing import Literal
 
 from torch import nn
 
-from trainer.model.batch_norm import guard_single_values
-from trainer.model.blocks import Structure, examine
+from trainer.model.batch_norm import allow_single_value_batches
+from trainer.model.blocks import LayerOrder, analyze_blocks
 from trainer.model.build import build
 from trainer.model.dropout import set_dropout, set_stochastic_depth
-from trainer.model.freeze import Stage
-from trainer.model.head import find_heads, graft
-from trainer.model.source_classes import Labels, copy_rows
+from trainer.model.freeze import UnfreezeStage
+from trainer.model.head import find_heads, replace_head
+from trainer.model.source_classes import ClassMapping, init_head_from_source_classes
 from trainer.model.weights import load_weights, read_weights
 
 
 @dataclass(frozen=True)
-class Created:
+class BuiltModel:
     """A model ready to train."""
 
     model: nn.Module
@@ -25,25 +25,25 @@ class Created:
     """Dotted names of the new output layers, auxiliary ones included."""
     source: str
     """Where the other layers' weights came from."""
-    lines: tuple[str, ...]
+    summary: tuple[str, ...]
     """What was done, for a reader."""
-    structure: Structure
-    stages: tuple[Stage, ...] = ()
+    layer_order: LayerOrder
+    unfreeze_stages: tuple[UnfreezeStage, ...] = ()
     """What trains when; the model is in the first of them. Without one, all of it trains."""
 
 
-def create(
+def build_model(
     name: str,
     *,
     image_size: int,
     num_classes: int,
     weights: str | None,
     head_init: Literal["xavier", "torch", "source-labels", "linear-probe"],
-    labels: Labels | None = None,
+    labels: ClassMapping | None = None,
     dropout: float | None = None,
     stochastic_depth: float | None = None,
     on_progress: Callable[[str], None] | None = None,
-) -> Created:
+) -> BuiltModel:
     """Build a model with a new head, drawn from torch's generator, and copy the source weights into the rest.
 
     `labels` are asked for by head_init source-labels alone; a linear probe begins with a drawn head, and is made
@@ -52,12 +52,12 @@ def create(
 
     Raises:
         UserError: an unknown name, weights that do not fit, a head that is not found, too small an image, or what
-            `source_labels.copy_rows` and `drop` refuse.
+            `source_labels.init_head_from_source_classes` and `drop` refuse.
 
     """
     model = build(name, image_size=image_size)
     heads = find_heads(model, image_size)
-    graft(model, heads, num_classes, "torch" if head_init == "torch" else "xavier")
+    replace_head(model, heads, num_classes, "torch" if head_init == "torch" else "xavier")
     lines = [f"{name}: new output layer{'s' * (len(heads) > 1)} {', '.join(head.name for head in heads)}"]
     if removed := [activation for head in heads for activation in head.activations]:
         lines.append(f"taken out, so that logits have no bound: {', '.join(removed)}")
@@ -67,12 +67,12 @@ def create(
         report = load_weights(model, heads, state, name=name, image_size=image_size, source=source)
         lines += report.lines()
         if head_init == "source-labels" and labels is not None:
-            lines += copy_rows(model, heads[0], state, labels, name=name, weights=weights)
+            lines += init_head_from_source_classes(model, heads[0], state, labels, name=name, weights=weights)
     if dropout is not None:
         lines.append(set_dropout(model, name, dropout))
     if stochastic_depth is not None:
         lines.append(set_stochastic_depth(model, name, stochastic_depth))
-    guard_single_values(model)
-    return Created(
-        model, tuple(head.name for head in heads), source, tuple(lines), examine(model, image_size)
+    allow_single_value_batches(model)
+    return BuiltModel(
+        model, tuple(head.name for head in heads), source, tuple(lines), analyze_blocks(model, image_size)
     )

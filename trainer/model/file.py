@@ -18,21 +18,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from trainer.data.augment import Normalise, Preprocessing, eval_transform, to_array
+from trainer.data.augment import Normalize, Preprocessing, eval_transform, to_array
 from trainer.data.decode import UnreadableImage, decode, upright_rgb
 from trainer.errors import UserError
 from trainer.model.build import build, names
-from trainer.model.head import find_heads, graft
+from trainer.model.head import find_heads, replace_head
 from trainer.model.weights import fits
 from trainer.run.atomic import write_atomically
-from trainer.text import listed, printable
+from trainer.text import escape_unprintable, join_truncated
 
 FORMAT = 1
 HEADER_KEY = "regraft"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Description:
+class ModelMetadata:
     """What a model file says of itself."""
 
     version: str
@@ -51,7 +51,7 @@ class Preprocess:
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
         self._transform = eval_transform(preprocessing)
-        self._normalise = Normalise(preprocessing, torch.device("cpu"))
+        self._normalize = Normalize(preprocessing, torch.device("cpu"))
 
     def __call__(self, picture: Image.Image | str | os.PathLike[str]) -> Tensor:
         """Return float32 [3, image_size, image_size]; a PIL picture is read as its file would be.
@@ -63,10 +63,12 @@ class Preprocess:
         try:
             image = upright_rgb(picture) if isinstance(picture, Image.Image) else decode(picture)
         except UnreadableImage as error:
-            name = "the picture" if isinstance(picture, Image.Image) else printable(os.fspath(picture))
+            name = (
+                "the picture" if isinstance(picture, Image.Image) else escape_unprintable(os.fspath(picture))
+            )
             raise UserError(f"{name}: {error}; expected an image file") from None
         array = torch.tensor(to_array(self._transform(image)))
-        return self._normalise(array.permute(2, 0, 1)[None])[0]
+        return self._normalize(array.permute(2, 0, 1)[None])[0]
 
 
 class Loaded(NamedTuple):
@@ -77,7 +79,7 @@ class Loaded(NamedTuple):
     classes: tuple[str, ...]
 
 
-def write_model(path: Path, state: Mapping[str, Tensor], description: Description) -> None:
+def write_model(path: Path, state: Mapping[str, Tensor], description: ModelMetadata) -> None:
     """Write weights and description into one file, which is whole or absent."""
     fields = {"format": FORMAT, **dataclasses.asdict(description)}
     # In ASCII: a folder's name, so a class's, may hold bytes that no Unicode text has.
@@ -87,7 +89,7 @@ def write_model(path: Path, state: Mapping[str, Tensor], description: Descriptio
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata=header)))
 
 
-def read_description(path: str | os.PathLike[str]) -> Description | None:
+def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata | None:
     """Return what a safetensors file says of itself, or None for one that regraft did not write.
 
     Raises:
@@ -102,16 +104,16 @@ def read_description(path: str | os.PathLike[str]) -> Description | None:
     if text is None:
         return None
     try:
-        return _description(json.loads(text))
+        return _parse_metadata(json.loads(text))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"{os.fspath(path)}: its description is damaged ({printable(reason)[:200]}); expected a run's "
+            f"{os.fspath(path)}: its description is damaged ({escape_unprintable(reason)[:200]}); expected a run's "
             "model.safetensors as it was written"
         ) from None
 
 
-def _description(fields: Any) -> Description:
+def _parse_metadata(fields: Any) -> ModelMetadata:
     if fields["format"] != FORMAT:
         raise ValueError(f"format {fields['format']!r}, this version of regraft reads {FORMAT}")
     classes = fields["classes"]
@@ -121,7 +123,7 @@ def _description(fields: Any) -> Description:
         raise ValueError(f"{len(classes)} classes, {len(set(classes))} different ones; expected two or more")
     if fields["architecture"] not in names():
         raise ValueError(f"architecture {fields['architecture']!r} is not one of torchvision's")
-    return Description(
+    return ModelMetadata(
         version=str(fields["version"]),
         architecture=fields["architecture"],
         classes=tuple(classes),
@@ -135,7 +137,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     """Return the model (eval mode, CPU), its preprocessing and its classes; see `trainer.load`."""
     if not Path(path).is_file():
         raise UserError(f"{os.fspath(path)}: there is no such file; expected a run's model.safetensors")
-    found = read_description(path)
+    found = read_metadata(path)
     if found is None:
         raise UserError(
             f"{os.fspath(path)}: holds weights but not regraft's description; "
@@ -145,7 +147,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     try:
         # Without memory or random numbers: the file's tensors become the model's once they are known to fit.
         model = build(found.architecture, image_size=size, empty=True)
-        graft(model, find_heads(model, size), len(found.classes), "torch")
+        replace_head(model, find_heads(model, size), len(found.classes), "torch")
         state = read_state(path, model.state_dict())
     except UserError as error:
         raise UserError(f"{os.fspath(path)}: {error}") from None
@@ -184,5 +186,5 @@ def read_state(path: str | os.PathLike[str], wanted: Mapping[str, Tensor]) -> di
         elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
             wrong.append(f"{name} holds NaN or infinite values")
     if wrong:
-        raise UserError(f"its weights do not fit its description: {listed(wrong, limit=5)}")
+        raise UserError(f"its weights do not fit its description: {join_truncated(wrong, limit=5)}")
     return state

@@ -10,25 +10,25 @@ from typing import Literal
 
 from torch import nn
 
-from trainer.model.batch_norm import freeze_batch_norm, named_batch_norms, thaw_batch_norm
-from trainer.model.blocks import Structure, trained
+from trainer.model.batch_norm import freeze_batch_norm, named_batch_norms, unfreeze_batch_norm
+from trainer.model.blocks import LayerOrder, trainable_parameters
 
-Policy = Literal["frozen-with-weights", "frozen", "train", "sync"]
+BatchNormMode = Literal["frozen-with-weights", "frozen", "train", "sync"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class UnfreezeStage:
     """What trains from an epoch on."""
 
-    begins: int
+    start_epoch: int
     """The epoch, counted from 0."""
-    trains: frozenset[str]
+    trainable: frozenset[str]
     """Names of parameters."""
 
 
 def make_stages(
-    what: Mapping[int, str] | str, model: nn.Module, heads: Sequence[str], structure: Structure
-) -> tuple[Stage, ...]:
+    what: Mapping[int, str] | str, model: nn.Module, heads: Sequence[str], structure: LayerOrder
+) -> tuple[UnfreezeStage, ...]:
     """Return the stages of a run, in their order; what trains in one trains in all that follow.
 
     Args:
@@ -41,36 +41,36 @@ def make_stages(
         UserError: what trains means nothing in this model.
 
     """
-    stages: list[Stage] = []
+    stages: list[UnfreezeStage] = []
     so_far: frozenset[str] = frozenset()
     for begins, text in sorted(({0: what} if isinstance(what, str) else what).items()):
-        so_far |= trained(text, model, heads, structure)
-        stages.append(Stage(begins=begins, trains=so_far))
+        so_far |= trainable_parameters(text, model, heads, structure)
+        stages.append(UnfreezeStage(start_epoch=begins, trainable=so_far))
     return tuple(stages)
 
 
-def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
+def stage_at(stages: Sequence[UnfreezeStage], epoch: int) -> UnfreezeStage:
     """Return the stage that an epoch (counted from 0) lies in."""
-    return [stage for stage in stages if stage.begins <= epoch][-1]
+    return [stage for stage in stages if stage.start_epoch <= epoch][-1]
 
 
-def enter(model: nn.Module, stage: Stage, policy: Policy) -> None:
+def apply_stage(model: nn.Module, stage: UnfreezeStage, policy: BatchNormMode) -> None:
     """Have just the stage's parameters train, and BatchNorm's statistics by the policy.
 
     What does not train needs no gradient: nothing below the first layer that trains is kept for a backward pass.
     A model that DDP has wrapped has to be wrapped again after it.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in stage.trains)
+        parameter.requires_grad_(name in stage.trainable)
     frozen = frozen_batch_norms(model, stage, policy)
     for name, layer in named_batch_norms(model):
         if name in frozen:
             freeze_batch_norm(layer)
         else:
-            thaw_batch_norm(layer, training=model.training)
+            unfreeze_batch_norm(layer, training=model.training)
 
 
-def frozen_batch_norms(model: nn.Module, stage: Stage, policy: Policy) -> frozenset[str]:
+def frozen_batch_norms(model: nn.Module, stage: UnfreezeStage, policy: BatchNormMode) -> frozenset[str]:
     """Return the BatchNorm layers that keep the source's statistics: the names of the modules.
 
     Statistics belong to the weights before them. A layer whose own weights do not train, but that went on to follow
@@ -86,8 +86,8 @@ def frozen_batch_norms(model: nn.Module, stage: Stage, policy: Policy) -> frozen
         own = [f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters(recurse=False)]
         # One without weights goes with its neighbours.
         around = f"{name.rpartition('.')[0]}.".lstrip(".")
-        return any(key in stage.trains for key in own) or (
-            not own and any(key.startswith(around) for key in stage.trains)
+        return any(key in stage.trainable for key in own) or (
+            not own and any(key.startswith(around) for key in stage.trainable)
         )
 
     return frozenset(name for name in names if not trains(name))

@@ -1,6 +1,6 @@
 """The output layer: found by walking back from the logits, then replaced by one for other classes.
 
-Order: `build` -> `find_heads` -> `graft` -> `weights.load_weights`. The search runs the model on the meta
+Order: `build` -> `find_heads` -> `replace_head` -> `weights.load_weights`. The search runs the model on the meta
 device: it takes no memory, and leaves parameters, buffers, modes and random numbers as they were.
 """
 
@@ -33,7 +33,7 @@ _VIEWS = (
 )  # fmt: skip
 # These bend what comes out of the layer, mostly by a bound, so that it would not be logits. (Logarithms of
 # probabilities are: cross-entropy takes the logarithm of their softmax, which changes nothing.)
-_BENDING = (
+_NONLINEAR = (
     "Celu", "Clamp", "Elu", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "LogSigmoid", "Mish",
     "Relu", "Sigmoid", "Silu", "Softmax", "Softplus", "Tanh", "Threshold",
 )  # fmt: skip
@@ -290,7 +290,7 @@ def _graph(outputs: Sequence[Tensor]) -> Iterator[Node]:
 def _activations(model: nn.Module, trial: _Trial, path: Sequence[Node], what: str) -> Iterator[str]:
     """Yield the modules on the path that bend the logits."""
     for node in path:
-        if not node.name().startswith(_BENDING):
+        if not node.name().startswith(_NONLINEAR):
             continue
         modules = [
             name
@@ -310,7 +310,7 @@ def _is_activation(module: nn.Module) -> bool:
     return not isinstance(module, nn.Identity) and next(module.children(), None) is None
 
 
-def graft(
+def replace_head(
     model: nn.Module, heads: Sequence[Head], num_classes: int, init: Literal["xavier", "torch"]
 ) -> None:
     """Replace each head, in place, by a new layer of the same kind with `num_classes` outputs.

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 
-def matching(pattern: str, names: Iterable[str]) -> set[str]:
+def match_names(pattern: str, names: Iterable[str]) -> set[str]:
     """Return the parameter names that a pattern means: those it matches, and all of the modules that it matches.
 
     `layer4` and `layer4.*` mean the same; `*.bias` means every bias.

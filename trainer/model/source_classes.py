@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
-from trainer.model.class_names import Matches, match_labels, spelt, torchvision_labels
+from trainer.model.class_names import Matches, match_labels, normalize_name, torchvision_labels
 from trainer.model.head import Head
 from trainer.model.weights import find_enum, is_file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labels:
+class ClassMapping:
     """What classes are called, here and in the source."""
 
     targets: tuple[str, ...]
@@ -33,7 +33,7 @@ class Labels:
     """Target's name -> source's, where they differ."""
 
 
-def source_names(labels: Labels, *, name: str, weights: str, rows: int) -> tuple[tuple[str, ...], str]:
+def source_names(labels: ClassMapping, *, name: str, weights: str, rows: int) -> tuple[tuple[str, ...], str]:
     """Return (the names of the source's classes in the order of its rows, where they come from).
 
     Args:
@@ -110,9 +110,9 @@ def check_targets(aliases: Mapping[str, str], targets: Sequence[str]) -> None:
 def check_aliases(aliases: Mapping[str, str], targets: Sequence[str], sources: Sequence[str]) -> None:
     """Raise a UserError for an alias whose names do not exist, with those that were probably meant."""
     check_targets(aliases, targets)
-    known = {spelt(name) for name in sources}
+    known = {normalize_name(name) for name in sources}
     for target, source in aliases.items():
-        if spelt(source) not in known:
+        if normalize_name(source) not in known:
             raise UserError(
                 f"model.aliases has {_shown(target)} -> {_shown(source)}, but the source has no class "
                 f"{_shown(source)!r}. {_close(source, sources)}"
@@ -130,11 +130,11 @@ def _shown(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
-def copy_rows(
+def init_head_from_source_classes(
     model: nn.Module,
     head: Head,
     state: Mapping[str, Tensor],
-    labels: Labels,
+    labels: ClassMapping,
     *,
     name: str,
     weights: str,
@@ -168,12 +168,14 @@ def copy_rows(
             layer.weight[at] = rows
             if layer.bias is not None:
                 bias = _source_tensor(state, f"{head.name}.bias", (), name, weights)
-                layer.bias.fill_(_rest(len(weight) - len(set(taken)), len(labels.targets) - len(at)))
+                layer.bias.fill_(
+                    _remainder_bias(len(weight) - len(set(taken)), len(labels.targets) - len(at))
+                )
                 layer.bias[at] = bias[taken] - bias.mean()
     return _report(matches, labels, names, where, has_bias=layer.bias is not None)
 
 
-def _rest(sources: int, targets: int) -> float:
+def _remainder_bias(sources: int, targets: int) -> float:
     """Return the bias of each of `targets` classes that share what speaks for `sources` classes of the source.
 
     Log of the sum of as many exponentials of 0, the mean logit: without it, a picture of nothing that was matched
@@ -201,7 +203,7 @@ def _source_tensor(
 
 
 def _report(
-    matches: Matches, labels: Labels, names: Sequence[str], where: str, *, has_bias: bool
+    matches: Matches, labels: ClassMapping, names: Sequence[str], where: str, *, has_bias: bool
 ) -> list[str]:
     targets = labels.targets
     lines = [f"output layer from the source's own: {len(matches.found)} of {len(targets)} classes ({where})"]
@@ -209,7 +211,11 @@ def _report(
         row = f"  {_shown(targets[match.target])} <- {_shown(names[match.source])}, row {match.source}"
         lines.append(f"{row} ({match.how})")
         alias = labels.aliases.get(targets[match.target])
-        if alias is not None and match.how == "name" and spelt(alias) != spelt(names[match.source]):
+        if (
+            alias is not None
+            and match.how == "name"
+            and normalize_name(alias) != normalize_name(names[match.source])
+        ):
             lines.append(f"    (not {_shown(alias)}: a class of the very same name goes before an alias)")
     for target, sources in matches.ambiguous:
         several = ", ".join(f"{_shown(names[row])} (row {row})" for row in sources)

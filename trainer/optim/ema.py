@@ -5,10 +5,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from trainer.model.batch_norm import freeze_alike
+from trainer.model.batch_norm import copy_frozen_flags
 
 
-def decay_at(updates: int, decay: float) -> float:
+def get_decay(updates: int, decay: float) -> float:
     """Return the share of the average that stays after `updates` updates of the run, this one among them.
 
     Below `decay` at first, so that the start is soon forgotten: as num_updates has it in TensorFlow's
@@ -17,7 +17,7 @@ def decay_at(updates: int, decay: float) -> float:
     return min(decay, (1 + updates) / (10 + updates))
 
 
-class Shadow:
+class ModelEma:
     """A copy of a model that follows it: the average of its weights over the updates, each older one counting less.
 
     Averaging the iterates: Polyak & Juditsky 1992; exponentially, and to be evaluated: Tarvainen & Valpola 2017.
@@ -39,16 +39,16 @@ class Shadow:
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def follow(self, updates: int) -> None:
+    def update(self, updates: int) -> None:
         """Take the model's weights into the average, after so many updates of the run; nothing is waited for."""
         mine, its = _columns(self._averaged)
-        torch._foreach_lerp_(mine, its, 1 - decay_at(updates, self._decay))
+        torch._foreach_lerp_(mine, its, 1 - get_decay(updates, self._decay))
         for copied, tensor in self._copied:
             copied.copy_(tensor)
 
     def and_model(self) -> nn.Module:
         """Return the model and its average as one, for what is done to the BatchNorm statistics of both."""
-        freeze_alike(self.model, self._live)
+        copy_frozen_flags(self.model, self._live)
         return nn.ModuleDict({"model": self._live, "average": self.model})
 
 

@@ -12,21 +12,21 @@ from torch.nn.functional import cross_entropy
 
 
 @dataclass(frozen=True, eq=False)
-class Blend:
+class MixedTarget:
     """The lesser part of what mixup or CutMix has mixed."""
 
     labels: Tensor
     """int64 [B]: the classes of the pictures of lesser weight."""
-    weight: float
+    lam: float
     """Of these, 0 to 0.5."""
 
-    def __getitem__(self, piece: slice) -> "Blend":
+    def __getitem__(self, piece: slice) -> "MixedTarget":
         """Return a piece of the share."""
-        return Blend(self.labels[piece], self.weight)
+        return MixedTarget(self.labels[piece], self.lam)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Objective:
+class Criterion:
     """The loss of some examples, added up over them: what `mean` divides by is the global batch's business."""
 
     label_smoothing: float = 0.0
@@ -34,7 +34,7 @@ class Objective:
     class_weights: Tensor | None = None
     """float32 [C], on the device: the weight of an example's whole loss by its class; None: 1."""
 
-    def __call__(self, logits: Tensor, labels: Tensor, blend: Blend | None = None) -> Tensor:
+    def __call__(self, logits: Tensor, labels: Tensor, blend: MixedTarget | None = None) -> Tensor:
         """Return the summed loss, a float32 scalar, of logits [B, C] under labels int64 [B].
 
         Mixed labels share it by their weights, as mixup has it (Zhang et al. 2018).
@@ -43,7 +43,7 @@ class Objective:
         loss = self._of(logits, labels)
         if blend is None:
             return loss
-        return (1 - blend.weight) * loss + blend.weight * self._of(logits, blend.labels)
+        return (1 - blend.lam) * loss + blend.lam * self._of(logits, blend.labels)
 
     def _of(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.class_weights is None:
@@ -53,7 +53,7 @@ class Objective:
         return (each * self.class_weights[labels]).sum()
 
 
-PLAIN = Objective()
+PLAIN = Criterion()
 """Cross-entropy."""
 
 

@@ -1,7 +1,8 @@
 """Mixup and CutMix: each picture of a batch mixed with another one of the GLOBAL batch, and their labels alike.
 
 What is mixed is drawn from (seed, step), over the positions of the global batch; rank r of w holds r, r + w, ...
-of them (`data.loader.Shares`). So an update is the same whatever the number of processes, and after a resume.
+of them (`data.loader.DistributedBatchSampler`). So an update is the same whatever the number of processes, and
+after a resume.
 """
 
 import math
@@ -12,23 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.optim.loss import Blend
+from trainer.optim.loss import MixedTarget
 from trainer.seeds import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixture:
+class MixParams:
     """How one global batch is mixed."""
 
-    partners: tuple[int, ...]
+    permutation: tuple[int, ...]
     """Position in the global batch -> that of the picture it is mixed with: a permutation; some may stay alone."""
-    weight: float
+    lam: float
     """Of the partner, 0 to 1; CutMix's is that of its box before it is cut off at the edges."""
     box: tuple[float, float, float, float] | None
     """CutMix: top, left, bottom, right of what comes from the partner, as shares of height and width; None: mixup."""
 
 
-def draw(*, mixup: float, cutmix: float, seed: int, step: int, size: int) -> Mixture:
+def sample_params(*, mixup: float, cutmix: float, seed: int, step: int, size: int) -> MixParams:
     """Return the mixture of the update `step` (of the run, from 0) on `size` examples.
 
     The weights come from Beta(alpha, alpha), one for the batch (Zhang et al. 2018); CutMix's box has its middle
@@ -47,27 +48,29 @@ def draw(*, mixup: float, cutmix: float, seed: int, step: int, size: int) -> Mix
     alpha = cutmix if is_cutmix else mixup
     weight = float(random.beta(alpha, alpha))
     middle = random.random(2)
-    partners = tuple(random.permutation(size).tolist())
+    permutation = tuple(random.permutation(size).tolist())
     if not is_cutmix:
-        return Mixture(partners=partners, weight=weight, box=None)
+        return MixParams(permutation=permutation, lam=weight, box=None)
     half = math.sqrt(weight) / 2
     (top, left), (bottom, right) = (np.clip(middle + by, 0, 1).tolist() for by in (-half, half))
-    return Mixture(partners=partners, weight=weight, box=(top, left, bottom, right))
+    return MixParams(permutation=permutation, lam=weight, box=(top, left, bottom, right))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixing:
+class Mixup:
     """Mixes the shares of one process with those of all."""
 
-    mixup: float
-    cutmix: float
+    mixup_alpha: float
+    cutmix_alpha: float
     seed: int
     rank: int
-    world: int
+    world_size: int
     gather: Callable[[Tensor], Tensor]
     """[n, ...] of each process -> [world * n, ...], in the order of the ranks; all of them call it."""
 
-    def __call__(self, images: Tensor, labels: Tensor, step: int, size: int) -> tuple[Tensor, Tensor, Blend]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, step: int, size: int
+    ) -> tuple[Tensor, Tensor, MixedTarget]:
         """Mix this process's share of the update `step`, whose global batch has `size` examples.
 
         Returns:
@@ -75,29 +78,35 @@ class Mixing:
             greater weight; and what is mixed into them.
 
         """
-        mixture = draw(mixup=self.mixup, cutmix=self.cutmix, seed=self.seed, step=step, size=size)
-        others, their_labels = self._partners(images, labels, mixture.partners)
+        mixture = sample_params(
+            mixup=self.mixup_alpha, cutmix=self.cutmix_alpha, seed=self.seed, step=step, size=size
+        )
+        others, their_labels = self._partners(images, labels, mixture.permutation)
         if mixture.box is None:
-            weight = mixture.weight
+            weight = mixture.lam
             mixed = torch.lerp(images.float(), others.float(), weight)
         else:
-            mixed, weight = paste(images, others, mixture.box)
+            mixed, weight = apply_cutmix(images, others, mixture.box)
         if weight > 0.5:  # the answer that counts is the greater part's
-            return mixed, their_labels, Blend(labels, 1 - weight)
-        return mixed, labels, Blend(their_labels, weight)
+            return mixed, their_labels, MixedTarget(labels, 1 - weight)
+        return mixed, labels, MixedTarget(their_labels, weight)
 
-    def _partners(self, images: Tensor, labels: Tensor, partners: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _partners(
+        self, images: Tensor, labels: Tensor, permutation: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
         """Return the pictures and labels that the share is mixed with, from whichever process holds them."""
-        mine = partners[self.rank :: self.world]
-        if self.world > 1:
-            longest = -(-len(partners) // self.world)
+        mine = permutation[self.rank :: self.world_size]
+        if self.world_size > 1:
+            longest = -(-len(permutation) // self.world_size)
             images, labels = (self.gather(_padded(tensor, longest)) for tensor in (images, labels))
-            mine = tuple(other % self.world * longest + other // self.world for other in mine)
+            mine = tuple(other % self.world_size * longest + other // self.world_size for other in mine)
         index = torch.tensor(mine, dtype=torch.int64).to(labels.device, non_blocking=True)
         return images[index], labels[index]
 
 
-def paste(images: Tensor, others: Tensor, box: tuple[float, float, float, float]) -> tuple[Tensor, float]:
+def apply_cutmix(
+    images: Tensor, others: Tensor, box: tuple[float, float, float, float]
+) -> tuple[Tensor, float]:
     """Return `images` [B, 3, H, W] with the box of `others` in them, and the share of the area that it covers."""
     height, width = images.shape[-2:]
     top, bottom = (round(edge * height) for edge in (box[0], box[2]))

@@ -9,7 +9,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Group:
+class ParamGroup:
     """Parameters that share a learning rate and a weight decay."""
 
     name: Literal["backbone", "head"]
@@ -26,10 +26,10 @@ def group_parameters(
     lr: float,
     head_lr_scale: float,
     weight_decay: float,
-    decay_norms: bool = True,
+    decay_norm_and_bias: bool = True,
     scales: Mapping[str, float] | None = None,
     trains: Collection[str] | None = None,
-) -> tuple[Group, ...]:
+) -> tuple[ParamGroup, ...]:
     """Return groups of what trains: the backbone's at lr, the head's at head_lr_scale x lr, each times its scale.
 
     Without scales, and with weight decay on all, there are two at most: `backbone` and `head`.
@@ -53,15 +53,15 @@ def group_parameters(
             continue
         is_head = id(parameter) in in_head
         rate = lr * (head_lr_scale if is_head else 1.0) * (scales or {}).get(name, 1.0)
-        decay = weight_decay if decay_norms or parameter.ndim > 1 else 0.0
+        decay = weight_decay if decay_norm_and_bias or parameter.ndim > 1 else 0.0
         found.setdefault(("head" if is_head else "backbone", rate, decay), []).append(parameter)
     # The backbone's first, the lowest rates first.
     keys = sorted(found)
-    return tuple(Group(name, tuple(found[name, rate, decay]), rate, decay) for name, rate, decay in keys)
+    return tuple(ParamGroup(name, tuple(found[name, rate, decay]), rate, decay) for name, rate, decay in keys)
 
 
 def make_optimizer(
-    name: Literal["sgd", "adamw"], groups: Iterable[Group], *, momentum: float
+    name: Literal["sgd", "adamw"], groups: Iterable[ParamGroup], *, momentum: float
 ) -> torch.optim.Optimizer:
     """Return the optimizer; each of its groups keeps its `name` and its `peak_lr`."""
     settings: list[dict[str, Any]] = [

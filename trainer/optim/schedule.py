@@ -77,7 +77,7 @@ def to_steps(duration: Duration, *, steps_per_epoch: int, total_steps: int) -> i
     return round(duration.amount * whole)
 
 
-def lr_factor(
+def lr_multiplier(
     step: int, *, total_steps: int, warmup_steps: int, kind: Literal["constant", "cosine", "one-cycle"]
 ) -> float:
     """Return the share of the peak learning rate at which update `step` (counted from 0) is made.

@@ -6,12 +6,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from trainer.model.batch_norm import is_frozen, named_batch_norms
-from trainer.model.create import Created
-from trainer.model.freeze import Stage
-from trainer.optim.param_groups import Group
+from trainer.model.create import BuiltModel
+from trainer.model.freeze import UnfreezeStage
+from trainer.optim.param_groups import ParamGroup
 
 
-def block_table(created: Created, groups: Sequence[Group]) -> Table:
+def block_table(created: BuiltModel, groups: Sequence[ParamGroup]) -> Table:
     """Return a row for each block, in the order in which a picture passes through them, and one for each new head.
 
     BatchNorm is shown as it begins: a block that trains from a later epoch on keeps the source's statistics till then.
@@ -27,7 +27,7 @@ def block_table(created: Created, groups: Sequence[Group]) -> Table:
         owners = {name.rpartition(".")[0] for name in names}
         table.add_row(
             title,
-            _when(names, created.stages),
+            _when(names, created.unfreeze_stages),
             f"{sum(parameters[name].numel() for name in names):,}",
             _range(group.lr for group in held),
             _range(group.weight_decay for group in held),
@@ -36,11 +36,11 @@ def block_table(created: Created, groups: Sequence[Group]) -> Table:
     return table
 
 
-def _rows(created: Created) -> list[tuple[str, list[str]]]:
+def _rows(created: BuiltModel) -> list[tuple[str, list[str]]]:
     """Return (title, parameters) of each row."""
     heads: dict[str, list[str]] = {head: [] for head in created.heads}
     rows = []
-    for block in created.structure.blocks:
+    for block in created.layer_order.blocks:
         rest: list[str] = []
         for name in block.parameters:
             head = next((head for head in heads if name.startswith(f"{head}.")), None)
@@ -50,9 +50,9 @@ def _rows(created: Created) -> list[tuple[str, list[str]]]:
     return [*rows, *((f"{head} (new)", names) for head, names in heads.items())]
 
 
-def _when(names: Iterable[str], stages: Sequence[Stage]) -> str:
+def _when(names: Iterable[str], stages: Sequence[UnfreezeStage]) -> str:
     """Return from when on these parameters train."""
-    first = {next((stage.begins for stage in stages if name in stage.trains), None) for name in names}
+    first = {next((stage.start_epoch for stage in stages if name in stage.trainable), None) for name in names}
     if not stages or first == {0}:
         return "yes"
     if len(first) > 1:

@@ -103,7 +103,7 @@ def half_interval(values: Sequence[float]) -> float | None:
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def summarise(
+def summarize(
     trials: Mapping[str, Sequence[Trial]], failures: Mapping[str, Mapping[int, str]]
 ) -> tuple[Summary, ...]:
     """Return each strategy's figures, in order; the first is what the others are measured by."""

@@ -162,7 +162,7 @@ class Display:
 
     def point(self, progress: Progress) -> None:
         """Show the figures of the epoch so far."""
-        figures = progress.figures
+        figures = progress.metrics
         text = f"loss {figures.loss:.3f} acc {figures.accuracy:.3f} {rate(figures.rate)} ex/s"
         self._bar.update(self._task, figures=text)
         silent = time.monotonic() - self._spoke

@@ -16,7 +16,7 @@ from trainer.run.folder import CURVES, METRICS
 _SECONDS_BETWEEN_FIGURES = 20.0  # short epochs are not slowed down by their own picture
 
 
-class RunReport:
+class RunLogger:
     """Rank 0's listener: shows, writes, draws.
 
     What cannot be written stands in `failure`: rank 0 alone knows of it, and all processes are to stop for it.
@@ -60,24 +60,24 @@ class RunReport:
         """Return the metrics file so far."""
         return self._metrics.text
 
-    def start(self, evaluations: Evaluations, seconds: float) -> None:
+    def log_start(self, evaluations: Evaluations, seconds: float) -> None:
         """Show and write what the model is worth before the first step; its output layer took the seconds."""
         row = start_row(evaluations, seconds)
         with self._kept():
             self._metrics.append(row)
         self._display.start(row, tuple(evaluations))
 
-    def step(self, epoch: int, epoch_step: int) -> None:
+    def log_progress(self, epoch: int, epoch_step: int) -> None:
         """Move the progress bar."""
         self._display.step(epoch, epoch_step)
 
-    def point(self, progress: Progress) -> None:
+    def log_step(self, progress: Progress) -> None:
         """Show and write the figures of a point."""
         self._display.point(progress)
         with self._kept():
             self._metrics.append(train_row(progress, self._display.steps_per_epoch))
 
-    def epoch(self, progress: Progress, evaluations: Evaluations) -> None:
+    def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
         """Show and write an epoch, and draw the curves anew."""
         row = epoch_row(progress, evaluations, peak_memory(self._device))
         with self._kept():
@@ -115,7 +115,7 @@ class RunReport:
             )
 
 
-class Silent:
+class NullLogger:
     """The other ranks' listener."""
 
     failure = None
@@ -124,16 +124,16 @@ class Silent:
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    def start(self, evaluations: Evaluations, seconds: float) -> None:
+    def log_start(self, evaluations: Evaluations, seconds: float) -> None:
         """Say nothing."""
 
-    def step(self, epoch: int, epoch_step: int) -> None:
+    def log_progress(self, epoch: int, epoch_step: int) -> None:
         """Say nothing."""
 
-    def point(self, progress: Progress) -> None:
+    def log_step(self, progress: Progress) -> None:
         """Say nothing."""
 
-    def epoch(self, progress: Progress, evaluations: Evaluations) -> None:
+    def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
         """Say nothing."""
 
     def draw(self) -> None:

@@ -20,16 +20,16 @@ _LONGEST_ROW = 1 << 24
 """Bytes."""
 
 
-def audited(
+def with_audit(
     batches: Iterable[Batch],
     folder: Path,
     *,
     start_step: int,
     steps_per_epoch: int,
     rank: int,
-    world: int,
+    world_size: int,
     attempt: int,
-    lr_factor: Callable[[int], float],
+    lr_multiplier: Callable[[int], float],
 ) -> Iterator[Batch]:
     """Yield the shares of the updates from `start_step` on, writing each down as it is taken.
 
@@ -47,8 +47,8 @@ def audited(
             "attempt": attempt,
             "epoch": step // steps_per_epoch,
             "step": step,
-            "world": world,
-            "lr_factor": lr_factor(step),
+            "world": world_size,
+            "lr_factor": lr_multiplier(step),
             "examples": batch[2].tolist(),
             "pixels": [zlib.crc32(picture) for picture in pixels],
         }

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from trainer.checkpoint.store import has_any
 from trainer.errors import UserError
 from trainer.run.atomic import write_text_atomically
-from trainer.run.lock import ATTEMPTS, records
+from trainer.run.lock import ATTEMPTS, read_attempts
 
 CONFIG, METRICS, MODEL, CHECKPOINTS, CURVES, SPLIT, STOP = (
     "config.yaml",
@@ -74,7 +74,7 @@ _FREE = frozenset(
 MARK = "# Written by regraft: every option of this run. --config with this file runs it again.\n"
 
 
-def examine(folder: Path, config: str, *, resume: Literal["auto", "never", "must"]) -> str | None:
+def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never", "must"]) -> str | None:
     """Return a line on what a run of this config (YAML) finds in the folder; nothing is changed.
 
     Raises:
@@ -99,15 +99,15 @@ def examine(folder: Path, config: str, *, resume: Literal["auto", "never", "must
     if resume == "never":
         return None
     _require_saved_is_there(folder)
-    begun = has_begun(folder)
+    begun = has_checkpoint(folder)
     if resume == "must" and not begun:
         raise UserError(f"run.resume is must, but the run in {folder} has not come to its first checkpoint")
     # A start that got nowhere may be followed by one of another config: it has nothing to lose.
     differences = list(_differences(folder / CONFIG, config)) if begun or (folder / MODEL).exists() else []
     if differences:
-        listed = "".join(f"\n  {line}" for line in differences)
+        join_truncated = "".join(f"\n  {line}" for line in differences)
         raise UserError(
-            f"run.dir {folder}: holds a run of another config:{listed}\n"
+            f"run.dir {folder}: holds a run of another config:{join_truncated}\n"
             "Choose another run.dir, or --run.resume never, which moves that run aside"
         )
     return None if begun else "an earlier start in this folder had not come to a checkpoint: starting anew"
@@ -115,7 +115,7 @@ def examine(folder: Path, config: str, *, resume: Literal["auto", "never", "must
 
 def _require_saved_is_there(folder: Path) -> None:
     """Raise a UserError where figures would be written over whose training state was saved, and is gone."""
-    for record in records(folder):
+    for record in read_attempts(folder):
         stage = folder / record.stage if record.stage in ("source", "scratch") else folder
         if record.step and (stage / METRICS).exists() and not has_any(stage / CHECKPOINTS):
             raise UserError(
@@ -129,12 +129,12 @@ def holds_run(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
-def has_begun(folder: Path) -> bool:
+def has_checkpoint(folder: Path) -> bool:
     """Return whether there is a checkpoint to go on from, of the run or of its source model."""
     return has_any(folder / CHECKPOINTS) or has_any(folder / "source" / CHECKPOINTS)
 
 
-def move_aside(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
+def archive_run(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
     """Give an earlier run another name, and return a line that says which; this start's logs stay in their place."""
     aside = _free_name(folder)
     logs = Path(environment.get(LOG_FOLDER, os.devnull))
@@ -150,7 +150,7 @@ def move_aside(folder: Path, environment: Mapping[str, str] = os.environ) -> str
     return f"the earlier run was moved to {aside}"
 
 
-def set_results_aside(folder: Path) -> str | None:
+def archive_results(folder: Path) -> str | None:
     """Give results whose checkpoints are not there another name, before they are written over.
 
     Returns a line that says which, or None where there is no model file to lose.
@@ -182,10 +182,10 @@ def write_config(folder: Path, config: str) -> None:
         ) from None
 
 
-def kept_precision(folder: Path) -> Literal["fp32", "bf16", "fp16"] | None:
+def saved_precision(folder: Path) -> Literal["fp32", "bf16", "fp16"] | None:
     """Return the precision that a run which goes on from here began with; None where there is none."""
     try:
-        if not (folder / CONFIG).read_bytes().startswith(MARK.encode()) or not has_begun(folder):
+        if not (folder / CONFIG).read_bytes().startswith(MARK.encode()) or not has_checkpoint(folder):
             return None
         found = dict(_flat(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))).get(
             "train.precision"
@@ -248,7 +248,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 @contextmanager
-def saving(path: Path) -> Iterator[None]:
+def saving_to(path: Path) -> Iterator[None]:
     """Turn a full disk, or a folder that is gone, into one sentence."""
     try:
         yield

@@ -2,7 +2,7 @@
 
 Every start that writes takes the next number by making `attempts/NNNN.json`, which only one process can. That
 file says who it is, what it is doing and how it ended; its modification time is a sign of life. A later
-number ends the rights of an earlier one: before anything is put in its place, `Attempt.check` looks for one, so
+number ends the rights of an earlier one: before anything is put in its place, `RunLock.check` looks for one, so
 that a process which was taken for dead and comes back writes nothing more.
 """
 
@@ -22,9 +22,9 @@ from typing import Any, Literal, Self
 
 from trainer.errors import UserError
 from trainer.run.atomic import write_text_atomically
-from trainer.text import printable
+from trainer.text import escape_unprintable
 
-State = Literal["running", "stopped", "done", "failed"]
+AttemptState = Literal["running", "stopped", "done", "failed"]
 STATES = ("running", "stopped", "done", "failed")
 ATTEMPTS = "attempts"
 SECONDS_BETWEEN_SIGNS = 10.0
@@ -33,11 +33,11 @@ PATIENCE = 45.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class AttemptRecord:
     """What is known of an attempt."""
 
     attempt: int
-    state: State
+    state: AttemptState
     """stopped: asked to, and what was made is saved; done: to the last epoch; failed: ended by an error."""
     reason: str | None = None
     """Of a stop, the signal or `the file STOP`; of a failure, the error."""
@@ -60,26 +60,26 @@ class Record:
     """Clock ticks from the host's start to the process's: a number that is used again has another."""
     launcher: str | None = None
     """Of torchrun's processes, which torchrun: with it, a start may be the same one again."""
-    scope: str
+    pid_namespace: str
     """The host's start and the process's own space of numbers: only within one do pids mean anything."""
-    token: str
+    lease_id: str
     """Another one for each attempt."""
 
 
-class Attempt:
+class RunLock:
     """This process's right to write into a run folder, with a thread that gives a sign of life."""
 
-    def __init__(self, folder: Path, record: Record) -> None:
+    def __init__(self, folder: Path, record: AttemptRecord) -> None:
         self.folder, self.record = folder, record
         self._path = _path(folder, record.attempt)
         self._lock = threading.Lock()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._give_signs, name="sign of life", daemon=True)
+        self._thread = threading.Thread(target=self._heartbeat, name="sign of life", daemon=True)
         self._thread.start()
 
     @classmethod
-    def claim(
-        cls, folder: Path, *, say: Callable[[str], object], patience: float = PATIENCE, free: int = 0
+    def acquire(
+        cls, folder: Path, *, log: Callable[[str], object], patience: float = PATIENCE, free: int = 0
     ) -> Self:
         """Take the next number in a run folder, which is made if need be; `free` is one known to be over.
 
@@ -90,9 +90,9 @@ class Attempt:
         try:
             (folder / ATTEMPTS).mkdir(parents=True, exist_ok=True)
             while True:
-                number, _ = latest(folder)
+                number, _ = latest_attempt(folder)
                 if number != free or number == 0:
-                    number = require_free(folder, say=say, patience=patience)
+                    number = wait_until_released(folder, log=log, patience=patience)
                 record = _own_record(number + 1)
                 with suppress(FileExistsError):
                     _create(_path(folder, number + 1), _text(record))
@@ -105,8 +105,8 @@ class Attempt:
 
     def check(self) -> None:
         """Raise a UserError if this attempt is no longer the run's latest."""
-        number, found = latest(self.folder)
-        if number != self.record.attempt or found is None or found.token != self.record.token:
+        number, found = latest_attempt(self.folder)
+        if number != self.record.attempt or found is None or found.lease_id != self.record.lease_id:
             who = f"attempt {number} on {found.host}, process {found.pid}" if found else "another attempt"
             raise UserError(
                 f"{self.folder}: {who} has taken this run over from attempt {self.record.attempt}, "
@@ -131,21 +131,21 @@ class Attempt:
                 "the same command goes on from there"
             ) from None
 
-    def end(self, state: State, reason: str | None = None) -> None:
+    def end(self, state: AttemptState, reason: str | None = None) -> None:
         """Say how it ended, and give no more signs of life; the first word counts: what follows may be its echo."""
         if self._over.is_set():
             return
         self._over.set()
         self._thread.join()
-        self.update(state=state, reason=reason and printable(reason)[:2000], ended=_now())
+        self.update(state=state, reason=reason and escape_unprintable(reason)[:2000], ended=_now())
 
-    def _give_signs(self) -> None:
+    def _heartbeat(self) -> None:
         while not self._over.wait(SECONDS_BETWEEN_SIGNS):
             with suppress(OSError):  # a folder that is gone for a while; a writer meets the same and says so
                 os.utime(self._path)
 
 
-def latest(folder: Path) -> tuple[int, Record | None]:
+def latest_attempt(folder: Path) -> tuple[int, AttemptRecord | None]:
     """Return the highest number given in a run folder (0: none), and its record where that can be read."""
     try:
         names = [path.stem for path in (folder / ATTEMPTS).iterdir() if path.suffix == ".json"]
@@ -156,10 +156,10 @@ def latest(folder: Path) -> tuple[int, Record | None]:
     return number, read_record(_path(folder, number)) if number else None
 
 
-def read_record(path: Path) -> Record | None:
+def read_record(path: Path) -> AttemptRecord | None:
     """Return what an attempt's file says, or None if it is not a record: half written, or damaged."""
     try:
-        record = Record(**json.loads(path.read_text(encoding="ascii")))
+        record = AttemptRecord(**json.loads(path.read_text(encoding="ascii")))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     fields = dataclasses.asdict(record)
@@ -174,13 +174,13 @@ def read_record(path: Path) -> Record | None:
     return record if sound else None
 
 
-def records(folder: Path) -> list[Record]:
+def read_attempts(folder: Path) -> list[AttemptRecord]:
     """Return what is known of the attempts of a run folder, as far as it can be read."""
     found = map(read_record, sorted((folder / ATTEMPTS).glob("*.json")))
     return [record for record in found if record is not None]
 
 
-def require_free(folder: Path, *, say: Callable[[str], object], patience: float = PATIENCE) -> int:
+def wait_until_released(folder: Path, *, log: Callable[[str], object], patience: float = PATIENCE) -> int:
     """Return the number of the last attempt in a run folder, which is over; 0 where there was none.
 
     A process of this machine is looked up; one that cannot be is watched for a sign of life.
@@ -189,14 +189,14 @@ def require_free(folder: Path, *, say: Callable[[str], object], patience: float 
         UserError: it is going on.
 
     """
-    number, earlier = latest(folder)
+    number, earlier = latest_attempt(folder)
     if number == 0 or (earlier is not None and earlier.state != "running"):
         return number
-    if earlier is not None and earlier.scope == _scope():
+    if earlier is not None and earlier.pid_namespace == _scope():
         lives = _start_of(earlier.pid) == earlier.started
     else:
         where = f"ran on {earlier.host}" if earlier else "has left no readable record"
-        say(
+        log(
             f"attempt {number} of this run {where} and has not said how it ended: looking for "
             f"{patience:.0f} s whether it still gives a sign of life"
         )
@@ -226,10 +226,10 @@ def _gives_signs(path: Path, patience: float) -> bool:
     return False
 
 
-def _own_record(attempt: int) -> Record:
+def _own_record(attempt: int) -> AttemptRecord:
     started = _start_of(os.getpid())
     assert started is not None  # for mypy: this process lives
-    return Record(
+    return AttemptRecord(
         attempt=attempt,
         state="running",
         began=_now(),
@@ -237,16 +237,16 @@ def _own_record(attempt: int) -> Record:
         pid=os.getpid(),
         started=started,
         launcher=_launcher(),
-        scope=_scope(),
-        token=secrets.token_hex(8),
+        pid_namespace=_scope(),
+        lease_id=secrets.token_hex(8),
     )
 
 
-def restarted(folder: Path, environment: Mapping[str, str] = os.environ) -> bool:
+def is_torchrun_restart(folder: Path, environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether the last attempt was this very start, whose processes torchrun has started again."""
     if int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         return True
-    _, last = latest(folder)
+    _, last = latest_attempt(folder)
     return last is not None and last.launcher is not None and last.launcher == _launcher(environment)
 
 
@@ -286,7 +286,7 @@ def _create(path: Path, text: str) -> None:
             raise
 
 
-def _text(record: Record) -> str:
+def _text(record: AttemptRecord) -> str:
     return json.dumps(dataclasses.asdict(record), indent=1) + "\n"
 
 

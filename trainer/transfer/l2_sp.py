@@ -6,18 +6,20 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.optim.param_groups import Group
+from trainer.optim.param_groups import ParamGroup
 
 
-def outside(model: nn.Module, heads: Sequence[str]) -> list[nn.Parameter]:
+def backbone_parameters(model: nn.Module, heads: Sequence[str]) -> list[nn.Parameter]:
     """Return the model's parameters but those of its new output layers (dotted names), which no source has."""
     new = {id(p) for head in heads for p in model.get_submodule(head).parameters()}
     return [p for p in model.parameters() if id(p) not in new]
 
 
-def spare_decay(groups: Iterable[Group], pulled: Iterable[nn.Parameter]) -> tuple[Group, ...]:
+def without_weight_decay(
+    groups: Iterable[ParamGroup], pulled_parameters: Iterable[nn.Parameter]
+) -> tuple[ParamGroup, ...]:
     """Return the groups without weight decay where the parameters are pulled: L2-SP stands in its place."""
-    ids = {id(parameter) for parameter in pulled}
+    ids = {id(parameter) for parameter in pulled_parameters}
     spared = []
     for group in groups:
         among = {id(parameter) in ids for parameter in group.parameters}
@@ -27,7 +29,7 @@ def spare_decay(groups: Iterable[Group], pulled: Iterable[nn.Parameter]) -> tupl
     return tuple(spared)
 
 
-class Pull:
+class L2SP:
     """Draws parameters back to their values at its making, as weight decay draws them to zero.
 
     L2-SP, "starting point" (Li, Grandvalet & Davoine 2018): the penalty strength / 2 * |w - w0|^2, whose gradient is
@@ -48,20 +50,20 @@ class Pull:
         self._decoupled = decoupled
 
     @torch.no_grad()
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def apply(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the pull to the gradients (unscaled, and clipped), or move the weights; only of what trains now.
 
         Loss scaling's rare skipped updates do not skip a decoupled pull.
         """
         for group in optimizer.param_groups:
-            pulled = [
+            pulled_parameters = [
                 p for p in group["params"] if p in self._anchors and p.requires_grad and p.grad is not None
             ]
-            if not pulled:
+            if not pulled_parameters:
                 continue
-            anchors = [self._anchors[p] for p in pulled]
+            anchors = [self._anchors[p] for p in pulled_parameters]
             if self._decoupled:
-                torch._foreach_lerp_(pulled, anchors, group["lr"] * self._strength)
+                torch._foreach_lerp_(pulled_parameters, anchors, group["lr"] * self._strength)
             else:
-                away = torch._foreach_sub(pulled, anchors)
-                torch._foreach_add_([p.grad for p in pulled], away, alpha=self._strength)
+                away = torch._foreach_sub(pulled_parameters, anchors)
+                torch._foreach_add_([p.grad for p in pulled_parameters], away, alpha=self._strength)

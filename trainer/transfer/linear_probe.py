@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trainer.distributed.context import Runtime, in_turn, raise_together
-from trainer.distributed.watchdog import Beats
+from trainer.distributed.context import DistributedContext, main_process_first, raise_on_all_ranks
+from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
 from trainer.model.head import trial_forward
 from trainer.optim.loss import balanced_weights
 from trainer.seeds import derive_seed
-from trainer.transfer.logistic_regression import PENALTIES, Choice, choose, solve
+from trainer.transfer.logistic_regression import PENALTIES, CVResult, fit, fit_cv
 
 HELD_OUT = 0.2
 """Share of each class's examples on which the penalty is chosen."""
@@ -91,7 +91,7 @@ def _require_equal(model: nn.Module, head: str, inputs: Tensor) -> None:
         )
 
 
-def held_out(labels: Tensor, seed: int) -> Tensor:
+def held_out_mask(labels: Tensor, seed: int) -> Tensor:
     """Return which examples are held out, bool [examples]: a fifth of each class, at least 1 of 2; none of 1."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     generator = torch.Generator().manual_seed(derive_seed("probe", seed))
@@ -102,7 +102,7 @@ def held_out(labels: Tensor, seed: int) -> Tensor:
     return chosen
 
 
-def probe(
+def fit_head(
     model: nn.Module,
     head: str,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
@@ -111,10 +111,10 @@ def probe(
     classes: int,
     balanced: bool,
     seed: int,
-    normalise: Callable[[Tensor], Tensor],
-    machine: Runtime,
-    watch: Callable[[Beats], AbstractContextManager[Beats]],
-    say: Callable[[str], object],
+    normalize: Callable[[Tensor], Tensor],
+    ctx: DistributedContext,
+    watch: Callable[[Heartbeat], AbstractContextManager[Heartbeat]],
+    log: Callable[[str], object],
 ) -> float:
     """Solve for the output layer, put it into the model, the same bit for bit on every process; returns the seconds.
 
@@ -138,33 +138,33 @@ def probe(
         UserError: the model's logits are not linear in the features, or these are not finite.
 
     """
-    say(f"linear probe: one pass over the {len(labels)} training images")
+    log(f"linear probe: one pass over the {len(labels)} training images")
     began = time.perf_counter()
     layer = cast(nn.Linear | nn.Conv2d, model.get_submodule(head))
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), watch(Beats()) as beats:
+        with torch.inference_mode(), watch(Heartbeat()) as heartbeat:
             features, first = _collect(
-                model, head, batches, examples=len(labels), normalise=normalise, machine=machine, beats=beats
+                model, head, batches, examples=len(labels), normalize=normalize, ctx=ctx, heartbeat=heartbeat
             )
         passed = time.perf_counter()
-        choice = in_turn(
-            machine.accelerator,
+        choice = main_process_first(
+            ctx.accelerator,
             lambda: (
                 _solve(
-                    features.to(machine.accelerator.device),
+                    features.to(ctx.accelerator.device),
                     torch.tensor(labels),
                     classes,
                     balanced=balanced,
                     seed=seed,
                     intercept=layer.bias is not None,
                 )
-                if machine.is_main
+                if ctx.is_main_process
                 else None
             ),
         )
-        choice = machine.from_main(choice)
+        choice = ctx.broadcast(choice)
         assert choice is not None  # for mypy: rank 0 has it
         with torch.no_grad():
             layer.weight.copy_(choice.solution.weight.view_as(layer.weight))
@@ -172,12 +172,12 @@ def probe(
                 layer.bias.copy_(choice.solution.bias)
         solved = time.perf_counter()
         with torch.inference_mode():
-            _agree_on_equality(model, head, first, normalise, machine)
+            _agree_on_equality(model, head, first, normalize, ctx)
     finally:
         model.train(was_training)
-    count = int(held_out(torch.tensor(labels), seed).sum())
+    count = int(held_out_mask(torch.tensor(labels), seed).sum())
     size = " x ".join(map(str, features.shape))
-    say(
+    log(
         f"linear probe: features {size} in {passed - began:.1f} s, output layer in {solved - passed:.1f} s; "
         f"{_report(choice, count)}"
     )
@@ -190,9 +190,9 @@ def _collect(
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     *,
     examples: int,
-    normalise: Callable[[Tensor], Tensor],
-    machine: Runtime,
-    beats: Beats,
+    normalize: Callable[[Tensor], Tensor],
+    ctx: DistributedContext,
+    heartbeat: Heartbeat,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (features float32 [examples, D] on the CPU, in their order; some of this process's images, if it has any).
 
@@ -203,18 +203,18 @@ def _collect(
     head_of = next(mine, None)
     # Ahead of the pass, and again after it: whether the model is linear there does not depend on the weights.
     first = None if head_of is None else head_of[0][:_COMPARED]
-    _agree_on_equality(model, head, first, normalise, machine)
+    _agree_on_equality(model, head, first, normalize, ctx)
     features = torch.zeros(examples, layer.weight.shape[1])
     seen = torch.zeros(examples, dtype=torch.int64)
     for images, _, places in chain(() if head_of is None else (head_of,), mine):
-        with machine.accelerator.autocast():
-            found, _ = _features_and_logits(model, layer, normalise(images))
+        with ctx.accelerator.autocast():
+            found, _ = _features_and_logits(model, layer, normalize(images))
         features[places.cpu()] = found.cpu()
         seen[places.cpu()] += 1
-        beats.beat(0)
-    if machine.world > 1:
+        heartbeat.tick(0)
+    if ctx.world_size > 1:
         for tensor in (features, seen):
-            torch.distributed.all_reduce(tensor, group=machine.control)
+            torch.distributed.all_reduce(tensor, group=ctx.control)
     if not bool((seen == 1).all()):
         raise RuntimeError(f"the features of {int((seen == 1).sum())} of {examples} examples were found once")
     return features, first
@@ -224,21 +224,21 @@ def _agree_on_equality(
     model: nn.Module,
     head: str,
     images: Tensor | None,
-    normalise: Callable[[Tensor], Tensor],
-    machine: Runtime,
+    normalize: Callable[[Tensor], Tensor],
+    ctx: DistributedContext,
 ) -> None:
     error = None
     if images is not None:
         try:
-            _require_equal(model, head, normalise(images))
+            _require_equal(model, head, normalize(images))
         except UserError as caught:
             error = caught
-    raise_together(machine.accelerator, error)
+    raise_on_all_ranks(ctx.accelerator, error)
 
 
 def _solve(
     features: Tensor, labels: Tensor, classes: int, *, balanced: bool, seed: int, intercept: bool
-) -> Choice:
+) -> CVResult:
     """Return the solution, on the CPU; the penalty is chosen on a part of the examples that is held out."""
     unusable = ~features.isfinite().all(1)
     if bool(unusable.any()):
@@ -246,22 +246,22 @@ def _solve(
             f"model.head_init is linear-probe, but the source model's features of {int(unusable.sum())} training "
             "images are not finite: see model.weights, data.mean and data.std, or try train.precision fp32"
         )
-    apart = held_out(labels, seed).to(features.device)
+    apart = held_out_mask(labels, seed).to(features.device)
     weights = None
     if balanced:
         weights = balanced_weights(labels.bincount(minlength=classes).tolist())[labels].to(features)
     there = labels.to(features.device)
     if bool(apart.any()):
-        found = choose(features, there, classes, apart, weights=weights, intercept=intercept)
+        found = fit_cv(features, there, classes, apart, weights=weights, intercept=intercept)
     else:
         path = [penalty for penalty in PENALTIES if penalty >= _UNCHOSEN]
-        solution = solve(features, there, classes, path, weights=weights, intercept=intercept)[-1]
-        found = Choice(solution, {}, 0)
+        solution = fit(features, there, classes, path, weights=weights, intercept=intercept)[-1]
+        found = CVResult(solution, {}, 0)
     solution = found.solution
     return found._replace(solution=replace(solution, weight=solution.weight.cpu(), bias=solution.bias.cpu()))
 
 
-def _report(choice: Choice, count: int) -> str:
+def _report(choice: CVResult, count: int) -> str:
     """Return what was found, for a person; `count` examples were held out."""
     solution = choice.solution
     how = (
@@ -272,6 +272,4 @@ def _report(choice: Choice, count: int) -> str:
     )
     if solution.converged:
         return f"{how}; solved in {solution.iterations} steps of L-BFGS"
-    return (
-        f"{how}; NOT SOLVED to the end in {solution.iterations} steps of L-BFGS (slope {solution.slope:.1e})"
-    )
+    return f"{how}; NOT SOLVED to the end in {solution.iterations} steps of L-BFGS (slope {solution.max_grad:.1e})"

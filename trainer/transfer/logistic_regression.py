@@ -28,17 +28,17 @@ class Solution:
     bias: Tensor
     """float32 [classes]."""
     penalty: float
-    slope: float
+    max_grad: float
     """Greatest entry of the gradient where it ended; above 1e-6 it has not converged."""
     iterations: int
 
     @property
     def converged(self) -> bool:
         """Return whether the loss was solved."""
-        return self.slope <= _FLAT
+        return self.max_grad <= _FLAT
 
 
-class Choice(NamedTuple):
+class CVResult(NamedTuple):
     """A solution under the penalty that did best on examples held out."""
 
     solution: Solution
@@ -48,7 +48,7 @@ class Choice(NamedTuple):
     """Right answers on them, of the solution that had not seen them."""
 
 
-def solve(
+def fit(
     features: Tensor,
     labels: Tensor,
     classes: int,
@@ -81,7 +81,7 @@ def solve(
     bias = torch.zeros(classes, dtype=torch.float64, device=features.device)
     found = []
     for penalty in penalties:
-        slope, iterations = _minimise(
+        slope, iterations = _minimize(
             inputs,
             labels,
             weight=weight,
@@ -94,7 +94,7 @@ def solve(
     return found
 
 
-def _minimise(
+def _minimize(
     inputs: Tensor,
     labels: Tensor,
     *,
@@ -137,7 +137,7 @@ def _loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     return (cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
 
 
-def choose(
+def fit_cv(
     features: Tensor,
     labels: Tensor,
     classes: int,
@@ -146,7 +146,7 @@ def choose(
     *,
     weights: Tensor | None = None,
     intercept: bool = True,
-) -> Choice:
+) -> CVResult:
     """Return the solution on all examples under the penalty that is best on those held out.
 
     Args:
@@ -160,9 +160,7 @@ def choose(
 
     """
     seen, unseen = (None if weights is None else weights[part] for part in (~held_out, held_out))
-    tried = solve(
-        features[~held_out], labels[~held_out], classes, penalties, weights=seen, intercept=intercept
-    )
+    tried = fit(features[~held_out], labels[~held_out], classes, penalties, weights=seen, intercept=intercept)
     losses, correct = {}, {}
     for solution in tried:
         logits = features[held_out].float() @ solution.weight.T + solution.bias
@@ -171,5 +169,5 @@ def choose(
     best = min(losses, key=losses.__getitem__)
     # Down to the best one from the strongest, as before: each begins where the one before ended.
     path = [penalty for penalty in penalties if penalty >= best]
-    found = solve(features, labels, classes, path, weights=weights, intercept=intercept)[-1]
-    return Choice(found, losses, correct[best])
+    found = fit(features, labels, classes, path, weights=weights, intercept=intercept)[-1]
+    return CVResult(found, losses, correct[best])

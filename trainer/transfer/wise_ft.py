@@ -20,24 +20,24 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
-from trainer.distributed.context import Runtime, in_turn
+from trainer.distributed.context import DistributedContext, main_process_first
 from trainer.distributed.signals import Stopped, StopSignals
-from trainer.distributed.watchdog import Beats
+from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, Interrupted
 from trainer.loop import Evaluations
-from trainer.model.file import Description, load, read_description, read_state, write_model
+from trainer.model.file import ModelMetadata, load, read_metadata, read_state, write_model
 from trainer.run.atomic import sync_folder, write_text_atomically
-from trainer.run.folder import FINE_TUNED, MODEL, START, WISE, saving
-from trainer.run.lock import Attempt
+from trainer.run.folder import FINE_TUNED, MODEL, START, WISE, saving_to
+from trainer.run.lock import RunLock
 
 ALPHAS = tuple(tenths / 10 for tenths in range(11))
 """Shares of the way from the start to the fine-tuned weights."""
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 
-class Evaluate(Protocol):
+class EvaluateSplits(Protocol):
     """Evaluates named parts of the data, over all processes."""
 
     def __call__(
@@ -47,7 +47,7 @@ class Evaluate(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class AlphaResult:
     """A point of the line, and what it is worth on the images to select on."""
 
     alpha: float
@@ -55,7 +55,7 @@ class Point:
     loss: float
 
 
-def between(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> State:
+def interpolate(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> StateDict:
     """Return (1 - alpha) start + alpha tuned, exact at both ends; of integers, the fine-tuned model's."""
     return {
         name: torch.lerp(start[name], tensor, alpha) if tensor.is_floating_point() else tensor
@@ -63,41 +63,43 @@ def between(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: flo
     }
 
 
-def best_of(points: Sequence[Point]) -> Point:
+def best_alpha(points: Sequence[AlphaResult]) -> AlphaResult:
     """Return the point of the highest accuracy; of equals that of the lowest loss, then the nearest to fine-tuned."""
     return max(points, key=lambda point: (point.accuracy, -point.loss, point.alpha))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class WiseFT:
     """The line of a run: its start is kept, and in the end its best point. All processes call it together."""
 
     folder: Path
     """Of the run."""
-    part: str | None
+    split: str | None
     """Of the data, to select on; None: there is no such search."""
-    machine: Runtime
-    attempt: Attempt | None
+    ctx: DistributedContext
+    attempt: RunLock | None
     """Rank 0's right to write; None elsewhere."""
     signals: StopSignals
-    watch: Callable[[Beats], AbstractContextManager[Beats]]
+    watch: Callable[[Heartbeat], AbstractContextManager[Heartbeat]]
     """Makes what notices that this process hangs."""
-    say: Callable[[object], None]
+    log: Callable[[object], None]
 
-    def begin(self, model: nn.Module, description: Description, *, goes_on: bool) -> None:
+    def save_initial_weights(self, model: nn.Module, description: ModelMetadata, *, goes_on: bool) -> None:
         """Keep the model before its first update, and put an extended run's best epoch back: training follows.
 
         Raises:
             UserError: the run goes on and its start is not there any more, or a file could not be written.
 
         """
-        if self.part is not None:
-            in_turn(
-                self.machine.accelerator,
-                lambda: _begin(self.folder, None if goes_on else model, description, self.attempt),
+        if self.split is not None:
+            main_process_first(
+                self.ctx.accelerator,
+                lambda: _save_initial_weights(
+                    self.folder, None if goes_on else model, description, self.attempt
+                ),
             )
 
-    def settle(self, make: Callable[[], nn.Module], evaluate: Evaluate, *, step: int) -> float:
+    def select_alpha(self, make: Callable[[], nn.Module], evaluate: EvaluateSplits, *, step: int) -> float:
         """Keep the best point as the model file of a finished run, if that is not done; return its alpha.
 
         Args:
@@ -110,53 +112,55 @@ class Search:
             Stopped: the run was asked to stop; the same command does it again.
 
         """
-        if self.part is None:
+        if self.split is None:
             return 1.0
-        alpha, tuned_path = self.machine.from_main(
-            _stand(self.folder) if self.machine.is_main else (None, Path())
+        alpha, tuned_path = self.ctx.broadcast(
+            _read_result(self.folder) if self.ctx.is_main_process else (None, Path())
         )
         if alpha is not None:
             return alpha
-        model, part = make(), self.part
-        with self.signals.as_flags(), self.watch(Beats(step=step)) as beats:
-            start, tuned = (_shared(model, path, self.machine) for path in (self.folder / START, tuned_path))
+        model, part = make(), self.split
+        with self.signals.deferred(), self.watch(Heartbeat(step=step)) as heartbeat:
+            start, tuned = (
+                _broadcast_state_dict(model, path, self.ctx) for path in (self.folder / START, tuned_path)
+            )
 
             def interrupted() -> bool:
                 asked = self._asked() > 0
-                beats.beat(step)
+                heartbeat.tick(step)
                 return asked
 
             def accuracy_at(alpha: float, part: str) -> Evaluation:
-                model.load_state_dict(between(start, tuned, alpha))
+                model.load_state_dict(interpolate(start, tuned, alpha))
                 return evaluate(model, interrupted, (part,))[part]
 
             try:
-                points, figures = _walked(accuracy_at, part)
+                points, figures = _evaluate_alphas(accuracy_at, part)
             except Interrupted:
                 before = "the end of training, before the line of transfer.wise_ft was evaluated"
                 raise Stopped(signal.Signals(self._asked()).name, saved=before) from None
-            in_turn(
-                self.machine.accelerator,
-                lambda: _keep(self.folder, figures, points, start, tuned, tuned_path, self.attempt),
+            main_process_first(
+                self.ctx.accelerator,
+                lambda: _write_result(self.folder, figures, points, start, tuned, tuned_path, self.attempt),
             )
-        self.say(_table(points, figures, part))
+        self.log(_table(points, figures, part))
         return figures["alpha"]
 
     def _asked(self) -> int:
-        return self.machine.agree([self.signals.asked or 0])[0]
+        return self.ctx.all_reduce_max([self.signals.asked or 0])[0]
 
 
-def alone(folder: Path, machine: Runtime, *, channels_last: bool) -> nn.Module:
+def load_for_eval(folder: Path, ctx: DistributedContext, *, channels_last: bool) -> nn.Module:
     """Return a finished run's model to evaluate: on its device, for its precision, in no process group."""
 
     def read() -> nn.Module:
         require_start(folder)
         return load(folder / START).model
 
-    model = in_turn(machine.accelerator, read).to(machine.accelerator.device)
+    model = main_process_first(ctx.accelerator, read).to(ctx.accelerator.device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    prepared: nn.Module = machine.accelerator.prepare_model(model, evaluation_mode=True)
+    prepared: nn.Module = ctx.accelerator.prepare_model(model, evaluation_mode=True)
     return prepared
 
 
@@ -169,10 +173,12 @@ def require_start(folder: Path) -> None:
         )
 
 
-def _begin(folder: Path, new: nn.Module | None, description: Description, attempt: Attempt | None) -> None:
+def _save_initial_weights(
+    folder: Path, new: nn.Module | None, description: ModelMetadata, attempt: RunLock | None
+) -> None:
     if attempt is None:
         return
-    with saving(folder / START):
+    with saving_to(folder / START):
         attempt.check()
         if new is None:
             require_start(folder)
@@ -201,7 +207,7 @@ def test_accuracy(folder: Path) -> float:
         ) from None
 
 
-def _stand(folder: Path) -> tuple[float | None, Path]:
+def _read_result(folder: Path) -> tuple[float | None, Path]:
     """Return which point the model file is, if the line was evaluated; and where the fine-tuned weights are."""
     tuned = folder / (FINE_TUNED if _is_moved(folder) else MODEL)
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # damaged: it is evaluated again
@@ -209,11 +215,13 @@ def _stand(folder: Path) -> tuple[float | None, Path]:
     return None, tuned
 
 
-def _walked(at: Callable[[float, str], Evaluation], part: str) -> tuple[tuple[Point, ...], dict[str, float]]:
+def _evaluate_alphas(
+    at: Callable[[float, str], Evaluation], part: str
+) -> tuple[tuple[AlphaResult, ...], dict[str, float]]:
     """Return the points of the line, and what is written of the best and of the last of them."""
     found = {alpha: at(alpha, part) for alpha in ALPHAS}
-    points = tuple(Point(alpha=a, accuracy=e.accuracy, loss=e.loss) for a, e in found.items())
-    best = best_of(points)
+    points = tuple(AlphaResult(alpha=a, accuracy=e.accuracy, loss=e.loss) for a, e in found.items())
+    best = best_alpha(points)
     tuned = at(1.0, "test")  # only now, so that nothing is chosen by it
     test = tuned if best.alpha == 1 else at(best.alpha, "test")
     return points, {
@@ -229,11 +237,11 @@ def _walked(at: Callable[[float, str], Evaluation], part: str) -> tuple[tuple[Po
     }
 
 
-def _shared(model: nn.Module, path: Path, machine: Runtime) -> State:
+def _broadcast_state_dict(model: nn.Module, path: Path, ctx: DistributedContext) -> StateDict:
     """Return the tensors of a model file as rank 0 reads it: another machine may see an earlier file there yet."""
 
-    def read() -> State | None:
-        if not machine.is_main:
+    def read() -> StateDict | None:
+        if not ctx.is_main_process:
             return None
         if path.name == START:
             require_start(path.parent)
@@ -242,36 +250,36 @@ def _shared(model: nn.Module, path: Path, machine: Runtime) -> State:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
-    state = in_turn(machine.accelerator, read)
+    state = main_process_first(ctx.accelerator, read)
     shared = {}
     for name, tensor in model.state_dict().items():
         value = torch.empty_like(tensor) if state is None else state[name].to(tensor.device)
-        if machine.world > 1:
+        if ctx.world_size > 1:
             value = value.contiguous()
             torch.distributed.broadcast(value, src=0)
         shared[name] = value
     return shared
 
 
-def _keep(  # noqa: PLR0917 (all of it is written)
+def _write_result(  # noqa: PLR0917 (all of it is written)
     folder: Path,
     figures: Mapping[str, float],
-    points: Sequence[Point],
-    start: State,
-    tuned: State,
+    points: Sequence[AlphaResult],
+    start: StateDict,
+    tuned: StateDict,
     tuned_path: Path,
-    attempt: Attempt | None,
+    attempt: RunLock | None,
 ) -> None:
     """Write the best point as the run's model file, and then what was found; rank 0 alone does."""
     if attempt is None:
         return
-    description = read_description(tuned_path)
+    description = read_metadata(tuned_path)
     if description is None:
         raise UserError(
             f"{tuned_path}: is not what the run has written. Restore that file, or --run.resume never, which moves the "
             "run aside"
         )
-    with saving(folder / MODEL):
+    with saving_to(folder / MODEL):
         attempt.check()
         if figures["alpha"] < 1:
             if tuned_path.name == MODEL:
@@ -279,14 +287,14 @@ def _keep(  # noqa: PLR0917 (all of it is written)
             described = dataclasses.replace(
                 description, metrics={**description.metrics, "wise_ft": dict(figures)}
             )
-            write_model(folder / MODEL, between(start, tuned, figures["alpha"]), described)
+            write_model(folder / MODEL, interpolate(start, tuned, figures["alpha"]), described)
         elif tuned_path.name != MODEL:  # evaluated again, by other arithmetic
             (folder / FINE_TUNED).replace(folder / MODEL)
         curve = [dataclasses.asdict(point) for point in points]
         write_text_atomically(folder / WISE, json.dumps({**figures, "points": curve}, indent=1) + "\n")
 
 
-def _table(points: Sequence[Point], figures: Mapping[str, float], part: str) -> Table:
+def _table(points: Sequence[AlphaResult], figures: Mapping[str, float], part: str) -> Table:
     """Return the line as a table: the best point is marked."""
     tested, tuned = figures["test_accuracy"], figures["test_accuracy_of_fine_tuned"]
     found = (
@@ -309,7 +317,7 @@ def _is_moved(folder: Path) -> bool:
     if not (folder / FINE_TUNED).exists():
         return False
     try:
-        description = read_description(folder / MODEL)
+        description = read_metadata(folder / MODEL)
     except UserError:  # gone, or damaged
         return True
     return description is None or "wise_ft" in description.metrics

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from trainer.checkpoint.early_stopping import is_over
+from trainer.checkpoint.early_stopping import should_stop_early
 
 
 def rows(*accuracies: float, losses: dict[int, float] | None = None) -> list[dict[str, Any]]:
@@ -38,10 +38,10 @@ def rows(*accuracies: float, losses: dict[int, float] | None = None) -> list[dic
 def test_a_run_is_over_when_none_of_the_last_epochs_was_better(
     accuracies: list[float], patience: int, over: bool
 ) -> None:
-    assert is_over(rows(*accuracies), part="val", patience=patience) is over
+    assert should_stop_early(rows(*accuracies), part="val", patience=patience) is over
 
 
 def test_an_equal_accuracy_at_a_lower_loss_is_better_as_in_the_selection() -> None:
-    assert not is_over(rows(0.6, 0.6, losses={2: 0.9}), part="val", patience=1)
-    assert is_over(rows(0.6, 0.6, losses={2: 1.1}), part="val", patience=1)
-    assert is_over(rows(0.6, 0.6), part="val", patience=1), "of equals the first is the best"
+    assert not should_stop_early(rows(0.6, 0.6, losses={2: 0.9}), part="val", patience=1)
+    assert should_stop_early(rows(0.6, 0.6, losses={2: 1.1}), part="val", patience=1)
+    assert should_stop_early(rows(0.6, 0.6), part="val", patience=1), "of equals the first is the best"

@@ -18,27 +18,27 @@ from torch import nn
 
 from trainer.checkpoint import manager as module
 from trainer.checkpoint import store
-from trainer.checkpoint.manager import Keeper
-from trainer.checkpoint.retention import Policy
-from trainer.checkpoint.state import Best, Subject
-from trainer.checkpoint.store import Found, Place
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.retention import RetentionPolicy
+from trainer.checkpoint.state import BestEpoch, RunIdentity
+from trainer.checkpoint.store import CheckpointId, LoadedCheckpoint
 from trainer.data.augment import Preprocessing
-from trainer.data.loader import Order
+from trainer.data.loader import EpochOrder
 from trainer.distributed import context
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation
-from trainer.loop import Progress, Wish
-from trainer.metrics import Figures, Sums
-from trainer.model.file import Description, read_description
-from trainer.optim.ema import Shadow
+from trainer.loop import Progress, StepDecision
+from trainer.metrics import Metrics, MetricState
+from trainer.model.file import ModelMetadata, read_metadata
+from trainer.optim.ema import ModelEma
 from trainer.run.folder import CHECKPOINTS, MODEL, STOP
-from trainer.run.lock import Attempt, read_record
+from trainer.run.lock import RunLock, read_record
 
 EPOCHS = 4
-ORDER = Order(examples=7, batch_size=4, seed=3)  # 2 steps an epoch
-SUMS = Sums(rows=((0.5, 2, 4),), seconds=2.0, compute_seconds=1.0)
-NEVER = Policy(every_steps=None, every_seconds=None, keep_last=2, keep_best=False, keep_every=None)
+ORDER = EpochOrder(examples=7, batch_size=4, seed=3)  # 2 steps an epoch
+SUMS = MetricState(rows=((0.5, 2, 4),), seconds=2.0, compute_seconds=1.0)
+NEVER = RetentionPolicy(every_steps=None, every_seconds=None, keep_last=2, keep_best=False, keep_every=None)
 EVERY_EPOCH = dataclasses.replace(NEVER, every_steps=2, keep_best=True)
 
 
@@ -58,7 +58,7 @@ class Told:
 class Run:
     """A keeper, and what it keeps."""
 
-    keeper: Keeper
+    keeper: CheckpointManager
     folder: Path
     net: nn.Module
     told: Told
@@ -75,24 +75,26 @@ class Run:
     ) -> str | None:
         """Come to the end of an epoch, with the weights at its number."""
         self.update(epoch)
-        figures = Figures(loss_sum=1.0, correct=1, seen=7, seconds=1.0, compute_seconds=1.0, bad_step=None)
-        progress = Progress(epoch=epoch, epoch_step=2, step=2 * epoch, figures=figures, lr={})
+        figures = Metrics(
+            loss_sum=1.0, correct=1, seen=7, seconds=1.0, compute_seconds=1.0, first_nonfinite_step=None
+        )
+        progress = Progress(epoch=epoch, epoch_step=2, step=2 * epoch, metrics=figures, lr={})
         self.told.rows.append({"kind": "epoch", "epoch": epoch, "step": 2 * epoch, **row})
         right = round(10 * accuracy)
         found = Evaluation(loss_sum=10 * loss, correct=(right, 0), support=(10, 0), predicted=(10, 0))
-        return self.keeper.epoch(progress, {part: found})
+        return self.keeper.end_epoch(progress, {part: found})
 
     @property
     def checkpoints(self) -> list[tuple[int, int]]:
         """Return (step, epoch) of what there is, the newest first."""
-        return [tuple(place) for place in store.places(self.folder / CHECKPOINTS)]
+        return [tuple(place) for place in store.list_checkpoints(self.folder / CHECKPOINTS)]
 
-    def read(self, step: int, epoch: int) -> Found:
-        return store.read(self.folder / CHECKPOINTS / Place(step, epoch).name)
+    def read(self, step: int, epoch: int) -> LoadedCheckpoint:
+        return store.read(self.folder / CHECKPOINTS / CheckpointId(step, epoch).name)
 
     def model(self) -> tuple[float, Any]:
         """Return a weight of the model file, and the epoch that its description names."""
-        described = read_description(self.folder / MODEL)
+        described = read_metadata(self.folder / MODEL)
         assert described is not None
         return load_file(self.folder / MODEL)["0.weight"].flatten()[0].item(), described.metrics["epoch"]
 
@@ -110,18 +112,18 @@ Make = Callable[..., Run]
 
 @pytest.fixture
 def make(tmp_path: Path, clock: SimpleNamespace) -> Iterator[Make]:
-    threads, attempts = torch.get_num_threads(), list[Attempt]()
-    machine = context.start(device="cpu", precision="fp32", threads=1)
+    threads, attempts = torch.get_num_threads(), list[RunLock]()
+    ctx = context.start(device="cpu", precision="fp32", threads=1)
 
-    def make(policy: Policy = EVERY_EPOCH, **changes: Any) -> Run:
-        attempts.append(Attempt.claim(tmp_path, say=print))
+    def make(policy: RetentionPolicy = EVERY_EPOCH, **changes: Any) -> Run:
+        attempts.append(RunLock.acquire(tmp_path, log=print))
         net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
         optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
         net(torch.zeros(2, 3, 1, 1)).sum().backward()
         optimizer.step()
         told, signals = Told(), StopSignals()
         given: dict[str, Any] = {
-            "machine": machine,
+            "machine": ctx,
             "signals": signals,
             "attempt": attempts[-1],
             "folder": tmp_path,
@@ -139,8 +141,8 @@ def make(tmp_path: Path, clock: SimpleNamespace) -> Iterator[Make]:
                 "versions": {"torch": "x"},
             },
             "lr_factor": lambda step: 1 / (1 + step),
-            "subject": Subject(architecture="resnet18", classes=("a", "图"), examples=(4, 3), data="abc"),
-            "description": Description(
+            "subject": RunIdentity(architecture="resnet18", classes=("a", "图"), examples=(4, 3), data="abc"),
+            "description": ModelMetadata(
                 version="0",
                 architecture="resnet18",
                 classes=("a", "图"),
@@ -157,7 +159,7 @@ def make(tmp_path: Path, clock: SimpleNamespace) -> Iterator[Make]:
             "last": None,
             "_saved_at": clock.now,
         }  # fmt: skip
-        return Run(Keeper(**{**given, **changes}), tmp_path, net, told, signals)
+        return Run(CheckpointManager(**{**given, **changes}), tmp_path, net, told, signals)
 
     yield make
     for attempt in attempts:
@@ -166,7 +168,7 @@ def make(tmp_path: Path, clock: SimpleNamespace) -> Iterator[Make]:
     torch.set_num_threads(threads)
 
 
-NOTHING = Wish(save=False, stop=None)
+NOTHING = StepDecision(save=False, stop=None)
 
 
 # --- what is agreed at a boundary
@@ -177,61 +179,63 @@ def test_boundaries_are_counted_and_every_rank_expects_to_wait_for_what_is_saved
     rank: int, make: Make
 ) -> None:
     run = make(NEVER, **({} if rank == 0 else {"attempt": None}))
-    beats = run.keeper.beats
+    heartbeat = run.keeper.heartbeat
     with run.keeper as keeper:
         for step in (1, 2):
-            keeper.agree(step)
-            assert (beats.passed, beats.step, beats.waits) == (step, step, False)
+            keeper.sync_flags(step)
+            assert (heartbeat.passed, heartbeat.step, heartbeat.extended) == (step, step, False)
         keeper.save(1, 3, SUMS)
-        assert beats.waits
-        keeper.agree(4)
-        assert not beats.waits
+        assert heartbeat.extended
+        keeper.sync_flags(4)
+        assert not heartbeat.extended
         run.epoch(3, 0.5)
-        assert beats.waits
-    assert (beats.passed, beats.step) == (5, 6)
+        assert heartbeat.extended
+    assert (heartbeat.passed, heartbeat.step) == (5, 6)
 
 
 def test_a_checkpoint_is_due_by_steps(make: Make) -> None:
     with make(dataclasses.replace(NEVER, every_steps=3)).keeper as keeper:
-        assert [keeper.agree(step).save for step in range(1, 8)] == [step % 3 == 0 for step in range(1, 8)]
+        assert [keeper.sync_flags(step).save for step in range(1, 8)] == [
+            step % 3 == 0 for step in range(1, 8)
+        ]
 
 
 def test_a_checkpoint_is_due_by_the_clock_that_begins_anew_with_each(
     make: Make, clock: SimpleNamespace
 ) -> None:
     with make(dataclasses.replace(NEVER, every_seconds=60.0)).keeper as keeper:
-        assert not keeper.agree(1).save
+        assert not keeper.sync_flags(1).save
         clock.now += 59.9
-        assert not keeper.agree(1).save
+        assert not keeper.sync_flags(1).save
         clock.now += 0.1
-        assert keeper.agree(1).save
+        assert keeper.sync_flags(1).save
         keeper.save(0, 1, SUMS)
-        assert not keeper.agree(2).save
+        assert not keeper.sync_flags(2).save
         clock.now += 60
-        assert keeper.agree(3).save
+        assert keeper.sync_flags(3).save
 
 
 def test_without_an_interval_none_is_due(make: Make, clock: SimpleNamespace) -> None:
     with make(NEVER).keeper as keeper:
         clock.now += 1e6
-        assert [keeper.agree(step) for step in range(1, 10)] == [NOTHING] * 9
+        assert [keeper.sync_flags(step) for step in range(1, 10)] == [NOTHING] * 9
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_becomes_everyones_reason(number: signal.Signals, make: Make) -> None:
     run = make(NEVER)
     with run.keeper as keeper:
-        assert keeper.agree(1) == NOTHING
+        assert keeper.sync_flags(1) == NOTHING
         run.signals.asked = number
-        assert keeper.agree(2) == keeper.agree(3) == Wish(save=False, stop=number.name)
+        assert keeper.sync_flags(2) == keeper.sync_flags(3) == StepDecision(save=False, stop=number.name)
 
 
 def stop_by_file(run: Run, clock: SimpleNamespace) -> None:
     with run.keeper as keeper:
         (run.folder / STOP).touch()
         clock.now += 1.1
-        wish = keeper.agree(1)
-        assert wish == Wish(save=False, stop="the file STOP")
+        wish = keeper.sync_flags(1)
+        assert wish == StepDecision(save=False, stop="the file STOP")
         keeper.save(0, 1, SUMS)
         raise Stopped(str(wish.stop))
 
@@ -239,14 +243,14 @@ def stop_by_file(run: Run, clock: SimpleNamespace) -> None:
 def test_the_file_stop_is_seen_within_a_second(make: Make, clock: SimpleNamespace) -> None:
     run = make(NEVER)
     with run.keeper as keeper:
-        assert keeper.agree(1) == NOTHING
+        assert keeper.sync_flags(1) == NOTHING
         (run.folder / STOP).touch()
         clock.now += 0.5
-        assert keeper.agree(2) == NOTHING, "the disk is not asked after every update"
+        assert keeper.sync_flags(2) == NOTHING, "the disk is not asked after every update"
         clock.now += 0.6
-        assert keeper.agree(3) == Wish(save=False, stop="the file STOP")
+        assert keeper.sync_flags(3) == StepDecision(save=False, stop="the file STOP")
         (run.folder / STOP).unlink()
-        assert keeper.agree(4).stop == "the file STOP", "it has been seen"
+        assert keeper.sync_flags(4).stop == "the file STOP", "it has been seen"
 
 
 def test_the_file_stop_is_removed_once_it_is_honoured(make: Make, clock: SimpleNamespace) -> None:
@@ -284,13 +288,13 @@ def test_a_full_disk_is_raised_at_the_next_boundary_and_leaves_what_was_saved(
     def go() -> None:
         with run.keeper as keeper:
             run.epoch(1, 0.5)
-            assert keeper._writer.settle()
+            assert keeper._writer.wait()
             before.update(contents(run.folder))
             patched, name = (module.store, "write") if at_fault == "store.write" else (module, "write_model")
             monkeypatch.setattr(patched, name, full)
             run.epoch(2, 0.4 if at_fault == "store.write" else 0.9)  # a worse epoch writes no model
-            keeper._writer.settle()
-            keeper.agree(5)
+            keeper._writer.wait()
+            keeper.sync_flags(5)
 
     with pytest.raises(UserError) as caught:
         go()
@@ -330,9 +334,9 @@ def test_figures_that_could_not_be_written_end_the_run_at_the_next_boundary(make
 
     def go() -> None:
         with run.keeper as keeper:
-            keeper.agree(1)
+            keeper.sync_flags(1)
             run.told.failure = UserError("no figures")
-            keeper.agree(2)
+            keeper.sync_flags(2)
 
     with pytest.raises(UserError, match="no figures"):
         go()
@@ -348,8 +352,8 @@ def test_an_error_of_ours_is_not_taken_for_the_users(make: Make, monkeypatch: py
     def go() -> None:
         with run.keeper as keeper:
             keeper.save(0, 1, SUMS)
-            keeper._writer.settle()
-            keeper.agree(2)
+            keeper._writer.wait()
+            keeper.sync_flags(2)
 
     with pytest.raises(ZeroDivisionError):
         go()
@@ -365,8 +369,8 @@ def test_weights_that_are_not_finite_are_not_saved(spoilt: float, make: Make) ->
             with torch.no_grad():
                 run.net[0].bias[1] = spoilt  # type: ignore[index, union-attr, operator]
             keeper.save(1, 3, SUMS)
-            keeper._writer.settle()
-            keeper.agree(4)
+            keeper._writer.wait()
+            keeper.sync_flags(4)
 
     with pytest.raises(UserError) as caught:
         go()
@@ -384,15 +388,15 @@ def test_a_run_that_another_attempt_has_taken_over_writes_nothing_more(make: Mak
     def go() -> None:
         with old.keeper as keeper:
             old.epoch(1, 0.5)
-            assert keeper._writer.settle()
+            assert keeper._writer.wait()
             # As where this process was taken for dead.
             record = dataclasses.replace(old.keeper.attempt.record, attempt=2, token="other")  # type: ignore[union-attr]
             (old.folder / "attempts" / "0002.json").write_text(json.dumps(dataclasses.asdict(record)))
             before = contents(old.folder)
             old.epoch(2, 0.9)
-            keeper._writer.settle()
+            keeper._writer.wait()
             assert contents(old.folder) == before, "neither the better model nor the checkpoint"
-            keeper.agree(5)
+            keeper.sync_flags(5)
 
     with pytest.raises(UserError, match=r"attempt 2 on .* has taken this run over from attempt 1"):
         go()
@@ -411,9 +415,9 @@ def test_within_an_epoch_the_state_is_saved_with_its_sums(make: Make) -> None:
     found = run.read(1, 0)
     state = found.state
     assert (state.step, state.epoch, state.sums, state.best) == (1, 0, SUMS, None)
-    assert (state.world, state.attempt, state.seed, state.steps_per_epoch) == (1, 1, 3, 2)
+    assert (state.world_size, state.attempt, state.seed, state.steps_per_epoch) == (1, 1, 3, 2)
     assert state.order == ORDER.digest(0)
-    assert state.subject == keeper.subject
+    assert state.subject == keeper.identity
     assert state.schedule == {"kind": "constant", "warmup_steps": 0, "total_steps": 8, "lr_factor": 0.5}
     assert state.chosen == {"precision": "fp32", "channels_last": True}
     assert found.metrics == run.told.text == '{"kind": "train", "epoch": 0.5}\n'
@@ -427,8 +431,8 @@ def test_within_an_epoch_the_state_is_saved_with_its_sums(make: Make) -> None:
 def test_the_attempt_says_how_far_the_run_is_saved(make: Make) -> None:
     run = make(
         dataclasses.replace(NEVER, every_steps=4),
-        last=Place(2, 1),
-        best=Best(epoch=1, step=2, accuracy=1, loss=0),
+        last=CheckpointId(2, 1),
+        best=BestEpoch(epoch=1, step=2, accuracy=1, loss=0),
     )
     file = run.folder / "attempts" / "0001.json"
 
@@ -438,13 +442,13 @@ def test_the_attempt_says_how_far_the_run_is_saved(make: Make) -> None:
         return record.step, record.steps, record.epoch, record.epochs
 
     with run.keeper as keeper:
-        assert keeper._writer.settle()
+        assert keeper._writer.wait()
         assert said() == (2, 8, 1, 4), "where it goes on"
         keeper.save(1, 3, SUMS)
-        assert keeper._writer.settle()
+        assert keeper._writer.wait()
         assert said() == (3, 8, 1, 4)
         run.epoch(2, 0.5)
-        assert keeper._writer.settle()
+        assert keeper._writer.wait()
         assert said() == (4, 8, 2, 4)
         run.epoch(3, 0.5)
         assert said() == (4, 8, 2, 4), "none was due"
@@ -454,8 +458,8 @@ def test_the_attempt_says_how_far_the_run_is_saved(make: Make) -> None:
 
 def test_the_same_place_is_not_saved_twice(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     # A run that goes on from where its evaluation was interrupted is stopped there again.
-    run = make(last=Place(2, 0))
-    written: list[Place] = []
+    run = make(last=CheckpointId(2, 0))
+    written: list[CheckpointId] = []
     monkeypatch.setattr(module.store, "write", lambda folder, place, files, check: written.append(place))
     with run.keeper as keeper:
         keeper.save(0, 2, SUMS)
@@ -476,7 +480,7 @@ def test_one_checkpoint_is_written_at_a_time_and_none_is_left_out(
         free.release()
 
     monkeypatch.setattr(module.store, "write", alone)
-    run = make(dataclasses.replace(NEVER, keep_last=9), order=Order(examples=7, batch_size=1, seed=3))
+    run = make(dataclasses.replace(NEVER, keep_last=9), order=EpochOrder(examples=7, batch_size=1, seed=3))
     with run.keeper as keeper:
         for step in range(1, 6):
             run.update(step)
@@ -495,14 +499,14 @@ def test_the_best_epoch_is_kept_and_is_the_model_file(make: Make) -> None:
     with run.keeper as keeper:
         for epoch, accuracy in enumerate([0.5, 0.9, 0.7, 0.8], start=1):
             assert run.epoch(epoch, accuracy) is None
-            assert keeper.best == Best(
+            assert keeper.best == BestEpoch(
                 epoch=min(epoch, 2), step=2 * min(epoch, 2), accuracy=0.9 if epoch > 1 else 0.5, loss=1.0
             )
     assert run.checkpoints == [(8, 4), (4, 2)]
     assert run.model() == (2, 2)
-    assert run.read(8, 4).state.best == Best(epoch=2, step=4, accuracy=0.9, loss=1.0)
+    assert run.read(8, 4).state.best == BestEpoch(epoch=2, step=4, accuracy=0.9, loss=1.0)
     assert (run.folder / CHECKPOINTS / store.LATEST).read_text() == "step-00000008-epoch-0004\n"
-    described = read_description(run.folder / MODEL)
+    described = read_metadata(run.folder / MODEL)
     assert described is not None
     assert described.metrics == {"kind": "epoch", "epoch": 2, "step": 4, "selected_on": "test"}
     assert described.classes == ("a", "图")
@@ -525,7 +529,7 @@ def test_the_best_is_selected_on_the_part_that_is_there_for_it(make: Make) -> No
     with run.keeper:
         run.epoch(1, 0.9, part="val")
         run.epoch(2, 0.8, part="val")
-    described = read_description(run.folder / MODEL)
+    described = read_metadata(run.folder / MODEL)
     assert described is not None
     assert described.metrics == {"kind": "epoch", "epoch": 1, "step": 2, "selected_on": "val"}
 
@@ -536,7 +540,7 @@ def test_without_an_interval_the_best_epochs_are_saved_and_the_last(make: Make) 
         made = []
         for epoch, accuracy in enumerate([0.5, 0.4, 0.6, 0.3], start=1):
             run.epoch(epoch, accuracy)
-            keeper._writer.settle()
+            keeper._writer.wait()
             made.append(run.checkpoints)
     assert made == [[(2, 1)], [(2, 1)], [(6, 3)], [(8, 4), (6, 3)]]
 
@@ -547,21 +551,21 @@ def test_without_an_interval_and_without_the_best_the_model_file_is_the_bests_st
         models = []
         for epoch, accuracy in enumerate([0.5, 0.9, 0.7, 0.8], start=1):
             run.epoch(epoch, accuracy)
-            keeper._writer.settle()
+            keeper._writer.wait()
             models.append(run.model())
             assert run.checkpoints == ([] if epoch < EPOCHS else [(8, 4)])
     assert models == [(1, 1), (2, 2), (2, 2), (2, 2)]
 
 
 def test_a_run_that_goes_on_knows_its_best(make: Make) -> None:
-    run = make(best=Best(epoch=1, step=2, accuracy=0.8, loss=1.0), last=Place(2, 1))
+    run = make(best=BestEpoch(epoch=1, step=2, accuracy=0.8, loss=1.0), last=CheckpointId(2, 1))
     with run.keeper:
         run.epoch(2, 0.7)
         run.epoch(3, 0.8)
     assert not (run.folder / MODEL).exists(), (
         "an earlier start has written it: it is not replaced by a worse one"
     )
-    assert run.read(6, 3).state.best == Best(epoch=1, step=2, accuracy=0.8, loss=1.0)
+    assert run.read(6, 3).state.best == BestEpoch(epoch=1, step=2, accuracy=0.8, loss=1.0)
 
 
 def test_a_stop_at_the_end_of_an_epoch_saves_whatever_the_interval(make: Make) -> None:
@@ -575,7 +579,10 @@ def test_a_stop_at_the_end_of_an_epoch_saves_whatever_the_interval(make: Make) -
 
 
 def test_what_is_no_longer_to_be_kept_is_removed(make: Make) -> None:
-    run = make(Policy(every_steps=1, every_seconds=None, keep_last=2, keep_best=True, keep_every=4), epochs=6)
+    run = make(
+        RetentionPolicy(every_steps=1, every_seconds=None, keep_last=2, keep_best=True, keep_every=4),
+        epochs=6,
+    )
     with run.keeper as keeper:
         for epoch in range(1, 7):
             keeper.save(epoch - 1, 2 * epoch - 1, SUMS)
@@ -593,11 +600,11 @@ def test_another_rank_agrees_and_saves_nothing(make: Make, tmp_path: Path) -> No
     run.keeper.attempt = None
     (tmp_path / STOP).touch()
     with run.keeper as keeper:
-        assert keeper.agree(1) == NOTHING, "rank 0 looks for it, on the disk that it has"
+        assert keeper.sync_flags(1) == NOTHING, "rank 0 looks for it, on the disk that it has"
         keeper.save(0, 1, SUMS)
         run.epoch(1, 0.5)
         assert keeper.best is not None
-        assert keeper.last == Place(2, 1), "what rank 0 has saved: all of them gather for it, or none"
+        assert keeper.last == CheckpointId(2, 1), "what rank 0 has saved: all of them gather for it, or none"
     assert sorted(path.name for path in tmp_path.iterdir()) == [STOP]
 
 
@@ -617,16 +624,16 @@ def test_a_model_file_of_an_epoch_that_was_lost_is_made_anew_from_the_best_ones_
     over(run)
     # Killed after the second epoch's model file was written, and before its checkpoint.
     assert run.model() == (2.0, 2)
-    again = make(best=best, last=Place(2, 1))
+    again = make(best=best, last=CheckpointId(2, 1))
     again.told.rows = run.told.rows[:1]
     said: list[str] = []
-    again.keeper.mend_model(said.append)
+    again.keeper.repair_best_model(said.append)
     assert again.model() == (1.0, 1)
     assert said == [f"{MODEL} was not of the best epoch (1): made anew from its checkpoint"]
-    again.keeper.mend_model(said.append)
+    again.keeper.repair_best_model(said.append)
     assert len(said) == 1, "it is, now"
     (again.folder / MODEL).unlink()
-    again.keeper.mend_model(said.append)
+    again.keeper.repair_best_model(said.append)
     assert again.model() == (1.0, 1)
 
 
@@ -635,17 +642,17 @@ def test_without_the_best_ones_checkpoint_the_best_is_sought_anew_or_the_loss_is
     with run.keeper:
         run.epoch(2, 0.9)
     over(run)
-    lost = Best(epoch=1, step=2, accuracy=0.5, loss=1.0)
-    again = make(best=lost, last=Place(2, 1))
+    lost = BestEpoch(epoch=1, step=2, accuracy=0.5, loss=1.0)
+    again = make(best=lost, last=CheckpointId(2, 1))
     said: list[str] = []
-    again.keeper.mend_model(said.append)
+    again.keeper.repair_best_model(said.append)
     assert again.keeper.best is None
     assert "is of an epoch that was lost" in said[0]
     (again.folder / MODEL).unlink()
     over(again)
-    gone = make(best=lost, last=Place(2, 1))
+    gone = make(best=lost, last=CheckpointId(2, 1))
     with pytest.raises(UserError, match=r"model.safetensors is gone, which holds the best epoch \(1\)"):
-        gone.keeper.mend_model(said.append)
+        gone.keeper.repair_best_model(said.append)
 
 
 # --- the moving average, and early stopping
@@ -653,15 +660,17 @@ def test_without_the_best_ones_checkpoint_the_best_is_sought_anew_or_the_loss_is
 
 def averaged(run: Run) -> Run:
     """Give a keeper an average of its model, that stands still at 77."""
-    run.keeper.shadow = Shadow(run.net, 0.9)
+    run.keeper.ema = ModelEma(run.net, 0.9)
     with torch.no_grad():
-        for parameter in run.keeper.shadow.model.parameters():
+        for parameter in run.keeper.ema.model.parameters():
             parameter.fill_(77)
     return run
 
 
 @pytest.mark.parametrize("policy", [EVERY_EPOCH, NEVER], ids=["every epoch", "never"])
-def test_the_model_file_is_the_average_and_a_checkpoint_holds_both(policy: Policy, make: Make) -> None:
+def test_the_model_file_is_the_average_and_a_checkpoint_holds_both(
+    policy: RetentionPolicy, make: Make
+) -> None:
     run = averaged(make(policy, epochs=2))
     with run.keeper:
         run.epoch(1, 0.9)
@@ -679,9 +688,9 @@ def test_a_model_file_of_a_later_epoch_is_mended_from_the_average(make: Make) ->
     run = averaged(make())
     with run.keeper:
         run.epoch(1, 0.9)
-        assert run.keeper._writer.settle()
+        assert run.keeper._writer.wait()
         (run.folder / MODEL).write_bytes(b"of an epoch whose checkpoint never came to be")
-    run.keeper.mend_model(print)
+    run.keeper.repair_best_model(print)
     assert run.model() == (77, 1)
 
 
@@ -690,8 +699,8 @@ def test_weights_whose_average_is_not_finite_are_not_saved(make: Make) -> None:
 
     def go() -> None:
         with run.keeper as keeper:
-            assert keeper.shadow is not None
-            next(keeper.shadow.model.parameters()).data.fill_(float("nan"))
+            assert keeper.ema is not None
+            next(keeper.ema.model.parameters()).data.fill_(float("nan"))
             keeper.save(0, 1, SUMS)
 
     with pytest.raises(UserError, match="not finite"):
@@ -705,7 +714,7 @@ def test_a_run_that_does_not_get_better_ends_with_a_checkpoint_and_says_how_long
     with run.keeper as keeper:
         for epoch, accuracy in enumerate(accuracies, start=1):
             run.epoch(epoch, accuracy, part="val", val_accuracy=accuracy, val_loss=1.0)
-            assert keeper.over == (epoch == 3)
+            assert keeper.stopped_early == (epoch == 3)
     assert run.checkpoints == [(6, 3)]
     record = read_record(run.folder / "attempts" / "0001.json")
     assert record is not None

@@ -11,27 +11,29 @@ from safetensors.torch import save
 from torch import nn
 
 from trainer.checkpoint import store
-from trainer.checkpoint.resume import find, going_on, put_back
-from trainer.checkpoint.state import Best, State, Subject
-from trainer.checkpoint.store import Found, Place
-from trainer.checkpoint.tensors import capture
+from trainer.checkpoint.resume import describe_resume, load_latest_checkpoint, restore_checkpoint
+from trainer.checkpoint.state import BestEpoch, CheckpointState, RunIdentity
+from trainer.checkpoint.store import CheckpointId, LoadedCheckpoint
+from trainer.checkpoint.tensors import snapshot
 from trainer.config.parse import dump
 from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, TransferConfig
-from trainer.data.index import Example, ImageIndex
-from trainer.data.loader import Order
+from trainer.data.index import DatasetIndex, Example
+from trainer.data.loader import EpochOrder
 from trainer.data.prepare import Prepared
 from trainer.errors import UserError
-from trainer.metrics import Sums
+from trainer.metrics import MetricState
 from trainer.run.folder import CHECKPOINTS, CONFIG, METRICS, MODEL, SPLIT, write_config
 from trainer.run.versions import versions
 
-ORDER = Order(examples=7, batch_size=4, seed=3)  # 2 steps an epoch
-SUBJECT = Subject(architecture="resnet18", classes=("a", "b", "图"), examples=(3, 2, 2), data="these images")
+ORDER = EpochOrder(examples=7, batch_size=4, seed=3)  # 2 steps an epoch
+SUBJECT = RunIdentity(
+    architecture="resnet18", classes=("a", "b", "图"), examples=(3, 2, 2), data="these images"
+)
 NEVER = "--run.resume never, which moves the run aside"
 
 
 def prepared(*, split_made: bool = False) -> Prepared:
-    index = ImageIndex(
+    index = DatasetIndex(
         root=Path("/data"),
         classes=SUBJECT.classes,
         train=tuple(Example(f"/data/{i}.png", 0) for i in range(7)),
@@ -76,8 +78,10 @@ class Run:
         fields: dict[str, Any] = {
             "epoch": epoch,
             "step": step,
-            "sums": Sums(rows=((1.0, 1, 4),), seconds=1.0, compute_seconds=1.0) if step > 2 * epoch else None,
-            "best": Best(epoch=1, step=2, accuracy=0.5, loss=1.0) if epoch else None,
+            "sums": MetricState(rows=((1.0, 1, 4),), seconds=1.0, compute_seconds=1.0)
+            if step > 2 * epoch
+            else None,
+            "best": BestEpoch(epoch=1, step=2, accuracy=0.5, loss=1.0) if epoch else None,
             "subject": SUBJECT,
             "seed": 3,
             "order": ORDER.digest(epoch),
@@ -90,28 +94,28 @@ class Run:
             "attempt": 1,
             "versions": versions(),
         }
-        state = State(**{**fields, **changes})
+        state = CheckpointState(**{**fields, **changes})
         net = net or Net(0)
-        files = {name: save(held) for name, held in capture(net, net.optimizer).items()}  # type: ignore[arg-type]
+        files = {name: save(held) for name, held in snapshot(net, net.optimizer).items()}  # type: ignore[arg-type]
         files |= {store.STATE: state.to_json(), store.METRICS: f"rows up to {step}\n".encode()}
-        store.write(self.folder / CHECKPOINTS, Place(step, epoch), files, check=lambda: None)
-        return self.folder / CHECKPOINTS / Place(step, epoch).name
+        store.write(self.folder / CHECKPOINTS, CheckpointId(step, epoch), files, check=lambda: None)
+        return self.folder / CHECKPOINTS / CheckpointId(step, epoch).name
 
     def find(
         self,
         *,
         config: Config | None = None,
-        subject: Subject = SUBJECT,
-        order: Order = ORDER,
+        subject: RunIdentity = SUBJECT,
+        order: EpochOrder = ORDER,
         split_made: bool = False,
         writes: bool = True,
-    ) -> Found | None:
-        return find(
+    ) -> LoadedCheckpoint | None:
+        return load_latest_checkpoint(
             config or self.config(),
             prepared(split_made=split_made),
             subject,
             order,
-            say=self.said.append,
+            log=self.said.append,
             writes=writes,
         )
 
@@ -146,7 +150,7 @@ def test_the_newest_checkpoint_is_found_whether_between_epochs_or_within_one(run
         found = run.find()
         assert found is not None
         assert (found.state.step, found.state.epoch, found.metrics) == (step, epoch, f"rows up to {step}\n")
-        assert found.path.name == Place(step, epoch).name
+        assert found.path.name == CheckpointId(step, epoch).name
     assert not (run.folder / SPLIT).exists()
     assert run.said == []
 
@@ -225,7 +229,7 @@ OTHERS = {
         "images: as many to train on in each class, but not the same, or others to evaluate (names or split)",
     ),
     "everything": (
-        Subject(architecture="vgg11", classes=("a", "x"), examples=(1, 1), data="y"),
+        RunIdentity(architecture="vgg11", classes=("a", "x"), examples=(1, 1), data="y"),
         "model: resnet18 there, vgg11 now\n  classes: b, 图 only there, x only now\n"
         "  training images: a 3 there, 1 now",
     ),
@@ -282,15 +286,15 @@ def test_a_run_may_be_extended_and_not_cut_short(run: Run) -> None:
 # --- putting everything back
 
 
-def machine(rank: int = 0, world: int = 1) -> Any:
-    return SimpleNamespace(rank=rank, world=world)
+def ctx(rank: int = 0, world_size: int = 1) -> Any:
+    return SimpleNamespace(rank=rank, world_size=world_size)
 
 
-ALONE = machine()
+ALONE = ctx()
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
-    captured = [capture(net, net.optimizer) for net in (one, other)]  # type: ignore[arg-type]
+    captured = [snapshot(net, net.optimizer) for net in (one, other)]  # type: ignore[arg-type]
     return all(
         captured[0][file].keys() == captured[1][file].keys()
         and all(torch.equal(captured[0][file][name], captured[1][file][name]) for name in captured[0][file])
@@ -298,10 +302,10 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def back(run: Run, net: nn.Module, scaler: Any = None, machine: Any = ALONE) -> UserError | None:
+def back(run: Run, net: nn.Module, scaler: Any = None, ctx: Any = ALONE) -> UserError | None:
     found = run.find()
     assert found is not None
-    return put_back(found, net, net.optimizer, scaler, machine=machine)  # type: ignore[arg-type]
+    return restore_checkpoint(found, net, net.optimizer, scaler, ctx=ctx)  # type: ignore[arg-type]
 
 
 def test_model_and_moments_are_put_back(run: Run) -> None:
@@ -344,7 +348,7 @@ def test_loss_scaling_goes_on_where_there_was_some(run: Run) -> None:
 # --- what is said of it
 
 
-def state(run: Run, step: int, epoch: int, **changes: Any) -> State:
+def state(run: Run, step: int, epoch: int, **changes: Any) -> CheckpointState:
     run.save(step, epoch, **changes)
     found = run.find()
     assert found is not None
@@ -361,10 +365,10 @@ def said(run: Run) -> Said:
         epoch: int,
         *,
         config: Config | None = None,
-        machine: Any = ALONE,
+        ctx: Any = ALONE,
         **changes: Any,
     ) -> list[str]:
-        return going_on(state(run, step, epoch, **changes), config or run.config(), ORDER, machine)
+        return describe_resume(state(run, step, epoch, **changes), config or run.config(), ORDER, ctx)
 
     return said
 
@@ -380,8 +384,8 @@ def test_another_number_of_processes_is_said_with_what_it_changes(
     batch_norm: Any, differs: bool, said: Said, run: Run
 ) -> None:
     config = dataclasses.replace(run.config(), transfer=TransferConfig(batch_norm=batch_norm))
-    sums = Sums(rows=((1.0, 1, 2),) * 3, seconds=1.0, compute_seconds=1.0)
-    _, line = said(3, 1, config=config, machine=machine(world=2), world=3, sums=sums)
+    sums = MetricState(rows=((1.0, 1, 2),) * 3, seconds=1.0, compute_seconds=1.0)
+    _, line = said(3, 1, config=config, ctx=ctx(world_size=2), world_size=3, sums=sums)
     assert line == (
         "  on 2 processes instead of 3: the same examples, crops and learning rates; equal but for the "
         "order of sums, and the masks of dropout"

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint.state import Best, State, Subject
+from trainer.checkpoint.state import BestEpoch, CheckpointState, RunIdentity
 from trainer.errors import UserError
-from trainer.metrics import Sums
+from trainer.metrics import MetricState
 
 STEPS_PER_EPOCH = 3
-SUBJECT = Subject(
+SUBJECT = RunIdentity(
     architecture="resnet18",
     classes=("ant", "猫 🐈", "two\nlines", "broken \udcff bytes"),
     examples=(4, 3, 2, 1),
@@ -31,14 +31,14 @@ SCALER = {
 }
 
 
-def state(step: int = 4, epoch: int = 1, **changes: Any) -> State:
+def state(step: int = 4, epoch: int = 1, **changes: Any) -> CheckpointState:
     """Return a state of a run whose epochs have three steps; within an epoch it has sums."""
     begun = step - epoch * STEPS_PER_EPOCH
     fields: dict[str, Any] = {
         "epoch": epoch,
         "step": step,
-        "sums": Sums(rows=((0.1 * step, 1, 4),), seconds=1.5, compute_seconds=0.7) if begun else None,
-        "best": Best(epoch=1, step=3, accuracy=0.1 + 0.2, loss=1 / 3),
+        "sums": MetricState(rows=((0.1 * step, 1, 4),), seconds=1.5, compute_seconds=0.7) if begun else None,
+        "best": BestEpoch(epoch=1, step=3, accuracy=0.1 + 0.2, loss=1 / 3),
         "subject": SUBJECT,
         "seed": 2**63 - 1,
         "order": "0f" * 32,
@@ -51,11 +51,11 @@ def state(step: int = 4, epoch: int = 1, **changes: Any) -> State:
         "attempt": 1,
         "versions": {"torch": "2.11"},
     }
-    return State(**fields | changes)
+    return CheckpointState(**fields | changes)
 
 
-def read(written: State | str) -> State:
-    return State.from_json(written if isinstance(written, str) else written.to_json().decode())
+def read(written: CheckpointState | str) -> CheckpointState:
+    return CheckpointState.from_json(written if isinstance(written, str) else written.to_json().decode())
 
 
 # Round trips
@@ -72,12 +72,12 @@ def read(written: State | str) -> State:
         state(
             4,
             1,
-            world=2,
-            sums=Sums(rows=((1e-320, 0, 2**62), (7, 0, 0)), seconds=0.0, compute_seconds=0.0),
+            world_size=2,
+            sums=MetricState(rows=((1e-320, 0, 2**62), (7, 0, 0)), seconds=0.0, compute_seconds=0.0),
         ),
     ],
 )
-def test_a_state_comes_back_as_it_was(written: State) -> None:
+def test_a_state_comes_back_as_it_was(written: CheckpointState) -> None:
     assert read(written) == written
 
 
@@ -106,18 +106,18 @@ def test_floats_come_back_bit_for_bit() -> None:
         if math.isfinite(value):
             values.append(value)
     rows = tuple((value, 0, 0) for value in values)
-    sums = Sums(rows=rows, seconds=values[8], compute_seconds=values[9])
-    best = Best(epoch=1, step=3, accuracy=values[10], loss=values[11])
-    found = read(state(4, 1, sums=sums, world=len(rows), best=best))
+    sums = MetricState(rows=rows, seconds=values[8], compute_seconds=values[9])
+    best = BestEpoch(epoch=1, step=3, accuracy=values[10], loss=values[11])
+    found = read(state(4, 1, sums=sums, world_size=len(rows), best=best))
 
-    def bits(state: State) -> list[bytes]:
+    def bits(state: CheckpointState) -> list[bytes]:
         assert state.sums is not None
         assert state.best is not None
         numbers = [row[0] for row in state.sums.rows]
         numbers += [state.sums.seconds, state.sums.compute_seconds, *state.best.score]
         return [struct.pack("<d", number) for number in numbers]
 
-    assert bits(found) == bits(state(4, 1, sums=sums, world=len(rows), best=best))
+    assert bits(found) == bits(state(4, 1, sums=sums, world_size=len(rows), best=best))
 
 
 def test_the_state_of_the_loss_scaling_comes_back() -> None:
@@ -131,7 +131,7 @@ def test_the_state_of_the_loss_scaling_comes_back() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_no_json_can_hold_is_not_written(value: float) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        state(best=Best(epoch=1, step=3, accuracy=value, loss=0.0)).to_json()
+        state(best=BestEpoch(epoch=1, step=3, accuracy=value, loss=0.0)).to_json()
 
 
 # What is refused
@@ -285,7 +285,9 @@ def test_what_is_no_state_is_refused(text: str) -> None:
         (2**63, 2**63 // 3, state().sums),
     ],
 )
-def test_counters_that_contradict_one_another_are_refused(step: int, epoch: int, sums: Sums | None) -> None:
+def test_counters_that_contradict_one_another_are_refused(
+    step: int, epoch: int, sums: MetricState | None
+) -> None:
     with pytest.raises(ValueError, match="its state does not make sense"):
         read(state(step, epoch, sums=sums))
 
@@ -302,9 +304,9 @@ def test_sums_of_other_processes_and_empty_epochs_are_refused(changes: dict[str,
 def refusal(**changes: Any) -> str:
     """Return why a checkpoint of another subject is refused, by a run of SUBJECT."""
     there = dataclasses.replace(SUBJECT, **changes)
-    copy.deepcopy(there).require_same(there, "itself")
+    copy.deepcopy(there).check_same(there, "itself")
     with pytest.raises(UserError) as caught:
-        there.require_same(SUBJECT, "run/checkpoints/step-00000003-epoch-0001")
+        there.check_same(SUBJECT, "run/checkpoints/step-00000003-epoch-0001")
     first, *lines, last = str(caught.value).split("\n")
     assert first == "run/checkpoints/step-00000003-epoch-0001: a checkpoint of something else:"
     assert last == (
@@ -363,12 +365,12 @@ def test_all_that_differs_is_told_at_once() -> None:
 
 
 def test_the_same_subject_is_taken() -> None:
-    read(state()).subject.require_same(SUBJECT, "")
+    read(state()).subject.check_same(SUBJECT, "")
 
 
 def test_of_two_epochs_the_better_is_the_more_accurate_then_the_one_of_lower_loss() -> None:
     worst, middle, best = (
-        Best(epoch=1, step=1, accuracy=accuracy, loss=loss)
+        BestEpoch(epoch=1, step=1, accuracy=accuracy, loss=loss)
         for accuracy, loss in [(0.5, 0.1), (0.6, 0.9), (0.6, 0.8)]
     )
     assert worst.score < middle.score < best.score

@@ -27,17 +27,17 @@ from trainer.checkpoint.store import (
     OPTIMIZER,
     STATE,
     STATISTICS,
-    Damaged,
-    Found,
-    Place,
+    CheckpointId,
+    CorruptCheckpoint,
+    LoadedCheckpoint,
 )
 from trainer.errors import UserError
 
 FILES = (MODEL, OPTIMIZER, STATISTICS, STATE, METRICS)
-OLDER, NEWER = Place(3, 1), Place(4, 1)
+OLDER, NEWER = CheckpointId(3, 1), CheckpointId(4, 1)
 
 
-def files(place: Place) -> dict[str, bytes]:
+def files(place: CheckpointId) -> dict[str, bytes]:
     """Return a checkpoint's files, no two of which are alike, nor alike another place's."""
     generator = torch.Generator().manual_seed(place.step)
     model, moments, statistics = (torch.randn(size, generator=generator) for size in (300, 200, 100))
@@ -54,18 +54,18 @@ def allowed() -> None:
     """Stand for an attempt that may write."""
 
 
-def write(folder: Path, *places: Place, content: Mapping[str, bytes] | None = None) -> None:
+def write(folder: Path, *places: CheckpointId, content: Mapping[str, bytes] | None = None) -> None:
     for place in places:
         store.write(folder, place, content or files(place), check=allowed)
 
 
-def found(folder: Path) -> tuple[Found | None, list[str]]:
+def found(folder: Path) -> tuple[LoadedCheckpoint | None, list[str]]:
     """Return the newest checkpoint, and what was said."""
     said: list[str] = []
-    return store.newest(folder, say=said.append), said
+    return store.load_latest(folder, log=said.append), said
 
 
-def require_whole(found: Found | None, place: Place) -> None:
+def require_whole(found: LoadedCheckpoint | None, place: CheckpointId) -> None:
     assert found is not None
     assert (found.path.name, found.state) == (place.name, state(*place))
     for name, content in files(place).items():
@@ -107,9 +107,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_name_of_a_checkpoint_says_where_it_stands() -> None:
-    assert Place(120, 4).name == "step-00000120-epoch-0004"
-    for place in (Place(0, 0), Place(120, 4), Place(10**8, 10**4), Place(10**15 - 1, 10**15 - 1)):
-        assert Place.of(place.name) == place
+    assert CheckpointId(120, 4).name == "step-00000120-epoch-0004"
+    for place in (
+        CheckpointId(0, 0),
+        CheckpointId(120, 4),
+        CheckpointId(10**8, 10**4),
+        CheckpointId(10**15 - 1, 10**15 - 1),
+    ):
+        assert CheckpointId.of(place.name) == place
 
 
 @pytest.mark.parametrize(
@@ -133,19 +138,33 @@ def test_the_name_of_a_checkpoint_says_where_it_stands() -> None:
     ],
 )
 def test_other_names_are_none_of_a_checkpoint(name: str) -> None:
-    assert Place.of(name) is None
+    assert CheckpointId.of(name) is None
 
 
 def test_places_are_in_the_order_of_steps_then_epochs(folder: Path) -> None:
-    assert store.places(folder) == []
+    assert store.list_checkpoints(folder) == []
     folder.mkdir()
-    some = [Place(100, 9), Place(9, 3), Place(10, 3), Place(9, 2), Place(10**8, 0), Place(10, 4)]
+    some = [
+        CheckpointId(100, 9),
+        CheckpointId(9, 3),
+        CheckpointId(10, 3),
+        CheckpointId(9, 2),
+        CheckpointId(10**8, 0),
+        CheckpointId(10, 4),
+    ]
     for place in some:
         (folder / place.name).mkdir()
     (folder / "step-1").mkdir()
     (folder / LATEST).touch()
-    expected = [Place(10**8, 0), Place(100, 9), Place(10, 4), Place(10, 3), Place(9, 3), Place(9, 2)]
-    assert store.places(folder) == expected
+    expected = [
+        CheckpointId(10**8, 0),
+        CheckpointId(100, 9),
+        CheckpointId(10, 4),
+        CheckpointId(10, 3),
+        CheckpointId(9, 3),
+        CheckpointId(9, 2),
+    ]
+    assert store.list_checkpoints(folder) == expected
 
 
 # Writing and reading
@@ -278,7 +297,7 @@ def require_intact(folder: Path, before: dict[str, object]) -> None:
         name: content for name, content in before.items() if name != LATEST
     }
     assert names(folder) <= {LATEST, OLDER.name, NEWER.name}
-    require_whole(found(folder)[0], NEWER if NEWER in store.places(folder) else OLDER)
+    require_whole(found(folder)[0], NEWER if NEWER in store.list_checkpoints(folder) else OLDER)
 
 
 @pytest.mark.parametrize("call", ["fsync", "mkdir", "open", "rename", "replace"])
@@ -305,7 +324,7 @@ def test_an_error_at_any_point_leaves_the_earlier_checkpoint(
             failed = is_full(folder, files(NEWER))
         require_intact(folder, before)
         failing += 1
-    assert NEWER in store.places(folder)
+    assert NEWER in store.list_checkpoints(folder)
     assert failing - 1 == {"fsync": 11, "mkdir": 2, "open": 8, "rename": 1, "replace": 1}[call]
 
 
@@ -328,7 +347,7 @@ def test_a_disk_that_is_really_full_leaves_the_earlier_checkpoint(small_disk: Pa
         assert os.statvfs(small_disk).f_bavail == pages
         failed = is_full(folder, large)
         outcomes.append(
-            "both" if failed and NEWER in store.places(folder) else "older" if failed else "written"
+            "both" if failed and NEWER in store.list_checkpoints(folder) else "older" if failed else "written"
         )
         left = names(folder)
         ballast.unlink()
@@ -352,12 +371,12 @@ def test_a_disk_that_is_really_full_leaves_the_earlier_checkpoint(small_disk: Pa
 
 
 def test_pruning_keeps_what_was_asked_and_always_the_newest(folder: Path) -> None:
-    some = [Place(step, 1) for step in range(3, 7)]
+    some = [CheckpointId(step, 1) for step in range(3, 7)]
     write(folder, *some)
     (folder / "damaged-1-step-00000002-epoch-0000").mkdir()
     (folder / "notes").touch()
     asked: list[set[str]] = []
-    store.prune(folder, [some[1], Place(99, 9)], check=lambda: asked.append(names(folder)))
+    store.prune(folder, [some[1], CheckpointId(99, 9)], check=lambda: asked.append(names(folder)))
     kept = {some[1].name, some[3].name, LATEST, "damaged-1-step-00000002-epoch-0000", "notes"}
     assert names(folder) == kept
     assert len(asked) == 2, "asked before each"
@@ -389,7 +408,7 @@ def test_pruning_removes_a_link_and_not_what_it_leads_to(folder: Path, tmp_path:
     before = tree(tmp_path / "elsewhere")
     write(folder, NEWER)
     (folder / OLDER.name).symlink_to(tmp_path / "elsewhere" / OLDER.name)
-    (folder / Place(2, 0).name).write_text("a file")
+    (folder / CheckpointId(2, 0).name).write_text("a file")
     store.prune(folder, [], check=allowed)
     assert names(folder) == {LATEST, NEWER.name}
     assert tree(tmp_path / "elsewhere") == before
@@ -399,7 +418,7 @@ def test_pruning_removes_a_link_and_not_what_it_leads_to(folder: Path, tmp_path:
 
 
 def test_tidying_removes_leftovers_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    store.tidy(folder)
+    store.clean_up(folder)
     assert not folder.exists(), "nothing is made"
     write(folder, OLDER)
     (folder / "damaged-1-step-00000001-epoch-0000").mkdir()
@@ -415,18 +434,18 @@ def test_tidying_removes_leftovers_and_nothing_else(folder: Path, tmp_path: Path
     ):
         (folder / name).write_text(name)
     before = tree(folder)
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "precious").touch()
+    backbone_parameters = tmp_path / "outside"
+    backbone_parameters.mkdir()
+    (backbone_parameters / "precious").touch()
     for name in (".writing-step-00000004-epoch-0001-0badcafe", ".leaving-step-00000002-epoch-0000"):
         shutil.copytree(folder / OLDER.name, folder / name)
     (folder / ".LATEST.0badcafe.tmp").write_text("half")
-    (folder / ".writing-link").symlink_to(outside)
+    (folder / ".writing-link").symlink_to(backbone_parameters)
     (folder / ".leaving-link").symlink_to(tmp_path / "nowhere")
     (folder / ".writing-file").touch()
-    store.tidy(folder)
+    store.clean_up(folder)
     assert tree(folder) == before
-    assert names(outside) == {"precious"}
+    assert names(backbone_parameters) == {"precious"}
     require_whole(found(folder)[0], OLDER)
 
 
@@ -445,8 +464,8 @@ def test_where_there_is_nothing_there_is_no_newest(folder: Path) -> None:
 
 
 def test_the_newest_is_chosen_whatever_the_order_of_writing(folder: Path) -> None:
-    last = Place(6, 2)
-    write(folder, Place(5, 1), last, OLDER)
+    last = CheckpointId(6, 2)
+    write(folder, CheckpointId(5, 1), last, OLDER)
     assert store.has_any(folder)
     newest, said = found(folder)
     require_whole(newest, last)
@@ -455,8 +474,8 @@ def test_the_newest_is_chosen_whatever_the_order_of_writing(folder: Path) -> Non
 
 
 def test_the_end_of_an_epoch_follows_its_last_step(folder: Path) -> None:
-    write(folder, Place(6, 2), Place(6, 1))
-    require_whole(found(folder)[0], Place(6, 2))
+    write(folder, CheckpointId(6, 2), CheckpointId(6, 1))
+    require_whole(found(folder)[0], CheckpointId(6, 2))
 
 
 @pytest.mark.parametrize(
@@ -519,7 +538,7 @@ def test_a_pointer_that_is_right_is_left_alone(folder: Path) -> None:
 
 
 def test_damaged_ones_are_set_aside_one_after_the_other(folder: Path) -> None:
-    some = [Place(step, 1) for step in (3, 4, 5)]
+    some = [CheckpointId(step, 1) for step in (3, 4, 5)]
     write(folder, *some)
     for place in some[1:]:
         (folder / place.name / MODEL).write_bytes(b"")
@@ -680,7 +699,7 @@ def test_200_damages_are_never_loaded_and_always_recovered_from_or_refused(
 def test_what_cannot_be_read_here_and_now_is_not_called_damaged(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(folder, Place(1, 1))
+    write(folder, CheckpointId(1, 1))
     before = tree(folder)
 
     def denied(*_: object) -> str:
@@ -695,7 +714,7 @@ def test_what_cannot_be_read_here_and_now_is_not_called_damaged(
 def test_a_folder_that_cannot_be_emptied_yet_is_left_for_the_next_start(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(folder, Place(1, 1), Place(2, 2))
+    write(folder, CheckpointId(1, 1), CheckpointId(2, 2))
 
     def busy(*_: object) -> None:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
@@ -703,26 +722,26 @@ def test_a_folder_that_cannot_be_emptied_yet_is_left_for_the_next_start(
     with monkeypatch.context() as patch:
         patch.setattr(store, "_remove", busy)
         store.prune(folder, [], check=allowed)
-    assert store.places(folder) == [Place(2, 2)]
+    assert store.list_checkpoints(folder) == [CheckpointId(2, 2)]
     assert len(list(folder.glob(".leaving-*"))) == 1
-    store.tidy(folder)
+    store.clean_up(folder)
     assert not list(folder.glob(".leaving-*"))
 
 
 def test_files_swapped_between_two_checkpoints_spoil_both(folder: Path) -> None:
     for number, name in enumerate((*FILES, MANIFEST), start=1):
-        write(folder, Place(2, 0), OLDER, NEWER)
+        write(folder, CheckpointId(2, 0), OLDER, NEWER)
         one, other = folder / OLDER.name / name, folder / NEWER.name / name
         mine, others = one.read_bytes(), other.read_bytes()
         one.write_bytes(others)
         other.write_bytes(mine)
         newest, said = found(folder)
-        require_whole(newest, Place(2, 0))
+        require_whole(newest, CheckpointId(2, 0))
         assert [line.rpartition(" as ")[2] for line in said] == [
             f"damaged-{number}-{NEWER.name}",
             f"damaged-{number}-{OLDER.name}",
         ]
-        shutil.rmtree(folder / Place(2, 0).name)
+        shutil.rmtree(folder / CheckpointId(2, 0).name)
 
 
 def test_any_flipped_bit_of_a_manifest_is_seen(folder: Path) -> None:
@@ -734,7 +753,7 @@ def test_any_flipped_bit_of_a_manifest_is_seen(folder: Path) -> None:
         for place, value in enumerate(whole):
             for bit in range(8):
                 os.pwrite(file.fileno(), bytes([value ^ 1 << bit]), place)
-                with pytest.raises(Damaged):
+                with pytest.raises(CorruptCheckpoint):
                     store.read(path)
             os.pwrite(file.fileno(), bytes([value]), place)
     store.read(path)
@@ -742,7 +761,7 @@ def test_any_flipped_bit_of_a_manifest_is_seen(folder: Path) -> None:
 
 def test_a_checkpoint_under_another_ones_name_is_damaged(folder: Path) -> None:
     write(folder, OLDER)
-    for place in (Place(4, 1), Place(3, 2), Place(10**8 + 3, 1)):
+    for place in (CheckpointId(4, 1), CheckpointId(3, 2), CheckpointId(10**8 + 3, 1)):
         shutil.copytree(folder / OLDER.name, folder / place.name)
         newest, (line,) = found(folder)
         require_whole(newest, OLDER)
@@ -1007,13 +1026,13 @@ def test_figures_that_are_no_text_are_refused(forged: Path) -> None:
 @pytest.mark.parametrize("kind", ["pipe", "link", "device", "folder", "socket"])
 @pytest.mark.timeout(30)
 def test_what_is_no_file_is_not_opened(kind: str, name: str, forged: Path, tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (forged / name).rename(outside / name)
-    before = tree(outside)
+    backbone_parameters = tmp_path / "outside"
+    backbone_parameters.mkdir()
+    (forged / name).rename(backbone_parameters / name)
+    before = tree(backbone_parameters)
     make: dict[str, Callable[[], object]] = {
         "pipe": lambda: os.mkfifo(forged / name),
-        "link": lambda: (forged / name).symlink_to(outside / name),
+        "link": lambda: (forged / name).symlink_to(backbone_parameters / name),
         "device": lambda: (forged / name).symlink_to("/dev/zero"),
         "folder": (forged / name).mkdir,
         "socket": lambda: os.mknod(forged / name, 0o140644),
@@ -1021,18 +1040,18 @@ def test_what_is_no_file_is_not_opened(kind: str, name: str, forged: Path, tmp_p
     make[kind]()
     expected = f"{name} is not a file"
     assert refused(forged.parent) == expected
-    assert tree(outside) == before
+    assert tree(backbone_parameters) == before
 
 
 @pytest.mark.parametrize("kind", ["link", "broken link", "pipe", "file"])
 @pytest.mark.timeout(30)
 def test_what_is_no_folder_is_not_entered(kind: str, forged: Path, tmp_path: Path) -> None:
-    outside = tmp_path / "outside" / forged.name
-    outside.parent.mkdir()
-    forged.rename(outside)
-    before = tree(outside)
+    backbone_parameters = tmp_path / "outside" / forged.name
+    backbone_parameters.parent.mkdir()
+    forged.rename(backbone_parameters)
+    before = tree(backbone_parameters)
     make: dict[str, Callable[[], object]] = {
-        "link": lambda: forged.symlink_to(outside),
+        "link": lambda: forged.symlink_to(backbone_parameters),
         "broken link": lambda: forged.symlink_to(tmp_path / "nowhere"),
         "pipe": lambda: os.mkfifo(forged),
         "file": forged.touch,
@@ -1043,7 +1062,7 @@ def test_what_is_no_folder_is_not_entered(kind: str, forged: Path, tmp_path: Pat
     assert f"({forged.name} is not a folder)" in line
     assert os.path.lexists(forged.with_name(f"damaged-1-{forged.name}"))
     assert not os.path.lexists(forged)
-    assert tree(outside) == before
+    assert tree(backbone_parameters) == before
 
 
 def test_a_checkpoint_that_passes_its_check_is_read_from_its_files_alone(folder: Path) -> None:

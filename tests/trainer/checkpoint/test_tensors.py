@@ -10,9 +10,9 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
 from trainer.checkpoint.store import MODEL, OPTIMIZER, STATISTICS
-from trainer.checkpoint.tensors import capture, load_statistics, restore
+from trainer.checkpoint.tensors import load_batch_norm_statistics, restore, snapshot
 from trainer.errors import UserError
-from trainer.model.batch_norm import freeze_batch_norm, restore_statistics
+from trainer.model.batch_norm import freeze_batch_norm, restore_batch_norm_statistics
 
 
 def network(seed: int = 0, *, width: int = 4, channels_last: bool = False) -> nn.Sequential:
@@ -64,7 +64,7 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 
 
 def write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    for name, tensors in capture(model, optimizer).items():
+    for name, tensors in snapshot(model, optimizer).items():
         (path / name).write_bytes(save(tensors))
 
 
@@ -121,7 +121,7 @@ def test_what_is_captured_is_a_copy_that_training_on_does_not_change(make: Make,
     model = network(channels_last=channels_last)
     optimizer = make(model)
     train(model, optimizer, range(2), channels_last=channels_last)
-    captured = capture(model, optimizer)
+    captured = snapshot(model, optimizer)
     before = {
         (file, name): tensor.clone() for file, held in captured.items() for name, tensor in held.items()
     }
@@ -141,7 +141,7 @@ def test_what_is_captured_is_a_copy_that_training_on_does_not_change(make: Make,
 def test_tensors_that_share_memory_are_written_each() -> None:
     shared = nn.Linear(3, 3)
     model = nn.Sequential(shared, shared)
-    captured = capture(model, sgd(model))
+    captured = snapshot(model, sgd(model))
     assert load(save(captured[MODEL])).keys() == model.state_dict().keys()
 
 
@@ -257,7 +257,7 @@ def test_moments_that_one_device_begins_with_and_the_other_does_not_are_no_obsta
 ) -> None:
     """On GPUs the optimizer begins with empty moments, also of what has yet to be let loose."""
 
-    def staged(seed: int, *, begins: bool) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    def unfreezing(seed: int, *, begins: bool) -> tuple[nn.Sequential, torch.optim.Optimizer]:
         model = network(seed)
         optimizer = sgd(model)
         model[0].requires_grad_(requires_grad=False)
@@ -266,10 +266,10 @@ def test_moments_that_one_device_begins_with_and_the_other_does_not_are_no_obsta
                 optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
         return model, optimizer
 
-    model, optimizer = staged(0, begins=begun == "there")
+    model, optimizer = unfreezing(0, begins=begun == "there")
     train(model, optimizer, range(2))
     write(path, model, optimizer)
-    other, other_optimizer = staged(1, begins=begun == "here")
+    other, other_optimizer = unfreezing(1, begins=begun == "here")
     restore(path, other, other_optimizer, updated=True)
     assert same(model.state_dict(), other.state_dict())
     mine, theirs = moments(model, optimizer), moments(other, other_optimizer)
@@ -447,26 +447,26 @@ def live(seed: int = 0) -> nn.Sequential:
     return model
 
 
-def gathered(world: int) -> dict[str, Tensor]:
+def gathered(world_size: int) -> dict[str, Tensor]:
     """Return the statistics that as many processes have, each its own."""
     return {
         f"{rank}.{name}": buffer.double()
-        for rank in range(world)
+        for rank in range(world_size)
         for name, buffer in live(rank).named_buffers()
         if not name.startswith("2.")
     }
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_each_process_gets_its_own_statistics_back(world: int, path: Path) -> None:
-    assert load_statistics(path) == {}, "one process has them in its model"
-    (path / STATISTICS).write_bytes(save(gathered(world)))
-    found = load_statistics(path)
-    assert same(found, gathered(world))
-    for rank in range(world):
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_each_process_gets_its_own_statistics_back(world_size: int, path: Path) -> None:
+    assert load_batch_norm_statistics(path) == {}, "one process has them in its model"
+    (path / STATISTICS).write_bytes(save(gathered(world_size)))
+    found = load_batch_norm_statistics(path)
+    assert same(found, gathered(world_size))
+    for rank in range(world_size):
         model = live(99)
         frozen = {name: buffer.clone() for name, buffer in model[2].named_buffers()}
-        restore_statistics(model, found, rank=rank, world=world)
+        restore_batch_norm_statistics(model, found, rank=rank, world_size=world_size)
         restored = {name: buffer for name, buffer in model.named_buffers() if not name.startswith("2.")}
         assert same(
             restored, {name: b for name, b in live(rank).named_buffers() if not name.startswith("2.")}
@@ -474,10 +474,10 @@ def test_each_process_gets_its_own_statistics_back(world: int, path: Path) -> No
         assert same(dict(model[2].named_buffers()), frozen)
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
-def test_among_another_number_of_processes_the_average_counts(world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_among_another_number_of_processes_the_average_counts(world_size: int) -> None:
     model = live(99)
-    restore_statistics(model, gathered(3), rank=world - 1, world=world)
+    restore_batch_norm_statistics(model, gathered(3), rank=world_size - 1, world_size=world_size)
     mean = torch.stack([live(rank)[0].running_mean.double() for rank in range(3)]).mean(0).float()
     assert torch.equal(model[0].running_mean, mean)
     assert int(model[0].num_batches_tracked) == 1
@@ -485,7 +485,7 @@ def test_among_another_number_of_processes_the_average_counts(world: int) -> Non
 
 def test_without_gathered_statistics_the_models_own_stay() -> None:
     model = live(5)
-    restore_statistics(model, {}, rank=0, world=4)
+    restore_batch_norm_statistics(model, {}, rank=0, world_size=4)
     assert same(dict(model.named_buffers()), dict(live(5).named_buffers()))
 
 
@@ -513,24 +513,26 @@ def renamed(statistics: dict[str, Tensor], old: str, new: str) -> dict[str, Tens
         {**gathered(2), "0.0.running_mean": torch.zeros(2, dtype=torch.complex64)},
     ],
 )
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_statistics_of_another_model_are_refused(statistics: dict[str, Tensor], world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_statistics_of_another_model_are_refused(statistics: dict[str, Tensor], world_size: int) -> None:
     model = live(7)
     with pytest.raises(
         UserError, match=r"statistics are those of another model: expected 6 tensors for each process"
     ):
-        restore_statistics(model, statistics, rank=0, world=world)
+        restore_batch_norm_statistics(model, statistics, rank=0, world_size=world_size)
     assert same(dict(model.named_buffers()), dict(live(7).named_buffers()))
 
 
 def test_statistics_for_a_model_without_any_are_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    restore_statistics(model, {}, rank=0, world=1)
+    restore_batch_norm_statistics(model, {}, rank=0, world_size=1)
     with pytest.raises(UserError, match="those of another model"):
-        restore_statistics(model, {"0.0.running_mean": torch.zeros(2).double()}, rank=0, world=1)
+        restore_batch_norm_statistics(
+            model, {"0.0.running_mean": torch.zeros(2).double()}, rank=0, world_size=1
+        )
 
 
 def test_a_damaged_file_of_statistics_is_told(path: Path) -> None:
     (path / STATISTICS).write_bytes(b"\0" * 100)
     with pytest.raises(UserError, match=r"statistics.safetensors: could not be read"):
-        load_statistics(path)
+        load_batch_norm_statistics(path)

@@ -3,15 +3,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from trainer.checkpoint.writer import Writer
+from trainer.checkpoint.writer import AsyncWriter
 from trainer.errors import UserError
 
 PATIENCE = 30.0
 
 
 @pytest.fixture
-def writer() -> Iterator[Writer]:
-    writer = Writer()
+def writer() -> Iterator[AsyncWriter]:
+    writer = AsyncWriter()
     yield writer
     writer.close()
 
@@ -20,7 +20,7 @@ def fail(error: BaseException) -> None:
     raise error
 
 
-def test_a_job_is_done_in_another_thread_while_this_one_goes_on(writer: Writer) -> None:
+def test_a_job_is_done_in_another_thread_while_this_one_goes_on(writer: AsyncWriter) -> None:
     go, done_by = threading.Event(), []
 
     def job() -> None:
@@ -31,13 +31,13 @@ def test_a_job_is_done_in_another_thread_while_this_one_goes_on(writer: Writer) 
     assert not done_by
     assert writer.failure is None, "asked while it works"
     go.set()
-    assert writer.settle()
+    assert writer.wait()
     (name,) = done_by
     assert name.startswith("checkpoint")
     assert name != threading.current_thread().name
 
 
-def test_two_jobs_are_never_under_way(writer: Writer) -> None:
+def test_two_jobs_are_never_under_way(writer: AsyncWriter) -> None:
     done: list[str] = []
     begun, go = threading.Event(), threading.Event()
 
@@ -61,11 +61,11 @@ def test_two_jobs_are_never_under_way(writer: Writer) -> None:
     go.set()
     other.join(PATIENCE)
     assert given.is_set()
-    assert writer.settle()
+    assert writer.wait()
     assert done == ["first", "second"]
 
 
-def test_many_jobs_are_done_in_their_order(writer: Writer) -> None:
+def test_many_jobs_are_done_in_their_order(writer: AsyncWriter) -> None:
     done: list[int] = []
     under_way = threading.Semaphore(1)
 
@@ -76,27 +76,29 @@ def test_many_jobs_are_done_in_their_order(writer: Writer) -> None:
 
     for number in range(200):
         writer.submit(lambda number=number: job(number))
-    assert writer.settle()
+    assert writer.wait()
     assert done == list(range(200))
 
 
-def test_what_the_user_has_to_hear_is_kept_and_nothing_more_is_begun(writer: Writer) -> None:
+def test_what_the_user_has_to_hear_is_kept_and_nothing_more_is_begun(writer: AsyncWriter) -> None:
     error, done = UserError("the disk is full"), []
     writer.submit(lambda: fail(error))
     for number in range(3):
-        assert not writer.settle()
+        assert not writer.wait()
         assert writer.failure is error
         writer.submit(lambda number=number: done.append(number))
-    assert not writer.settle()
+    assert not writer.wait()
     assert not done
     writer.close()
     assert writer.failure is error
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), OSError(28, "full"), KeyboardInterrupt()])
-def test_any_other_error_is_raised_where_failures_are_asked_for(writer: Writer, error: BaseException) -> None:
+def test_any_other_error_is_raised_where_failures_are_asked_for(
+    writer: AsyncWriter, error: BaseException
+) -> None:
     writer.submit(lambda: fail(error))
-    assert not writer.settle()
+    assert not writer.wait()
     for _ in range(2):
         with pytest.raises(type(error)) as caught:
             _ = writer.failure
@@ -104,7 +106,7 @@ def test_any_other_error_is_raised_where_failures_are_asked_for(writer: Writer, 
 
 
 def test_closing_waits_for_what_was_begun() -> None:
-    writer, done = Writer(), []
+    writer, done = AsyncWriter(), []
     begun, go = threading.Event(), threading.Event()
 
     def job() -> None:
@@ -123,12 +125,12 @@ def test_closing_waits_for_what_was_begun() -> None:
     assert closed.is_set()
     assert done == ["written"]
     assert writer.failure is None
-    assert writer.settle()
+    assert writer.wait()
 
 
 def test_before_the_first_job_all_is_well() -> None:
-    writer = Writer()
-    assert writer.settle()
+    writer = AsyncWriter()
+    assert writer.wait()
     assert writer.failure is None
     writer.close()
     writer.close()

@@ -14,12 +14,12 @@ from tests.launching import rows
 from trainer.commands import compare as verb
 from trainer.commands.compare import compare, plan, variants
 from trainer.config.strategies import known
-from trainer.data.loader import ImageGone
+from trainer.data.loader import ImageReadError
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
-from trainer.report.logger import RunReport
-from trainer.run.lock import records
-from trainer.train_run import Outcome
+from trainer.report.logger import RunLogger
+from trainer.run.lock import read_attempts
+from trainer.train_run import TrainResult
 from trainer.transfer import wise_ft
 
 TIMED = {"seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes"}
@@ -97,7 +97,7 @@ def test_a_strategy_wins_over_what_is_common_and_a_variants_options_over_it(
     note, scratch = found.values()
     assert (note.optim.lr, note.optim.weight_decay, note.optim.loss_reduction) == (7, 1e-3, "sum")
     assert (scratch.optim.lr, scratch.optim.weight_decay, scratch.optim.loss_reduction) == (1e-3, 0.5, "mean")
-    assert (note.optim.clip_norm, scratch.optim.clip_norm) == (3, 3), "where they say nothing"
+    assert (note.optim.max_grad_norm, scratch.optim.max_grad_norm) == (3, 3), "where they say nothing"
     assert (note.model.weights, scratch.model.weights) == (str(tmp_path / "w.pth"), None)
     assert note.train == scratch.train == plain.train
     assert said == [
@@ -160,7 +160,7 @@ class Ran:
         self.configs: list[Any] = []
         self.fails: dict[str, BaseException] = {}
 
-    def __call__(self, config: Any, signals: StopSignals) -> Outcome:
+    def __call__(self, config: Any, signals: StopSignals) -> TrainResult:
         folder = Path(config.run.dir)
         self.configs.append(config)
         error = self.fails.get(folder.parent.name)
@@ -171,7 +171,7 @@ class Ran:
         }  # fmt: skip
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        return Outcome(folder=folder, rows=(row,), examples=(8, 4), selection=None, seconds=3.0)
+        return TrainResult(folder=folder, rows=(row,), examples=(8, 4), selection=None, seconds=3.0)
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(
         compare([*words, "--strategies=note"], StopSignals())
 
 
-@pytest.mark.parametrize("error", [ImageGone("a.png: gone"), Stopped("SIGTERM"), RuntimeError("no")])
+@pytest.mark.parametrize("error", [ImageReadError("a.png: gone"), Stopped("SIGTERM"), RuntimeError("no")])
 def test_what_one_process_alone_may_meet_ends_the_comparison(
     error: BaseException, root: Path, tmp_path: Path, ran: Ran
 ) -> None:
@@ -225,7 +225,7 @@ def test_a_source_model_is_trained_once_for_all_that_start_from_one(
     made: list[tuple[str, str | None, str | None, int, str]] = []
     real = verb.run
 
-    def run(config: Any, signals: StopSignals) -> Outcome | None:
+    def run(config: Any, signals: StopSignals) -> TrainResult | None:
         name = Path(config.run.dir).relative_to(tmp_path / "c").as_posix()
         made.append(
             (name, config.model.weights, config.source.root, config.train.epochs, config.optim.loss_reduction)
@@ -265,16 +265,16 @@ def test_a_comparison_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
     compare([*reference, "--seeds=1", f"--strategies={cycled}"], StopSignals())
 
     signals, steps = StopSignals(), 0
-    step = RunReport.step
+    step = RunLogger.log_progress
 
-    def asked(self: RunReport, epoch: int, epoch_step: int) -> None:
+    def asked(self: RunLogger, epoch: int, epoch_step: int) -> None:
         nonlocal steps
         steps += 1
         if steps == 4 + 4 + 2:  # in the third of the four runs
             signals.asked = signal.SIGTERM
         step(self, epoch, epoch_step)
 
-    monkeypatch.setattr(RunReport, "step", asked)
+    monkeypatch.setattr(RunLogger, "step", asked)
     again = options(root, tmp_path / "again", train__batch_size=2)
     again += ["--seeds=2", f"--strategies={cycled},{other}"]
     with pytest.raises(Stopped) as stopped:
@@ -297,7 +297,7 @@ def test_a_comparison_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
     once_more = compare(again, StopSignals())
     assert once_more == resumed
     assert {path: path.stat().st_mtime_ns for path in models} == models
-    assert records(tmp_path / "again" / other / "seed-1")[-1].state == "done"
+    assert read_attempts(tmp_path / "again" / other / "seed-1")[-1].state == "done"
     with pytest.raises(UserError, match=r"optim\.clip_norm: None there, 0\.5 now"):
         compare([*again, "--optim.clip_norm=0.5"], StopSignals())
     assert steps == 4 * 4

@@ -11,34 +11,34 @@ from rich.console import Console
 from torch import nn
 from torchvision import models
 
-from trainer.checkpoint.retention import Policy
+from trainer.checkpoint.retention import RetentionPolicy
 from trainer.config import builders
-from trainer.config.builders import Evaluator, make_plan, make_policy
-from trainer.config.model_builder import make_groups, make_model
-from trainer.config.preflight import require_synchronisable
+from trainer.config.builders import Evaluator, make_retention_policy, make_schedule
+from trainer.config.model_builder import make_model, make_param_groups
+from trainer.config.preflight import require_sync_batch_norm
 from trainer.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
     ModelConfig,
     OptimConfig,
-    SourceConfig,
+    PretrainConfig,
     TrainConfig,
     TransferConfig,
 )
 from trainer.data.augment import Preprocessing
-from trainer.data.index import Example, ImageIndex
-from trainer.data.loader import Order
+from trainer.data.index import DatasetIndex, Example
+from trainer.data.loader import EpochOrder
 from trainer.distributed import context
 from trainer.errors import UserError
-from trainer.model.file import Description, write_model
+from trainer.model.file import ModelMetadata, write_model
 from trainer.report.block_table import block_table
 
-ORDER = Order(examples=25, batch_size=10, seed=0)  # 3 steps an epoch
+ORDER = EpochOrder(examples=25, batch_size=10, seed=0)  # 3 steps an epoch
 
 
 def plan(warmup: str) -> Any:
-    return make_plan(
+    return make_schedule(
         Config(optim=OptimConfig(warmup=warmup, schedule="constant"), train=TrainConfig(epochs=2)),
         ORDER,
     )
@@ -47,13 +47,13 @@ def plan(warmup: str) -> Any:
 def test_durations_become_steps_of_this_run() -> None:
     made = plan("1 epochs")
     assert made.batch_sizes == (10, 10, 5)
-    assert [made.lr_factor(step) for step in range(6)] == [
+    assert [made.lr_multiplier(step) for step in range(6)] == [
         pytest.approx((step + 1) / 3) for step in range(3)
     ] + [1.0] * 3
 
 
 def test_a_warm_up_longer_than_the_run_is_refused() -> None:
-    assert plan("6 steps").lr_factor(5) == 1
+    assert plan("6 steps").lr_multiplier(5) == 1
     for warmup in ("7 steps", "100 epochs"):
         with pytest.raises(UserError, match=r"optim\.warmup .* the run has 6"):
             plan(warmup)
@@ -74,7 +74,9 @@ def test_a_warm_up_longer_than_the_run_is_refused() -> None:
 def test_intervals_become_steps_of_this_run_and_at_least_one(
     given: CheckpointConfig, steps: int | None, seconds: float | None, keep_every: int | None
 ) -> None:
-    assert make_policy(Config(checkpoint=given, train=TrainConfig(epochs=4)), ORDER) == Policy(
+    assert make_retention_policy(
+        Config(checkpoint=given, train=TrainConfig(epochs=4)), ORDER
+    ) == RetentionPolicy(
         every_steps=steps, every_seconds=seconds, keep_last=2, keep_best=True, keep_every=keep_every
     )
 
@@ -93,7 +95,7 @@ def rates(**optim: Any) -> dict[str, set[tuple[str, float, float]]]:
         optim=OptimConfig(**given),
     )
     created = make_model(config, "abc", None, on_progress=print)
-    groups = make_groups(created, config)
+    groups = make_param_groups(created, config)
     every = [parameter for group in groups for parameter in group.parameters]
     assert len(every) == len({id(p) for p in every}), "a parameter is in one group"
     group_of = {id(parameter): group for group in groups for parameter in group.parameters}
@@ -119,18 +121,18 @@ def test_the_rate_falls_with_each_block_below_the_head() -> None:
 
 
 def test_patterns_multiply_rates_and_the_last_that_matches_counts() -> None:
-    found = rates(lr_scales={"layer*": 0.1, "layer4": 3, "fc.bias": 2, "layer1.0.bn1.bias": 0.5})
+    found = rates(lr_mult={"layer*": 0.1, "layer4": 3, "fc.bias": 2, "layer1.0.bn1.bias": 0.5})
     assert found["layer2"] == {("backbone", 0.1, 0.5)}
     assert found["layer4"] == {("backbone", 3.0, 0.5)}
     assert found["fc"] == {("head", 10.0, 0.5), ("head", 20.0, 0.5)}
     assert found["layer1"] == {("backbone", 0.1, 0.5), ("backbone", 0.5, 0.5)}
     assert found["conv1"] == {("backbone", 1.0, 0.5)}
     with pytest.raises(UserError, match="'layre' matches no parameter of this model; its blocks are conv1"):
-        rates(lr_scales={"layre": 1})
+        rates(lr_mult={"layre": 1})
 
 
 def test_weight_decay_is_kept_off_norms_and_biases_on_demand() -> None:
-    found = rates(decay_norms=False)
+    found = rates(decay_norm_and_bias=False)
     assert found["bn1"] == {("backbone", 1.0, 0.0)}
     assert found["conv1"] == {("backbone", 1.0, 0.5)}
     assert found["fc"] == {("head", 10.0, 0.5), ("head", 10.0, 0.0)}
@@ -159,7 +161,7 @@ def test_the_table_says_of_each_block_what_becomes_of_it(train: Any, row: str) -
     )
     created = make_model(config, "abc", None, on_progress=print)
     file = io.StringIO()
-    Console(file=file, width=120).print(block_table(created, make_groups(created, config)))
+    Console(file=file, width=120).print(block_table(created, make_param_groups(created, config)))
     lines = [line.split() for line in file.getvalue().splitlines() if line.strip()]
     assert [line[0] for line in lines[2:]] == ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]
     assert [" ".join(line) for line in lines[-2:]] == [row, "fc (new) yes 1,539 0.01 0.1 -"]
@@ -172,7 +174,7 @@ def test_a_stage_that_never_comes_is_told_of() -> None:
         transfer=TransferConfig(train={0: "head", 2: "layer4", 9: "all"}),
         train=TrainConfig(epochs=3),
     )
-    lines = make_model(config, "abc", None, on_progress=print).lines
+    lines = make_model(config, "abc", None, on_progress=print).summary
     assert [line for line in lines if "stage" in line] == [
         "transfer.train: the run ends after epoch 3, before the stage from epoch 10 on"
     ]
@@ -185,7 +187,7 @@ def test_layers_that_nobody_ever_trains_are_told_of(train: Any, told: int) -> No
         model=ModelConfig(name="shufflenet_v2_x0_5", weights=None),
         transfer=TransferConfig(train=train),
     )
-    lines = make_model(config, "abc", None, on_progress=print).lines
+    lines = make_model(config, "abc", None, on_progress=print).summary
     assert sum("keeps the values that were drawn for it" in line for line in lines) == told
 
 
@@ -193,10 +195,10 @@ def test_layers_that_nobody_ever_trains_are_told_of(train: Any, told: int) -> No
 
 
 class Machine:
-    """One of `world` processes on a device of that kind."""
+    """One of `world_size` processes on a device of that kind."""
 
-    def __init__(self, world: int, device: str) -> None:
-        self.world = world
+    def __init__(self, world_size: int, device: str) -> None:
+        self.world_size = world_size
         self.accelerator = self
         self.device = torch.device(device)
 
@@ -210,21 +212,21 @@ def synchronised(batch_size: int = 10, **train: Any) -> Config:
     )
 
 
-@pytest.mark.parametrize(("world", "device"), [(1, "cpu"), (1, "cuda"), (2, "cuda"), (5, "cuda")])
-def test_gpus_and_single_processes_synchronise(world: int, device: str) -> None:
-    require_synchronisable(synchronised(), ORDER, Machine(world, device))  # type: ignore[arg-type]
+@pytest.mark.parametrize(("world_size", "device"), [(1, "cpu"), (1, "cuda"), (2, "cuda"), (5, "cuda")])
+def test_gpus_and_single_processes_synchronise(world_size: int, device: str) -> None:
+    require_sync_batch_norm(synchronised(), ORDER, Machine(world_size, device))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("config", "order", "world", "device", "said"),
+    ("config", "order", "world_size", "device", "said"),
     [
         (synchronised(), ORDER, 2, "cpu", "which needs GPUs: .* Choose frozen, .* or run one process"),
-        (synchronised(accumulation=2), ORDER, 1, "cpu", r"train\.accumulation 2 .* set it to 1"),
-        (synchronised(accumulation=2), ORDER, 2, "cuda", r"train\.accumulation 2 .* set it to 1"),
+        (synchronised(grad_accum_steps=2), ORDER, 1, "cpu", r"train\.accumulation 2 .* set it to 1"),
+        (synchronised(grad_accum_steps=2), ORDER, 2, "cuda", r"train\.accumulation 2 .* set it to 1"),
         (synchronised(), ORDER, 6, "cuda", "a batch of 5, fewer than the 6 processes: choose another"),
         (
             synchronised(),
-            Order(examples=21, batch_size=10, seed=0),
+            EpochOrder(examples=21, batch_size=10, seed=0),
             2,
             "cuda",
             "a batch of 1, fewer than the 2",
@@ -232,10 +234,10 @@ def test_gpus_and_single_processes_synchronise(world: int, device: str) -> None:
     ],
 )
 def test_where_the_global_batch_is_not_seen_at_once_it_is_refused(
-    config: Config, order: Order, world: int, device: str, said: str
+    config: Config, order: EpochOrder, world_size: int, device: str, said: str
 ) -> None:
     with pytest.raises(UserError, match=r"transfer\.batch_norm is sync, .*" + said):
-        require_synchronisable(config, order, Machine(world, device))  # type: ignore[arg-type]
+        require_sync_batch_norm(config, order, Machine(world_size, device))  # type: ignore[arg-type]
 
 
 def test_the_classes_of_a_model_file_of_regraft_are_what_it_says_they_are(tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def test_the_classes_of_a_model_file_of_regraft_are_what_it_says_they_are(tmp_pa
         mean=(0, 0, 0),
         std=(1, 1, 1),
     )
-    description = Description(
+    description = ModelMetadata(
         version="0",
         architecture="squeezenet1_1",
         classes=("bee", "ant", "cat"),
@@ -268,23 +270,23 @@ def test_the_classes_of_a_model_file_of_regraft_are_what_it_says_they_are(tmp_pa
     made = make_model(config, ["Felix", "ants"], str(path), on_progress=print)
     weight = source.classifier[1].weight
     assert torch.equal(made.model.classifier[1].weight, weight[[2, 1]] - weight.mean(0))
-    assert f"what file {path} says of itself" in "\n".join(made.lines)
+    assert f"what file {path} says of itself" in "\n".join(made.summary)
     # With a source stage it is that stage's file, whatever model.weights says.
-    config = replace(config, source=SourceConfig(root="x"), model=replace(config.model, weights=None))
+    config = replace(config, source=PretrainConfig(root="x"), model=replace(config.model, weights=None))
     again = make_model(config, ["Felix", "ants"], str(path), on_progress=print)
     assert torch.equal(again.model.classifier[1].weight, made.model.classifier[1].weight)
 
 
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])
 def test_other_batch_norms_are_never_refused(batch_norm: Any) -> None:
-    config = Config(transfer=TransferConfig(batch_norm=batch_norm), train=TrainConfig(accumulation=4))
-    require_synchronisable(config, ORDER, Machine(6, "cpu"))  # type: ignore[arg-type]
+    config = Config(transfer=TransferConfig(batch_norm=batch_norm), train=TrainConfig(grad_accum_steps=4))
+    require_sync_batch_norm(config, ORDER, Machine(6, "cpu"))  # type: ignore[arg-type]
 
 
 def test_layers_are_synchronised_where_there_is_somebody_to_synchronise_with() -> None:
     alone, one, several = (
-        make_model(config, "abc", None, world=world, on_progress=print).model
-        for config, world in ((Config(data=DataConfig(image_size=32), model=synchronised().model), 2),
+        make_model(config, "abc", None, world_size=world_size, on_progress=print).model
+        for config, world_size in ((Config(data=DataConfig(image_size=32), model=synchronised().model), 2),
                               (synchronised(), 1), (synchronised(), 2))
     )  # fmt: skip
 
@@ -308,19 +310,19 @@ def test_layers_are_synchronised_where_there_is_somebody_to_synchronise_with() -
 
 
 @pytest.fixture
-def machine() -> Iterator[context.Runtime]:
+def ctx() -> Iterator[context.DistributedContext]:
     threads = torch.get_num_threads()
     yield context.start(device="cpu", precision="fp32", threads=1)
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("count", [1, 8, 9, 23])
 def test_there_are_as_many_rounds_as_the_process_with_most_batches_has(
-    count: int, world: int, machine: context.Runtime, monkeypatch: pytest.MonkeyPatch
+    count: int, world_size: int, ctx: context.DistributedContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = tuple(Example(f"{i}.png", i % 2) for i in range(count))
-    index = ImageIndex(
+    index = DatasetIndex(
         root=None,
         classes=("a", "b"),
         train=part,
@@ -342,16 +344,16 @@ def test_there_are_as_many_rounds_as_the_process_with_most_batches_has(
     lengths: list[list[int]] = []
 
     class OneOf:
-        accelerator, threads, cores = machine.accelerator, 1, 1
+        accelerator, threads, cores = ctx.accelerator, 1, 1
 
         def __init__(self, rank: int) -> None:
-            self.rank, self.world = rank, world
+            self.rank, self.world_size = rank, world_size
 
     monkeypatch.setattr(builders, "evaluate", lambda model, batches, **given: asked.append(given["rounds"]))
-    for rank in range(world):
+    for rank in range(world_size):
         evaluator = Evaluator(index, preprocessing, synchronised(batch_size=16), OneOf(rank))  # type: ignore[arg-type]
         lengths.append([len(loader) for _, loader in evaluator._parts.values()])  # type: ignore[arg-type]
         evaluator(nn.Identity(), lambda: False)
     most = [max(lengths_of_part) for lengths_of_part in zip(*lengths, strict=True)]
-    assert asked == most * world, "all processes make as many, for each part"
-    assert most == [1, math.ceil(count / (world * 8))]
+    assert asked == most * world_size, "all processes make as many, for each part"
+    assert most == [1, math.ceil(count / (world_size * 8))]

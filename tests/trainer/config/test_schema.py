@@ -8,8 +8,8 @@ from trainer.config.schema import (
     Config,
     DataConfig,
     ModelConfig,
-    RegulariseConfig,
-    SourceConfig,
+    PretrainConfig,
+    RegularizationConfig,
     TrainConfig,
     TransferConfig,
 )
@@ -61,16 +61,16 @@ def test_a_checkpoint_rule_that_cannot_be_kept_is_refused(given: dict[str, Any],
         (
             {
                 "data": DataConfig(sampling="balanced"),
-                "regularise": RegulariseConfig(class_weights="balanced"),
+                "regularise": RegularizationConfig(class_weights="balanced"),
             },
             r"data\.sampling and regularise\.class_weights are both balanced",
         ),
         (
-            {"regularise": RegulariseConfig(mixup=0.2), "train": TrainConfig(batch_size=1)},
+            {"regularise": RegularizationConfig(mixup=0.2), "train": TrainConfig(batch_size=1)},
             r"regularise\.mixup and cutmix mix .* train\.batch_size is 1",
         ),
         (
-            {"regularise": RegulariseConfig(cutmix=1.0), "train": TrainConfig(batch_size=1)},
+            {"regularise": RegularizationConfig(cutmix=1.0), "train": TrainConfig(batch_size=1)},
             r"regularise\.mixup and cutmix mix .* train\.batch_size is 1",
         ),
     ],
@@ -85,10 +85,14 @@ def test_regularisers_that_do_not_go_together_are_refused(given: dict[str, Any],
 @pytest.mark.parametrize(
     ("section", "given", "said"),
     [
-        (RegulariseConfig, {"label_smoothing": 1.0}, r"regularise\.label_smoothing is 1\.0: expected 0 to"),
-        (RegulariseConfig, {"label_smoothing": float("nan")}, r"regularise\.label_smoothing is nan"),
-        (RegulariseConfig, {"mixup": -0.1}, r"regularise\.mixup is -0\.1: expected 0 or more"),
-        (RegulariseConfig, {"cutmix": float("inf")}, r"regularise\.cutmix is inf: expected 0 or more"),
+        (
+            RegularizationConfig,
+            {"label_smoothing": 1.0},
+            r"regularise\.label_smoothing is 1\.0: expected 0 to",
+        ),
+        (RegularizationConfig, {"label_smoothing": float("nan")}, r"regularise\.label_smoothing is nan"),
+        (RegularizationConfig, {"mixup": -0.1}, r"regularise\.mixup is -0\.1: expected 0 or more"),
+        (RegularizationConfig, {"cutmix": float("inf")}, r"regularise\.cutmix is inf: expected 0 or more"),
         (DataConfig, {"random_erasing": 1.1}, r"data\.random_erasing is 1\.1: expected a probability"),
     ],
 )
@@ -101,7 +105,7 @@ def test_a_regulariser_out_of_its_range_is_refused(section: Any, given: dict[str
 def test_what_leads_back_to_a_source_needs_one(given: dict[str, Any]) -> None:
     transfer = TransferConfig(**given)
     Config(transfer=transfer)
-    Config(transfer=transfer, model=ModelConfig(weights=None), source=SourceConfig(root="images"))
+    Config(transfer=transfer, model=ModelConfig(weights=None), source=PretrainConfig(root="images"))
     with pytest.raises(
         UserError, match=r"transfer\.(l2_sp is 0\.1|wise_ft is True), which leads back to a source"
     ):

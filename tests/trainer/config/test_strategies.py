@@ -7,7 +7,7 @@ from trainer.config.parse import QUICKSTART, dump, parse
 from trainer.config.schema import Config
 from trainer.config.strategies import FOLDER, known, path_of
 from trainer.errors import UserError
-from trainer.run.folder import MARK, examine
+from trainer.run.folder import MARK, check_resumable
 
 NAMES = ("from-scratch", "gradual", "head-only", "lp-ft", "note", "strong-regularisation")
 
@@ -33,7 +33,7 @@ def test_each_layer_wins_over_the_one_before_it(file: str) -> None:
     assert from_file.optim.lr == 1, "the file, over its strategy"
     on_line = parse(["--config", file, "--transfer.strategy", "lp-ft"])
     assert (on_line.optim.lr, on_line.optim.loss_reduction) == (3e-5, "mean"), "another one, over the file"
-    assert on_line.optim.clip_norm == 7, "the file, where that one says nothing"
+    assert on_line.optim.max_grad_norm == 7, "the file, where that one says nothing"
     assert on_line.optim.momentum == 0.9, "the file's own strategy is not beneath it"
     last = parse(["--config", file, "--optim.lr=5", "--transfer.strategy=lp-ft", "--optim.warmup", "3 steps"])
     assert (last.optim.lr, last.optim.warmup) == (5, "3 steps"), "options of the line, on either side of it"
@@ -144,13 +144,13 @@ def test_a_strategy_is_a_name_for_its_options_when_a_run_goes_on(tmp_path: Path)
     named = parse(["--data.root=x", "--transfer.strategy=head-only"])
     write(tmp_path / "config.yaml", MARK + dump(named))
     (tmp_path / "model.safetensors").touch()
-    spelt = yaml.safe_load((FOLDER / "head-only.yaml").read_text(encoding="utf-8"))
-    words = [f"--{s}.{k}={v}" for s, values in spelt.items() for k, v in values.items()]
+    normalize_name = yaml.safe_load((FOLDER / "head-only.yaml").read_text(encoding="utf-8"))
+    words = [f"--{s}.{k}={v}" for s, values in normalize_name.items() for k, v in values.items()]
     same = parse(["--data.root=x", *words])
     assert same.transfer.strategy is None
-    assert examine(tmp_path, dump(same), resume="auto") is not None
+    assert check_resumable(tmp_path, dump(same), resume="auto") is not None
     with pytest.raises(UserError, match=r"optim\.lr: 0\.01 there, 3e-05 now"):
-        examine(tmp_path, dump(parse(["--data.root=x", "--transfer.strategy=lp-ft"])), resume="auto")
+        check_resumable(tmp_path, dump(parse(["--data.root=x", "--transfer.strategy=lp-ft"])), resume="auto")
 
 
 def test_print_config_shows_the_strategys_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from torchvision.transforms import InterpolationMode
 from tests.folders import picture
 from trainer.data.augment import (
     Augmentation,
-    Normalise,
+    Normalize,
     Preprocessing,
     apply_seeded,
     eval_transform,
@@ -111,7 +111,7 @@ def test_erasing_makes_a_rectangle_the_models_zero_and_leaves_the_rest(augment: 
         area = (rows.max() + 1 - rows.min()) * (columns.max() + 1 - columns.min())
         assert 0.01 < area / 32**2 < 0.37
         rectangles.add((rows.min(), rows.max(), columns.min(), columns.max()))
-        erased = Normalise(RECIPE, torch.device("cpu"))(
+        erased = Normalize(RECIPE, torch.device("cpu"))(
             torch.from_numpy(after[box].copy()).permute(2, 0, 1)[None]
         )
         assert erased.abs().max() < 0.5 / 255 / min(STD), "half a grey level"
@@ -144,7 +144,7 @@ def test_normalising_is_to_tensor_and_normalize(channels_last: bool) -> None:
     reference = torch.stack([v1.Compose([v1.ToTensor(), v1.Normalize(MEAN, STD)])(image) for image in images])
     batch = torch.from_numpy(np.stack([to_array(image) for image in images])).permute(0, 3, 1, 2)
     batch = batch if channels_last else batch.contiguous()
-    found = Normalise(RECIPE, torch.device("cpu"))(batch)
+    found = Normalize(RECIPE, torch.device("cpu"))(batch)
     torch.testing.assert_close(found, reference, atol=1e-6, rtol=0)
     assert found.dtype == torch.float32
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -153,7 +153,7 @@ def test_normalising_is_to_tensor_and_normalize(channels_last: bool) -> None:
 
 def test_normalising_an_empty_share() -> None:
     empty = torch.empty(0, 3, 8, 8, dtype=torch.uint8)
-    assert Normalise(RECIPE, torch.device("cpu"))(empty).shape == (0, 3, 8, 8)
+    assert Normalize(RECIPE, torch.device("cpu"))(empty).shape == (0, 3, 8, 8)
 
 
 FIELDS = {

@@ -8,7 +8,7 @@ import torch
 from tests.folders import image_folder
 from trainer.data.augment import Preprocessing, train_transform
 from trainer.data.balance import balanced, repeated
-from trainer.data.loader import Draw, Images, Order, Shares
+from trainer.data.loader import DistributedBatchSampler, EpochOrder, ImageDataset, SampleKey
 
 COUNTS = {
     "rare": {0: 13, 1: 2, 2: 6},
@@ -24,9 +24,9 @@ def labels_of(name: str) -> tuple[int, ...]:
     return tuple(labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(4))].tolist())
 
 
-def order_of(name: str, *, batch_size: int = 4, seed: int = 3) -> Order:
+def order_of(name: str, *, batch_size: int = 4, seed: int = 3) -> EpochOrder:
     labels = labels_of(name)
-    return Order(examples=len(labels), batch_size=batch_size, seed=seed, labels=labels)
+    return EpochOrder(examples=len(labels), batch_size=batch_size, seed=seed, labels=labels)
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -65,8 +65,8 @@ def test_the_order_is_one_of_seed_and_epoch_and_its_digest_tells_it_from_another
         order.digest(0),
         order.digest(1),
         order_of("rare", seed=4).digest(0),
-        Order(examples=21, batch_size=4, seed=3).digest(0),
-        Order(examples=21, batch_size=4, seed=3, labels=labels_of("rare")[::-1]).digest(0),
+        EpochOrder(examples=21, batch_size=4, seed=3).digest(0),
+        EpochOrder(examples=21, batch_size=4, seed=3, labels=labels_of("rare")[::-1]).digest(0),
     }
     assert len(digests) == 5
 
@@ -77,10 +77,13 @@ def test_repeats_are_counted_in_their_order() -> None:
     assert repeated(torch.tensor([], dtype=torch.int64)).tolist() == []
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_the_ranks_shares_are_the_global_batch_with_its_repeats_from_any_step_on(world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_the_ranks_shares_are_the_global_batch_with_its_repeats_from_any_step_on(world_size: int) -> None:
     order = order_of("rare", batch_size=5)
-    ranks = [list(Shares(order, epochs=2, rank=rank, world=world)) for rank in range(world)]
+    ranks = [
+        list(DistributedBatchSampler(order, epochs=2, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
     for epoch in range(2):
         shares = [[share for share in rank if share and share[0].epoch == epoch] for rank in ranks]
         draws = [draw for rank in shares for share in rank for draw in share]
@@ -93,7 +96,9 @@ def test_the_ranks_shares_are_the_global_batch_with_its_repeats_from_any_step_on
         assert sorted(drawn) == sorted(order.batch(*divmod(step, order.steps_per_epoch)))
     for rank, whole in enumerate(ranks):
         for start in range(len(whole) + 1):
-            rest = Shares(order, epochs=2, start_step=start, rank=rank, world=world)
+            rest = DistributedBatchSampler(
+                order, epochs=2, start_step=start, rank=rank, world_size=world_size
+            )
             assert list(rest) == whole[start:]
 
 
@@ -103,8 +108,8 @@ def test_an_example_that_comes_again_comes_in_another_crop_and_the_first_as_ever
         image_size=16, resize_size=18, resize="squash", interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
     )  # fmt: skip
     paths = [(str(root / "train" / "a" / "000.png"), 0)]
-    images = Images(paths, train_transform(small, "recipe", (0.08, 1.0)), seed=5)
-    crops = [images[Draw(0, 0, repeat)][0] for repeat in range(4)]
+    images = ImageDataset(paths, train_transform(small, "recipe", (0.08, 1.0)), seed=5)
+    crops = [images[SampleKey(0, 0, repeat)][0] for repeat in range(4)]
     assert len({crop.tobytes() for crop in crops}) == 4
-    assert np.array_equal(crops[0], images[Draw(0, 0)][0])
-    assert all(np.array_equal(images[Draw(0, 0, repeat)][0], crop) for repeat, crop in enumerate(crops))
+    assert np.array_equal(crops[0], images[SampleKey(0, 0)][0])
+    assert all(np.array_equal(images[SampleKey(0, 0, repeat)][0], crop) for repeat, crop in enumerate(crops))

@@ -8,7 +8,7 @@ from torchvision.datasets import ImageFolder
 
 from trainer.config.schema import DataConfig
 from trainer.data import scan
-from trainer.data.index import Example, ImageIndex, drop, read_index, write_split
+from trainer.data.index import DatasetIndex, Example, read_index, without_images, write_split
 from trainer.errors import UserError
 
 EXTENSIONS = DataConfig().extensions
@@ -35,7 +35,7 @@ def read(
     test_fraction: float = 0.2,
     seed: int = 0,
     extensions: tuple[str, ...] = EXTENSIONS,
-) -> ImageIndex:
+) -> DatasetIndex:
     return read_index(
         root, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed, extensions=extensions
     )
@@ -45,7 +45,7 @@ def names(root: Path, part: tuple[Example, ...]) -> list[tuple[str, int]]:
     return [(os.path.relpath(path, root), label) for path, label in part]
 
 
-def noted(index: ImageIndex, *words: str) -> bool:
+def noted(index: DatasetIndex, *words: str) -> bool:
     return any(all(word in note for word in words) for note in index.notes)
 
 
@@ -82,7 +82,7 @@ def test_hymenoptera(shared: Path) -> None:
     assert list(index.train) == ImageFolder(str(root / "train")).samples
     assert list(index.test) == ImageFolder(str(root / "val")).samples
     assert (len(index.train), len(index.val), len(index.test)) == (244, 0, 153)
-    assert (index.classes, index.reported, index.selection) == (("ants", "bees"), "val/", None)
+    assert (index.classes, index.reported, index.val_split) == (("ants", "bees"), "val/", None)
     assert len(index.notes) == 1
     assert noted(index, "1 .gif", "ending")
 
@@ -92,7 +92,7 @@ def test_with_val_and_test_one_selects_and_the_other_is_reported(tmp_path: Path)
         classes(tmp_path, part, {"a": count, "b": count})
     index = read(tmp_path)
     assert [len(part) for part in (index.train, index.val, index.test)] == [6, 4, 2]
-    assert (index.selection, index.reported, index.split_made) == ("val", "test/", False)
+    assert (index.val_split, index.reported, index.split_made) == ("val", "test/", False)
     assert all(f"{os.sep}val{os.sep}" in path for path, _ in index.val)
     with pytest.raises(
         UserError, match=r"data\.val_fraction is 0\.1, but .*val/.*test/.* set data\.val_fraction to 0"
@@ -106,10 +106,10 @@ def test_the_only_evaluation_folder_is_reported(tmp_path: Path, name: str) -> No
     classes(tmp_path, name, {"a": 1, "b": 1})
     index = read(tmp_path)
     assert (len(index.train), index.val, len(index.test)) == (30, (), 2)
-    assert (index.reported, index.selection, index.split_made) == (f"{name}/", None, False)
+    assert (index.reported, index.val_split, index.split_made) == (f"{name}/", None, False)
 
     index = read(tmp_path, val_fraction=0.2)
-    assert (index.reported, index.selection, index.split_made) == (f"{name}/", "val", True)
+    assert (index.reported, index.val_split, index.split_made) == (f"{name}/", "val", True)
     assert [sum(label == c for _, label in index.val) for c in (0, 1)] == [2, 4]
     assert (len(index.train), len(index.test)) == (24, 2)
     assert set(index.train).isdisjoint(index.val)
@@ -392,7 +392,7 @@ def test_a_class_too_small_for_the_split_is_noted(tmp_path: Path) -> None:
 # drop
 
 
-def made_index(tmp_path: Path) -> ImageIndex:
+def made_index(tmp_path: Path) -> DatasetIndex:
     for part, count in (("train", 2), ("val", 1), ("test", 1)):
         classes(tmp_path, part, {"a": count, "b": count})
     return read(tmp_path)
@@ -401,12 +401,12 @@ def made_index(tmp_path: Path) -> ImageIndex:
 def test_unreadable_images_are_dropped_from_every_part(tmp_path: Path) -> None:
     index = made_index(tmp_path)
     gone = {index.train[0].path: "truncated", index.val[1].path: "empty", index.test[0].path: "empty"}
-    left = drop(index, gone)
+    left = without_images(index, gone)
     assert (left.train, left.val, left.test) == (index.train[1:], index.val[:1], index.test[1:])
     assert left.classes == index.classes
     assert noted(left, "classes have no image to report on", ": a")
     assert noted(left, "classes have no image to select", ": b")
-    assert drop(index, {}) == index
+    assert without_images(index, {}) == index
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_dropping_too_much_is_refused(tmp_path: Path, part: str, places: list[in
     index = made_index(tmp_path)
     examples = getattr(index, part)
     with pytest.raises(UserError, match=message):
-        drop(index, {examples[place].path: "empty" for place in places})
+        without_images(index, {examples[place].path: "empty" for place in places})
 
 
 # write_split

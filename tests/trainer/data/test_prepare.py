@@ -13,7 +13,7 @@ from trainer.config.schema import DataConfig
 from trainer.data import registry, validation
 from trainer.data.decode import decode
 from trainer.data.index import read_index, write_split
-from trainer.data.prepare import Displays, Prepared, prepare
+from trainer.data.prepare import Prepared, ProgressHooks, prepare
 from trainer.errors import UserError
 
 
@@ -159,7 +159,7 @@ def test_progress_is_shown_while_images_are_checked(tmp_path: Path) -> None:
         yield lambda done, total: events.append((done, total))
         events.append("closed")
 
-    prepare(config(small(tmp_path)), workers=1, displays=Displays(checking=show))
+    prepare(config(small(tmp_path)), workers=1, displays=ProgressHooks(checking=show))
     assert events[0] == "open"
     assert events[-2:] == [(12, 12), "closed"]
 
@@ -181,7 +181,7 @@ def test_progress_is_shown_while_a_known_data_set_is_downloaded(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "fetch", fetch)
-    prepare(config(Path("hotdog")), workers=1, displays=Displays(downloading=show))
+    prepare(config(Path("hotdog")), workers=1, displays=ProgressHooks(downloading=show))
     assert events == ["hotdog", (1, 2), "closed"]
 
 

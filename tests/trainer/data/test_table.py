@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.index import ImageIndex, read_index
+from trainer.data.index import DatasetIndex, read_index
 from trainer.data.table import read_table
 from trainer.errors import UserError
 
@@ -19,7 +19,7 @@ def table(folder: Path, text: str | bytes, *, images: str = "a1 a2 a3 b1 b2 b3")
     return file
 
 
-def read(file: Path, *, val_fraction: float = 0.0, test_fraction: float = 0.4) -> ImageIndex:
+def read(file: Path, *, val_fraction: float = 0.0, test_fraction: float = 0.4) -> DatasetIndex:
     return read_index(
         file, val_fraction=val_fraction, test_fraction=test_fraction, seed=0, extensions=(".png",)
     )
@@ -41,7 +41,7 @@ def test_parts_are_as_the_table_says(tmp_path: Path, word: str) -> None:
         ["a2", "b2"],
         ["a3", "b3"],
     ]
-    assert (index.selection, index.reported, index.split_made) == ("val", "the CSV's test rows", False)
+    assert (index.val_split, index.reported, index.split_made) == ("val", "the CSV's test rows", False)
     assert index.root == tmp_path
     assert index.notes == ("6 images listed in list.csv",)
 

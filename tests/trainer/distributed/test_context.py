@@ -11,13 +11,13 @@ from trainer.distributed import context
 from trainer.distributed.context import (
     _check_group,
     available_cores,
+    check_equal_across_ranks,
     choose_precision,
-    in_turn,
-    raise_together,
+    leave_process_group_env,
+    main_process_first,
+    raise_on_all_ranks,
     refuse_copies,
     refuse_launchers_settings,
-    require_equal,
-    stand_alone,
     start,
 )
 from trainer.errors import UserError
@@ -32,12 +32,12 @@ def _threads() -> Iterator[None]:
 
 def test_on_a_cpu_all_cores_are_used_whatever_the_launcher_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as accelerate launch does
-    machine = start(device="cpu", precision="auto", threads=None)
-    assert machine.threads == torch.get_num_threads() == available_cores()
-    assert (machine.rank, machine.world, machine.is_main) == (0, 1, True)
-    assert "CPU thread" in machine.notes[0]
-    assert machine.precision == "fp32"
-    assert "fp32" in machine.notes[1]
+    ctx = start(device="cpu", precision="auto", threads=None)
+    assert ctx.threads == torch.get_num_threads() == available_cores()
+    assert (ctx.rank, ctx.world_size, ctx.is_main_process) == (0, 1, True)
+    assert "CPU thread" in ctx.notes[0]
+    assert ctx.precision == "fp32"
+    assert "fp32" in ctx.notes[1]
 
 
 def test_threads_can_be_set() -> None:
@@ -46,8 +46,8 @@ def test_threads_can_be_set() -> None:
 
 def test_the_precision_may_change_from_run_to_run_in_one_process() -> None:
     for precision, named in (("bf16", "bf16"), ("fp32", "no"), ("bf16", "bf16")):
-        machine = start(device="cpu", precision=precision, threads=1)  # type: ignore[arg-type]
-        assert machine.accelerator.mixed_precision == named
+        ctx = start(device="cpu", precision=precision, threads=1)  # type: ignore[arg-type]
+        assert ctx.accelerator.mixed_precision == named
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,19 +118,19 @@ def test_a_launcher_that_says_cpu_means_it(monkeypatch: pytest.MonkeyPatch) -> N
 def test_standing_alone_is_for_the_first_of_a_group() -> None:
     group = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "HOME": "/"}
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    assert not stand_alone(dict(group))
+    assert not leave_process_group_env(dict(group))
     first = group | {"RANK": "0"}
-    assert stand_alone(first)
+    assert leave_process_group_env(first)
     assert first == {"HOME": "/"}
-    assert stand_alone({})
+    assert leave_process_group_env({})
 
 
 def test_processes_that_disagree_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = start(device="cpu", precision="fp32", threads=1).accelerator
-    require_equal(accelerator, (3, "a"), "the epoch")
+    check_equal_across_ranks(accelerator, (3, "a"), "the epoch")
     monkeypatch.setattr(context, "gather_object", lambda mine: [(3, "a"), *mine, (0, "a")])
     with pytest.raises(UserError, match="the epoch, is another on rank 2 than on rank 0"):
-        require_equal(accelerator, (3, "a"), "the epoch")
+        check_equal_across_ranks(accelerator, (3, "a"), "the epoch")
 
 
 def test_copies_by_srun_are_refused() -> None:
@@ -200,21 +200,21 @@ def test_a_containers_quota_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_in_turn_returns_the_result_or_raises_the_error_as_it_stands() -> None:
     accelerator = start(device="cpu", precision="fp32", threads=1).accelerator
-    assert in_turn(accelerator, lambda: 7) == 7
+    assert main_process_first(accelerator, lambda: 7) == 7
 
     def fail() -> None:
         raise UserError("three images cannot be read")
 
     with pytest.raises(UserError, match="three images cannot be read"):
-        in_turn(accelerator, fail)
+        main_process_first(accelerator, fail)
 
 
 def test_one_process_agrees_with_itself() -> None:
-    machine = start(device="cpu", precision="fp32", threads=1)
-    assert machine.agree([3, 0, True]) == [3, 0, 1]
-    assert machine.control is None
+    ctx = start(device="cpu", precision="fp32", threads=1)
+    assert ctx.all_reduce_max([3, 0, True]) == [3, 0, 1]
+    assert ctx.control is None
     value = {"a": (1, 2)}
-    assert machine.from_main(value) == value
-    raise_together(machine.accelerator, None)
+    assert ctx.broadcast(value) == value
+    raise_on_all_ranks(ctx.accelerator, None)
     with pytest.raises(UserError, match="no room"):
-        raise_together(machine.accelerator, UserError("no room"))
+        raise_on_all_ranks(ctx.accelerator, UserError("no room"))

@@ -7,17 +7,19 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore
 
-from trainer.distributed.rendezvous import common_name
+from trainer.distributed.rendezvous import rendezvous_nonce
 from trainer.errors import UserError
 
 
-def names(store: HashStore, world: int, *, present: Collection[int], patience: float = 10) -> dict[int, str]:
+def names(
+    store: HashStore, world_size: int, *, present: Collection[int], patience: float = 10
+) -> dict[int, str]:
     """Return what each process of a start takes for its name, or hears because it has waited in vain."""
     found: dict[int, str] = {}
 
     def join(rank: int) -> None:
         try:
-            found[rank] = common_name(store, rank, world, patience=timedelta(seconds=patience))
+            found[rank] = rendezvous_nonce(store, rank, world_size, patience=timedelta(seconds=patience))
         except UserError as error:
             found[rank] = str(error)
 
@@ -31,9 +33,9 @@ def names(store: HashStore, world: int, *, present: Collection[int], patience: f
 
 def test_a_start_has_one_name_and_the_next_another_whoever_was_in_the_store() -> None:
     store, seen = HashStore(), set()
-    for world in (3, 2, 4, 1, 3):
-        found = names(store, world, present=range(world))
-        assert sorted(found) == list(range(world))
+    for world_size in (3, 2, 4, 1, 3):
+        found = names(store, world_size, present=range(world_size))
+        assert sorted(found) == list(range(world_size))
         (name,) = set(found.values())
         assert "process group" not in name
         seen.add(name)

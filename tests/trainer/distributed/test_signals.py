@@ -37,7 +37,7 @@ def test_these_are_the_signals_that_ask_a_run_to_stop() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_while_training_a_signal_is_only_remembered(name: str) -> None:
     with StopSignals() as signals:
-        with signals.as_flags():
+        with signals.deferred():
             assert signals.asked is None
             send(name)
             assert signals.asked == getattr(signal, name)
@@ -47,7 +47,7 @@ def test_while_training_a_signal_is_only_remembered(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_before_and_after_training_a_signal_ends_the_run_at_once(name: str) -> None:
     with StopSignals() as signals:
-        with signals.as_flags():
+        with signals.deferred():
             pass
         with pytest.raises(Stopped) as stopped:
             send(name)
@@ -56,7 +56,7 @@ def test_before_and_after_training_a_signal_ends_the_run_at_once(name: str) -> N
 
 def test_an_error_while_training_ends_the_remembering() -> None:
     def fail(signals: StopSignals) -> None:
-        with signals.as_flags():
+        with signals.deferred():
             raise RuntimeError
 
     with StopSignals() as signals:
@@ -98,7 +98,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_a_second_ctrl_c_of_a_person_who_will_not_wait_interrupts(clock: SimpleNamespace) -> None:
-    with StopSignals() as signals, signals.as_flags():
+    with StopSignals() as signals, signals.deferred():
         send("SIGINT")
         for _ in range(3):
             clock.now += 0.33  # a launcher's echo, a key held down
@@ -111,7 +111,7 @@ def test_a_second_ctrl_c_of_a_person_who_will_not_wait_interrupts(clock: SimpleN
 
 @pytest.mark.parametrize("first", ["SIGTERM", "SIGUSR1"])
 def test_other_signals_never_insist(first: str, clock: SimpleNamespace) -> None:
-    with StopSignals() as signals, signals.as_flags():
+    with StopSignals() as signals, signals.deferred():
         for name in (first, first, "SIGTERM", "SIGHUP"):
             send(name)
             clock.now += 100

@@ -23,11 +23,11 @@ from trainer.distributed.watchdog import (
     HANGS,
     LEAST,
     PATIENT,
-    Beats,
-    HangWatch,
-    Pace,
+    Heartbeat,
+    StallDetector,
+    Watchdog,
+    describe_stack,
     frames,
-    where,
 )
 from trainer.errors import UserError
 
@@ -127,75 +127,77 @@ def test_one_that_was_stopped_has_not_hung(tmp_path: Path) -> None:
     assert not (tmp_path / HANGS).exists()
 
 
-def ticks(pace: Pace, beats: Beats, seconds: float) -> bool:
+def ticks(pace: StallDetector, heartbeat: Heartbeat, seconds: float) -> bool:
     """Let time pass without a boundary, a second at a time; returns whether it was too long."""
-    return any(pace.tick(1.0, beats) for _ in range(round(seconds)))
+    return any(pace.update(1.0, heartbeat) for _ in range(round(seconds)))
 
 
-def paced(longest: float) -> tuple[Pace, Beats]:
+def paced(longest: float) -> tuple[StallDetector, Heartbeat]:
     """Return the pace of a run that has gone on for a while."""
-    pace, beats = Pace(None), Beats()
+    pace, heartbeat = StallDetector(None), Heartbeat()
     for step in range(1, FIRST + 3):
-        assert not ticks(pace, beats, 900 if step == 1 else longest - 1)  # the first one does not count
-        beats.beat(step)
-        pace.tick(1.0, beats)
-    return pace, beats
+        assert not ticks(pace, heartbeat, 900 if step == 1 else longest - 1)  # the first one does not count
+        heartbeat.tick(step)
+        pace.update(1.0, heartbeat)
+    return pace, heartbeat
 
 
 @pytest.mark.parametrize(
     ("longest", "allowed"), [(1, LEAST), (20, LEAST), (60, 60 * FACTOR), (400, 400 * FACTOR)]
 )
 def test_the_time_allowed_follows_from_the_longest_interval_so_far(longest: float, allowed: float) -> None:
-    pace, beats = paced(longest)
+    pace, heartbeat = paced(longest)
     assert pace.allowed == allowed
-    assert not ticks(pace, beats, allowed)
-    assert pace.tick(1.0, beats)
+    assert not ticks(pace, heartbeat, allowed)
+    assert pace.update(1.0, heartbeat)
     assert pace.quiet == allowed + 1
 
 
 def test_the_first_steps_may_take_longer() -> None:
-    pace, beats = Pace(None), Beats()
-    assert not ticks(pace, beats, PATIENT)
-    assert ticks(pace, beats, 1)
+    pace, heartbeat = StallDetector(None), Heartbeat()
+    assert not ticks(pace, heartbeat, PATIENT)
+    assert ticks(pace, heartbeat, 1)
 
 
 def test_a_slow_disk_is_waited_for_and_does_not_change_the_pace() -> None:
-    pace, beats = paced(2)
-    beats.wait_longer()
-    assert not ticks(pace, beats, PATIENT)
-    beats.beat(99)
-    pace.tick(1.0, beats)
+    pace, heartbeat = paced(2)
+    heartbeat.extend_timeout()
+    assert not ticks(pace, heartbeat, PATIENT)
+    heartbeat.tick(99)
+    pace.update(1.0, heartbeat)
     assert pace.allowed == LEAST
-    beats.wait_longer()
-    assert ticks(pace, beats, PATIENT + 1), "but not for ever"
+    heartbeat.extend_timeout()
+    assert ticks(pace, heartbeat, PATIENT + 1), "but not for ever"
 
 
 def test_a_number_of_seconds_holds_everywhere() -> None:
-    pace, beats = Pace(20.0), Beats()
-    beats.wait_longer()
-    assert not ticks(pace, beats, 20)
-    assert ticks(pace, beats, 1)
+    pace, heartbeat = StallDetector(20.0), Heartbeat()
+    heartbeat.extend_timeout()
+    assert not ticks(pace, heartbeat, 20)
+    assert ticks(pace, heartbeat, 1)
 
 
 def test_a_run_that_goes_on_is_never_overdue() -> None:
     print(f"seed {(seed := random.randrange(1 << 30))}")
-    random_, pace, beats = random.Random(seed), Pace(None), Beats()
+    random_, pace, heartbeat = random.Random(seed), StallDetector(None), Heartbeat()
     for step in range(2000):
-        assert not ticks(pace, beats, random_.randrange(int(LEAST)))
+        assert not ticks(pace, heartbeat, random_.randrange(int(LEAST)))
         if random_.random() < 0.1:
-            beats.wait_longer()
-            assert not ticks(pace, beats, random_.randrange(int(PATIENT - LEAST)))
-        beats.beat(step)
+            heartbeat.extend_timeout()
+            assert not ticks(pace, heartbeat, random_.randrange(int(PATIENT - LEAST)))
+        heartbeat.tick(step)
 
 
 def test_nothing_is_watched_if_not_asked_for(tmp_path: Path) -> None:
-    with HangWatch(None, Beats(), folder=tmp_path, number=1, rank=0, world=1, attempt=None):
+    with Watchdog(None, Heartbeat(), folder=tmp_path, number=1, rank=0, world_size=1, attempt=None):
         assert list(tmp_path.iterdir()) == []
 
 
 def test_stages_and_ranks_share_a_folder_that_is_gone_in_the_end(tmp_path: Path) -> None:
-    def watch(rank: int) -> HangWatch:
-        return HangWatch("auto", Beats(), folder=tmp_path, number=12, rank=rank, world=2, attempt=None)
+    def watch(rank: int) -> Watchdog:
+        return Watchdog(
+            "auto", Heartbeat(), folder=tmp_path, number=12, rank=rank, world_size=2, attempt=None
+        )
 
     with watch(0):
         with watch(1):
@@ -216,7 +218,7 @@ def test_what_killed_attempts_have_left_is_removed_but_for_stacks(tmp_path: Path
         ("notes.txt", "mine\n"),
     ):
         (tmp_path / HANGS / name).write_text(text)
-    with HangWatch("auto", Beats(), folder=tmp_path, number=2, rank=0, world=2, attempt=None):
+    with Watchdog("auto", Heartbeat(), folder=tmp_path, number=2, rank=0, world_size=2, attempt=None):
         pass
     left = sorted(path.name for path in (tmp_path / HANGS).iterdir())
     assert left == ["0001-rank-1.txt", "0003-rank-1.txt", "notes.txt"]
@@ -225,7 +227,7 @@ def test_what_killed_attempts_have_left_is_removed_but_for_stacks(tmp_path: Path
 def test_a_folder_that_cannot_be_written_to_is_an_error_before_training(tmp_path: Path) -> None:
     (tmp_path / HANGS).write_text("a file")
     with pytest.raises(UserError, match=r"0001-rank-0\.txt: cannot be written"):
-        HangWatch("auto", Beats(), folder=tmp_path, number=1, rank=0, world=1, attempt=None)
+        Watchdog("auto", Heartbeat(), folder=tmp_path, number=1, rank=0, world_size=1, attempt=None)
 
 
 @pytest.mark.parametrize("given", [0.0, -1.0, 1e7, float("inf"), float("nan")])
@@ -247,14 +249,16 @@ def test_a_rank_in_an_exchange_waits_for_the_others() -> None:
     select = frame("/usr/lib/selectors.py", "select")
     stack = [exchange, ours]
     assert (
-        where(stack, world=2)
+        describe_stack(stack, world_size=2)
         == "waiting for the other ranks in all_reduce (distributed/distributed_c10d.py:5)"
     )
-    assert where([backward, ours], world=2).startswith("waiting for the other ranks in _engine_run_backward")
-    assert where([backward, ours], world=1).startswith("it was in _engine_run_backward")
+    assert describe_stack([backward, ours], world_size=2).startswith(
+        "waiting for the other ranks in _engine_run_backward"
+    )
+    assert describe_stack([backward, ours], world_size=1).startswith("it was in _engine_run_backward")
     assert (
-        where([select, ours], world=2)
+        describe_stack([select, ours], world_size=2)
         == "it was in select (lib/selectors.py:5), called from fit (trainer/loop.py:5)"
     )
-    assert where([ours], world=2) == "it was in fit (trainer/loop.py:5)"
-    assert where(frames(None), world=2) == "without a main thread"
+    assert describe_stack([ours], world_size=2) == "it was in fit (trainer/loop.py:5)"
+    assert describe_stack(frames(None), world_size=2) == "without a main thread"

@@ -9,13 +9,13 @@ from torchvision import models
 
 from trainer.errors import UserError
 from trainer.model.batch_norm import (
-    average_statistics,
+    allow_single_value_batches,
+    average_batch_norm_statistics,
     batch_norm_in_eval,
     batch_norms,
     freeze_batch_norm,
-    gather_statistics,
-    guard_single_values,
-    restore_statistics,
+    gather_batch_norm_statistics,
+    restore_batch_norm_statistics,
 )
 
 Copy = Callable[[nn.Module], nn.Module]
@@ -76,7 +76,7 @@ def test_the_layers_are_those_with_running_statistics() -> None:
         nn.BatchNorm2d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.GroupNorm(1, 3), nn.BatchNorm3d(3)
     )
     assert batch_norms(model) == [model[0], model[3]]
-    assert freeze_batch_norm(model) == guard_single_values(model) == 2
+    assert freeze_batch_norm(model) == allow_single_value_batches(model) == 2
     assert freeze_batch_norm(models.squeezenet1_1()) == 0
 
 
@@ -117,7 +117,7 @@ def test_one_value_per_channel_trains_and_leaves_the_statistics(copied: Copy) ->
     model = with_statistics(Small()).train()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         copy.deepcopy(model)(torch.randn(1, 3, 8, 8))
-    assert guard_single_values(model) == 2
+    assert allow_single_value_batches(model) == 2
     model = copied(model)
     before, images = statistics(model), torch.randn(1, 3, 8, 8)
     logits = model(images)
@@ -140,7 +140,7 @@ def test_a_guard_changes_nothing_where_torch_would_not_raise(momentum: float | N
     torch.manual_seed(0)
     plain = with_statistics(Small(momentum)).train()
     guarded = copy.deepcopy(plain)
-    guard_single_values(guarded)
+    allow_single_value_batches(guarded)
     for size in (2, 5):
         images = torch.randn(size, 3, 8, 8)
         assert torch.equal(plain(images), guarded(images))
@@ -151,7 +151,7 @@ def test_a_guard_changes_nothing_where_torch_would_not_raise(momentum: float | N
 
 def test_a_guarded_layer_takes_bf16_as_autocast_gives_it() -> None:
     model = with_statistics(Small()).train()
-    guard_single_values(model)
+    allow_single_value_batches(model)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(torch.randn(1, 3, 8, 8))
     assert logits.dtype == torch.bfloat16
@@ -161,19 +161,19 @@ def test_a_guarded_layer_takes_bf16_as_autocast_gives_it() -> None:
 
 def test_a_single_vector_is_guarded_too() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
-    guard_single_values(model)
+    allow_single_value_batches(model)
     assert model(torch.randn(1, 3)).shape == (1, 3)
     assert model[0].num_batches_tracked == 0
 
 
 def test_synchronised_layers_are_not_guarded() -> None:
     model = nn.Sequential(nn.SyncBatchNorm(3), nn.BatchNorm2d(3))
-    assert guard_single_values(model) == 1
+    assert allow_single_value_batches(model) == 1
     assert "forward" not in vars(model[0])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, saved])
-@pytest.mark.parametrize("change", [freeze_batch_norm, guard_single_values])
+@pytest.mark.parametrize("change", [freeze_batch_norm, allow_single_value_batches])
 def test_a_copy_is_bound_to_its_own_layers(copied: Copy, change: Callable[[nn.Module], int]) -> None:
     model = with_statistics(Small())
     change(model)
@@ -196,7 +196,7 @@ def test_a_copy_is_bound_to_its_own_layers(copied: Copy, change: Callable[[nn.Mo
 def test_frozen_and_guarded_together_on_a_real_network() -> None:
     torch.manual_seed(0)
     model = with_statistics(models.resnet18(num_classes=3))
-    assert freeze_batch_norm(model) == guard_single_values(model) == 20
+    assert freeze_batch_norm(model) == allow_single_value_batches(model) == 20
     before = statistics(model)
     model.train()
     model(torch.randn(1, 3, 32, 32)).sum().backward()
@@ -225,10 +225,10 @@ def test_a_block_in_eval_restores_each_layers_mode_even_after_an_error() -> None
 def test_one_process_has_nothing_to_average() -> None:
     model = with_statistics(Small())
     before = statistics(model)
-    average_statistics(model, 1)  # there is no process group: a collective would raise
+    average_batch_norm_statistics(model, 1)  # there is no process group: a collective would raise
     freeze_batch_norm(model)
-    average_statistics(model, 2)
-    average_statistics(models.squeezenet1_1(), 2)
+    average_batch_norm_statistics(model, 2)
+    average_batch_norm_statistics(models.squeezenet1_1(), 2)
     assert same(statistics(model), before)
 
 
@@ -244,7 +244,7 @@ def of_rank(rank: int) -> nn.Module:
 
 
 def gathered_of(*models: nn.Module) -> dict[str, Tensor]:
-    """Return what `gather_statistics` does among as many processes as there are models."""
+    """Return what `gather_batch_norm_statistics` does among as many processes as there are models."""
     return {
         f"{rank}.{name}": buffer.double()
         for rank, model in enumerate(models)
@@ -255,9 +255,9 @@ def gathered_of(*models: nn.Module) -> dict[str, Tensor]:
 def test_one_process_has_its_statistics_in_its_model() -> None:
     model = of_rank(0)
     before = statistics(model)
-    assert gather_statistics(model, 1) == {}
-    restore_statistics(model, {}, rank=0, world=1)
-    restore_statistics(model, {}, rank=1, world=3)  # one process has written it, three go on
+    assert gather_batch_norm_statistics(model, 1) == {}
+    restore_batch_norm_statistics(model, {}, rank=0, world_size=1)
+    restore_batch_norm_statistics(model, {}, rank=1, world_size=3)  # one process has written it, three go on
     assert same(statistics(model), before)
 
 
@@ -265,25 +265,25 @@ def test_one_process_has_its_statistics_in_its_model() -> None:
 def test_where_nothing_is_live_nothing_is_gathered(without: str) -> None:
     model = of_rank(0) if without == "frozen layers" else models.squeezenet1_1()
     freeze_batch_norm(model)
-    assert gather_statistics(model, 2) == {}, "there is no process group: a collective would raise"
-    restore_statistics(model, {}, rank=1, world=2)
+    assert gather_batch_norm_statistics(model, 2) == {}, "there is no process group: a collective would raise"
+    restore_batch_norm_statistics(model, {}, rank=1, world_size=2)
     with pytest.raises(UserError, match="those of another model: expected 0 tensors for each process"):
-        restore_statistics(model, gathered_of(of_rank(0)), rank=0, world=1)
+        restore_batch_norm_statistics(model, gathered_of(of_rank(0)), rank=0, world_size=1)
 
 
 def test_the_same_number_of_processes_gets_each_its_own_back() -> None:
     ranks = [of_rank(rank) for rank in range(3)]
     for rank, expected in enumerate(ranks):
         model = of_rank(7)
-        restore_statistics(model, gathered_of(*ranks), rank=rank, world=3)
+        restore_batch_norm_statistics(model, gathered_of(*ranks), rank=rank, world_size=3)
         assert same(statistics(model), statistics(expected))
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_another_number_of_processes_begins_with_the_average(world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_another_number_of_processes_begins_with_the_average(world_size: int) -> None:
     ranks = [of_rank(rank) for rank in range(3)]
     model = of_rank(7)
-    restore_statistics(model, gathered_of(*ranks), rank=world - 1, world=world)
+    restore_batch_norm_statistics(model, gathered_of(*ranks), rank=world_size - 1, world_size=world_size)
     for name, buffer in statistics(model).items():
         parts = torch.stack([statistics(rank)[name].double() for rank in ranks])
         torch.testing.assert_close(buffer.double(), parts.mean(0), rtol=1e-6, atol=1e-7)
@@ -292,7 +292,7 @@ def test_another_number_of_processes_begins_with_the_average(world: int) -> None
 def test_equal_statistics_stay_as_they_are_bit_for_bit_on_another_number_of_processes() -> None:
     # As at the end of an epoch, where they were averaged already.
     model = of_rank(7)
-    restore_statistics(model, gathered_of(*[of_rank(1)] * 3), rank=0, world=2)
+    restore_batch_norm_statistics(model, gathered_of(*[of_rank(1)] * 3), rank=0, world_size=2)
     assert same(statistics(model), statistics(of_rank(1)))
 
 
@@ -302,12 +302,12 @@ def test_a_frozen_layer_keeps_the_sources_statistics() -> None:
         assert freeze_batch_norm(each.first) == 1
     before = statistics(model)
     live = {name: tensor for name, tensor in gathered_of(other, other).items() if ".second." in name}
-    restore_statistics(model, live, rank=0, world=2)
+    restore_batch_norm_statistics(model, live, rank=0, world_size=2)
     after, expected = statistics(model), statistics(other)
     for name in before:
         assert torch.equal(after[name], (expected if name.startswith("second") else before)[name]), name
     with pytest.raises(UserError, match="another model"):
-        restore_statistics(model, gathered_of(other, other), rank=0, world=2)
+        restore_batch_norm_statistics(model, gathered_of(other, other), rank=0, world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -329,5 +329,5 @@ def test_statistics_of_another_model_are_refused_and_nothing_is_changed(
     damage(found)
     before = statistics(model)
     with pytest.raises(UserError, match=r"those of another model: expected 6 tensors .* --run\.resume never"):
-        restore_statistics(model, found, rank=1, world=2)
+        restore_batch_norm_statistics(model, found, rank=1, world_size=2)
     assert same(statistics(model), before)

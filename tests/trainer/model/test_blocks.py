@@ -6,16 +6,16 @@ from torch import Tensor, nn
 from torchvision import models
 
 from trainer.errors import UserError
-from trainer.model.blocks import Structure, examine, execution_order, trained
+from trainer.model.blocks import LayerOrder, analyze_blocks, execution_order, trainable_parameters
 from trainer.model.build import build
 
 RESNET = ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]
 
 
 @pytest.fixture(scope="module")
-def resnet() -> tuple[nn.Module, Structure]:
+def resnet() -> tuple[nn.Module, LayerOrder]:
     model = models.resnet18()
-    return model, examine(model, 64)
+    return model, analyze_blocks(model, 64)
 
 
 class Backwards(nn.Module):
@@ -39,7 +39,7 @@ def test_the_order_is_that_of_the_forward_pass() -> None:
         (0, "scale"), (1, "early.bias"), (1, "early.weight"), (2, "late.bias"), (2, "late.weight"),
         (3, "head.bias"), (3, "head.weight"),
     ]  # fmt: skip
-    assert [block.name for block in examine(Backwards(), 8).blocks] == ["early", "late", "head"]
+    assert [block.name for block in analyze_blocks(Backwards(), 8).blocks] == ["early", "late", "head"]
 
 
 @pytest.mark.parametrize(
@@ -54,10 +54,10 @@ def test_the_order_is_that_of_the_forward_pass() -> None:
 )
 def test_blocks_are_what_a_person_would_call_them(name: str, names: list[str]) -> None:
     model = build(name, image_size=64, empty=True)
-    assert [block.name for block in examine(model, 64).blocks] == names
+    assert [block.name for block in analyze_blocks(model, 64).blocks] == names
 
 
-def test_a_norm_belongs_to_the_block_before_it(resnet: tuple[nn.Module, Structure]) -> None:
+def test_a_norm_belongs_to_the_block_before_it(resnet: tuple[nn.Module, LayerOrder]) -> None:
     assert resnet[1].blocks[0].parameters == ("conv1.weight", "bn1.weight", "bn1.bias")
     assert resnet[1].depth["bn1.weight"] == 5
     assert resnet[1].depth["fc.weight"] == 0
@@ -77,18 +77,18 @@ def test_a_norm_belongs_to_the_block_before_it(resnet: tuple[nn.Module, Structur
         ("layer1, layer4.*", ["layer1", "layer4", "fc"]),
     ],
 )
-def test_what_trains(what: str, blocks: list[str], resnet: tuple[nn.Module, Structure]) -> None:
+def test_what_trains(what: str, blocks: list[str], resnet: tuple[nn.Module, LayerOrder]) -> None:
     model, structure = resnet
     expected = {name for block in structure.blocks if block.name in blocks for name in block.parameters}
-    assert trained(what, model, ["fc"], structure) == expected
+    assert trainable_parameters(what, model, ["fc"], structure) == expected
 
 
-def test_patterns_and_inner_modules(resnet: tuple[nn.Module, Structure]) -> None:
+def test_patterns_and_inner_modules(resnet: tuple[nn.Module, LayerOrder]) -> None:
     model, structure = resnet
     head = {"fc.weight", "fc.bias"}
     biases = {name for name in structure.order if name.endswith(".bias")}
-    assert trained("*.bias", model, ["fc"], structure) == biases | head
-    inner = trained("from:layer4.1.conv2", model, ["fc"], structure)
+    assert trainable_parameters("*.bias", model, ["fc"], structure) == biases | head
+    inner = trainable_parameters("from:layer4.1.conv2", model, ["fc"], structure)
     assert inner == {"layer4.1.conv2.weight", "layer4.1.bn2.weight", "layer4.1.bn2.bias"} | head
 
 
@@ -108,9 +108,9 @@ def test_patterns_and_inner_modules(resnet: tuple[nn.Module, Structure]) -> None
     ],
 )
 def test_what_means_nothing_is_refused_with_what_there_is(
-    what: str, said: str, resnet: tuple[nn.Module, Structure]
+    what: str, said: str, resnet: tuple[nn.Module, LayerOrder]
 ) -> None:
     model, structure = resnet
     with pytest.raises(UserError, match=re.escape(said)) as error:
-        trained(what, model, ["fc"], structure)
+        trainable_parameters(what, model, ["fc"], structure)
     assert f"transfer.train is '{what}'" in str(error.value)

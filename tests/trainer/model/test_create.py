@@ -9,7 +9,7 @@ from torchvision import models
 
 from trainer.errors import UserError
 from trainer.model import create as create_module
-from trainer.model.create import Created, create
+from trainer.model.create import BuiltModel, build_model
 from trainer.model.head import split_outputs
 
 CLASSES = 5
@@ -52,10 +52,10 @@ def source_model(name: str, size: int) -> nn.Module:
     return model
 
 
-def make(name: str, weights: Path | str | None, *, seed: int, size: int = 64, **other: object) -> Created:
+def make(name: str, weights: Path | str | None, *, seed: int, size: int = 64, **other: object) -> BuiltModel:
     torch.manual_seed(seed)
     settings: dict[str, object] = {"head_init": "xavier", "num_classes": CLASSES} | other
-    return create(
+    return build_model(
         name,
         image_size=size,
         weights=None if weights is None else str(weights),
@@ -94,7 +94,7 @@ def test_a_real_step_of_a_new_head_on_the_sources_backbone(
     assert len(backbone) == len(state) - len([key for key in state if key.startswith(of_heads)])
     assert all(torch.equal(tensor, state[key]) for key, tensor in backbone.items())
     assert f"{len(backbone)} of the backbone's {len(backbone)} tensors from file {path}" in "\n".join(
-        created.lines
+        created.summary
     )
 
     images = torch.randn(2, 3, size, size)
@@ -154,7 +154,7 @@ def test_from_scratch_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     created = make("shufflenet_v2_x0_5", None, seed=3)
     assert created.source == "from scratch"
-    assert created.lines == ("shufflenet_v2_x0_5: new output layer fc",)
+    assert created.summary == ("shufflenet_v2_x0_5: new output layer fc",)
     torch.manual_seed(3)
     own = models.shufflenet_v2_x0_5().state_dict()
     assert all(
@@ -165,8 +165,8 @@ def test_from_scratch_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_was_done_is_said() -> None:
-    assert make("googlenet", None, seed=0).lines == ("googlenet: new output layers fc, aux1.fc2, aux2.fc2",)
-    assert make("squeezenet1_1", None, seed=0).lines == (
+    assert make("googlenet", None, seed=0).summary == ("googlenet: new output layers fc, aux1.fc2, aux2.fc2",)
+    assert make("squeezenet1_1", None, seed=0).summary == (
         "squeezenet1_1: new output layer classifier.1",
         "taken out, so that logits have no bound: classifier.2",
     )

@@ -8,7 +8,7 @@ from torchvision import models
 from torchvision.ops import StochasticDepth
 
 from trainer.errors import UserError
-from trainer.model.create import create
+from trainer.model.create import build_model
 from trainer.model.dropout import set_dropout, set_stochastic_depth
 
 # Model -> torchvision's own arguments for a dropout of 0.3.
@@ -98,7 +98,7 @@ def test_a_model_without_is_named() -> None:
 @pytest.mark.slow
 def test_as_many_are_left_out_as_was_asked_for_in_training_and_none_in_evaluation() -> None:
     torch.manual_seed(5)
-    created = create(
+    created = build_model(
         "efficientnet_b0",
         image_size=32,
         num_classes=3,
@@ -108,7 +108,7 @@ def test_as_many_are_left_out_as_was_asked_for_in_training_and_none_in_evaluatio
         stochastic_depth=0.3,
     )
     model = created.model.train()
-    assert created.lines[1:] == (
+    assert created.summary[1:] == (
         "dropout 0.6 in 1 layers",
         "stochastic depth from 0.0429 to 0.3 in 9 layers",
     )

@@ -21,13 +21,13 @@ from torchvision.transforms import functional
 import trainer
 from tests.folders import picture
 from trainer.data import augment
-from trainer.data.augment import Normalise, Preprocessing
-from trainer.data.loader import Draw, Images
+from trainer.data.augment import Normalize, Preprocessing
+from trainer.data.loader import ImageDataset, SampleKey
 from trainer.errors import UserError
 from trainer.model.batch_norm import freeze_batch_norm
-from trainer.model.create import create
-from trainer.model.file import Description, load, read_description, write_model
-from trainer.model.head import find_heads, graft
+from trainer.model.create import build_model
+from trainer.model.file import ModelMetadata, load, read_metadata, write_model
+from trainer.model.head import find_heads, replace_head
 
 PREPROCESSING = Preprocessing(
     image_size=64,
@@ -49,7 +49,7 @@ CLASSES = (
 )
 
 
-def describe(architecture: str = "resnet18", **changes: Any) -> Description:
+def describe(architecture: str = "resnet18", **changes: Any) -> ModelMetadata:
     fields: dict[str, Any] = {
         "version": "0.1.0",
         "architecture": architecture,
@@ -58,7 +58,7 @@ def describe(architecture: str = "resnet18", **changes: Any) -> Description:
         "source": "torchvision ResNet18_Weights.IMAGENET1K_V1",
         "metrics": {"epoch": 3, "test_accuracy": 0.875, "selected_on": "test"},
     }
-    return Description(**fields | changes)
+    return ModelMetadata(**fields | changes)
 
 
 def trained(
@@ -66,7 +66,7 @@ def trained(
 ) -> nn.Module:
     """Return a model as a run leaves it: grafted, trained for a step, with statistics of its own."""
     torch.manual_seed(11)
-    model = create(
+    model = build_model(
         architecture,
         image_size=size,
         num_classes=classes,
@@ -159,7 +159,7 @@ def test_the_header_alone_describes_everything(small: Path) -> None:
         "source": "torchvision ResNet18_Weights.IMAGENET1K_V1",
         "metrics": {"epoch": 3, "test_accuracy": 0.875, "selected_on": "test"},
     }
-    assert read_description(small) == describe("shufflenet_v2_x0_5")
+    assert read_metadata(small) == describe("shufflenet_v2_x0_5")
     # any other program reads the tensors
     assert load_file(small)["fc.weight"].shape == (len(CLASSES), 1024)
 
@@ -167,9 +167,9 @@ def test_the_header_alone_describes_everything(small: Path) -> None:
 def test_a_file_of_someone_else_has_no_description(tmp_path: Path) -> None:
     path = tmp_path / "plain.safetensors"
     save_file({"fc.weight": torch.zeros(2)}, path)
-    assert read_description(path) is None
+    assert read_metadata(path) is None
     save_file({"fc.weight": torch.zeros(2)}, path, metadata={"format": "pt"})
-    assert read_description(path) is None
+    assert read_metadata(path) is None
     with pytest.raises(
         UserError, match=r"plain.safetensors: holds weights but not regraft's description; expected a run"
     ):
@@ -256,10 +256,10 @@ def test_the_preprocessing_is_that_of_the_runs_evaluation(
     assert torch.equal(found, preprocess(image))
     assert torch.equal(found, preprocess(str(tmp_path / "picture.png")))
     # as the run's loader and loop do
-    images = Images([(str(tmp_path / "picture.png"), 0)], augment.eval_transform(preprocessing), seed=0)
-    array, _, _ = images[Draw(0, 0)]
+    images = ImageDataset([(str(tmp_path / "picture.png"), 0)], augment.eval_transform(preprocessing), seed=0)
+    array, _, _ = images[SampleKey(0, 0)]
     batch = torch.from_numpy(np.stack([array])).permute(0, 3, 1, 2)
-    assert torch.equal(found, Normalise(preprocessing, torch.device("cpu"))(batch)[0])
+    assert torch.equal(found, Normalize(preprocessing, torch.device("cpu"))(batch)[0])
     # and by hand
     side = [72, 72] if resize == "squash" else [72]
     resized = functional.resize(image, side, functional.InterpolationMode(interpolation), antialias=True)
@@ -323,7 +323,7 @@ def test_a_model_file_is_the_source_of_another_run(architecture: str, tmp_path: 
     path = tmp_path / "model.safetensors"
     state = trained(architecture).state_dict()
     write_model(path, state, describe(architecture))
-    created = create(
+    created = build_model(
         architecture,
         image_size=96,
         num_classes=3,
@@ -332,7 +332,7 @@ def test_a_model_file_is_the_source_of_another_run(architecture: str, tmp_path: 
     )
     heads = tuple(f"{head}." for head in created.heads)
     total = len([key for key in state if not key.startswith(heads)])
-    assert created.lines[-1] == (
+    assert created.summary[-1] == (
         f"{total} of the backbone's {total} tensors from file {path}; the output layer starts anew"
     )
     for key, tensor in created.model.state_dict().items():
@@ -417,7 +417,7 @@ DAMAGED: dict[str, tuple[dict[str, object], str]] = {
 def test_a_damaged_description_is_an_error_with_the_path(small: Path, tmp_path: Path, case: str) -> None:
     fields, words = DAMAGED[case]
     path = rewritten(small, tmp_path / "hostile.safetensors", **fields)
-    for read in (read_description, load, trainer.load):
+    for read in (read_metadata, load, trainer.load):
         with pytest.raises(UserError) as info:
             read(path)
         text = str(info.value)
@@ -562,7 +562,7 @@ def test_files_that_are_no_safetensors(small: Path, tmp_path: Path) -> None:
         b"PK\x03\x04" + whole,
     ):
         path.write_bytes(content)
-        for read in (read_description, load):
+        for read in (read_metadata, load):
             with pytest.raises(UserError, match=r"broken.safetensors: not a readable safetensors file"):
                 read(path)
 
@@ -587,7 +587,7 @@ def test_random_damage_never_escapes_as_another_error(small: Path, tmp_path: Pat
             damaged[place] = random.integers(32, 127)
         path.write_bytes(damaged)
         try:
-            read_description(path)
+            read_metadata(path)
         except UserError as error:
             text = str(error)
         else:
@@ -599,6 +599,6 @@ def test_graft_finds_the_same_head_again_in_a_loaded_model(small: Path) -> None:
     """A loaded model is an ordinary one: it can be grafted for other classes."""
     model = load(small).model
     heads = find_heads(model, 64)
-    graft(model, heads, 4, "torch")
+    replace_head(model, heads, 4, "torch")
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 4)
     assert type(model) is type(models.shufflenet_v2_x0_5())

@@ -10,8 +10,8 @@ from torchvision import models
 from torchvision.models import GoogLeNetOutputs, InceptionOutputs
 
 from trainer.errors import UserError
-from trainer.model.blocks import examine
-from trainer.model.head import Head, find_heads, graft, split_outputs, trial_forward
+from trainer.model.blocks import analyze_blocks
+from trainer.model.head import Head, find_heads, replace_head, split_outputs, trial_forward
 from trainer.transfer.linear_probe import require_linear
 
 CLASSES = 7
@@ -73,7 +73,7 @@ def test_exactly_the_head_of_every_torchvision_model_changes(name: str) -> None:
     activations = ("classifier.2",) if name.startswith("squeezenet") else ()
     assert [head.activations for head in heads] == [activations, *(() for _ in heads[1:])]
 
-    graft(model, heads, CLASSES, "xavier")
+    replace_head(model, heads, CLASSES, "xavier")
 
     require_linear(model, heads[0].name, SIZES.get(name, 64))  # or a linear probe would be refused
     new_modules, new_tensors, new_shapes = snapshot(model)
@@ -91,7 +91,7 @@ def test_exactly_the_head_of_every_torchvision_model_changes(name: str) -> None:
     for path, shape in shapes.items():
         assert new_shapes[path] == ((CLASSES, *shape[1:]) if path in changed else shape)
 
-    structure = examine(model, SIZES.get(name, 64))
+    structure = analyze_blocks(model, SIZES.get(name, 64))
     in_blocks = [parameter for block in structure.blocks for parameter in block.parameters]
     assert sorted(in_blocks) == sorted(path for path, _ in model.named_parameters())
     assert len(structure.blocks) >= 5
@@ -106,7 +106,7 @@ def test_exactly_the_head_of_every_torchvision_model_changes(name: str) -> None:
 def test_a_grafted_model_can_be_grafted_again(name: str) -> None:
     model = torchvision_model(name)
     heads = find_heads(model, 64)
-    graft(model, heads, CLASSES, "torch")
+    replace_head(model, heads, CLASSES, "torch")
     again = find_heads(model, 64)
     assert [(head.name, head.out_features, head.activations) for head in again] == [
         (head.name, CLASSES, ()) for head in heads
@@ -152,7 +152,7 @@ def check_graft(model: nn.Module, path: str, *, size: int = 8) -> None:
     _, tensors, shapes = snapshot(model)
     heads = find_heads(model, size)
     assert [head.name for head in heads] == [path]
-    graft(model, heads, CLASSES, "torch")
+    replace_head(model, heads, CLASSES, "torch")
     _, new_tensors, _ = snapshot(model)
     assert list(new_tensors) == list(tensors)
     changed = {key for key in tensors if new_tensors[key] is not tensors[key]}
@@ -275,7 +275,7 @@ def test_an_activation_after_the_head_is_taken_out(activation: nn.Module) -> Non
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(180, 6), activation, nn.Identity())
     (head,) = find_heads(model, 8)
     assert (head.name, head.activations) == ("2", ("3",))
-    graft(model, (head,), CLASSES, "torch")
+    replace_head(model, (head,), CLASSES, "torch")
     assert type(model[3]) is nn.Identity
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(model(images), model[:3](images))
@@ -469,7 +469,7 @@ def test_outputs_with_their_weights() -> None:
 def grafted(layer: nn.Module, init: str, *, seed: int, classes: int = CLASSES) -> nn.Module:
     model = nn.Sequential(layer)
     torch.manual_seed(seed)
-    graft(model, [Head("0", False, 0, 0)], classes, init)  # type: ignore[arg-type]
+    replace_head(model, [Head("0", False, 0, 0)], classes, init)  # type: ignore[arg-type]
     return model[0]
 
 

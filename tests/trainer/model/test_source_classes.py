@@ -9,8 +9,8 @@ from torch.nn.functional import softmax
 from torchvision import models
 
 from trainer.errors import UserError
-from trainer.model.create import Created, create
-from trainer.model.source_classes import Labels, read_names
+from trainer.model.create import BuiltModel, build_model
+from trainer.model.source_classes import ClassMapping, read_names
 
 NAMES = ("cat", "ant", "dog", "crane", "Crane", "hotdog")
 
@@ -35,15 +35,15 @@ def make(
     names: str = "auto",
     described: tuple[str, ...] | None = NAMES,
     aliases: Mapping[str, str] | None = None,
-) -> Created:
+) -> BuiltModel:
     torch.manual_seed(1)
-    return create(
+    return build_model(
         name,
         image_size=64,
         num_classes=len(targets),
         weights=str(weights),
         head_init=head_init,  # type: ignore[arg-type]
-        labels=Labels(targets=targets, sources=names, described=described, aliases=aliases or {}),
+        labels=ClassMapping(targets=targets, sources=names, described=described, aliases=aliases or {}),
     )
 
 
@@ -106,7 +106,7 @@ def test_every_match_is_said_and_what_has_none(tmp_path: Path) -> None:
         tmp_path / "s.safetensors",
         ("ants", "cranes", "not-hotdog", "cat", "puppy"),
         aliases={"puppy": "Dog", "cat": "hotdog"},
-    ).lines
+    ).summary
     said = "\n".join(lines)
     assert f"3 of 5 classes (what file {tmp_path / 's.safetensors'} says of itself)" in said
     assert "  ants <- ant, row 1 (plural)" in lines
@@ -127,19 +127,21 @@ def test_without_a_match_the_head_is_as_drawn_and_that_is_said_loudly(tmp_path: 
         ours.model.state_dict().items(), xavier.model.state_dict().values(), strict=True
     ):
         assert torch.equal(one, other), key
-    assert any("NO CLASS OF YOURS IS THE SOURCE'S" in line for line in ours.lines)
+    assert any("NO CLASS OF YOURS IS THE SOURCE'S" in line for line in ours.summary)
 
 
 def test_a_head_without_a_bias_gets_rows_alone(tmp_path: Path) -> None:
     from torch import nn
 
     from trainer.model.head import Head
-    from trainer.model.source_classes import copy_rows
+    from trainer.model.source_classes import init_head_from_source_classes
 
     model = nn.Sequential(nn.Linear(3, 2, bias=False))
     weight = torch.arange(12.0).view(4, 3)
-    labels = Labels(targets=("b", "d"), described=("a", "b", "c", "d"), aliases={})
-    copy_rows(model, Head("0", False, 3, 4), {"0.weight": weight}, labels, name="m", weights="w")
+    labels = ClassMapping(targets=("b", "d"), described=("a", "b", "c", "d"), aliases={})
+    init_head_from_source_classes(
+        model, Head("0", False, 3, 4), {"0.weight": weight}, labels, name="m", weights="w"
+    )
     assert torch.equal(model[0].weight, weight[[1, 3]] - weight.mean(0))
 
 
@@ -151,7 +153,7 @@ def test_names_come_from_a_list(tmp_path: Path) -> None:
     )
     weight = state["fc.weight"]
     assert torch.equal(made.model.fc.weight, weight[[2, 1]] - weight.mean(0))
-    assert f"2 of 2 classes (file {tmp_path / 'names'})" in "\n".join(made.lines)
+    assert f"2 of 2 classes (file {tmp_path / 'names'})" in "\n".join(made.summary)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_a_file_that_names_no_classes_has_torchvisions_if_it_has_as_many(tmp_pat
     made = make("squeezenet1_1", tmp_path / "s.safetensors", ("ants", "bees"), described=None)
     weight = state["classifier.1.weight"]
     assert torch.equal(made.model.classifier[1].weight, weight[[310, 309]] - weight.mean(0))
-    said = "\n".join(made.lines)
+    said = "\n".join(made.summary)
     assert "SqueezeNet1_1_Weights.IMAGENET1K_V1, SINCE file" in said
     assert "NAMES NO CLASSES" in said
     source("squeezenet1_1", tmp_path / "s.safetensors", classes=6)

@@ -26,7 +26,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from trainer.errors import UserError
 from trainer.model import weights as weights_module
-from trainer.model.head import Head, find_heads, graft
+from trainer.model.head import Head, find_heads, replace_head
 from trainer.model.weights import LoadReport, find_enum, is_file, load_weights, read_weights
 
 State = dict[str, Tensor]
@@ -520,7 +520,7 @@ def test_a_bad_server_leaves_nothing_and_is_named(
 
 def grafted(model: nn.Module, *, size: int = 64, classes: int = 5) -> tuple[nn.Module, tuple[Head, ...]]:
     heads = find_heads(model, size)
-    graft(model, heads, classes, "xavier")
+    replace_head(model, heads, classes, "xavier")
     return model, heads
 
 

@@ -9,7 +9,7 @@ from torchvision.models import GoogLeNetOutputs
 
 from trainer.distributed import context
 from trainer.loop import backward
-from trainer.optim.loss import PLAIN, Blend, Objective, balanced_weights
+from trainer.optim.loss import PLAIN, Criterion, MixedTarget, balanced_weights
 
 CLASSES = 4
 
@@ -45,12 +45,12 @@ def test_the_loss_is_that_of_smoothed_targets_times_the_weight_of_the_examples_c
     smoothing: float, weights: list[float] | None
 ) -> None:
     logits, labels, others = drawn()
-    objective = Objective(
+    criterion = Criterion(
         label_smoothing=smoothing, class_weights=None if weights is None else torch.tensor(weights)
     )
     expected = [by_hand(logits, wanted, smoothing, weights or [1] * CLASSES) for wanted in (labels, others)]
-    assert objective(logits, labels).item() == pytest.approx(expected[0], rel=1e-5)
-    mixed = objective(logits, labels, Blend(others, 0.3)).item()
+    assert criterion(logits, labels).item() == pytest.approx(expected[0], rel=1e-5)
+    mixed = criterion(logits, labels, MixedTarget(others, 0.3)).item()
     assert mixed == pytest.approx(0.7 * expected[0] + 0.3 * expected[1], rel=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_a_smoothed_target_is_reached_at_a_finite_logit_and_a_plain_one_never() 
     right = math.log((1 - share + share / CLASSES) / (share / CLASSES))
     logits = torch.tensor([[right, 0.0, 0.0, 0.0]], requires_grad=True)
     label = torch.tensor([0])
-    (gradient,) = torch.autograd.grad(Objective(label_smoothing=share)(logits, label), logits)
+    (gradient,) = torch.autograd.grad(Criterion(label_smoothing=share)(logits, label), logits)
     assert gradient.abs().max() < 1e-6
     (gradient,) = torch.autograd.grad(PLAIN(logits, label), logits)
     assert gradient[0, 0] < -0.1
@@ -75,7 +75,7 @@ def test_balanced_classes_pull_alike_and_the_mean_weight_of_the_examples_is_1() 
         CLASSES, requires_grad=True
     )  # a model that knows nothing but how often each class comes
     (plain,) = torch.autograd.grad(PLAIN(bias.expand(10, -1), labels), bias)
-    (balanced,) = torch.autograd.grad(Objective(class_weights=weights)(bias.expand(10, -1), labels), bias)
+    (balanced,) = torch.autograd.grad(Criterion(class_weights=weights)(bias.expand(10, -1), labels), bias)
     assert plain[0] < plain[1] < plain[3]
     torch.testing.assert_close(balanced[[0, 1, 3]], balanced[0].expand(3))
 
@@ -95,17 +95,17 @@ class Auxiliary(nn.Module):
 def test_auxiliary_outputs_have_the_same_loss_and_the_main_ones_is_reported() -> None:
     _, labels, others = drawn(5)
     images = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(2))
-    objective = Objective(label_smoothing=0.2, class_weights=torch.tensor([0.5, 2.0, 1.0, 3.0]))
+    criterion = Criterion(label_smoothing=0.2, class_weights=torch.tensor([0.5, 2.0, 1.0, 3.0]))
     torch.manual_seed(0)
     model = Auxiliary()
     accelerator = context.start(device="cpu", precision="fp32", threads=1).accelerator
     loss_sum, correct = backward(
-        model, (images, labels, labels), 1.0, accelerator=accelerator, normalise=lambda images: images,
-        parts=2, objective=objective, blend=Blend(others, 0.4),
+        model, (images, labels, labels), 1.0, accelerator=accelerator, normalize=lambda images: images,
+        parts=2, criterion=criterion, blend=MixedTarget(others, 0.4),
     )  # fmt: skip
     flat = images.flatten(1)
     for layer, weight in ((model.main, 1.0), (model.first, 0.3), (model.second, 0.3)):
-        loss = objective(layer(flat), labels, Blend(others, 0.4))
+        loss = criterion(layer(flat), labels, MixedTarget(others, 0.4))
         (expected,) = torch.autograd.grad(weight * loss, layer.weight)
         torch.testing.assert_close(layer.weight.grad, expected)
         if layer is model.main:

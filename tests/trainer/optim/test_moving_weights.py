@@ -15,26 +15,26 @@ from torchvision import models
 from tests.folders import image_folder
 from tests.trainer.test_train_run import back_to, in_folder, rows, train
 from trainer.checkpoint import store
-from trainer.checkpoint.store import Place
+from trainer.checkpoint.store import CheckpointId
 from trainer.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
     ModelConfig,
     OptimConfig,
-    RegulariseConfig,
+    RegularizationConfig,
     RunConfig,
     TrainConfig,
     TransferConfig,
 )
 from trainer.errors import UserError
-from trainer.model.file import read_description, write_model
+from trainer.model.file import read_metadata, write_model
 from trainer.pipeline import resolve
 from trainer.report.metrics import Row
 from trainer.report.summary import best_row
 from trainer.run.folder import CHECKPOINTS, FINE_TUNED, MODEL, START, WISE
-from trainer.run.lock import ATTEMPTS, records
-from trainer.transfer.wise_ft import between
+from trainer.run.lock import ATTEMPTS, read_attempts
+from trainer.transfer.wise_ft import interpolate
 
 pytestmark = pytest.mark.slow
 EPOCHS, STEPS = 3, 2
@@ -56,8 +56,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
             model=ModelConfig(name="mobilenet_v3_small", weights=str(home / "source.safetensors")),
             transfer=TransferConfig(l2_sp=PULL, wise_ft=True, batch_norm="train"),
             optim=OptimConfig(lr=0.02, head_lr_scale=1.0, schedule="constant"),
-            regularise=RegulariseConfig(ema=0.9, early_stopping=9),
-            train=TrainConfig(epochs=EPOCHS, batch_size=4, precision="fp32", points_per_epoch=2),
+            regularise=RegularizationConfig(ema=0.9, early_stopping=9),
+            train=TrainConfig(epochs=EPOCHS, batch_size=4, precision="fp32", logs_per_epoch=2),
             checkpoint=CheckpointConfig(every="1 steps", keep_last=100),
         )
     )
@@ -79,14 +79,14 @@ def copy(finished: Config, tmp_path: Path) -> Config:
 
 
 def tensors(config: Config, place: tuple[int, int], name: str) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.run.dir) / CHECKPOINTS / Place(*place).name / name)
+    return load_file(Path(config.run.dir) / CHECKPOINTS / CheckpointId(*place).name / name)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def require_equal(one: Config, other: Config) -> None:
+def check_equal_across_ranks(one: Config, other: Config) -> None:
     """Check that two runs have come to the same, bit for bit."""
     for name in (store.MODEL, store.OPTIMIZER, store.AVERAGE):
         last = (EPOCHS * STEPS, EPOCHS)
@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_average_pull_and_line(
     back_to(copy, *place)
     _, seen = run(copy)
     assert f"(step {place[0]})" in seen
-    require_equal(copy, finished)
+    check_equal_across_ranks(copy, finished)
 
 
 def test_a_finished_run_evaluates_the_line_only_if_that_was_not_done(copy: Config, finished: Config) -> None:
@@ -167,20 +167,20 @@ def test_a_finished_run_evaluates_the_line_only_if_that_was_not_done(copy: Confi
     _, seen = run(copy)
     assert "alpha" in seen
     assert contents() == before, "from the best epoch's own weights, wherever they stand by now"
-    require_equal(copy, finished)
+    check_equal_across_ranks(copy, finished)
 
 
 def test_a_run_that_is_made_longer_goes_on_from_the_best_epochs_weights_and_evaluates_the_line_anew(
     copy: Config,
 ) -> None:
     folder = Path(copy.run.dir)
-    described = read_description(folder / MODEL)
+    described = read_metadata(folder / MODEL)
     assert described is not None
     # As where another point has won.
     tuned = load_file(fine_tuned(folder))
     write_model(folder / FINE_TUNED, tuned, described)
     moved = replace(described, metrics={**described.metrics, "wise_ft": {"alpha": 0.5}})
-    write_model(folder / MODEL, between(load_file(folder / START), tuned, 0.5), moved)
+    write_model(folder / MODEL, interpolate(load_file(folder / START), tuned, 0.5), moved)
     (folder / WISE).write_text('{"alpha": 0.5}')
 
     found, seen = run(replace(copy, train=replace(copy.train, epochs=EPOCHS + 1)))
@@ -205,7 +205,7 @@ def test_without_its_start_the_line_is_refused_with_a_sentence(copy: Config) -> 
 
 def test_a_checkpoint_without_the_average_is_refused_with_a_sentence(copy: Config) -> None:
     back_to(copy, 3, 1)
-    path = Path(copy.run.dir) / CHECKPOINTS / Place(3, 1).name
+    path = Path(copy.run.dir) / CHECKPOINTS / CheckpointId(3, 1).name
     manifest = json.loads((path / store.MANIFEST).read_text())
     del manifest["files"][store.AVERAGE]
     (path / store.AVERAGE).unlink()
@@ -228,8 +228,8 @@ def stubborn(tmp_path_factory: pytest.TempPathFactory) -> Config:
             data=DataConfig(root=str(image_folder(home / "images", parts)), image_size=32, workers=0),
             model=ModelConfig(name="squeezenet1_1", weights=None),
             optim=OptimConfig(lr=1e-30, weight_decay=0.0),
-            regularise=RegulariseConfig(early_stopping=2),
-            train=TrainConfig(epochs=9, batch_size=4, precision="fp32", points_per_epoch=1),
+            regularise=RegularizationConfig(early_stopping=2),
+            train=TrainConfig(epochs=9, batch_size=4, precision="fp32", logs_per_epoch=1),
         )
     )
 
@@ -239,7 +239,7 @@ def test_a_run_that_does_not_get_better_is_over_and_stays_so(stubborn: Config, t
     found, seen = run(config)
     assert [row["epoch"] for row in found] == [1, 2, 3]
     assert "stopped early, after epoch 3 of 9: none of the last 2 was better on val than epoch 1" in seen
-    assert store.places(tmp_path / "run" / CHECKPOINTS)[0] == Place(6, 3)
+    assert store.list_checkpoints(tmp_path / "run" / CHECKPOINTS)[0] == CheckpointId(6, 3)
     assert read_epoch(tmp_path / "run") == 1
 
     found, seen = run(config)
@@ -256,7 +256,7 @@ def test_a_run_that_does_not_get_better_is_over_and_stays_so(stubborn: Config, t
     assert "going on after epoch 3 of 9" in seen
     assert "stopped early, after epoch 4 of 9: none of the last 3" in seen
     assert [row["epoch"] for row in found] == [1, 2, 3, 4]
-    states = [(r.state, r.step, r.steps, r.epoch, r.epochs) for r in records(tmp_path / "run")]
+    states = [(r.state, r.step, r.steps, r.epoch, r.epochs) for r in read_attempts(tmp_path / "run")]
     assert states[:2] == [("done", 6, 6, 3, 3)] * 2
     assert states[-1] == ("done", 8, 8, 4, 4)
 
@@ -266,7 +266,7 @@ def with_patience(config: Config, patience: int | None) -> Config:
 
 
 def read_epoch(folder: Path) -> Any:
-    described = read_description(folder / MODEL)
+    described = read_metadata(folder / MODEL)
     assert described is not None
     return described.metrics["epoch"]
 
@@ -281,7 +281,7 @@ def test_without_images_to_select_on_it_is_refused_before_the_model_is_made(
         config,
         data=replace(config.data, root=str(root)),
         transfer=replace(config.transfer, wise_ft=asked == "wise_ft"),
-        regularise=RegulariseConfig(early_stopping=3 if asked == "early_stopping" else None),
+        regularise=RegularizationConfig(early_stopping=3 if asked == "early_stopping" else None),
     )
     with pytest.raises(UserError, match=rf"{asked}.* no images to select on .*set data\.val_fraction 0\.1"):
         run(config)

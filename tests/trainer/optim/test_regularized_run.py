@@ -14,21 +14,21 @@ from torch.nn.functional import cross_entropy
 
 from tests.folders import image_folder
 from tests.trainer.test_train_run import PLACES, back_to, equal, in_folder, rows, train
-from trainer.config.builders import load_examples, make_objective, make_order, preprocessing_of
+from trainer.config.builders import load_dataset, make_criterion, make_epoch_order, make_preprocessing
 from trainer.config.model_builder import make_model
 from trainer.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
     ModelConfig,
-    RegulariseConfig,
+    RegularizationConfig,
     RunConfig,
     TrainConfig,
 )
-from trainer.data.augment import Normalise, apply_seeded, train_transform
+from trainer.data.augment import Normalize, apply_seeded, train_transform
 from trainer.data.decode import decode
 from trainer.distributed import context
-from trainer.optim.mixup import draw, paste
+from trainer.optim.mixup import apply_cutmix, sample_params
 from trainer.pipeline import resolve
 from trainer.report.console import make_console
 from trainer.seeds import derive_seed
@@ -55,8 +55,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
                 sampling="balanced",
             ),
             model=ModelConfig(name="squeezenet1_1", weights=None),
-            regularise=RegulariseConfig(label_smoothing=SMOOTHING, **ALPHAS),
-            train=TrainConfig(epochs=3, batch_size=4, precision="fp32", points_per_epoch=2),
+            regularise=RegularizationConfig(label_smoothing=SMOOTHING, **ALPHAS),
+            train=TrainConfig(epochs=3, batch_size=4, precision="fp32", logs_per_epoch=2),
             checkpoint=CheckpointConfig(every="1 steps", keep_last=100),
         )
     )
@@ -68,8 +68,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
 def test_the_first_loss_is_of_balanced_erased_and_mixed_pictures_under_smoothed_labels(
     config: Config,
 ) -> None:
-    machine = context.start(device="cpu", precision="fp32", threads=1)
-    index = load_examples(config.data, machine, make_console(speaks=False)).index
+    ctx = context.start(device="cpu", precision="fp32", threads=1)
+    index = load_dataset(config.data, ctx, make_console(speaks=False)).index
     audit = (Path(config.run.dir) / "audit" / "rank-0.jsonl").read_text().splitlines()
     drawn = [example for line in audit[:2] for example in json.loads(line)["examples"]]
     classes = Counter(index.train[example].label for example in drawn)
@@ -77,7 +77,7 @@ def test_the_first_loss_is_of_balanced_erased_and_mixed_pictures_under_smoothed_
 
     torch.manual_seed(derive_seed("weights", 0))  # run.seed is 0, as is the first step
     model = make_model(config, "ab", None, on_progress=print).model.train()
-    preprocessing = preprocessing_of(config.data)
+    preprocessing = make_preprocessing(config.data)
     transform = train_transform(
         preprocessing, "recipe", config.data.crop_scale, random_erasing=config.data.random_erasing
     )
@@ -90,14 +90,14 @@ def test_the_first_loss_is_of_balanced_erased_and_mixed_pictures_under_smoothed_
         pictures.append(np.asarray(apply_seeded(transform, picture, derive_seed("crop", 0, *place))))
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     labels = torch.tensor([index.train[example].label for example in drawn[:4]])
-    mixture = draw(**ALPHAS, seed=0, step=0, size=4)
-    others, theirs = images[list(mixture.partners)], labels[list(mixture.partners)]
+    mixture = sample_params(**ALPHAS, seed=0, step=0, size=4)
+    others, theirs = images[list(mixture.permutation)], labels[list(mixture.permutation)]
     if mixture.box is None:
-        mixed, weight = (1 - mixture.weight) * images + mixture.weight * others, mixture.weight
+        mixed, weight = (1 - mixture.lam) * images + mixture.lam * others, mixture.lam
     else:
-        mixed, weight = paste(images, others, mixture.box)
+        mixed, weight = apply_cutmix(images, others, mixture.box)
     torch.manual_seed(derive_seed("masks", 0, 0, 0))
-    logits = model(Normalise(preprocessing, torch.device("cpu"))(mixed))
+    logits = model(Normalize(preprocessing, torch.device("cpu"))(mixed))
     own, mixed_in = (
         cross_entropy(logits, wanted, label_smoothing=SMOOTHING).item() for wanted in (labels, theirs)
     )
@@ -129,18 +129,18 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(
 
 
 def test_class_weights_are_of_the_pictures_that_are_trained_on(config: Config) -> None:
-    machine = context.start(device="cpu", precision="fp32", threads=1)
+    ctx = context.start(device="cpu", precision="fp32", threads=1)
     weighing = replace(
         config,
         data=replace(config.data, sampling="shuffled"),
-        regularise=RegulariseConfig(class_weights="balanced", label_smoothing=SMOOTHING),
+        regularise=RegularizationConfig(class_weights="balanced", label_smoothing=SMOOTHING),
     )
-    index = load_examples(weighing.data, machine, make_console(speaks=False)).index
+    index = load_dataset(weighing.data, ctx, make_console(speaks=False)).index
     index = replace(index, train=index.train[1:])  # one of the first class's five went to be selected on
-    objective = make_objective(weighing, index, torch.device("cpu"))
-    assert objective.class_weights is not None
-    assert objective.class_weights.tolist() == pytest.approx([6 / (2 * 4), 6 / (2 * 2)])
-    assert objective.label_smoothing == SMOOTHING
-    assert make_objective(config, index, torch.device("cpu")).class_weights is None
-    assert make_order(weighing, index).labels is None
-    assert make_order(config, index).labels == (0, 0, 0, 0, 1, 1)
+    criterion = make_criterion(weighing, index, torch.device("cpu"))
+    assert criterion.class_weights is not None
+    assert criterion.class_weights.tolist() == pytest.approx([6 / (2 * 4), 6 / (2 * 2)])
+    assert criterion.label_smoothing == SMOOTHING
+    assert make_criterion(config, index, torch.device("cpu")).class_weights is None
+    assert make_epoch_order(weighing, index).labels is None
+    assert make_epoch_order(config, index).labels == (0, 0, 0, 0, 1, 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.optim.schedule import Duration, Interval, lr_factor, parse_duration, parse_interval, to_steps
+from trainer.optim.schedule import Duration, Interval, lr_multiplier, parse_duration, parse_interval, to_steps
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,12 @@ def test_an_interval_of_nothing_is_refused(text: str) -> None:
 
 
 def test_constant_after_a_linear_warm_up() -> None:
-    factors = [lr_factor(step, total_steps=6, warmup_steps=4, kind="constant") for step in range(6)]
+    factors = [lr_multiplier(step, total_steps=6, warmup_steps=4, kind="constant") for step in range(6)]
     assert factors == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_the_cosine_starts_at_1_falls_and_would_end_at_0() -> None:
-    factors = [lr_factor(step, total_steps=8, warmup_steps=0, kind="cosine") for step in range(9)]
+    factors = [lr_multiplier(step, total_steps=8, warmup_steps=0, kind="cosine") for step in range(9)]
     assert factors[0] == 1
     assert factors == sorted(factors, reverse=True)
     assert factors[4] == pytest.approx(0.5)
@@ -86,13 +86,13 @@ def test_the_cosine_starts_at_1_falls_and_would_end_at_0() -> None:
 
 
 def test_a_warm_up_as_long_as_the_run_only_rises() -> None:
-    factors = [lr_factor(step, total_steps=3, warmup_steps=3, kind="cosine") for step in range(3)]
+    factors = [lr_multiplier(step, total_steps=3, warmup_steps=3, kind="cosine") for step in range(3)]
     assert factors == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1]
 
 
 def one_cycle(total: int, warmup: int) -> list[float]:
     return [
-        lr_factor(step, total_steps=total, warmup_steps=warmup, kind="one-cycle") for step in range(total)
+        lr_multiplier(step, total_steps=total, warmup_steps=warmup, kind="one-cycle") for step in range(total)
     ]
 
 
@@ -130,5 +130,5 @@ def test_one_cycle_in_a_very_short_run_is_at_its_peak_at_once(total: int, expect
 
 @pytest.mark.parametrize(("total", "warmup"), [(1, 0), (7, 7), (9, 0)])
 def test_one_cycle_has_a_rate_for_the_update_after_the_last(total: int, warmup: int) -> None:
-    after = lr_factor(total, total_steps=total, warmup_steps=warmup, kind="one-cycle")
+    after = lr_multiplier(total, total_steps=total, warmup_steps=warmup, kind="one-cycle")
     assert after == pytest.approx(4e-6), "a checkpoint at the end names it, and a longer run goes on"

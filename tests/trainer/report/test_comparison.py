@@ -14,7 +14,7 @@ from trainer.report.comparison import (
     half_interval,
     markdown,
     notes,
-    summarise,
+    summarize,
     table,
     trial_of,
 )
@@ -71,7 +71,7 @@ def test_with_a_part_to_select_on_the_selected_epoch_is_what_counts() -> None:
 
 
 def test_the_others_are_measured_by_the_firsts_mean() -> None:
-    first, quick, half, never = summarise(
+    first, quick, half, never = summarize(
         {
             "first": [trial(0, 0.5, 0.8), trial(1, 0.5, 0.9)],
             "quick": [trial(0, 0.86, 0.7, seconds=2), trial(1, 0.5, 0.85, seconds=2)],
@@ -88,23 +88,23 @@ def test_the_others_are_measured_by_the_firsts_mean() -> None:
 
 
 def test_a_single_seed_reaches_its_own_accuracy_when_it_first_has_it() -> None:
-    (found,) = summarise({"only": [trial(0, 0.1, 1 / 3, 0.2, 1 / 3)]}, {})
+    (found,) = summarize({"only": [trial(0, 0.1, 1 / 3, 0.2, 1 / 3)]}, {})
     assert (found.to_first, found.share, found.half) == (20, 0.5, None)
 
 
 def test_equal_accuracies_reach_their_mean_whatever_its_rounding() -> None:
     value = 0.9346405228758170
-    (found,) = summarise({"only": [trial(seed, value) for seed in range(7)]}, {})
+    (found,) = summarize({"only": [trial(seed, value) for seed in range(7)]}, {})
     assert found.reached == 7
 
 
 def test_where_the_first_has_failed_nothing_is_measured_by_it() -> None:
-    first, other = summarise({"first": [], "other": [trial(0, 0.9)]}, {"first": {0: "bad: worse"}})
+    first, other = summarize({"first": [], "other": [trial(0, 0.9)]}, {"first": {0: "bad: worse"}})
     assert (first.accuracy, other.to_first, other.share) == (None, None, None)
     assert other.accuracy == 0.9
 
 
-SUMMARIES = summarise(
+SUMMARIES = summarize(
     {
         "note@optim.lr=[5e-6]|x": [trial(0, 0.5, 0.8), trial(1, 0.6, 0.9)],
         "strong-regularisation": [trial(0, 0.9, 0.95), trial(1, 0.9, 0.95)],
@@ -128,7 +128,7 @@ def test_the_table_fits_a_terminal_and_cuts_no_name() -> None:
 
 def test_epochs_are_told_where_they_differ() -> None:
     console = Console(width=80, markup=False, record=True)
-    console.print(table(summarise({"a": [trial(0, 0.5, 0.8)], "b": [trial(0, 0.5), trial(1, 0.5, 0.6)]}, {})))
+    console.print(table(summarize({"a": [trial(0, 0.5, 0.8)], "b": [trial(0, 0.5), trial(1, 0.5, 0.6)]}, {})))
     shown = console.export_text()
     assert "epochs" in shown
     assert "1/2" in shown
@@ -144,7 +144,7 @@ def test_the_markdown_holds_command_facts_rows_and_reasons() -> None:
     assert "a.png" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(row.replace("\\|", "").split("|")) for row in rows}) == 1
-    assert "one seed" in notes(summarise({"a": [trial(0, 0.5)]}, {}))[0]
+    assert "one seed" in notes(summarize({"a": [trial(0, 0.5)]}, {}))[0]
 
 
 def test_the_figure_has_a_line_for_each_strategy_that_ran(tmp_path: Path) -> None:

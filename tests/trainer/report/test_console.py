@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from trainer.loop import Progress
-from trainer.metrics import Figures
+from trainer.metrics import Metrics
 from trainer.report import console as module
 from trainer.report.console import (
     Display,
@@ -38,8 +38,10 @@ ROW: dict[str, Any] = {
 
 
 def progress(epoch_step: int) -> Progress:
-    figures = Figures(loss_sum=3.0, correct=2, seen=4, seconds=2.0, compute_seconds=1.0, bad_step=None)
-    return Progress(epoch=1, epoch_step=epoch_step, step=epoch_step, figures=figures, lr={"head": 0.1})
+    figures = Metrics(
+        loss_sum=3.0, correct=2, seen=4, seconds=2.0, compute_seconds=1.0, first_nonfinite_step=None
+    )
+    return Progress(epoch=1, epoch_step=epoch_step, step=epoch_step, metrics=figures, lr={"head": 0.1})
 
 
 def plain() -> tuple[Console, io.StringIO]:

@@ -6,11 +6,13 @@ import pytest
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation
 from trainer.loop import Progress
-from trainer.metrics import Figures
+from trainer.metrics import Metrics
 from trainer.report.metrics import MetricsFile, Row, epoch_row, epoch_rows, parse_rows, start_row, train_row
 
-FIGURES = Figures(loss_sum=6.0, correct=3, seen=4, seconds=2.0, compute_seconds=1.0, bad_step=None)
-PROGRESS = Progress(epoch=2, epoch_step=3, step=7, figures=FIGURES, lr={"backbone": 0.1, "head": 1.0})
+FIGURES = Metrics(
+    loss_sum=6.0, correct=3, seen=4, seconds=2.0, compute_seconds=1.0, first_nonfinite_step=None
+)
+PROGRESS = Progress(epoch=2, epoch_step=3, step=7, metrics=FIGURES, lr={"backbone": 0.1, "head": 1.0})
 TEST = Evaluation(loss_sum=5.0, correct=(2, 1), support=(3, 2), predicted=(4, 1))
 
 

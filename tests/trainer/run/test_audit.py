@@ -10,12 +10,12 @@ import torch
 
 from tests.folders import image_folder
 from trainer.data.augment import Preprocessing, train_transform
-from trainer.data.loader import Batch, Collate, Draw, Images, Order, Shares
+from trainer.data.loader import Batch, Collate, DistributedBatchSampler, EpochOrder, ImageDataset, SampleKey
 from trainer.errors import UserError
-from trainer.run.audit import AUDIT, audited
+from trainer.run.audit import AUDIT, with_audit
 
 SIZE, STEPS = 8, 3
-ORDER = Order(examples=11, batch_size=4, seed=1)
+ORDER = EpochOrder(examples=11, batch_size=4, seed=1)
 PREPROCESSING = Preprocessing(
     image_size=SIZE,
     resize_size=SIZE,
@@ -27,31 +27,37 @@ PREPROCESSING = Preprocessing(
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     root = image_folder(tmp_path_factory.mktemp("images"), {"": {"a": 11}})
     paths = [(str(path), 0) for path in sorted(root.rglob("*.png"))]
-    return Images(paths, train_transform(PREPROCESSING, "recipe", (0.08, 1.0)), seed=1)
+    return ImageDataset(paths, train_transform(PREPROCESSING, "recipe", (0.08, 1.0)), seed=1)
 
 
 def batches(
-    images: Images, *, rank: int = 0, world: int = 1, channels_last: bool = True, start: int = 0
+    images: ImageDataset, *, rank: int = 0, world_size: int = 1, channels_last: bool = True, start: int = 0
 ) -> Iterator[Batch]:
-    for draws in Shares(ORDER, epochs=2, start_step=start, rank=rank, world=world):
+    for draws in DistributedBatchSampler(ORDER, epochs=2, start_step=start, rank=rank, world_size=world_size):
         yield Collate(SIZE, channels_last)([images[draw] for draw in draws])
 
 
 def audit(
-    found: Iterator[Batch], folder: Path, *, start: int = 0, rank: int = 0, world: int = 1, attempt: int = 1
+    found: Iterator[Batch],
+    folder: Path,
+    *,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    attempt: int = 1,
 ) -> Iterator[Batch]:
-    return audited(
+    return with_audit(
         found,
         folder,
         start_step=start,
         steps_per_epoch=STEPS,
         rank=rank,
-        world=world,
+        world_size=world_size,
         attempt=attempt,
-        lr_factor=lambda step: 1 / (1 + step),
+        lr_multiplier=lambda step: 1 / (1 + step),
     )
 
 
@@ -61,7 +67,7 @@ def rows(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
 
 
 def test_every_update_is_written_down_with_its_examples_and_their_pixels(
-    images: Images, tmp_path: Path
+    images: ImageDataset, tmp_path: Path
 ) -> None:
     taken = list(audit(batches(images), tmp_path))
     found = rows(tmp_path)
@@ -76,18 +82,18 @@ def test_every_update_is_written_down_with_its_examples_and_their_pixels(
             "world": 1,
             "lr_factor": 1 / (1 + step),
             "examples": examples,
-            "pixels": [zlib.crc32(images[Draw(epoch, example)][0].tobytes()) for example in examples],
+            "pixels": [zlib.crc32(images[SampleKey(epoch, example)][0].tobytes()) for example in examples],
         }
         assert batch.examples.tolist() == examples
 
 
-def test_the_sums_do_not_depend_on_processes_or_memory_layout(images: Images, tmp_path: Path) -> None:
+def test_the_sums_do_not_depend_on_processes_or_memory_layout(images: ImageDataset, tmp_path: Path) -> None:
     for name in ("one", "three"):
         (tmp_path / name).mkdir()
     list(audit(batches(images), tmp_path / "one"))
     for rank in range(3):
-        shares = batches(images, rank=rank, world=3, channels_last=False)
-        list(audit(shares, tmp_path / "three", rank=rank, world=3))
+        shares = batches(images, rank=rank, world_size=3, channels_last=False)
+        list(audit(shares, tmp_path / "three", rank=rank, world_size=3))
     ranks = [rows(tmp_path / "three", rank) for rank in range(3)]
     for whole, *shares in zip(rows(tmp_path / "one"), *ranks, strict=True):
         together = [pair for row in shares for pair in zip(row["examples"], row["pixels"], strict=True)]
@@ -96,12 +102,12 @@ def test_the_sums_do_not_depend_on_processes_or_memory_layout(images: Images, tm
 
 
 def test_an_empty_share_is_a_row_too(tmp_path: Path) -> None:
-    list(audit(iter([Collate(SIZE, True)([])]), tmp_path, rank=2, world=3))
+    list(audit(iter([Collate(SIZE, True)([])]), tmp_path, rank=2, world_size=3))
     (row,) = rows(tmp_path, 2)
     assert (row["examples"], row["pixels"]) == ([], [])
 
 
-def test_a_row_is_written_before_its_update_is_made(images: Images, tmp_path: Path) -> None:
+def test_a_row_is_written_before_its_update_is_made(images: ImageDataset, tmp_path: Path) -> None:
     taken = audit(batches(images), tmp_path)
     for number in (1, 2, 3):
         next(taken)
@@ -110,7 +116,7 @@ def test_a_row_is_written_before_its_update_is_made(images: Images, tmp_path: Pa
 
 @pytest.mark.parametrize("cut", [1, 20])
 def test_what_is_made_again_after_a_kill_stands_behind_whole_rows(
-    cut: int, images: Images, tmp_path: Path
+    cut: int, images: ImageDataset, tmp_path: Path
 ) -> None:
     taken = audit(batches(images), tmp_path)
     for _ in range(4):
@@ -126,7 +132,7 @@ def test_what_is_made_again_after_a_kill_stands_behind_whole_rows(
     assert {**found[3], "attempt": 1} == before[2], "the same update, from the same pixels"
 
 
-def test_a_file_that_cannot_be_written_is_one_sentence(images: Images, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_one_sentence(images: ImageDataset, tmp_path: Path) -> None:
     (tmp_path / AUDIT).write_text("mine")
     with pytest.raises(
         UserError, match=r"run\.audit: .*rank-0\.jsonl cannot be written \(.*\): make room, or leave it off"

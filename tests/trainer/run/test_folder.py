@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import pytest
 
-from trainer.checkpoint.store import Place
+from trainer.checkpoint.store import CheckpointId
 from trainer.config.parse import dump, keys
-from trainer.config.schema import Config, DataConfig, RegulariseConfig, RunConfig
+from trainer.config.schema import Config, DataConfig, RegularizationConfig, RunConfig
 from trainer.errors import UserError
 from trainer.run import folder as module
 from trainer.run.folder import (
@@ -22,20 +22,20 @@ from trainer.run.folder import (
     SPLIT,
     START,
     WISE,
+    archive_results,
+    archive_run,
+    check_resumable,
     check_seen,
-    examine,
     holds_run,
-    kept_precision,
-    move_aside,
-    set_results_aside,
+    saved_precision,
     write_config,
 )
-from trainer.run.lock import ATTEMPTS, Record
+from trainer.run.lock import ATTEMPTS, AttemptRecord
 
 FIRST = "run:\n  dir: here\noptim:\n  lr: 0.1\n  name: sgd\ndebug: false\n"
 OTHER = "run:\n  dir: here\noptim:\n  lr: 0.2\n  momentum: 0.5\ndebug: false\n"
 FILES = (MODEL, METRICS, CURVES, SPLIT)
-CHECKPOINT = f"{CHECKPOINTS}/{Place(step=6, epoch=2).name}"
+CHECKPOINT = f"{CHECKPOINTS}/{CheckpointId(step=6, epoch=2).name}"
 NOT_BEGUN = "an earlier start in this folder had not come to a checkpoint: starting anew"
 
 Resume = Literal["auto", "never", "must"]
@@ -48,9 +48,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def opened(folder: Path, config: str = FIRST, resume: Resume = "auto") -> str | None:
     """Do what a start does with its run folder, and return what it says of it."""
-    note = examine(folder, config, resume=resume)
+    note = check_resumable(folder, config, resume=resume)
     if resume == "never" and holds_run(folder):
-        note = move_aside(folder)
+        note = archive_run(folder)
     write_config(folder, config)
     return note
 
@@ -69,7 +69,7 @@ def finished(folder: Path, config: str = FIRST) -> dict[str, bytes]:
 
 def noted(folder: Path, number: int = 1, **changes: Any) -> None:
     """Leave the record of an attempt that has ended."""
-    record = Record(
+    record = AttemptRecord(
         attempt=number,
         state="done",
         step=6,
@@ -77,8 +77,8 @@ def noted(folder: Path, number: int = 1, **changes: Any) -> None:
         host="there",
         pid=1,
         started=1,
-        scope="x",
-        token="y",
+        pid_namespace="x",
+        lease_id="y",
     )
     (folder / ATTEMPTS).mkdir(parents=True, exist_ok=True)
     record = dataclasses.replace(record, **changes)
@@ -254,7 +254,7 @@ def test_nor_are_those_of_its_parts(stage: str, folder: Path) -> None:
     (folder / stage).mkdir()
     (folder / stage / METRICS).write_text("rows")
     assert str(folder / stage / CHECKPOINTS) in refusal(folder)
-    (folder / stage / CHECKPOINTS / f"damaged-1-{Place(step=3, epoch=1).name}").mkdir(parents=True)
+    (folder / stage / CHECKPOINTS / f"damaged-1-{CheckpointId(step=3, epoch=1).name}").mkdir(parents=True)
     assert opened(folder) is None, "a checkpoint that was set aside can be restored"
 
 
@@ -342,11 +342,11 @@ def test_a_number_of_epochs_that_is_none_is_not_exceeded(there: str, folder: Pat
 def test_a_run_written_before_an_option_was_thought_of_is_another(folder: Path) -> None:
     values = module.yaml.safe_load(config())
     del values["checkpoint"], values["optim"]["clip_norm"]
-    finished(folder, folder.yaml.safe_dump(values))
+    finished(folder, module.yaml.safe_dump(values))
     assert opened(folder, config()) is None, "as without it: not clipped"
     now = changed(config(), "optim.clip_norm")
     del values["optim"]["momentum"]
-    (folder / CONFIG).write_text(MARK + folder.yaml.safe_dump(values))
+    (folder / CONFIG).write_text(MARK + module.yaml.safe_dump(values))
     assert "optim.clip_norm: None there, 'another' now\n  optim.momentum: None there, 0.9 now" in refusal(
         folder, now
     )
@@ -430,13 +430,13 @@ def test_a_config_that_cannot_be_written_leaves_the_earlier_one(
 def test_the_precision_that_a_run_began_with_is_kept(precision: str, folder: Path) -> None:
     text = config().replace("precision: auto", f"precision: {precision}")
     assert text != config()
-    assert kept_precision(folder) is None
+    assert saved_precision(folder) is None
     finished(folder, text)
-    assert kept_precision(folder) == precision
+    assert saved_precision(folder) == precision
     lose_checkpoints(folder)
-    assert kept_precision(folder) is None, "a start that got nowhere binds nobody"
+    assert saved_precision(folder) is None, "a start that got nowhere binds nobody"
     (folder / "source" / CHECKPOINT).mkdir(parents=True)
-    assert kept_precision(folder) == precision, "the source model was trained in it"
+    assert saved_precision(folder) == precision, "the source model was trained in it"
 
 
 @pytest.mark.parametrize(
@@ -454,13 +454,13 @@ def test_the_precision_that_a_run_began_with_is_kept(precision: str, folder: Pat
 def test_a_damaged_config_has_no_precision_to_keep(content: bytes, folder: Path) -> None:
     finished(folder)
     (folder / CONFIG).write_bytes(MARK.encode() + content)
-    assert kept_precision(folder) is None
+    assert saved_precision(folder) is None
 
 
 def test_a_config_of_the_users_own_has_no_precision_to_keep(folder: Path) -> None:
     finished(folder)
     (folder / CONFIG).write_text("train:\n  precision: bf16\n")
-    assert kept_precision(folder) is None
+    assert saved_precision(folder) is None
 
 
 # --- whose folder it is
@@ -491,7 +491,7 @@ def test_a_run_may_become_more_patient_and_not_less(
     before: int | None, after: int | None, allowed: bool, tmp_path: Path
 ) -> None:
     def config(patience: int | None) -> str:
-        return dump(Config(regularise=RegulariseConfig(early_stopping=patience)))
+        return dump(Config(regularise=RegularizationConfig(early_stopping=patience)))
 
     finished(tmp_path / "run", config(before))
     if allowed:
@@ -505,6 +505,6 @@ def test_a_run_may_become_more_patient_and_not_less(
 def test_results_without_checkpoints_are_set_aside_with_what_belongs_to_them(tmp_path: Path) -> None:
     for name in (MODEL, METRICS, FINE_TUNED, WISE, START):
         (tmp_path / name).write_text(name)
-    assert set_results_aside(tmp_path) is not None
+    assert archive_results(tmp_path) is not None
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept == sorted([START, *(f"earlier-1-{name}" for name in (MODEL, METRICS, FINE_TUNED, WISE))])

@@ -20,7 +20,15 @@ import pytest
 from tests.launching import REPOSITORY
 from trainer.errors import UserError
 from trainer.run import lock
-from trainer.run.lock import ATTEMPTS, Attempt, Record, latest, read_record, records, require_free
+from trainer.run.lock import (
+    ATTEMPTS,
+    AttemptRecord,
+    RunLock,
+    latest_attempt,
+    read_attempts,
+    read_record,
+    wait_until_released,
+)
 
 ELSEWHERE = "9b2f1d0e-0000-4000-8000-000000000000 pid:[4026531836]"
 HOLDER = """
@@ -34,18 +42,18 @@ attempt.end("done")
 """
 
 
-Claim = Callable[..., Attempt]
+Claim = Callable[..., RunLock]
 
 
 @pytest.fixture
 def claim() -> Iterator[Claim]:
-    """Return `Attempt.claim` with little patience; what it made gives no signs after the test."""
-    made: list[Attempt] = []
+    """Return `RunLock.claim` with little patience; what it made gives no signs after the test."""
+    made: list[RunLock] = []
 
     def claim(
-        folder: Path, *, patience: float = 0.2, say: Callable[[str], object] = lambda line: None
-    ) -> Attempt:
-        made.append(Attempt.claim(folder, say=say, patience=patience))
+        folder: Path, *, patience: float = 0.2, log: Callable[[str], object] = lambda line: None
+    ) -> RunLock:
+        made.append(RunLock.acquire(folder, log=log, patience=patience))
         return made[-1]
 
     yield claim
@@ -62,11 +70,11 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def record(**changes: Any) -> Record:
+def record(**changes: Any) -> AttemptRecord:
     return dataclasses.replace(lock._own_record(1), **changes)
 
 
-def of(process: subprocess.Popen[Any], **changes: Any) -> Record:
+def of(process: subprocess.Popen[Any], **changes: Any) -> AttemptRecord:
     started = lock._start_of(process.pid)
     assert started is not None
     return record(pid=process.pid, started=started, **changes)
@@ -76,7 +84,7 @@ def path(folder: Path, number: int = 1) -> Path:
     return folder / ATTEMPTS / f"{number:04}.json"
 
 
-def leave(folder: Path, found: Record) -> Path:
+def leave(folder: Path, found: AttemptRecord) -> Path:
     """Leave an attempt's file, as another process would."""
     (folder / ATTEMPTS).mkdir(parents=True, exist_ok=True)
     path(folder, found.attempt).write_text(json.dumps(dataclasses.asdict(found)))
@@ -112,16 +120,16 @@ def test_each_start_takes_the_next_number_and_says_who_it_is(claim: Claim, tmp_p
         assert found.host
         attempt.end("done")
     assert sorted(p.name for p in (folder / ATTEMPTS).iterdir()) == ["0001.json", "0002.json", "0003.json"]
-    assert len({found.token for found in records(folder)}) == 3
-    assert latest(folder) == (3, attempt.record)
+    assert len({found.lease_id for found in read_attempts(folder)}) == 3
+    assert latest_attempt(folder) == (3, attempt.record)
 
 
 def test_a_folder_without_attempts_is_free(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
-        assert latest(folder) == (0, None)
-        assert records(folder) == []
-        assert require_free(folder, say=print) == 0
+        assert latest_attempt(folder) == (0, None)
+        assert read_attempts(folder) == []
+        assert wait_until_released(folder, log=print) == 0
 
 
 def test_numbers_go_on_after_9999_and_other_files_are_none(claim: Claim, tmp_path: Path) -> None:
@@ -139,7 +147,7 @@ def test_an_attempt_that_has_ended_is_no_hindrance(
 ) -> None:
     said: list[str] = []
     leave(tmp_path, of(sleeper, state=state))
-    assert claim(tmp_path, say=said.append).record.attempt == 2
+    assert claim(tmp_path, log=said.append).record.attempt == 2
     assert said == []
 
 
@@ -175,7 +183,7 @@ def test_a_run_that_another_process_works_on_is_refused(
     said: list[str] = []
     leave(tmp_path, of(sleeper, host="node17"))
     began = time.monotonic()
-    text = refusal(claim, tmp_path, patience=1000, say=said.append)
+    text = refusal(claim, tmp_path, patience=1000, log=said.append)
     assert time.monotonic() - began < 5, "a process of this machine is looked up, not watched"
     assert text == (
         f"run.dir {tmp_path}: attempt 1 of this run is going on (process {sleeper.pid} on node17, since "
@@ -207,7 +215,7 @@ def test_a_start_in_another_process_holds_the_run_until_it_is_killed(claim: Clai
         holder.kill()
         holder.wait()
         said: list[str] = []
-        assert claim(tmp_path, patience=1000, say=said.append).record.attempt == 2
+        assert claim(tmp_path, patience=1000, log=said.append).record.attempt == 2
         assert said == [], "at once"
         first = read_record(path(tmp_path))
         assert first is not None
@@ -268,7 +276,7 @@ def test_an_owner_elsewhere_is_watched_and_followed_if_it_gives_no_sign(
     leave(tmp_path, of(sleeper, scope=ELSEWHERE, host="node17"))
     said: list[str] = []
     began = time.monotonic()
-    assert claim(tmp_path, patience=0.3, say=said.append).record.attempt == 2
+    assert claim(tmp_path, patience=0.3, log=said.append).record.attempt == 2
     assert time.monotonic() - began >= 0.3
     assert said == [
         "attempt 1 of this run ran on node17 and has not said how it ended: looking for 0 s whether it still gives a "
@@ -306,12 +314,12 @@ def test_an_owner_elsewhere_that_ends_while_it_is_watched_is_followed(claim: Cla
     claimed = claim(
         tmp_path,
         patience=30,
-        say=lambda line: threading.Timer(0.1, leave_atomically, [tmp_path, there]).start(),
+        log=lambda line: threading.Timer(0.1, leave_atomically, [tmp_path, there]).start(),
     )
     assert claimed.record.attempt == 2
 
 
-def leave_atomically(folder: Path, found: Record) -> None:
+def leave_atomically(folder: Path, found: AttemptRecord) -> None:
     temporary = folder / "ended"
     temporary.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(found, state="stopped"))))
     temporary.replace(path(folder, found.attempt))
@@ -372,7 +380,7 @@ def test_a_damaged_record_is_watched_like_an_owner_elsewhere(
     content = DAMAGED[damage]
     path(tmp_path).write_text(content if isinstance(content, str) else json.dumps(content))
     said: list[str] = []
-    assert claim(tmp_path, patience=0.1, say=said.append).record.attempt == 2
+    assert claim(tmp_path, patience=0.1, log=said.append).record.attempt == 2
     assert "has left no readable record" in said[0]
 
 
@@ -466,7 +474,7 @@ def test_its_end_is_written_with_its_reason(
         assert len(found.reason) <= 2000
     else:
         assert found.reason == written
-    assert require_free(tmp_path, say=print) == 1
+    assert wait_until_released(tmp_path, log=print) == 1
 
 
 def test_a_full_disk_is_one_sentence(claim: Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

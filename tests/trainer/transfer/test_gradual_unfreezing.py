@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.folders import image_folder
 from tests.trainer.test_train_run import back_to, equal, train
 from trainer.checkpoint import store
-from trainer.checkpoint.store import Place
+from trainer.checkpoint.store import CheckpointId
 from trainer.config.schema import (
     CheckpointConfig,
     Config,
@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
 
 
 def at(config: Config, step: int, epoch: int, file: str = store.MODEL) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.run.dir) / CHECKPOINTS / Place(step, epoch).name / file)
+    return load_file(Path(config.run.dir) / CHECKPOINTS / CheckpointId(step, epoch).name / file)
 
 
 def parts(names: set[str]) -> set[str]:

@@ -12,7 +12,7 @@ from torchvision import models
 from tests.folders import image_folder
 from tests.trainer.test_train_run import back_to, contents, in_folder, rows, train
 from trainer.checkpoint import store
-from trainer.checkpoint.store import Place
+from trainer.checkpoint.store import CheckpointId
 from trainer.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from trainer.pipeline import resolve
 from trainer.run.folder import CHECKPOINTS, MODEL
@@ -51,7 +51,7 @@ def finished(request: pytest.FixtureRequest, home: Path) -> Iterator[tuple[Confi
                 source_labels=str(home / "names"),
                 dropout=0.3,
             ),
-            train=TrainConfig(epochs=EPOCHS, batch_size=3, precision="fp32", points_per_epoch=1),
+            train=TrainConfig(epochs=EPOCHS, batch_size=3, precision="fp32", logs_per_epoch=1),
             checkpoint=CheckpointConfig(every="1 steps", keep_last=100),
         )
     )
@@ -86,7 +86,7 @@ def test_a_resumed_run_has_the_checkpoints_head_and_makes_no_second_pass(
     outcome, seen = train(config)
     assert "before the first step" not in seen
     assert [row["epoch"] for row in outcome.rows] == [1, 2], "the start is no epoch"
-    last = Path(CHECKPOINTS) / Place(EPOCHS * STEPS, EPOCHS).name
+    last = Path(CHECKPOINTS) / CheckpointId(EPOCHS * STEPS, EPOCHS).name
     for name in (MODEL, last / store.MODEL, last / store.OPTIMIZER):
         a, b = (load_file(Path(run.run.dir) / name) for run in (config, original))
         assert all(torch.equal(a[key], b[key]) for key in a | b), name
@@ -103,7 +103,7 @@ def test_a_run_killed_before_its_first_checkpoint_finds_the_same_head(
     original, _ = finished
     config = in_folder(original, tmp_path / "run")
     train(config)
-    first = Path(CHECKPOINTS) / Place(1, 0).name / store.MODEL
+    first = Path(CHECKPOINTS) / CheckpointId(1, 0).name / store.MODEL
     a, b = (load_file(Path(run.run.dir) / first) for run in (config, original))
     assert all(torch.equal(a[key], b[key]) for key in a | b)
     assert rows(config)[0] == rows(original)[0]

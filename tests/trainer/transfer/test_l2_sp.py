@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tests.trainer.test_loop import PLAN, Kept, Net, Told, batches, normalise, unevaluated
+from tests.trainer.test_loop import PLAN, Kept, Net, Told, batches, normalize, unevaluated
 from trainer.distributed import context
-from trainer.loop import Start, fit, update
-from trainer.optim.param_groups import Group, group_parameters, make_optimizer, set_lr
-from trainer.transfer.l2_sp import Pull, outside, spare_decay
+from trainer.loop import ResumePoint, fit, update
+from trainer.optim.param_groups import ParamGroup, group_parameters, make_optimizer, set_lr
+from trainer.transfer.l2_sp import L2SP, backbone_parameters, without_weight_decay
 
 LR, STRENGTH = 0.5, 0.25
 
@@ -27,7 +27,7 @@ def away_from(source: nn.Module, by: float) -> None:
             parameter.add_(by)
 
 
-def grouped(net: nn.Module, *, decay: float = 0.0) -> tuple[Group, ...]:
+def grouped(net: nn.Module, *, decay: float = 0.0) -> tuple[ParamGroup, ...]:
     return group_parameters(net, ["fc"], lr=LR, head_lr_scale=1.0, weight_decay=decay)
 
 
@@ -38,14 +38,14 @@ def test_without_a_gradient_of_the_loss_weights_come_back_by_the_same_share_each
     torch.manual_seed(0)
     net = Net()
     source = {key: p.detach().double() for key, p in net.named_parameters()}
-    pull = Pull(outside(net, ["fc"]), STRENGTH, decoupled=name == "adamw")
+    l2_sp = L2SP(backbone_parameters(net, ["fc"]), STRENGTH, decoupled=name == "adamw")
     away_from(net, 1.0)
     optimizer = make_optimizer(name, grouped(net), momentum=0.0)
     set_lr(optimizer, factor)  # a schedule's, which the pull follows
     for _ in range(5):
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        pull.before_step(optimizer)
+        l2_sp.apply(optimizer)
         optimizer.step()
     left = (1 - factor * LR * STRENGTH) ** 5
     for key, parameter in net.named_parameters():
@@ -55,45 +55,47 @@ def test_without_a_gradient_of_the_loss_weights_come_back_by_the_same_share_each
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_with_an_anchor_at_zero_it_is_weight_decay(name: Any, accelerator: Accelerator) -> None:
-    def train(*, pulled: bool) -> Net:
+    def train(*, pulled_parameters: bool) -> Net:
         torch.manual_seed(0)
         net = Net()
         start = [p.detach().clone() for p in net.parameters()]
-        pull = None
+        l2_sp = None
         groups = grouped(net, decay=STRENGTH)
-        if pulled:
-            backbone = outside(net, ["fc"])
+        if pulled_parameters:
+            backbone = backbone_parameters(net, ["fc"])
             with torch.no_grad():
                 for parameter in backbone:
                     parameter.zero_()
-            pull = Pull(backbone, STRENGTH, decoupled=name == "adamw")
-            groups = spare_decay(groups, backbone)
+            l2_sp = L2SP(backbone, STRENGTH, decoupled=name == "adamw")
+            groups = without_weight_decay(groups, backbone)
             with torch.no_grad():
                 for parameter, value in zip(net.parameters(), start, strict=True):
                     parameter.copy_(value)
         model, optimizer = accelerator.prepare(net, make_optimizer(name, groups, momentum=0.9))
         fit(
-            model, optimizer, batches(), PLAN, Start(),
-            accelerator=accelerator, normalise=normalise, evaluate=unevaluated, keeper=Kept(), listener=Told(),
-            paths_of=lambda epoch, step: [], pull=pull,
+            model, optimizer, batches(), PLAN, ResumePoint(),
+            accelerator=accelerator, normalize=normalize, evaluate=unevaluated, keeper=Kept(), listener=Told(),
+            batch_paths=lambda epoch, step: [], l2_sp=l2_sp,
         )  # fmt: skip
         return net
 
-    for a, b in zip(train(pulled=False).parameters(), train(pulled=True).parameters(), strict=True):
+    for a, b in zip(
+        train(pulled_parameters=False).parameters(), train(pulled_parameters=True).parameters(), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_the_pull_is_the_gradient_of_the_penalty_and_is_not_clipped(accelerator: Accelerator) -> None:
     torch.manual_seed(0)
     net = Net()
-    pull = Pull(outside(net, ["fc"]), STRENGTH, decoupled=False)
+    l2_sp = L2SP(backbone_parameters(net, ["fc"]), STRENGTH, decoupled=False)
     source = {key: p.detach().clone() for key, p in net.named_parameters()}
     away_from(net, 2.0)
     before = {key: p.detach().clone() for key, p in net.named_parameters()}
     model, optimizer = accelerator.prepare(net, make_optimizer("sgd", grouped(net), momentum=0.0))
     update(
         model, optimizer, next(batches()), 1.0,
-        accelerator=accelerator, normalise=normalise, parts=1, clip_norm=1e-9, pull=pull,
+        accelerator=accelerator, normalize=normalize, parts=1, max_grad_norm=1e-9, l2_sp=l2_sp,
     )  # fmt: skip
     for key, parameter in net.named_parameters():
         moved = (before[key] - parameter) / LR
@@ -103,14 +105,14 @@ def test_the_pull_is_the_gradient_of_the_penalty_and_is_not_clipped(accelerator:
 
 def test_what_is_frozen_or_has_no_gradient_is_not_pulled() -> None:
     net = Net()
-    pull = Pull(outside(net, ["fc"]), STRENGTH, decoupled=True)
+    l2_sp = L2SP(backbone_parameters(net, ["fc"]), STRENGTH, decoupled=True)
     away_from(net, 1.0)
     optimizer = make_optimizer("adamw", grouped(net), momentum=0.0)
     net.conv.weight.requires_grad_(False)
     net.conv.weight.grad = torch.zeros_like(net.conv.weight)  # left from before it was frozen
     net.conv.bias.grad = None
     before = [p.detach().clone() for p in net.parameters()]
-    pull.before_step(optimizer)
+    l2_sp.apply(optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
@@ -146,20 +148,20 @@ def test_gradients_of_fp16_are_unscaled_before_the_pull_is_added() -> None:
 
     moved = {}
     for scaled in (False, True):
-        for clip_norm in (None, 1e3):
+        for max_grad_norm in (None, 1e3):
             torch.manual_seed(0)
             net = Net()
-            pull = Pull(outside(net, ["fc"]), STRENGTH, decoupled=False)
+            l2_sp = L2SP(backbone_parameters(net, ["fc"]), STRENGTH, decoupled=False)
             away_from(net, 0.5)
             plain = make_optimizer("sgd", grouped(net), momentum=0.0)
             plain_machine = context.start(device="cpu", precision="fp32", threads=1).accelerator
             optimizer: Any = Stepping(plain) if scaled else plain
-            machine: Any = Scaled(optimizer) if scaled else plain_machine
+            ctx: Any = Scaled(optimizer) if scaled else plain_machine
             update(
                 net, optimizer, next(batches()), 1.0,
-                accelerator=machine, normalise=normalise, parts=1, clip_norm=clip_norm, pull=pull,
+                accelerator=ctx, normalize=normalize, parts=1, max_grad_norm=max_grad_norm, l2_sp=l2_sp,
             )  # fmt: skip
-            moved[scaled, clip_norm] = net.conv.weight.detach().clone()
+            moved[scaled, max_grad_norm] = net.conv.weight.detach().clone()
     torch.testing.assert_close(moved[True, None], moved[False, None])
     torch.testing.assert_close(moved[True, 1e3], moved[False, 1e3])
 
@@ -167,9 +169,9 @@ def test_gradients_of_fp16_are_unscaled_before_the_pull_is_added() -> None:
 def test_weight_decay_is_kept_for_the_new_output_layer_alone() -> None:
     net = Net()
     groups = grouped(net, decay=0.1)
-    spared = spare_decay(groups, outside(net, ["fc"]))
+    spared = without_weight_decay(groups, backbone_parameters(net, ["fc"]))
     assert [(g.name, g.weight_decay) for g in spared] == [("backbone", 0.0), ("head", 0.1)]
     assert [g.parameters for g in spared] == [g.parameters for g in groups]
-    mixed = Group("all", tuple(net.parameters()), LR, 0.1)
+    mixed = ParamGroup("all", tuple(net.parameters()), LR, 0.1)
     with pytest.raises(RuntimeError, match="the group all"):
-        spare_decay([mixed], outside(net, ["fc"]))
+        without_weight_decay([mixed], backbone_parameters(net, ["fc"]))

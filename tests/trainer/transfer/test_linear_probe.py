@@ -6,19 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed import context
-from trainer.distributed.context import Runtime
-from trainer.distributed.watchdog import Beats
+from trainer.distributed.context import DistributedContext
+from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
-from trainer.model.create import create
-from trainer.transfer.linear_probe import held_out, probe, require_linear
-from trainer.transfer.logistic_regression import choose
+from trainer.model.create import build_model
+from trainer.transfer.linear_probe import fit_head, held_out_mask, require_linear
+from trainer.transfer.logistic_regression import fit_cv
 
 CLASSES = 3
 slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Runtime]:
+def ctx() -> Iterator[DistributedContext]:
     threads = torch.get_num_threads()
     yield context.start(device="cpu", precision="fp32", threads=1)
     torch.set_num_threads(threads)
@@ -34,7 +34,7 @@ def pictures(count: int, size: int) -> tuple[Tensor, list[int]]:
     return images, labels
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     return (images.float() - 80) / 50
 
 
@@ -48,13 +48,13 @@ def probed(
     head: str,
     images: Tensor,
     labels: list[int],
-    machine: Runtime,
+    ctx: DistributedContext,
     *,
     balanced: bool = False,
     classes: int = CLASSES,
 ) -> str:
     said: list[str] = []
-    seconds = probe(
+    seconds = fit_head(
         model,
         head,
         batches(images, labels),
@@ -62,10 +62,10 @@ def probed(
         classes=classes,
         balanced=balanced,
         seed=0,
-        normalise=normalise,
-        machine=machine,
+        normalize=normalize,
+        ctx=ctx,
         watch=nullcontext,
-        say=said.append,
+        log=said.append,
     )
     assert seconds > 0
     return "\n".join(said)
@@ -87,9 +87,9 @@ def probed(
         pytest.param("densenet121", 32, marks=slow),
     ],
 )
-def test_the_head_is_the_solution_on_what_reaches_it(name: str, size: int, machine: Runtime) -> None:
+def test_the_head_is_the_solution_on_what_reaches_it(name: str, size: int, ctx: DistributedContext) -> None:
     torch.manual_seed(2)
-    created = create(
+    created = build_model(
         name,
         image_size=size,
         num_classes=CLASSES,
@@ -102,11 +102,11 @@ def test_the_head_is_the_solution_on_what_reaches_it(name: str, size: int, machi
     layer = model.get_submodule(head)
     seen: list[Tensor] = []
     with layer.register_forward_pre_hook(lambda module, args: seen.append(args[0])), torch.no_grad():
-        model.eval()(normalise(images))
+        model.eval()(normalize(images))
     model.train()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
-    said = probed(model, head, images, labels, machine)
+    said = probed(model, head, images, labels, ctx)
 
     assert model.training
     assert all(
@@ -114,10 +114,10 @@ def test_the_head_is_the_solution_on_what_reaches_it(name: str, size: int, machi
         for key, tensor in model.state_dict().items()
     ), "the output layer alone has changed"
     features = seen[0].flatten(2).mean(2) if seen[0].ndim == 4 else seen[0]
-    apart = held_out(torch.tensor(labels), 0)
-    choice = choose(features, torch.tensor(labels), CLASSES, apart, intercept=layer.bias is not None)
+    apart = held_out_mask(torch.tensor(labels), 0)
+    choice = fit_cv(features, torch.tensor(labels), CLASSES, apart, intercept=layer.bias is not None)
     with torch.no_grad():
-        logits = model.eval()(normalise(images))
+        logits = model.eval()(normalize(images))
     expected = features @ choice.solution.weight.T + choice.solution.bias
     # Features rounded another way, in other batches, move the solution a little.
     torch.testing.assert_close(logits.softmax(1), expected.softmax(1), rtol=0, atol=2e-2)
@@ -178,48 +178,48 @@ def test_a_linear_layer_on_every_token_is_refused() -> None:
     ids=["tanh", "norm", "relu ahead of the mean", "maximum"],
 )
 def test_what_is_not_linear_is_refused_before_the_pass(
-    body: nn.Module, last: nn.Module, after: nn.Module, machine: Runtime
+    body: nn.Module, last: nn.Module, after: nn.Module, ctx: DistributedContext
 ) -> None:
     model = Odd(body, last, after)
     require_linear(model, "last", 12)  # not to be seen from shapes
     images, labels = pictures(6, 12)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match="the model's logits are not last on the mean of what reaches it"):
-        probed(model, "last", images, labels, machine)
+        probed(model, "last", images, labels, ctx)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert model.training
 
 
-def test_a_layer_without_a_bias_is_solved_for_without_one(machine: Runtime) -> None:
+def test_a_layer_without_a_bias_is_solved_for_without_one(ctx: DistributedContext) -> None:
     torch.manual_seed(0)
     model = Odd(pooled(), nn.Linear(6, CLASSES, bias=False), nn.Identity())  # as MaxViT's
     images, labels = pictures(12, 12)
-    probed(model, "last", images, labels, machine)
+    probed(model, "last", images, labels, ctx)
     with torch.no_grad():
-        features = model.eval().body(normalise(images))
-        logits = model(normalise(images))
+        features = model.eval().body(normalize(images))
+        logits = model(normalize(images))
     there = torch.tensor(labels)
-    choice = choose(features, there, CLASSES, held_out(there, 0), intercept=False)
+    choice = fit_cv(features, there, CLASSES, held_out_mask(there, 0), intercept=False)
     torch.testing.assert_close(logits, features @ choice.solution.weight.T, rtol=1e-2, atol=1e-3)
 
 
-def test_classes_of_one_image_break_nothing(machine: Runtime) -> None:
+def test_classes_of_one_image_break_nothing(ctx: DistributedContext) -> None:
     torch.manual_seed(0)
     model = Odd(pooled(), nn.Linear(6, 4), nn.Identity())
     images, labels = pictures(7, 12)
     lonely = [*labels[:6], 3]  # class 3 has one image, the others two
-    said = probed(model, "last", images, lonely, machine, classes=4)
+    said = probed(model, "last", images, lonely, ctx, classes=4)
     assert "chosen on 3 images held out" in said
     model = Odd(pooled(), nn.Linear(6, CLASSES), nn.Identity())
-    said = probed(model, "last", images[:3], labels[:3], machine)
+    said = probed(model, "last", images[:3], labels[:3], ctx)
     assert "penalty 0.1, not chosen: no class has a second image to hold out" in said
-    assert (model.eval()(normalise(images[:3])).argmax(1) == torch.tensor(labels[:3])).all()
+    assert (model.eval()(normalize(images[:3])).argmax(1) == torch.tensor(labels[:3])).all()
 
 
-def test_features_that_are_not_finite_are_refused(machine: Runtime) -> None:
+def test_features_that_are_not_finite_are_refused(ctx: DistributedContext) -> None:
     model = Odd(pooled(), nn.Linear(6, CLASSES), nn.Identity())
     images, labels = pictures(6, 12)
-    real = normalise
+    real = normalize
 
     class Spoilt(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
@@ -229,19 +229,19 @@ def test_features_that_are_not_finite_are_refused(machine: Runtime) -> None:
     model.body = nn.Sequential(Spoilt(), model.body)
     with pytest.raises(UserError, match="features of 1 training images are not finite"):
         # The spoilt picture comes with the last batch: the first ones are looked at before the pass.
-        probed(model, "last", images, labels, machine)
+        probed(model, "last", images, labels, ctx)
 
 
-def test_a_balanced_probe_weighs_classes_alike(machine: Runtime) -> None:
+def test_a_balanced_probe_weighs_classes_alike(ctx: DistributedContext) -> None:
     torch.manual_seed(0)
     model = Odd(pooled(), nn.Linear(6, 2), nn.Identity())
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 255, (40, 3, 8, 8), generator=generator, dtype=torch.uint8)
     labels = [0] * 36 + [1] * 4
     for balanced in (False, True):
-        probed(model, "last", images, labels, machine, balanced=balanced, classes=2)
+        probed(model, "last", images, labels, ctx, balanced=balanced, classes=2)
         with torch.no_grad():
-            found = model.eval()(normalise(images)).softmax(1)[:, 1]
+            found = model.eval()(normalize(images)).softmax(1)[:, 1]
         # The bias is free: where the loss is least, the classes come out as often as they are counted.
         assert (found.mean().item() == pytest.approx(0.1, abs=1e-3)) is not balanced
         weighed = (found[:36].mean() + found[36:].mean()).item() / 2
@@ -250,16 +250,18 @@ def test_a_balanced_probe_weighs_classes_alike(machine: Runtime) -> None:
 
 def test_a_fifth_of_each_class_is_held_out_the_same_for_a_seed() -> None:
     labels = torch.tensor([0] * 50 + [1] * 2 + [2] + [3] * 9)
-    apart = held_out(labels, 5)
+    apart = held_out_mask(labels, 5)
     assert [int(apart[labels == k].sum()) for k in range(4)] == [10, 1, 0, 1]
-    assert torch.equal(apart, held_out(labels, 5))
-    assert not torch.equal(apart, held_out(labels, 6))
+    assert torch.equal(apart, held_out_mask(labels, 5))
+    assert not torch.equal(apart, held_out_mask(labels, 6))
 
 
-def test_a_solution_that_did_not_converge_is_told(machine: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_solution_that_did_not_converge_is_told(
+    ctx: DistributedContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("trainer.transfer.logistic_regression._MOST_ITERATIONS", 2)
     model = Odd(pooled(), nn.Linear(6, CLASSES), nn.Identity())
-    assert "NOT SOLVED to the end in" in probed(model, "last", *pictures(12, 12), machine)
+    assert "NOT SOLVED to the end in" in probed(model, "last", *pictures(12, 12), ctx)
 
 
 def test_a_model_whose_output_is_not_finite_does_not_begin() -> None:
@@ -268,14 +270,14 @@ def test_a_model_whose_output_is_not_finite_does_not_begin() -> None:
 
     bad = Evaluation(loss_sum=float("nan"), correct=(0,), support=(1,), predicted=(1,))
     with pytest.raises(UserError, match="before the first step is not finite"):
-        _before_training(lambda model, interrupted: {"test": bad}, nn.Identity(), Beats())  # type: ignore[arg-type]
+        _before_training(lambda model, interrupted: {"test": bad}, nn.Identity(), Heartbeat())  # type: ignore[arg-type]
 
 
-def test_an_example_that_was_not_seen_is_an_error(machine: Runtime) -> None:
+def test_an_example_that_was_not_seen_is_an_error(ctx: DistributedContext) -> None:
     model = Odd(pooled(), nn.Linear(6, CLASSES), nn.Identity())
     images, labels = pictures(6, 12)
     with pytest.raises(RuntimeError, match="the features of 5 of 6 examples were found once"):
-        probe(
+        fit_head(
             model,
             "last",
             batches(images[:5], labels),
@@ -283,8 +285,8 @@ def test_an_example_that_was_not_seen_is_an_error(machine: Runtime) -> None:
             classes=CLASSES,
             balanced=False,
             seed=0,
-            normalise=normalise,
-            machine=machine,
+            normalize=normalize,
+            ctx=ctx,
             watch=nullcontext,
-            say=print,
+            log=print,
         )

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torchvision import models
 
 from tests.folders import image_folder
-from trainer.config.builders import load_examples, preprocessing_of
-from trainer.config.model_builder import make_groups, make_model, probe_head
+from trainer.config.builders import load_dataset, make_preprocessing
+from trainer.config.model_builder import fit_linear_probe, make_model, make_param_groups
 from trainer.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TransferConfig
 from trainer.distributed import context
 from trainer.loop import update
-from trainer.model.freeze import enter
+from trainer.model.freeze import apply_stage
 from trainer.optim.param_groups import make_optimizer
 from trainer.pipeline import resolve
 
@@ -69,7 +69,7 @@ def test_what_trains_and_where_the_head_starts_combine(
     name, weights, root = source
     head = HEADS[name]
     threads = torch.get_num_threads()
-    machine = context.start(device="cpu", precision="fp32", threads=1)
+    ctx = context.start(device="cpu", precision="fp32", threads=1)
     console = Console(file=io.StringIO())
     config = resolve(
         Config(
@@ -79,17 +79,17 @@ def test_what_trains_and_where_the_head_starts_combine(
             optim=OptimConfig(lr=0.01, momentum=0.0),
         )
     )
-    index = load_examples(config.data, machine, console).index
+    index = load_dataset(config.data, ctx, console).index
     created = make_model(config, index.classes, config.model.weights, on_progress=console.print)
     if init == "linear-probe":
-        probe_head(
+        fit_linear_probe(
             created,
             index,
-            preprocessing_of(config.data),
+            make_preprocessing(config.data),
             config,
-            machine,
+            ctx,
             watch=nullcontext,
-            say=console.print,
+            log=console.print,
         )
     model, start = created.model, copied(created.model)
 
@@ -109,22 +109,22 @@ def test_what_trains_and_where_the_head_starts_combine(
         assert rows.sum(0).abs().max() < 1e-3 * rows.abs().max(), "the penalty leaves no part common to all"
 
     # What moves in an update, in the last of the stages.
-    groups = make_groups(created, config)
+    groups = make_param_groups(created, config)
     optimizer = make_optimizer("sgd", groups, momentum=0.0)
-    model, optimizer = context.prepare(machine.accelerator, model, optimizer)
+    model, optimizer = context.prepare(ctx.accelerator, model, optimizer)
     images = torch.randint(0, 255, (6, 3, 64, 64), dtype=torch.uint8)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    for stage in created.stages:
-        enter(model, stage, config.transfer.batch_norm)
+    for stage in created.unfreeze_stages:
+        apply_stage(model, stage, config.transfer.batch_norm)
         model.train()
         before = copied(model)
         update(
             model, optimizer, (images, labels, labels), 1 / 6,
-            accelerator=machine.accelerator, normalise=lambda batch: batch.float() / 128 - 1, parts=1, clip_norm=None,
+            accelerator=ctx.accelerator, normalize=lambda batch: batch.float() / 128 - 1, parts=1, max_grad_norm=None,
         )  # fmt: skip
         moved = changed(before, copied(model))
-        at = (head,) if stage is created.stages[0] and isinstance(trains, dict) else moving[name]
+        at = (head,) if stage is created.unfreeze_stages[0] and isinstance(trains, dict) else moving[name]
         assert moved, "something trains"
         assert all(one.startswith(at) for one in moved)
-        assert stage.trains <= moved, "all that is to train does"
+        assert stage.trainable <= moved, "all that is to train does"
     torch.set_num_threads(threads)

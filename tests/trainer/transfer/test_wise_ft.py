@@ -20,13 +20,13 @@ from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, Interrupted
 from trainer.loop import Evaluations
-from trainer.model.file import Description, read_description, write_model
+from trainer.model.file import ModelMetadata, read_metadata, write_model
 from trainer.run.folder import FINE_TUNED, MODEL, START, WISE
-from trainer.run.lock import Attempt
+from trainer.run.lock import RunLock
 from trainer.transfer import wise_ft
-from trainer.transfer.wise_ft import ALPHAS, Point, Search, best_of, between
+from trainer.transfer.wise_ft import ALPHAS, AlphaResult, WiseFT, best_alpha, interpolate
 
-DESCRIPTION = Description(
+DESCRIPTION = ModelMetadata(
     version="0",
     architecture="resnet18",
     classes=("a", "b"),
@@ -59,14 +59,14 @@ def test_the_line_is_straight_for_weights_and_statistics_and_exact_at_its_ends()
             if tensor.is_floating_point():
                 state[name] = torch.randn(tensor.shape, generator=generator)
     for alpha in ALPHAS:
-        for name, tensor in between(start, tuned, alpha).items():
+        for name, tensor in interpolate(start, tuned, alpha).items():
             if name.endswith("num_batches_tracked"):
                 assert tensor.item() == 9, "an integer lies on no line"
                 continue
             wanted = (1 - alpha) * start[name].double() + alpha * tuned[name].double()
             torch.testing.assert_close(tensor.double(), wanted, rtol=1e-6, atol=1e-7)
     for alpha, end in ((0.0, start), (1.0, tuned)):
-        point = between(start, tuned, alpha)
+        point = interpolate(start, tuned, alpha)
         assert all(torch.equal(point[name], end[name]) for name in end if end[name].is_floating_point())
 
 
@@ -82,8 +82,8 @@ def test_the_line_is_straight_for_weights_and_statistics_and_exact_at_its_ends()
 def test_the_best_is_the_most_accurate_then_of_the_lowest_loss_then_the_fine_tuned(
     scores: list[tuple[float, float]], best: float
 ) -> None:
-    points = [Point(alpha=i / 2, accuracy=a, loss=loss) for i, (a, loss) in enumerate(scores)]
-    assert best_of(points).alpha == best
+    points = [AlphaResult(alpha=i / 2, accuracy=a, loss=loss) for i, (a, loss) in enumerate(scores)]
+    assert best_alpha(points).alpha == best
 
 
 @dataclass
@@ -110,12 +110,12 @@ class Judge:
 
 @dataclass
 class Run:
-    search: Search
+    search: WiseFT
     folder: Path
     said: list[Any]
 
     def settle(self, judge: Judge) -> float:
-        return self.search.settle(lambda: net(7, 7), judge, step=4)
+        return self.search.select_alpha(lambda: net(7, 7), judge, step=4)
 
     def held(self, name: str) -> float:
         state = load_file(self.folder / name)
@@ -124,35 +124,35 @@ class Run:
         return value
 
     def metrics(self) -> Any:
-        described = read_description(self.folder / MODEL)
+        described = read_metadata(self.folder / MODEL)
         assert described is not None
         return described.metrics
 
     def begin(self, model: nn.Module, *, goes_on: bool) -> None:
-        self.search.begin(model, DESCRIPTION, goes_on=goes_on)
+        self.search.save_initial_weights(model, DESCRIPTION, goes_on=goes_on)
 
     def tune(self, value: float = 1.0, **metrics: Any) -> None:
         """Stand for the training: the model file is the best epoch's."""
         write_model(
             self.folder / MODEL,
             net(value, 9).state_dict(),
-            Description(**{**vars(DESCRIPTION), "metrics": {"step": 4, **metrics}}),
+            ModelMetadata(**{**vars(DESCRIPTION), "metrics": {"step": 4, **metrics}}),
         )
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[Run]:
     threads, said = torch.get_num_threads(), list[Any]()
-    machine = context.start(device="cpu", precision="fp32", threads=1)
-    attempt = Attempt.claim(tmp_path, say=print)
-    search = Search(
+    ctx = context.start(device="cpu", precision="fp32", threads=1)
+    attempt = RunLock.acquire(tmp_path, log=print)
+    search = WiseFT(
         folder=tmp_path,
-        part="val",
-        machine=machine,
+        split="val",
+        ctx=ctx,
         attempt=attempt,
         signals=StopSignals(),
         watch=nullcontext,
-        say=said.append,
+        log=said.append,
     )
     yield Run(search, tmp_path, said)
     attempt.end("done")
@@ -286,9 +286,9 @@ def test_an_end_of_another_model_is_refused(trained: Run) -> None:
 
 
 def test_without_the_option_nothing_is_kept_and_nothing_evaluated(made: Run) -> None:
-    search = Search(**{**vars(made.search), "part": None})
-    search.begin(net(0, 0), DESCRIPTION, goes_on=False)
+    search = WiseFT(**{**vars(made.search), "part": None})
+    search.save_initial_weights(net(0, 0), DESCRIPTION, goes_on=False)
     judge = Judge(peak=0.6)
-    assert search.settle(lambda: net(7, 7), judge, step=4) == 1.0
+    assert search.select_alpha(lambda: net(7, 7), judge, step=4) == 1.0
     assert judge.asked == []
     assert not (made.folder / START).exists()
