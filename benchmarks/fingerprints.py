@@ -33,7 +33,7 @@ SMALL = [
     "--data.image_size=32",
     "--data.resize_size=36",
     "--data.crop_scale=[0.6,1.0]",
-    "--train.points_per_epoch=1000",
+    "--train.logs_per_epoch=1000",
 ]
 TARGET = ["--data.root=synthetic-target", "--train.batch_size=12", "--train.epochs=3", *SMALL]
 SOURCE = "--model.weights=runs/source/model.safetensors"
@@ -50,21 +50,21 @@ CONFIGURATIONS: dict[str, list[str]] = {
         "--train.batch_size=64",
         *SMALL,
     ],
-    "d2l": [*TARGET, SOURCE, "--transfer.strategy=note"],
+    "d2l": [*TARGET, SOURCE, "--transfer.strategy=d2l"],
     "lp-ft": [*TARGET, SOURCE, "--transfer.strategy=lp-ft"],
-    "gradual-unfreezing": [*TARGET, SOURCE, "--transfer.strategy=gradual", "--train.epochs=4"],
+    "gradual-unfreezing": [*TARGET, SOURCE, "--transfer.strategy=gradual-unfreezing", "--train.epochs=4"],
     "ema-mixup-l2sp": [
         *TARGET,
         SOURCE,
-        "--regularise.ema=0.9",
-        "--regularise.mixup=0.2",
-        "--regularise.cutmix=1.0",
-        "--regularise.label_smoothing=0.1",
-        "--regularise.class_weights=balanced",
+        "--regularization.ema=0.9",
+        "--regularization.mixup=0.2",
+        "--regularization.cutmix=1.0",
+        "--regularization.label_smoothing=0.1",
+        "--regularization.class_weights=balanced",
         "--transfer.l2_sp=0.01",
         "--data.random_erasing=0.25",
-        "--optim.clip_norm=1.0",
-        "--train.accumulation=2",
+        "--optim.max_grad_norm=1.0",
+        "--train.grad_accum_steps=2",
         "--optim.schedule=one-cycle",
     ],
     "wise-ft": [
@@ -72,7 +72,7 @@ CONFIGURATIONS: dict[str, list[str]] = {
         SOURCE,
         "--transfer.wise_ft=true",
         "--data.val_fraction=0.3",
-        "--regularise.early_stopping=2",
+        "--regularization.early_stopping=2",
     ],
     "source-classes-balanced-bf16": [
         *TARGET,
@@ -83,43 +83,43 @@ CONFIGURATIONS: dict[str, list[str]] = {
         "--optim.name=adamw",
         "--optim.lr=3e-4",
         "--optim.layer_decay=0.7",
-        "--optim.lr_scales={bn1: 0.5}",
-        "--optim.decay_norms=false",
-        "--transfer.train=last:3",
+        "--optim.lr_mult={bn1: 0.5}",
+        "--optim.decay_norm_and_bias=false",
+        "--transfer.trainable=last:3",
         "--data.augment=trivialaugment",
     ],
     "two-ranks": [
         *TARGET,
         SOURCE,
-        "--regularise.mixup=0.2",
-        "--regularise.ema=0.9",
+        "--regularization.mixup=0.2",
+        "--regularization.ema=0.9",
         "--transfer.l2_sp=0.01",
         "--train.batch_size=13",
     ],
     "two-ranks-gradual-wise-ft": [
         *TARGET,
         SOURCE,
-        "--transfer.strategy=gradual",
+        "--transfer.strategy=gradual-unfreezing",
         "--data.val_fraction=0.3",
         "--transfer.wise_ft=true",
     ],
     "resumed-in-mid-epoch": [
         *TARGET,
         SOURCE,
-        "--regularise.ema=0.9",
-        "--regularise.mixup=0.2",
+        "--regularization.ema=0.9",
+        "--regularization.mixup=0.2",
         "--transfer.l2_sp=0.01",
-        "--transfer.train={0: head, 1: 'last:2', 2: all}",
+        "--transfer.trainable={0: head, 1: 'last:2', 2: all}",
         "--checkpoint.every=1 steps",
         "--train.batch_size=4",
     ],
     "pretrain-and-baseline": [
         "--data.root=synthetic-target",
         "--model.weights=null",
-        "--source.root=synthetic-source",
-        "--source.epochs=1",
-        "--source.lr=1.5e-3",
-        "--scratch.lr=3e-3",
+        "--pretrain.root=synthetic-source",
+        "--pretrain.epochs=1",
+        "--pretrain.lr=1.5e-3",
+        "--baseline.lr=3e-3",
         "--optim.name=adamw",
         "--train.epochs=2",
         *SMALL,
@@ -132,7 +132,7 @@ RESUMED = {"resumed-in-mid-epoch"}
 def command(checkout: Path, name: str, folder: Path) -> list[str]:
     """Return the command line of one configuration, writing to runs/NAME below `folder`."""
     ranks = RANKS.get(name, 1)
-    options = [*CONFIGURATIONS[name], f"--run.dir={folder / 'runs' / name}", "--data.workers=0"]
+    options = [*CONFIGURATIONS[name], f"--run.dir={folder / 'runs' / name}", "--data.num_workers=0"]
     options.append(f"--run.threads={2 // ranks}")
     main = str(checkout / "trainer" / "main.py")
     if ranks == 1:

@@ -52,7 +52,7 @@ def train(data: Path, arguments: argparse.Namespace, precision: str) -> float:
             "run.threads": arguments.threads,
             "data.root": data,
             "data.image_size": 224,
-            "data.workers": "null" if arguments.workers is None else arguments.workers,
+            "data.num_workers": "null" if arguments.workers is None else arguments.workers,
             "model.name": arguments.model,
             "model.weights": "null",
             "train.precision": precision,
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=192, help="pictures drawn")
     parser.add_argument("--epochs", type=int, default=3, help="the first is not counted")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--workers", type=int, help="as data.workers; default: as regraft chooses")
+    parser.add_argument("--workers", type=int, help="as data.num_workers; default: as regraft chooses")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     arguments = parser.parse_args()

@@ -64,13 +64,13 @@ def options(root: Path, folder: Path, **changes: object) -> list[str]:
         "run.audit": "true",
         "data.root": root,
         "data.image_size": 64,
-        "data.workers": 1,
+        "data.num_workers": 1,
         "data.cache": root.parent / "cache",
         "model.name": "mobilenet_v3_small",
         "model.weights": "null",
         "train.epochs": EPOCHS,
         "train.batch_size": 4,
-        "train.points_per_epoch": 99,
+        "train.logs_per_epoch": 99,
         "checkpoint.every": "2 steps",
     }
     settings |= {key.replace("__", "."): value for key, value in changes.items()}

@@ -398,6 +398,6 @@ def _not_finite(
     return UserError(
         f"the loss is not finite since step {step + 1} (epoch {epoch + 1}, batch {epoch_step + 1}): training has "
         "diverged. Nothing of it was saved; earlier epochs are as they were. Try a smaller optim.lr or "
-        "optim.head_lr_scale, a warm-up, optim.clip_norm, or train.precision fp32. "
+        "optim.head_lr_scale, a warm-up, optim.max_grad_norm, or train.precision fp32. "
         f"That batch's {len(paths)} examples:{shown}"
     )

@@ -26,7 +26,16 @@ from trainer.model.build import preset
 from trainer.model.file import read_metadata
 from trainer.report.console import make_console
 from trainer.report.summary import comparison, summary
-from trainer.run.folder import STOP, archive_run, check_resumable, holds_run, saved_precision, write_config
+from trainer.run.folder import (
+    BASELINE,
+    PRETRAIN,
+    STOP,
+    archive_run,
+    check_resumable,
+    holds_run,
+    saved_precision,
+    write_config,
+)
 from trainer.run.lock import AttemptRecord, RunLock, is_torchrun_restart, latest_attempt, wait_until_released
 from trainer.train_run import TrainResult, train_run
 
@@ -96,23 +105,23 @@ def _stages(
         context.main_process_first(ctx.accelerator, note_down)
         return train_run(config, ctx, console, weights=weights, attempt=attempt, signals=signals)
 
-    if config.source.root:
+    if config.pretrain.root:
         preflight(config, load_dataset(config.data, ctx, console).index, ctx)
         console.rule("source model", align="left")
-        source = stage("source", pretrain_config(config), None)
-        weights = str(source.model_file)
-    if config.source.root or config.scratch.lr:
+        pretrained = stage(PRETRAIN, pretrain_config(config), None)
+        weights = str(pretrained.model_file)
+    if config.pretrain.root or config.baseline.lr:
         console.rule("fine-tuning" if weights else "training", align="left")
     outcome = stage("", config, weights)
     if ctx.is_main_process:
         console.print(summary(outcome, alpha=outcome.alpha))
-    if config.scratch.lr:
+    if config.baseline.lr:
         console.rule("from scratch", align="left")
-        scratch = stage("scratch", baseline_config(config), None)
+        baseline = stage(BASELINE, baseline_config(config), None)
         if ctx.is_main_process:
             console.rule("fine-tuned or from scratch", align="left")
-            console.print(comparison(outcome, scratch))
-            console.print(f"run folder {outcome.folder}; from scratch {scratch.folder}")
+            console.print(comparison(outcome, baseline))
+            console.print(f"run folder {outcome.folder}; baseline {baseline.folder}")
     return outcome
 
 
@@ -205,14 +214,14 @@ def resolve(config: Config) -> Config:
             f"data.resize_size is {data.resize_size}, data.image_size {size}: the central crop cannot be larger than "
             "the picture it is cut from"
         )
-    source = config.source
-    if source.root and not is_known(source.root):
-        source = replace(source, root=_absolute("source.root", source.root))
+    pretrain = config.pretrain
+    if pretrain.root and not is_known(pretrain.root):
+        pretrain = replace(pretrain, root=_absolute("pretrain.root", pretrain.root))
     return replace(
         config,
         run=replace(config.run, dir=_absolute("run.dir", config.run.dir)),
         data=data,
-        source=source,
+        pretrain=pretrain,
     )
 
 
@@ -244,10 +253,10 @@ def _preprocessing(config: Config) -> Preprocessing:
 def pretrain_config(config: Config) -> Config:
     """Return the run that trains the source model: from scratch, one learning rate, in `source/`."""
     return replace(
-        _from_scratch(config, "source", lr=config.source.lr),
-        data=replace(config.data, root=config.source.root, val_fraction=0.0),
-        regularise=replace(config.regularise, early_stopping=None),  # it has nothing to select on
-        train=replace(config.train, epochs=config.source.epochs),
+        _from_scratch(config, PRETRAIN, lr=config.pretrain.lr),
+        data=replace(config.data, root=config.pretrain.root, val_fraction=0.0),
+        regularization=replace(config.regularization, early_stopping=None),  # it has nothing to select on
+        train=replace(config.train, epochs=config.pretrain.epochs),
     )
 
 
@@ -256,14 +265,14 @@ def with_pretrained(config: Config, file: Path) -> Config:
     return replace(
         config,
         model=replace(config.model, weights=str(file)),
-        source=replace(config.source, root=None),
+        pretrain=replace(config.pretrain, root=None),
     )
 
 
 def baseline_config(config: Config) -> Config:
     """Return the comparison: the same network, data and budget, from scratch, in `scratch/`."""
-    assert config.scratch.lr is not None  # for mypy: the caller asks only where it is set
-    return _from_scratch(config, "scratch", lr=config.scratch.lr)
+    assert config.baseline.lr is not None  # for mypy: the caller asks only where it is set
+    return _from_scratch(config, BASELINE, lr=config.baseline.lr)
 
 
 def _from_scratch(config: Config, name: str, *, lr: float) -> Config:
@@ -275,6 +284,6 @@ def _from_scratch(config: Config, name: str, *, lr: float) -> Config:
             batch_norm="sync" if config.transfer.batch_norm == "sync" else TransferConfig.batch_norm
         ),
         optim=replace(config.optim, lr=lr, head_lr_scale=1.0, layer_decay=1.0, lr_mult={}),
-        source=PretrainConfig(),
-        scratch=BaselineConfig(),
+        pretrain=PretrainConfig(),
+        baseline=BaselineConfig(),
     )

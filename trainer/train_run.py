@@ -201,7 +201,7 @@ def train_run(  # noqa: PLR0915 (that it reads from top to bottom is worth its l
         log=console.print,
     )
     bare, optimizer = unfreezing.bare, unfreezing.optimizer
-    ema = ModelEma(bare, config.regularise.ema) if config.regularise.ema else None
+    ema = ModelEma(bare, config.regularization.ema) if config.regularization.ema else None
 
     # 6.
     start = _put_back(found, unfreezing, ema, config=config, order=order, ctx=ctx, console=console)
@@ -250,7 +250,7 @@ def train_run(  # noqa: PLR0915 (that it reads from top to bottom is worth its l
         best=state.best if state else None,
         last=CheckpointId(state.step, state.epoch) if state else None,
         ema=ema,
-        patience=config.regularise.early_stopping,
+        patience=config.regularization.early_stopping,
     )
     keeper.repair_best_model(console.print)
     if found is None and config.model.head_init in ("source-labels", "linear-probe"):
@@ -410,8 +410,8 @@ def _ended_early(rows: Sequence[Row], config: Config) -> str:
         return ""
     return (
         f"stopped early, after epoch {rows[-1]['epoch']} of {config.train.epochs}: none of the last "
-        f"{config.regularise.early_stopping} was better on val than epoch {best_row(rows, 'val')['epoch']}. A larger "
-        "regularise.early_stopping goes on from here"
+        f"{config.regularization.early_stopping} was better on val than epoch {best_row(rows, 'val')['epoch']}. "
+        "A larger regularization.early_stopping goes on from here"
     )
 
 

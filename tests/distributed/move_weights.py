@@ -258,11 +258,13 @@ def whole(ctx: context.DistributedContext, home: Path) -> dict[str, Any]:
     config = resolve(
         Config(
             run=RunConfig(dir=str(home / "run"), device="cpu", hang_timeout=None),
-            data=DataConfig(root=str(home / "images"), image_size=32, workers=0, cache=str(home / "cache")),
+            data=DataConfig(
+                root=str(home / "images"), image_size=32, num_workers=0, cache=str(home / "cache")
+            ),
             model=ModelConfig(name="squeezenet1_1", weights=str(home / "source.safetensors")),
             transfer=TransferConfig(wise_ft=True, l2_sp=0.1),
             optim=OptimConfig(lr=1e-30),
-            regularise=RegularizationConfig(ema=0.9, early_stopping=1),
+            regularization=RegularizationConfig(ema=0.9, early_stopping=1),
             train=TrainConfig(epochs=9, batch_size=4, precision="fp32", logs_per_epoch=1),
         )
     )

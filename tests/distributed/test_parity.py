@@ -119,7 +119,7 @@ def test_the_whole_program_follows_the_recipe(
         "data.image_size": 32,
         "data.resize_size": 36,
         "data.augment": "none",
-        "data.workers": 0,
+        "data.num_workers": 0,
         "model.name": "resnet18",
         "model.weights": weights,
         "transfer.batch_norm": "frozen",
@@ -131,7 +131,7 @@ def test_the_whole_program_follows_the_recipe(
         "optim.schedule": "constant",
         "train.epochs": EPOCHS,
         "train.batch_size": BATCH,
-        "train.points_per_epoch": 100,
+        "train.logs_per_epoch": 100,
         "train.precision": "fp32",
     }
     arguments = [f"--{key}={value}" for key, value in options.items()]

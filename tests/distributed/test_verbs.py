@@ -17,7 +17,7 @@ from trainer.distributed.signals import StopSignals
 
 RANGE = ("--from=1e-5", "--to=1e-2", "--steps=10")
 TOO_FAR = ("--from=1e-4", "--to=1e4", "--steps=25")
-STRATEGIES = "note@optim.lr=1e-5,from-scratch@optim.lr=1e30@optim.warmup=0 steps,head-only@optim.lr=1e-4"
+STRATEGIES = "d2l@optim.lr=1e-5,from-scratch@optim.lr=1e30@optim.warmup=0 steps,head-only@optim.lr=1e-4"
 
 
 def tried(folder: Path, options: Sequence[str]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     # 9 = 2 x 4 + 1: of the last batch of an epoch the second process has none.
     root = image_folder(folder / "images", {"train": {"a": 5, "b": 4}, "test": {"a": 2, "b": 2}})
     settings = {
-        "run.device": "cpu", "run.threads": 1, "data.root": root, "data.image_size": 32, "data.workers": 0,
+        "run.device": "cpu", "run.threads": 1, "data.root": root, "data.image_size": 32, "data.num_workers": 0,
         "data.cache": folder / "cache", "model.name": "shufflenet_v2_x0_5", "model.weights": "null",
         "transfer.batch_norm": "frozen", "optim.momentum": 0, "train.epochs": 1, "train.batch_size": 4,
     }  # fmt: skip

@@ -26,7 +26,7 @@ def options(images: Path, tmp_path: Path) -> Options:
             "run.threads": 1,
             "data.root": images,
             "data.image_size": 32,
-            "data.workers": 0,
+            "data.num_workers": 0,
             "model.name": "shufflenet_v2_x0_5",
             "model.weights": "null",
             "train.epochs": 2,

@@ -23,14 +23,14 @@ def test_the_quickstart_ends_with_the_two_beside_each_other(tmp_path: Path) -> N
     command = [*QUICKSTART, "--run.threads=1"]
     said = run(command, cwd=tmp_path, environment=environment, timeout=900)
     folder = tmp_path / "runs" / "quickstart"
-    fine_tuned, scratch = last_accuracy(folder), last_accuracy(folder / "scratch")
+    fine_tuned, scratch = last_accuracy(folder), last_accuracy(folder / "baseline")
     assert fine_tuned > scratch
     ends = said.splitlines()[-12:]
     assert any("fine-tuned" in line and f"{fine_tuned:.3f}" in line for line in ends)
     assert any("from scratch" in line and f"{scratch:.3f}" in line for line in ends)
     assert any(str(folder) in line for line in ends)
     assert len(trainer.load(folder / "model.safetensors").classes) == 4
-    assert len(trainer.load(folder / "source" / "model.safetensors").classes) == 20
+    assert len(trainer.load(folder / "pretrain" / "model.safetensors").classes) == 20
 
     began = time.monotonic()
     again = run(command, cwd=tmp_path, environment=environment)
@@ -47,6 +47,6 @@ def test_fine_tuning_beats_scratch_on_every_seed(tmp_path: Path) -> None:
         folder = tmp_path / f"seed{seed}"
         arguments = [f"--run.seed={seed}", f"--data.seed={seed}", f"--run.dir={folder}"]
         run([*QUICKSTART, *arguments], cwd=tmp_path, timeout=900)
-        fine_tuned, scratch = last_accuracy(folder), last_accuracy(folder / "scratch")
+        fine_tuned, scratch = last_accuracy(folder), last_accuracy(folder / "baseline")
         print(f"seed {seed}: fine-tuned {fine_tuned:.3f}, from scratch {scratch:.3f}")
         assert fine_tuned > scratch

@@ -71,7 +71,7 @@ def test_ants_and_bees_are_told_apart_before_the_first_step(shared: Path, tmp_pa
     console = Console(file=io.StringIO(), width=100, soft_wrap=True)
     config = resolve(
         Config(
-            data=DataConfig(root=str(shared / "data" / "hymenoptera"), workers=0, cache=str(tmp_path)),
+            data=DataConfig(root=str(shared / "data" / "hymenoptera"), num_workers=0, cache=str(tmp_path)),
             model=ModelConfig(name="squeezenet1_1", weights=str(shared / "weights" / WEIGHTS)),
         )
     )

@@ -485,7 +485,7 @@ def test_a_run_writes_its_environment_at_each_start_and_does_without_if_need_be(
     root = image_folder(tmp_path / "images", {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1}})
     config = Config(
         run=RunConfig(dir=str(tmp_path / "run"), device="cpu", threads=1),
-        data=DataConfig(root=str(root), image_size=32, workers=0, cache=str(tmp_path / "cache")),
+        data=DataConfig(root=str(root), image_size=32, num_workers=0, cache=str(tmp_path / "cache")),
         model=ModelConfig(name="squeezenet1_1", weights=None),
         train=TrainConfig(epochs=1, batch_size=4),
     )

@@ -51,7 +51,7 @@ def test_without_a_root_there_is_nothing_to_train_on(root: str | None) -> None:
     [
         ("data.root", config(NOBODY)),
         ("run.dir", replace(config("images"), run=RunConfig(dir=NOBODY))),
-        ("source.root", replace(config("images"), source=PretrainConfig(root=NOBODY))),
+        ("pretrain.root", replace(config("images"), pretrain=PretrainConfig(root=NOBODY))),
         ("model.weights", config("images", ModelConfig(name="resnet18", weights=NOBODY))),
         ("model.weights", config("images", ModelConfig(name="resnet18", weights=f"{NOBODY}.safetensors"))),
     ],
@@ -77,8 +77,8 @@ def test_paths_become_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found.run.dir == str(tmp_path / "runs" / "a")
     assert found.data.root == str(tmp_path / "图 片")
     assert found.model.weights == str(tmp_path / "home" / "w.pth")
-    sourced = resolve(replace(given, model=SCRATCH, source=PretrainConfig(root="~/source")))
-    assert sourced.source.root == str(tmp_path / "home" / "source")
+    sourced = resolve(replace(given, model=SCRATCH, pretrain=PretrainConfig(root="~/source")))
+    assert sourced.pretrain.root == str(tmp_path / "home" / "source")
     assert resolve(sourced) == sourced, "nothing is left to resolve"
 
 
@@ -86,10 +86,10 @@ def test_names_stay_names() -> None:
     given = Config(
         data=DataConfig(root="synthetic-target"),
         model=SCRATCH,
-        source=PretrainConfig(root="synthetic-source"),
+        pretrain=PretrainConfig(root="synthetic-source"),
     )
     found = resolve(given)
-    assert (found.data.root, found.source.root) == ("synthetic-target", "synthetic-source")
+    assert (found.data.root, found.pretrain.root) == ("synthetic-target", "synthetic-source")
     assert resolve(config("images", ModelConfig(name="resnet18"))).model.weights == "DEFAULT"
 
 
@@ -108,7 +108,7 @@ def small(tmp_path: Path) -> Config:
     root = image_folder(tmp_path / "images", {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1}})
     return Config(
         run=RunConfig(dir=str(tmp_path / "run"), device="cpu", threads=1),
-        data=DataConfig(root=str(root), image_size=32, workers=0, cache=str(tmp_path / "cache")),
+        data=DataConfig(root=str(root), image_size=32, num_workers=0, cache=str(tmp_path / "cache")),
         model=ModelConfig(name="squeezenet1_1", weights=None),
         train=TrainConfig(epochs=1, batch_size=4),
     )
@@ -121,7 +121,7 @@ def folder(tmp_path: Path) -> Path:
 
 def with_all_stages(config: Config) -> Config:
     return replace(
-        config, source=PretrainConfig(root=config.data.root, epochs=2), scratch=BaselineConfig(lr=0.1)
+        config, pretrain=PretrainConfig(root=config.data.root, epochs=2), baseline=BaselineConfig(lr=0.1)
     )
 
 
@@ -138,7 +138,7 @@ def test_a_run_says_that_it_is_done_and_where_it_stands(small: Config, folder: P
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"transfer": TransferConfig(train="from:layer9")}, "no module 'layer9'"),
+        ({"transfer": TransferConfig(trainable="from:layer9")}, "no module 'layer9'"),
         ({"optim": OptimConfig(lr_mult={"layre": 0.1})}, "'layre' matches no parameter"),
         ({"optim": OptimConfig(warmup="9 steps")}, "the peak learning rate"),
         ({"transfer": TransferConfig(wise_ft=True)}, r"set data\.val_fraction 0\.1"),
@@ -152,18 +152,18 @@ def test_a_run_says_that_it_is_done_and_where_it_stands(small: Config, folder: P
 def test_what_is_wrong_with_the_fine_tuning_is_said_before_the_source_model_trains(
     changes: dict[str, Any], said: str, small: Config, folder: Path
 ) -> None:
-    sourced = replace(small, source=PretrainConfig(root=small.data.root, epochs=2))
+    sourced = replace(small, pretrain=PretrainConfig(root=small.data.root, epochs=2))
     with pytest.raises(UserError, match=said):
         run(replace(sourced, **changes), StopSignals())
-    assert not (folder / "source").exists()
+    assert not (folder / "pretrain").exists()
 
 
 def test_all_stages_are_one_attempt(small: Config, folder: Path) -> None:
     outcome = run(with_all_stages(small), StopSignals())
     assert outcome is not None
     (record,) = read_attempts(folder)
-    assert (record.state, record.stage, record.step, record.epochs) == ("done", "scratch", 1, 1)
-    for stage in ("source", ".", "scratch"):
+    assert (record.state, record.stage, record.step, record.epochs) == ("done", "baseline", 1, 1)
+    for stage in ("pretrain", ".", "baseline"):
         assert (folder / stage / CHECKPOINTS / "LATEST").exists()
         assert (folder / stage / ATTEMPTS).exists() == (stage == ".")
 
@@ -233,9 +233,9 @@ class Trained:
 @pytest.mark.parametrize(
     ("stage", "made", "state"),
     [
-        ("source", ["source"], "stopped"),
-        ("", ["source", ""], "stopped"),
-        ("scratch", ["source", "", "scratch"], "done"),
+        ("pretrain", ["pretrain"], "stopped"),
+        ("", ["pretrain", ""], "stopped"),
+        ("baseline", ["pretrain", "", "baseline"], "done"),
     ],
 )
 def test_a_signal_that_came_with_a_stages_last_epoch_stops_before_the_next(
@@ -382,10 +382,10 @@ def test_a_finished_runs_figures_are_restored(small: Config, folder: Path) -> No
 def test_a_source_model_has_nothing_to_stop_early_by_and_nothing_to_be_pulled_to() -> None:
     given = replace(
         config("images"),
-        source=PretrainConfig(root="others"),
-        regularise=RegularizationConfig(early_stopping=3, ema=0.9),
+        pretrain=PretrainConfig(root="others"),
+        regularization=RegularizationConfig(early_stopping=3, ema=0.9),
         transfer=TransferConfig(l2_sp=0.1, wise_ft=True),
     )
     source = pretrain_config(given)
-    assert (source.regularise.early_stopping, source.regularise.ema) == (None, 0.9)
+    assert (source.regularization.early_stopping, source.regularization.ema) == (None, 0.9)
     assert (source.transfer.l2_sp, source.transfer.wise_ft) == (0, False)

@@ -74,7 +74,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     config = resolve(
         Config(
             run=RunConfig(dir=str(home / "run"), device="cpu"),
-            data=DataConfig(root=str(root), image_size=32, workers=0, cache=str(home / "cache")),
+            data=DataConfig(root=str(root), image_size=32, num_workers=0, cache=str(home / "cache")),
             model=ModelConfig(name="squeezenet1_1", weights=None),
             train=TrainConfig(epochs=EPOCHS, batch_size=4, precision="fp32", logs_per_epoch=2),
             checkpoint=CheckpointConfig(every="1 steps", keep_last=100),

@@ -333,5 +333,5 @@ def _require_finite(model: Tensors, place: CheckpointId) -> None:
         raise UserError(
             f"the update of step {place.step} has left values that are not finite in {spoilt[0]}: training has "
             "diverged. It was not saved; earlier checkpoints are as they were. Try a smaller optim.lr or "
-            "optim.head_lr_scale, a warm-up, optim.clip_norm, or train.precision fp32"
+            "optim.head_lr_scale, a warm-up, optim.max_grad_norm, or train.precision fp32"
         )

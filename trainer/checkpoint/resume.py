@@ -130,7 +130,7 @@ def is_finished(found: LoadedCheckpoint, config: Config, selection: str | None) 
         UserError: its metrics are damaged.
 
     """
-    state, patience = found.state, config.regularise.early_stopping
+    state, patience = found.state, config.regularization.early_stopping
     if state.epoch == config.train.epochs:
         return True
     if patience is None or selection is None or state.sums is not None:

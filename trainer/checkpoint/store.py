@@ -3,7 +3,7 @@
 step-00000120-epoch-0004/   after 120 updates, of them 4 whole epochs
   model.safetensors           weights and buffers
   optimizer.safetensors       its moments
-  average.safetensors         with regularise.ema: the weights' moving average
+  average.safetensors         with regularization.ema: the weights' moving average
   statistics.safetensors      each process's BatchNorm statistics, where they differ
   state.json                  counters, and what they belong to
   metrics.jsonl               the run's figures up to here

@@ -105,8 +105,8 @@ def restore_ema(path: Path, average: nn.Module | None) -> None:
         what = "holds a moving average of the weights" if saved else "holds no moving average of the weights"
         then, now = ("with", "without") if saved else ("without", "with")
         raise UserError(
-            f"{path}: {what}: it was saved {then} regularise.ema, and this run is {now} it. Bring back that setting, "
-            "choose another run.dir, or start anew with --run.resume never, which moves the run aside"
+            f"{path}: {what}: it was saved {then} regularization.ema, and this run is {now} it. Restore that "
+            "setting, choose another run.dir, or start anew with --run.resume never, which moves the run aside"
         )
     if average is None:
         return

@@ -1,4 +1,4 @@
-"""Compare strategies: `regraft compare --config F --strategies note,lp-ft --seeds 3` (or through torchrun).
+"""Compare strategies: `regraft compare --config F --strategies d2l,lp-ft --seeds 3` (or through torchrun).
 
 Each strategy is run with each seed under one budget, in RUN/STRATEGY/seed-K; what is finished is not run again. Ends
 in a table, compare.md, compare.json and compare.png in RUN: the note's claim, tested on one's own data.
@@ -51,7 +51,7 @@ NAME = "compare"
 SOURCE = "source-model"
 _MOST_SEEDS = 100
 _COMMON = (
-    "run", "debug", "source", "scratch", "data.root", "data.seed", "data.val_fraction", "data.test_fraction",
+    "run", "debug", "pretrain", "baseline", "data.root", "data.seed", "data.val_fraction", "data.test_fraction",
     "data.extensions", "data.on_unreadable", "transfer.strategy",
 )  # fmt: skip
 """What a variant may not set: it would be measured by another yardstick."""
@@ -73,7 +73,7 @@ class StrategyVariant:
 
 
 def variants(text: str) -> tuple[StrategyVariant, ...]:
-    """Return the strategies of a list like `note@optim.lr=5e-6,lp-ft`; commas and @ within brackets are values' own.
+    """Return the strategies of a list like `d2l@optim.lr=5e-6,lp-ft`; commas and @ within brackets are values' own.
 
     Raises:
         UserError: one is empty, comes twice or sets what must be common to all.
@@ -94,7 +94,7 @@ def _variant(text: str) -> StrategyVariant:
     wrong = [option for option in options if "=" not in option]
     if not strategy or wrong:
         raise UserError(
-            f"--strategies holds {text!r}: expected names, or NAME@key=value, as in note@optim.lr=5e-6,lp-ft"
+            f"--strategies holds {text!r}: expected names, or NAME@key=value, as in d2l@optim.lr=5e-6,lp-ft"
         )
     for option in options:
         key = option.partition("=")[0].removesuffix("+")
@@ -147,7 +147,7 @@ def plan(
             resolve(config)
         except UserError as error:
             raise UserError(f"strategy {variant.text}: {error}") from None
-        found[variant.text] = replace(config, scratch=BaselineConfig())
+        found[variant.text] = replace(config, baseline=BaselineConfig())
         said += _overruled(options, variant, plain, config)
     data = {text: _yardstick(config) for text, config in found.items()}
     one, *others = data
@@ -282,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         "--strategies",
         required=True,
         metavar="NAME[@key=value...],...",
-        help="what is compared, as in note@optim.lr=5e-6,lp-ft,from-scratch; the first is what the others are "
+        help="what is compared, as in d2l@optim.lr=5e-6,lp-ft,from-scratch; the first is what the others are "
         "measured by",
     )
     parser.add_argument(
@@ -302,14 +302,14 @@ def _with_source_model(
 
     `plain` is the config without a strategy: none of them has a say in how the source is trained.
     """
-    if not any(config.source.root for config in configs.values()):
+    if not any(config.pretrain.root for config in configs.values()):
         return configs
     console.rule("source model", align="left")
     stage = pretrain_config(resolve(plain))
     run(replace(stage, run=replace(stage.run, dir=str(folder / SOURCE))), signals)
     file = folder / SOURCE / MODEL
     return {
-        text: with_pretrained(config, file) if config.source.root else config
+        text: with_pretrained(config, file) if config.pretrain.root else config
         for text, config in configs.items()
     }
 

@@ -61,7 +61,7 @@ def debug(config: Config, ctx: DistributedContext, console: Console) -> None:
     """
     try:
         with torch.autograd.set_detect_anomaly(True):
-            _walk(replace(config, data=replace(config.data, workers=0)), ctx, console)
+            _walk(replace(config, data=replace(config.data, num_workers=0)), ctx, console)
     except (UserError, KeyboardInterrupt):
         raise
     except Exception:
@@ -154,12 +154,12 @@ def _walk(config: Config, ctx: DistributedContext, console: Console) -> None:
 
 def _left_out(config: Config) -> Iterator[str]:
     """Yield what the run does before it trains and this walk does not."""
-    if config.source.root:
-        yield f"the source stage ({config.source.root}) is left out: random weights stand for its own"
-    if config.regularise.ema or config.transfer.l2_sp:
-        yield "regularise.ema and transfer.l2_sp are left out"
-    if isinstance(config.transfer.train, dict):
-        yield "of the stages of transfer.train, the first is walked"
+    if config.pretrain.root:
+        yield f"the source stage ({config.pretrain.root}) is left out: random weights stand for its own"
+    if config.regularization.ema or config.transfer.l2_sp:
+        yield "regularization.ema and transfer.l2_sp are left out"
+    if isinstance(config.transfer.trainable, dict):
+        yield "of the stages of transfer.trainable, the first is walked"
     if config.model.head_init == "linear-probe":
         yield "the linear probe is left out: a drawn output layer stands for its own"
 

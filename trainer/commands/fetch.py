@@ -40,7 +40,7 @@ def fetch(argv: Sequence[str]) -> None:
 
     console = make_console(speaks=True)
     config = resolve(config)
-    stages = [config, pretrain_config(config)] if config.source.root else [config]
+    stages = [config, pretrain_config(config)] if config.pretrain.root else [config]
     for stage in stages:
         prepared = prepare(stage.data, workers=1, displays=displays_on(console), check=False)
         console.print(dataset_summary(prepared))

@@ -51,7 +51,7 @@ from trainer.report.block_table import block_table
 from trainer.report.console import make_console
 from trainer.report.lr_range import draw_range, range_table, testing
 from trainer.run.atomic import write_text_atomically
-from trainer.run.folder import MODEL
+from trainer.run.folder import MODEL, PRETRAIN
 from trainer.seeds import derive_seed
 
 NAME = "lr-find"
@@ -113,7 +113,9 @@ def find(
     if config.model.head_init == "linear-probe":
         fit_linear_probe(created, index, preprocessing, config, ctx, watch=nullcontext, log=console.print)
     if len(created.unfreeze_stages) > 1:
-        console.print("transfer.train has stages: the last one is tested, in which all trains that ever does")
+        console.print(
+            "transfer.trainable has stages: the last one is tested, in which all trains that ever does"
+        )
         apply_stage(created.model, created.unfreeze_stages[-1], config.transfer.batch_norm)
     groups = make_param_groups(created, config)
     console.print(block_table(created, groups))
@@ -239,13 +241,13 @@ def with_source(config: Config) -> Config:
     """
     if config.debug:
         raise UserError("--debug is a run of its own: leave it out here")
-    if not config.source.root:
+    if not config.pretrain.root:
         return config
-    model = Path(config.run.dir) / "source" / MODEL
+    model = Path(config.run.dir) / PRETRAIN / MODEL
     if not model.is_file():
         raise UserError(
             f"this run trains a source model first, and {model} is not there yet: train it (regraft train with the "
-            "same options), or name the weights to start from: --source.root null --model.weights FILE"
+            "same options), or name the weights to start from: --pretrain.root null --model.weights FILE"
         )
     return with_pretrained(config, model)
 

@@ -147,7 +147,7 @@ class Model:
         trained = sum(one.numel() * one.element_size() for one in created.model.parameters())
         moments = 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
         self.gradient_bytes = trained
-        averages = int(config.regularise.ema is not None)
+        averages = int(config.regularization.ema is not None)
         self.model_bytes = state
         self.checkpoint_bytes = (1 + averages) * state + moments * trained
         self._model, self._optimizer = self._accelerator.prepare(created.model, optimizer)
@@ -158,7 +158,7 @@ class Model:
         checkpoints = self._config.checkpoint.keep_last + 1 + int(self._config.checkpoint.keep_best)
         # The line of WiSE-FT keeps its start and its other end beside the model file.
         models = 3 if self._config.transfer.wise_ft else 1
-        workers = num_loader_workers(self._config.data.workers, self._machine)
+        workers = num_loader_workers(self._config.data.num_workers, self._machine)
         return {
             "gradient_bytes": self.gradient_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,

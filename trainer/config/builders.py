@@ -99,15 +99,15 @@ def make_epoch_order(config: Config, index: DatasetIndex) -> EpochOrder:
 def make_criterion(config: Config, index: DatasetIndex, device: torch.device) -> Criterion:
     """Return the loss; class weights come from the examples that are trained on."""
     weights = None
-    if config.regularise.class_weights == "balanced":
+    if config.regularization.class_weights == "balanced":
         counts = Counter(example.label for example in index.train)
         weights = balanced_weights([counts[label] for label in range(len(index.classes))]).to(device)
-    return Criterion(label_smoothing=config.regularise.label_smoothing, class_weights=weights)
+    return Criterion(label_smoothing=config.regularization.label_smoothing, class_weights=weights)
 
 
 def make_mixup(config: Config, ctx: DistributedContext) -> Mixup | None:
     """Return what mixes the pictures of a batch; None: nothing does."""
-    mixup, cutmix = config.regularise.mixup, config.regularise.cutmix
+    mixup, cutmix = config.regularization.mixup, config.regularization.cutmix
     if not (mixup or cutmix):
         return None
     return Mixup(
@@ -126,7 +126,7 @@ def training_images(
     """Return the training images under the config's augmentation."""
     transform = training_transform(config.data, preprocessing)
     return ImageDataset(
-        index.train, transform, seed=config.run.seed, threads=decoding_threads(config.data.workers, ctx)
+        index.train, transform, seed=config.run.seed, threads=decoding_threads(config.data.num_workers, ctx)
     )
 
 
@@ -142,7 +142,7 @@ def make_loader(
         sampler,
         image_size=config.data.image_size,  # type: ignore[arg-type]
         channels_last=config.train.channels_last,
-        workers=num_loader_workers(config.data.workers, ctx),
+        workers=num_loader_workers(config.data.num_workers, ctx),
         accelerator=ctx.accelerator,
     )
 
@@ -223,7 +223,7 @@ class Evaluator:
                 part,
                 eval_transform(preprocessing),
                 seed=config.run.seed,
-                threads=decoding_threads(config.data.workers, ctx),
+                threads=decoding_threads(config.data.num_workers, ctx),
             )
             slices = EvalBatchSampler(
                 len(part), batch_size=self._size, rank=ctx.rank, world_size=ctx.world_size

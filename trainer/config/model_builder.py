@@ -57,17 +57,18 @@ def make_model(
         created = replace(created, model=nn.SyncBatchNorm.convert_sync_batchnorm(created.model))
     if config.train.channels_last:
         created.model.to(memory_format=torch.channels_last)
-    stages = make_stages(config.transfer.train, created.model, created.heads, created.layer_order)
+    stages = make_stages(config.transfer.trainable, created.model, created.heads, created.layer_order)
     apply_stage(created.model, stages[0], config.transfer.batch_norm)
     late = [stage.start_epoch for stage in stages if stage.start_epoch >= config.train.epochs]
     notes = [
-        f"transfer.train: the run ends after epoch {config.train.epochs}, before the stage from epoch {begins + 1} on"
+        f"transfer.trainable: the run ends after epoch {config.train.epochs}, before the stage that starts with epoch "
+        f"{begins + 1}"
         for begins in late
     ]
     if weights is None and len(stages[-1].trainable) < len(list(created.model.parameters())):
         notes.append(
-            "transfer.train: what does not train keeps the values that were drawn for it, for there is no source "
-            "model: set model.weights or source.root, or transfer.train all"
+            "transfer.trainable: what does not train keeps the values that were drawn for it, for there is no source "
+            "model: set model.weights or pretrain.root, or transfer.trainable all"
         )
     return replace(created, unfreeze_stages=stages, summary=(*created.summary, *notes))
 
@@ -101,7 +102,7 @@ def fit_linear_probe(
         index.train,
         eval_transform(preprocessing),
         seed=config.run.seed,
-        threads=decoding_threads(config.data.workers, ctx),
+        threads=decoding_threads(config.data.num_workers, ctx),
     )
     slices = EvalBatchSampler(
         len(images),
@@ -115,7 +116,7 @@ def fit_linear_probe(
         make_loader(images, slices, config, ctx),
         [label for _, label in index.train],
         classes=len(index.classes),
-        balanced=config.regularise.class_weights == "balanced",
+        balanced=config.regularization.class_weights == "balanced",
         seed=config.run.seed,
         normalize=Normalize(preprocessing, ctx.accelerator.device),
         ctx=ctx,
@@ -173,7 +174,7 @@ def _lr_mult(created: BuiltModel, optim: OptimConfig) -> dict[str, float]:
         if not names:
             blocks = ", ".join(block.name for block in created.layer_order.blocks)
             raise UserError(
-                f"optim.lr_scales: {pattern!r} matches no parameter of this model; its blocks are {blocks}"
+                f"optim.lr_mult: {pattern!r} matches no parameter of this model; its blocks are {blocks}"
             )
         by_pattern |= dict.fromkeys(names, scale)
     return {name: scale * by_pattern.get(name, 1.0) for name, scale in scales.items()}

@@ -42,7 +42,7 @@ def without_weights(config: Config) -> Config:
         config,
         model=replace(config.model, weights=None, head_init="xavier"),
         transfer=replace(config.transfer, l2_sp=0.0, wise_ft=False),
-        scratch=BaselineConfig(),
+        baseline=BaselineConfig(),
     )
 
 
@@ -57,7 +57,7 @@ def require_sync_batch_norm(config: Config, order: EpochOrder, ctx: DistributedC
     asked = "transfer.batch_norm is sync"
     if config.train.grad_accum_steps > 1:
         raise UserError(
-            f"{asked}, but train.accumulation {config.train.grad_accum_steps} shows the layers one part of "
+            f"{asked}, but train.grad_accum_steps {config.train.grad_accum_steps} shows the layers one part of "
             "the batch at a "
             "time: set it to 1, or batch_norm to frozen"
         )
@@ -78,7 +78,7 @@ def require_sync_batch_norm(config: Config, order: EpochOrder, ctx: DistributedC
 def require_val_split(config: Config, index: DatasetIndex) -> None:
     """Raise a UserError where something is to be selected, and there are no images to select on."""
     asked = {
-        f"regularise.early_stopping {config.regularise.early_stopping}": config.regularise.early_stopping,
+        f"regularization.early_stopping {config.regularization.early_stopping}": config.regularization.early_stopping,
         "transfer.wise_ft": config.transfer.wise_ft,
     }
     wanted = [option for option, value in asked.items() if value]

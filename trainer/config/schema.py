@@ -86,7 +86,7 @@ class DataConfig:
     """File name endings taken for images, in any case; the others are passed over, counted and said."""
     on_unreadable: Literal["stop", "skip"] = "stop"
     """Images that cannot be read: stop before training and list them, or skip them, counted and listed."""
-    workers: int | None = None
+    num_workers: int | None = None
     """Processes that decode ahead, for each training process; null: by the cores available; 0: none, the training process decodes between its updates."""
     cache: str | None = None
     """Folder of downloads, drawn data sets and verdicts; null: $REGRAFT_CACHE, else ~/.cache/regraft."""
@@ -124,8 +124,8 @@ class DataConfig:
             _require(0 <= value < 1, f"data.{key} is {value}: expected a share from 0 to below 1")
         _require(0 <= self.seed < 2**63, f"data.seed is {self.seed}: expected 0 to 2^63 - 1")
         _require(
-            self.workers is None or self.workers >= 0,
-            f"data.workers is {self.workers}: expected 0 or more, or null",
+            self.num_workers is None or self.num_workers >= 0,
+            f"data.num_workers is {self.num_workers}: expected 0 or more, or null",
         )
         wrong = [e for e in self.extensions if not (e.startswith(".") and len(e) > 1)]
         _require(
@@ -171,8 +171,8 @@ class TransferConfig:
     """What of the source model changes."""
 
     strategy: str | None = None
-    """A named combination of options (configs/strategies/NAME.yaml): note, head-only, lp-ft, gradual, strong-regularisation, from-scratch, or a YAML file of one. What stands beside it, in the same file or on the command line, wins over it; null: none."""
-    train: dict[int, str] | str = "all"
+    """A named combination of options (configs/strategies/NAME.yaml): d2l, head-only, lp-ft, gradual-unfreezing, strong-regularization, from-scratch, or a YAML file of one. What stands beside it, in the same file or on the command line, wins over it; null: none."""
+    trainable: dict[int, str] | str = "all"
     """What trains: all; head; from:MODULE, that module and all that the forward pass comes to after it; last:N, the last N blocks, the output layer's among them; or names of modules and patterns of parameter names, as in 'layer4, *.bias'. New output layers always do. In stages: {0: head, 1: layer4, 3: all}, epoch -> what trains from there on, with all that did before."""
     batch_norm: Literal["frozen-with-weights", "frozen", "train", "sync"] = "frozen-with-weights"
     """BatchNorm layers. train: use and update the statistics of each process's share of the batch; frozen: use the source's stored ones and leave them as they are; frozen-with-weights: frozen where the layer's weights do not train, train elsewhere; sync: as that, with the statistics of the global batch (GPUs only)."""
@@ -184,13 +184,13 @@ class TransferConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.l2_sp < math.inf, f"transfer.l2_sp is {self.l2_sp}: expected 0 or more")
         _require(
-            self.train != "",
-            "transfer.train is empty: expected all, head, from:MODULE, last:N, patterns, or stages",
+            self.trainable != "",
+            "transfer.trainable is empty: expected all, head, from:MODULE, last:N, patterns, or stages",
         )
-        if isinstance(self.train, dict):
+        if isinstance(self.trainable, dict):
             _require(
-                min(self.train, default=-1) == 0,
-                f"transfer.train is {self.train}: expected stages from epoch 0 on, as in {{0: head, 1: layer4, 3: all}}",
+                min(self.trainable, default=-1) == 0,
+                f"transfer.trainable is {self.trainable}: expected stages from epoch 0 on, as in {{0: head, 1: layer4, 3: all}}",
             )
 
 
@@ -239,12 +239,12 @@ class OptimConfig:
         wrong = {name: scale for name, scale in self.lr_mult.items() if not 0 < scale < math.inf}
         _require(
             not wrong,
-            f"optim.lr_scales holds {wrong}: expected multiples above 0; transfer.train says what does not train",
+            f"optim.lr_mult holds {wrong}: expected multiples above 0; transfer.trainable says what does not train",
         )
         _require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}: expected 0 to below 1")
         _require(
             self.max_grad_norm is None or 0 < self.max_grad_norm < math.inf,
-            f"optim.clip_norm is {self.max_grad_norm}: expected a number above 0, or null",
+            f"optim.max_grad_norm is {self.max_grad_norm}: expected a number above 0, or null",
         )
         parse_duration("optim.warmup", self.warmup)
 
@@ -269,18 +269,18 @@ class RegularizationConfig:
     def __post_init__(self) -> None:
         _require(
             0 <= self.label_smoothing < 1,
-            f"regularise.label_smoothing is {self.label_smoothing}: expected 0 to below 1",
+            f"regularization.label_smoothing is {self.label_smoothing}: expected 0 to below 1",
         )
         for key in ("mixup", "cutmix"):
             value = getattr(self, key)
-            _require(0 <= value < math.inf, f"regularise.{key} is {value}: expected 0 or more")
+            _require(0 <= value < math.inf, f"regularization.{key} is {value}: expected 0 or more")
         _require(
             self.ema is None or 0 < self.ema < 1,
-            f"regularise.ema is {self.ema}: expected above 0 and below 1, or null",
+            f"regularization.ema is {self.ema}: expected above 0 and below 1, or null",
         )
         _require(
             self.early_stopping is None or self.early_stopping >= 1,
-            f"regularise.early_stopping is {self.early_stopping}: expected 1 epoch or more, or null",
+            f"regularization.early_stopping is {self.early_stopping}: expected 1 epoch or more, or null",
         )
 
 
@@ -307,7 +307,7 @@ class TrainConfig:
             _require(value >= 1, f"train.{key} is {value}: expected 1 or more")
         _require(
             self.grad_accum_steps <= self.batch_size,
-            f"train.accumulation is {self.grad_accum_steps}, train.batch_size {self.batch_size}: "
+            f"train.grad_accum_steps is {self.grad_accum_steps}, train.batch_size {self.batch_size}: "
             "a batch cannot be cut into more parts than it has examples",
         )
 
@@ -349,8 +349,8 @@ class PretrainConfig:
     """Peak learning rate of every layer, the output layer included."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"source.epochs is {self.epochs}: expected 1 or more")
-        _require(0 < self.lr < math.inf, f"source.lr is {self.lr}: expected a number above 0")
+        _require(self.epochs >= 1, f"pretrain.epochs is {self.epochs}: expected 1 or more")
+        _require(0 < self.lr < math.inf, f"pretrain.lr is {self.lr}: expected a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,7 +363,7 @@ class BaselineConfig:
     def __post_init__(self) -> None:
         _require(
             self.lr is None or 0 < self.lr < math.inf,
-            f"scratch.lr is {self.lr}: expected a number above 0, or null",
+            f"baseline.lr is {self.lr}: expected a number above 0, or null",
         )
 
 
@@ -376,11 +376,11 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    regularise: RegularizationConfig = field(default_factory=RegularizationConfig)
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    source: PretrainConfig = field(default_factory=PretrainConfig)
-    scratch: BaselineConfig = field(default_factory=BaselineConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     debug: bool = False
     """One process, no workers, a handful of batches: every stage shown with shapes and times, and whether one batch can be learnt by heart."""
 
@@ -390,32 +390,32 @@ class Config:
             "train.precision fp16 and run.device cpu do not go together: a CPU has no fp16 training; choose fp32 or bf16",
         )
         _require(
-            not (self.data.sampling == "balanced" and self.regularise.class_weights == "balanced"),
-            "data.sampling and regularise.class_weights are both balanced: small classes would count twice over. Set one "
+            not (self.data.sampling == "balanced" and self.regularization.class_weights == "balanced"),
+            "data.sampling and regularization.class_weights are both balanced: small classes would count twice over. Set one "
             "of them, to shuffled or none",
         )
         _require(
-            not (self.regularise.mixup or self.regularise.cutmix) or self.train.batch_size > 1,
-            "regularise.mixup and cutmix mix the pictures of a batch, but train.batch_size is 1: set them to 0, or more "
+            not (self.regularization.mixup or self.regularization.cutmix) or self.train.batch_size > 1,
+            "regularization.mixup and cutmix mix the pictures of a batch, but train.batch_size is 1: set them to 0, or more "
             "examples a batch",
         )
         _require(
-            not (self.source.root and self.model.weights),
-            f"source.root ({self.source.root}) and model.weights ({self.model.weights}) are two sources: set one of them to null",
+            not (self.pretrain.root and self.model.weights),
+            f"pretrain.root ({self.pretrain.root}) and model.weights ({self.model.weights}) are two sources: set one of them to null",
         )
         _require(
-            self.model.head_init in ("xavier", "torch") or bool(self.source.root or self.model.weights),
+            self.model.head_init in ("xavier", "torch") or bool(self.pretrain.root or self.model.weights),
             f"model.head_init is {self.model.head_init}, which takes it from a source model, but this run starts from "
-            "scratch: set model.weights or source.root, or head_init to xavier",
+            "scratch: set model.weights or pretrain.root, or head_init to xavier",
         )
         for option, asked in (("l2_sp", self.transfer.l2_sp), ("wise_ft", self.transfer.wise_ft)):
             _require(
-                not asked or bool(self.source.root or self.model.weights),
+                not asked or bool(self.pretrain.root or self.model.weights),
                 f"transfer.{option} is {asked}, which leads back to a source model, but this run starts from scratch: "
-                f"set model.weights or source.root, or leave transfer.{option} out",
+                f"set model.weights or pretrain.root, or leave transfer.{option} out",
             )
         _require(
-            not (self.scratch.lr and not (self.source.root or self.model.weights)),
-            "scratch.lr asks for a comparison with scratch, but this run starts from scratch itself: "
-            "set model.weights or source.root, or scratch.lr to null",
+            not (self.baseline.lr and not (self.pretrain.root or self.model.weights)),
+            "baseline.lr asks for a comparison with scratch, but this run starts from scratch itself: "
+            "set model.weights or pretrain.root, or baseline.lr to null",
         )

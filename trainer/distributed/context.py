@@ -214,7 +214,11 @@ def refuse_launchers_settings(environment: Mapping[str, str]) -> None:
     gradient, a compiled model would be saved under other names.
     """
     for variable, harmless, instead in (
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "train.accumulation cuts a batch into parts"),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            ("", "1"),
+            "train.grad_accum_steps cuts a batch into parts",
+        ),
         ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "models are not compiled"),
         ("ACCELERATE_MIXED_PRECISION", ("", "no", "bf16", "fp16"), "train.precision is fp32, bf16 or fp16"),
     ):

@@ -3,13 +3,13 @@
 The main thread counts its progress (`Heartbeat`): it ticks between two updates, between two batches of an evaluation
 and between two batches of the linear probe's pass. A second thread reads that count every second. If it has not
 changed for too long (`StallDetector`), the thread writes every Python stack of the process to
-`RUN/hangs/ATTEMPT-rank-RANK.txt`, reports the hang to the launcher and the console, and exits with code 1. torchrun then
-ends the other processes and restarts all of them if it may.
+`RUN/hangs/ATTEMPT-rank-RANK.txt`, reports the hang to the launcher and the console, and exits with code 1. torchrun
+then ends the other processes and restarts all of them if it may.
 
 Only seconds in which the thread itself ran count. A machine that slept, or a process that was stopped (Ctrl-Z,
-`scontrol suspend`, a debugger), has not hung. For the same reason the thread cannot end a process whose main thread hangs
-while it holds the GIL (torch's collectives release it). In that case faulthandler's timer, which does not need the GIL,
-still writes the stacks, and the watchdogs of the other processes end the run.
+`scontrol suspend`, a debugger), has not hung. For the same reason the thread cannot end a process whose main thread
+hangs while it holds the GIL (torch's collectives release it). In that case faulthandler's timer, which does not need the
+GIL, still writes the stacks, and the watchdogs of the other processes end the run.
 """
 
 import faulthandler

@@ -194,7 +194,7 @@ def _start_of(module: str, model: nn.Module, order: Mapping[str, int]) -> int:
         top = [name for name in names if "." not in name]
         meant = f"Did you mean {' or '.join(close)}? " if close else ""
         raise UserError(
-            f"transfer.train is 'from:{module}', and this model has no module {module!r} with parameters. "
+            f"transfer.trainable is 'from:{module}', and this model has no module {module!r} with parameters. "
             f"{meant}Its parts are {', '.join(top)}"
         )
     return min(held)
@@ -203,7 +203,7 @@ def _start_of(module: str, model: nn.Module, order: Mapping[str, int]) -> int:
 def _last(text: str, found: Sequence[Block]) -> Sequence[Block]:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= len(found)):
         raise UserError(
-            f"transfer.train is 'last:{text}': expected last:1 to last:{len(found)}, by the blocks of this model, "
+            f"transfer.trainable is 'last:{text}': expected last:1 to last:{len(found)}, by the blocks of this model, "
             f"{', '.join(block.name for block in found)}"
         )
     return found[-int(text) :]
@@ -215,7 +215,7 @@ def _matching(text: str, order: Mapping[str, int]) -> set[str]:
         found = match_names(pattern, order)
         if not found:
             raise UserError(
-                f"transfer.train is {text!r}: expected all, head, from:MODULE, last:N, or modules and patterns of "
+                f"transfer.trainable is {text!r}: expected all, head, from:MODULE, last:N, or modules and patterns of "
                 f"parameter names; {pattern!r} matches none of this model's, such as {', '.join(list(order)[:3])}"
             )
         chosen |= found

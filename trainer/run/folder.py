@@ -41,10 +41,12 @@ CONFIG, METRICS, MODEL, CHECKPOINTS, CURVES, SPLIT, STOP = (
     "split.csv",
     "STOP",
 )
+PRETRAIN, BASELINE = "pretrain", "baseline"
+"""Folders of the other phases of a run, below its own."""
 START, FINE_TUNED, WISE = "start.safetensors", "fine-tuned.safetensors", "wise.json"
 OURS = (CONFIG, METRICS, MODEL, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT, START, FINE_TUNED, WISE)
 # A resumed run may differ in these: they say where and how fast it runs, not what it computes. (In train.epochs
-# and regularise.early_stopping it may have more.) The images are compared by their fingerprint, so that they may
+# and regularization.early_stopping it may have more.) The images are compared by their fingerprint, so that they may
 # have moved.
 LOG_FOLDER = "REGRAFT_LOGS"
 """Variable of the environment: where regraft's launcher writes what this start says."""
@@ -57,12 +59,12 @@ _FREE = frozenset(
         "run.hang_timeout",
         "run.audit",
         "data.root",
-        "data.workers",
+        "data.num_workers",
         "data.cache",
         "data.on_unreadable",
         "transfer.strategy",  # a name for options, all of which are compared
-        "train.accumulation",
-        "train.points_per_epoch",
+        "train.grad_accum_steps",
+        "train.logs_per_epoch",
         "checkpoint.every",
         "checkpoint.keep_last",
         "checkpoint.keep_best",
@@ -116,7 +118,7 @@ def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never
 def _require_saved_is_there(folder: Path) -> None:
     """Raise a UserError where figures would be written over whose training state was saved, and is gone."""
     for record in read_attempts(folder):
-        stage = folder / record.stage if record.stage in ("source", "scratch") else folder
+        stage = folder / record.stage if record.stage in (PRETRAIN, BASELINE) else folder
         if record.step and (stage / METRICS).exists() and not has_any(stage / CHECKPOINTS):
             raise UserError(
                 f"{stage / CHECKPOINTS}: attempt {record.attempt} has saved step {record.step} of this run, but no "
@@ -131,7 +133,7 @@ def holds_run(folder: Path) -> bool:
 
 def has_checkpoint(folder: Path) -> bool:
     """Return whether there is a checkpoint to go on from, of the run or of its source model."""
-    return has_any(folder / CHECKPOINTS) or has_any(folder / "source" / CHECKPOINTS)
+    return has_any(folder / CHECKPOINTS) or has_any(folder / PRETRAIN / CHECKPOINTS)
 
 
 def archive_run(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
@@ -223,7 +225,7 @@ def _differences(earlier: Path, now: str) -> Iterator[str]:
     for key in sorted((before.keys() | after.keys()) - _FREE):
         if key == "train.epochs" and _is_more(before.get(key), after.get(key)):
             continue
-        if key == "regularise.early_stopping" and _is_more_patient(before.get(key), after.get(key)):
+        if key == "regularization.early_stopping" and _is_more_patient(before.get(key), after.get(key)):
             continue
         if before.get(key) != after.get(key):
             yield f"{key}: {before.get(key)!r} there, {after.get(key)!r} now"

@@ -41,7 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(root: Path, folder: Path, **changes: object) -> list[str]:
     settings: dict[str, object] = {
         "run.dir": folder, "run.device": "cpu", "run.threads": 1, "data.root": root, "data.image_size": 32,
-        "data.workers": 0, "data.cache": folder.parent / "cache", "model.name": "squeezenet1_1",
+        "data.num_workers": 0, "data.cache": folder.parent / "cache", "model.name": "squeezenet1_1",
         "model.weights": "null", "train.epochs": 1, "train.batch_size": 4,
     }  # fmt: skip
     settings |= {key.replace("__", "."): value for key, value in changes.items()}
@@ -53,15 +53,15 @@ def options(root: Path, folder: Path, **changes: object) -> list[str]:
 
 def test_variants_are_names_with_options_of_their_own() -> None:
     first, second, third = variants(
-        "note@optim.lr=5e-6@optim.momentum=0.5, lp-ft,my/own.yaml@optim.warmup=1 steps"
+        "d2l@optim.lr=5e-6@optim.momentum=0.5, lp-ft,my/own.yaml@optim.warmup=1 steps"
     )
-    assert (first.strategy, first.options) == ("note", ("--optim.lr=5e-6", "--optim.momentum=0.5"))
+    assert (first.strategy, first.options) == ("d2l", ("--optim.lr=5e-6", "--optim.momentum=0.5"))
     assert (second.text, second.strategy, second.options) == ("lp-ft", "lp-ft", ())
     assert [v.folder for v in (first, second, third)] == [
-        "note@optim.lr=5e-6@optim.momentum=0.5", "lp-ft", "my_own.yaml@optim.warmup=1_steps",
+        "d2l@optim.lr=5e-6@optim.momentum=0.5", "lp-ft", "my_own.yaml@optim.warmup=1_steps",
     ]  # fmt: skip
-    (bracketed,) = variants("note@data.mean=[0, 0.1, 0.2]@optim.lr_scales={'a@b': 1, c: 2}")
-    assert bracketed.options == ("--data.mean=[0, 0.1, 0.2]", "--optim.lr_scales={'a@b': 1, c: 2}")
+    (bracketed,) = variants("d2l@data.mean=[0, 0.1, 0.2]@optim.lr_mult={'a@b': 1, c: 2}")
+    assert bracketed.options == ("--data.mean=[0, 0.1, 0.2]", "--optim.lr_mult={'a@b': 1, c: 2}")
     assert "/" not in variants("../../../etc@optim.lr=1")[0].folder
 
 
@@ -70,15 +70,15 @@ def test_variants_are_names_with_options_of_their_own() -> None:
     [
         ("note,,lp-ft", "holds ''"),
         ("", "holds ''"),
-        ("note@lr", "NAME@key=value"),
+        ("d2l@lr", "NAME@key=value"),
         ("@optim.lr=1", "NAME@key=value"),
         ("note,note", "note would share a folder"),
-        ("note@optim.lr=1 ,note@optim.lr=1", "share a folder"),
+        ("d2l@optim.lr=1 ,d2l@optim.lr=1", "share a folder"),
         ("source-model", "source-model would share a folder"),
-        ("note@run.seed=1", "run.seed is common to all"),
-        ("note@data.val_fraction=0.5", "data.val_fraction is common to all"),
-        ("note@source.root=x", "source.root is common"),
-        ("note@transfer.strategy=lp-ft", "transfer.strategy is common"),
+        ("d2l@run.seed=1", "run.seed is common to all"),
+        ("d2l@data.val_fraction=0.5", "data.val_fraction is common to all"),
+        ("d2l@pretrain.root=x", "pretrain.root is common"),
+        ("d2l@transfer.strategy=lp-ft", "transfer.strategy is common"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(text: str, expected: str) -> None:
@@ -93,7 +93,7 @@ def test_a_strategy_wins_over_what_is_common_and_a_variants_options_over_it(
     words = options(root, tmp_path / "c", optim__weight_decay=0.25, optim__clip_norm=3, scratch__lr="null")
     (tmp_path / "w.pth").touch()
     words[words.index("--model.weights=null")] = f"--model.weights={tmp_path / 'w.pth'}"
-    plain, found, said = plan(words, variants("note@optim.lr=7,from-scratch@optim.weight_decay=0.5"))
+    plain, found, said = plan(words, variants("d2l@optim.lr=7,from-scratch@optim.weight_decay=0.5"))
     note, scratch = found.values()
     assert (note.optim.lr, note.optim.weight_decay, note.optim.loss_reduction) == (7, 1e-3, "sum")
     assert (scratch.optim.lr, scratch.optim.weight_decay, scratch.optim.loss_reduction) == (1e-3, 0.5, "mean")
@@ -101,7 +101,7 @@ def test_a_strategy_wins_over_what_is_common_and_a_variants_options_over_it(
     assert (note.model.weights, scratch.model.weights) == (str(tmp_path / "w.pth"), None)
     assert note.train == scratch.train == plain.train
     assert said == [
-        "strategy note@optim.lr=7: optim.weight_decay is 0.001, not 0.25 as on the command line",
+        "strategy d2l@optim.lr=7: optim.weight_decay is 0.001, not 0.25 as on the command line",
         f"strategy from-scratch@optim.weight_decay=0.5: model.weights is None, not {tmp_path / 'w.pth'} as on the "
         "command line",
     ]
@@ -111,7 +111,7 @@ def test_without_a_config_it_is_the_quickstart_that_is_compared() -> None:
     plain, found, _ = plan([], variants("lp-ft,from-scratch"))
     assert plain.data.root == "synthetic-target"
     assert [(c.data, c.train, c.run) for c in found.values()] == [(plain.data, plain.train, plain.run)] * 2
-    assert [c.source.root for c in found.values()] == ["synthetic-source", None]
+    assert [c.pretrain.root for c in found.values()] == ["synthetic-source", None]
 
 
 @pytest.mark.parametrize(
@@ -119,17 +119,17 @@ def test_without_a_config_it_is_the_quickstart_that_is_compared() -> None:
     [
         (["--strategies=fast"], "strategy fast: transfer.strategy 'fast': there is no such strategy"),
         (
-            ["--strategies=note,note@optim.lrr=1"],
-            "strategy note@optim.lrr=1: command line: there is no option",
+            ["--strategies=d2l,d2l@optim.lrr=1"],
+            "strategy d2l@optim.lrr=1: command line: there is no option",
         ),
-        (["--strategies=note", "--transfer.strategy=note"], "by --strategies; leave it out"),
-        (["--strategies=note", "--debug"], "--debug is a run of its own"),
-        (["--strategies=note", "--seeds=0"], "--seeds 0: expected 1 to 100"),
-        (["--strategies=note", "--data.root=nowhere/at-all"], "nowhere/at-all"),
+        (["--strategies=d2l", "--transfer.strategy=d2l"], "by --strategies; leave it out"),
+        (["--strategies=d2l", "--debug"], "--debug is a run of its own"),
+        (["--strategies=d2l", "--seeds=0"], "--seeds 0: expected 1 to 100"),
+        (["--strategies=d2l", "--data.root=nowhere/at-all"], "nowhere/at-all"),
         (["--strategies=lp-ft"], "strategy lp-ft: model.head_init is linear-probe"),
         (
-            ["--strategies=note,note@transfer.train=from:nowhere"],
-            "strategy note@transfer.train=from:nowhere: transfer.train",
+            ["--strategies=d2l,d2l@transfer.trainable=from:nowhere"],
+            "strategy d2l@transfer.trainable=from:nowhere: transfer.trainable",
         ),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_strategy_of_ones_own_may_not_bring_other_images_to_be_tested_on(
     root: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "own.yaml").write_text("data: {val_fraction: 0.5}")
-    with pytest.raises(UserError, match=r"strategies note and .*own\.yaml have other data .*val_fraction"):
+    with pytest.raises(UserError, match=r"strategies d2l and .*own\.yaml have other data .*val_fraction"):
         plan(options(root, tmp_path / "c"), variants(f"note,{tmp_path / 'own.yaml'}"))
 
 
@@ -183,7 +183,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
 
 def test_seeds_follow_the_runs_own_and_the_split_stays(root: Path, tmp_path: Path, ran: Ran) -> None:
     words = options(root, tmp_path / "c", run__seed=5, data__seed=3, scratch__lr="null")
-    summaries = compare([*words, "--strategies=note,from-scratch", "--seeds=2"], StopSignals())
+    summaries = compare([*words, "--strategies=d2l,from-scratch", "--seeds=2"], StopSignals())
     assert [(Path(c.run.dir).relative_to(tmp_path / "c").as_posix(), c.run.seed) for c in ran.configs] == [
         ("note/seed-5", 5), ("from-scratch/seed-5", 5), ("note/seed-6", 6), ("from-scratch/seed-6", 6),
     ]  # fmt: skip
@@ -195,9 +195,9 @@ def test_seeds_follow_the_runs_own_and_the_split_stays(root: Path, tmp_path: Pat
 def test_a_run_that_fails_is_a_row_and_the_others_go_on(
     root: Path, tmp_path: Path, ran: Ran, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ran.fails["note"] = UserError("the loss is not finite: diverged")
+    ran.fails["d2l"] = UserError("the loss is not finite: diverged")
     words = [*options(root, tmp_path / "c"), "--seeds=1"]
-    found = compare([*words, "--strategies=note,from-scratch"], StopSignals())
+    found = compare([*words, "--strategies=d2l,from-scratch"], StopSignals())
     assert found is not None
     note, scratch = found
     assert (note.accuracy, note.failures) == (None, {0: "the loss is not finite: diverged"})
@@ -205,16 +205,16 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(
     assert "failed: the loss is not finite" in (tmp_path / "c" / "compare.md").read_text()
     assert "note, seed 0 failed: the loss is not finite: diverged" in capsys.readouterr().out
     with pytest.raises(UserError, match="all 1 runs have failed; the first: the loss is not finite"):
-        compare([*words, "--strategies=note"], StopSignals())
+        compare([*words, "--strategies=d2l"], StopSignals())
 
 
 @pytest.mark.parametrize("error", [ImageReadError("a.png: gone"), Stopped("SIGTERM"), RuntimeError("no")])
 def test_what_one_process_alone_may_meet_ends_the_comparison(
     error: BaseException, root: Path, tmp_path: Path, ran: Ran
 ) -> None:
-    ran.fails["note"] = error
+    ran.fails["d2l"] = error
     with pytest.raises(type(error)):
-        compare([*options(root, tmp_path / "c"), "--strategies=note,from-scratch"], StopSignals())
+        compare([*options(root, tmp_path / "c"), "--strategies=d2l,from-scratch"], StopSignals())
     assert len(ran.configs) == 1
 
 
@@ -236,14 +236,14 @@ def test_a_source_model_is_trained_once_for_all_that_start_from_one(
     words = options(
         root, tmp_path / "c", source__root=root, source__epochs=2, source__lr=1e-3, scratch__lr=0.1
     )
-    compare([*words, "--seeds=1", "--strategies=note,from-scratch"], StopSignals())
+    compare([*words, "--seeds=1", "--strategies=d2l,from-scratch"], StopSignals())
     source = str(tmp_path / "c" / "source-model" / "model.safetensors")
     assert made == [
         ("source-model", None, None, 2, "mean"),
         ("note/seed-0", source, None, 1, "sum"),
         ("from-scratch/seed-0", None, None, 1, "mean"),
     ], "the source by the config, in which no strategy has a say"
-    assert not (tmp_path / "c" / "note" / "seed-0" / "scratch").exists(), "the comparison is this one"
+    assert not (tmp_path / "c" / "d2l" / "seed-0" / "baseline").exists(), "the comparison is this one"
 
 
 # --- whole
@@ -260,7 +260,7 @@ def test_a_comparison_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One of them by the one-cycle schedule, whose rate must be that of the step wherever the run goes on.
-    cycled, other = "note@optim.lr=1e-4@optim.schedule=one-cycle", "from-scratch@optim.lr=1e-4"
+    cycled, other = "d2l@optim.lr=1e-4@optim.schedule=one-cycle", "from-scratch@optim.lr=1e-4"
     reference = options(root, tmp_path / "whole", train__batch_size=2, run__seed=1)
     compare([*reference, "--seeds=1", f"--strategies={cycled}"], StopSignals())
 
@@ -299,7 +299,7 @@ def test_a_comparison_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
     assert {path: path.stat().st_mtime_ns for path in models} == models
     assert read_attempts(tmp_path / "again" / other / "seed-1")[-1].state == "done"
     with pytest.raises(UserError, match=r"optim\.clip_norm: None there, 0\.5 now"):
-        compare([*again, "--optim.clip_norm=0.5"], StopSignals())
+        compare([*again, "--optim.max_grad_norm=0.5"], StopSignals())
     assert steps == 4 * 4
 
 

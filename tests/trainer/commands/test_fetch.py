@@ -27,7 +27,7 @@ def test_a_data_set_known_by_name_is_there_afterwards(
         image_folder(folder, {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}}, seed=seed)
 
     monkeypatch.setattr("trainer.data.registry.synthetic.draw", draw)
-    words = ["--source.root=synthetic-source", "--data.root=synthetic-target", "--model.weights=null"]
+    words = ["--pretrain.root=synthetic-source", "--data.root=synthetic-target", "--model.weights=null"]
     assert fetch.main([*words, f"--data.cache={tmp_path / 'cache'}"]) == 0
     assert drawn == ["target", "source"]
     assert capsys.readouterr().out.count("images to train on") == 2
@@ -49,8 +49,8 @@ def test_several_runs_are_looked_at_in_one_start(data: Path, capsys: pytest.Capt
         (["--data.root=/nowhere"], "there is no such folder"),
         (["--model.weights=no.safetensors"], "no.safetensors"),
         (["--model.name=resnet19"], "resnet19"),
-        (["--transfer.train=layer9"], "'layer9' matches none of this model's"),
-        (["--regularise.early_stopping=2"], "set data.val_fraction 0.1"),
+        (["--transfer.trainable=layer9"], "'layer9' matches none of this model's"),
+        (["--regularization.early_stopping=2"], "set data.val_fraction 0.1"),
         (["--optim.warmup=1000 steps"], "the peak learning rate"),
     ],
 )

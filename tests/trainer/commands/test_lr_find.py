@@ -33,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(root: Path, tmp_path: Path) -> list[str]:
     settings = {
         "run.dir": tmp_path / "run", "run.device": "cpu", "run.threads": 1, "data.root": root, "data.image_size": 32,
-        "data.workers": 0, "data.cache": tmp_path / "cache", "model.name": "squeezenet1_1", "model.weights": "null",
+        "data.num_workers": 0, "data.cache": tmp_path / "cache", "model.name": "squeezenet1_1", "model.weights": "null",
         "train.epochs": 1, "train.batch_size": 4,
     }  # fmt: skip
     return [f"--{key}={value}" for key, value in settings.items()]
@@ -79,7 +79,7 @@ def test_every_group_is_multiplied_alike_on_the_runs_own_batches(
 
 def test_the_first_loss_is_that_of_the_runs_first_batch(options: list[str], tmp_path: Path) -> None:
     found = lr_find(["--from=1e-9", "--to=2e-9", "--steps=10", *options], StopSignals())
-    run(parse([*options, "--optim.lr=1e-9", "--train.points_per_epoch=2"]), StopSignals())
+    run(parse([*options, "--optim.lr=1e-9", "--train.logs_per_epoch=2"]), StopSignals())
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     first, second = (json.loads(line) for line in lines[:2])
     assert found.losses[0] == pytest.approx(first["train_loss"], rel=1e-6), (
@@ -170,7 +170,7 @@ def test_what_is_wrong_is_said_before_any_update(
 def test_a_source_model_of_ones_own_has_to_be_trained_first(
     options: list[str], tmp_path: Path, root: Path
 ) -> None:
-    words = [*options, f"--source.root={root}", "--source.epochs=1", "--optim.name=adamw"]
+    words = [*options, f"--pretrain.root={root}", "--pretrain.epochs=1", "--optim.name=adamw"]
     with pytest.raises(UserError, match=r"source/model\.safetensors is not there yet: train it"):
         lr_find(words, StopSignals())
     run(parse(words), StopSignals())

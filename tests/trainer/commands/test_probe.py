@@ -47,9 +47,9 @@ def test_everything_that_a_run_needs_is_measured_and_nothing_written_but_to_its_
     changes = ["--optim.name=adamw", "--train.batch_size=6", "--model.head_init=source-labels"]
     changes += [
         "--transfer.l2_sp=0.1",
-        "--scratch.lr=0.1",
+        "--baseline.lr=0.1",
         "--transfer.wise_ft=true",
-        "--regularise.ema=0.9",
+        "--regularization.ema=0.9",
     ]
     probe.pace(scratch, 2, options(root, tmp_path, *changes))
     found = told(capsys)

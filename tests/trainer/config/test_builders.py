@@ -86,7 +86,7 @@ def test_intervals_become_steps_of_this_run_and_at_least_one(
 
 def rates(**optim: Any) -> dict[str, set[tuple[str, float, float]]]:
     """Return block of resnet18 -> (group, learning rate, weight decay) of its parameters."""
-    transfer = TransferConfig(train=optim.pop("train", "all"))
+    transfer = TransferConfig(trainable=optim.pop("train", "all"))
     given: dict[str, Any] = {"lr": 1.0, "weight_decay": 0.5} | optim
     config = Config(
         data=DataConfig(image_size=32),
@@ -156,7 +156,7 @@ def test_the_table_says_of_each_block_what_becomes_of_it(train: Any, row: str) -
     config = Config(
         data=DataConfig(image_size=32),
         model=ModelConfig(weights=None),
-        transfer=TransferConfig(train=train),
+        transfer=TransferConfig(trainable=train),
         optim=OptimConfig(lr=1e-3, weight_decay=0.1),
     )
     created = make_model(config, "abc", None, on_progress=print)
@@ -171,12 +171,12 @@ def test_a_stage_that_never_comes_is_told_of() -> None:
     config = Config(
         data=DataConfig(image_size=32),
         model=ModelConfig(weights=None),
-        transfer=TransferConfig(train={0: "head", 2: "layer4", 9: "all"}),
+        transfer=TransferConfig(trainable={0: "head", 2: "layer4", 9: "all"}),
         train=TrainConfig(epochs=3),
     )
     lines = make_model(config, "abc", None, on_progress=print).summary
     assert [line for line in lines if "stage" in line] == [
-        "transfer.train: the run ends after epoch 3, before the stage from epoch 10 on"
+        "transfer.trainable: the run ends after epoch 3, before the stage from epoch 10 on"
     ]
 
 
@@ -185,7 +185,7 @@ def test_layers_that_nobody_ever_trains_are_told_of(train: Any, told: int) -> No
     config = Config(
         data=DataConfig(image_size=32),
         model=ModelConfig(name="shufflenet_v2_x0_5", weights=None),
-        transfer=TransferConfig(train=train),
+        transfer=TransferConfig(trainable=train),
     )
     lines = make_model(config, "abc", None, on_progress=print).summary
     assert sum("keeps the values that were drawn for it" in line for line in lines) == told
@@ -272,7 +272,7 @@ def test_the_classes_of_a_model_file_of_regraft_are_what_it_says_they_are(tmp_pa
     assert torch.equal(made.model.classifier[1].weight, weight[[2, 1]] - weight.mean(0))
     assert f"what file {path} says of itself" in "\n".join(made.summary)
     # With a source stage it is that stage's file, whatever model.weights says.
-    config = replace(config, source=PretrainConfig(root="x"), model=replace(config.model, weights=None))
+    config = replace(config, pretrain=PretrainConfig(root="x"), model=replace(config.model, weights=None))
     again = make_model(config, ["Felix", "ants"], str(path), on_progress=print)
     assert torch.equal(again.model.classifier[1].weight, made.model.classifier[1].weight)
 

@@ -25,7 +25,7 @@ def test_a_command_line_before_the_file_wins_too(tmp_path: Path) -> None:
 
 def test_without_config_and_data_it_is_the_quickstart() -> None:
     assert parse([]) == parse(["--config", str(QUICKSTART)])
-    assert parse(["--data.root", "x"]).source.root is None
+    assert parse(["--data.root", "x"]).pretrain.root is None
 
 
 def test_what_is_dumped_is_read_again_to_the_same(tmp_path: Path) -> None:
@@ -61,11 +61,11 @@ def test_the_hotdog_recipe_is_the_notes() -> None:
         (["--optim.lr", ".nan"], ["optim.lr", "above 0"]),
         (["--data.mean", "[0, .nan, 0]", "--data.std", "[1, 1, 1]"], ["data.mean", "finite"]),
         (["--data.mean", "[0, 0, 0]", "--data.std", "[1, .inf, 1]"], ["data.std", "finite"]),
-        (["--source.lr", ".inf"], ["source.lr", "above 0"]),
+        (["--pretrain.lr", ".inf"], ["pretrain.lr", "above 0"]),
         (["--optim.name", "adam"], ["optim.name", "sgd", "adamw"]),
         (["--train.epochs", "0"], ["train.epochs", "1 or more"]),
         (["--train.epochs", "1.5"], ["train.epochs"]),
-        (["--train.accumulation", "64"], ["train.accumulation", "train.batch_size"]),
+        (["--train.grad_accum_steps", "64"], ["train.grad_accum_steps", "train.batch_size"]),
         (["--data.mean", "[0, 0, 0]"], ["data.mean", "data.std"]),
         (["--data.mean", "[0, 0]", "--data.std", "[1, 1]"], ["data.mean"]),
         (["--data.val_fraction", "1"], ["data.val_fraction"]),
@@ -73,8 +73,8 @@ def test_the_hotdog_recipe_is_the_notes() -> None:
         (["--data.extensions", "[jpg]"], ["data.extensions", "dot"]),
         (["--optim.warmup", "5 minutes"], ["optim.warmup", "5 minutes", "steps"]),
         (["--train.precision", "fp16", "--run.device", "cpu"], ["train.precision", "run.device"]),
-        (["--source.root", "x"], ["source.root", "model.weights"]),
-        (["--model.weights", "null", "--scratch.lr", "0.1"], ["scratch.lr"]),
+        (["--pretrain.root", "x"], ["pretrain.root", "model.weights"]),
+        (["--model.weights", "null", "--baseline.lr", "0.1"], ["baseline.lr"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "quickstart.yaml"]),
         (["stray"], ["stray"]),
     ],

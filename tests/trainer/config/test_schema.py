@@ -61,16 +61,16 @@ def test_a_checkpoint_rule_that_cannot_be_kept_is_refused(given: dict[str, Any],
         (
             {
                 "data": DataConfig(sampling="balanced"),
-                "regularise": RegularizationConfig(class_weights="balanced"),
+                "regularization": RegularizationConfig(class_weights="balanced"),
             },
             r"data\.sampling and regularise\.class_weights are both balanced",
         ),
         (
-            {"regularise": RegularizationConfig(mixup=0.2), "train": TrainConfig(batch_size=1)},
+            {"regularization": RegularizationConfig(mixup=0.2), "train": TrainConfig(batch_size=1)},
             r"regularise\.mixup and cutmix mix .* train\.batch_size is 1",
         ),
         (
-            {"regularise": RegularizationConfig(cutmix=1.0), "train": TrainConfig(batch_size=1)},
+            {"regularization": RegularizationConfig(cutmix=1.0), "train": TrainConfig(batch_size=1)},
             r"regularise\.mixup and cutmix mix .* train\.batch_size is 1",
         ),
     ],
@@ -105,7 +105,7 @@ def test_a_regulariser_out_of_its_range_is_refused(section: Any, given: dict[str
 def test_what_leads_back_to_a_source_needs_one(given: dict[str, Any]) -> None:
     transfer = TransferConfig(**given)
     Config(transfer=transfer)
-    Config(transfer=transfer, model=ModelConfig(weights=None), source=PretrainConfig(root="images"))
+    Config(transfer=transfer, model=ModelConfig(weights=None), pretrain=PretrainConfig(root="images"))
     with pytest.raises(
         UserError, match=r"transfer\.(l2_sp is 0\.1|wise_ft is True), which leads back to a source"
     ):

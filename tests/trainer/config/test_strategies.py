@@ -9,7 +9,7 @@ from trainer.config.strategies import FOLDER, known, path_of
 from trainer.errors import UserError
 from trainer.run.folder import MARK, check_resumable
 
-NAMES = ("from-scratch", "gradual", "head-only", "lp-ft", "note", "strong-regularisation")
+NAMES = ("d2l", "from-scratch", "gradual-unfreezing", "head-only", "lp-ft", "strong-regularization")
 
 
 def write(path: Path, text: str) -> str:
@@ -42,7 +42,7 @@ def test_each_layer_wins_over_the_one_before_it(file: str) -> None:
 
 def test_a_strategy_comes_behind_the_last_of_several_files(file: str, tmp_path: Path) -> None:
     other = write(tmp_path / "other.yaml", "optim: {lr: 2, momentum: 0.5}")
-    found = parse(["--config", file, "--transfer.strategy", "note", "--config", other])
+    found = parse(["--config", file, "--transfer.strategy", "d2l", "--config", other])
     assert (found.optim.lr, found.optim.momentum) == (5e-5, 0)
 
 
@@ -54,7 +54,7 @@ def test_null_on_the_command_line_takes_the_files_strategy_away(file: str, words
 
 def test_a_strategy_may_be_named_in_a_whole_section() -> None:
     found = parse(["--data.root=x", "--transfer", "{strategy: head-only}"])
-    assert (found.transfer.train, found.transfer.strategy) == ("head", "head-only")
+    assert (found.transfer.trainable, found.transfer.strategy) == ("head", "head-only")
 
 
 def test_a_strategy_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
@@ -66,10 +66,10 @@ def test_a_strategy_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
 def test_the_quickstart_takes_a_strategy_too() -> None:
     found = parse(["--transfer.strategy=lp-ft"])
     plain = parse(["--config", str(QUICKSTART)])
-    assert (found.data, found.train, found.source) == (plain.data, plain.train, plain.source)
+    assert (found.data, found.train, found.pretrain) == (plain.data, plain.train, plain.pretrain)
     assert found.optim.lr == 3e-5
     scratch = parse(["--transfer.strategy=from-scratch"])
-    assert (scratch.source.root, scratch.model.weights, scratch.scratch.lr) == (None, None, None)
+    assert (scratch.pretrain.root, scratch.model.weights, scratch.baseline.lr) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_strategies_hide_nothing_of_one_another(name: str, tmp_path: Path) -> No
 def test_a_run_gone_on_with_needs_nothing_of_a_strategy_that_has_moved(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     write(own, "optim: {lr: 0.125, lr_scales: {layer1: 0.5}}")
-    config = parse(["--data.root=x", f"--transfer.strategy={own}", "--optim.lr_scales={}"])
+    config = parse(["--data.root=x", f"--transfer.strategy={own}", "--optim.lr_mult={}"])
     own.unlink()
     assert parse(["--config", write(tmp_path / "config.yaml", MARK + dump(config))]) == config
 
@@ -155,8 +155,8 @@ def test_a_strategy_is_a_name_for_its_options_when_a_run_goes_on(tmp_path: Path)
 
 def test_print_config_shows_the_strategys_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(["--data.root=x", "--transfer.strategy=note", "--optim.lr=2", "--print_config"])
+        parse(["--data.root=x", "--transfer.strategy=d2l", "--optim.lr=2", "--print_config"])
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["transfer"]["strategy"] == "note"
+    assert shown["transfer"]["strategy"] == "d2l"
     assert (shown["optim"]["loss_reduction"], shown["optim"]["lr"]) == ("sum", 2)
     assert Config().optim.loss_reduction == "mean"

@@ -113,4 +113,4 @@ def test_what_means_nothing_is_refused_with_what_there_is(
     model, structure = resnet
     with pytest.raises(UserError, match=re.escape(said)) as error:
         trainable_parameters(what, model, ["fc"], structure)
-    assert f"transfer.train is '{what}'" in str(error.value)
+    assert f"transfer.trainable is '{what}'" in str(error.value)

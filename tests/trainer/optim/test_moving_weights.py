@@ -52,11 +52,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     config = resolve(
         Config(
             run=RunConfig(dir=str(home / "run"), device="cpu"),
-            data=DataConfig(root=str(image_folder(home / "images", parts)), image_size=32, workers=0),
+            data=DataConfig(root=str(image_folder(home / "images", parts)), image_size=32, num_workers=0),
             model=ModelConfig(name="mobilenet_v3_small", weights=str(home / "source.safetensors")),
             transfer=TransferConfig(l2_sp=PULL, wise_ft=True, batch_norm="train"),
             optim=OptimConfig(lr=0.02, head_lr_scale=1.0, schedule="constant"),
-            regularise=RegularizationConfig(ema=0.9, early_stopping=9),
+            regularization=RegularizationConfig(ema=0.9, early_stopping=9),
             train=TrainConfig(epochs=EPOCHS, batch_size=4, precision="fp32", logs_per_epoch=2),
             checkpoint=CheckpointConfig(every="1 steps", keep_last=100),
         )
@@ -225,10 +225,10 @@ def stubborn(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return resolve(
         Config(
             run=RunConfig(dir=str(home / "run"), device="cpu"),
-            data=DataConfig(root=str(image_folder(home / "images", parts)), image_size=32, workers=0),
+            data=DataConfig(root=str(image_folder(home / "images", parts)), image_size=32, num_workers=0),
             model=ModelConfig(name="squeezenet1_1", weights=None),
             optim=OptimConfig(lr=1e-30, weight_decay=0.0),
-            regularise=RegularizationConfig(early_stopping=2),
+            regularization=RegularizationConfig(early_stopping=2),
             train=TrainConfig(epochs=9, batch_size=4, precision="fp32", logs_per_epoch=1),
         )
     )
@@ -262,7 +262,7 @@ def test_a_run_that_does_not_get_better_is_over_and_stays_so(stubborn: Config, t
 
 
 def with_patience(config: Config, patience: int | None) -> Config:
-    return replace(config, regularise=replace(config.regularise, early_stopping=patience))
+    return replace(config, regularization=replace(config.regularization, early_stopping=patience))
 
 
 def read_epoch(folder: Path) -> Any:
@@ -281,7 +281,7 @@ def test_without_images_to_select_on_it_is_refused_before_the_model_is_made(
         config,
         data=replace(config.data, root=str(root)),
         transfer=replace(config.transfer, wise_ft=asked == "wise_ft"),
-        regularise=RegularizationConfig(early_stopping=3 if asked == "early_stopping" else None),
+        regularization=RegularizationConfig(early_stopping=3 if asked == "early_stopping" else None),
     )
     with pytest.raises(UserError, match=rf"{asked}.* no images to select on .*set data\.val_fraction 0\.1"):
         run(config)

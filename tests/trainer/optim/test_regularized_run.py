@@ -49,13 +49,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
             data=DataConfig(
                 root=str(root),
                 image_size=32,
-                workers=0,
+                num_workers=0,
                 cache=str(home / "cache"),
                 random_erasing=1.0,
                 sampling="balanced",
             ),
             model=ModelConfig(name="squeezenet1_1", weights=None),
-            regularise=RegularizationConfig(label_smoothing=SMOOTHING, **ALPHAS),
+            regularization=RegularizationConfig(label_smoothing=SMOOTHING, **ALPHAS),
             train=TrainConfig(epochs=3, batch_size=4, precision="fp32", logs_per_epoch=2),
             checkpoint=CheckpointConfig(every="1 steps", keep_last=100),
         )
@@ -133,7 +133,7 @@ def test_class_weights_are_of_the_pictures_that_are_trained_on(config: Config) -
     weighing = replace(
         config,
         data=replace(config.data, sampling="shuffled"),
-        regularise=RegularizationConfig(class_weights="balanced", label_smoothing=SMOOTHING),
+        regularization=RegularizationConfig(class_weights="balanced", label_smoothing=SMOOTHING),
     )
     index = load_dataset(weighing.data, ctx, make_console(speaks=False)).index
     index = replace(index, train=index.train[1:])  # one of the first class's five went to be selected on

@@ -106,8 +106,8 @@ def test_where_the_first_has_failed_nothing_is_measured_by_it() -> None:
 
 SUMMARIES = summarize(
     {
-        "note@optim.lr=[5e-6]|x": [trial(0, 0.5, 0.8), trial(1, 0.6, 0.9)],
-        "strong-regularisation": [trial(0, 0.9, 0.95), trial(1, 0.9, 0.95)],
+        "d2l@optim.lr=[5e-6]|x": [trial(0, 0.5, 0.8), trial(1, 0.6, 0.9)],
+        "strong-regularization": [trial(0, 0.9, 0.95), trial(1, 0.9, 0.95)],
         "gone": [],
     },
     {"gone": {0: "the loss is not finite: training has diverged.\n  a.png", 1: "the same"}},
@@ -118,11 +118,11 @@ def test_the_table_fits_a_terminal_and_cuts_no_name() -> None:
     console = Console(width=80, markup=False, highlight=False, record=True)
     console.print(table(SUMMARIES))
     shown = console.export_text()
-    for text in ("note@optim.lr=[5e-6]|x", "strong-regularisation", "0.850 ± 0.635", "0.950 ± 0.000"):
+    for text in ("d2l@optim.lr=[5e-6]|x", "strong-regularization", "0.850 ± 0.635", "0.950 ± 0.000"):
         assert text in shown
     lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.split()}
     assert lines["strategy"] == ["strategy", "accuracy", "time", "[s]", "ex/s", "to", "first", "share"]
-    assert lines["strong-regularisation"][-2:] == ["10.0", "0.50"]
+    assert lines["strong-regularization"][-2:] == ["10.0", "0.50"]
     assert lines["gone"] == ["gone", "failed", "-", "-", "-", "-"]
 
 
@@ -138,7 +138,7 @@ def test_the_markdown_holds_command_facts_rows_and_reasons() -> None:
     text = markdown(SUMMARIES, command="regraft compare --strategies x", facts=["two cores"])
     assert "regraft compare --strategies x" in text
     assert "- two cores" in text
-    assert "| note@optim.lr=[5e-6]\\|x | 0.850 ± 0.635 | 2 | 20.0 | 8.0 | - (1 of 2) | - |" in text
+    assert "| d2l@optim.lr=[5e-6]\\|x | 0.850 ± 0.635 | 2 | 20.0 | 8.0 | - (1 of 2) | - |" in text
     assert "| gone | failed: the loss is not finite | - | - | - | - | - |" in text
     assert "- gone, seed 0 failed: the loss is not finite: training has diverged." in text
     assert "a.png" not in text

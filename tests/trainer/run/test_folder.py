@@ -153,8 +153,8 @@ def test_a_start_that_was_killed_before_it_wrote_its_config_is_no_hindrance(
 def test_never_moves_the_earlier_runs_aside_and_loses_nothing(folder: Path) -> None:
     runs = []
     for number in (1, 2):
-        (folder / "source" / CHECKPOINT).mkdir(parents=True)
-        (folder / "source" / CHECKPOINT / "state.json").write_text(f"source {number}")
+        (folder / "pretrain" / CHECKPOINT).mkdir(parents=True)
+        (folder / "pretrain" / CHECKPOINT / "state.json").write_text(f"source {number}")
         (folder / "my notes.txt").write_text(f"of run {number}")
         runs.append(finished(folder))
         note = opened(folder, OTHER, resume="never")
@@ -206,7 +206,7 @@ def test_a_run_of_another_config_is_refused_with_the_differences(resume: Resume,
 
 
 def test_a_run_whose_source_model_is_trained_has_begun(folder: Path) -> None:
-    (folder / "source" / CHECKPOINT).mkdir(parents=True)
+    (folder / "pretrain" / CHECKPOINT).mkdir(parents=True)
     (folder / CONFIG).write_text(MARK + FIRST)
     assert opened(folder, FIRST, resume="must") is None
     assert "optim.lr: 0.1 there, 0.2 now" in refusal(folder, OTHER)
@@ -246,7 +246,7 @@ def test_the_figures_of_a_run_that_has_lost_its_checkpoints_are_not_written_over
     assert opened(folder, FIRST, resume="never") is not None
 
 
-@pytest.mark.parametrize("stage", ["source", "scratch"])
+@pytest.mark.parametrize("stage", ["pretrain", "baseline"])
 def test_nor_are_those_of_its_parts(stage: str, folder: Path) -> None:
     finished(folder)
     noted(folder, 2, stage=stage, step=3)
@@ -289,12 +289,12 @@ FREE = {
     "run.hang_timeout",
     "run.audit",
     "data.root",
-    "data.workers",
+    "data.num_workers",
     "data.cache",
     "data.on_unreadable",
     "transfer.strategy",
-    "train.accumulation",
-    "train.points_per_epoch",
+    "train.grad_accum_steps",
+    "train.logs_per_epoch",
     "checkpoint.every",
     "checkpoint.keep_last",
     "checkpoint.keep_best",
@@ -344,10 +344,10 @@ def test_a_run_written_before_an_option_was_thought_of_is_another(folder: Path) 
     del values["checkpoint"], values["optim"]["clip_norm"]
     finished(folder, module.yaml.safe_dump(values))
     assert opened(folder, config()) is None, "as without it: not clipped"
-    now = changed(config(), "optim.clip_norm")
+    now = changed(config(), "optim.max_grad_norm")
     del values["optim"]["momentum"]
     (folder / CONFIG).write_text(MARK + module.yaml.safe_dump(values))
-    assert "optim.clip_norm: None there, 'another' now\n  optim.momentum: None there, 0.9 now" in refusal(
+    assert "optim.max_grad_norm: None there, 'another' now\n  optim.momentum: None there, 0.9 now" in refusal(
         folder, now
     )
 
@@ -435,7 +435,7 @@ def test_the_precision_that_a_run_began_with_is_kept(precision: str, folder: Pat
     assert saved_precision(folder) == precision
     lose_checkpoints(folder)
     assert saved_precision(folder) is None, "a start that got nowhere binds nobody"
-    (folder / "source" / CHECKPOINT).mkdir(parents=True)
+    (folder / "pretrain" / CHECKPOINT).mkdir(parents=True)
     assert saved_precision(folder) == precision, "the source model was trained in it"
 
 
@@ -491,13 +491,13 @@ def test_a_run_may_become_more_patient_and_not_less(
     before: int | None, after: int | None, allowed: bool, tmp_path: Path
 ) -> None:
     def config(patience: int | None) -> str:
-        return dump(Config(regularise=RegularizationConfig(early_stopping=patience)))
+        return dump(Config(regularization=RegularizationConfig(early_stopping=patience)))
 
     finished(tmp_path / "run", config(before))
     if allowed:
         assert opened(tmp_path / "run", config(after)) is None
     else:
-        assert f"regularise.early_stopping: {before} there, {after} now" in refusal(
+        assert f"regularization.early_stopping: {before} there, {after} now" in refusal(
             tmp_path / "run", config(after)
         )
 

@@ -440,11 +440,11 @@ def test_a_run_that_was_moved_aside_is_no_longer_written_to(claim: Claim, tmp_pa
 
 def test_what_has_become_of_it_is_written(claim: Claim, tmp_path: Path) -> None:
     attempt = claim(tmp_path)
-    attempt.update(stage="source", step=4, steps=12, epoch=1, epochs=3)
+    attempt.update(stage="pretrain", step=4, steps=12, epoch=1, epochs=3)
     attempt.update(step=5)
     found = read_record(path(tmp_path))
     assert found is not None
-    assert (found.stage, found.step, found.steps, found.epoch, found.epochs) == ("source", 5, 12, 1, 3)
+    assert (found.stage, found.step, found.steps, found.epoch, found.epochs) == ("pretrain", 5, 12, 1, 3)
     assert (found.state, found.reason, found.ended) == ("running", None, None)
 
 

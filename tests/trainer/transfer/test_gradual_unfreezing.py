@@ -37,9 +37,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     config = resolve(
         Config(
             run=RunConfig(dir=str(home / "run"), device="cpu"),
-            data=DataConfig(root=str(root), image_size=32, workers=0, cache=str(home / "cache")),
+            data=DataConfig(root=str(root), image_size=32, num_workers=0, cache=str(home / "cache")),
             model=ModelConfig(name="resnet18", weights=None),
-            transfer=TransferConfig(train=STAGES),
+            transfer=TransferConfig(trainable=STAGES),
             optim=OptimConfig(name="adamw", lr=1e-3, weight_decay=0.1),
             train=TrainConfig(epochs=3, batch_size=4, precision="fp32"),
             checkpoint=CheckpointConfig(every="1 steps", keep_last=100),

@@ -40,7 +40,7 @@ def finished(request: pytest.FixtureRequest, home: Path) -> Iterator[tuple[Confi
             data=DataConfig(
                 root=str(home / "images"),
                 image_size=32,
-                workers=0,
+                num_workers=0,
                 cache=str(home / "cache"),
                 val_fraction=0.3,
             ),

@@ -73,9 +73,9 @@ def test_what_trains_and_where_the_head_starts_combine(
     console = Console(file=io.StringIO())
     config = resolve(
         Config(
-            data=DataConfig(root=str(root), image_size=64, workers=0, cache=str(tmp_path)),
+            data=DataConfig(root=str(root), image_size=64, num_workers=0, cache=str(tmp_path)),
             model=ModelConfig(name=name, weights=str(weights), head_init=init),
-            transfer=TransferConfig(train=trains),
+            transfer=TransferConfig(trainable=trains),
             optim=OptimConfig(lr=0.01, momentum=0.0),
         )
     )
