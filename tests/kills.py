@@ -352,7 +352,7 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
 
 
-def check_equal_across_ranks(found: Path, expected: Path) -> None:
+def assert_equal_runs(found: Path, expected: Path) -> None:
     """Check that two runs have done and left the same, bit for bit."""
     assert updates(found) == updates(expected), "the same examples, crops and learning rates"
     assert figures(found) == figures(expected), "no hole, no repetition, the same figures"

@@ -41,6 +41,10 @@ class Evaluation:
         return wilson_interval(sum(self.correct), self.seen)
 
 
+Evaluations = dict[str, Evaluation]
+"""Split (`test`, `val`) -> its evaluation."""
+
+
 class Interrupted(Exception):
     """The evaluation was asked to end before its time."""
 

@@ -45,6 +45,21 @@ class Metrics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Progress:
+    """The position of a run, and the metrics of its epoch so far."""
+
+    epoch: int
+    """The epoch in progress, counted from 1."""
+    epoch_step: int
+    """Updates completed in the epoch."""
+    step: int
+    """Updates completed in the run."""
+    metrics: Metrics
+    lr: dict[str, float]
+    """Parameter group -> learning rate of the last update."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MetricState:
     """What an epoch has added up so far, as a checkpoint keeps it."""
 

@@ -16,7 +16,7 @@ from tests.kills import (
     STEPS,
     Run,
     attempts,
-    check_equal_across_ranks,
+    assert_equal_runs,
     children,
     options,
     pictures,
@@ -68,7 +68,7 @@ def test_a_rank_whose_loader_comes_no_more(tmp_path: Path, tmp_path_factory: pyt
 
     assert [record["state"] for record in attempts(folder)] == ["failed", "done"]
     require_each_once(folder)
-    check_equal_across_ranks(folder, whole_run(tmp_path_factory, 2))
+    assert_equal_runs(folder, whole_run(tmp_path_factory, 2))
 
     failure = first_failure(logs, host=socket.gethostname(), of=rounds(logs)[0])
     assert failure.rank == rank, "not the one that waited for it"

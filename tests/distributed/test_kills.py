@@ -14,7 +14,7 @@ from tests.kills import (
     STEPS,
     Run,
     attempts,
-    check_equal_across_ranks,
+    assert_equal_runs,
     command,
     finish,
     kill_a_trainer,
@@ -72,7 +72,7 @@ def test_a_trainer_that_is_killed_goes_on_as_if_nothing_had_happened(
     folder, steps = tmp_path / "run", schedule(seed=6, kills=1)
     survive("python", steps, folder, options(pictures(tmp_path_factory), folder), seed=6)
     require_survived(folder, len(steps) + 1)
-    check_equal_across_ranks(folder, whole_run(tmp_path_factory, "python"))
+    assert_equal_runs(folder, whole_run(tmp_path_factory, "python"))
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_one_process_is_killed_and_then_the_launcher(
     saved = saved_step(folder)
     assert f"(step {saved})" in finish(arguments, folder)
     require_survived(folder, 3)
-    check_equal_across_ranks(folder, whole_run(tmp_path_factory, launcher if launcher == 2 else "python"))
+    assert_equal_runs(folder, whole_run(tmp_path_factory, launcher if launcher == 2 else "python"))
 
 
 def kill_launcher(run: Run, step: int) -> None:
@@ -123,4 +123,4 @@ def test_twenty_kills(launcher: str | int, tmp_path: Path, tmp_path_factory: pyt
     if launcher == 3:
         require_close(folder, whole, losses=LOSSES, weights=WEIGHTS)
     else:
-        check_equal_across_ranks(folder, whole)
+        assert_equal_runs(folder, whole)

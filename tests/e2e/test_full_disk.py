@@ -9,7 +9,7 @@ from tests.disks import disk, resize
 from tests.kills import (
     EXAMPLES,
     attempts,
-    check_equal_across_ranks,
+    assert_equal_runs,
     command,
     finish,
     last_step,
@@ -74,7 +74,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing_that_was_sav
     said = finish(command(processes, *arguments), folder, logs=small_disk.parent)
     assert "(step 4)" in said
     require_each_once(folder)
-    check_equal_across_ranks(folder, whole_run(tmp_path_factory, processes))
+    assert_equal_runs(folder, whole_run(tmp_path_factory, processes))
 
 
 @pytest.mark.slow

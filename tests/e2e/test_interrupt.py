@@ -15,7 +15,7 @@ from tests.kills import (
     Run,
     attempts,
     catches,
-    check_equal_across_ranks,
+    assert_equal_runs,
     children,
     command,
     epochs_of,
@@ -141,7 +141,7 @@ def stop_and_go_on(
         assert not (folder / "STOP").exists(), "it was honoured, and does not stop the next start"
     finish(arguments, folder)
     require_each_once(folder, epochs=epochs)
-    check_equal_across_ranks(folder, whole_run(factory, "python", **changes))
+    assert_equal_runs(folder, whole_run(factory, "python", **changes))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def stop_several(
         assert saved_step(folder) >= seen
     finish(command(2, *every), folder)
     require_each_once(folder, epochs=epochs)
-    check_equal_across_ranks(folder, whole_run(factory, 2, **changes))
+    assert_equal_runs(folder, whole_run(factory, 2, **changes))
 
 
 @pytest.mark.slow
@@ -262,4 +262,4 @@ def test_a_second_start_in_the_same_folder_is_refused_and_the_first_goes_on(
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
         os.kill(first.process.pid, signal.SIGCONT)
         first.end(code=0)
-    check_equal_across_ranks(folder, whole_run(tmp_path_factory, "python"))
+    assert_equal_runs(folder, whole_run(tmp_path_factory, "python"))

@@ -9,7 +9,7 @@ from tests.folders import image_folder
 from tests.kills import (
     EPOCHS,
     STEPS,
-    check_equal_across_ranks,
+    assert_equal_runs,
     command,
     finish,
     newest,
@@ -45,7 +45,7 @@ def test_a_finished_run_is_extended_and_guarded_against_other_pictures(
     said = finish([*python(root, folder, **constant), "--run.resume=must"], folder)
     assert f"going on after epoch 2 of {EPOCHS} (step {2 * STEPS})" in said
     require_each_once(folder)
-    check_equal_across_ranks(folder, whole_run(tmp_path_factory, "python", **constant))
+    assert_equal_runs(folder, whole_run(tmp_path_factory, "python", **constant))
     before = contents(folder)
 
     others = tmp_path / "other pictures"
@@ -83,4 +83,4 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_equal(
     assert (folder / "checkpoints" / f"damaged-1-{damaged.name}").is_dir()
     assert "Traceback" not in said
     require_each_once(folder)
-    check_equal_across_ranks(folder, whole_run(tmp_path_factory, "python"))
+    assert_equal_runs(folder, whole_run(tmp_path_factory, "python"))

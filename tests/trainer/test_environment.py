@@ -82,7 +82,7 @@ def test_what_is_none_is_left(text: str) -> None:
 @pytest.mark.parametrize(
     "run",
     [
-        "token",
+        "lease_id",
         "-eyJ",
         "a.",
         "token=",
@@ -92,7 +92,7 @@ def test_what_is_none_is_left(text: str) -> None:
         "Bearer ",
         "sk-",
         "token\t",
-        '"token":"',
+        '"lease_id":"',
         "KEY: a",
     ],
 )

@@ -68,8 +68,8 @@ class DataConfig:
     """Mean of red, green and blue in [0, 1] that is subtracted; null: that of the weights."""
     std: tuple[float, float, float] | None = None
     """Standard deviation of red, green and blue in [0, 1] that is divided by; null: that of the weights."""
-    augment: Literal["recipe", "none", "trivialaugment", "randaugment", "augmix"] = "recipe"
-    """Training images: recipe is RandomResizedCrop and a horizontal flip; none is the test transform; the others come on top of the recipe (torchvision v2)."""
+    augment: Literal["basic", "none", "trivialaugment", "randaugment", "augmix"] = "basic"
+    """Training images: basic is RandomResizedCrop and a horizontal flip; none is the test transform; the others come on top of the recipe (torchvision v2)."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Least and greatest share of the picture's area that a training crop covers."""
     random_erasing: float = 0.0
@@ -302,7 +302,7 @@ class TrainConfig:
     """How often in an epoch figures are read from the device, shown and written."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "accumulation", "points_per_epoch"):
+        for key in ("epochs", "batch_size", "grad_accum_steps", "logs_per_epoch"):
             value = getattr(self, key)
             _require(value >= 1, f"train.{key} is {value}: expected 1 or more")
         _require(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 Transform = Callable[[Image.Image], Image.Image]
-Augmentation = Literal["recipe", "none", "trivialaugment", "randaugment", "augmix"]
+Augmentation = Literal["basic", "none", "trivialaugment", "randaugment", "augmix"]
 
 _POLICIES: dict[str, Callable[[InterpolationMode], torch.nn.Module]] = {
     "trivialaugment": lambda mode: v2.TrivialAugmentWide(interpolation=mode),
@@ -119,7 +119,7 @@ def _augmenting(
         ),
         v2.RandomHorizontalFlip(),
     ]
-    if augment != "recipe":
+    if augment != "basic":
         steps.append(_POLICIES[augment](preprocessing.mode))
     return v2.Compose(steps)
 

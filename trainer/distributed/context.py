@@ -67,21 +67,109 @@ class DistributedContext:
         """Return whether this process is the one that speaks and writes."""
         return bool(self.accelerator.is_main_process)
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device that this process computes on."""
+        return self.accelerator.device
+
     def all_reduce_max(self, flags: Sequence[int]) -> list[int]:
-        """Return the greatest value of each flag over all processes; all of them call it."""
+        """Return the maximum of each flag over all processes. Every process must call it."""
         if self.world_size == 1:
             return list(flags)
-        greatest = torch.tensor(flags, dtype=torch.int64)
-        torch.distributed.all_reduce(greatest, op=torch.distributed.ReduceOp.MAX, group=self.control)
-        return [int(flag) for flag in greatest]
+        maximum = torch.tensor(flags, dtype=torch.int64)
+        torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX, group=self.control)
+        return [int(flag) for flag in maximum]
 
     def broadcast(self, value: T) -> T:
-        """Return rank 0's value; all processes call it."""
+        """Return rank 0's value. Every process must call it."""
         values: list[T] = broadcast_object_list([value], from_process=0)
         return values[0]
 
+    def main_process_first(self, function: Callable[[], T], *, local: bool = False) -> T:
+        """Return this process's `function()`. Rank 0 calls it first, so the others find what it made.
 
-def start(
+        Every process must call it. A UserError on one process is raised on all of them: the run then ends with one
+        clear message instead of the other processes' reports of a lost peer.
+
+        Args:
+            function: the work.
+            local: the first process of each machine goes first, instead of rank 0 alone.
+
+        """
+        accelerator = self.accelerator
+        is_first = accelerator.is_local_main_process if local else accelerator.is_main_process
+        result: T | None = None
+        for first_round in (True, False):
+            error: UserError | None = None
+            if is_first == first_round:
+                try:
+                    result = function()
+                except UserError as caught:
+                    error = caught
+            self.raise_on_all_ranks(error)
+        return cast(T, result)
+
+    def raise_on_all_ranks(self, error: UserError | None) -> None:
+        """Raise the first error that any process passed, on every process. Every process must call it."""
+        texts = [text for text in gather_object([str(error) if error else None]) if text is not None]
+        if texts:
+            raise UserError(texts[0])
+
+    def check_equal_across_ranks(self, value: object, what: str) -> None:
+        """Raise a UserError on every process unless all of them passed the same value. Every process must call it."""
+        values = gather_object([value])
+        if any(other != values[0] for other in values):
+            differing = [rank for rank, other in enumerate(values) if other != values[0]]
+            raise UserError(
+                f"the processes do not agree: {what}, is another on rank {', '.join(map(str, differing))} than on rank "
+                "0. Expected the same run.dir and the same images on every machine"
+            )
+
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return model and optimizer wrapped by accelerate."""
+        with warnings.catch_warnings():
+            # Its replacement does not exist in the oldest torch that is supported.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            prepared: tuple[nn.Module, torch.optim.Optimizer] = self.accelerator.prepare(model, optimizer)
+        return prepared
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """Return a prepared model without DDP's wrapper, still with autocast around its forward."""
+        unwrapped: nn.Module = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+        return unwrapped
+
+    def rewrap_ddp(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Return the model wrapped again, after its set of trainable parameters has changed.
+
+        DDP sorts parameters into buckets and registers a hook on each when it is built. Unfreezing parameters under
+        a live wrapper makes the ranks diverge (Lightning issue 20340). The caller must drop its reference to the old
+        wrapper, or the old hooks stay alive.
+
+        Args:
+            model: unwrapped.
+            optimizer: prepared by accelerate; it is not changed.
+
+        """
+        if self.world_size == 1:
+            return model
+        # Without the autocast wrapper too, or it would be applied twice.
+        bare: nn.Module = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+        wrapped, _ = self.prepare(bare, optimizer)
+        return wrapped
+
+    def reset(self) -> None:
+        """Clear what an earlier phase of this process left: the loss scaler's state and the peak of GPU memory."""
+        accelerator = self.accelerator
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(torch.amp.GradScaler(self.device.type).state_dict())
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def init_distributed(
     *,
     device: Literal["auto", "cpu", "cuda"],
     precision: Literal["auto", "fp32", "bf16", "fp16"],
@@ -254,82 +342,12 @@ def _forget_earlier() -> None:
         PartialState._reset_state()
 
 
-def main_process_first(accelerator: Accelerator, function: Callable[[], T], *, local: bool = False) -> T:
-    """Return each process's own `function()`; rank 0 (of each machine, if `local`) calls it before the others.
-
-    What it makes they find. A UserError of one is raised by all, so that a run ends with one sentence rather
-    than with the others' complaints of a partner lost.
-    """
-    leads = accelerator.is_local_main_process if local else accelerator.is_main_process
-    result: T | None = None
-    for leaders_turn in (True, False):
-        error: UserError | None = None
-        if leads == leaders_turn:
-            try:
-                result = function()
-            except UserError as caught:
-                error = caught
-        raise_on_all_ranks(accelerator, error)
-    return cast(T, result)
-
-
-def raise_on_all_ranks(accelerator: Accelerator, error: UserError | None) -> None:
-    """Raise, on every process, the first error that one of them has come with; all of them call it."""
-    texts = [text for text in gather_object([str(error) if error else None]) if text is not None]
-    if texts:
-        raise UserError(texts[0])
-
-
-def check_equal_across_ranks(accelerator: Accelerator, value: object, what: str) -> None:
-    """Raise a UserError on every process unless all have come with the same value."""
-    values = gather_object([value])
-    if any(other != values[0] for other in values):
-        differing = [rank for rank, other in enumerate(values) if other != values[0]]
-        raise UserError(
-            f"the processes do not agree: {what}, is another on rank {', '.join(map(str, differing))} than on rank 0. "
-            "Expected the same run.dir and the same images on every machine"
-        )
-
-
 def leave_process_group_env(environment: MutableMapping[str, str]) -> bool:
     """Leave the group that a launcher has started, and return whether this process is the one to go on alone."""
     is_first = environment.get("RANK", "0") == "0"
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     return is_first
-
-
-def rewrap_ddp(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-    """Return the model as accelerate wraps it, after the set of its parameters that train has changed.
-
-    DDP sorts parameters into buckets, and hooks into each, when it is made: unfreezing under a live one leaves ranks
-    apart (Lightning issue 20340). The caller must hold no reference to the one before, whose hooks live as long as it.
-
-    Args:
-        accelerator: of the process group.
-        model: bare.
-        optimizer: prepared by accelerate; it stays as it is.
-
-    """
-    if accelerator.num_processes == 1:
-        return model
-    bare: nn.Module = accelerator.unwrap_model(
-        model, keep_fp32_wrapper=False
-    )  # or autocast would wrap it twice
-    accelerator.free_memory()
-    wrapped, _ = prepare(accelerator, bare, optimizer)
-    return wrapped
-
-
-def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return model and optimizer as accelerate wraps them."""
-    with warnings.catch_warnings():
-        # Its successor does not exist in the oldest torch that is supported.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
-    return prepared
 
 
 def shut_down() -> None:

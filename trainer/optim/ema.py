@@ -1,6 +1,7 @@
-"""An exponential moving average of the weights: what is evaluated and kept in place of the last update's."""
+"""Exponential moving average (EMA) of the weights: the average is evaluated and saved instead of the trained model."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -8,29 +9,41 @@ from torch import Tensor, nn
 from trainer.model.batch_norm import copy_frozen_flags
 
 
-def get_decay(updates: int, decay: float) -> float:
-    """Return the share of the average that stays after `updates` updates of the run, this one among them.
+def get_decay(step: int, decay: float) -> float:
+    """Return the decay of the average at update `step` (counted from 1).
 
-    Below `decay` at first, so that the start is soon forgotten: as num_updates has it in TensorFlow's
+    It starts lower than `decay`, so that the initial weights are soon forgotten, as `num_updates` does in TensorFlow's
     ExponentialMovingAverage.
     """
-    return min(decay, (1 + updates) / (10 + updates))
+    return min(decay, (1 + step) / (10 + step))
 
 
 class ModelEma:
-    """A copy of a model that follows it: the average of its weights over the updates, each older one counting less.
+    """Moving average of a model's weights, or the model itself where averaging is off.
 
-    Averaging the iterates: Polyak & Juditsky 1992; exponentially, and to be evaluated: Tarvainen & Valpola 2017.
-    BatchNorm's statistics are averaged in the same way, and over the processes whenever the model's own are; other
-    buffers are the model's. What does not change in the model stays equal to it, bit for bit.
+    Averaging of iterates: Polyak & Juditsky 1992; exponential, for evaluation: Tarvainen & Valpola 2017. BatchNorm's
+    running statistics are averaged in the same way; other buffers are copied. Tensors that do not change in the
+    model stay equal to the model's, bit for bit.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        """Begin as a copy of `model`: bare, on its device, prepared for its precision."""
-        self._live = model
-        self._decay = decay
+    def __init__(self, model: nn.Module, decay: float | None) -> None:
+        """Start from a copy of the weights.
+
+        Args:
+            model: unwrapped, on its device, prepared for its precision.
+            decay: of the average per update, between 0 and 1; None turns averaging off.
+
+        """
+        self._trained = model
+        self._decay = decay or 0.0
+        self.enabled = decay is not None
+        self.model = model
+        """The model to evaluate. It belongs to no process group: every process averages the same weights."""
+        self._averaged: list[tuple[Tensor, Tensor]] = []
+        self._copied: list[tuple[Tensor, Tensor]] = []
+        if not self.enabled:
+            return
         self.model = copy.deepcopy(model).requires_grad_(requires_grad=False).eval()
-        """Bare, and in no process group: each process averages the same weights."""
         pairs = [
             *zip(self.model.parameters(), model.parameters(), strict=True),
             *zip(self.model.buffers(), model.buffers(), strict=True),
@@ -39,18 +52,30 @@ class ModelEma:
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, updates: int) -> None:
-        """Take the model's weights into the average, after so many updates of the run; nothing is waited for."""
-        mine, its = _columns(self._averaged)
-        torch._foreach_lerp_(mine, its, 1 - get_decay(updates, self._decay))
+    def update(self, step: int) -> None:
+        """Average in the model's weights after update `step` (counted from 1). It does not wait for the device."""
+        if not self.enabled:
+            return
+        averages, weights = [pair[0] for pair in self._averaged], [pair[1].detach() for pair in self._averaged]
+        torch._foreach_lerp_(averages, weights, 1 - get_decay(step, self._decay))
         for copied, tensor in self._copied:
             copied.copy_(tensor)
 
-    def and_model(self) -> nn.Module:
-        """Return the model and its average as one, for what is done to the BatchNorm statistics of both."""
-        copy_frozen_flags(self.model, self._live)
-        return nn.ModuleDict({"model": self._live, "average": self.model})
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Return the averaged weights and buffers; empty where averaging is off."""
+        return self.model.state_dict() if self.enabled else {}
 
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        if self.enabled:
+            self.model.load_state_dict(saved)
 
-def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    return [pair[0] for pair in pairs], [pair[1].detach() for pair in pairs]
+    def with_model(self) -> nn.Module:
+        """Return the trained model, and its average where there is one, as one module.
+
+        Functions that handle BatchNorm statistics across processes take both at once.
+        """
+        if not self.enabled:
+            return self._trained
+        copy_frozen_flags(self.model, self._trained)
+        return nn.ModuleDict({"model": self._trained, "average": self.model})

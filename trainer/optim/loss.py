@@ -53,7 +53,7 @@ class Criterion:
         return (each * self.class_weights[labels]).sum()
 
 
-PLAIN = Criterion()
+CROSS_ENTROPY = Criterion()
 """Cross-entropy."""
 
 

@@ -1,7 +1,7 @@
-"""Mixup and CutMix: each picture of a batch mixed with another one of the GLOBAL batch, and their labels alike.
+"""Mixup and CutMix: mix each image with another one of the GLOBAL batch, and their labels in the same ratio.
 
-What is mixed is drawn from (seed, step), over the positions of the global batch; rank r of w holds r, r + w, ...
-of them (`data.loader.DistributedBatchSampler`). So an update is the same whatever the number of processes, and
+The parameters are drawn from (seed, step) over the positions of the global batch. Rank r of w holds the positions r,
+r + w, ... (`data.sampler.DistributedBatchSampler`). An update is therefore the same for any number of processes, and
 after a resume.
 """
 
@@ -22,43 +22,45 @@ class MixParams:
     """How one global batch is mixed."""
 
     permutation: tuple[int, ...]
-    """Position in the global batch -> that of the picture it is mixed with: a permutation; some may stay alone."""
+    """Position in the global batch -> position of the image it is mixed with. Some may be mixed with themselves."""
     lam: float
-    """Of the partner, 0 to 1; CutMix's is that of its box before it is cut off at the edges."""
+    """Weight of the other image, 0 to 1. For CutMix, the area of its box before the box is clipped to the image."""
     box: tuple[float, float, float, float] | None
-    """CutMix: top, left, bottom, right of what comes from the partner, as shares of height and width; None: mixup."""
+    """CutMix: top, left, bottom, right of the pasted box, as fractions of height and width. None for mixup."""
 
 
-def sample_params(*, mixup: float, cutmix: float, seed: int, step: int, size: int) -> MixParams:
-    """Return the mixture of the update `step` (of the run, from 0) on `size` examples.
+def sample_params(
+    *, mixup_alpha: float, cutmix_alpha: float, seed: int, step: int, size: int
+) -> MixParams:
+    """Return the parameters of one update.
 
-    The weights come from Beta(alpha, alpha), one for the batch (Zhang et al. 2018); CutMix's box has its middle
-    anywhere, and that weight as its area (Yun et al. 2019). With both, either comes as often as the other.
+    The weight comes from Beta(alpha, alpha), once per batch (Zhang et al. 2018). CutMix's box has a uniformly drawn
+    center, and that weight as its area (Yun et al. 2019). If both are on, each is chosen with probability 1/2.
 
     Args:
-        mixup: its alpha; 0: none.
-        cutmix: its alpha; 0: none, but one of the two is above.
-        seed: of the run.
-        step: of the run.
-        size: of the global batch.
+        mixup_alpha: alpha of mixup; 0 turns it off.
+        cutmix_alpha: alpha of CutMix; 0 turns it off. One of the two must be above 0.
+        seed: the run's seed.
+        step: the update, counted from 0 over the run.
+        size: number of examples of the global batch.
 
     """
     random = np.random.default_rng(derive_seed("mixing", seed, step))
-    is_cutmix = cutmix > 0 and (mixup == 0 or random.random() < 0.5)
-    alpha = cutmix if is_cutmix else mixup
-    weight = float(random.beta(alpha, alpha))
-    middle = random.random(2)
+    is_cutmix = cutmix_alpha > 0 and (mixup_alpha == 0 or random.random() < 0.5)
+    alpha = cutmix_alpha if is_cutmix else mixup_alpha
+    lam = float(random.beta(alpha, alpha))
+    center = random.random(2)
     permutation = tuple(random.permutation(size).tolist())
     if not is_cutmix:
-        return MixParams(permutation=permutation, lam=weight, box=None)
-    half = math.sqrt(weight) / 2
-    (top, left), (bottom, right) = (np.clip(middle + by, 0, 1).tolist() for by in (-half, half))
-    return MixParams(permutation=permutation, lam=weight, box=(top, left, bottom, right))
+        return MixParams(permutation=permutation, lam=lam, box=None)
+    half = math.sqrt(lam) / 2
+    (top, left), (bottom, right) = (np.clip(center + by, 0, 1).tolist() for by in (-half, half))
+    return MixParams(permutation=permutation, lam=lam, box=(top, left, bottom, right))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixup:
-    """Mixes the shares of one process with those of all."""
+    """Mixes one process's local batch with images of all processes."""
 
     mixup_alpha: float
     cutmix_alpha: float
@@ -66,48 +68,59 @@ class Mixup:
     rank: int
     world_size: int
     gather: Callable[[Tensor], Tensor]
-    """[n, ...] of each process -> [world * n, ...], in the order of the ranks; all of them call it."""
+    """Concatenates [n, ...] of each process in rank order to [world_size * n, ...]. Every process must call it."""
+
+    @property
+    def enabled(self) -> bool:
+        """Return whether mixup or CutMix is on."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
     def __call__(
         self, images: Tensor, labels: Tensor, step: int, size: int
-    ) -> tuple[Tensor, Tensor, MixedTarget]:
-        """Mix this process's share of the update `step`, whose global batch has `size` examples.
+    ) -> tuple[Tensor, Tensor, MixedTarget | None]:
+        """Mix the local batch of update `step`, whose global batch has `size` examples. Every process must call it.
 
         Returns:
-            images [B, 3, H, W], uint8 after CutMix, float32 from 0 to 255 after mixup; the labels int64 [B] of the
-            greater weight; and what is mixed into them.
+            Images [B, 3, H, W]: uint8 after CutMix, float32 in 0 to 255 after mixup, unchanged if both are off. Labels
+            int64 [B] of the greater weight. The labels of the lesser weight, None if both are off.
 
         """
-        mixture = sample_params(
-            mixup=self.mixup_alpha, cutmix=self.cutmix_alpha, seed=self.seed, step=step, size=size
+        if not self.enabled:
+            return images, labels, None
+        params = sample_params(
+            mixup_alpha=self.mixup_alpha,
+            cutmix_alpha=self.cutmix_alpha,
+            seed=self.seed,
+            step=step,
+            size=size,
         )
-        others, their_labels = self._partners(images, labels, mixture.permutation)
-        if mixture.box is None:
-            weight = mixture.lam
-            mixed = torch.lerp(images.float(), others.float(), weight)
+        others, other_labels = self._permuted(images, labels, params.permutation)
+        if params.box is None:
+            lam = params.lam
+            mixed = torch.lerp(images.float(), others.float(), lam)
         else:
-            mixed, weight = apply_cutmix(images, others, mixture.box)
-        if weight > 0.5:  # the answer that counts is the greater part's
-            return mixed, their_labels, MixedTarget(labels, 1 - weight)
-        return mixed, labels, MixedTarget(their_labels, weight)
+            mixed, lam = apply_cutmix(images, others, params.box)
+        if lam > 0.5:  # accuracy counts the label of the greater weight
+            return mixed, other_labels, MixedTarget(labels, 1 - lam)
+        return mixed, labels, MixedTarget(other_labels, lam)
 
-    def _partners(
+    def _permuted(
         self, images: Tensor, labels: Tensor, permutation: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Return the pictures and labels that the share is mixed with, from whichever process holds them."""
-        mine = permutation[self.rank :: self.world_size]
+        """Return the images and labels that the local batch is mixed with, from whichever process holds them."""
+        local = permutation[self.rank :: self.world_size]
         if self.world_size > 1:
             longest = -(-len(permutation) // self.world_size)
             images, labels = (self.gather(_padded(tensor, longest)) for tensor in (images, labels))
-            mine = tuple(other % self.world_size * longest + other // self.world_size for other in mine)
-        index = torch.tensor(mine, dtype=torch.int64).to(labels.device, non_blocking=True)
+            local = tuple(other % self.world_size * longest + other // self.world_size for other in local)
+        index = torch.tensor(local, dtype=torch.int64).to(labels.device, non_blocking=True)
         return images[index], labels[index]
 
 
 def apply_cutmix(
     images: Tensor, others: Tensor, box: tuple[float, float, float, float]
 ) -> tuple[Tensor, float]:
-    """Return `images` [B, 3, H, W] with the box of `others` in them, and the share of the area that it covers."""
+    """Return `images` [B, 3, H, W] with the box of `others` pasted in, and the fraction of the area it covers."""
     height, width = images.shape[-2:]
     top, bottom = (round(edge * height) for edge in (box[0], box[2]))
     left, right = (round(edge * width) for edge in (box[1], box[3]))
@@ -117,5 +130,5 @@ def apply_cutmix(
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:
-    """Return a tensor [n, ...] filled up to [length, ...], since all processes give as much."""
+    """Return a tensor [n, ...] padded with zeros to [length, ...], since a gather needs equal sizes."""
     return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])

@@ -6,6 +6,7 @@ on another number of processes, cannot disagree about it.
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,7 +78,7 @@ def to_steps(duration: Duration, *, steps_per_epoch: int, total_steps: int) -> i
     return round(duration.amount * whole)
 
 
-def lr_multiplier(
+def get_lr_multiplier(
     step: int, *, total_steps: int, warmup_steps: int, kind: Literal["constant", "cosine", "one-cycle"]
 ) -> float:
     """Return the share of the peak learning rate at which update `step` (counted from 0) is made.
@@ -107,3 +108,33 @@ def _one_cycle(step: int, *, total_steps: int, rise: int) -> float:
     else:
         start, end, progress = 1.0, _FIRST * _LAST, min(1.0, (step - peak) / max(1, total_steps - 1 - peak))
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSchedule:
+    """The updates of a run: how many, on how many examples, at which learning rate. Below it, only steps exist."""
+
+    batch_sizes: tuple[int, ...]
+    """Number of examples of each global batch of an epoch, in order; an epoch has as many steps."""
+    epochs: int
+    """Number of epochs."""
+    logs_per_epoch: int
+    """How often metrics are read within an epoch."""
+    lr_multiplier: Callable[[int], float]
+    """Step of the run, counted from 0 -> fraction of the peak learning rate."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of updates of an epoch."""
+        return len(self.batch_sizes)
+
+    @property
+    def total_steps(self) -> int:
+        """Return the number of updates of the run."""
+        return self.steps_per_epoch * self.epochs
+
+    @property
+    def log_steps(self) -> frozenset[int]:
+        """Return the steps of an epoch, counted from 1, after which metrics are read. The last step is one of them."""
+        count = min(self.logs_per_epoch, self.steps_per_epoch)
+        return frozenset(math.ceil(i * self.steps_per_epoch / count) for i in range(1, count + 1))

@@ -164,7 +164,7 @@ def read_record(path: Path) -> AttemptRecord | None:
         return None
     fields = dataclasses.asdict(record)
     numbers = ("attempt", "step", "steps", "epoch", "epochs", "pid", "started")
-    texts = ("began", "host", "scope", "token", "stage")
+    texts = ("began", "host", "pid_namespace", "lease_id", "stage")
     sound = (
         all(type(fields[name]) is int and fields[name] >= 0 for name in numbers)
         and all(isinstance(fields[name], str) for name in texts)

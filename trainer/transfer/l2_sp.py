@@ -1,4 +1,4 @@
-"""L2-SP: the penalty pulls weights towards where the source left them, instead of towards zero."""
+"""L2-SP: weight decay towards the pretrained weights instead of towards zero (Li, Grandvalet & Davoine 2018)."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -10,60 +10,66 @@ from trainer.optim.param_groups import ParamGroup
 
 
 def backbone_parameters(model: nn.Module, heads: Sequence[str]) -> list[nn.Parameter]:
-    """Return the model's parameters but those of its new output layers (dotted names), which no source has."""
-    new = {id(p) for head in heads for p in model.get_submodule(head).parameters()}
-    return [p for p in model.parameters() if id(p) not in new]
+    """Return the parameters that the pretrained model has: all but those of the new output layers (dotted names)."""
+    in_heads = {id(p) for head in heads for p in model.get_submodule(head).parameters()}
+    return [p for p in model.parameters() if id(p) not in in_heads]
 
 
 def without_weight_decay(
-    groups: Iterable[ParamGroup], pulled_parameters: Iterable[nn.Parameter]
+    groups: Iterable[ParamGroup], parameters: Iterable[nn.Parameter]
 ) -> tuple[ParamGroup, ...]:
-    """Return the groups without weight decay where the parameters are pulled: L2-SP stands in its place."""
-    ids = {id(parameter) for parameter in pulled_parameters}
-    spared = []
+    """Return the groups with no weight decay on these parameters, which L2-SP decays instead."""
+    ids = {id(parameter) for parameter in parameters}
+    result = []
     for group in groups:
-        among = {id(parameter) in ids for parameter in group.parameters}
-        if len(among) > 1:
-            raise RuntimeError(f"the group {group.name} holds new output layers beside what the source has")
-        spared.append(dataclasses.replace(group, weight_decay=0.0) if True in among else group)
-    return tuple(spared)
+        decayed = {id(parameter) in ids for parameter in group.parameters}
+        if len(decayed) > 1:
+            raise RuntimeError(f"the group {group.name} mixes output layers and pretrained parameters")
+        result.append(dataclasses.replace(group, weight_decay=0.0) if True in decayed else group)
+    return tuple(result)
 
 
 class L2SP:
-    """Draws parameters back to their values at its making, as weight decay draws them to zero.
+    """Decay of parameters towards their initial values.
 
-    L2-SP, "starting point" (Li, Grandvalet & Davoine 2018): the penalty strength / 2 * |w - w0|^2, whose gradient is
-    strength * (w - w0). The norms' parameters and the biases are pulled like all others.
+    The penalty is strength / 2 * |w - w0|^2 ("SP": starting point), its gradient strength * (w - w0). Biases and the
+    parameters of norms are decayed like all others.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], strength: float, *, decoupled: bool) -> None:
-        """Keep copies of the parameters as they are now.
+        """Copy the parameters' current values.
 
         Args:
             parameters: on the device that they are trained on.
-            strength: what weight decay would be.
-            decoupled: from the gradient, as AdamW's weight decay: times the learning rate alone.
+            strength: the factor that weight decay would have; 0 turns L2-SP off.
+            decoupled: move the weights by lr * strength * (w0 - w), as AdamW decays weights, instead of adding to the
+                gradient.
 
         """
-        self._anchors: dict[nn.Parameter, Tensor] = {p: p.detach().clone() for p in parameters}
+        self.enabled = strength > 0
+        self._initial: dict[nn.Parameter, Tensor] = (
+            {p: p.detach().clone() for p in parameters} if self.enabled else {}
+        )
         self._strength = strength
         self._decoupled = decoupled
 
     @torch.no_grad()
     def apply(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the pull to the gradients (unscaled, and clipped), or move the weights; only of what trains now.
+        """Decay the parameters that train now: call it before `optimizer.step`, on unscaled and clipped gradients.
 
-        Loss scaling's rare skipped updates do not skip a decoupled pull.
+        An update that fp16's loss scaling skips does not skip a decoupled decay.
         """
+        if not self.enabled:
+            return
         for group in optimizer.param_groups:
-            pulled_parameters = [
-                p for p in group["params"] if p in self._anchors and p.requires_grad and p.grad is not None
+            parameters = [
+                p for p in group["params"] if p in self._initial and p.requires_grad and p.grad is not None
             ]
-            if not pulled_parameters:
+            if not parameters:
                 continue
-            anchors = [self._anchors[p] for p in pulled_parameters]
+            initial = [self._initial[p] for p in parameters]
             if self._decoupled:
-                torch._foreach_lerp_(pulled_parameters, anchors, group["lr"] * self._strength)
+                torch._foreach_lerp_(parameters, initial, group["lr"] * self._strength)
             else:
-                away = torch._foreach_sub(pulled_parameters, anchors)
-                torch._foreach_add_([p.grad for p in pulled_parameters], away, alpha=self._strength)
+                difference = torch._foreach_sub(parameters, initial)
+                torch._foreach_add_([p.grad for p in parameters], difference, alpha=self._strength)

@@ -123,7 +123,7 @@ def make(tmp_path: Path, clock: SimpleNamespace) -> Iterator[Make]:
         optimizer.step()
         told, signals = Told(), StopSignals()
         given: dict[str, Any] = {
-            "machine": ctx,
+            "ctx": ctx,
             "signals": signals,
             "attempt": attempts[-1],
             "folder": tmp_path,

@@ -35,7 +35,7 @@ def test_what_is_dumped_is_read_again_to_the_same(tmp_path: Path) -> None:
     assert parse(["--config", write(tmp_path, dump(config))]) == config
 
 
-@pytest.mark.parametrize("recipe", sorted(QUICKSTART.parent.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("basic", sorted(QUICKSTART.parent.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_loads(recipe: Path) -> None:
     config = parse(["--config", str(recipe)])
     assert config.run.dir == f"runs/{recipe.stem}"

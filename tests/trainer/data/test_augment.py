@@ -54,14 +54,14 @@ def test_the_shorter_side_keeps_the_proportions(size: tuple[int, int], interpola
 def test_the_recipes_training_transform_draws_as_torchvision_does(size: tuple[int, int]) -> None:
     image = picture(3, size=size)
     reference = v1.Compose([v1.RandomResizedCrop(224), v1.RandomHorizontalFlip()])
-    transform = train_transform(RECIPE, "recipe", (0.08, 1.0))
+    transform = train_transform(RECIPE, "basic", (0.08, 1.0))
     for seed in range(10):
         torch.manual_seed(seed)
         expected = reference(image)
         assert np.array_equal(apply_seeded(transform, image, seed), expected)
 
 
-@pytest.mark.parametrize("augment", ["recipe", "trivialaugment", "randaugment", "augmix"])
+@pytest.mark.parametrize("augment", ["basic", "trivialaugment", "randaugment", "augmix"])
 def test_a_seed_fixes_the_training_transform_and_torchs_own_state_stays(augment: Augmentation) -> None:
     image = picture(4, size=(120, 90))
     transform = train_transform(preprocessing(image_size=32, resize_size=36), augment, (0.3, 1.0))
@@ -90,13 +90,13 @@ def test_each_policy_changes_what_the_recipe_alone_would_give() -> None:
         transform = train_transform(small, augment, (0.3, 1.0))
         return [to_array(apply_seeded(transform, image, seed)) for seed in range(12)]
 
-    recipe = pictures("recipe")
+    recipe = pictures("basic")
     for augment in ("trivialaugment", "randaugment", "augmix"):
         changed = [not np.array_equal(a, b) for a, b in zip(pictures(augment), recipe, strict=True)]
         assert sum(changed) >= 8, f"{augment}: the same crop and flip, then some more"
 
 
-@pytest.mark.parametrize("augment", ["none", "recipe", "augmix"])
+@pytest.mark.parametrize("augment", ["none", "basic", "augmix"])
 def test_erasing_makes_a_rectangle_the_models_zero_and_leaves_the_rest(augment: Augmentation) -> None:
     image = picture(6, size=(120, 90))
     small = preprocessing(image_size=32, resize_size=36)
@@ -122,7 +122,7 @@ def test_erasing_makes_a_rectangle_the_models_zero_and_leaves_the_rest(augment: 
 def test_erasing_comes_as_often_as_asked_and_colours_out_of_range_are_clipped() -> None:
     black = Image.new("RGB", (40, 40))
     odd = preprocessing(image_size=32, resize_size=32, mean=(1.5, 0.5, -1.0))
-    transform = train_transform(odd, "recipe", (0.5, 1.0), random_erasing=0.25)
+    transform = train_transform(odd, "basic", (0.5, 1.0), random_erasing=0.25)
     pictures = [to_array(apply_seeded(transform, black, seed)) for seed in range(400)]
     assert 70 < sum(picture.any() for picture in pictures) < 130
     assert {tuple(pixel) for picture in pictures for pixel in picture.reshape(-1, 3).tolist()} == {
@@ -133,7 +133,7 @@ def test_erasing_comes_as_often_as_asked_and_colours_out_of_range_are_clipped() 
 
 def test_the_crop_covers_what_it_is_told_to() -> None:
     halves = Image.fromarray(np.repeat(np.arange(100, dtype=np.uint8)[None, :, None], 100, 0).repeat(3, 2))
-    transform = train_transform(preprocessing(image_size=50, resize_size=50), "recipe", (1.0, 1.0))
+    transform = train_transform(preprocessing(image_size=50, resize_size=50), "basic", (1.0, 1.0))
     spans = [np.ptp(np.asarray(apply_seeded(transform, halves, seed))) for seed in range(20)]
     assert min(spans) > 80  # nearly all of the picture's width, whatever the aspect ratio
 

@@ -49,7 +49,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Example]:
 
 @pytest.fixture
 def images(examples: Sequence[Example]) -> ImageDataset:
-    return ImageDataset(examples, train_transform(SMALL, "recipe", (0.08, 1.0)), seed=5)
+    return ImageDataset(examples, train_transform(SMALL, "basic", (0.08, 1.0)), seed=5)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_evaluation_sees_every_example_once(count: int, world_size: int) -> None
 def test_a_crop_depends_on_seed_epoch_and_example_alone(
     examples: Sequence[Example], images: ImageDataset
 ) -> None:
-    transform = train_transform(SMALL, "recipe", (0.08, 1.0))
+    transform = train_transform(SMALL, "basic", (0.08, 1.0))
     draws = [SampleKey(epoch, example) for epoch in (0, 1) for example in range(EXAMPLES)]
     first = {draw: images[draw][0] for draw in draws}
     torch.manual_seed(99)
@@ -167,7 +167,7 @@ def test_a_crop_depends_on_seed_epoch_and_example_alone(
 
 
 def test_equal_pictures_are_cropped_apart(examples: Sequence[Example]) -> None:
-    twice = ImageDataset([examples[0]] * 2, train_transform(SMALL, "recipe", (0.08, 1.0)), seed=0)
+    twice = ImageDataset([examples[0]] * 2, train_transform(SMALL, "basic", (0.08, 1.0)), seed=0)
     assert not np.array_equal(twice[SampleKey(0, 0)][0], twice[SampleKey(0, 1)][0])
 
 
@@ -337,15 +337,15 @@ PROGRAM = """
 import sys
 from accelerate import Accelerator
 from trainer.data.augment import Preprocessing, eval_transform
-from trainer.data.loader import Images, Order, Shares, make_loader
+from trainer.data.loader import Images, EpochOrder, DistributedBatchSampler, make_dataloader
 how, path = sys.argv[1:]
 half = (0.5, 0.5, 0.5)
 small = Preprocessing(
     image_size=16, resize_size=18, resize="squash", interpolation="bilinear", mean=half, std=half
 )
 images = Images([(path, 0)] * 9, eval_transform(small), seed=0)
-shares = Shares(Order(examples=9, batch_size=1, seed=0), epochs=9)
-loader = make_loader(images, shares, image_size=16, channels_last=True, workers=1, accelerator=Accelerator(cpu=True))
+shares = DistributedBatchSampler(EpochOrder(examples=9, batch_size=1, seed=0), epochs=9)
+loader = make_dataloader(images, shares, image_size=16, channels_last=True, workers=1, accelerator=Accelerator(cpu=True))
 for batch in loader:
     print("a batch", flush=True)
     if how == "error":

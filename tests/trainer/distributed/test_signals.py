@@ -133,7 +133,7 @@ PROGRAM_HEAD = """
 import os, signal, subprocess, sys, threading, time
 from trainer.distributed import signals as module
 from trainer.distributed.signals import *
-from trainer.distributed.signals import end_with_parent, follow_launcher, has_launcher
+from trainer.distributed.signals import end_with_parent, exit_with_parent, has_launcher
 """
 
 

@@ -34,17 +34,17 @@ from trainer.errors import UserError
 PROGRAM = """
 import bdb, ctypes, sys, time
 from pathlib import Path
-from trainer.distributed.watchdog import Beats, HangWatch
+from trainer.distributed.watchdog import Heartbeat, Watchdog
 
-beats, folder, what = Beats(), Path(sys.argv[1]), sys.argv[2]
+heartbeat, folder, what = Heartbeat(), Path(sys.argv[1]), sys.argv[2]
 
 def work(seconds):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        beats.beat(7)
+        heartbeat.beat(7)
         time.sleep(0.01)
 
-watch = HangWatch(1.0, beats, folder=folder, number=3, rank=1, world=2, attempt=None)
+watch = Watchdog(1.0, heartbeat, folder=folder, number=3, rank=1, world_size=2, attempt=None)
 with watch:
     work(0.1)
     print("works", flush=True)

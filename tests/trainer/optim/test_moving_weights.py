@@ -86,7 +86,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def check_equal_across_ranks(one: Config, other: Config) -> None:
+def assert_equal_runs(one: Config, other: Config) -> None:
     """Check that two runs have come to the same, bit for bit."""
     for name in (store.MODEL, store.OPTIMIZER, store.AVERAGE):
         last = (EPOCHS * STEPS, EPOCHS)
@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_average_pull_and_line(
     back_to(copy, *place)
     _, seen = run(copy)
     assert f"(step {place[0]})" in seen
-    check_equal_across_ranks(copy, finished)
+    assert_equal_runs(copy, finished)
 
 
 def test_a_finished_run_evaluates_the_line_only_if_that_was_not_done(copy: Config, finished: Config) -> None:
@@ -167,7 +167,7 @@ def test_a_finished_run_evaluates_the_line_only_if_that_was_not_done(copy: Confi
     _, seen = run(copy)
     assert "alpha" in seen
     assert contents() == before, "from the best epoch's own weights, wherever they stand by now"
-    check_equal_across_ranks(copy, finished)
+    assert_equal_runs(copy, finished)
 
 
 def test_a_run_that_is_made_longer_goes_on_from_the_best_epochs_weights_and_evaluates_the_line_anew(

@@ -341,7 +341,7 @@ def test_a_number_of_epochs_that_is_none_is_not_exceeded(there: str, folder: Pat
 
 def test_a_run_written_before_an_option_was_thought_of_is_another(folder: Path) -> None:
     values = module.yaml.safe_load(config())
-    del values["checkpoint"], values["optim"]["clip_norm"]
+    del values["checkpoint"], values["optim"]["max_grad_norm"]
     finished(folder, module.yaml.safe_dump(values))
     assert opened(folder, config()) is None, "as without it: not clipped"
     now = changed(config(), "optim.max_grad_norm")

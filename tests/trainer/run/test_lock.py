@@ -34,8 +34,8 @@ ELSEWHERE = "9b2f1d0e-0000-4000-8000-000000000000 pid:[4026531836]"
 HOLDER = """
 import sys
 from pathlib import Path
-from trainer.run.lock import Attempt
-attempt = Attempt.claim(Path(sys.argv[1]), say=print)
+from trainer.run.lock import RunLock
+attempt = RunLock.acquire(Path(sys.argv[1]), log=print)
 print("held", flush=True)
 sys.stdin.read()
 attempt.end("done")
@@ -333,7 +333,7 @@ DAMAGED = {
     "null": "null",
     "no text": b"\xff\xfe",
     "deep": "[" * 100_000,
-    "a field less": {name: value for name, value in WHOLE.items() if name != "token"},
+    "a field less": {name: value for name, value in WHOLE.items() if name != "lease_id"},
     "a field more": {**WHOLE, "code": "x"},
     **{
         f"{name} {value!r}": {**WHOLE, name: value}
@@ -347,8 +347,8 @@ DAMAGED = {
             "epochs": [{}],
             "state": ["over", None, ["running"]],
             "host": [3, None],
-            "scope": [None, 7],
-            "token": [0],
+            "pid_namespace": [None, 7],
+            "lease_id": [0],
             "began": [0],
             "stage": [None],
         }.items()
@@ -367,7 +367,7 @@ def test_a_record_that_is_damaged_is_not_believed(damage: str, tmp_path: Path) -
         file.write_text(content if isinstance(content, str) else json.dumps(content))
     assert read_record(file) is None
     file.write_text(json.dumps(WHOLE))
-    assert read_record(file) == record(token=WHOLE["token"], began=WHOLE["began"])
+    assert read_record(file) == record(token=WHOLE["lease_id"], began=WHOLE["began"])
     assert read_record(tmp_path / "nowhere.json") is None
 
 
@@ -524,7 +524,7 @@ RACER = """
 import sys, time
 from pathlib import Path
 from trainer.run import lock
-from trainer.run.lock import Attempt
+from trainer.run.lock import RunLock
 from trainer.errors import UserError
 lock.SECONDS_BETWEEN_SIGNS = 0.05
 print("ready", flush=True)
@@ -533,7 +533,7 @@ for line in sys.stdin:
     while time.monotonic() < float(at):  # awake: all leave the line at once
         pass
     try:
-        attempt = Attempt.claim(Path(folder), say=lambda line: None, patience=5)
+        attempt = RunLock.acquire(Path(folder), log=lambda line: None, patience=5)
     except UserError as error:
         print("refused", error, flush=True)
         continue
