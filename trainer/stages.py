@@ -10,7 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from trainer import environment, runtime
+from trainer import runtime
 from trainer.assemble import load_examples
 from trainer.attempts import Attempt, Record, latest, require_free, restarted
 from trainer.config import Config, ScratchConfig, SourceConfig, TransferConfig
@@ -25,6 +25,7 @@ from trainer.parse import dump
 from trainer.preflight import preflight
 from trainer.report.console import make_console
 from trainer.report.summary import comparison, summary
+from trainer.run.environment import record_environment
 from trainer.run_folder import STOP, examine, holds_run, kept_precision, move_aside, write_config
 from trainer.runtime import Runtime
 from trainer.signals import Stopped, StopSignals
@@ -63,9 +64,9 @@ def run(config: Config, signals: StopSignals) -> Outcome | None:
     )
     try:
         with signals.as_flags():  # the first stage asks for them
-            told = environment.keep(folder, attempt, machine)
-        if told is not None:
-            console.print(told)
+            message = record_environment(folder, attempt, machine)
+        if message is not None:
+            console.print(message)
         outcome = _stages(config, machine, console, attempt, signals)
     except BaseException as error:
         if attempt is not None:
