@@ -33,7 +33,7 @@ from trainer.report.comparison import (
     draw_comparison,
     markdown,
     notes,
-    summarise,
+    summarize,
     table,
     trial_of,
 )
@@ -246,7 +246,7 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
         )
     if not machine.is_main:
         return None
-    summaries = summarise(trials, failures)
+    summaries = summarize(trials, failures)
     seeds_text = f"{own.seeds} seed{'s' * (own.seeds > 1)} from {base.run.seed}"
     title = (
         f"{base.model.name}, {base.train.epochs} epochs in batches of {base.train.batch_size}, {seeds_text}"

@@ -41,7 +41,7 @@ from trainer.model_file import Description
 from trainer.optim import make_optimizer
 from trainer.preflight import require_selection, require_synchronisable
 from trainer.report.blocks import block_table
-from trainer.report.console import Display
+from trainer.report.console import ProgressBar
 from trainer.report.metrics import Row, epoch_rows, parse_rows, restore_metrics
 from trainer.report.run_report import RunReport, Silent
 from trainer.report.summary import best_row
@@ -203,14 +203,19 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
     batches = make_batches(images, order, start, plan, config=config, machine=machine, attempt=number)
     evaluator = Evaluator(index, preprocessing, config, machine)
 
-    display = Display(
+    progress_bar = ProgressBar(
         console,
         epochs=config.train.epochs,
         steps_per_epoch=order.steps_per_epoch,
         done_steps=start.step,
     )
     report = _report(
-        display, machine, attempt, folder=folder, title=f"{config.model.name}, {created.source}", found=found
+        progress_bar,
+        machine,
+        attempt,
+        folder=folder,
+        title=f"{config.model.name}, {created.source}",
+        found=found,
     )
     keeper = Keeper(
         machine=machine,
@@ -239,7 +244,7 @@ def finetune(  # noqa: PLR0915 (that it reads from top to bottom is worth its le
         with watch(Beats()) as beats:
             report.start(_before_training(evaluator, bare, beats), head_seconds)
     try:
-        with signals.as_flags(), display.shown(), watch(keeper.beats), keeper:
+        with signals.as_flags(), progress_bar.show(), watch(keeper.beats), keeper:
             fit(
                 staged.model,
                 optimizer,
@@ -297,7 +302,7 @@ def _put_back(
 
 
 def _report(
-    display: Display,
+    progress_bar: ProgressBar,
     machine: Runtime,
     attempt: Attempt | None,
     *,
@@ -311,7 +316,7 @@ def _report(
         machine.accelerator,
         lambda: (
             RunReport(
-                display,
+                progress_bar,
                 folder=folder,
                 title=title,
                 device=device,

@@ -46,7 +46,7 @@ from trainer.parse import parse
 from trainer.preflight import require_synchronisable
 from trainer.report.blocks import block_table
 from trainer.report.console import make_console
-from trainer.report.lr_range import draw_range, range_table, testing
+from trainer.report.lr_range import draw_range, lr_range_progress, range_table
 from trainer.run_folder import MODEL
 from trainer.runtime import Runtime
 from trainer.seeds import derive_seed
@@ -129,7 +129,7 @@ def find(
     losses: list[float] = []
     diverged = False
     model.train()
-    with signals.as_flags(), testing(console, len(tried)) as show:
+    with signals.as_flags(), lr_range_progress(console, len(tried)) as show:
         for step, (rate, share) in enumerate(
             zip(tried, loader_of(training, shares, config, machine), strict=False)
         ):
@@ -198,7 +198,7 @@ def lr_find(argv: Sequence[str], signals: StopSignals) -> Found:
         machine.accelerator, lambda: _write(folder, found, config, machine) if machine.is_main else None
     )
     table = range_table(
-        found.rates, found.losses, found.suggestion, configured=config.optim.lr, ended=found.diverged
+        found.rates, found.losses, found.suggestion, configured=config.optim.lr, diverged=found.diverged
     )
     console.print(table)
     console.print(_conclusion(found, config, rest))

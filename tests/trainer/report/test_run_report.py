@@ -13,7 +13,7 @@ from trainer.evaluate import Evaluation
 from trainer.loop import Progress
 from trainer.meter import Figures
 from trainer.report import figures
-from trainer.report.console import Display
+from trainer.report.console import ProgressBar
 from trainer.report.metrics import parse_rows
 from trainer.report.run_report import RunReport
 from trainer.run_folder import CURVES, METRICS
@@ -24,9 +24,9 @@ TEST = Evaluation(loss_sum=5.0, correct=(2, 1), support=(3, 2), predicted=(4, 1)
 
 def report(folder: Path, text: str = "") -> RunReport:
     console = Console(file=io.StringIO(), width=100, soft_wrap=True)
-    display = Display(console, epochs=2, steps_per_epoch=2, done_steps=0)
+    progress_bar = ProgressBar(console, epochs=2, steps_per_epoch=2, done_steps=0)
     return RunReport(
-        display, folder=folder, title="x", device=torch.device("cpu"), text=text, check=lambda: None
+        progress_bar, folder=folder, title="x", device=torch.device("cpu"), text=text, check=lambda: None
     )
 
 
