@@ -106,10 +106,10 @@ def confidence_half_width(values: Sequence[float]) -> float | None:
 def summarize(
     trials: Mapping[str, Sequence[Trial]], failures: Mapping[str, Mapping[int, str]]
 ) -> tuple[Summary, ...]:
-    """Return one summary per strategy, in order; the first strategy is the baseline of the others."""
-    baseline = next(iter(trials.values()))
-    target = statistics.fmean(trial.accuracy for trial in baseline) if baseline else None
-    baseline_seconds = statistics.fmean(trial.seconds for trial in baseline) if baseline else None
+    """Return one summary per strategy, in order; the first strategy is the reference for the others."""
+    reference = next(iter(trials.values()))
+    target = statistics.fmean(trial.accuracy for trial in reference) if reference else None
+    reference_seconds = statistics.fmean(trial.seconds for trial in reference) if reference else None
 
     def summarize_one(strategy: str, finished: Sequence[Trial]) -> Summary:
         times = [trial.seconds_to(target) for trial in finished] if target is not None else []
@@ -126,7 +126,7 @@ def summarize(
             rate=statistics.fmean(trial.rate for trial in finished) if finished else None,
             to_first=to_first,
             reached=len(reached),
-            share=to_first / baseline_seconds if to_first is not None and baseline_seconds else None,
+            share=to_first / reference_seconds if to_first is not None and reference_seconds else None,
         )
 
     return tuple(summarize_one(strategy, finished) for strategy, finished in trials.items())

@@ -159,7 +159,7 @@ class ProgressBar:
         self._bar.update(self._task, advance=1, description=f"epoch {epoch}/{self.epochs} {phase}")
 
     def show_metrics(self, progress: Progress) -> None:
-        """Show the metrics of the epoch so far: in the bar, or as a line now and then without a terminal."""
+        """Show the metrics of the epoch so far: in the bar, or as a line every few seconds."""
         figures, step, steps = progress.figures, progress.epoch_step, self.steps_per_epoch
         text = f"loss {figures.loss:.3f} acc {figures.accuracy:.3f} {format_rate(figures.rate)} ex/s"
         self._bar.update(self._task, metrics=text)

@@ -32,7 +32,7 @@ class Finished(Protocol):
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time since this start of the run."""
+        """Wall-clock seconds since the last start of the run."""
 
 
 def best_row(rows: Sequence[Row], selection: str | None) -> Row:

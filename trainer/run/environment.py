@@ -94,6 +94,7 @@ def _collect(**functions: Callable[[], Any]) -> dict[str, Any]:
 def describe_host(device: torch.device) -> dict[str, Any]:
     """Return name, platform, CPU, cores, memory [bytes], GPUs and NVIDIA driver of this host."""
     gpus = range(torch.cuda.device_count() if device.type == "cuda" else 0)
+    driver = Path("/proc/driver/nvidia/version")  # not on WSL, nor with ROCm
     return _collect(
         host=socket.gethostname,
         platform=platform.platform,
@@ -102,7 +103,7 @@ def describe_host(device: torch.device) -> dict[str, Any]:
         usable_cores=available_cores,
         memory=lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=lambda: [torch.cuda.get_device_name(index) for index in gpus],
-        driver=lambda: Path("/proc/driver/nvidia/version").read_text() if gpus else None,
+        driver=lambda: driver.read_text() if gpus and driver.exists() else None,
     )
 
 

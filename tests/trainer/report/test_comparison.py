@@ -150,6 +150,6 @@ def test_markdown_contains_command_facts_rows_and_error_messages() -> None:
 def test_figure_has_a_line_per_strategy_that_ran(tmp_path: Path) -> None:
     draw_comparison(SUMMARIES, tmp_path / "c.png", title="$x_1$, 图片")
     with Image.open(tmp_path / "c.png") as image:
-        colors = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 20) or []}
+        colors = {color for _, color in image.convert("RGB").getcolors(maxcolors=1 << 20) or []}
     assert {(31, 119, 180), (255, 127, 14)} <= colors, "first and second color of matplotlib"
     assert (44, 160, 44) not in colors
