@@ -73,11 +73,11 @@ def test_a_run_shows_rank_0_and_keeps_what_each_rank_said(tmp_path_factory: pyte
     trainers = options(pictures(tmp_path_factory), folder, data__workers=0, train__epochs=1)
     with started(regraft("train", "--nproc", "2", *trainers), folder) as run:
         said = run.end(code=0)
-    assert said.count(f"{EXAMPLES} of {EXAMPLES} trained on in every epoch") == 1
+    assert said.count(f"{EXAMPLES} of {EXAMPLES} trained on") == 1
     assert "W1" not in said, "torchrun's own words are in its log alone"
     require_each_once(folder, epochs=1)
     logs = folder / "logs" / "0001"
-    assert "trained on in every epoch" in (logs / "rank-0.log").read_text()
+    assert "trained on" in (logs / "rank-0.log").read_text()
     assert [path.parent.name for path in sorted(logs.glob("*/attempt_0/*/stdout.log"))] == ["1"]
     shown = subprocess.run(
         regraft("status", str(folder)), cwd=REPOSITORY, capture_output=True, text=True, check=True

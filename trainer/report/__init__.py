@@ -1,1 +1,1 @@
-"""What people look at while a run goes on and afterwards."""
+"""The output of a run for people: console, metrics file, figures and summaries."""

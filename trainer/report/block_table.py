@@ -1,4 +1,4 @@
-"""The table of a model's blocks: what trains, at which rate, and whose statistics BatchNorm uses."""
+"""Table of a model's blocks: trainable or frozen, parameter count, learning rate, weight decay, BatchNorm mode."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,63 +12,64 @@ from trainer.optim.param_groups import ParamGroup
 
 
 def block_table(created: BuiltModel, groups: Sequence[ParamGroup]) -> Table:
-    """Return a row for each block, in the order in which a picture passes through them, and one for each new head.
+    """Return a table with one row per block, in forward order, then one row per new head.
 
-    BatchNorm is shown as it begins: a block that trains from a later epoch on keeps the source's statistics till then.
+    BatchNorm modes are those at the start: a block that is unfrozen later has frozen BatchNorm until then.
     """
     table = Table("block", "trains", box=SIMPLE_HEAD, pad_edge=False)
     for title in ("parameters", "peak lr", "weight decay", "BatchNorm"):
         table.add_column(title, justify="right")
     parameters = dict(created.model.named_parameters())
-    group_of = {id(parameter): group for group in groups for parameter in group.parameters}
-    frozen = {name: is_frozen(layer) for name, layer in named_batch_norms(created.model)}
-    for title, names in _rows(created):
-        held = [group_of[id(parameters[name])] for name in names if id(parameters[name]) in group_of]
-        owners = {name.rpartition(".")[0] for name in names}
+    group_of_parameter = {id(parameter): group for group in groups for parameter in group.parameters}
+    frozen_batch_norms = {name: is_frozen(layer) for name, layer in named_batch_norms(created.model)}
+    for title, names in _titles_and_parameters(created):
+        ids = [id(parameters[name]) for name in names]
+        row_groups = [group_of_parameter[key] for key in ids if key in group_of_parameter]
+        modules = {name.rpartition(".")[0] for name in names}
         table.add_row(
             title,
-            _when(names, created.unfreeze_stages),
+            _format_trainable(names, created.stages),
             f"{sum(parameters[name].numel() for name in names):,}",
-            _range(group.lr for group in held),
-            _range(group.weight_decay for group in held),
-            _modes([frozen[name] for name in frozen if name in owners]),
+            _format_range(group.lr for group in row_groups),
+            _format_range(group.weight_decay for group in row_groups),
+            _format_batch_norm([frozen for name, frozen in frozen_batch_norms.items() if name in modules]),
         )
     return table
 
 
-def _rows(created: BuiltModel) -> list[tuple[str, list[str]]]:
-    """Return (title, parameters) of each row."""
+def _titles_and_parameters(created: BuiltModel) -> list[tuple[str, list[str]]]:
+    """Return (title, parameter names) of each row."""
     heads: dict[str, list[str]] = {head: [] for head in created.heads}
     rows = []
-    for block in created.layer_order.blocks:
-        rest: list[str] = []
+    for block in created.structure.blocks:
+        backbone: list[str] = []
         for name in block.parameters:
             head = next((head for head in heads if name.startswith(f"{head}.")), None)
-            (rest if head is None else heads[head]).append(name)
-        if rest:
-            rows.append((block.name, rest))
+            (backbone if head is None else heads[head]).append(name)
+        if backbone:
+            rows.append((block.name, backbone))
     return [*rows, *((f"{head} (new)", names) for head, names in heads.items())]
 
 
-def _when(names: Iterable[str], stages: Sequence[UnfreezeStage]) -> str:
-    """Return from when on these parameters train."""
-    first = {next((stage.start_epoch for stage in stages if name in stage.trainable), None) for name in names}
-    if not stages or first == {0}:
+def _format_trainable(names: Iterable[str], stages: Sequence[UnfreezeStage]) -> str:
+    """Return when these parameters start to train: `yes`, `frozen`, `from epoch N`, or `in part` if they differ."""
+    first_epochs = {next((stage.begins for stage in stages if name in stage.trains), None) for name in names}
+    if not stages or first_epochs == {0}:
         return "yes"
-    if len(first) > 1:
+    if len(first_epochs) > 1:
         return "in part"
-    (begins,) = first
-    return "frozen" if begins is None else f"from epoch {begins + 1}"
+    (first_epoch,) = first_epochs
+    return "frozen" if first_epoch is None else f"from epoch {first_epoch + 1}"
 
 
-def _range(values: Iterable[float]) -> str:
-    found = sorted(set(values))
-    if not found:
+def _format_range(values: Iterable[float]) -> str:
+    distinct = sorted(set(values))
+    if not distinct:
         return "-"
-    return f"{found[0]:.3g}" if len(found) == 1 else f"{found[0]:.3g} to {found[-1]:.3g}"
+    return f"{distinct[0]:.3g}" if len(distinct) == 1 else f"{distinct[0]:.3g} to {distinct[-1]:.3g}"
 
 
-def _modes(frozen: Sequence[bool]) -> str:
+def _format_batch_norm(frozen: Sequence[bool]) -> str:
     if not frozen:
         return "-"
     if all(frozen) or not any(frozen):

@@ -1,4 +1,4 @@
-"""Strategies side by side: what their runs come to over seeds, as a table, as Markdown and as a figure."""
+"""Compare strategies over several seeds: summary statistics, and their output as table, Markdown and figure."""
 
 import math
 import re
@@ -11,18 +11,18 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from trainer.report.console import rate
+from trainer.report.console import format_rate
 from trainer.report.figures import fonts, save_figure
 from trainer.report.metrics import Row, epoch_rows
 from trainer.report.summary import reported_row
 
-# 97.5 % points of Student's t (1908) with 1 to 30 degrees of freedom, as in any table of it.
-_STUDENT = (
+# 97.5 % quantiles of Student's t distribution with 1 to 30 degrees of freedom.
+_T_QUANTILES = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 _ROUNDING = 1e-9
-"""Of a mean of accuracies: a run that has exactly that accuracy has reached it."""
+"""Tolerance for the rounding error of a mean accuracy: equal accuracies must reach their own mean."""
 _COLUMNS = ("accuracy", "epochs", "time [s]", "ex/s", "to first", "share")
 
 
@@ -32,25 +32,25 @@ class Trial:
 
     seed: int
     accuracy: float
-    """What the run reports: of its last epoch, or of the selected one where there is a part to select on."""
+    """Reported test accuracy: of the selected epoch if there is a selection split, else of the last epoch."""
     curve: tuple[tuple[float, float], ...]
-    """(training seconds, test accuracy) before the first update, where that was measured, and after each epoch."""
+    """(training seconds, test accuracy) after each epoch, and before the first update if that was evaluated."""
     epochs: int
     rate: float
-    """Examples trained on a second, end to end."""
+    """Training examples per second, end to end."""
 
     @property
     def seconds(self) -> float:
-        """Return the training time: of all epochs, and of what came before them; no evaluation, no saving."""
+        """Return the training time, with the fit of a linear probe, without evaluation and checkpoints."""
         return self.curve[-1][0]
 
     def seconds_to(self, accuracy: float) -> float | None:
-        """Return the training time after which the test accuracy was first as high as this; None: never."""
-        return next((t for t, reached in self.curve if reached >= accuracy - _ROUNDING), None)
+        """Return the training time until the test accuracy first reached `accuracy`, or None if it never did."""
+        return next((t for t, value in self.curve if value >= accuracy - _ROUNDING), None)
 
 
 def trial_of(rows: list[Row], *, seed: int, selection: str | None) -> Trial:
-    """Return what the rows of a finished run's metrics come to."""
+    """Return the trial that the metrics rows of a finished run describe."""
     seconds = 0.0
     curve = []
     for row in rows:
@@ -69,132 +69,129 @@ def trial_of(rows: list[Row], *, seed: int, selection: str | None) -> Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One strategy over its seeds."""
+    """Summary statistics of one strategy over its seeds; the field names are keys of `compare.json`."""
 
     strategy: str
     trials: tuple[Trial, ...]
-    """Of the seeds that came to their end."""
+    """Trials of the seeds whose run finished."""
     failures: Mapping[int, str]
-    """Seed -> why its run did not."""
+    """Seed -> error message of the runs that failed."""
     accuracy: float | None
-    """Mean over the seeds; None: there is none."""
-    half: float | None
-    """Half the 95 % interval of that mean (Student's t); None: fewer than two seeds."""
+    """Mean test accuracy over seeds; None if no run finished."""
+    half_width: float | None
+    """Half the width of the 95 % confidence interval of `accuracy`; None for fewer than two seeds."""
     seconds: float | None
     """Mean training time."""
     rate: float | None
-    """Mean of examples a second."""
+    """Mean number of training examples per second."""
     to_first: float | None
-    """Mean training time to the first strategy's mean accuracy; None where not all seeds reach it."""
+    """Mean training time to the first strategy's mean accuracy; None if a seed did not reach it."""
     reached: int
-    """Seeds that do."""
+    """Number of seeds that reached the first strategy's mean accuracy."""
     share: float | None
-    """`to_first` over the first strategy's training time."""
+    """`to_first` divided by the first strategy's training time."""
 
 
-def half_interval(values: Sequence[float]) -> float | None:
-    """Return half the 95 % interval of the mean of a few values, by Student's t; None for fewer than two.
+def confidence_half_width(values: Sequence[float]) -> float | None:
+    """Return half the width of the 95 % confidence interval of the mean (Student's t); None for fewer than two values.
 
-    Beyond 31 values it is that of 31, which is a little wide.
+    More than 31 values use the quantile for 31, so that their interval is slightly too wide.
     """
     if len(values) < 2:
         return None
-    t = _STUDENT[min(len(values) - 1, len(_STUDENT)) - 1]
+    t = _T_QUANTILES[min(len(values) - 1, len(_T_QUANTILES)) - 1]
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def summarize(
     trials: Mapping[str, Sequence[Trial]], failures: Mapping[str, Mapping[int, str]]
 ) -> tuple[Summary, ...]:
-    """Return each strategy's figures, in order; the first is what the others are measured by."""
-    first = next(iter(trials.values()))
-    target = statistics.fmean(trial.accuracy for trial in first) if first else None
-    whole = statistics.fmean(trial.seconds for trial in first) if first else None
+    """Return one summary per strategy, in order; the first strategy is the reference for the others."""
+    reference = next(iter(trials.values()))
+    target = statistics.fmean(trial.accuracy for trial in reference) if reference else None
+    reference_seconds = statistics.fmean(trial.seconds for trial in reference) if reference else None
 
-    def summary(strategy: str, found: Sequence[Trial]) -> Summary:
-        times = [trial.seconds_to(target) for trial in found] if target is not None else []
+    def summarize_one(strategy: str, finished: Sequence[Trial]) -> Summary:
+        times = [trial.seconds_to(target) for trial in finished] if target is not None else []
         reached = [time for time in times if time is not None]
-        to_first = statistics.fmean(reached) if reached and len(reached) == len(found) else None
-        accuracies = [trial.accuracy for trial in found]
+        to_first = statistics.fmean(reached) if reached and len(reached) == len(finished) else None
+        accuracies = [trial.accuracy for trial in finished]
         return Summary(
             strategy=strategy,
-            trials=tuple(found),
+            trials=tuple(finished),
             failures=failures.get(strategy, {}),
-            accuracy=statistics.fmean(accuracies) if found else None,
-            half=half_interval(accuracies),
-            seconds=statistics.fmean(trial.seconds for trial in found) if found else None,
-            rate=statistics.fmean(trial.rate for trial in found) if found else None,
+            accuracy=statistics.fmean(accuracies) if finished else None,
+            half_width=confidence_half_width(accuracies),
+            seconds=statistics.fmean(trial.seconds for trial in finished) if finished else None,
+            rate=statistics.fmean(trial.rate for trial in finished) if finished else None,
             to_first=to_first,
             reached=len(reached),
-            share=to_first / whole if to_first is not None and whole else None,
+            share=to_first / reference_seconds if to_first is not None and reference_seconds else None,
         )
 
-    return tuple(summary(strategy, found) for strategy, found in trials.items())
+    return tuple(summarize_one(strategy, finished) for strategy, finished in trials.items())
 
 
-def _cells(summary: Summary) -> tuple[str, ...]:
-    """Return the texts of `_COLUMNS`."""
+def _format_cells(summary: Summary) -> tuple[str, ...]:
+    """Return the text of each column of `_COLUMNS`."""
     if summary.accuracy is None or summary.seconds is None or summary.rate is None:
         return ("failed", *["-"] * (len(_COLUMNS) - 1))
     seeds = len(summary.trials)
-    accuracy = f"{summary.accuracy:.3f}" + (f" ± {summary.half:.3f}" if summary.half is not None else "")
+    accuracy = f"{summary.accuracy:.3f}" + (
+        f" ± {summary.half_width:.3f}" if summary.half_width is not None else ""
+    )
     if summary.failures:
         accuracy += f" ({seeds} of {seeds + len(summary.failures)})"
     return (
         accuracy,
         "/".join(str(n) for n in sorted({trial.epochs for trial in summary.trials})),
         f"{summary.seconds:.1f}",
-        rate(summary.rate),
+        format_rate(summary.rate),
         f"- ({summary.reached} of {seeds})" if summary.to_first is None else f"{summary.to_first:.1f}",
         "-" if summary.share is None else f"{summary.share:.2f}",
     )
 
 
-def _why(failures: Mapping[int, str]) -> str:
-    """Return the first clause of the first seed's error, for a cell."""
+def _short_reason(failures: Mapping[int, str]) -> str:
+    """Return the first clause of the first error message, short enough for a cell."""
     return re.split(r": |\. |\n", next(iter(failures.values()), "no run"), maxsplit=1)[0]
 
 
 def table(summaries: Sequence[Summary]) -> Table:
-    """Return the comparison for a terminal of 80 columns; the epochs are told only where they differ."""
-    found = Table(box=SIMPLE_HEAD, pad_edge=False)
-    found.add_column("strategy", overflow="fold")
-    rows = {summary.strategy: _cells(summary) for summary in summaries}
+    """Return the comparison as a table for 80 columns; `epochs` is a column only if the runs differ in it."""
+    comparison = Table(box=SIMPLE_HEAD, pad_edge=False)
+    comparison.add_column("strategy", overflow="fold")
+    rows = {summary.strategy: _format_cells(summary) for summary in summaries}
     epochs = _COLUMNS.index("epochs")
-    told = [
-        i
-        for i in range(len(_COLUMNS))
-        if i != epochs or len({cells[i] for cells in rows.values()} - {"-"}) > 1
-    ]
-    for i in told:
-        found.add_column(_COLUMNS[i], justify="right", no_wrap=True)
+    epochs_differ = len({cells[epochs] for cells in rows.values()} - {"-"}) > 1
+    columns = [i for i in range(len(_COLUMNS)) if i != epochs or epochs_differ]
+    for i in columns:
+        comparison.add_column(_COLUMNS[i], justify="right", no_wrap=True)
     for strategy, cells in rows.items():
-        found.add_row(strategy, *(cells[i] for i in told))
-    return found
+        comparison.add_row(strategy, *(cells[i] for i in columns))
+    return comparison
 
 
 def notes(summaries: Sequence[Summary]) -> list[str]:
-    """Return what the columns mean, and why runs have failed."""
+    """Return lines that explain the columns, and one line per failed run."""
     first = summaries[0]
     seeds = max(len(summary.trials) for summary in summaries)
+    of_what = (
+        "mean over seeds ± 95 % confidence interval (Student's t)" if seeds > 1 else "one seed, no interval"
+    )
     lines = [
-        "accuracy: on the test images, "
-        + (
-            "mean over seeds ± 95 % interval (Student's t); "
-            if seeds > 1
-            else "of one seed, so without interval; "
-        )
-        + "time: training seconds, those of a linear probe included, without evaluation and saving",
+        f"accuracy: test accuracy, {of_what}; "
+        "time: training seconds, with the fit of a linear probe, without evaluation and checkpoints",
     ]
     if first.accuracy is not None:
         lines.append(
-            f"to first: seconds of these until the test accuracy reaches {first.accuracy:.3f}, the mean that "
-            f"{first.strategy} ends at (-: not with every seed); share: the same over {first.strategy}'s time"
+            f"to first: training seconds until the test accuracy reaches {first.accuracy:.3f}, the mean final accuracy "
+            f"of {first.strategy} (-: not reached with every seed); share: the same divided by {first.strategy}'s time"
         )
     lines += [
-        f"{summary.strategy}, seed {seed} failed: {why.partition(chr(10))[0]}"
+        f"{summary.strategy}, seed {seed} failed: {message.partition(chr(10))[0]}"
         for summary in summaries
-        for seed, why in summary.failures.items()
+        for seed, message in summary.failures.items()
     ]
     return lines
 
@@ -205,39 +202,31 @@ def markdown(summaries: Sequence[Summary], *, command: str, facts: Sequence[str]
     lines += [*(f"- {fact}" for fact in facts), ""]
     lines += ["| strategy | " + " | ".join(_COLUMNS) + " |", "| --- |" + " ---: |" * len(_COLUMNS)]
     for summary in summaries:
-        accuracy, *others = _cells(summary)
+        accuracy, *others = _format_cells(summary)
         if not summary.trials:
-            accuracy += f": {_why(summary.failures)}"
+            accuracy += f": {_short_reason(summary.failures)}"
         cells = (summary.strategy, accuracy, *others)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(summaries)), ""])
 
 
 def draw_comparison(summaries: Sequence[Summary], path: Path, *, title: str) -> None:
-    """Draw test accuracy over training seconds: each strategy's mean over seeds, in a band from least to greatest.
+    """Draw test accuracy over training seconds: per strategy the mean over seeds and a band from minimum to maximum.
 
-    Where seeds have come to different numbers of epochs, as far as all of them have.
+    If the seeds have different numbers of epochs, a curve ends with the shortest run.
     """
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for number, summary in enumerate(summaries):
         if not summary.trials:
             continue
-        points = list(zip(*(trial.curve for trial in summary.trials), strict=False))
-        times = [statistics.fmean(time for time, _ in point) for point in points]
-        reached = [[accuracy for _, accuracy in point] for point in points]
-        colour = f"C{number % 10}"
-        axes.plot(
-            times,
-            list(map(statistics.fmean, reached)),
-            "-o",
-            markersize=3,
-            color=colour,
-            label=summary.strategy,
-        )
-        axes.fill_between(
-            times, list(map(min, reached)), list(map(max, reached)), color=colour, alpha=0.15, linewidth=0
-        )
+        epochs = list(zip(*(trial.curve for trial in summary.trials), strict=False))
+        times = [statistics.fmean(time for time, _ in epoch) for epoch in epochs]
+        accuracies = [[accuracy for _, accuracy in epoch] for epoch in epochs]
+        means, low, high = ([statistic(a) for a in accuracies] for statistic in (statistics.fmean, min, max))
+        color = f"C{number % 10}"
+        axes.plot(times, means, "-o", markersize=3, color=color, label=summary.strategy)
+        axes.fill_between(times, low, high, color=color, alpha=0.15, linewidth=0)
     first = summaries[0]
     if first.accuracy is not None:
         axes.axhline(first.accuracy, color="C0", linestyle=":", linewidth=1)

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: rich on a terminal, plain lines where there is none."""
+"""Console output of a run: progress bars on a terminal, plain lines otherwise."""
 
 import resource
 import sys
@@ -20,34 +20,32 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.progress import (
-    Progress as Bar,
-)
+from rich.progress import Progress as RichProgress
 
 from trainer.loop import Progress
 from trainer.report.metrics import Row
 
 SECONDS_BETWEEN_LINES = 10.0
-"""Without a terminal, figures within an epoch are told no more often than this."""
+"""Minimum time between two progress lines if the output is not a terminal."""
 
 
-class Steady:
-    """A text stream that falls silent where the one below fails.
+class BrokenPipeSafeStream:
+    """Text stream that ignores errors of the stream it wraps.
 
-    A terminal that was closed, a pipe that nobody reads, a log on a full disk: none of them ends a training.
+    A closed terminal, a broken pipe or a log file on a full disk does not end the training.
     """
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, if that is possible."""
+        """Write `text`; ignore OSError."""
         with suppress(OSError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, if that is possible."""
+        """Flush; ignore OSError."""
         with suppress(OSError):
             self._stream.flush()
 
@@ -56,85 +54,85 @@ class Steady:
 
 
 def make_console(*, speaks: bool) -> Console:
-    """Return the console of this process; only rank 0 speaks.
+    """Return the console of this process, which prints nothing unless it `speaks`: only rank 0 does.
 
-    Lines are broken at words on a terminal, and not at all where they go to a file.
+    Long lines are wrapped on a terminal, but not in a file.
     """
-    console = Console(
-        quiet=not speaks, highlight=False, markup=False, emoji=False, file=cast(IO[str], Steady(sys.stdout))
-    )
+    stream = cast(IO[str], BrokenPipeSafeStream(sys.stdout))
+    console = Console(quiet=not speaks, highlight=False, markup=False, emoji=False, file=stream)
     console.soft_wrap = not console.is_terminal
     return console
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of this process [bytes]: the GPU's where there is one, else the resident set."""
+    """Return the peak memory of this process [bytes]: allocated on the GPU, or resident in RAM on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def rate(examples_per_second: float) -> str:
-    """Return a rate with three digits or more."""
+def format_rate(examples_per_second: float) -> str:
+    """Return a rate with at least three digits."""
     return f"{examples_per_second:,.0f}" if examples_per_second >= 100 else f"{examples_per_second:.1f}"
 
 
-def size(count: int) -> str:
-    """Return bytes in a unit that keeps the number short."""
+def format_bytes(count: int) -> str:
+    """Return a number of bytes in MiB (`M`) or GiB (`G`)."""
     return f"{count / 2**30:.1f}G" if count >= 2**30 else f"{count / 2**20:.0f}M"
 
 
-def row_header(parts: Sequence[str]) -> str:
-    """Return the headings over `row_line`."""
-    accuracies = "".join(f"{part + ' acc':>9}" for part in parts)
+def epoch_header(splits: Sequence[str]) -> str:
+    """Return the column headings of `format_epoch`."""
+    accuracies = "".join(f"{split + ' acc':>9}" for split in splits)
     return (
         f"{'epoch':>7}{'loss':>9}{'train acc':>11}{accuracies}{'ex/s':>8}{'compute':>9}"
         f"{'lr backbone/head':>19}{'mem':>6}"
     )
 
 
-def row_line(row: Row, epochs: int, parts: Sequence[str]) -> str:
-    """Return an epoch's row of the console."""
-    accuracies = "".join(f"{row[f'{part}_accuracy']:9.3f}" for part in parts)
+def format_epoch(row: Row, epochs: int, splits: Sequence[str]) -> str:
+    """Return the console line of an epoch."""
+    accuracies = "".join(f"{row[f'{split}_accuracy']:9.3f}" for split in splits)
     lr = "/".join(f"{row[key]:.2g}" for key in ("lr_backbone", "lr_head") if key in row)
+    rate, compute_rate = (format_rate(row[key]) for key in ("examples_per_sec", "examples_per_sec_compute"))
     return (
         f"{row['epoch']:>{6 - len(str(epochs))}}/{epochs}{row['train_loss']:9.4f}{row['train_accuracy']:11.3f}"
-        f"{accuracies}{rate(row['examples_per_sec']):>8}{rate(row['examples_per_sec_compute']):>9}{lr:>19}"
-        f"{size(row['memory_bytes']):>6}"
+        f"{accuracies}{rate:>8}{compute_rate:>9}{lr:>19}{format_bytes(row['memory_bytes']):>6}"
     )
 
 
-def start_line(row: Row, parts: Sequence[str]) -> str:
-    """Return the accuracy of each part before the first step."""
-    found = [
-        f"{part} accuracy {row[f'{part}_accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}; "
-        f"{row[f'{part}_correct']} of {row[f'{part}_seen']} right)"
-        for part in parts
-        for low, high in [row[f"{part}_interval"]]
-    ]
-    return f"before the first step: {', '.join(found)}"
+def format_start(row: Row, splits: Sequence[str]) -> str:
+    """Return the console line of the evaluation before the first step."""
+    accuracies = []
+    for split in splits:
+        low, high = row[f"{split}_interval"]
+        accuracies.append(
+            f"{split} accuracy {row[f'{split}_accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}; "
+            f"{row[f'{split}_correct']} of {row[f'{split}_seen']} correct)"
+        )
+    return f"before the first step: {', '.join(accuracies)}"
 
 
-class Display:
-    """Progress with ETA while training, and a row for each epoch."""
+class ProgressBar:
+    """Training progress with ETA, and one line per epoch."""
 
     def __init__(self, console: Console, *, epochs: int, steps_per_epoch: int, done_steps: int) -> None:
         self.console = console
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
-        self._head_shown = False
-        self._spoke = time.monotonic()
-        self._bar = Bar(
+        self._header_printed = False
+        self._last_line = time.monotonic()
+        self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(compact=True),
             console=console,
@@ -143,82 +141,77 @@ class Display:
             speed_estimate_period=120,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=epochs * steps_per_epoch, completed=done_steps, figures="")
+        self._task = self._bar.add_task("", total=epochs * steps_per_epoch, completed=done_steps, metrics="")
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Show progress for as long as the block runs."""
+    def show(self) -> Iterator[None]:
+        """Show the bar inside a `with` block."""
         with self._bar:
             yield
 
-    def start(self, row: Row, parts: Sequence[str]) -> None:
-        """Print the accuracy before the first step."""
-        self.console.print(start_line(row, parts))
+    def print_start(self, row: Row, splits: Sequence[str]) -> None:
+        """Print the evaluation before the first step."""
+        self.console.print(format_start(row, splits))
 
-    def step(self, epoch: int, epoch_step: int) -> None:
-        """Move the bar by one update."""
-        doing = "evaluating" if epoch_step == self.steps_per_epoch else "training"
-        self._bar.update(self._task, advance=1, description=f"epoch {epoch}/{self.epochs} {doing}")
+    def advance(self, epoch: int, epoch_step: int) -> None:
+        """Advance the bar by one update."""
+        phase = "evaluating" if epoch_step == self.steps_per_epoch else "training"
+        self._bar.update(self._task, advance=1, description=f"epoch {epoch}/{self.epochs} {phase}")
 
-    def point(self, progress: Progress) -> None:
-        """Show the figures of the epoch so far."""
-        figures = progress.metrics
-        text = f"loss {figures.loss:.3f} acc {figures.accuracy:.3f} {rate(figures.rate)} ex/s"
-        self._bar.update(self._task, figures=text)
-        silent = time.monotonic() - self._spoke
-        if (
-            not self.console.is_terminal
-            and silent > SECONDS_BETWEEN_LINES
-            and progress.epoch_step < self.steps_per_epoch
-        ):
-            self._spoke = time.monotonic()
-            left = (
-                (self.epochs * self.steps_per_epoch - progress.step) * figures.seconds / progress.epoch_step
-            )
+    def show_metrics(self, progress: Progress) -> None:
+        """Show the metrics of the epoch so far: in the bar, or as a line every few seconds."""
+        figures, step, steps = progress.figures, progress.epoch_step, self.steps_per_epoch
+        text = f"loss {figures.loss:.3f} acc {figures.accuracy:.3f} {format_rate(figures.rate)} ex/s"
+        self._bar.update(self._task, metrics=text)
+        is_due = time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES and step < steps
+        if is_due and not self.console.is_terminal:
+            self._last_line = time.monotonic()
+            eta = (self.epochs * steps - progress.step) * figures.seconds / step
             self.console.print(
-                f"  epoch {progress.epoch}/{self.epochs} step {progress.epoch_step}/{self.steps_per_epoch}  {text}"
-                f"  ETA {duration(left)}"
+                f"  epoch {progress.epoch}/{self.epochs} step {step}/{steps}  {text}  ETA {format_duration(eta)}"
             )
 
-    def epoch(self, row: Row, parts: Sequence[str]) -> None:
-        """Print an epoch's row."""
-        if not self._head_shown:
-            self.console.print(row_header(parts), style="bold")
-            self._head_shown = True
-        self._spoke = time.monotonic()
-        self.console.print(row_line(row, self.epochs, parts))
+    def print_epoch(self, row: Row, splits: Sequence[str]) -> None:
+        """Print the line of an epoch, and the header before the first one."""
+        if not self._header_printed:
+            self.console.print(epoch_header(splits), style="bold")
+            self._header_printed = True
+        self._last_line = time.monotonic()
+        self.console.print(format_epoch(row, self.epochs, splits))
 
 
 @contextmanager
 def checking(console: Console) -> Iterator[Callable[[int, int], None] | None]:
-    """Show how many images have been checked: a bar on a terminal, elsewhere a line now and then.
+    """Show the progress of the image check: a bar on a terminal, otherwise a line every few seconds.
 
-    Yields what is called with (images checked, images in all).
+    Yields a function to call with (checked images, total images), or None if the console is quiet.
     """
     if console.quiet:
         yield None
         return
     if not console.is_terminal:
-        yield _line_now_and_then(console)
+        yield _line_every_few_seconds(console)
         return
-    columns: list[Any] = [
+    bar = RichProgress(
         SpinnerColumn(),
         TextColumn("checking images"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-    ]
-    with Bar(*columns, console=console, transient=True) as bar:
+        console=console,
+        transient=True,
+    )
+    with bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _line_now_and_then(console: Console) -> Callable[[int, int], None]:
-    spoke = time.monotonic()
+def _line_every_few_seconds(console: Console) -> Callable[[int, int], None]:
+    last_line = time.monotonic()
 
     def show(done: int, total: int) -> None:
-        nonlocal spoke
-        if time.monotonic() - spoke > SECONDS_BETWEEN_LINES:
-            spoke = time.monotonic()
+        nonlocal last_line
+        if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
             console.print(f"  checking images {done}/{total}")
 
     return show
@@ -226,19 +219,19 @@ def _line_now_and_then(console: Console) -> Callable[[int, int], None]:
 
 @contextmanager
 def downloading(console: Console, name: str) -> Iterator[Callable[[int, int | None], None] | None]:
-    """Show how much of `name` has come: a bar on a terminal, elsewhere a line for each tenth.
+    """Show the progress of the download of `name`: a bar on a terminal, otherwise a line per 10 %.
 
-    Yields what is called with (bytes so far, bytes in all or None); nothing is seen until the first call, as
-    what is cached needs none.
+    Yields a function to call with (downloaded bytes, total bytes or None), or None if the console is quiet.
+    Nothing is shown before the first call: a cached file makes none.
     """
     title = f"downloading {name}"
     if console.quiet:
         yield None
         return
     if not console.is_terminal:
-        yield _line_each_tenth(console, title)
+        yield _line_per_tenth(console, title)
         return
-    bar = Bar(
+    bar = RichProgress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         DownloadColumn(),
@@ -263,20 +256,21 @@ def downloading(console: Console, name: str) -> Iterator[Callable[[int, int | No
         if task is not None:
             bar.stop()
     if task is not None:
-        seen = bar.tasks[0]
-        console.print(f"{title}: {decimal(int(seen.completed))} in {seen.elapsed or 0:.0f} s")
+        finished = bar.tasks[0]
+        console.print(f"{title}: {decimal(int(finished.completed))} in {finished.elapsed or 0:.0f} s")
 
 
-def _line_each_tenth(console: Console, title: str) -> Callable[[int, int | None], None]:
-    said = -1
-    in_all: int | None = None
+def _line_per_tenth(console: Console, title: str) -> Callable[[int, int | None], None]:
+    last_printed = -1
+    known_total: int | None = None
 
     def show(done: int, total: int | None) -> None:
-        nonlocal said, in_all
-        in_all = total or in_all
-        mark = done * 10 // in_all if in_all else done // 50_000_000
-        if mark != said:
-            console.print(f"{title}: " + (f"{mark * 10} % of {decimal(in_all)}" if in_all else decimal(done)))
-            said = mark
+        nonlocal last_printed, known_total
+        known_total = total or known_total
+        tenth = done * 10 // known_total if known_total else done // 50_000_000
+        if tenth != last_printed:
+            size = f"{tenth * 10} % of {decimal(known_total)}" if known_total else decimal(done)
+            console.print(f"{title}: {size}")
+            last_printed = tenth
 
     return show

@@ -9,7 +9,7 @@ import torch
 
 from trainer.errors import UserError
 from trainer.loop import Evaluations, Progress
-from trainer.report.console import Display, peak_memory
+from trainer.report.console import ProgressBar, peak_memory
 from trainer.report.metrics import MetricsFile, Row, epoch_row, start_row, train_row
 from trainer.run.folder import CURVES, METRICS
 
@@ -24,7 +24,7 @@ class RunLogger:
 
     def __init__(
         self,
-        display: Display,
+        progress_bar: ProgressBar,
         *,
         folder: Path,
         title: str,
@@ -41,7 +41,7 @@ class RunLogger:
 
         """
         self.failure: UserError | None = None
-        self._display = display
+        self._progress_bar = progress_bar
         self._folder, self._title, self._device = folder, title, device
         self._drawn = 0.0
         self._check = check
@@ -65,24 +65,24 @@ class RunLogger:
         row = start_row(evaluations, seconds)
         with self._kept():
             self._metrics.append(row)
-        self._display.start(row, tuple(evaluations))
+        self._progress_bar.print_start(row, tuple(evaluations))
 
     def log_progress(self, epoch: int, epoch_step: int) -> None:
         """Move the progress bar."""
-        self._display.step(epoch, epoch_step)
+        self._progress_bar.advance(epoch, epoch_step)
 
     def log_step(self, progress: Progress) -> None:
         """Show and write the figures of a point."""
-        self._display.point(progress)
+        self._progress_bar.show_metrics(progress)
         with self._kept():
-            self._metrics.append(train_row(progress, self._display.steps_per_epoch))
+            self._metrics.append(train_row(progress, self._progress_bar.steps_per_epoch))
 
     def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
         """Show and write an epoch, and draw the curves anew."""
         row = epoch_row(progress, evaluations, peak_memory(self._device))
         with self._kept():
             self._metrics.append(row)
-        self._display.epoch(row, tuple(evaluations))
+        self._progress_bar.print_epoch(row, tuple(evaluations))
         if time.monotonic() - self._drawn > _SECONDS_BETWEEN_FIGURES:
             self.draw()
 

@@ -1,4 +1,4 @@
-"""What is seen of a learning-rate range test: its progress, `lr-find.png`, and the table at its end."""
+"""Output of a learning-rate range test: progress bar, `lr-find.png` and the final table."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +17,12 @@ from trainer.report.figures import fonts, save_figure
 
 
 @contextmanager
-def testing(console: Console, steps: int) -> Iterator[Callable[[float, float], None]]:
-    """Show how far a test has come: a bar on a terminal, elsewhere a line now and then.
+def lr_range_progress(console: Console, steps: int) -> Iterator[Callable[[float, float], None]]:
+    """Show progress of a range test: a bar on a terminal, otherwise a line every few seconds.
 
-    Yields what is called with (learning rate, loss) after each update.
+    Yields a function to call with (learning rate, loss) after each update.
     """
-    bar = Progress(
+    progress = Progress(
         TextColumn("learning rates"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
@@ -31,42 +31,42 @@ def testing(console: Console, steps: int) -> Iterator[Callable[[float, float], N
         transient=True,
         disable=not console.is_terminal,
     )
-    task = bar.add_task("", total=steps, figures="")
-    spoke, done = time.monotonic(), 0
+    task = progress.add_task("", total=steps, figures="")
+    last_line, step = time.monotonic(), 0
 
     def show(rate: float, loss: float) -> None:
-        nonlocal spoke, done
-        done += 1
+        nonlocal last_line, step
+        step += 1
         text = f"lr {rate:.2g} loss {loss:.3f}"
-        bar.update(task, advance=1, figures=text)
-        if not console.is_terminal and time.monotonic() - spoke > SECONDS_BETWEEN_LINES:
-            spoke = time.monotonic()
-            console.print(f"  {done}/{steps}  {text}")
+        progress.update(task, advance=1, figures=text)
+        if not console.is_terminal and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            console.print(f"  {step}/{steps}  {text}")
 
-    with bar:
+    with progress:
         yield show
 
 
 def draw_range(
-    tried: Sequence[float], losses: Sequence[float], found: Suggestion, path: Path, *, title: str
+    rates: Sequence[float], losses: Sequence[float], suggestion: Suggestion, path: Path, *, title: str
 ) -> None:
-    """Draw the (finite) loss of each update over its learning rate, and the rates that it suggests."""
+    """Draw loss over learning rate, one point per update, and the suggested rates; all losses are finite."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     averages = smoothed(losses)
-    axes.plot(tried, losses, color="tab:blue", alpha=0.3, linewidth=1, label="loss of the batch")
-    axes.plot(tried, averages, color="tab:blue", label="smoothed")
-    for rate, label, colour in (
-        (found.steepest, "steepest descent", "tab:green"),
-        (found.tenth, "a tenth of the minimum's", "tab:orange"),
+    axes.plot(rates, losses, color="tab:blue", alpha=0.3, linewidth=1, label="batch loss")
+    axes.plot(rates, averages, color="tab:blue", label="smoothed loss")
+    for rate, label, color in (
+        (suggestion.steepest, "steepest descent", "tab:green"),
+        (suggestion.tenth, "minimum / 10", "tab:orange"),
     ):
         if rate is not None:
-            chosen = rate == found.lr
+            is_suggested = rate == suggestion.lr
             axes.axvline(
                 rate,
-                color=colour,
-                linestyle="-" if chosen else "--",
-                label=f"{label}: {rate:.2g}" + ", suggested" * chosen,
+                color=color,
+                linestyle="-" if is_suggested else "--",
+                label=f"{label}: {rate:.2g}" + (", suggested" if is_suggested else ""),
             )
     low, high = min([*averages, *losses], default=0), max(averages[: max(1, len(averages) // 2)], default=1)
     axes.set_ylim(max(0.0, low - 0.05 * (high - low)), low + 2.0 * max(high - low, 1e-3))
@@ -78,31 +78,43 @@ def draw_range(
 
 
 def range_table(
-    tried: Sequence[float], losses: Sequence[float], found: Suggestion, *, configured: float, ended: bool
+    rates: Sequence[float],
+    losses: Sequence[float],
+    suggestion: Suggestion,
+    *,
+    configured: float,
+    diverged: bool,
 ) -> Table:
-    """Return the rates that matter, each with the smoothed loss there; `ended`: the last one diverged."""
+    """Return a table of the important learning rates with their smoothed losses.
+
+    Args:
+        rates: learning rate of each update.
+        losses: loss of each update.
+        suggestion: result of the range test.
+        configured: the current `optim.lr`.
+        diverged: whether the test ended early because the loss diverged.
+
+    """
     averages = smoothed(losses)
     table = Table("", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("optim.lr", "loss"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
 
-    def row(name: str, rate: float, loss: float | None) -> None:
-        mark = "suggested" if rate == found.lr else ""
+    def add_row(name: str, rate: float, loss: float | None) -> None:
+        mark = "suggested" if rate == suggestion.lr else ""
         table.add_row(name, f"{rate:.2g}", "" if loss is None else f"{loss:.4f}", mark)
 
-    def near(rate: float) -> float:
-        return averages[min(range(len(averages)), key=lambda i: abs(tried[i] / rate - 1))]
+    def loss_at(rate: float) -> float:
+        return averages[min(range(len(averages)), key=lambda i: abs(rates[i] / rate - 1))]
 
-    row("first", tried[0], averages[0] if averages else None)
-    if found.steepest is not None and found.tenth is not None:
-        row("the loss falls fastest", found.steepest, near(found.steepest))
-        row("a tenth of the next", found.tenth, near(found.tenth))
-        row("lowest before it rises", 10 * found.tenth, near(10 * found.tenth))
-    row(
-        "diverged" if ended else "last",
-        tried[len(losses) - 1] if losses else tried[0],
-        averages[-1] if averages else None,
-    )
-    row("as configured", configured, None)
+    add_row("first", rates[0], averages[0] if averages else None)
+    if suggestion.steepest is not None and suggestion.tenth is not None:
+        minimum = 10 * suggestion.tenth
+        add_row("steepest descent", suggestion.steepest, loss_at(suggestion.steepest))
+        add_row("minimum / 10", suggestion.tenth, loss_at(suggestion.tenth))
+        add_row("minimum", minimum, loss_at(minimum))
+    last_rate = rates[len(losses) - 1] if losses else rates[0]
+    add_row("diverged" if diverged else "last", last_rate, averages[-1] if averages else None)
+    add_row("configured", configured, None)
     return table

@@ -1,6 +1,7 @@
-"""`metrics.jsonl`: one JSON object a line; kind `epoch` for whole epochs, kind `train` for points within one.
+"""Read and write `metrics.jsonl`, one JSON object per line.
 
-Kind `start`, epoch 0, stands before them where the output layer was not drawn: what it is worth before any update.
+Rows of kind `epoch` are whole epochs, rows of kind `train` are steps within an epoch. A row of kind `start`, epoch 0,
+is the evaluation before the first update; runs with a randomly initialized head have none.
 """
 
 import json
@@ -9,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.loop import Evaluations, Progress
 from trainer.run.atomic import write_text_atomically
+from trainer.loop import Evaluations, Progress
 
 Row = dict[str, Any]
 
 
 class MetricsFile:
-    """The rows of a run, appended as they come and flushed each time."""
+    """Metrics file of a run; each row is flushed when it is appended."""
 
     def __init__(self, path: Path, text: str = "") -> None:
-        """Begin with the rows of a checkpoint: what a run wrote after it is made again.
+        """Replace the file by `text`, the rows of a checkpoint: a resumed run repeats the rows after it.
 
-        The file is replaced, not changed: a process that still holds the earlier one writes to nobody.
+        A process that still has the old file open can no longer write into the run.
         """
         self.path = path
         self.rows = parse_rows(text, str(path))
@@ -30,7 +31,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, row: Row) -> None:
-        """Write one row."""
+        """Append one row."""
         line = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
         self.rows.append(row)
         self._lines.append(line)
@@ -39,34 +40,36 @@ class MetricsFile:
 
     @property
     def text(self) -> str:
-        """Return the whole file's text."""
+        """Return the text of the whole file."""
         return "".join(self._lines)
 
     def close(self) -> None:
-        """Write no more; what could not be written was told when it was tried."""
+        """Close the file; write errors were already raised by `append`."""
         with suppress(OSError):
             self._file.close()
 
 
 def restore_metrics(path: Path, text: str) -> None:
-    """Write the rows of a finished run's last checkpoint, where a kill or somebody has left others.
+    """Rewrite the metrics file of a finished run if it differs from `text`, the rows of the last checkpoint.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: the file cannot be written.
 
     """
     try:
         if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
             write_text_atomically(path, text)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); free some disk space"
+        ) from None
 
 
 def parse_rows(text: str, where: str) -> list[Row]:
-    """Return the rows of a metrics file's text.
+    """Return the rows of a metrics file's text; `where` names the file in error messages.
 
     Raises:
-        UserError: a line that is not one of ours; `where` names the file.
+        UserError: a line is not a metrics row.
 
     """
     rows: list[Row] = []
@@ -79,7 +82,7 @@ def parse_rows(text: str, where: str) -> list[Row]:
                 raise TypeError("epoch or kind")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"{where}, line {number}: not a row of metrics ({error}); restore the file, or start anew with "
+                f"{where}, line {number}: not a metrics row ({error}); restore the file, or start a new run with "
                 "--run.resume never"
             ) from None
         rows.append(row)
@@ -87,26 +90,26 @@ def parse_rows(text: str, where: str) -> list[Row]:
 
 
 def epoch_rows(rows: list[Row]) -> list[Row]:
-    """Return the rows of whole epochs."""
+    """Return the rows of kind `epoch`."""
     return [row for row in rows if row["kind"] == "epoch"]
 
 
 def train_row(progress: Progress, steps_per_epoch: int) -> Row:
-    """Return the row of a point within an epoch: its figures are those of the epoch so far."""
+    """Return the row of a step within an epoch: its metrics are those of the epoch so far."""
     return {
         "kind": "train",
         "epoch": progress.epoch - 1 + progress.epoch_step / steps_per_epoch,
         "step": progress.step,
-        "train_loss": progress.metrics.loss,
-        "train_accuracy": progress.metrics.accuracy,
-        "train_seen": progress.metrics.seen,
+        "train_loss": progress.figures.loss,
+        "train_accuracy": progress.figures.accuracy,
+        "train_seen": progress.figures.seen,
         **{f"lr_{name}": lr for name, lr in progress.lr.items()},
     }
 
 
 def epoch_row(progress: Progress, evaluations: Evaluations, memory: int) -> Row:
-    """Return the row of an epoch; rates are examples a second, memory the peak in bytes of rank 0."""
-    figures = progress.metrics
+    """Return the row of an epoch; `memory` is the peak memory of rank 0 [bytes]."""
+    figures = progress.figures
     row: Row = {
         "kind": "epoch",
         "epoch": progress.epoch,
@@ -120,23 +123,23 @@ def epoch_row(progress: Progress, evaluations: Evaluations, memory: int) -> Row:
         **{f"lr_{name}": lr for name, lr in progress.lr.items()},
         "memory_bytes": memory,
     }
-    return row | _figures_of(evaluations)
+    return row | _evaluation_columns(evaluations)
 
 
 def start_row(evaluations: Evaluations, seconds: float) -> Row:
-    """Return the row of the model before the first step; the seconds are those that its output layer took."""
-    return {"kind": "start", "epoch": 0, "step": 0, "seconds": seconds, **_figures_of(evaluations)}
+    """Return the row of the evaluation before the first step; `seconds` is the time to initialize the head."""
+    return {"kind": "start", "epoch": 0, "step": 0, "seconds": seconds, **_evaluation_columns(evaluations)}
 
 
-def _figures_of(evaluations: Evaluations) -> Row:
+def _evaluation_columns(evaluations: Evaluations) -> Row:
     row: Row = {}
-    for part, found in evaluations.items():
-        low, high = found.interval
+    for split, evaluation in evaluations.items():
+        low, high = evaluation.interval
         row |= {
-            f"{part}_accuracy": found.accuracy,
-            f"{part}_loss": found.loss,
-            f"{part}_seen": found.seen,
-            f"{part}_correct": sum(found.correct),
-            f"{part}_interval": [low, high],
+            f"{split}_accuracy": evaluation.accuracy,
+            f"{split}_loss": evaluation.loss,
+            f"{split}_seen": evaluation.seen,
+            f"{split}_correct": sum(evaluation.correct),
+            f"{split}_interval": [low, high],
         }
     return row

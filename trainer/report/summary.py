@@ -1,4 +1,4 @@
-"""What stands at the end of a run: the reported accuracy, where everything lies, and two runs side by side."""
+"""Summary at the end of a run: reported accuracy, output files, and the comparison of two runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,96 +7,103 @@ from typing import Protocol
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from trainer.report.console import duration
+from trainer.report.console import format_duration
 from trainer.report.metrics import Row
 
 
 class Finished(Protocol):
-    """What a summary needs of a finished run."""
+    """Finished run, as far as its summary needs it."""
 
     @property
     def folder(self) -> Path:
-        """Return the run folder."""
+        """Run folder."""
 
     @property
     def rows(self) -> Sequence[Row]:
-        """Return its epochs."""
+        """Metrics rows of its epochs."""
 
     @property
     def selection(self) -> str | None:
-        """Return the part that the best epoch was selected on, where it is not the one reported."""
+        """Split that the best epoch was selected on, or None if only the reported split exists."""
 
     @property
     def examples(self) -> tuple[int, int]:
-        """Return how many there are to train on, and to report on."""
+        """Number of training and of test examples."""
 
     @property
     def seconds(self) -> float:
-        """Return the time of this start."""
+        """Wall-clock seconds since the last start of the run."""
 
 
 def best_row(rows: Sequence[Row], selection: str | None) -> Row:
-    """Return the epoch of the highest accuracy on `selection`; of equals that of the lowest loss, then the first."""
-    part = selection or "test"
-    return max(rows, key=lambda row: (row[f"{part}_accuracy"], -row[f"{part}_loss"]))
+    """Return the epoch with the highest accuracy on `selection`; ties go to the lowest loss, then to the first."""
+    split = selection or "test"
+    return max(rows, key=lambda row: (row[f"{split}_accuracy"], -row[f"{split}_loss"]))
 
 
 def reported_row(rows: Sequence[Row], selection: str | None) -> Row:
     """Return the epoch whose test accuracy is reported.
 
-    With a part to select on, the best on it. With one evaluation folder the last epoch: the best one was
-    chosen by looking at that very folder.
+    It is the best epoch on the selection split. Without one it is the last epoch: a best epoch that was selected on
+    the test images would be biased.
     """
     return best_row(rows, selection) if selection else rows[-1]
 
 
 def headline(run: Finished) -> str:
-    """Return the reported accuracy with its interval and its counts."""
+    """Return the reported accuracy with its confidence interval and its counts."""
     row = reported_row(run.rows, run.selection)
     low, high = row["test_interval"]
     which = (
-        f"the best of {len(run.rows)} on {run.selection} ({row[f'{run.selection}_accuracy']:.3f})"
+        f"the best of {len(run.rows)} epochs on {run.selection} ({row[f'{run.selection}_accuracy']:.3f})"
         if run.selection
-        else "the last"
+        else "the last epoch"
     )
     return (
         f"test accuracy {row['test_accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}; {row['test_correct']} of "
-        f"{row['test_seen']} right) after epoch {row['epoch']}, {which}"
+        f"{row['test_seen']} correct) after epoch {row['epoch']}, {which}"
     )
 
 
 def summary(run: Finished, *, alpha: float = 1.0) -> str:
-    """Return the end of a run in a few lines.
+    """Return the summary of a finished run, a few lines long.
 
-    `alpha` is how far from the start to the best epoch the model file's weights are (WiSE-FT).
+    Args:
+        run: the finished run.
+        alpha: WiSE-FT coefficient of the model file, 0 for the initial weights and 1 for the best epoch's.
+
     """
     best = best_row(run.rows, run.selection)
     last = run.rows[-1]
-    to_train, to_test = run.examples
-    way = "" if alpha == 1 else f", {alpha:g} of the way to it from the start (wise.json)"
+    train_examples, test_examples = run.examples
+    interpolation = (
+        "" if alpha == 1 else f", interpolated with the initial weights at alpha {alpha:g} (wise.json)"
+    )
+    training_seconds = sum(row["seconds"] for row in run.rows)
     lines = [
         headline(run),
-        f"{last['test_seen']} of {to_test} evaluated, {last['train_seen']} of {to_train} trained on in every epoch",
+        f"examples per epoch: {last['train_seen']} of {train_examples} trained on, {last['test_seen']} of "
+        f"{test_examples} evaluated",
     ]
     if run.selection is None:
         lines.append(
-            f"best {best['test_accuracy']:.3f} after epoch {best['epoch']}: selected on the same images, so too "
-            "hopeful; data.val_fraction sets some aside to select on"
+            f"best {best['test_accuracy']:.3f} after epoch {best['epoch']}: selected on the test images, therefore "
+            "optimistic; data.val_fraction sets images aside for the selection"
         )
     lines += [
-        f"time {duration(run.seconds)}, of it {duration(sum(row['seconds'] for row in run.rows))} training",
+        f"time {format_duration(run.seconds)}, training {format_duration(training_seconds)}",
         f"run folder {run.folder}",
-        f"  model.safetensors  the best epoch ({best['epoch']}){way}; trainer.load reads it",
-        "  checkpoints/       the training state, to go on from",
-        "  metrics.jsonl      every figure",
-        "  curves.png         their plot",
-        "  config.yaml        every option; runs this again",
+        f"  model.safetensors  weights of the best epoch ({best['epoch']}){interpolation}; trainer.load reads it",
+        "  checkpoints/       training state, to resume or extend the run",
+        "  metrics.jsonl      all metrics",
+        "  curves.png         plot of the metrics",
+        "  config.yaml        all options; reproduces this run",
     ]
     return "\n".join(lines)
 
 
 def comparison(fine_tuned: Finished, scratch: Finished) -> Table:
-    """Return the two runs beside each other."""
+    """Return a table of the fine-tuned run and of the run from scratch."""
     table = Table("", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("test accuracy", "95 % interval", "train loss", "epochs", "training"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -109,6 +116,6 @@ def comparison(fine_tuned: Finished, scratch: Finished) -> Table:
             f"{low:.3f} to {high:.3f}",
             f"{row['train_loss']:.3f}",
             str(len(run.rows)),
-            duration(sum(epoch["seconds"] for epoch in run.rows)),
+            format_duration(sum(epoch["seconds"] for epoch in run.rows)),
         )
     return table

@@ -8,10 +8,10 @@ from PIL import Image
 from rich.console import Console
 
 from trainer.report.comparison import (
-    _STUDENT,
+    _T_QUANTILES,
     Trial,
+    confidence_half_width,
     draw_comparison,
-    half_interval,
     markdown,
     notes,
     summarize,
@@ -20,9 +20,9 @@ from trainer.report.comparison import (
 )
 
 
-def trial(seed: int, *reached: float, seconds: float = 10.0) -> Trial:
-    curve = tuple((seconds * (i + 1), accuracy) for i, accuracy in enumerate(reached))
-    return Trial(seed=seed, accuracy=reached[-1], curve=curve, epochs=len(reached), rate=8.0)
+def trial(seed: int, *accuracies: float, seconds: float = 10.0) -> Trial:
+    curve = tuple((seconds * (i + 1), accuracy) for i, accuracy in enumerate(accuracies))
+    return Trial(seed=seed, accuracy=accuracies[-1], curve=curve, epochs=len(accuracies), rate=8.0)
 
 
 def epoch(number: int, test: float, val: float | None = None) -> dict[str, Any]:
@@ -33,72 +33,72 @@ def epoch(number: int, test: float, val: float | None = None) -> dict[str, Any]:
     return row if val is None else {**row, "val_accuracy": val, "val_loss": 1.0}
 
 
-def test_the_constants_are_students() -> None:
-    for degrees, constant in enumerate(_STUDENT, start=1):
+def test_t_quantiles_integrate_to_97_5_percent() -> None:
+    for degrees, constant in enumerate(_T_QUANTILES, start=1):
         scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
         x = np.linspace(0, constant, 200_001)
         density = scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2)
         assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=3e-5), degrees
 
 
-def test_the_interval_is_that_of_a_mean_of_few() -> None:
-    assert half_interval([0.9]) is None
-    assert half_interval([0.9, 0.8]) == pytest.approx(12.706 * 0.1 / 2)
-    assert half_interval([0.7, 0.8, 0.9]) == pytest.approx(4.303 * 0.1 / math.sqrt(3))
-    assert half_interval([0.5, 0.6] * 20) == pytest.approx(
+def test_confidence_half_width_uses_student_t() -> None:
+    assert confidence_half_width([0.9]) is None
+    assert confidence_half_width([0.9, 0.8]) == pytest.approx(12.706 * 0.1 / 2)
+    assert confidence_half_width([0.7, 0.8, 0.9]) == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    assert confidence_half_width([0.5, 0.6] * 20) == pytest.approx(
         2.042 * np.std([0.5, 0.6] * 20, ddof=1) / math.sqrt(40)
     )
 
 
-def test_a_trial_adds_up_its_epochs_and_what_came_before_them() -> None:
+def test_trial_of_sums_the_seconds_of_start_and_epoch_rows() -> None:
     rows = [
         {"kind": "start", "epoch": 0, "seconds": 4.0, "test_accuracy": 0.7},
         {"kind": "train", "epoch": 0.5, "train_accuracy": 1.0},
         epoch(1, 0.8),
         epoch(2, 0.9),
     ]
-    found = trial_of(rows, seed=3, selection=None)
-    assert found.curve == ((4, 0.7), (14, 0.8), (34, 0.9))
-    assert (found.seed, found.accuracy, found.seconds, found.epochs) == (3, 0.9, 34, 2)
-    assert found.rate == 120 / 30, "examples trained on over the epochs' own seconds"
-    assert [found.seconds_to(a) for a in (0.7, 0.75, 0.9, 0.91)] == [4, 14, 34, None]
+    result = trial_of(rows, seed=3, selection=None)
+    assert result.curve == ((4, 0.7), (14, 0.8), (34, 0.9))
+    assert (result.seed, result.accuracy, result.seconds, result.epochs) == (3, 0.9, 34, 2)
+    assert result.rate == 120 / 30, "training examples / seconds of the epochs"
+    assert [result.seconds_to(a) for a in (0.7, 0.75, 0.9, 0.91)] == [4, 14, 34, None]
 
 
-def test_with_a_part_to_select_on_the_selected_epoch_is_what_counts() -> None:
+def test_trial_accuracy_is_that_of_the_selected_epoch() -> None:
     rows = [epoch(1, 0.6, 0.9), epoch(2, 0.8, 0.5)]
     assert trial_of(rows, seed=0, selection="val").accuracy == 0.6
     assert trial_of(rows, seed=0, selection=None).accuracy == 0.8
 
 
-def test_the_others_are_measured_by_the_firsts_mean() -> None:
-    first, quick, half, never = summarize(
+def test_summarize_measures_time_to_the_first_strategys_mean_accuracy() -> None:
+    first, fast, partial, never = summarize(
         {
             "first": [trial(0, 0.5, 0.8), trial(1, 0.5, 0.9)],
-            "quick": [trial(0, 0.86, 0.7, seconds=2), trial(1, 0.5, 0.85, seconds=2)],
-            "half": [trial(0, 0.9), trial(1, 0.8)],
+            "fast": [trial(0, 0.86, 0.7, seconds=2), trial(1, 0.5, 0.85, seconds=2)],
+            "partial": [trial(0, 0.9), trial(1, 0.8)],
             "never": [trial(0, 0.1)],
         },
         {"never": {1: "diverged: x"}},
     )
     assert first.accuracy == pytest.approx(0.85)
     assert (first.seconds, first.reached, first.to_first) == (20, 1, None)
-    assert (quick.to_first, quick.reached, quick.share) == (3.0, 2, 0.15)
-    assert (half.to_first, half.reached, half.share) == (None, 1, None)
-    assert (never.reached, never.half, never.failures) == (0, None, {1: "diverged: x"})
+    assert (fast.to_first, fast.reached, fast.share) == (3.0, 2, 0.15)
+    assert (partial.to_first, partial.reached, partial.share) == (None, 1, None)
+    assert (never.reached, never.half_width, never.failures) == (0, None, {1: "diverged: x"})
 
 
-def test_a_single_seed_reaches_its_own_accuracy_when_it_first_has_it() -> None:
-    (found,) = summarize({"only": [trial(0, 0.1, 1 / 3, 0.2, 1 / 3)]}, {})
-    assert (found.to_first, found.share, found.half) == (20, 0.5, None)
+def test_single_seed_reaches_its_own_accuracy_at_the_first_occurrence() -> None:
+    (only,) = summarize({"only": [trial(0, 0.1, 1 / 3, 0.2, 1 / 3)]}, {})
+    assert (only.to_first, only.share, only.half_width) == (20, 0.5, None)
 
 
-def test_equal_accuracies_reach_their_mean_whatever_its_rounding() -> None:
+def test_equal_accuracies_reach_their_mean_despite_rounding() -> None:
     value = 0.9346405228758170
-    (found,) = summarize({"only": [trial(seed, value) for seed in range(7)]}, {})
-    assert found.reached == 7
+    (only,) = summarize({"only": [trial(seed, value) for seed in range(7)]}, {})
+    assert only.reached == 7
 
 
-def test_where_the_first_has_failed_nothing_is_measured_by_it() -> None:
+def test_no_times_are_measured_if_the_first_strategy_failed() -> None:
     first, other = summarize({"first": [], "other": [trial(0, 0.9)]}, {"first": {0: "bad: worse"}})
     assert (first.accuracy, other.to_first, other.share) == (None, None, None)
     assert other.accuracy == 0.9
@@ -106,50 +106,50 @@ def test_where_the_first_has_failed_nothing_is_measured_by_it() -> None:
 
 SUMMARIES = summarize(
     {
-        "d2l@optim.lr=[5e-6]|x": [trial(0, 0.5, 0.8), trial(1, 0.6, 0.9)],
-        "strong-regularization": [trial(0, 0.9, 0.95), trial(1, 0.9, 0.95)],
-        "gone": [],
+        "note@optim.lr=[5e-6]|x": [trial(0, 0.5, 0.8), trial(1, 0.6, 0.9)],
+        "strong-regularisation": [trial(0, 0.9, 0.95), trial(1, 0.9, 0.95)],
+        "failing": [],
     },
-    {"gone": {0: "the loss is not finite: training has diverged.\n  a.png", 1: "the same"}},
+    {"failing": {0: "the loss is not finite: training has diverged.\n  a.png", 1: "the same"}},
 )
 
 
-def test_the_table_fits_a_terminal_and_cuts_no_name() -> None:
+def test_table_fits_80_columns_with_complete_names() -> None:
     console = Console(width=80, markup=False, highlight=False, record=True)
     console.print(table(SUMMARIES))
-    shown = console.export_text()
-    for text in ("d2l@optim.lr=[5e-6]|x", "strong-regularization", "0.850 ± 0.635", "0.950 ± 0.000"):
-        assert text in shown
-    lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.split()}
+    output = console.export_text()
+    for text in ("note@optim.lr=[5e-6]|x", "strong-regularisation", "0.850 ± 0.635", "0.950 ± 0.000"):
+        assert text in output
+    lines = {line.split()[0]: line.split() for line in output.splitlines() if line.split()}
     assert lines["strategy"] == ["strategy", "accuracy", "time", "[s]", "ex/s", "to", "first", "share"]
-    assert lines["strong-regularization"][-2:] == ["10.0", "0.50"]
-    assert lines["gone"] == ["gone", "failed", "-", "-", "-", "-"]
+    assert lines["strong-regularisation"][-2:] == ["10.0", "0.50"]
+    assert lines["failing"] == ["failing", "failed", "-", "-", "-", "-"]
 
 
-def test_epochs_are_told_where_they_differ() -> None:
+def test_table_has_epochs_column_if_epochs_differ() -> None:
     console = Console(width=80, markup=False, record=True)
     console.print(table(summarize({"a": [trial(0, 0.5, 0.8)], "b": [trial(0, 0.5), trial(1, 0.5, 0.6)]}, {})))
-    shown = console.export_text()
-    assert "epochs" in shown
-    assert "1/2" in shown
+    output = console.export_text()
+    assert "epochs" in output
+    assert "1/2" in output
 
 
-def test_the_markdown_holds_command_facts_rows_and_reasons() -> None:
+def test_markdown_contains_command_facts_rows_and_error_messages() -> None:
     text = markdown(SUMMARIES, command="regraft compare --strategies x", facts=["two cores"])
     assert "regraft compare --strategies x" in text
     assert "- two cores" in text
-    assert "| d2l@optim.lr=[5e-6]\\|x | 0.850 ± 0.635 | 2 | 20.0 | 8.0 | - (1 of 2) | - |" in text
-    assert "| gone | failed: the loss is not finite | - | - | - | - | - |" in text
-    assert "- gone, seed 0 failed: the loss is not finite: training has diverged." in text
+    assert "| note@optim.lr=[5e-6]\\|x | 0.850 ± 0.635 | 2 | 20.0 | 8.0 | - (1 of 2) | - |" in text
+    assert "| failing | failed: the loss is not finite | - | - | - | - | - |" in text
+    assert "- failing, seed 0 failed: the loss is not finite: training has diverged." in text
     assert "a.png" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(row.replace("\\|", "").split("|")) for row in rows}) == 1
     assert "one seed" in notes(summarize({"a": [trial(0, 0.5)]}, {}))[0]
 
 
-def test_the_figure_has_a_line_for_each_strategy_that_ran(tmp_path: Path) -> None:
+def test_figure_has_a_line_per_strategy_that_ran(tmp_path: Path) -> None:
     draw_comparison(SUMMARIES, tmp_path / "c.png", title="$x_1$, 图片")
     with Image.open(tmp_path / "c.png") as image:
-        colours = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 20) or []}
-    assert {(31, 119, 180), (255, 127, 14)} <= colours, "matplotlib's first and second"
-    assert (44, 160, 44) not in colours
+        colors = {color for _, color in image.convert("RGB").getcolors(maxcolors=1 << 20) or []}
+    assert {(31, 119, 180), (255, 127, 14)} <= colors, "first and second color of matplotlib"
+    assert (44, 160, 44) not in colors

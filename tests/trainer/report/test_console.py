@@ -11,17 +11,17 @@ from trainer.loop import Progress
 from trainer.metrics import Metrics
 from trainer.report import console as module
 from trainer.report.console import (
-    Display,
-    Steady,
+    BrokenPipeSafeStream,
+    ProgressBar,
     checking,
     downloading,
-    duration,
+    epoch_header,
+    format_bytes,
+    format_duration,
+    format_epoch,
+    format_rate,
+    format_start,
     make_console,
-    rate,
-    row_header,
-    row_line,
-    size,
-    start_line,
 )
 
 ROW: dict[str, Any] = {
@@ -49,8 +49,8 @@ def plain() -> tuple[Console, io.StringIO]:
     return Console(file=file, width=100, highlight=False, markup=False, soft_wrap=True), file
 
 
-def test_a_row_stands_under_its_headings() -> None:
-    header, line = row_header(["test"]), row_line(ROW, 5, ["test"])
+def test_epoch_line_is_aligned_with_its_header() -> None:
+    header, line = epoch_header(["test"]), format_epoch(ROW, 5, ["test"])
     assert len(header) == len(line)
     for title, value in (
         ("loss", "0.1235"),
@@ -63,75 +63,75 @@ def test_a_row_stands_under_its_headings() -> None:
         assert line[:end].endswith(value)
 
 
-def test_the_accuracy_before_the_first_step_is_one_line() -> None:
+def test_evaluation_before_the_first_step_is_one_line() -> None:
     row = {
         f"{part}_{key}": value
         for part in ("val", "test")
         for key, value in (("accuracy", 0.9), ("interval", [0.8, 0.95]), ("correct", 9), ("seen", 10))
     }
-    found = "accuracy 0.900 (95 % interval 0.800 to 0.950; 9 of 10 right)"
-    assert start_line(row, ("val", "test")) == f"before the first step: val {found}, test {found}"
+    text = "accuracy 0.900 (95 % interval 0.800 to 0.950; 9 of 10 correct)"
+    assert format_start(row, ("val", "test")) == f"before the first step: val {text}, test {text}"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65.4, "1:05"), (3725, "1:02:05")])
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_format_duration(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
 
 
-def test_rates_and_sizes_are_short() -> None:
-    assert (rate(43.94), rate(99.97), rate(20123)) == ("43.9", "100.0", "20,123")
-    assert (size(5 * 2**20), size(3 * 2**30)) == ("5M", "3.0G")
+def test_format_rate_and_format_bytes() -> None:
+    assert (format_rate(43.94), format_rate(99.97), format_rate(20123)) == ("43.9", "100.0", "20,123")
+    assert (format_bytes(5 * 2**20), format_bytes(3 * 2**30)) == ("5M", "3.0G")
 
 
-def test_without_a_terminal_lines_are_plain_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_progress_is_plain_lines_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     console, file = plain()
     clock = 100.0
     monkeypatch.setattr(module.time, "monotonic", lambda: clock)
-    display = Display(console, epochs=2, steps_per_epoch=4, done_steps=0)
-    with display.shown():
-        display.point(progress(1))
-        assert file.getvalue() == "", "no line so soon"
+    progress_bar = ProgressBar(console, epochs=2, steps_per_epoch=4, done_steps=0)
+    with progress_bar.show():
+        progress_bar.show_metrics(progress(1))
+        assert file.getvalue() == "", "the interval has not passed"
         clock += 11
-        display.point(progress(2))
-        display.point(progress(3))
-        display.point(progress(4))
-        display.epoch(ROW, ["test"])
-        display.epoch(ROW, ["test"])
+        progress_bar.show_metrics(progress(2))
+        progress_bar.show_metrics(progress(3))
+        progress_bar.show_metrics(progress(4))
+        progress_bar.print_epoch(ROW, ["test"])
+        progress_bar.print_epoch(ROW, ["test"])
     lines = file.getvalue().splitlines()
     assert lines[0].startswith("  epoch 1/2 step 2/4  loss 0.750 acc 0.500 2.0 ex/s  ETA 0:06")
     assert [line.split()[0] for line in lines[1:]] == ["epoch", "3/2", "3/2"]
     assert "\x1b" not in file.getvalue()
 
 
-def test_on_a_terminal_there_is_a_bar_with_eta() -> None:
+def test_on_a_terminal_progress_is_a_bar_with_eta() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=100)
-    display = Display(console, epochs=1, steps_per_epoch=4, done_steps=0)
-    with display.shown():
-        display.step(1, 1)
-        display.point(progress(1))
-        display._bar.refresh()
+    progress_bar = ProgressBar(console, epochs=1, steps_per_epoch=4, done_steps=0)
+    with progress_bar.show():
+        progress_bar.advance(1, 1)
+        progress_bar.show_metrics(progress(1))
+        progress_bar._bar.refresh()
     assert "epoch 1/1 training" in file.getvalue()
     assert "ETA" in file.getvalue()
     assert "1/4" in file.getvalue()
 
 
-def test_the_bar_of_a_run_that_goes_on_begins_where_it_stands() -> None:
+def test_progress_bar_of_a_resumed_run_starts_at_its_step() -> None:
     file = io.StringIO()
-    display = Display(
+    progress_bar = ProgressBar(
         Console(file=file, force_terminal=True, width=100), epochs=2, steps_per_epoch=4, done_steps=5
     )
-    with display.shown():
-        display.step(2, 2)
-        display._bar.refresh()
+    with progress_bar.show():
+        progress_bar.advance(2, 2)
+        progress_bar._bar.refresh()
     assert "epoch 2/2 training" in file.getvalue()
     assert "6/8" in file.getvalue()
 
 
-def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_console_of_rank_0_prints(capsys: pytest.CaptureFixture[str]) -> None:
     make_console(speaks=False).print("no")
-    make_console(speaks=True).print("[bold]kept as it is[/bold] :smile:")
-    assert capsys.readouterr().out == "[bold]kept as it is[/bold] :smile:\n"
+    make_console(speaks=True).print("[bold]no markup[/bold] :smile:")
+    assert capsys.readouterr().out == "[bold]no markup[/bold] :smile:\n"
 
 
 def terminal() -> tuple[Console, io.StringIO]:
@@ -139,19 +139,19 @@ def terminal() -> tuple[Console, io.StringIO]:
     return Console(file=file, force_terminal=True, width=100, highlight=False, color_system=None), file
 
 
-def test_a_download_shows_size_speed_and_what_is_left_and_leaves_one_line() -> None:
+def test_download_bar_shows_size_speed_and_eta_and_leaves_one_line() -> None:
     console, file = terminal()
     with downloading(console, "hotdog") as on_progress:
         assert on_progress is not None
         for done in range(0, 400_001, 100_000):
             on_progress(done, 400_000)
-            module.time.sleep(0.15)  # the bar is drawn ten times a second, and has a speed after two reports
+            module.time.sleep(0.15)  # the bar refreshes 10 times per second and needs two updates for a speed
     text = file.getvalue()
     assert re.search(r"downloading hotdog .*━.* \d+\.\d/400\.0 kB \d+\.\d .B/s ETA \d", text)
     assert re.search(r"(\n|\x1b\[2K)downloading hotdog: 400\.0 kB in \d s\n$", text)
 
 
-def test_without_a_terminal_a_download_has_a_line_for_each_tenth() -> None:
+def test_without_a_terminal_a_download_prints_a_line_per_10_percent() -> None:
     console, file = plain()
     with downloading(console, "hotdog") as on_progress:
         assert on_progress is not None
@@ -165,7 +165,7 @@ def test_without_a_terminal_a_download_has_a_line_for_each_tenth() -> None:
     ]
 
 
-def test_without_a_terminal_or_a_length_a_download_has_a_line_for_each_50_mb() -> None:
+def test_without_a_terminal_and_total_size_a_download_prints_a_line_per_50_mb() -> None:
     console, file = plain()
     with downloading(console, "hotdog") as on_progress:
         assert on_progress is not None
@@ -177,7 +177,7 @@ def test_without_a_terminal_or_a_length_a_download_has_a_line_for_each_50_mb() -
 
 
 @pytest.mark.parametrize("make", [plain, terminal])
-def test_nothing_is_shown_where_nothing_is_downloaded(
+def test_cached_download_shows_nothing(
     make: Callable[[], tuple[Console, io.StringIO]],
 ) -> None:
     console, file = make()
@@ -187,7 +187,7 @@ def test_nothing_is_shown_where_nothing_is_downloaded(
 
 
 @pytest.mark.parametrize("make", [plain, terminal])
-def test_a_quiet_console_shows_neither_a_download_nor_a_check(
+def test_quiet_console_shows_no_progress(
     make: Callable[[], tuple[Console, io.StringIO]],
 ) -> None:
     console, file = make()
@@ -197,7 +197,7 @@ def test_a_quiet_console_shows_neither_a_download_nor_a_check(
     assert file.getvalue() == ""
 
 
-def test_the_bar_of_a_download_is_taken_away_by_an_error() -> None:
+def test_download_bar_is_removed_after_an_error() -> None:
     console, file = terminal()
 
     def fail() -> None:
@@ -208,11 +208,11 @@ def test_the_bar_of_a_download_is_taken_away_by_an_error() -> None:
 
     with pytest.raises(RuntimeError):
         fail()
-    assert file.getvalue().endswith("\x1b[2K"), "the line is wiped"
+    assert file.getvalue().endswith("\x1b[2K"), "the line is erased"
     assert " in 0 s" not in file.getvalue()
 
 
-def test_a_check_shows_its_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_check_shows_its_count(monkeypatch: pytest.MonkeyPatch) -> None:
     console, file = terminal()
     with checking(console) as on_checked:
         assert on_checked is not None
@@ -227,20 +227,20 @@ def test_a_check_shows_its_count(monkeypatch: pytest.MonkeyPatch) -> None:
         clock += 11
         on_checked(2, 7)
         on_checked(3, 7)
-    assert file.getvalue() == "  checking images 2/7\n", "without a terminal, a line now and then"
+    assert file.getvalue() == "  checking images 2/7\n", "without a terminal, a line every few seconds"
     with checking(make_console(speaks=False)) as on_checked:
         assert on_checked is None
 
 
-def test_a_terminal_that_is_gone_ends_nothing() -> None:
-    class Gone(io.StringIO):
+def test_closed_terminal_does_not_end_the_run() -> None:
+    class ClosedTerminal(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError(errno.EIO, "Input/output error")
 
         def flush(self) -> None:
             raise BrokenPipeError
 
-    console = Console(file=cast(IO[str], Steady(Gone())))
-    console.print("unheard")
-    with Display(console, epochs=1, steps_per_epoch=2, done_steps=0).shown():
-        console.print("unheard")
+    console = Console(file=cast(IO[str], BrokenPipeSafeStream(ClosedTerminal())))
+    console.print("lost")
+    with ProgressBar(console, epochs=1, steps_per_epoch=2, done_steps=0).show():
+        console.print("lost")

@@ -16,9 +16,9 @@ PROGRESS = Progress(epoch=2, epoch_step=3, step=7, metrics=FIGURES, lr={"backbon
 TEST = Evaluation(loss_sum=5.0, correct=(2, 1), support=(3, 2), predicted=(4, 1))
 
 
-def test_an_epochs_row_has_the_names_that_scripts_rely_on() -> None:
+def test_epoch_row_has_the_documented_keys() -> None:
     row = epoch_row(PROGRESS, {"test": TEST}, memory=1000)
-    promised = {
+    expected = {
         "epoch": 2,
         "step": 7,
         "train_loss": 1.5,
@@ -28,20 +28,20 @@ def test_an_epochs_row_has_the_names_that_scripts_rely_on() -> None:
         "examples_per_sec": 2.0,
         "examples_per_sec_compute": 4.0,
     }
-    assert row.items() >= promised.items()
+    assert row.items() >= expected.items()
     assert row["kind"] == "epoch"
     assert row["lr_head"] == 1.0
     assert json.loads(json.dumps(row, allow_nan=False)) == row
 
 
-def test_a_finer_row_tells_its_kind_and_its_place_within_the_epoch() -> None:
+def test_train_row_has_its_kind_and_a_fractional_epoch() -> None:
     row = train_row(PROGRESS, steps_per_epoch=4)
     assert (row["kind"], row["epoch"], row["step"], row["train_seen"]) == ("train", 1.75, 7, 4)
 
 
-def test_the_start_has_its_row_at_epoch_0_and_is_no_epoch() -> None:
+def test_start_row_is_at_epoch_0_and_is_not_an_epoch_row() -> None:
     row = start_row({"test": TEST, "val": TEST}, 4.5)
-    promised = {
+    expected = {
         "kind": "start",
         "epoch": 0,
         "step": 0,
@@ -49,7 +49,7 @@ def test_the_start_has_its_row_at_epoch_0_and_is_no_epoch() -> None:
         "test_accuracy": 0.6,
         "val_accuracy": 0.6,
     }
-    assert row.items() >= promised.items()
+    assert row.items() >= expected.items()
     low, high = row["test_interval"]
     assert low == pytest.approx(0.2307, abs=1e-3)
     assert high == pytest.approx(0.8824, abs=1e-3)
@@ -66,62 +66,60 @@ ROWS: list[Row] = [
 ]
 
 
-def filled(path: Path, rows: list[Row]) -> MetricsFile:
+def write_rows(path: Path, rows: list[Row]) -> MetricsFile:
     file = MetricsFile(path)
     for row in rows:
         file.append(row)
     return file
 
 
-def read(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     return parse_rows(path.read_text(encoding="utf-8"), str(path))
 
 
-def test_what_a_checkpoint_keeps_is_what_stands_in_the_file(tmp_path: Path) -> None:
-    file = filled(tmp_path / "m", ROWS)
-    assert file.text == (tmp_path / "m").read_text(encoding="utf-8"), (
-        "without waiting for the file to be closed"
-    )
+def test_text_equals_the_file_before_it_is_closed(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "m", ROWS)
+    assert file.text == (tmp_path / "m").read_text(encoding="utf-8")
     assert parse_rows(file.text, "m") == file.rows == ROWS
     file.close()
 
 
-def test_a_resumed_file_is_the_checkpoints_and_what_came_after_it_is_dropped(tmp_path: Path) -> None:
-    file = filled(tmp_path / "m", ROWS[:3])
-    kept = file.text  # within the second epoch
+def test_resumed_file_drops_rows_after_the_checkpoint(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "m", ROWS[:3])
+    checkpoint = file.text  # in mid-epoch 2
     for row in ROWS[3:]:
         file.append(row)
     file.close()
-    resumed = MetricsFile(tmp_path / "m", kept)
-    assert read(tmp_path / "m") == resumed.rows == ROWS[:3]
+    resumed = MetricsFile(tmp_path / "m", checkpoint)
+    assert read_rows(tmp_path / "m") == resumed.rows == ROWS[:3]
     resumed.append({"kind": "epoch", "epoch": 2, "again": True})
     resumed.close()
-    assert read(tmp_path / "m") == [*ROWS[:3], {"kind": "epoch", "epoch": 2, "again": True}]
+    assert read_rows(tmp_path / "m") == [*ROWS[:3], {"kind": "epoch", "epoch": 2, "again": True}]
     assert [row["epoch"] for row in epoch_rows(resumed.rows)] == [1, 2]
     MetricsFile(tmp_path / "m").close()
-    assert read(tmp_path / "m") == [], "a run that begins has no rows"
+    assert read_rows(tmp_path / "m") == [], "a new run has no rows"
 
 
-@pytest.mark.parametrize("there", [None, b"", b'{"kind": "epo', b"\xff\xfe\n"])
-def test_a_file_that_is_gone_or_damaged_is_restored(there: bytes | None, tmp_path: Path) -> None:
-    file = filled(tmp_path / "m", ROWS)
+@pytest.mark.parametrize("content", [None, b"", b'{"kind": "epo', b"\xff\xfe\n"])
+def test_missing_or_damaged_file_is_restored(content: bytes | None, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "m", ROWS)
     file.close()
-    if there is None:
+    if content is None:
         (tmp_path / "m").unlink()
     else:
-        (tmp_path / "m").write_bytes(there)
+        (tmp_path / "m").write_bytes(content)
     MetricsFile(tmp_path / "m", file.text).close()
-    assert read(tmp_path / "m") == ROWS
+    assert read_rows(tmp_path / "m") == ROWS
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_a_process_that_was_taken_for_dead_writes_to_nobody(tmp_path: Path) -> None:
-    earlier = filled(tmp_path / "m", ROWS[:2])
+def test_superseded_process_does_not_write_into_the_new_file(tmp_path: Path) -> None:
+    earlier = write_rows(tmp_path / "m", ROWS[:2])
     later = MetricsFile(tmp_path / "m", earlier.text)
     earlier.append({"kind": "epoch", "epoch": 7})
     later.append(ROWS[2])
     earlier.append({"kind": "epoch", "epoch": 8})
-    assert read(tmp_path / "m") == ROWS[:3]
+    assert read_rows(tmp_path / "m") == ROWS[:3]
     earlier.close()
     later.close()
 
@@ -137,18 +135,18 @@ def test_a_process_that_was_taken_for_dead_writes_to_nobody(tmp_path: Path) -> N
         '{"kind": "epoch", "epoch": "1"}',
         "[" * 10**5,
     ],
-    ids=["cut off", "list", "number", "no kind", "no epoch", "text for a number", "deep"],
+    ids=["truncated", "list", "number", "no kind", "no epoch", "string for a number", "deep"],
 )
 @pytest.mark.parametrize("end", ["", "\n", '\n{"kind": "epoch", "epoch": 2}\n'])
-def test_a_line_that_is_no_row_is_named(line: str, end: str) -> None:
+def test_invalid_line_is_reported_with_file_and_line_number(line: str, end: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_rows('{"kind": "epoch", "epoch": 1}\n' + line + end, "there/metrics.jsonl")
-    assert str(caught.value).startswith("there/metrics.jsonl, line 2: not a row of metrics")
-    assert "start anew with --run.resume never" in str(caught.value)
+    assert str(caught.value).startswith("there/metrics.jsonl, line 2: not a metrics row")
+    assert "start a new run with --run.resume never" in str(caught.value)
 
 
-def test_a_figure_that_is_no_number_is_never_written(tmp_path: Path) -> None:
-    file = filled(tmp_path / "m", ROWS[:1])
+def test_nan_is_never_written(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "m", ROWS[:1])
     with pytest.raises(ValueError, match="JSON compliant"):
         file.append({"kind": "epoch", "epoch": 1, "train_loss": float("nan")})
     assert file.text == (tmp_path / "m").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ class Run:
 
 
 def row(epoch: int, test: float, *, test_loss: float = 1.0, val: float | None = None) -> dict[str, Any]:
-    found = {
+    columns = {
         "epoch": epoch,
         "train_loss": 0.25,
         "train_seen": 40,
@@ -29,37 +29,37 @@ def row(epoch: int, test: float, *, test_loss: float = 1.0, val: float | None = 
         "test_interval": [test - 0.1, test + 0.1],
         "seconds": 10.0,
     }
-    return found if val is None else found | {"val_accuracy": val, "val_loss": 1.0, "val_seen": 10}
+    return columns if val is None else columns | {"val_accuracy": val, "val_loss": 1.0, "val_seen": 10}
 
 
-def test_with_one_evaluation_folder_the_last_epoch_is_reported_and_the_best_is_labelled() -> None:
+def test_without_selection_split_the_last_epoch_is_reported() -> None:
     rows = [row(1, 0.6), row(2, 0.9), row(3, 0.8)]
     assert reported_row(rows, None) is rows[2]
     assert best_row(rows, None) is rows[1]
     text = summary(Run(rows))
     assert text.startswith(
-        "test accuracy 0.800 (95 % interval 0.700 to 0.900; 16 of 20 right) after epoch 3, the last"
+        "test accuracy 0.800 (95 % interval 0.700 to 0.900; 16 of 20 correct) after epoch 3, the last epoch"
     )
-    assert "best 0.900 after epoch 2: selected on the same images" in text
-    assert "20 of 20 evaluated" in text
+    assert "best 0.900 after epoch 2: selected on the test images" in text
+    assert "40 of 40 trained on, 20 of 20 evaluated" in text
     assert "runs/x" in text
 
 
-def test_with_a_selection_part_the_best_on_it_is_reported_whatever_the_test_says() -> None:
+def test_with_selection_split_its_best_epoch_is_reported() -> None:
     rows = [row(1, 0.9, val=0.5), row(2, 0.6, val=0.8), row(3, 0.95, val=0.7)]
     assert reported_row(rows, "val") is rows[1]
     text = summary(Run(rows, selection="val"))
     assert text.startswith("test accuracy 0.600")
-    assert "after epoch 2, the best of 3 on val (0.800)" in text
-    assert "selected on the same images" not in text
+    assert "after epoch 2, the best of 3 epochs on val (0.800)" in text
+    assert "selected on the test images" not in text
 
 
-def test_of_equal_accuracies_the_lower_loss_then_the_first_wins() -> None:
+def test_ties_in_accuracy_go_to_the_lower_loss_then_to_the_first() -> None:
     rows = [row(1, 0.9, test_loss=0.5), row(2, 0.9, test_loss=0.4), row(3, 0.9, test_loss=0.4)]
     assert best_row(rows, None) is rows[1]
 
 
-def test_two_runs_stand_beside_each_other_within_80_columns() -> None:
+def test_comparison_fits_80_columns() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(comparison(Run([row(1, 0.9)]), Run([row(1, 0.6)])))
     lines = [line for line in console.export_text().splitlines() if "0." in line]
@@ -68,9 +68,10 @@ def test_two_runs_stand_beside_each_other_within_80_columns() -> None:
     assert lines[1].split()[:3] == ["from", "scratch", "0.600"]
 
 
-def test_a_model_file_that_is_another_point_of_the_line_says_so() -> None:
+def test_summary_says_if_the_model_file_is_interpolated() -> None:
     run = Run([row(1, 0.9, val=0.5)], selection="val")
     assert "the best epoch (1); trainer.load" in summary(run)
-    assert "the best epoch (1), 0.4 of the way to it from the start (wise.json); trainer.load" in summary(
-        run, alpha=0.4
+    assert (
+        "the best epoch (1), interpolated with the initial weights at alpha 0.4 (wise.json); trainer.load"
+        in summary(run, alpha=0.4)
     )
