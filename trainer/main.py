@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # An import that is broken off would leave half a module behind.
         with signals.deferred(), _without_collections():
             from trainer.pipeline import run  # noqa: PLC0415
-        if signals.asked:
-            raise Stopped(signal.Signals(signals.asked).name)
+        if signals.received:
+            raise Stopped(signal.Signals(signals.received).name)
 
         run(config, signals)
 

@@ -94,7 +94,7 @@ def _stages(
 
     def stage(name: str, config: Config, weights: str | None) -> TrainResult:
         # A signal that came while the stage before was finishing has only left its flag.
-        (asked,) = ctx.all_reduce_max([signals.asked or 0])
+        (asked,) = ctx.all_reduce_max([signals.received or 0])
         if asked:
             raise Stopped(signal.Signals(asked).name)
 
@@ -135,7 +135,7 @@ def _open(config: Config, console: Console, signals: StopSignals) -> RunLock:
     _, before = latest_attempt(folder)
     free = wait_until_released(folder, log=console.print)
     with signals.deferred():  # or a number would be taken, and nobody be there to say how it ended
-        attempt = RunLock.acquire(folder, log=console.print, free=free)
+        attempt = RunLock.acquire(folder, log=console.print, released=free)
         try:
             if resume == "never" and holds_run(folder):
                 attempt.end("stopped", "moved aside")

@@ -377,10 +377,10 @@ def _watch(
             config.run.hang_timeout,
             heartbeat,
             folder=Path(config.run.dir),
-            number=number,
+            attempt=number,
             rank=ctx.rank,
             world_size=ctx.world_size,
-            attempt=attempt,
+            lock=attempt,
         ),
     )
 

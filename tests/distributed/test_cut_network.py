@@ -38,9 +38,9 @@ def agent(host: Host, head: Host, arguments: list[str]) -> list[str]:
         "keep_alive_max_attempt": 3,
         "read_timeout": 15,
     }
-    join_truncated = ",".join(f"{key}={value}" for key, value in settings.items())
+    listed = ",".join(f"{key}={value}" for key, value in settings.items())
     launcher = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
-    launcher += [f"--rdzv-endpoint={head.address}:{PORT}", "--rdzv-id=cut", f"--rdzv-conf={join_truncated}"]
+    launcher += [f"--rdzv-endpoint={head.address}:{PORT}", "--rdzv-id=cut", f"--rdzv-conf={listed}"]
     launcher += [f"--local-addr={host.address}", str(MAIN), *arguments]
     return host.command(sys.executable, "-m", "torch.distributed.run", *launcher)
 

@@ -38,12 +38,12 @@ def agent(port: int, *, is_host: bool, arguments: list[str]) -> list[str]:
         "keep_alive_interval": 1,
         "keep_alive_max_attempt": 3,
     }
-    join_truncated = ",".join(f"{key}={value}" for key, value in settings.items())
+    listed = ",".join(f"{key}={value}" for key, value in settings.items())
     launcher = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
     launcher += [
         f"--rdzv-endpoint=127.0.0.1:{port}",
         f"--rdzv-id=test-{port}",
-        f"--rdzv-conf={join_truncated}",
+        f"--rdzv-conf={listed}",
     ]
     return [
         sys.executable,

@@ -220,7 +220,7 @@ class Trained:
     def __call__(self, config: Config, *_: Any, attempt: RunLock, **__: Any) -> TrainResult:
         self.made.append(attempt.record.stage)
         if attempt.record.stage == self.stage:
-            self.signals.asked = signal.SIGTERM
+            self.signals.received = signal.SIGTERM
         row = {
             "epoch": 1, "test_accuracy": 1.0, "test_loss": 1.0, "test_interval": [0, 1], "test_correct": 1,
             "test_seen": 1, "train_seen": 1, "train_loss": 1.0, "seconds": 1.0,

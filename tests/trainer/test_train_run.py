@@ -245,7 +245,7 @@ def test_a_run_that_is_stopped_says_where_it_stands_and_goes_on(tmp_path: Path, 
     config = in_folder(finished, tmp_path / "run")
     config = replace(config, checkpoint=CheckpointConfig(every=None))
     signals = StopSignals()
-    signals.asked = signal.SIGTERM  # it came before the first update
+    signals.received = signal.SIGTERM  # it came before the first update
     for step, said in (
         (1, "step 1 of 6, in epoch 1 of 3"),
         (2, "step 2 of 6, in epoch 1 of 3"),

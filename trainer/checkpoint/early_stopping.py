@@ -1,23 +1,29 @@
-"""Early stopping: whether a run is over before its last epoch; a pure function of its metrics."""
+"""Early stopping: end a run once its best epoch lies too far back."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from trainer.report.metrics import Row
 from trainer.report.summary import best_row
 
 
-def should_stop_early(epochs: Sequence[Row], *, part: str, patience: int) -> bool:
-    """Return whether none of the last `patience` epochs was better on `part` than all before them.
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """Ends a run after `patience` epochs without a better one, as in Prechelt 1998, "Early Stopping - But When?".
 
-    Better is what selects the best epoch: a higher accuracy, or an equal one at a lower loss. Patience as in Prechelt
-    1998, "Early Stopping - But When?" (criterion UP, counted from the best epoch).
-
-    Args:
-        epochs: the rows of the run's epochs (metrics.jsonl), in their order.
-        part: of the data, to select on.
-        patience: epochs, 1 or more.
-
+    A better epoch has a higher accuracy, or the same at a lower loss: the same rule selects the best epoch.
     """
-    if not epochs:
-        return False
-    return bool(epochs[-1]["epoch"] - best_row(epochs, part)["epoch"] >= patience)
+
+    split: str | None
+    """Split that the best epoch is selected on; None: there is none, and the run never stops early."""
+    patience: int | None
+    """Number of epochs, 1 or more; None turns early stopping off."""
+
+    def should_stop(self, epochs: Sequence[Row]) -> bool:
+        """Return whether none of the last `patience` epochs was better than all before them.
+
+        `epochs` are the rows of the run's epochs in metrics.jsonl, in order.
+        """
+        if self.patience is None or self.split is None or not epochs:
+            return False
+        return bool(epochs[-1]["epoch"] - best_row(epochs, self.split)["epoch"] >= self.patience)

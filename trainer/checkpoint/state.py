@@ -1,7 +1,7 @@
-"""What a checkpoint says beside its tensors: where the run stands, and what it belongs to. JSON, validated.
+"""`state.json` of a checkpoint: the position of the run, and what the run is. JSON, validated when it is read.
 
-There is no state of a random generator: the order of the examples follows from (seed, epoch), a crop from
-(seed, epoch, example), the masks of dropout from (seed, step, process). `order` proves that it does.
+No state of a random generator is saved: the order of the examples depends on (seed, epoch), a crop on (seed, epoch,
+example), the masks of dropout on (seed, step, rank). `order_digest` proves that the order is drawn the same again.
 """
 
 import dataclasses
@@ -13,40 +13,26 @@ from typing import Any, Self
 
 from trainer.errors import UserError
 from trainer.metrics import MetricState
+from trainer.state import BestEpoch
 from trainer.text import escape_unprintable, join_truncated
 
-FORMAT = 1
+FORMAT = 2
 _SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestEpoch:
-    """The best epoch so far."""
-
-    epoch: int
-    step: int
-    accuracy: float
-    loss: float
-
-    @property
-    def score(self) -> tuple[float, float]:
-        """Return what epochs are compared by: the accuracy, of equals the lower loss."""
-        return self.accuracy, -self.loss
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What a run trains: another subject's checkpoint is of no use to it."""
+    """What a run trains on what. A checkpoint with another identity cannot be resumed from."""
 
     architecture: str
     classes: tuple[str, ...]
     examples: tuple[int, ...]
-    """Training examples of each class."""
+    """Number of training examples of each class."""
     data: str
-    """Fingerprint of the examples: the order is drawn over those of training, the best epoch chosen on others."""
+    """Fingerprint of the examples of all splits, in their order."""
 
     def check_same(self, other: "RunIdentity", where: str) -> None:
-        """Raise a UserError that says how a checkpoint's subject (`self`) differs from this run's."""
+        """Raise a UserError that says how this identity, a checkpoint's, differs from `other`, the run's."""
         if self == other:
             return
         lines = []
@@ -55,7 +41,7 @@ class RunIdentity:
         gone = [name for name in self.classes if name not in other.classes]
         new = [name for name in other.classes if name not in self.classes]
         if gone or new:
-            lines.append(f"classes: {_named(gone)} only there, {_named(new)} only now")
+            lines.append(f"classes: {_names(gone)} only there, {_names(new)} only now")
         elif self.classes != other.classes:
             lines.append("classes: in another order")
         then, now = (dict(zip(s.classes, s.examples, strict=True)) for s in (self, other))
@@ -68,51 +54,61 @@ class RunIdentity:
             lines.append(f"training images: {join_truncated(counts, limit=5)}")
         if not lines:
             lines.append(
-                "images: as many to train on in each class, but not the same, or others to evaluate (names or split)"
+                "images: the same number of each class to train on, but other files, or other images to evaluate "
+                "(names or split)"
             )
-        shown = "".join(f"\n  {line}" for line in lines)
+        listed = "".join(f"\n  {line}" for line in lines)
         raise UserError(
-            f"{where}: a checkpoint of something else:{shown}\nBring back what it was trained on, choose another "
-            "run.dir, or --run.resume never, which moves that run aside"
+            f"{where}: a checkpoint of something else:{listed}\nRestore what it was trained on, choose another "
+            "run.dir, or --run.resume never, which archives the run"
         )
 
 
-def _named(names: list[str]) -> str:
+def _names(names: list[str]) -> str:
     return join_truncated([escape_unprintable(name) for name in names], limit=5) if names else "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointState:
-    """Where a run stands, and what it needs to go on as if nothing had happened."""
+class RunMetadata:
+    """What every checkpoint of one start of the trainer says about the run."""
 
-    epoch: int
-    """Whole epochs made: trained and evaluated."""
-    step: int
-    """Updates made; those beyond `epoch` whole epochs are of the epoch in progress."""
-    sums: MetricState | None
-    """Of the epoch in progress; None between two epochs."""
-    best: BestEpoch | None
-    subject: RunIdentity
+    identity: RunIdentity
     seed: int
-    order: str
-    """SHA-256 of the order of the examples in the epoch in progress: drawn again, it must be the same."""
     steps_per_epoch: int
     schedule: Mapping[str, Any]
-    """kind, warmup_steps, total_steps, and the next update's share of the peak learning rate: for readers."""
-    scaler: Mapping[str, Any]
-    """State of fp16's loss scaling; empty without it."""
-    chosen: Mapping[str, Any]
-    """What was chosen for this machine: precision, channels_last. For readers: config.yaml keeps it."""
+    """For readers: kind, warmup_steps, total_steps."""
+    auto_resolved: Mapping[str, Any]
+    """For readers: the choices made for this machine, precision and channels_last. config.yaml has them too."""
     world_size: int
-    """Processes that wrote it."""
+    """Number of processes."""
     threads: int
+    """CPU threads of each process."""
     attempt: int
+    """Number of the start."""
     versions: Mapping[str, str]
     """Package -> version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """All of a checkpoint but its tensors and its metrics file."""
+
+    epoch: int
+    """Whole epochs completed: trained and evaluated."""
+    step: int
+    """Updates completed, those of the epoch in progress included."""
+    metrics: MetricState | None
+    """Metric sums of the epoch in progress; None between two epochs."""
+    best: BestEpoch | None
+    scaler: Mapping[str, Any]
+    """State of fp16's loss scaling; empty without it."""
+    order_digest: str
+    """SHA-256 of the order of the examples in the epoch in progress. The same seed must draw it again."""
+    run: RunMetadata
     format: int = FORMAT
 
     def to_json(self) -> bytes:
-        """Return the state as JSON: in ASCII, since a folder's name may hold bytes that no Unicode text has."""
+        """Return the state as JSON in ASCII: class names may hold bytes that are not valid Unicode."""
         return (json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n").encode("ascii")
 
     @classmethod
@@ -120,7 +116,7 @@ class CheckpointState:
         """Return the state that `to_json` wrote.
 
         Raises:
-            ValueError, TypeError, KeyError, RecursionError: it is none.
+            ValueError, TypeError, KeyError, RecursionError: not a valid state.
             UserError: a later version wrote it.
 
         """
@@ -128,16 +124,17 @@ class CheckpointState:
         if type(fields["format"]) is int and fields["format"] > FORMAT:
             raise UserError(
                 f"a checkpoint of format {fields['format']}, by a later regraft than this one, which reads {FORMAT}: "
-                "go on with the version that wrote it, or choose another run.dir"
+                "resume with the version that wrote it, or choose another run.dir"
             )
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']!r}, this version of regraft reads {FORMAT}")
-        subject, sums, best = fields["subject"], fields["sums"], fields["best"]
+        run, metrics, best = fields["run"], fields["metrics"], fields["best"]
+        identity = run["identity"]
         for name in ("classes", "examples"):
-            subject[name] = tuple(subject[name])
-        fields["subject"] = RunIdentity(**subject)
-        if sums is not None:
-            fields["sums"] = MetricState(**{**sums, "rows": tuple(map(tuple, sums["rows"]))})
+            identity[name] = tuple(identity[name])
+        fields["run"] = RunMetadata(**{**run, "identity": RunIdentity(**identity)})
+        if metrics is not None:
+            fields["metrics"] = MetricState(**{**metrics, "rows": tuple(map(tuple, metrics["rows"]))})
         if best is not None:
             fields["best"] = BestEpoch(**best)
         state = cls(**fields)
@@ -145,20 +142,21 @@ class CheckpointState:
         return state
 
     def _check(self) -> None:
-        _require(all(map(_is_count, (self.epoch, self.step, self.seed, self.attempt))), "its counters")
-        _require(all(map(_is_count, (self.world_size, self.threads, self.steps_per_epoch))), "its counters")
-        _require(self.world_size > 0 and self.steps_per_epoch > 0, "its counters")
-        begun = self.step - self.epoch * self.steps_per_epoch
-        _require(0 <= begun <= self.steps_per_epoch, f"step {self.step} with {self.epoch} whole epochs")
-        _require((self.sums is not None) == (begun > 0), "the sums of the epoch in progress")
-        if self.sums is not None:
-            rows = self.sums.rows
+        run = self.run
+        counters = (self.epoch, self.step, run.seed, run.attempt, run.world_size, run.threads, run.steps_per_epoch)
+        _require(all(map(_is_count, counters)), "its counters")
+        _require(run.world_size > 0 and run.steps_per_epoch > 0, "its counters")
+        begun = self.step - self.epoch * run.steps_per_epoch
+        _require(0 <= begun <= run.steps_per_epoch, f"step {self.step} with {self.epoch} whole epochs")
+        _require((self.metrics is not None) == (begun > 0), "the metric sums of the epoch in progress")
+        if self.metrics is not None:
+            rows = self.metrics.rows
             _require(
-                len(rows) == self.world_size
+                len(rows) == run.world_size
                 and all(len(row) == 3 and _is_number(row[0]) and all(map(_is_count, row[1:])) for row in rows)
-                and _is_number(self.sums.seconds)
-                and _is_number(self.sums.compute_seconds),
-                "the sums of the epoch in progress",
+                and _is_number(self.metrics.seconds)
+                and _is_number(self.metrics.compute_seconds),
+                "the metric sums of the epoch in progress",
             )
         if self.best is not None:
             _require(
@@ -166,27 +164,27 @@ class CheckpointState:
                 and all(map(_is_number, (self.best.accuracy, self.best.loss))),
                 "the best epoch",
             )
-        subject = self.subject
+        identity = run.identity
         _require(
-            all(isinstance(text, str) for text in (subject.architecture, subject.data, *subject.classes))
-            and all(map(_is_count, subject.examples))
-            and len(subject.classes) == len(subject.examples) > 0,
-            "what it is of",
+            all(isinstance(text, str) for text in (identity.architecture, identity.data, *identity.classes))
+            and all(map(_is_count, identity.examples))
+            and len(identity.classes) == len(identity.examples) > 0,
+            "the identity of its run",
         )
-        _require(isinstance(self.order, str), "the order")
-        mappings = (self.schedule, self.scaler, self.chosen, self.versions)
+        _require(isinstance(self.order_digest, str), "the order of the examples")
+        mappings = (run.schedule, self.scaler, run.auto_resolved, run.versions)
         _require(all(isinstance(value, dict) for value in mappings), "its entries")
         _require(
             not self.scaler
             or (set(self.scaler) == _SCALER_KEYS and all(map(_is_number, self.scaler.values()))),
             "the loss scaling",
         )
-        _require(all(isinstance(text, str) for text in self.versions.values()), "its versions")
+        _require(all(isinstance(text, str) for text in run.versions.values()), "its versions")
 
 
 def _require(holds: bool, what: str) -> None:
     if not holds:
-        raise ValueError(f"its state does not make sense: {what}")
+        raise ValueError(f"its state is not valid: {what}")
 
 
 def _is_count(value: object) -> bool:
@@ -194,5 +192,5 @@ def _is_count(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    # An integer may be too large to be told whether it is finite.
+    # math.isfinite raises for an integer that is too large for a float.
     return math.isfinite(value) if type(value) is float else type(value) is int and abs(value) < 2**63

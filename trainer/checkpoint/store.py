@@ -1,19 +1,20 @@
-"""`checkpoints/`: each a folder that is whole or absent, whatever kills the process that writes it.
+"""`checkpoints/`: folders that are whole or absent, whatever kills the process that writes them. No pickle.
 
 step-00000120-epoch-0004/   after 120 updates, of them 4 whole epochs
   model.safetensors           weights and buffers
-  optimizer.safetensors       its moments
-  average.safetensors         with regularization.ema: the weights' moving average
-  statistics.safetensors      each process's BatchNorm statistics, where they differ
-  state.json                  counters, and what they belong to
-  metrics.jsonl               the run's figures up to here
-  MANIFEST.json               size and SHA-256 of each of these
-LATEST                      the name of the last one written, for people and scripts
-damaged-1-step-...          set aside: it failed its check
+  optimizer.safetensors       moments
+  ema.safetensors             with regularization.ema: moving average of the weights
+  statistics.safetensors      BatchNorm statistics of each process, where they differ
+  state.json                  position of the run, and what the run is
+  metrics.jsonl               the run's metrics up to here
+  MANIFEST.json               size and SHA-256 of each of these files
+LATEST                      name of the checkpoint written last, for people and scripts
+damaged-1-step-...          quarantined: it failed its check
 
-A folder is filled under another name, brought to the disk with everything in it, and renamed; then LATEST is
-replaced, then what is no longer wanted is removed, again under another name first. Reading, a folder counts
-only if it holds exactly what its manifest lists; names, sizes and sums are checked before a file is opened.
+A checkpoint is written into a folder of another name, flushed to the disk with everything in it, and renamed. Then
+LATEST is replaced, and checkpoints that are no longer kept are renamed and removed. When a checkpoint is read, it
+counts only if it holds exactly the files that its manifest lists: names, sizes and sums are checked before any of them
+is parsed.
 """
 
 import errno
@@ -30,18 +31,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from trainer.checkpoint.state import CheckpointState
 from trainer.errors import UserError
 from trainer.run.atomic import remove_leftovers, sync_folder, write_text_atomically
+from trainer.state import Tensors
 from trainer.text import escape_unprintable, join_truncated
 
 MANIFEST, LATEST, STATE, METRICS = "MANIFEST.json", "LATEST", "state.json", "metrics.jsonl"
 MODEL, OPTIMIZER, STATISTICS = "model.safetensors", "optimizer.safetensors", "statistics.safetensors"
-AVERAGE = "average.safetensors"
+EMA = "ema.safetensors"
 FORMAT = 1
 _REQUIRED = {MODEL, OPTIMIZER, STATE, METRICS}
-_ALLOWED = _REQUIRED | {STATISTICS, AVERAGE}
+_ALLOWED = _REQUIRED | {STATISTICS, EMA}
 _CHUNK = 1 << 22
 _MOST_JSON = 1 << 26
 """Bytes of the largest manifest or state that is read: a class list takes some megabytes at most."""
@@ -54,12 +57,12 @@ class CorruptCheckpoint(Exception):
 
 
 class CheckpointId(NamedTuple):
-    """Where in a run a checkpoint stands; its order is theirs."""
+    """Position of a checkpoint in a run; checkpoints are ordered by it."""
 
     step: int
-    """Updates made."""
+    """Updates completed."""
     epoch: int
-    """Whole epochs made: trained and evaluated."""
+    """Whole epochs completed: trained and evaluated."""
 
     @property
     def name(self) -> str:
@@ -68,10 +71,10 @@ class CheckpointId(NamedTuple):
 
     @classmethod
     def of(cls, name: str) -> Self | None:
-        """Return the place that a folder's name gives, or None for the name of something else."""
+        """Return the id that a folder's name gives, or None if it is not a checkpoint's name."""
         match = re.fullmatch(r"step-([0-9]{8,15})-epoch-([0-9]{4,15})", name, flags=re.ASCII)
-        place = cls(int(match[1]), int(match[2])) if match else None
-        return place if place and place.name == name else None
+        checkpoint = cls(int(match[1]), int(match[2])) if match else None
+        return checkpoint if checkpoint and checkpoint.name == name else None
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -80,7 +83,55 @@ class LoadedCheckpoint(NamedTuple):
     path: Path
     state: CheckpointState
     metrics: str
-    """Its metrics.jsonl."""
+    """Text of its metrics.jsonl."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state dict of `TrainState` that was saved.
+
+        Raises:
+            UserError: a file cannot be read.
+
+        """
+        state = self.state
+        return {
+            "model": load_tensors(self.path / MODEL),
+            "optimizer": load_tensors(self.path / OPTIMIZER),
+            "ema": load_tensors(self.path / EMA) if (self.path / EMA).exists() else {},
+            "scaler": state.scaler,
+            "epoch": state.epoch,
+            "step": state.step,
+            "metrics": state.metrics,
+            "best": state.best,
+        }
+
+    def batch_norm_statistics(self) -> Tensors:
+        """Return the BatchNorm statistics of each process, `RANK.NAME` -> tensor; empty if one process wrote it."""
+        return load_tensors(self.path / STATISTICS) if (self.path / STATISTICS).exists() else {}
+
+
+def to_files(saved: Mapping[str, Any], statistics: Tensors) -> dict[str, bytes]:
+    """Return the tensors of a state dict, and those of the BatchNorm statistics, as file name -> content."""
+    tensors = {MODEL: saved["model"], OPTIMIZER: saved["optimizer"]}
+    optional = {EMA: saved["ema"], STATISTICS: statistics}
+    tensors |= {name: held for name, held in optional.items() if held}
+    return {name: save(held) for name, held in tensors.items()}
+
+
+def load_tensors(path: Path) -> Tensors:
+    """Return the tensors of a file of a checkpoint that was checked.
+
+    Raises:
+        UserError: it cannot be read.
+
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, RuntimeError, TypeError) as error:  # torch's, of an impossible shape
+        reason = escape_unprintable(str(error).partition("\n")[0])
+        raise UserError(
+            f"{path}: could not be read ({reason}), although its check has passed; the same command tries again"
+        ) from None
 
 
 def write(

@@ -135,7 +135,7 @@ def find(
         for step, (rate, share) in enumerate(
             zip(tried, make_loader(training, shares, config, ctx), strict=False)
         ):
-            (asked,) = ctx.all_reduce_max([signals.asked or 0])
+            (asked,) = ctx.all_reduce_max([signals.received or 0])
             if asked:
                 raise Stopped(signal.Signals(asked).name)
             set_lr(optimizer, rate / config.optim.lr)

@@ -90,11 +90,11 @@ def check_images(
 
 def unreadable_error(unreadable: Mapping[str, str], total: int) -> UserError:
     """Return the error that lists all images that cannot be read (path -> reason), of `total` checked."""
-    join_truncated = "".join(
+    listed = "".join(
         f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items())
     )
     return UserError(
-        f"{len(unreadable)} of {total} images cannot be read:{join_truncated}\nMend, replace or remove them, or "
+        f"{len(unreadable)} of {total} images cannot be read:{listed}\nMend, replace or remove them, or "
         "leave them out with --data.on_unreadable skip"
     )
 

@@ -42,7 +42,7 @@ class StopSignals:
     """A context in which the stopping signals are this object's; it restores the earlier handlers."""
 
     def __init__(self) -> None:
-        self.asked: int | None = None
+        self.received: int | None = None
         """The first stopping signal that came."""
         self._only_flags = False
         self._when = 0.0
@@ -51,7 +51,7 @@ class StopSignals:
     def __enter__(self) -> Self:
         for number in STOPPING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has HUP ignored
-                self._earlier[number] = signal.signal(number, self._came)
+                self._earlier[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -70,13 +70,13 @@ class StopSignals:
         finally:
             self._only_flags = False
 
-    def _came(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if self.asked is not None:
+        if self.received is not None:
             if number == signal.SIGINT and now - self._when > SECONDS_TO_INSIST:
                 raise KeyboardInterrupt
             return
-        self.asked, self._when = number, now
+        self.received, self._when = number, now
         if not self._only_flags:
             raise Stopped(signal.Signals(number).name)
 

@@ -112,10 +112,10 @@ class Watchdog:
         heartbeat: Heartbeat,
         *,
         folder: Path,
-        number: int,
+        attempt: int,
         rank: int,
         world_size: int,
-        attempt: RunLock | None,
+        lock: RunLock | None,
     ) -> None:
         """Open the file for the stacks.
 
@@ -132,19 +132,19 @@ class Watchdog:
             UserError: the file cannot be made.
 
         """
-        self._beats, self._rank, self._world, self._attempt = heartbeat, rank, world_size, attempt
+        self._beats, self._rank, self._world, self._attempt = heartbeat, rank, world_size, lock
         self._pace = None if timeout is None else StallDetector(None if timeout == "auto" else timeout)
-        self.path = folder / HANGS / f"{number:04}-rank-{rank}.txt"
+        self.path = folder / HANGS / f"{attempt:04}-rank-{rank}.txt"
         self._main = threading.get_ident()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
         if self._pace is None:
             return
-        begun = f"attempt {number}, rank {rank} of {world_size}, host {socket.gethostname()}, process {os.getpid()}\n"
+        begun = f"attempt {attempt}, rank {rank} of {world_size}, host {socket.gethostname()}, process {os.getpid()}\n"
         try:
             self.path.parent.mkdir(exist_ok=True)
             if rank == 0:
-                _remove_empty(self.path.parent, before=number)
+                _remove_empty(self.path.parent, before=attempt)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
             self._empty = os.write(self._file, begun.encode())
         except OSError as error:

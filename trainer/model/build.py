@@ -163,6 +163,6 @@ def _nearest(name: str, image_size: int) -> str:
         next((s for s in sizes if s != image_size and _misfit(name, s) is None), None)
         for sizes in (smaller, larger)
     ]
-    join_truncated = " or ".join(str(size) for size in fitting if size is not None)
-    would_do = f" data.image_size {join_truncated} would do;" if join_truncated else ""
+    listed = " or ".join(str(size) for size in fitting if size is not None)
+    would_do = f" data.image_size {listed} would do;" if listed else ""
     return f"{would_do} its published weights take {preset(name, None).image_size}"

@@ -248,9 +248,9 @@ class LoadReport:
 
 def _some(keys: Iterable[str], most: int = 10) -> str:
     """Return the first keys and how many more there are, as they may be shown in a terminal."""
-    join_truncated = [key if key.isprintable() else repr(key) for key in keys]
-    more = f" and {len(join_truncated) - most} more" if len(join_truncated) > most else ""
-    return ", ".join(join_truncated[:most]) + more
+    listed = [key if key.isprintable() else repr(key) for key in keys]
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
 
 
 def load_weights(

@@ -1,20 +1,21 @@
-"""The run folder: what stands in it, whether to go on from it, and that nothing in it is lost.
+"""The run folder: its layout, whether a run in it can be resumed, and how earlier results are kept.
 
-config.yaml         the resolved config; runs again from there
-metrics.jsonl       one row an epoch, and finer ones
-model.safetensors   the best epoch's weights, with all that is needed to predict
-start.safetensors   with transfer.wise_ft: the model before its first update
-fine-tuned.safetensors  the best epoch's weights, where another point between the two is now in model.safetensors
-wise.json           what was found on the line between the two
-checkpoints/        the training state, in folders that are whole or absent
-attempts/           one file for each start: who, how far, how it ended
-environment/        one file for each start: code, packages, hardware and settings that it was made with
-curves.png          the note's plot
-split.csv           the split, where one was made
-earlier-N-...       results whose checkpoints were gone when the run began anew
+config.yaml         the resolved config; `--config` with it runs the same again
+metrics.jsonl       one row per epoch, and rows within epochs
+model.safetensors   weights of the best epoch, with all that is needed to predict
+checkpoints/        training state, in folders that are whole or absent
+attempts/           one file per start: who, how far, how it ended
+environment/        one file per start: code, packages, hardware and settings
+curves.png          losses and accuracies over the epochs
+split.csv           the split, if one was made
+pretrain/, baseline/    the other phases of a run, with the same layout
+initial.safetensors     with transfer.wise_ft: the model before its first update
+fine-tuned.safetensors  weights of the best epoch, if WiSE-FT put other weights into model.safetensors
+wise.json           result of WiSE-FT
+earlier-N-...       results whose checkpoints were gone when the run was started anew
 audit/              with run.audit: what each process saw
-hangs/              the stacks of processes that came to no step any more
-STOP                made by a person: the run saves and stops
+hangs/              stacks of processes that hung
+STOP                created by a person: the run saves and stops
 """
 
 import os
@@ -27,30 +28,27 @@ from typing import Any, Literal
 import yaml
 from safetensors import SafetensorError
 
-from trainer.checkpoint.store import has_any
+from regraft.contract import (
+    ATTEMPTS,
+    BASELINE,
+    CHECKPOINTS,
+    CONFIG,
+    CURVES,
+    LOG_FOLDER,
+    METRICS,
+    MODEL,
+    PRETRAIN,
+    SPLIT,
+    read_attempts,
+)
 from trainer.errors import UserError
 from trainer.run.atomic import write_text_atomically
-from trainer.run.lock import ATTEMPTS, read_attempts
 
-CONFIG, METRICS, MODEL, CHECKPOINTS, CURVES, SPLIT, STOP = (
-    "config.yaml",
-    "metrics.jsonl",
-    "model.safetensors",
-    "checkpoints",
-    "curves.png",
-    "split.csv",
-    "STOP",
-)
-PRETRAIN, BASELINE = "pretrain", "baseline"
-"""Folders of the other phases of a run, below its own."""
-START, FINE_TUNED, WISE = "start.safetensors", "fine-tuned.safetensors", "wise.json"
-OURS = (CONFIG, METRICS, MODEL, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT, START, FINE_TUNED, WISE)
-# A resumed run may differ in these: they say where and how fast it runs, not what it computes. (In train.epochs
-# and regularization.early_stopping it may have more.) The images are compared by their fingerprint, so that they may
-# have moved.
-LOG_FOLDER = "REGRAFT_LOGS"
-"""Variable of the environment: where regraft's launcher writes what this start says."""
-_FREE = frozenset(
+INITIAL, FINE_TUNED, WISE = "initial.safetensors", "fine-tuned.safetensors", "wise.json"
+OUR_FILES = (CONFIG, METRICS, MODEL, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT, INITIAL, FINE_TUNED, WISE)
+# A resumed run may differ in these options: they say where and how fast it runs, not what it computes. train.epochs and
+# regularization.early_stopping may grow. The images are compared by their fingerprint, so the folder may have moved.
+_MAY_CHANGE = frozenset(
     {
         "run.dir",
         "run.resume",
@@ -73,7 +71,8 @@ _FREE = frozenset(
 )
 
 
-MARK = "# Written by regraft: every option of this run. --config with this file runs it again.\n"
+HEADER = "# Written by regraft: every option of this run. --config with this file runs it again.\n"
+"""First line of a config.yaml that a run has written."""
 
 
 def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never", "must"]) -> str | None:
@@ -85,7 +84,7 @@ def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never
     """
     if not holds_run(folder):
         # attempts/ is what a start leaves that is killed before it has written anything else.
-        ours = [name for name in OURS if name not in (CONFIG, ATTEMPTS) and (folder / name).exists()]
+        ours = [name for name in OUR_FILES if name not in (CONFIG, ATTEMPTS) and (folder / name).exists()]
         if ours:
             raise UserError(
                 f"run.dir {folder}: holds {', '.join(ours)} but no {CONFIG}, so it is not a run that could be "
@@ -94,7 +93,7 @@ def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never
         if resume == "must":
             raise UserError(f"run.resume is must, but {folder} holds no run to go on from")
         return None
-    if not (folder / CONFIG).read_bytes().startswith(MARK.encode()):
+    if not (folder / CONFIG).read_bytes().startswith(HEADER.encode()):
         raise UserError(
             f"run.dir {folder}: holds a {CONFIG} that no run has written, which would be lost; choose another folder"
         )
@@ -107,9 +106,9 @@ def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never
     # A start that got nowhere may be followed by one of another config: it has nothing to lose.
     differences = list(_differences(folder / CONFIG, config)) if begun or (folder / MODEL).exists() else []
     if differences:
-        join_truncated = "".join(f"\n  {line}" for line in differences)
+        listed = "".join(f"\n  {line}" for line in differences)
         raise UserError(
-            f"run.dir {folder}: holds a run of another config:{join_truncated}\n"
+            f"run.dir {folder}: holds a run of another config:{listed}\n"
             "Choose another run.dir, or --run.resume never, which moves that run aside"
         )
     return None if begun else "an earlier start in this folder had not come to a checkpoint: starting anew"
@@ -119,11 +118,16 @@ def _require_saved_is_there(folder: Path) -> None:
     """Raise a UserError where figures would be written over whose training state was saved, and is gone."""
     for record in read_attempts(folder):
         stage = folder / record.stage if record.stage in (PRETRAIN, BASELINE) else folder
-        if record.step and (stage / METRICS).exists() and not has_any(stage / CHECKPOINTS):
+        if record.step and (stage / METRICS).exists() and not has_checkpoints(stage / CHECKPOINTS):
             raise UserError(
                 f"{stage / CHECKPOINTS}: attempt {record.attempt} has saved step {record.step} of this run, but no "
                 "checkpoint is there any more. Restore one, or --run.resume never, which moves the run aside"
             )
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Return whether a checkpoint was ever completed in a folder of checkpoints, even if it was damaged since."""
+    return any(folder.glob("step-*-epoch-*")) or any(folder.glob("damaged-*"))
 
 
 def holds_run(folder: Path) -> bool:
@@ -133,7 +137,7 @@ def holds_run(folder: Path) -> bool:
 
 def has_checkpoint(folder: Path) -> bool:
     """Return whether there is a checkpoint to go on from, of the run or of its source model."""
-    return has_any(folder / CHECKPOINTS) or has_any(folder / PRETRAIN / CHECKPOINTS)
+    return has_checkpoints(folder / CHECKPOINTS) or has_checkpoints(folder / PRETRAIN / CHECKPOINTS)
 
 
 def archive_run(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
@@ -177,7 +181,7 @@ def write_config(folder: Path, config: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / CONFIG, MARK + config)
+        write_text_atomically(folder / CONFIG, HEADER + config)
     except OSError as error:
         raise UserError(
             f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder"
@@ -187,7 +191,7 @@ def write_config(folder: Path, config: str) -> None:
 def saved_precision(folder: Path) -> Literal["fp32", "bf16", "fp16"] | None:
     """Return the precision that a run which goes on from here began with; None where there is none."""
     try:
-        if not (folder / CONFIG).read_bytes().startswith(MARK.encode()) or not has_checkpoint(folder):
+        if not (folder / CONFIG).read_bytes().startswith(HEADER.encode()) or not has_checkpoint(folder):
             return None
         found = dict(_flat(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))).get(
             "train.precision"
@@ -197,7 +201,7 @@ def saved_precision(folder: Path) -> Literal["fp32", "bf16", "fp16"] | None:
     return found if found in ("fp32", "bf16", "fp16") else None
 
 
-def check_seen(folder: Path) -> None:
+def check_visible(folder: Path) -> None:
     """Raise a UserError where this process does not see the run folder that rank 0 has opened."""
     if not (folder / CONFIG).exists():
         raise UserError(
@@ -222,7 +226,7 @@ def _differences(earlier: Path, now: str) -> Iterator[str]:
             f"{earlier}: damaged ({' '.join(str(error).split())}). Restore the file, or --run.resume never, which "
             "moves the run aside"
         ) from None
-    for key in sorted((before.keys() | after.keys()) - _FREE):
+    for key in sorted((before.keys() | after.keys()) - _MAY_CHANGE):
         if key == "train.epochs" and _is_more(before.get(key), after.get(key)):
             continue
         if key == "regularization.early_stopping" and _is_more_patient(before.get(key), after.get(key)):

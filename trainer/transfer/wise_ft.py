@@ -147,7 +147,7 @@ class WiseFT:
         return figures["alpha"]
 
     def _asked(self) -> int:
-        return self.ctx.all_reduce_max([self.signals.asked or 0])[0]
+        return self.ctx.all_reduce_max([self.signals.received or 0])[0]
 
 
 def load_for_eval(folder: Path, ctx: DistributedContext, *, channels_last: bool) -> nn.Module:

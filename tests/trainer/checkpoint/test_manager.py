@@ -226,7 +226,7 @@ def test_a_signal_becomes_everyones_reason(number: signal.Signals, make: Make) -
     run = make(NEVER)
     with run.keeper as keeper:
         assert keeper.sync_flags(1) == NOTHING
-        run.signals.asked = number
+        run.signals.received = number
         assert keeper.sync_flags(2) == keeper.sync_flags(3) == StepDecision(save=False, stop=number.name)
 
 
@@ -572,7 +572,7 @@ def test_a_stop_at_the_end_of_an_epoch_saves_whatever_the_interval(make: Make) -
     run = make(NEVER)
     with run.keeper:
         run.epoch(1, 0.5)
-        run.signals.asked = signal.SIGTERM
+        run.signals.received = signal.SIGTERM
         assert run.epoch(2, 0.4) == "SIGTERM"
     assert run.checkpoints == [(4, 2)]
     assert run.model() == (1, 1)

@@ -271,7 +271,7 @@ def test_a_comparison_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
         nonlocal steps
         steps += 1
         if steps == 4 + 4 + 2:  # in the third of the four runs
-            signals.asked = signal.SIGTERM
+            signals.received = signal.SIGTERM
         step(self, epoch, epoch_step)
 
     monkeypatch.setattr(RunLogger, "step", asked)

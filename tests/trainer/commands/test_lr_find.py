@@ -135,7 +135,7 @@ def test_a_signal_ends_it_between_two_updates_and_nothing_is_written(
 
     def asked(step: int, _: object) -> None:
         if step == 3:
-            signals.asked = signal.SIGTERM
+            signals.received = signal.SIGTERM
 
     seen = watched(monkeypatch, asked)
     with pytest.raises(Stopped, match="SIGTERM"):

@@ -275,9 +275,9 @@ def test_an_image_that_vanishes_is_named_in_plain_words(
     tmp_path: Path, accelerator: Accelerator, workers: int
 ) -> None:
     root = image_folder(tmp_path, {"train": {"a": 3, "b": 3}, "val": {"a": 1, "b": 1}})
-    join_truncated = read_index(root, val_fraction=0, test_fraction=0.2, seed=0, extensions=(".png",)).train
-    images = ImageDataset(join_truncated, eval_transform(SMALL), seed=0)
-    gone = Path(join_truncated[4].path)
+    listed = read_index(root, val_fraction=0, test_fraction=0.2, seed=0, extensions=(".png",)).train
+    images = ImageDataset(listed, eval_transform(SMALL), seed=0)
+    gone = Path(listed[4].path)
     gone.rename(gone.with_name("a\nnew name"))
     with pytest.raises(UserError) as caught:
         batches(images, EvalBatchSampler(6, batch_size=2), accelerator, workers=workers)

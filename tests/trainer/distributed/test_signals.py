@@ -38,10 +38,10 @@ def test_these_are_the_signals_that_ask_a_run_to_stop() -> None:
 def test_while_training_a_signal_is_only_remembered(name: str) -> None:
     with StopSignals() as signals:
         with signals.deferred():
-            assert signals.asked is None
+            assert signals.received is None
             send(name)
-            assert signals.asked == getattr(signal, name)
-        assert signals.asked == getattr(signal, name), "and is not forgotten"
+            assert signals.received == getattr(signal, name)
+        assert signals.received == getattr(signal, name), "and is not forgotten"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +84,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     try:
         with StopSignals() as signals:
             send("SIGHUP")
-            assert signals.asked is None
+            assert signals.received is None
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -106,7 +106,7 @@ def test_a_second_ctrl_c_of_a_person_who_will_not_wait_interrupts(clock: SimpleN
         clock.now += 0.02
         with pytest.raises(KeyboardInterrupt):
             send("SIGINT")
-        assert signals.asked == signal.SIGINT
+        assert signals.received == signal.SIGINT
 
 
 @pytest.mark.parametrize("first", ["SIGTERM", "SIGUSR1"])
@@ -115,7 +115,7 @@ def test_other_signals_never_insist(first: str, clock: SimpleNamespace) -> None:
         for name in (first, first, "SIGTERM", "SIGHUP"):
             send(name)
             clock.now += 100
-        assert signals.asked == getattr(signal, first), "the first one is told"
+        assert signals.received == getattr(signal, first), "the first one is told"
 
 
 def test_a_second_signal_does_not_cut_short_what_the_first_began() -> None:
@@ -124,7 +124,7 @@ def test_a_second_signal_does_not_cut_short_what_the_first_began() -> None:
             send("SIGTERM")
         send("SIGTERM")
         send("SIGINT")
-        assert signals.asked == signal.SIGTERM
+        assert signals.received == signal.SIGTERM
 
 
 # --- processes of their own

@@ -189,14 +189,14 @@ def test_a_run_that_goes_on_is_never_overdue() -> None:
 
 
 def test_nothing_is_watched_if_not_asked_for(tmp_path: Path) -> None:
-    with Watchdog(None, Heartbeat(), folder=tmp_path, number=1, rank=0, world_size=1, attempt=None):
+    with Watchdog(None, Heartbeat(), folder=tmp_path, attempt=1, rank=0, world_size=1, lock=None):
         assert list(tmp_path.iterdir()) == []
 
 
 def test_stages_and_ranks_share_a_folder_that_is_gone_in_the_end(tmp_path: Path) -> None:
     def watch(rank: int) -> Watchdog:
         return Watchdog(
-            "auto", Heartbeat(), folder=tmp_path, number=12, rank=rank, world_size=2, attempt=None
+            "auto", Heartbeat(), folder=tmp_path, attempt=12, rank=rank, world_size=2, lock=None
         )
 
     with watch(0):
@@ -218,7 +218,7 @@ def test_what_killed_attempts_have_left_is_removed_but_for_stacks(tmp_path: Path
         ("notes.txt", "mine\n"),
     ):
         (tmp_path / HANGS / name).write_text(text)
-    with Watchdog("auto", Heartbeat(), folder=tmp_path, number=2, rank=0, world_size=2, attempt=None):
+    with Watchdog("auto", Heartbeat(), folder=tmp_path, attempt=2, rank=0, world_size=2, lock=None):
         pass
     left = sorted(path.name for path in (tmp_path / HANGS).iterdir())
     assert left == ["0001-rank-1.txt", "0003-rank-1.txt", "notes.txt"]
@@ -227,7 +227,7 @@ def test_what_killed_attempts_have_left_is_removed_but_for_stacks(tmp_path: Path
 def test_a_folder_that_cannot_be_written_to_is_an_error_before_training(tmp_path: Path) -> None:
     (tmp_path / HANGS).write_text("a file")
     with pytest.raises(UserError, match=r"0001-rank-0\.txt: cannot be written"):
-        Watchdog("auto", Heartbeat(), folder=tmp_path, number=1, rank=0, world_size=1, attempt=None)
+        Watchdog("auto", Heartbeat(), folder=tmp_path, attempt=1, rank=0, world_size=1, lock=None)
 
 
 @pytest.mark.parametrize("given", [0.0, -1.0, 1e7, float("inf"), float("nan")])

@@ -262,12 +262,12 @@ def test_a_damaged_finding_is_found_again(trained: Run) -> None:
 
 def test_a_stop_while_the_line_is_evaluated_leaves_it_to_the_next_start(trained: Run) -> None:
     before = {p.name: p.read_bytes() for p in trained.folder.iterdir() if p.is_file()}
-    trained.search.signals.asked = signal.SIGTERM
+    trained.search.signals.received = signal.SIGTERM
     with pytest.raises(Stopped, match="SIGTERM") as stopped:
         trained.settle(Judge(peak=0.6, end_at=5))
     assert "before the line of transfer.wise_ft was evaluated" in str(stopped.value.saved)
     assert {p.name: p.read_bytes() for p in trained.folder.iterdir() if p.is_file()} == before
-    trained.search.signals.asked = None
+    trained.search.signals.received = None
     assert trained.settle(Judge(peak=0.6)) == 0.6
 
 

@@ -1,0 +1,170 @@
+"""What `trainer` and `launch` both know: the run folder's layout, attempt records, exit codes, environment variables.
+
+It imports the standard library alone, so that the launcher starts at once.
+"""
+
+import ctypes
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DONE, FAILED, USER_ERROR = 0, 1, 2
+STOPPED = 75
+"""Exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, to be started again. Under torchrun it is 0."""
+INTERRUPTED = 130
+"""Exit code after a second Ctrl-C."""
+
+CONFIG, METRICS, MODEL, SPLIT, CURVES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "model.safetensors",
+    "split.csv",
+    "curves.png",
+)
+CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS = (
+    "checkpoints",
+    "attempts",
+    "environment",
+    "audit",
+    "hangs",
+    "logs",
+)
+STOP = "STOP"
+"""File that a person creates in the run folder to stop the run."""
+JOB_ID = "job-id"
+"""File with the id of the Slurm job that `regraft submit` queued last."""
+PRETRAIN, BASELINE = "pretrain", "baseline"
+"""Folders of a run's other phases, below its own."""
+DEFAULT_RUN_DIR = "runs/default"
+
+STOP_FILE = "the file STOP"
+"""Reason of a stop that a person asked for by the file STOP."""
+HANG_WAITING = "waiting for the other ranks"
+"""Part of the message of a hang on a rank that only waited for others."""
+LOG_FOLDER = "REGRAFT_LOGS"
+"""Environment variable: the folder that the launcher writes this start's logs to."""
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Environment variable of torchrun: the file that a failing process describes its error in."""
+
+AttemptState = Literal["running", "stopped", "done", "failed"]
+ATTEMPT_STATES = ("running", "stopped", "done", "failed")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptRecord:
+    """What one start of the trainer records about itself in `attempts/NNNN.json`."""
+
+    attempt: int
+    """Number of the start, from 1."""
+    state: AttemptState
+    """stopped: on request, with the state saved; done: after the last epoch; failed: by an error."""
+    reason: str | None = None
+    """The signal, or `the file STOP`, of a stop; the error of a failure."""
+    stage: str = ""
+    """The phase in progress: `pretrain`, `baseline`, or empty for the fine-tuning itself."""
+    step: int = 0
+    """Updates of the phase up to its last checkpoint."""
+    steps: int = 0
+    """Updates of the whole phase."""
+    epoch: int = 0
+    """Whole epochs of the phase up to its last checkpoint."""
+    epochs: int = 0
+    """Epochs of the whole phase."""
+    began: str
+    """Time of the start, UTC."""
+    ended: str | None = None
+    """Time of the end, UTC."""
+    host: str
+    pid: int
+    """Process id of rank 0."""
+    started: int
+    """Start of that process, in clock ticks since the host's boot. It tells apart processes with the same pid."""
+    launcher: str | None = None
+    """Identity of the torchrun that started the process; None without one."""
+    pid_namespace: str
+    """The host's boot id and the process's pid namespace: pids can be compared within one namespace only."""
+    lease_id: str
+    """Random id, different for every attempt."""
+
+    def to_json(self) -> str:
+        """Return the text of the attempt's file."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+def attempt_path(run: Path, number: int) -> Path:
+    """Return the path of an attempt's record."""
+    return run / ATTEMPTS / f"{number:04}.json"
+
+
+def read_attempt(path: Path) -> AttemptRecord | None:
+    """Return the record in a file, or None if the file is missing, damaged or half written."""
+    try:
+        record = AttemptRecord(**json.loads(path.read_text(encoding="ascii")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    counts = (record.attempt, record.step, record.steps, record.epoch, record.epochs, record.pid, record.started)
+    texts = (record.began, record.host, record.pid_namespace, record.lease_id, record.stage)
+    is_valid = (
+        all(type(count) is int and count >= 0 for count in counts)
+        and all(isinstance(text, str) for text in texts)
+        and record.state in ATTEMPT_STATES
+        and isinstance(record.launcher, str | None)
+    )
+    return record if is_valid else None
+
+
+def read_attempts(run: Path) -> list[AttemptRecord]:
+    """Return the records of a run's attempts, in order, as far as they can be read."""
+    records = map(read_attempt, sorted((run / ATTEMPTS).glob("*.json")))
+    return [record for record in records if record is not None]
+
+
+def latest_attempt_number(run: Path) -> int:
+    """Return the highest number of a run's attempts; 0 before the first."""
+    try:
+        names = [path.stem for path in (run / ATTEMPTS).iterdir() if path.suffix == ".json"]
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    return max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
+
+
+def latest_attempt(run: Path) -> AttemptRecord | None:
+    """Return the record of a run's last attempt; None if there was none or its record cannot be read."""
+    number = latest_attempt_number(run)
+    return read_attempt(attempt_path(run, number)) if number else None
+
+
+def last_heartbeat(run: Path, number: int) -> float | None:
+    """Return when an attempt last showed that it is alive, in seconds since 1970 by the file system's clock."""
+    try:
+        return attempt_path(run, number).stat().st_mtime
+    except OSError:
+        return None
+
+
+def available_cores() -> int:
+    """Return how many CPU cores this process may use: its affinity, or its container's quota if that is less."""
+    cores = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, _, period = quota.read_text(encoding="ascii").strip().partition(" ")
+        if limit.isdigit() and period.isdigit():
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores
+
+
+def signal_on_parent_death(number: int) -> None:
+    """Ask the kernel to send this process a signal when its parent ends, even by SIGKILL.
+
+    Raises:
+        OSError: the kernel refused.
+
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")

@@ -1,0 +1,175 @@
+"""From a parsed config to a `ResolvedConfig`: absolute paths, and the preprocessing that the weights ask for."""
+
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from regraft.contract import BASELINE, PRETRAIN
+from trainer.config.schema import BaselineConfig, Config, DataConfig, PretrainConfig, TransferConfig
+from trainer.data.augment import Preprocessing
+from trainer.data.registry import cache_folder, is_known
+from trainer.errors import UserError
+from trainer.model.build import preset
+from trainer.model.file import read_metadata
+
+_ConfigT = TypeVar("_ConfigT", bound=Config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedDataConfig(DataConfig):
+    """The section `data` with every value chosen."""
+
+    root: str
+    image_size: int
+    resize_size: int
+    resize: Literal["squash", "shorter"]
+    interpolation: Literal["bilinear", "bicubic"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    cache: str
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Return how an image becomes the model's input."""
+        return Preprocessing(
+            image_size=self.image_size,
+            resize_size=self.resize_size,
+            resize=self.resize,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(Config):
+    """A config with every value chosen that does not depend on the device."""
+
+    data: ResolvedDataConfig
+
+
+def resolve(config: Config) -> ResolvedConfig:
+    """Return the config with absolute paths and the preprocessing of its weights.
+
+    Raises:
+        UserError: an unknown model or weights name, or a model file of another architecture.
+
+    """
+    data = config.data
+    if data.root is None or not data.root.strip():
+        raise UserError("data.root is not set: give the folder of your images, a CSV, or a known name")
+    weights = config.model.weights
+    if weights is not None and Path(path := _absolute("model.weights", weights)).is_file():
+        weights = path
+    labels = config.model.source_labels
+    if labels != "auto":
+        labels = _absolute("model.source_labels", labels)
+    model = replace(config.model, weights=weights, source_labels=labels)
+    preprocessing = _preprocessing(model.name, weights)
+    size = data.image_size or preprocessing.image_size
+    in_proportion = round(preprocessing.resize_size * size / preprocessing.image_size)
+    if data.resize_size is not None and data.resize_size < size:
+        raise UserError(
+            f"data.resize_size is {data.resize_size}, data.image_size {size}: the central crop cannot be larger than "
+            "the image it is cut from"
+        )
+    pretrain = config.pretrain
+    if pretrain.root and not is_known(pretrain.root):
+        pretrain = replace(pretrain, root=_absolute("pretrain.root", pretrain.root))
+    sections: dict[str, Any] = _fields(config) | {
+        "run": replace(config.run, dir=_absolute("run.dir", config.run.dir)),
+        "model": model,
+        "pretrain": pretrain,
+        "data": ResolvedDataConfig(
+            **_fields(data)
+            | {
+                "root": data.root if is_known(data.root) else _absolute("data.root", data.root),
+                "image_size": size,
+                "resize_size": data.resize_size or in_proportion,
+                "resize": data.resize or preprocessing.resize,
+                "interpolation": data.interpolation or preprocessing.interpolation,
+                "mean": data.mean or preprocessing.mean,
+                "std": data.std or preprocessing.std,
+                "cache": str(cache_folder(data.cache)),
+            }
+        ),
+    }
+    return ResolvedConfig(**sections)
+
+
+def _fields(section: Any) -> dict[str, Any]:
+    return {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+
+
+def _absolute(key: str, path: str) -> str:
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError:  # a misspelled ~user, or a container's user without a name
+        raise UserError(
+            f"{key} is {path}, and there is no such home folder here: give the whole path"
+        ) from None
+
+
+def _preprocessing(name: str, weights: str | None) -> Preprocessing:
+    default = preset(name, weights)
+    if weights and weights.endswith(".safetensors") and Path(weights).is_file():
+        metadata = read_metadata(weights)
+        if metadata is not None:
+            if metadata.architecture != name:
+                raise UserError(
+                    f"model.weights {weights} is a {metadata.architecture}, but model.name is {name}: set model.name to "
+                    "what the file holds"
+                )
+            return metadata.preprocessing
+    return Preprocessing(resize="squash", **dataclasses.asdict(default))
+
+
+def pretrain_config(config: ResolvedConfig) -> ResolvedConfig:
+    """Return the config of the pretraining phase: from scratch, one learning rate, in `pretrain/`."""
+    assert config.pretrain.root is not None  # for mypy: the phase runs only if it is set
+    return replace(
+        _from_scratch(config, PRETRAIN, lr=config.pretrain.lr),
+        data=replace(config.data, root=config.pretrain.root, val_fraction=0.0),
+        regularization=replace(config.regularization, early_stopping=None),  # there is no split to select on
+        train=replace(config.train, epochs=config.pretrain.epochs),
+    )
+
+
+def baseline_config(config: ResolvedConfig) -> ResolvedConfig:
+    """Return the config of the baseline phase: the same network, data and budget, from scratch, in `baseline/`."""
+    assert config.baseline.lr is not None  # for mypy: the phase runs only if it is set
+    return _from_scratch(config, BASELINE, lr=config.baseline.lr)
+
+
+def with_pretrained(config: _ConfigT, file: Path) -> _ConfigT:
+    """Return the config with a model file as its weights, instead of a pretraining phase."""
+    return replace(
+        config,
+        model=replace(config.model, weights=str(file)),
+        pretrain=replace(config.pretrain, root=None),
+    )
+
+
+def without_weights(config: ResolvedConfig) -> ResolvedConfig:
+    """Return the config of a model of the same design with random weights: nothing has to be downloaded for it."""
+    return replace(
+        config,
+        model=replace(config.model, weights=None, head_init="xavier"),
+        transfer=replace(config.transfer, l2_sp=0.0, wise_ft=False),
+        baseline=BaselineConfig(),
+    )
+
+
+def _from_scratch(config: ResolvedConfig, name: str, *, lr: float) -> ResolvedConfig:
+    return replace(
+        config,
+        run=replace(config.run, dir=str(Path(config.run.dir) / name)),
+        model=replace(config.model, weights=None, head_init="xavier"),
+        transfer=TransferConfig(
+            batch_norm="sync" if config.transfer.batch_norm == "sync" else TransferConfig.batch_norm
+        ),
+        optim=replace(config.optim, lr=lr, head_lr_scale=1.0, layer_decay=1.0, lr_mult={}),
+        pretrain=PretrainConfig(),
+        baseline=BaselineConfig(),
+    )

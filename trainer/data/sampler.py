@@ -1,0 +1,104 @@
+"""The order of the examples: which examples make which update, and which of them a rank gets.
+
+The order is a pure function of (seed, epoch). Step s of an epoch updates on `order[s * B : (s + 1) * B]`, for any
+number of processes: rank r of w takes every w-th of those. Nothing is padded or repeated (except by balanced
+sampling, whose epochs have the same length), so local batches may differ in size, and may be empty in the last step
+of an epoch.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainer.data.balance import balanced, repeated
+from trainer.data.dataset import SampleKey
+from trainer.seeds import derive_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochOrder:
+    """The order of the training examples in each epoch, split into global batches."""
+
+    examples: int
+    """Number of training examples."""
+    batch_size: int
+    """Size of the global batch."""
+    seed: int
+    """The run's seed."""
+    labels: tuple[int, ...] | None = field(default=None, repr=False)
+    """Labels of the examples for balanced sampling; None: each epoch has each example once."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of updates of an epoch; the last batch may be smaller."""
+        return -(-self.examples // self.batch_size)
+
+    def permutation(self, epoch: int) -> Tensor:
+        """Return the order of an epoch (from 0), int64 [examples]; balanced sampling repeats some examples."""
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
+        if self.labels is not None:
+            return balanced(torch.tensor(self.labels), generator)
+        return torch.randperm(self.examples, generator=generator)
+
+    def batch(self, epoch: int, step: int) -> list[int]:
+        """Return the examples of a global batch; epoch and step of the epoch are counted from 0."""
+        return self.permutation(epoch)[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+
+    def digest(self, epoch: int) -> str:
+        """Return the SHA-256 of an epoch's order: another digest is another order."""
+        return hashlib.sha256(self.permutation(epoch).numpy().tobytes()).hexdigest()
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Return the number of examples of each global batch of an epoch."""
+        starts = range(0, self.examples, self.batch_size)
+        return tuple(min(self.batch_size, self.examples - start) for start in starts)
+
+
+class DistributedBatchSampler:
+    """One rank's local batches, from update `start_step` of the run to its end.
+
+    It goes through the epochs without a pause, so that workers decode ahead while the model is evaluated.
+    """
+
+    batch_size = 1  # accelerate reads it; the real sizes are those of the lists
+
+    def __init__(
+        self, order: EpochOrder, *, epochs: int, start_step: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.order, self.epochs, self.start_step = order, epochs, start_step
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return self.order.steps_per_epoch * self.epochs - self.start_step
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        steps, size = self.order.steps_per_epoch, self.order.batch_size
+        first_epoch, first_step = divmod(self.start_step, steps)
+        for epoch in range(first_epoch, self.epochs):
+            permutation = self.order.permutation(epoch)
+            repeats = None if self.order.labels is None else repeated(permutation)
+            for step in range(first_step if epoch == first_epoch else 0, steps):
+                local = slice(step * size + self.rank, (step + 1) * size, self.world_size)
+                examples = permutation[local].tolist()
+                times = [0] * len(examples) if repeats is None else repeats[local].tolist()
+                yield [SampleKey(epoch, *sample) for sample in zip(examples, times, strict=True)]
+
+
+class EvalBatchSampler:
+    """One rank's batches for evaluation: every world_size-th example, each once."""
+
+    def __init__(self, examples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.local = range(rank, examples, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.local) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for start in range(0, len(self.local), self.batch_size):
+            yield [SampleKey(0, example) for example in self.local[start : start + self.batch_size]]

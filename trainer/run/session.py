@@ -1,0 +1,204 @@
+"""An open run folder: its lock, the requests to stop, and the watchdog, for one start of the trainer."""
+
+import signal
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, Self
+
+from rich.console import Console
+
+from trainer.distributed.context import DistributedContext
+from trainer.distributed.signals import Stopped, StopSignals
+from trainer.distributed.watchdog import Heartbeat, Watchdog
+from trainer.errors import UserError
+from trainer.run.folder import STOP, archive_run, check_resumable, holds_run, write_config
+from trainer.run.lock import AttemptRecord, RunLock, is_torchrun_restart, latest_attempt, wait_until_released
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRun:
+    """A run folder that this start of the trainer has opened, on every process."""
+
+    ctx: DistributedContext
+    console: Console
+    """Rank 0's prints; the others' are quiet."""
+    signals: StopSignals
+    root: Path
+    """The run folder: it holds `attempts/`, `environment/` and the file STOP."""
+    folder: Path
+    """Folder of the phase in progress: the run folder, or one below it (`pretrain/`, `baseline/`)."""
+    lock: RunLock | None
+    """Rank 0's right to write into the run folder; None on the other ranks."""
+    attempt: int
+    """Number of this start among the run's attempts, from 1; the same on every rank."""
+    hang_timeout: float | Literal["auto"] | None
+
+    @property
+    def is_writer(self) -> bool:
+        """Return whether this process writes into the run folder."""
+        return self.lock is not None
+
+    def check_lock(self) -> None:
+        """Raise a UserError if another attempt has taken over the run; do nothing on ranks that do not write."""
+        if self.lock is not None:
+            self.lock.check()
+
+    def start_phase(self, name: str, *, epochs: int) -> Self:
+        """Return the run at the start of a phase. Every process must call it.
+
+        Args:
+            name: the phase's folder below the run folder; empty for the fine-tuning itself.
+            epochs: of the phase.
+
+        Raises:
+            Stopped: a signal came while the phase before ended.
+
+        """
+        self.raise_if_signaled()
+
+        def record() -> None:
+            if self.lock is not None:
+                self.lock.update(stage=name, step=0, steps=0, epoch=0, epochs=epochs)
+
+        self.ctx.main_process_first(record)
+        return replace(self, folder=self.root / name)
+
+    def signal_received(self) -> int:
+        """Return the number of a stop signal that some process received, or 0. Every process must call it."""
+        return self.ctx.all_reduce_max([self.signals.received or 0])[0]
+
+    def raise_if_signaled(self, saved: str | None = None) -> None:
+        """Raise Stopped on every process if one of them received a stop signal. Every process must call it.
+
+        `saved` says what the run folder holds.
+        """
+        if number := self.signal_received():
+            raise Stopped(signal.Signals(number).name, saved=saved)
+
+    def watchdog(self, heartbeat: Heartbeat) -> Watchdog:
+        """Return the watchdog of this process. Every process must call it.
+
+        Raises:
+            UserError: one of them cannot write its file of stacks.
+
+        """
+        return self.ctx.main_process_first(
+            lambda: Watchdog(
+                self.hang_timeout,
+                heartbeat,
+                folder=self.folder,
+                lock=self.attempt,
+                rank=self.ctx.rank,
+                world_size=self.ctx.world_size,
+                lock=self.lock,
+            )
+        )
+
+    def end(self, state: Literal["done", "stopped", "failed"], reason: str | None = None) -> None:
+        """Record how this start ended."""
+        if self.lock is not None:
+            self.lock.end(state, reason)
+
+    def end_with_error(self, error: BaseException) -> None:
+        """Record the error, or the stop, that ended this start; a failure to do so does not hide it."""
+        if self.lock is not None:
+            _record_error(self.lock, error)
+
+
+def open_run(
+    folder: Path,
+    config: str,
+    *,
+    resume: Literal["auto", "never", "must"],
+    ctx: DistributedContext,
+    console: Console,
+    signals: StopSignals,
+    hang_timeout: float | Literal["auto"] | None,
+) -> OpenRun:
+    """Open the run folder for this start: compare the config, take the lock, and write the config of a new run.
+
+    Every process must call it. The checkpoint is looked for once the data are known, by `load_latest_checkpoint`.
+
+    Args:
+        folder: the run folder; created if it does not exist.
+        config: the resolved config as YAML.
+        resume: the option `run.resume`.
+        ctx: the processes.
+        console: prints what was found.
+        signals: requests to stop.
+        hang_timeout: the option `run.hang_timeout`.
+
+    Raises:
+        UserError: the folder holds another run, another process works on it, or it cannot be written.
+
+    """
+    lock = ctx.main_process_first(
+        lambda: _lock(folder, config, resume, console, signals) if ctx.is_main_process else None
+    )
+    return OpenRun(
+        ctx=ctx,
+        console=console,
+        signals=signals,
+        root=folder,
+        folder=folder,
+        lock=lock,
+        attempt=ctx.broadcast(lock.record.attempt if lock is not None else 0),
+        hang_timeout=hang_timeout,
+    )
+
+
+def _lock(
+    folder: Path,
+    config: str,
+    resume: Literal["auto", "never", "must"],
+    console: Console,
+    signals: StopSignals,
+) -> RunLock:
+    # torchrun restarts its processes with their first command line.
+    if resume == "never" and is_torchrun_restart(folder):
+        resume = "auto"
+    note = check_resumable(folder, config, resume=resume)
+    _, previous = latest_attempt(folder)
+    released = wait_until_released(folder, log=console.print)
+    with signals.deferred():  # a signal here would leave an attempt without a record of how it ended
+        lock = RunLock.acquire(folder, log=console.print, released=released)
+        try:
+            if resume == "never" and holds_run(folder):
+                lock.end("stopped", "archived")
+                note = archive_run(folder)
+                lock, previous = RunLock.acquire(folder, log=console.print), None
+            if note is not None:
+                console.print(note)
+            _remove_old_stop_file(folder, previous, console)
+            if not holds_run(folder):
+                write_config(folder, config)  # the other ranks look for it
+        except BaseException as error:
+            _record_error(lock, error)
+            raise
+    return lock
+
+
+def _remove_old_stop_file(folder: Path, previous: AttemptRecord | None, console: Console) -> None:
+    """Remove a STOP file left from an earlier start. One made after that start was killed still counts."""
+    path = folder / STOP
+    try:
+        made = path.lstat().st_mtime
+        if previous is not None and previous.state in ("running", "failed"):
+            began = datetime.fromisoformat(previous.began).timestamp()
+            if made > began:
+                return
+        path.unlink()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: asks the run to stop, and cannot be removed ({error}): remove it") from None
+    console.print(f"{path}: from before this start, removed")
+
+
+def _record_error(lock: RunLock, error: BaseException) -> None:
+    state: Literal["stopped", "failed"] = "stopped" if isinstance(error, Stopped) else "failed"
+    try:
+        lock.end(state, str(error) or type(error).__name__)
+    except UserError as record_error:
+        error.add_note(f"(nor could the end be recorded in {lock.folder}: {record_error})")
