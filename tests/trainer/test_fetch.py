@@ -26,7 +26,7 @@ def test_a_data_set_known_by_name_is_there_afterwards(
         drawn.append(task)
         image_folder(folder, {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}}, seed=seed)
 
-    monkeypatch.setattr("trainer.data.known.synthetic.draw", draw)
+    monkeypatch.setattr("trainer.data.known.synthetic.generate", draw)
     words = ["--source.root=synthetic-source", "--data.root=synthetic-target", "--model.weights=null"]
     assert fetch.main([*words, f"--data.cache={tmp_path / 'cache'}"]) == 0
     assert drawn == ["target", "source"]

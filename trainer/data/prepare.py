@@ -9,7 +9,7 @@ from functools import cached_property
 
 from trainer.config import DataConfig
 from trainer.data.index import ImageIndex, drop, read_index
-from trainer.data.known import cache_folder, locate
+from trainer.data.known import cache_folder, resolve_root
 from trainer.data.names import printable
 from trainer.data.verdicts import check_images, unreadable_error
 
@@ -68,7 +68,7 @@ def prepare(data: DataConfig, *, workers: int, displays: Displays = NOWHERE, che
     assert data.root is not None  # for mypy: main has checked it
     cache = cache_folder(data.cache)
     with displays.downloading(data.root) as on_progress:
-        folder = locate(data.root, cache=cache, seed=data.seed, on_progress=on_progress)
+        folder = resolve_root(data.root, cache=cache, seed=data.seed, on_progress=on_progress)
     index = read_index(
         folder,
         val_fraction=data.val_fraction,

@@ -175,12 +175,14 @@ def test_progress_is_shown_while_a_known_data_set_is_downloaded(
         yield lambda done, total: events.append((done, total))
         events.append("closed")
 
-    def fetch(dataset: object, cache: Path, *, on_progress: Callable[[int, int | None], None]) -> Path:
+    def fetch_dataset(
+        dataset: object, cache: Path, *, on_progress: Callable[[int, int | None], None]
+    ) -> Path:
         on_progress(1, 2)
         return small(tmp_path)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(known, "fetch", fetch)
+    monkeypatch.setattr(known, "fetch_dataset", fetch_dataset)
     prepare(config(Path("hotdog")), workers=1, displays=Displays(downloading=show))
     assert events == ["hotdog", (1, 2), "closed"]
 
