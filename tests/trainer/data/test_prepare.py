@@ -75,7 +75,7 @@ def dirty(root: Path) -> tuple[dict[str, Image.Image], dict[str, str]]:
         f"{exact}/truncated.jpg": (whole[: len(whole) // 2], "truncated"),
         "val/not a cat/empty.jpg": (b"", "an empty file (0 bytes)"),
         f"{exact}/text.jpg": (b"<html>404</html>", "text"),
-        f"{exact}/{os.fsdecode(bytes([0xFF]))}.jpg": (b"\0" * 99, "not a picture"),
+        f"{exact}/{os.fsdecode(bytes([0xFF]))}.jpg": (b"\0" * 99, "not an image"),
     }
     for name, (content, _) in bad.items():
         (root / name).write_bytes(content)

@@ -72,7 +72,7 @@ def test_a_second_start_decodes_nothing_again(
 ) -> None:
     paths = images(tmp_path / "data", 40, bad=3)
     found = check(paths, cache, workers=workers)
-    assert found == dict.fromkeys(paths[40:], "a text, not a picture")
+    assert found == dict.fromkeys(paths[40:], "a text file, not an image")
     assert len(decoder.taken()) == 43
     assert check(paths, cache, workers=workers) == found
     assert decoder.taken() == []
@@ -112,7 +112,7 @@ def test_names_of_any_kind(tmp_path: Path, cache: Path, decoder: Decoder) -> Non
     paths = [*images(folder, 1), *images(folder / "猫", 1, bad=1)]
     found = check(paths, cache)
     decoder.taken()
-    assert check(paths, cache) == found == {paths[2]: "a text, not a picture"}
+    assert check(paths, cache) == found == {paths[2]: "a text file, not an image"}
     assert decoder.taken() == []
 
 
@@ -121,7 +121,7 @@ def test_what_may_pass_is_looked_at_again(tmp_path: Path, cache: Path, decoder: 
     gone = str(tmp_path / "data" / "gone.png")
     (tmp_path / "data" / "gone.png").symlink_to(tmp_path / "target.png")
     for _ in range(2):
-        assert check([*paths, gone], cache) == {gone: "a link to nothing"}
+        assert check([*paths, gone], cache) == {gone: "a broken symbolic link"}
     assert decoder.taken() == ["000.png", "gone.png", "gone.png"]
     picture(0).save(tmp_path / "target.png")
     assert check([*paths, gone], cache) == {}
