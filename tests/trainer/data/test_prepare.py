@@ -109,7 +109,7 @@ def test_of_a_dirty_folder_each_image_is_read_rightly_or_named(tmp_path: Path) -
         assert np.abs(found - expected).mean() <= (3 if lossy else 0), name
     assert any(note.startswith("4 of ") and note.count("\n") == 4 for note in prepared.notes)
     assert any("1 .gif, 1 .txt" in note for note in prepared.notes)
-    assert any("hidden files and folders passed over: 3" in note for note in prepared.notes)
+    assert any("hidden files and folders ignored: 3" in note for note in prepared.notes)
     assert "\n".join(prepared.notes).encode("utf-8")
 
 
