@@ -117,7 +117,7 @@ def read_index(
     )
 
 
-def drop(index: ImageIndex, unreadable: Mapping[str, str]) -> ImageIndex:
+def without_images(index: ImageIndex, unreadable: Mapping[str, str]) -> ImageIndex:
     """Return the index without the unreadable images (path -> reason).
 
     Raises:

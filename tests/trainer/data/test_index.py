@@ -8,7 +8,7 @@ from torchvision.datasets import ImageFolder
 
 from trainer.config import DataConfig
 from trainer.data import scan
-from trainer.data.index import Example, ImageIndex, drop, read_index, write_split
+from trainer.data.index import Example, ImageIndex, read_index, without_images, write_split
 from trainer.errors import UserError
 
 EXTENSIONS = DataConfig().extensions
@@ -397,7 +397,7 @@ def test_class_too_small_for_the_split_is_noted(tmp_path: Path) -> None:
     assert has_note(index, "1 of 3 classes have no image to report on in a split of 20 %: one")
 
 
-# drop
+# without_images
 
 
 def make_index(tmp_path: Path) -> ImageIndex:
@@ -409,7 +409,7 @@ def make_index(tmp_path: Path) -> ImageIndex:
 def test_unreadable_images_are_dropped_from_every_split(tmp_path: Path) -> None:
     index = make_index(tmp_path)
     unreadable = {index.train[0].path: "truncated", index.val[1].path: "empty", index.test[0].path: "empty"}
-    remaining = drop(index, unreadable)
+    remaining = without_images(index, unreadable)
     assert (remaining.train, remaining.val, remaining.test) == (
         index.train[1:],
         index.val[:1],
@@ -418,7 +418,7 @@ def test_unreadable_images_are_dropped_from_every_split(tmp_path: Path) -> None:
     assert remaining.classes == index.classes
     assert has_note(remaining, "classes have no image to report on", ": a")
     assert has_note(remaining, "classes have no image to select", ": b")
-    assert drop(index, {}) == index
+    assert without_images(index, {}) == index
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_dropping_all_images_of_a_class_or_split_is_refused(
     index = make_index(tmp_path)
     examples = getattr(index, split)
     with pytest.raises(UserError, match=message):
-        drop(index, {examples[position].path: "empty" for position in positions})
+        without_images(index, {examples[position].path: "empty" for position in positions})
 
 
 # write_split

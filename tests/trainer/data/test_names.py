@@ -3,7 +3,7 @@ import os
 from trainer.data.names import listed, printable
 
 
-def test_what_a_terminal_takes_is_left_as_it_is() -> None:
+def test_printable_text_is_unchanged() -> None:
     for name in ("a b.jpg", "猫/照片.jpg", "café"):
         assert printable(name) == name
 
@@ -14,7 +14,7 @@ def test_bytes_line_ends_and_control_characters_are_escaped() -> None:
     printable(os.fsdecode(bytes(range(1, 256)))).encode("utf-8")
 
 
-def test_a_long_list_is_cut_and_counted() -> None:
+def test_long_list_is_truncated_and_counted() -> None:
     assert listed(["a", "b"]) == "a, b"
     assert listed((str(i) for i in range(12)), limit=3) == "0, 1, 2 and 9 more"
     assert listed([]) == ""
