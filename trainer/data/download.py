@@ -95,7 +95,7 @@ def extract_zip(archive: Path, folder: Path) -> None:
         with zipfile.ZipFile(archive) as opened:
             reason = _find_unsafe(opened.infolist())
             if reason:
-                raise UserError(f"{archive} is not extracted: {printable(reason)}")
+                raise UserError(f"{archive} is not extracted: {reason}")
             opened.extractall(folder)  # never writes more than the sizes checked above
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise UserError(f"{archive} cannot be extracted: {printable(str(error))}") from error
@@ -121,7 +121,7 @@ def _find_unsafe(entries: list[zipfile.ZipInfo]) -> str | None:
 def _download_and_extract(
     dataset: RemoteDataset, cache: Path, extracted: Path, on_progress: OnProgress
 ) -> None:
-    """Make the folder `extracted`; work in a temporary folder, so that it is complete or absent."""
+    """Create the folder `extracted`; work in a temporary folder, so that it is complete or absent."""
     archive = cache / f"{dataset.name}.zip"
     partial = cache / f".{dataset.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed process
