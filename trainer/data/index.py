@@ -183,8 +183,8 @@ def _check_classes(listing: Listing, classes: tuple[str, ...], where: str) -> No
     """Raise a UserError for too few training classes or for other classes in the evaluation splits."""
     if len(classes) < 2:
         raise UserError(
-            f"{where}: a single class, {listed(classes)}, in {listing.sources['train']}; expected at least two, "
-            "each with training images"
+            f"{where}: a single class, {listed(classes)}, in {listing.sources['train']}; "
+            "expected at least two, each with training images"
         )
     for split in ("val", "test"):
         extra = sorted(set(listing.splits.get(split, ())) - set(classes))
@@ -192,9 +192,9 @@ def _check_classes(listing: Listing, classes: tuple[str, ...], where: str) -> No
             normalized = {unicodedata.normalize("NFC", name) for name in classes}
             differs_in_encoding = any(unicodedata.normalize("NFC", name) in normalized for name in extra)
             raise UserError(
-                f"{where}: {listing.sources[split]} has classes that are not training classes: {listed(extra)}. "
-                f"The training classes are {listed(classes, limit=20)}. Use the same names, add training images, or "
-                "remove the classes"
+                f"{where}: {listing.sources[split]} has classes that are not training classes: "
+                f"{listed(extra)}. The training classes are {listed(classes, limit=20)}. "
+                "Use the same names, add training images, or remove the classes"
                 + (
                     ". Some names differ only in the Unicode encoding of accents (NFC or NFD)"
                     if differs_in_encoding

@@ -116,8 +116,8 @@ def _read_classes(folder: str, entries: DirEntries, scan: Scan, *, training: boo
     if training and empty:
         shown = "".join(empty[:10]) + (f"\n  and {len(empty) - 10} more" if len(empty) > 10 else "")
         raise UserError(
-            f"{printable(folder)}: {len(empty)} of {len(entries.folders)} class folders hold no image:{shown}\n"
-            f"data.extensions is {' '.join(scan.extensions)}: add an extension there, fill the folders, or "
+            f"{printable(folder)}: {len(empty)} of {len(entries.folders)} class folders hold no image:"
+            f"{shown}\ndata.extensions is {' '.join(scan.extensions)}: add an extension there, fill the folders, or "
             "remove them"
         )
     return images
@@ -139,8 +139,8 @@ def _check_class_folders(root: str, top: DirEntries, scan: Scan) -> None:
         or sum(_has_only_folders(os.path.join(root, name), scan) for name in likely_splits) > 1
     ):
         raise UserError(
-            f"{where}: {listed(f'{name}/' for name in likely_splits)} look like splits of a dataset rather than "
-            f"classes, but there is no train/ with class folders. {_EXPECTED}"
+            f"{where}: {listed(f'{name}/' for name in likely_splits)} look like splits of a dataset "
+            f"rather than classes, but there is no train/ with class folders. {_EXPECTED}"
         )
     if len(top.folders) == 1:
         inner = _find_inner_dataset(os.path.join(root, top.folders[0]), scan)
