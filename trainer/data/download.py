@@ -1,153 +1,203 @@
-"""Data sets known by name: downloaded once, resumed, held to their SHA-1, unpacked, and kept in the cache.
+"""Download a dataset once, verify its SHA-1 and keep it extracted in the cache.
 
-For a data set `hotdog` the cache folder holds
+For the dataset `hotdog` the cache folder holds
 
-    hotdog.zip          the archive, once its SHA-1 is right; kept. One put there by hand is taken as well
-    hotdog.zip.part     what has come of it, and of which version: transfer.py
-    hotdog-fba480ff/    the archive unpacked, whole or absent
-    .hotdog.lock        held by the one process that downloads and unpacks; its death frees it
+    hotdog.zip          the verified archive; it may also be placed there by hand
+    hotdog-fba480ff/    the extracted archive, complete or absent
+    .hotdog.partial/    an unfinished download or extraction; the next start removes it
+    .hotdog.lock        locked by the process that downloads and extracts
 """
 
 import errno
 import fcntl
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from rich.filesize import decimal
+import pooch
 
-from trainer.data.transfer import OnProgress, RemoteFile, TransferFailed, sha1_of, transfer
-from trainer.data.unpack import is_whole, unpack_whole
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
 
 TIMEOUT = 30.0
-"""Seconds to wait for a connection, and for each piece of the answer."""
-PAUSE = 1.0
-"""Seconds before the second try; doubled for each one after it."""
+"""Seconds to wait for the connection and for each chunk of data."""
+RETRIES = 2
+"""Number of further attempts after a failed download."""
+MAX_ENTRIES = 100_000
+"""Largest number of entries in an archive that is extracted."""
+MAX_EXTRACTED_BYTES = 4 * 2**30
+"""Largest total size of the extracted files."""
+
+OnProgress = Callable[[int, int | None], None]
+"""Called with (bytes downloaded, total bytes or None)."""
 
 
 @dataclass(frozen=True)
-class KnownDataset:
+class RemoteDataset:
     """A zip archive of images on the web."""
 
     name: str
     url: str
     sha1: str
-    size: int | None
-    """Of the archive [bytes]; None: whatever the server announces."""
+    """SHA-1 of the archive in hexadecimal."""
     folder: str
-    """The folder in the archive that is the data set."""
+    """Folder in the archive that holds the dataset."""
 
 
-KNOWN: dict[str, KnownDataset] = {
-    dataset.name: dataset
-    for dataset in (
-        KnownDataset(
-            name="hotdog",
-            url="http://d2l-data.s3-accelerate.amazonaws.com/hotdog.zip",
-            sha1="fba480ffa8aa7e0febbb511d181409f899b9baa5",
-            size=None,
-            folder="hotdog",
-        ),
-    )
-}
+def fetch_dataset(dataset: RemoteDataset, cache: Path, *, on_progress: OnProgress | None = None) -> Path:
+    """Return the folder of a dataset; download and extract it first if the cache does not hold it.
 
-
-def fetch(
-    dataset: KnownDataset,
-    cache: Path,
-    *,
-    on_progress: OnProgress | None = None,
-    timeout: float = TIMEOUT,
-    pause: float = PAUSE,
-) -> Path:
-    """Return the folder of a data set: from the cache, else from the archive in it, else downloaded.
-
-    Of several processes that share a cache one works, and the others wait for it. Whatever ends a download,
-    the next call goes on from the bytes that have come.
-
-    Args:
-        dataset: what to fetch.
-        cache: the folder of everything that is fetched; made if need be.
-        on_progress: hears of a download, this process's or the one it waits for; not called without one.
-        timeout: seconds to wait for a connection, and for each piece of the answer.
-        pause: seconds before the second try; doubled for each one after it.
+    If several processes share a cache, one of them downloads and the others wait for it.
 
     Raises:
-        UserError: no network, another file than expected, a hostile archive, no room, an unusable cache.
+        UserError: no network, a wrong SHA-1, an unsafe archive, a full disk or an unusable cache.
 
     """
-    archive = RemoteFile(dataset.url, cache / f"{dataset.name}.zip", dataset.sha1, dataset.size)
-    unpacked = cache / f"{dataset.name}-{dataset.sha1[:8]}"
-    report = on_progress or (lambda done, total: None)
+    extracted = cache / f"{dataset.name}-{dataset.sha1[:8]}"
     try:
-        if not is_whole(unpacked):
+        if not extracted.is_dir():
             cache.mkdir(parents=True, exist_ok=True)
-            with _alone(cache / f".{dataset.name}.lock", lambda: report(archive.came, dataset.size)):
-                if not is_whole(unpacked):  # another process may have made it meanwhile
-                    if not archive.path.exists():
-                        transfer(archive, report, timeout=timeout, pause=pause)
-                    _check_archive(dataset, archive.path)
-                    archive.drop_part()  # of no use any more, where the archive was put there by hand
-                    unpack_whole(archive.path, unpacked, holding=dataset.folder)
-    except TransferFailed as error:
-        raise _by_hand(dataset, archive, str(error)) from error
+            with (cache / f".{dataset.name}.lock").open("ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not extracted.is_dir():  # another process may have extracted it in the meantime
+                    _download_and_extract(
+                        dataset, cache, extracted, on_progress or (lambda done, total: None)
+                    )
     except OSError as error:
         raise cache_error(error, cache) from error
-    return unpacked / dataset.folder
+    return extracted / dataset.folder
 
 
 def cache_error(error: OSError, cache: Path) -> UserError:
-    """Return what to tell of a cache folder that cannot be written or read."""
+    """Return the error to raise if the cache folder cannot be read or written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what = f"there is no room left in the cache {cache} ({error.strerror}); what has come is kept"
+        problem = f"no space is left in the cache {cache} ({error.strerror})"
     else:
-        what = f"the cache {cache} cannot be used ({error.strerror}: {error.filename or cache})"
+        problem = f"the cache {cache} cannot be used ({error.strerror}: {error.filename or cache})"
     return UserError(
-        f"{what}.\nMake room or mend its permissions, or give data.cache (or $REGRAFT_CACHE) another folder; "
-        "then run the same command again"
+        f"{problem}.\nFree some space, fix the permissions or set data.cache (or $REGRAFT_CACHE) to another "
+        "folder; then run the same command again"
     )
 
 
-@contextmanager
-def _alone(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file; `waiting` is called now and then while another process holds it."""
-    with lock.open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waiting()
-                time.sleep(0.2)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may still have the file open
+def extract_zip(archive: Path, folder: Path) -> None:
+    """Extract a zip archive into a new folder; check all entries before the first is written.
+
+    Raises:
+        UserError: an unsafe or damaged archive.
+
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            reason = _find_unsafe(opened.infolist())
+            if reason:
+                raise UserError(f"{archive} is not extracted: {reason}")
+            opened.extractall(folder)  # never writes more than the sizes checked above
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        raise UserError(f"{archive} cannot be extracted: {escape_unprintable(str(error))}") from error
 
 
-def _by_hand(dataset: KnownDataset, archive: RemoteFile, trouble: str) -> UserError:
-    """Return what to tell of a download that failed: why, and the ways on."""
-    kept = f"\n{decimal(archive.came)} are kept: the next start goes on from there." if archive.came else ""
-    return UserError(
-        f"the data set {dataset.name!r} could not be downloaded: {escape_unprintable(trouble)}.{kept}\n"
-        f"  from     {dataset.url}\n"
-        f"  SHA-1    {dataset.sha1}\n"
-        f"  by hand  put that file at {archive.path}, then run the same command again\n"
-        f"  without  set data.root to a folder of images of your own"
+def _find_unsafe(entries: list[zipfile.ZipInfo]) -> str | None:
+    """Return why an archive with these entries must not be extracted, or None if it is safe."""
+    if len(entries) > MAX_ENTRIES:
+        return f"it has {len(entries):,} entries; at most {MAX_ENTRIES:,} are allowed"
+    total = sum(entry.file_size for entry in entries)
+    if total > MAX_EXTRACTED_BYTES:
+        return f"its files would take {total:,} bytes; at most {MAX_EXTRACTED_BYTES:,} are allowed"
+    for entry in entries:
+        path = PurePosixPath(entry.filename)
+        if path.is_absolute() or ".." in path.parts:
+            return f"the path of its entry {entry.filename!r} leads out of the target folder"
+        # The type is 0 if the archive was made on a system without Unix file types.
+        if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            return f"its entry {entry.filename!r} is a link or a special file"
+    return None
+
+
+def _download_and_extract(
+    dataset: RemoteDataset, cache: Path, extracted: Path, on_progress: OnProgress
+) -> None:
+    """Create the folder `extracted`; work in a temporary folder, so that it is complete or absent."""
+    archive = cache / f"{dataset.name}.zip"
+    partial = cache / f".{dataset.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed process
+    partial.mkdir()
+    try:
+        if archive.exists():
+            _check_sha1(dataset, archive)
+        else:
+            _download(dataset, archive, partial, on_progress)
+        extract_zip(archive, partial / "extracted")
+        if not (partial / "extracted" / dataset.folder).is_dir():
+            raise UserError(f"{archive} has no folder {dataset.folder!r}")
+        (partial / "extracted").rename(extracted)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _download(dataset: RemoteDataset, archive: Path, partial: Path, on_progress: OnProgress) -> None:
+    """Download into the folder `partial`, verify the SHA-1 and move the file to `archive`."""
+
+    def download(url: str, output: str, _: object) -> None:
+        progress = _Progress(Path(output), on_progress)
+        pooch.HTTPDownloader(progressbar=progress, chunk_size=2**16, timeout=TIMEOUT)(url, output, None)
+
+    pooch.get_logger().setLevel("WARNING")  # its other lines would break into the progress display
+    files = pooch.create(
+        path=partial,
+        base_url="",
+        registry={archive.name: f"sha1:{dataset.sha1}"},
+        urls={archive.name: dataset.url},
+        retry_if_failed=RETRIES,
     )
+    try:
+        files.fetch(archive.name, downloader=download)
+    except (OSError, ValueError) as error:  # ValueError: wrong SHA-1
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # an error of the disk; the errors of `requests` are OSErrors without a number
+        raise UserError(
+            f"the dataset {dataset.name!r} could not be downloaded from {dataset.url}: "
+            f"{escape_unprintable(_reason(error))}.\n"
+            f"Run the same command again; or place the file (SHA-1 {dataset.sha1}) at {archive} by hand; "
+            "or set data.root to a folder of your own images"
+        ) from error
+    (partial / archive.name).rename(archive)
 
 
-def _check_archive(dataset: KnownDataset, archive: Path) -> None:
-    """Raise a UserError where the archive is another: one put there by hand is never deleted."""
-    found = sha1_of(archive)
+class _Progress:
+    """Progress bar for pooch that reports the size of the file downloaded so far."""
+
+    total = 0
+    """Size from the Content-Length header [bytes]; 0 if unknown. Set by pooch."""
+
+    def __init__(self, file: Path, on_progress: OnProgress) -> None:
+        self._file, self._on_progress = file, on_progress
+
+    def update(self, _: int) -> None:
+        self._on_progress(self._file.stat().st_size, self.total or None)
+
+    def reset(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first sentence of the innermost cause; `requests` wraps it several times."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition(". ")[0] or type(error).__name__
+
+
+def _check_sha1(dataset: RemoteDataset, archive: Path) -> None:
+    """Raise a UserError if an archive placed by hand is another file; it is not deleted."""
+    found = pooch.file_hash(archive, alg="sha1")
     if found != dataset.sha1:
         raise UserError(
-            f"{archive} is not the data set {dataset.name!r}: "
-            f"{archive.stat().st_size:,} bytes of SHA-1 {found}, expected {dataset.sha1}.\n"
-            f"Delete it, and it is downloaded from {dataset.url}; or put that file there once more, "
-            "whole; then run the same command again"
+            f"{archive} is not the dataset {dataset.name!r}: its SHA-1 is {found}, expected {dataset.sha1}.\n"
+            f"Delete it to download it from {dataset.url}, or replace it by a complete copy of that file; "
+            "then run the same command again"
         )

@@ -1,11 +1,11 @@
-"""From a folder or a CSV to the list of examples, in named parts, under the training classes.
+"""List the examples of a dataset folder or CSV file, with train, val and test splits.
 
-    folder/train/CLASS/...   and val/CLASS/... (or valid/, validation/), test/CLASS/..., both or neither
+    folder/train/CLASS/...   with val/CLASS/... (or valid/, validation/), test/CLASS/..., both or neither
     folder/CLASS/...         split here, by class and seed
-    table.csv                path,label and, if given, split
+    list.csv                 columns path, label and optionally split
 
-`val` selects the best epoch and `test` is reported; where there is one of them, it is reported. A class has
-the same number in every part: the place of its name among the training classes.
+`val` selects the best epoch and `test` is reported. A single evaluation split is reported. The label of a class is
+the same in every split: the position of its name among the sorted training classes.
 """
 
 import unicodedata
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trainer.data.layout import Listing, read_folder
-from trainer.data.split import Images, stratified_split
+from trainer.data.split import PathsByClass, stratified_split
 from trainer.data.table import read_table, write_table
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
@@ -28,217 +28,226 @@ class Example(NamedTuple):
 
     path: str
     label: int
-    """Place of its class in `DatasetIndex.classes`."""
+    """Index of the class in `DatasetIndex.classes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetIndex:
-    """The examples of a data set; in a part by class, then in the order of ImageFolder, or of the CSV."""
+    """The examples of a dataset, sorted by class, then in the order of ImageFolder or of the CSV."""
 
     root: Path
-    """The folder; a CSV's own folder."""
+    """Dataset folder, or the folder of the CSV."""
     classes: tuple[str, ...]
-    """The names of the training classes, sorted."""
+    """Names of the training classes, sorted."""
     train: tuple[Example, ...]
     val: tuple[Example, ...]
-    """What the best epoch is selected on; empty where nothing is held out for that."""
+    """Examples to select the best epoch on; may be empty."""
     test: tuple[Example, ...]
-    """What is reported."""
+    """Examples to report on."""
     reported: str
-    """Where the reported images come from, for a reader."""
+    """Description of where the test examples come from."""
     split_made: bool
-    """Whether a seeded split was drawn here, and has to be written down."""
+    """Whether a seeded split was made, which the run must save."""
     notes: tuple[str, ...]
-    """What was passed over, is missing or was cut; one line each."""
+    """Messages about ignored files, missing classes and splits."""
 
     @property
     def val_split(self) -> str | None:
-        """Return the part that the best epoch is selected on, where it is not the one reported."""
+        """Return the split that the best epoch is selected on, or None if there is none besides the test split."""
         return "val" if self.val else None
 
 
 def read_index(
     folder: Path, *, val_fraction: float, test_fraction: float, seed: int, extensions: Sequence[str]
 ) -> DatasetIndex:
-    """Return the examples of a folder or a CSV.
+    """Return the examples of a folder or a CSV file.
 
     Args:
-        folder: the data set; a file is read as a CSV.
-        val_fraction: share of the training images cut out to select the best epoch on; 0: none.
-        test_fraction: share held out to report on, where the data set brings no part for that.
-        seed: of these splits.
-        extensions: file name endings taken for images, with their dot, in any case; not applied to a CSV.
+        folder: dataset folder, or a CSV file.
+        val_fraction: fraction of the training images held out to select the best epoch on; 0 for none.
+        test_fraction: fraction held out to report on, if the dataset has no split for it.
+        seed: seed of these splits.
+        extensions: file extensions of images, with their dot, in any case; not used for a CSV.
 
     Raises:
-        UserError: a layout that is not understood, a class without training images, classes to evaluate that
-            training lacks, or nothing to report on.
+        UserError: an unknown layout, a class without training images, evaluation classes that are not in the
+            training split, or no images to report on.
 
     """
-    shown = f"data.root {escape_unprintable(str(folder))}"
+    where = f"data.root {escape_unprintable(str(folder))}"
     try:
         folder.stat()
     except OSError as error:
-        raise UserError(f"{shown}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
     if folder.is_dir():
         root, listing = folder, read_folder(str(folder), tuple(extensions))
     elif folder.is_file():
         root, listing = folder.parent, _read_csv(folder)
     else:
-        raise UserError(f"{shown}: neither a folder nor a CSV file")
-    classes = tuple(sorted(listing.parts["train"]))
-    _check(listing, classes, shown)
-    listing, split_made = _with_splits(
-        listing, shown, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed
+        raise UserError(f"{where}: neither a folder nor a CSV file")
+    classes = tuple(sorted(listing.splits["train"]))
+    _check_classes(listing, classes, where)
+    listing, split_made = _add_splits(
+        listing, where, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed
     )
-    parts = {
-        part: tuple(
+    splits = {
+        split: tuple(
             Example(path, label) for label, name in enumerate(classes) for path in images.get(name, ())
         )
-        for part, images in listing.parts.items()
+        for split, images in listing.splits.items()
     }
     notes = list(listing.notes)
-    for part, purpose in _PURPOSE.items():
-        if part in parts:
-            if not parts[part]:
+    for split, purpose in _PURPOSE.items():
+        if split in splits:
+            if not splits[split]:
                 raise UserError(
-                    f"{shown}: no image to {purpose} in {listing.names[part]}. Expected at least one; a "
-                    "class gives one to a split if it has two"
+                    f"{where}: no image to {purpose} in {listing.sources[split]}. Expected at least one; a "
+                    "class needs two images to give one to a split"
                 )
-            notes += _absent(classes, parts[part], purpose, listing.names[part])
+            notes += _note_absent_classes(classes, splits[split], purpose, listing.sources[split])
     return DatasetIndex(
         root=root,
         classes=classes,
-        train=parts["train"],
-        val=parts.get("val", ()),
-        test=parts["test"],
-        reported=listing.names["test"],
+        train=splits["train"],
+        val=splits.get("val", ()),
+        test=splits["test"],
+        reported=listing.sources["test"],
         split_made=split_made,
         notes=tuple(notes),
     )
 
 
 def without_images(index: DatasetIndex, unreadable: Mapping[str, str]) -> DatasetIndex:
-    """Return the index without the images that cannot be read (path -> reason).
+    """Return the index without the unreadable images (path -> reason).
 
     Raises:
-        UserError: a class is left without a training image, or a part without any.
+        UserError: a class has no training image left, or an evaluation split has no image left.
 
     """
 
-    def left(part: tuple[Example, ...]) -> tuple[Example, ...]:
-        return tuple(example for example in part if example.path not in unreadable)
+    def readable(examples: tuple[Example, ...]) -> tuple[Example, ...]:
+        return tuple(example for example in examples if example.path not in unreadable)
 
-    train, val, test = left(index.train), left(index.val), left(index.test)
+    train, val, test = readable(index.train), readable(index.val), readable(index.test)
     labels = {example.label for example in train}
-    gone = [name for label, name in enumerate(index.classes) if label not in labels]
-    if gone:
+    empty = [name for label, name in enumerate(index.classes) if label not in labels]
+    if empty:
         raise UserError(
-            f"no training image of these classes can be read: {join_truncated(gone)}. Mend or replace their images, "
+            f"no training image of these classes can be read: {join_truncated(empty)}. Repair or replace their images, "
             "or remove the classes"
         )
     notes = list(index.notes)
     for before, after, purpose in ((index.val, val, _PURPOSE["val"]), (index.test, test, _PURPOSE["test"])):
         if before and not after:
             raise UserError(
-                f"none of the {len(before)} images to {purpose} can be read: mend or replace them"
+                f"none of the {len(before)} images to {purpose} can be read: repair or replace them"
             )
-        known = set(_absent(index.classes, before, purpose, "what could be read"))
-        notes += [
-            note for note in _absent(index.classes, after, purpose, "what could be read") if note not in known
-        ]
+        old_notes = set(_note_absent_classes(index.classes, before, purpose, "the readable images"))
+        new_notes = _note_absent_classes(index.classes, after, purpose, "the readable images")
+        notes += [note for note in new_notes if note not in old_notes]
     return replace(index, train=train, val=val, test=test, notes=tuple(notes))
 
 
 def write_split(index: DatasetIndex, path: Path) -> None:
-    """Write the parts as a CSV that `read_index` reads to the same ones; the file is whole or absent.
+    """Write the splits atomically as a CSV from which `read_index` returns the same splits.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
 
     """
-    parts = (("train", index.train), ("val", index.val), ("test", index.test))
+    splits = (("train", index.train), ("val", index.val), ("test", index.test))
     write_table(
         path,
-        ((example.path, index.classes[example.label], name) for name, part in parts for example in part),
+        (
+            (example.path, index.classes[example.label], name)
+            for name, examples in splits
+            for example in examples
+        ),
     )
 
 
 def _read_csv(file: Path) -> Listing:
     rows, notes = read_table(file)
-    parts: dict[str, Images] = {}
+    splits: dict[str, PathsByClass] = {}
     for row in rows:
-        parts.setdefault(row.part or "train", {}).setdefault(row.label, []).append(row.path)
-    if "train" not in parts:
+        splits.setdefault(row.split or "train", {}).setdefault(row.label, []).append(row.path)
+    if "train" not in splits:
         raise UserError(
-            f"data.root {escape_unprintable(str(file))}: no row's split is train, so there is nothing to train on"
+            f"data.root {escape_unprintable(str(file))}: no row has the split train, so there are no training images"
         )
-    names = {part: f"the CSV's {part} rows" for part in parts}
-    return Listing(parts, names, [f"{len(rows)} images listed in {escape_unprintable(file.name)}", *notes])
+    sources = {split: f"the CSV's {split} rows" for split in splits}
+    return Listing(splits, sources, [f"{len(rows)} images listed in {escape_unprintable(file.name)}", *notes])
 
 
-def _check(listing: Listing, classes: tuple[str, ...], shown: str) -> None:
-    """Raise a UserError for too few training classes, or others among the images to evaluate."""
+def _check_classes(listing: Listing, classes: tuple[str, ...], where: str) -> None:
+    """Raise a UserError for too few training classes or for other classes in the evaluation splits."""
     if len(classes) < 2:
         raise UserError(
-            f"{shown}: a single class, {join_truncated(classes)}, in {listing.names['train']}; expected two or more, "
-            "each with training images"
+            f"{where}: a single class, {join_truncated(classes)}, in {listing.sources['train']}; "
+            "expected at least two, each with training images"
         )
-    for part in ("val", "test"):
-        extra = sorted(set(listing.parts.get(part, ())) - set(classes))
+    for split in ("val", "test"):
+        extra = sorted(set(listing.splits.get(split, ())) - set(classes))
         if extra:
-            normalize_name = {unicodedata.normalize("NFC", name) for name in classes}
-            alike = any(unicodedata.normalize("NFC", name) in normalize_name for name in extra)
+            normalized = {unicodedata.normalize("NFC", name) for name in classes}
+            differs_in_encoding = any(unicodedata.normalize("NFC", name) in normalized for name in extra)
             raise UserError(
-                f"{shown}: {listing.names[part]} has classes that training lacks: {join_truncated(extra)}. The "
-                f"training classes: {join_truncated(classes, limit=20)}. Name them alike, add training images, or "
-                "remove them"
-                + (". Some differ only in how accents are encoded (Unicode NFC and NFD)" if alike else "")
+                f"{where}: {listing.sources[split]} has classes that are not training classes: "
+                f"{join_truncated(extra)}. The training classes are {join_truncated(classes, limit=20)}. "
+                "Use the same names, add training images, or remove the classes"
+                + (
+                    ". Some names differ only in the Unicode encoding of accents (NFC or NFD)"
+                    if differs_in_encoding
+                    else ""
+                )
             )
 
 
-def _with_splits(
-    listing: Listing, shown: str, *, val_fraction: float, test_fraction: float, seed: int
+def _add_splits(
+    listing: Listing, where: str, *, val_fraction: float, test_fraction: float, seed: int
 ) -> tuple[Listing, bool]:
-    """Return the listing with parts drawn from its training images as asked for, and whether any was."""
-    parts, names, notes = dict(listing.parts), dict(listing.names), list(listing.notes)
-    if val_fraction and "val" in parts and "test" in parts:
+    """Return the listing with the requested splits of its training images, and whether any was made."""
+    splits, sources, notes = dict(listing.splits), dict(listing.sources), list(listing.notes)
+    if val_fraction and "val" in splits and "test" in splits:
         raise UserError(
-            f"data.val_fraction is {val_fraction:g}, but {shown} has images to select the best epoch on "
-            f"({names['val']}) and others to report on ({names['test']}): set data.val_fraction to 0, or "
-            "take one of the two parts out"
+            f"data.val_fraction is {val_fraction:g}, but {where} has images to select the best epoch on "
+            f"({sources['val']}) and others to report on ({sources['test']}): set data.val_fraction to 0, or "
+            "remove one of the two splits"
         )
-    if "val" in parts and "test" not in parts:
-        parts["test"], names["test"] = parts.pop("val"), names.pop("val")
-    wanted: list[tuple[Literal["val", "test"], float]] = []
-    if "test" not in parts:
+    if "val" in splits and "test" not in splits:
+        splits["test"], sources["test"] = splits.pop("val"), sources.pop("val")
+    requested: list[tuple[Literal["val", "test"], float]] = []
+    if "test" not in splits:
         if not test_fraction:
             raise UserError(
-                f"{shown}: has no part to report on (val or test), and data.test_fraction is 0, so that none "
-                "would be cut out of the training images. Set data.test_fraction to 0.2, say, or "
-                "add such a part"
+                f"{where}: has no split to report on (val or test), and data.test_fraction is 0, so none "
+                "would be held out from the training images. Set data.test_fraction, for example to 0.2, or "
+                "add such a split"
             )
-        wanted.append(("test", test_fraction))
+        requested.append(("test", test_fraction))
     if val_fraction:
-        wanted.append(("val", val_fraction))
-    for part, fraction in wanted:
-        total = _count(parts["train"])
-        parts["train"], parts[part] = stratified_split(parts["train"], fraction, seed=seed, purpose=part)
-        names[part] = f"a split of {100 * fraction:g} %"
+        requested.append(("val", val_fraction))
+    for split, fraction in requested:
+        total = _count(splits["train"])
+        splits["train"], splits[split] = stratified_split(splits["train"], fraction, seed=seed, purpose=split)
+        sources[split] = f"a split of {100 * fraction:g} %"
         notes.append(
-            f"cut out of {listing.names['train']} to {_PURPOSE[part]}, by class and data.seed {seed}: "
-            f"{_count(parts[part])} of {total} images ({100 * fraction:g} %)"
+            f"held out from {listing.sources['train']} to {_PURPOSE[split]}, by class and data.seed {seed}: "
+            f"{_count(splits[split])} of {total} images ({100 * fraction:g} %)"
         )
-    return Listing(parts, names, notes), bool(wanted)
+    return Listing(splits, sources, notes), bool(requested)
 
 
-def _count(images: Images) -> int:
+def _count(images: PathsByClass) -> int:
     return sum(map(len, images.values()))
 
 
-def _absent(classes: tuple[str, ...], part: Iterable[Example], purpose: str, where: str) -> Iterator[str]:
-    """Yield a note if some classes have no image in a part."""
-    labels = {example.label for example in part}
+def _note_absent_classes(
+    classes: tuple[str, ...], examples: Iterable[Example], purpose: str, source: str
+) -> Iterator[str]:
+    """Yield a note if some classes have no image in a split."""
+    labels = {example.label for example in examples}
     absent = [name for label, name in enumerate(classes) if label not in labels]
     if absent:
         count = f"{len(absent)} of {len(classes)} classes"
-        yield f"{count} have no image to {purpose} in {where}: {join_truncated(absent)}"
+        yield f"{count} have no image to {purpose} in {source}: {join_truncated(absent)}"

@@ -1,190 +1,202 @@
-"""Which layout a folder has, and what it lists: parts with class folders in them, or class folders alone."""
+"""Detect the layout of a dataset folder and list its images: split folders with class folders, or class folders."""
 
-# Names are joined as ImageFolder joins them, as strings.
+# Paths are joined as strings, as ImageFolder does.
 # ruff: noqa: PTH118
 
 import os
 from collections import Counter
 from typing import NamedTuple
 
-from trainer.data.scan import Level, Scan, ending, look
-from trainer.data.split import Images
-from trainer.data.table import PARTS
+from trainer.data.scan import DirEntries, Scan, file_extension, scan_dir
+from trainer.data.split import PathsByClass
+from trainer.data.table import SPLIT_NAMES
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
 
-# Names that people give to parts, and hardly to classes; those of PARTS are understood.
-_LIKE_PARTS = frozenset({*PARTS, "training", "testing", "eval", "evaluation", "dev"})
-_DEEPEST_HINT = 5
+# Names that are likely splits and unlikely classes; only those of SPLIT_NAMES are supported.
+_LIKELY_SPLITS = frozenset({*SPLIT_NAMES, "training", "testing", "eval", "evaluation", "dev"})
+_MAX_HINT_DEPTH = 5
 _EXPECTED = (
-    "Expected train/ with one folder per class, and val/ or test/ likewise if there are any; or one folder "
-    "per class; or a CSV with the header path,label,split"
+    "Expected train/ with one folder per class, and optionally val/ or test/ with the same class folders; or one "
+    "folder per class; or a CSV with the header path,label,split"
 )
 
 
 class Listing(NamedTuple):
-    """The images of a data set, before any split is drawn."""
+    """The images of a dataset, before train images are split further."""
 
-    parts: dict[str, Images]
-    """train, and val and test where they are given -> class -> paths."""
-    names: dict[str, str]
-    """Part -> where its images lie, for a reader."""
+    splits: dict[str, PathsByClass]
+    """Split (train, and val and test if given) -> class -> paths."""
+    sources: dict[str, str]
+    """Split -> description of where its images are, for messages."""
     notes: list[str]
 
 
 def read_folder(root: str, extensions: tuple[str, ...]) -> Listing:
-    """Return what a data set's folder holds.
+    """Return the images of a dataset folder.
 
     Raises:
-        UserError: a layout that is not understood, a folder that cannot be read, or a training class folder
-            without an image.
+        UserError: an unknown layout, an unreadable folder, or a training class folder without images.
 
     """
-    scan = Scan(tuple(name.lower() for name in extensions))
-    top = scan.above(root)
+    scan = Scan(tuple(extension.lower() for extension in extensions))
+    top = scan.scan_parent(root)
     notes: list[str] = []
-    folders = _part_folders(root, top, scan)
-    if folders:
-        names = {part: f"{folder}/" for part, folder in folders.items()}
-        parts = {}
-        for part, folder in sorted(folders.items(), key=lambda item: item[0] != "train"):  # train first
+    split_folders = _find_split_folders(root, top, scan)
+    if split_folders:
+        sources = {split: f"{folder}/" for split, folder in split_folders.items()}
+        splits = {}
+        for split, folder in sorted(
+            split_folders.items(), key=lambda item: item[0] != "train"
+        ):  # train first
             path = os.path.join(root, folder)
-            level = scan.above(path)
-            if not level.folders:
+            entries = scan.scan_parent(path)
+            if not entries.folders:
                 raise UserError(
-                    f"{escape_unprintable(path)}: no class folders in it, so its {len(level.files)} files have no "
-                    f"label. Sort them into folders named as those of {names['train']}, or move it away"
+                    f"{escape_unprintable(path)}: it has no class folders, so its {len(entries.files)} files have no "
+                    f"label. Sort them into folders named as those of {sources['train']}, or move it away"
                 )
-            parts[part] = _read_classes(path, level, scan, training=part == "train")
-            notes += _strays(names[part], level)
-        beside = [f"{name}/" for name in top.folders if name not in folders.values()]
-        notes += [f"passed over beside {names['train']}: {join_truncated(beside)}"] if beside else []
+            splits[split] = _read_classes(path, entries, scan, training=split == "train")
+            notes += _note_stray_files(sources[split], entries)
+        others = [f"{name}/" for name in top.folders if name not in split_folders.values()]
+        notes += (
+            [f"folders beside {sources['train']} that are ignored: {join_truncated(others)}"]
+            if others
+            else []
+        )
     else:
         _check_class_folders(root, top, scan)
-        names, parts = {"train": "the folder"}, {"train": _read_classes(root, top, scan, training=True)}
-    return Listing(parts, names, [*notes, *_strays("the folder", top), *_passed_over(scan)])
+        sources = {"train": "the folder"}
+        splits = {"train": _read_classes(root, top, scan, training=True)}
+    return Listing(splits, sources, [*notes, *_note_stray_files("the folder", top), *_note_ignored(scan)])
 
 
-def _part_folders(root: str, top: Level, scan: Scan) -> dict[str, str]:
-    """Return part -> the name of its folder; empty where `root` is not cut into parts.
+def _find_split_folders(root: str, top: DirEntries, scan: Scan) -> dict[str, str]:
+    """Return split -> the name of its folder; empty if `root` has no split folders.
 
-    A folder called train is a part if class folders lie in it, and a class (of vehicles, say) if it holds
-    images. Where it holds both, it is a part if another one holds folders of the same names, or if nothing
-    but parts lies beside it.
+    A folder named train is a split if it holds class folders, and a class (of vehicles, say) if it holds images.
+    If it holds both, it is a split if another split has class folders of the same names, or if all folders of
+    `root` have names of splits.
     """
-    named: dict[str, list[str]] = {}
+    folders: dict[str, list[str]] = {}
     for name in top.folders:
-        if name.lower() in PARTS:
-            named.setdefault(PARTS[name.lower()], []).append(name)
-    levels = {part: [look(os.path.join(root, name)) for name in folders] for part, folders in named.items()}
-    evaluated = {name for part in ("val", "test") for level in levels.get(part, []) for name in level.folders}
-    only_parts = all(name.lower() in PARTS for name in top.folders)
+        if name.lower() in SPLIT_NAMES:
+            folders.setdefault(SPLIT_NAMES[name.lower()], []).append(name)
+    entries = {
+        split: [scan_dir(os.path.join(root, name)) for name in names] for split, names in folders.items()
+    }
+    eval_classes = {
+        name for split in ("val", "test") for inner in entries.get(split, []) for name in inner.folders
+    }
+    only_splits = all(name.lower() in SPLIT_NAMES for name in top.folders)
     if not any(
-        level.folders and (only_parts or not _images(level, scan) or not evaluated.isdisjoint(level.folders))
-        for level in levels.get("train", [])
+        inner.folders
+        and (only_splits or not _count_images(inner, scan) or not eval_classes.isdisjoint(inner.folders))
+        for inner in entries.get("train", [])
     ):
         return {}
-    for part, names in named.items():
+    for split, names in folders.items():
         if len(names) > 1:
             raise UserError(
-                f"data.root {escape_unprintable(root)}: {' and '.join(f'{name}/' for name in names)} stand for the "
-                f"same part, {part}. Keep one of them, or join them"
+                f"data.root {escape_unprintable(root)}: {' and '.join(f'{name}/' for name in names)} are the "
+                f"same split, {split}. Keep one of them, or merge them"
             )
-    return {part: names[0] for part, names in named.items()}
+    return {split: names[0] for split, names in folders.items()}
 
 
-def _read_classes(folder: str, level: Level, scan: Scan, *, training: bool) -> Images:
-    """Return class folder -> its images."""
-    images: Images = {}
+def _read_classes(folder: str, entries: DirEntries, scan: Scan, *, training: bool) -> PathsByClass:
+    """Return class -> paths of its images."""
+    images: PathsByClass = {}
     empty: list[str] = []
-    for name in level.folders:
+    for name in entries.folders:
         if any("\udc80" <= character <= "\udcff" for character in name):
             raise UserError(
                 f"{escape_unprintable(os.path.join(folder, name))}: the name of a class folder is not UTF-8, so the "
                 "class could not be written into the model file. Rename the folder"
             )
-        images[name], others = scan.images(os.path.join(folder, name))
+        images[name], others = scan.find_images(os.path.join(folder, name))
         if not images[name]:
-            empty.append(f"\n  {escape_unprintable(name)}/ holds {_counted(others) or 'no files'}")
+            empty.append(f"\n  {escape_unprintable(name)}/ holds {_format_counts(others) or 'no files'}")
     if training and empty:
         shown = "".join(empty[:10]) + (f"\n  and {len(empty) - 10} more" if len(empty) > 10 else "")
         raise UserError(
-            f"{escape_unprintable(folder)}: {len(empty)} of {len(level.folders)} class folders hold no image:{shown}\n"
-            f"data.extensions takes {' '.join(scan.extensions)} for images: add an ending there, fill the "
-            "folders, or remove them"
+            f"{escape_unprintable(folder)}: {len(empty)} of {len(entries.folders)} class folders hold no image:"
+            f"{shown}\ndata.extensions is {' '.join(scan.extensions)}: add an extension there, fill the folders, or "
+            "remove them"
         )
     return images
 
 
-def _check_class_folders(root: str, top: Level, scan: Scan) -> None:
+def _check_class_folders(root: str, top: DirEntries, scan: Scan) -> None:
     """Raise a UserError unless the folders of `root` can be its classes."""
-    shown = f"data.root {escape_unprintable(root)}"
+    where = f"data.root {escape_unprintable(root)}"
     if not top.folders:
-        found = (
-            f"{_images(top, scan)} images and no folders"
-            if _images(top, scan)
-            else "no folders and no images"
+        count = _count_images(top, scan)
+        found = f"{count} images and no folders" if count else "no folders and no images"
+        others = _format_counts(
+            Counter(file_extension(name) for name in top.files if not scan.is_image(name))
         )
-        others = _counted(Counter(ending(name) for name in top.files if not scan.is_image(name)))
-        raise UserError(f"{shown}: holds {found}" + (f" ({others})" if others else "") + f". {_EXPECTED}")
-    alike = [name for name in top.folders if name.lower() in _LIKE_PARTS]
+        raise UserError(f"{where}: holds {found}" + (f" ({others})" if others else "") + f". {_EXPECTED}")
+    likely_splits = [name for name in top.folders if name.lower() in _LIKELY_SPLITS]
     if (
-        len(alike) == len(top.folders)
-        or sum(_only_folders(os.path.join(root, name), scan) for name in alike) > 1
+        len(likely_splits) == len(top.folders)
+        or sum(_has_only_folders(os.path.join(root, name), scan) for name in likely_splits) > 1
     ):
         raise UserError(
-            f"{shown}: {join_truncated(f'{name}/' for name in alike)} look like parts of a data set rather than "
-            f"classes, but there is no train/ with class folders. {_EXPECTED}"
+            f"{where}: {join_truncated(f'{name}/' for name in likely_splits)} look like splits of a dataset "
+            f"rather than classes, but there is no train/ with class folders. {_EXPECTED}"
         )
     if len(top.folders) == 1:
-        inner = _inner(os.path.join(root, top.folders[0]), scan)
+        inner = _find_inner_dataset(os.path.join(root, top.folders[0]), scan)
         if inner is not None:
             raise UserError(
-                f"{shown}: holds a single folder, {escape_unprintable(top.folders[0])}/, so there would be one class. "
-                f"If that is the data set, give --data.root {escape_unprintable(inner)}"
+                f"{where}: holds a single folder, {escape_unprintable(top.folders[0])}/, so there would be one class. "
+                f"If that folder is the dataset, use --data.root {escape_unprintable(inner)}"
             )
 
 
-def _inner(folder: str, scan: Scan) -> str | None:
-    """Return the first folder from here down that holds more than a single folder: a data set, wrapped up."""
-    for _ in range(_DEEPEST_HINT):
-        level = look(folder)
-        if len(level.folders) > 1 or any(name.lower() in PARTS for name in level.folders):
+def _find_inner_dataset(folder: str, scan: Scan) -> str | None:
+    """Return the first folder, from `folder` downwards, that holds more than a single folder."""
+    for _ in range(_MAX_HINT_DEPTH):
+        entries = scan_dir(folder)
+        if len(entries.folders) > 1 or any(name.lower() in SPLIT_NAMES for name in entries.folders):
             return folder
-        if not level.folders or _images(level, scan):
+        if not entries.folders or _count_images(entries, scan):
             return None
-        folder = os.path.join(folder, level.folders[0])
+        folder = os.path.join(folder, entries.folders[0])
     return None
 
 
-def _images(level: Level, scan: Scan) -> int:
-    return sum(map(scan.is_image, level.files))
+def _count_images(entries: DirEntries, scan: Scan) -> int:
+    return sum(map(scan.is_image, entries.files))
 
 
-def _only_folders(folder: str, scan: Scan) -> bool:
-    level = look(folder)
-    return bool(level.folders) and not _images(level, scan)
+def _has_only_folders(folder: str, scan: Scan) -> bool:
+    entries = scan_dir(folder)
+    return bool(entries.folders) and not _count_images(entries, scan)
 
 
-def _strays(name: str, level: Level) -> list[str]:
-    count = len(level.files)
-    return [f"files of {name} that lie in no class folder, passed over: {count}"] if count else []
+def _note_stray_files(source: str, entries: DirEntries) -> list[str]:
+    count = len(entries.files)
+    return [f"files of {source} outside the class folders that are ignored: {count}"] if count else []
 
 
-def _passed_over(scan: Scan) -> list[str]:
+def _note_ignored(scan: Scan) -> list[str]:
     notes = []
-    if scan.others:
-        endings = " ".join(scan.extensions)
+    if scan.ignored:
+        extensions = " ".join(scan.extensions)
         notes.append(
-            f"files passed over by their ending: {_counted(scan.others)} (data.extensions takes {endings})"
+            f"files ignored because of their extension: {_format_counts(scan.ignored)} "
+            f"(data.extensions is {extensions})"
         )
     if scan.hidden:
-        notes.append(f"hidden files and folders passed over: {scan.hidden}")
+        notes.append(f"hidden files and folders ignored: {scan.hidden}")
     if scan.repeated:
-        notes.append(f"links to a folder that was read already, passed over: {scan.repeated}")
+        notes.append(f"links to a folder that was already read, ignored: {scan.repeated}")
     return notes
 
 
-def _counted(endings: Counter[str]) -> str:
-    most_first = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
-    return join_truncated((f"{count} {name}" for name, count in most_first), limit=8)
+def _format_counts(extensions: Counter[str]) -> str:
+    """Return the counts for a message, the largest first."""
+    largest_first = sorted(extensions.items(), key=lambda item: (-item[1], item[0]))
+    return join_truncated((f"{count} {name}" for name, count in largest_first), limit=8)

@@ -1,4 +1,4 @@
-"""From `data.root` to a checked list of examples, and what a reader should be told of it."""
+"""Prepare the dataset of a run: find or download it, list its examples and validate its images."""
 
 import hashlib
 import os
@@ -9,21 +9,21 @@ from functools import cached_property
 
 from trainer.config.schema import DataConfig
 from trainer.data.index import DatasetIndex, read_index, without_images
-from trainer.data.registry import cache_folder, locate
+from trainer.data.registry import cache_folder, resolve_root
 from trainer.data.validation import check_images, unreadable_error
 from trainer.text import escape_unprintable
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressHooks:
-    """What shows the long work; by default nothing does."""
+    """Progress displays of long operations; by default nothing is shown."""
 
     downloading: Callable[[str], AbstractContextManager[Callable[[int, int | None], None] | None]] = (
         lambda name: nullcontext()
     )
-    """Opens a display of the data set `name`; what it yields is called with (bytes so far, bytes in all or None)."""
+    """Opens a display for the dataset `name`; it yields a callback for (bytes downloaded, total bytes or None)."""
     checking: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext
-    """Opens a display; what it yields is called with (images checked, images in all)."""
+    """Opens a display; it yields a callback for (images checked, total images)."""
 
 
 NOWHERE = ProgressHooks()
@@ -31,22 +31,22 @@ NOWHERE = ProgressHooks()
 
 @dataclass(frozen=True)
 class Prepared:
-    """The examples of a run."""
+    """The validated examples of a run."""
 
     index: DatasetIndex
     notes: tuple[str, ...]
-    """What the index passed over, cut or dropped; one line each."""
+    """Messages about ignored files, splits and skipped images."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of all examples in their order: with the same one, batches and evaluations are the same.
+        """Return a hash of all examples in order; equal hashes mean equal batches and evaluations.
 
-        Paths count as they lie below the data's folder, which may have moved.
+        Paths are relative to the dataset folder, so the hash does not change if the folder is moved.
         """
-        root = os.path.join(self.index.root, "")  # noqa: PTH118 (with its slash)
+        root = os.path.join(self.index.root, "")  # noqa: PTH118 (adds a trailing slash)
         digest = hashlib.sha256()
-        for part in (self.index.train, self.index.val, self.index.test):
-            for path, label in part:
+        for split in (self.index.train, self.index.val, self.index.test):
+            for path, label in split:
                 digest.update(f"{path.removeprefix(root)}\0{label}\0".encode("utf-8", "surrogateescape"))
             digest.update(b"\0")
         return digest.hexdigest()[:32]
@@ -55,22 +55,22 @@ class Prepared:
 def prepare(
     data: DataConfig, *, workers: int, displays: ProgressHooks = NOWHERE, check: bool = True
 ) -> Prepared:
-    """Find, list and check the images of `data`; download or draw them first where they are known by name.
+    """List and validate the images of a dataset; download or generate a named dataset first.
 
     Args:
-        data: the section of the config; its `root` is set.
-        workers: how many images are checked at once.
-        displays: where progress is seen.
-        check: decode every image once, unless an earlier start did.
+        data: the data section of the config; `root` must be set.
+        workers: number of threads that validate images.
+        displays: progress displays.
+        check: decode every image once, except those with a cached validation result.
 
     Raises:
-        UserError: no such data, a layout that is not understood, or images that cannot be read.
+        UserError: no such dataset, an unknown layout, or unreadable images.
 
     """
-    assert data.root is not None  # for mypy: main has checked it
+    assert data.root is not None  # for mypy; main has checked it
     cache = cache_folder(data.cache)
     with displays.downloading(data.root) as on_progress:
-        folder = locate(data.root, cache=cache, seed=data.seed, on_progress=on_progress)
+        folder = resolve_root(data.root, cache=cache, seed=data.seed, on_progress=on_progress)
     index = read_index(
         folder,
         val_fraction=data.val_fraction,
@@ -80,7 +80,7 @@ def prepare(
     )
     if not check:
         return Prepared(index, index.notes)
-    paths = [example.path for part in (index.train, index.val, index.test) for example in part]
+    paths = [example.path for split in (index.train, index.val, index.test) for example in split]
     with displays.checking() as on_checked:
         unreadable = check_images(paths, cache=cache, workers=workers, on_progress=on_checked)
     if not unreadable:

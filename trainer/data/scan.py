@@ -1,9 +1,9 @@
-"""What lies in a folder: class folders, images, and what is passed over, each counted.
+"""Scan a dataset folder for class folders and images; count the entries that are ignored.
 
-Plain strings and `os.scandir` instead of one `Path` for every file: a million files are listed in seconds.
+Paths are plain strings from `os.scandir`: a million files are listed in seconds.
 """
 
-# A Path for each of a million files takes longer than listing them.
+# Creating a Path for each of a million files would take longer than listing them.
 # ruff: noqa: PTH116, PTH118, PTH122
 
 import os
@@ -14,83 +14,83 @@ from typing import NamedTuple
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
 
-# What systems and archivers leave behind; like names with a leading dot, never meant as data.
-_LITTER = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
+# Left behind by operating systems and archive programs; ignored like names with a leading dot.
+_SYSTEM_FILES = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 
 
-class Level(NamedTuple):
-    """One folder's own entries, without those of the folders in it; names only, sorted."""
+class DirEntries(NamedTuple):
+    """Names of the entries of one folder, sorted; entries of its subfolders are not included."""
 
     folders: list[str]
     files: list[str]
-    """Everything that is no folder: broken links and pipes too, so that the check of images names them."""
+    """All other entries; includes broken links and pipes, which the image validation reports."""
     hidden: int
-    """Entries that begin with a dot, or that a system left behind."""
+    """Number of entries that begin with a dot or are system files."""
 
 
 @dataclass
 class Scan:
-    """A walk through the class folders of one data set, and what it has passed over so far."""
+    """Scan the class folders of one dataset; count what is ignored."""
 
     extensions: tuple[str, ...]
-    """File name endings taken for images, with their dot, lower case."""
-    others: Counter[str] = field(default_factory=Counter)
-    """Ending, lower case -> files passed over for it."""
+    """File extensions of images, in lower case with their dot."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """File extension in lower case -> number of files ignored because of it."""
     hidden: int = 0
-    """Entries that begin with a dot, or that a system left behind."""
+    """Number of entries that begin with a dot or are system files."""
     repeated: int = 0
-    """Folders that a link led to again, and that were not entered again."""
+    """Number of links to folders that were scanned before; these are not entered again."""
     _owners: dict[tuple[int, int], str] = field(default_factory=dict)
-    """Device and inode of a folder -> the class folder it was entered for; "": it lies above them."""
+    """Device and inode of a folder -> the class folder that contains it; "" for parents of class folders."""
 
-    def above(self, folder: str) -> Level:
-        """Return the entries of a folder that holds the class folders; a link back to it is a loop.
+    def scan_parent(self, folder: str) -> DirEntries:
+        """Return the entries of a folder that contains the class folders.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the folder cannot be read.
 
         """
         self._owners[_identity(folder)] = ""
-        level = look(folder)
-        self.hidden += level.hidden
-        return level
+        entries = scan_dir(folder)
+        self.hidden += entries.hidden
+        return entries
 
-    def images(self, folder: str) -> tuple[list[str], Counter[str]]:
-        """Return the images in and below a class folder, and the endings of its other files.
+    def find_images(self, class_folder: str) -> tuple[list[str], Counter[str]]:
+        """Return the images in a class folder and its subfolders, and the extensions of the other files.
 
-        The order is that of torchvision's ImageFolder: folders by their path, then files by their name.
-        Links are followed, and each folder is entered once: a link to a folder above would never end.
+        The order is that of torchvision's ImageFolder: by folder path, then by file name. Links are followed.
+        Each folder is entered once, because a link to a parent folder would never end.
 
         Raises:
-            UserError: a folder that cannot be read, or that belongs to another class or part too.
+            UserError: a folder cannot be read, or belongs to another class or split too.
 
         """
         found: list[tuple[str, list[str]]] = []
-        others: Counter[str] = Counter()
-        waiting = [folder]
-        while waiting:
-            current = waiting.pop()
-            if not self._enter(current, folder):
+        ignored: Counter[str] = Counter()
+        pending = [class_folder]
+        while pending:
+            folder = pending.pop()
+            if not self._enter(folder, class_folder):
                 continue
-            level = look(current)
-            self.hidden += level.hidden
-            waiting += [os.path.join(current, name) for name in reversed(level.folders)]
+            entries = scan_dir(folder)
+            self.hidden += entries.hidden
+            pending += [os.path.join(folder, name) for name in reversed(entries.folders)]
             images = []
-            for name in level.files:
+            for name in entries.files:
                 if self.is_image(name):
-                    images.append(os.path.join(current, name))
+                    images.append(os.path.join(folder, name))
                 else:
-                    others[ending(name)] += 1
-            found.append((current, images))
-        self.others += others
-        return [path for _, images in sorted(found) for path in images], others
+                    ignored[file_extension(name)] += 1
+            found.append((folder, images))
+        self.ignored += ignored
+        return [path for _, images in sorted(found) for path in images], ignored
 
     def is_image(self, name: str) -> bool:
-        """Return whether a file is taken for an image, by its name."""
+        """Return whether the file name has the extension of an image."""
         return name.lower().endswith(self.extensions)
 
     def _enter(self, folder: str, class_folder: str) -> bool:
-        """Return whether this is the first time that `folder` is come upon."""
+        """Return whether `folder` is seen for the first time."""
         identity = _identity(folder)
         owner = self._owners.get(identity)
         if owner is None:
@@ -98,41 +98,41 @@ class Scan:
             return True
         if owner not in ("", class_folder):
             raise UserError(
-                f"{escape_unprintable(owner)} and {escape_unprintable(folder)} hold, through a link, the same folder: "
-                "its images would count for both. Remove the link, or put other images in its place"
+                f"{escape_unprintable(owner)} and {escape_unprintable(folder)} contain the same folder through a link: "
+                "its images would count for both. Remove the link, or replace it by other images"
             )
         self.repeated += 1
         return False
 
 
-def look(folder: str) -> Level:
+def scan_dir(folder: str) -> DirEntries:
     """Return the entries of one folder.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the folder cannot be read.
 
     """
     folders, files, hidden = [], [], 0
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name.lower() in _LITTER:
+                if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES:
                     hidden += 1
-                elif _is_folder(entry):
+                elif _is_dir(entry):
                     folders.append(entry.name)
                 else:
                     files.append(entry.name)
     except OSError as error:
         raise _unreadable(folder, error) from None
-    return Level(sorted(folders), sorted(files), hidden)
+    return DirEntries(sorted(folders), sorted(files), hidden)
 
 
-def ending(name: str) -> str:
-    """Return a file's ending for a reader, as in `.gif`."""
-    return os.path.splitext(name)[1].lower() or "without an ending"
+def file_extension(name: str) -> str:
+    """Return the extension of a file for a message, such as `.gif`."""
+    return os.path.splitext(name)[1].lower() or "without an extension"
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _is_dir(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -140,6 +140,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _identity(folder: str) -> tuple[int, int]:
+    """Return device and inode."""
     try:
         status = os.stat(folder)
     except OSError as error:
@@ -149,6 +150,5 @@ def _identity(folder: str) -> tuple[int, int]:
 
 def _unreadable(folder: str, error: OSError) -> UserError:
     return UserError(
-        f"{escape_unprintable(folder)}: the folder cannot be read ({error.strerror}). Make it readable, or move it "
-        "away"
+        f"{escape_unprintable(folder)}: the folder cannot be read ({error.strerror}). Change its permissions or move it"
     )

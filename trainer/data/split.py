@@ -1,4 +1,4 @@
-"""A seeded, stratified split: a pure function of (seed, class, the order of its paths)."""
+"""Seeded, stratified splits: a pure function of the seed, the class names and the sorted paths."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -6,45 +6,45 @@ from typing import Literal
 
 from trainer.seeds import derive_seed
 
-Images = dict[str, list[str]]
-"""Class -> the paths of its images."""
+PathsByClass = dict[str, list[str]]
+"""Class -> paths of its images."""
 
 
 def stratified_split(
     images: Mapping[str, Sequence[str]], fraction: float, *, seed: int, purpose: Literal["val", "test"]
-) -> tuple[Images, Images]:
-    """Return (the images left, the images cut out), each in the order given.
+) -> tuple[PathsByClass, PathsByClass]:
+    """Return (remaining images, held-out images), each in the given order.
 
-    Which are cut out depends on the paths' order alone, not on where their folder lies. Each class keeps
-    one image at least, so one of a single image gives none.
+    The split depends on the order of the sorted paths only, so it does not change if the dataset is moved. Each
+    class keeps at least one image; a class with a single image has none in the held-out part.
     """
-    counts = shares({name: len(paths) for name, paths in images.items()}, fraction, seed=seed)
-    left: Images = {}
-    cut: Images = {}
+    counts = split_counts({name: len(paths) for name, paths in images.items()}, fraction, seed=seed)
+    remaining: PathsByClass = {}
+    held_out: PathsByClass = {}
     for name, paths in images.items():
-        places = sorted(range(len(paths)), key=paths.__getitem__)
-        random.Random(derive_seed(f"split {purpose} {name}", seed)).shuffle(places)
-        chosen = set(places[: counts[name]])
-        left[name] = [path for place, path in enumerate(paths) if place not in chosen]
-        cut[name] = [path for place, path in enumerate(paths) if place in chosen]
-    return left, cut
+        positions = sorted(range(len(paths)), key=paths.__getitem__)
+        random.Random(derive_seed(f"split {purpose} {name}", seed)).shuffle(positions)
+        selected = set(positions[: counts[name]])
+        remaining[name] = [path for position, path in enumerate(paths) if position not in selected]
+        held_out[name] = [path for position, path in enumerate(paths) if position in selected]
+    return remaining, held_out
 
 
-def shares(counts: Mapping[str, int], fraction: float, *, seed: int) -> dict[str, int]:
-    """Return how many of each class's `counts` images make up `fraction` of them all.
+def split_counts(counts: Mapping[str, int], fraction: float, *, seed: int) -> dict[str, int]:
+    """Return how many images of each class are held out, so that the total is `fraction` of all images.
 
-    Rounded down, but to 1 from a half on; then those whose lost part is largest get one more, until the
-    total is the fraction of all images (Hamilton's method of largest remainders). Classes of equal
-    remainder take their turn in a seeded order. No class gives its last image.
+    Uses the largest remainder method (Hamilton). The quota of each class is rounded down, except that quotas from
+    0.5 to 1 become 1. The classes with the largest remainders then hold out one more until the total is reached.
+    Ties are broken in a seeded order. No class holds out its last image.
     """
     quotas = {name: count * fraction for name, count in counts.items()}
-    given = {
+    held_out = {
         name: min(max(int(quota), int(quota >= 0.5)), counts[name] - 1) for name, quota in quotas.items()
     }
     order = sorted(counts)
     random.Random(derive_seed("split turns", seed)).shuffle(order)
-    order.sort(key=lambda name: given[name] - quotas[name])
-    wanted = max(1, round(sum(counts.values()) * fraction)) - sum(given.values())
-    for name in [name for name in order if given[name] < counts[name] - 1][: max(0, wanted)]:
-        given[name] += 1
-    return given
+    order.sort(key=lambda name: held_out[name] - quotas[name])
+    missing = max(1, round(sum(counts.values()) * fraction)) - sum(held_out.values())
+    for name in [name for name in order if held_out[name] < counts[name] - 1][: max(0, missing)]:
+        held_out[name] += 1
+    return held_out

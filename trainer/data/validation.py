@@ -1,6 +1,6 @@
-"""Whether every image can be read: each is decoded once, and the verdict kept for the next start."""
+"""Validate images: decode each image once and cache the result for the next start."""
 
-# A Path for each of a million images takes longer than looking them up.
+# Creating a Path for each of a million images would take longer than the cache lookup.
 # ruff: noqa: PTH100, PTH116
 
 import hashlib
@@ -21,17 +21,18 @@ from trainer.errors import UserError
 from trainer.run.atomic import write_text_atomically
 from trainer.text import escape_unprintable
 
-_AT_ONCE = 16  # images that a thread takes in hand
+_BATCH_SIZE = 16  # images that a thread decodes per task
 
 
 class ValidationResult(NamedTuple):
-    """What was found, of which version of a file."""
+    """Validation result of one version of a file."""
 
     size: int
-    """[bytes]."""
+    """Size of the file [bytes]."""
     mtime_ns: int
+    """Modification time of the file [ns]."""
     reason: str | None
-    """Why it cannot be read; None: it can."""
+    """Reason why the image cannot be read; None if it can."""
 
 
 def check_images(
@@ -39,17 +40,17 @@ def check_images(
 ) -> dict[str, str]:
     """Return path -> reason for each image that cannot be read.
 
-    Verdicts are kept in `cache`/verdicts, in one file for each data set's folder, under the image's absolute
-    path, size and time of change: only what is new or changed is decoded. Interrupted, it keeps what it has.
+    Results are cached in `cache`/verdicts, in one file per dataset folder. A result is valid for one path, size and
+    modification time, so only new and changed images are decoded. The results so far are saved on an interruption.
 
     Args:
-        paths: the images.
-        cache: folder to keep the verdicts in; made if need be.
-        workers: threads that decode at once (Pillow lets go of Python's lock while it decodes).
-        on_progress: called now and then with (images checked, images in all).
+        paths: paths of the images.
+        cache: cache folder; created if needed.
+        workers: number of threads that decode (Pillow releases the GIL while it decodes).
+        on_progress: called from time to time with (images checked, total images).
 
     Raises:
-        UserError: the cache cannot be written to.
+        UserError: the cache cannot be written.
 
     """
     images = {path: os.path.abspath(path) for path in paths}
@@ -57,69 +58,73 @@ def check_images(
         return {}
     folder = _common_folder(images.values())
     file = cache / "verdicts" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.json"
-    known = _read(file, folder)
-    versions = {path: _version(path) for path in images}
+    results = _read_cache(file, folder)
+    versions = {path: _file_version(path) for path in images}
     unreadable: dict[str, str] = {}
-    waiting: list[str] = []
+    pending: list[str] = []
     for path, absolute in images.items():
-        verdict = known.get(absolute[len(folder) :])
-        if verdict is None or verdict[:2] != versions[path]:
-            waiting.append(path)
-        elif verdict.reason is not None:
-            unreadable[path] = verdict.reason
-    if not waiting:
+        result = results.get(absolute[len(folder) :])
+        if result is None or result[:2] != versions[path]:
+            pending.append(path)
+        elif result.reason is not None:
+            unreadable[path] = result.reason
+    if not pending:
         return unreadable
-    _make_writable(file.parent)
-    done = len(images) - len(waiting)
-    with closing(_judged(waiting, workers)) as judged:
+    _check_writable(file.parent)
+    done = len(images) - len(pending)
+    with closing(_validate_batches(pending, workers)) as batches:
         try:
-            for judgements in judged:
-                for path, reason, lasting in judgements:
+            for batch in batches:
+                for path, reason, permanent in batch:
                     if reason is not None:
                         unreadable[path] = reason
                     version = versions[path]
-                    if lasting and version is not None:
-                        known[images[path][len(folder) :]] = ValidationResult(*version, reason)
-                done += len(judgements)
+                    if permanent and version is not None:
+                        results[images[path][len(folder) :]] = ValidationResult(*version, reason)
+                done += len(batch)
                 if on_progress is not None:
                     on_progress(done, len(images))
         finally:
-            _write(file, folder, known, current={absolute[len(folder) :] for absolute in images.values()})
+            _write_cache(
+                file, folder, results, current={absolute[len(folder) :] for absolute in images.values()}
+            )
     return unreadable
 
 
 def unreadable_error(unreadable: Mapping[str, str], total: int) -> UserError:
-    """Return the error that lists all images that cannot be read (path -> reason), of `total` checked."""
+    """Return the error that lists all unreadable images (path -> reason) out of `total`."""
     listed = "".join(
         f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items())
     )
     return UserError(
-        f"{len(unreadable)} of {total} images cannot be read:{listed}\nMend, replace or remove them, or "
-        "leave them out with --data.on_unreadable skip"
+        f"{len(unreadable)} of {total} images cannot be read:{listed}\nRepair, replace or remove them, or "
+        "skip them with --data.on_unreadable skip"
     )
 
 
 def _common_folder(paths: Collection[str]) -> str:
-    """Return the deepest folder that holds all these absolute paths, with its slash."""
-    # What the first and the last have in common, all have.
+    """Return the deepest common folder of absolute paths, with a trailing slash."""
+    # The common prefix of the first and the last path in sorted order is common to all.
     return os.path.commonprefix([min(paths), max(paths)]).rpartition("/")[0] + "/"  # noqa: RUF071
 
 
-def _judged(paths: Sequence[str], workers: int) -> Generator[list[tuple[str, str | None, bool]], None, None]:
-    """Yield, some at a time, (path, why it cannot be read or None, whether that is so for good)."""
+def _validate_batches(
+    paths: Sequence[str], workers: int
+) -> Generator[list[tuple[str, str | None, bool]], None, None]:
+    """Yield batches of (path, reason why it cannot be read or None, whether the result is permanent)."""
     stop = threading.Event()
 
-    def judge(start: int) -> list[tuple[str, str | None, bool]]:
-        return [(path, *_reason(path)) for path in paths[start : start + _AT_ONCE] if not stop.is_set()]
+    def validate(start: int) -> list[tuple[str, str | None, bool]]:
+        return [(path, *_validate(path)) for path in paths[start : start + _BATCH_SIZE] if not stop.is_set()]
 
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="check") as pool:
         try:
-            yield from pool.map(judge, range(0, len(paths), _AT_ONCE))
+            yield from pool.map(validate, range(0, len(paths), _BATCH_SIZE))
         finally:
-            stop.set()  # after Ctrl-C only the images in hand are decoded to their end
+            stop.set()  # after Ctrl-C, each thread finishes the image that it is decoding
 
 
-def _reason(path: str) -> tuple[str | None, bool]:
+def _validate(path: str) -> tuple[str | None, bool]:
     try:
         decode(path)
     except UnreachableImage as error:
@@ -129,8 +134,8 @@ def _reason(path: str) -> tuple[str | None, bool]:
     return None, True
 
 
-def _version(path: str) -> tuple[int, int] | None:
-    """Return a file's size [bytes] and time of change [ns]; None: it cannot be looked at."""
+def _file_version(path: str) -> tuple[int, int] | None:
+    """Return the size [bytes] and the modification time [ns] of a file; None if they cannot be read."""
     try:
         status = os.stat(path)
     except OSError:
@@ -138,8 +143,8 @@ def _version(path: str) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _make_writable(folder: Path) -> None:
-    """Make the folder of verdicts, before the long work whose result it is to keep."""
+def _check_writable(folder: Path) -> None:
+    """Create the cache folder and write to it, so that a problem is found before the images are decoded."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -148,44 +153,48 @@ def _make_writable(folder: Path) -> None:
         raise _unwritable(folder, error) from None
 
 
-def _read(file: Path, folder: str) -> dict[str, ValidationResult]:
-    """Return name below `folder` -> verdict, as an earlier start left them; none, if they are of other rules.
+def _read_cache(file: Path, folder: str) -> dict[str, ValidationResult]:
+    """Return path relative to `folder` -> cached result.
 
-    A damaged file counts as none and is written anew: it only saves work, and every image that it would
-    have vouched for is decoded again.
+    The result is empty if the file is missing, damaged or from another decoder version: all images are then decoded
+    again and the file is replaced.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content["rules"] != _rules() or content["folder"] != folder:
+        if content["rules"] != _decoder_version() or content["folder"] != folder:
             return {}
-        return {name: _verdict(entry) for name, entry in content["images"].items()}
+        return {name: _parse_result(entry) for name, entry in content["images"].items()}
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return {}
 
 
-def _verdict(entry: Any) -> ValidationResult:
+def _parse_result(entry: Any) -> ValidationResult:
     size, mtime_ns, reason = entry
     if type(size) is not int or type(mtime_ns) is not int or not isinstance(reason, str | None):
-        raise TypeError(f"not a verdict: {entry!r}")
+        raise TypeError(f"not a validation result: {entry!r}")
     return ValidationResult(size, mtime_ns, reason)
 
 
-def _write(file: Path, folder: str, verdicts: Mapping[str, ValidationResult], *, current: Set[str]) -> None:
-    """Write the verdicts; those of images that are not of this data set stay while their files do."""
-    kept = {name: v for name, v in verdicts.items() if name in current or os.path.lexists(folder + name)}
+def _write_cache(
+    file: Path, folder: str, results: Mapping[str, ValidationResult], *, current: Set[str]
+) -> None:
+    """Write the results; those of images outside `current` are kept if their files exist."""
+    kept = {name: r for name, r in results.items() if name in current or os.path.lexists(folder + name)}
     try:
-        write_text_atomically(file, json.dumps({"rules": _rules(), "folder": folder, "images": kept}))
+        write_text_atomically(
+            file, json.dumps({"rules": _decoder_version(), "folder": folder, "images": kept})
+        )
     except OSError as error:
         raise _unwritable(file.parent, error) from None
 
 
-def _rules() -> str:
-    """Return what a verdict depends on but for the file: under other rules it does not count."""
+def _decoder_version() -> str:
+    """Return the version of the decoder; results of another version are ignored."""
     return f"{DECODE_VERSION}, Pillow {PIL.__version__}"
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
-        f"data.cache: the verdicts on the images cannot be written to {escape_unprintable(str(folder))} "
-        f"({error.strerror}). Set data.cache (or $REGRAFT_CACHE) to a folder that can be written to"
+        f"data.cache: the validation results cannot be written to {escape_unprintable(str(folder))} "
+        f"({error.strerror}). Set data.cache (or $REGRAFT_CACHE) to a writable folder"
     )

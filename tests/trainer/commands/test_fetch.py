@@ -20,16 +20,16 @@ def test_what_a_run_needs_is_found_and_said(data: Path, capsys: pytest.CaptureFi
 def test_a_data_set_known_by_name_is_there_afterwards(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[str] = []
+    generated: list[str] = []
 
-    def draw(task: str, folder: Path, *, seed: int) -> None:
-        drawn.append(task)
+    def generate(task: str, folder: Path, *, seed: int) -> None:
+        generated.append(task)
         image_folder(folder, {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}}, seed=seed)
 
-    monkeypatch.setattr("trainer.data.registry.synthetic.draw", draw)
+    monkeypatch.setattr("trainer.data.registry.synthetic.generate", generate)
     words = ["--pretrain.root=synthetic-source", "--data.root=synthetic-target", "--model.weights=null"]
     assert fetch.main([*words, f"--data.cache={tmp_path / 'cache'}"]) == 0
-    assert drawn == ["target", "source"]
+    assert generated == ["target", "source"]
     assert capsys.readouterr().out.count("images to train on") == 2
 
 

@@ -1,47 +1,35 @@
-"""Known data sets from a real HTTP server on loopback: the cache, the ways on, the disk, and other processes."""
+"""Downloads from a real HTTP server on the loopback interface, and the extraction of zip archives."""
 
 import errno
 import hashlib
 import io
 import os
+import re
 import signal
 import socket
+import stat
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.web import (
-    DATA,
-    HALF,
-    PICTURE,
-    SHA1,
-    Answer,
-    Server,
-    chunked,
-    cut,
-    page,
-    ranges,
-    serving,
-    silent,
-    stalled,
-    status,
-    unannounced,
-    whole,
-)
-from trainer.data import download, unpack
-from trainer.data.download import KNOWN, KnownDataset, fetch
+from tests import web
+from tests.web import ARCHIVE, HALF, IMAGE, SHA1, Response, Server, serving
+from trainer.data import download
+from trainer.data.download import RemoteDataset, extract_zip, fetch_dataset
 from trainer.errors import UserError
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(download, "RETRIES", 0)
+    monkeypatch.setattr(download, "TIMEOUT", 5.0)
     with serving(monkeypatch) as running:
         yield running
 
@@ -51,242 +39,197 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache folder" / "regraft"
 
 
-def dataset(server: Server, **changes: Any) -> KnownDataset:
-    return replace(KnownDataset(name="set", url=server.url, sha1=SHA1, size=None, folder="set"), **changes)
+def dataset_at(url: str, folder: str = "set") -> RemoteDataset:
+    return RemoteDataset(name="set", url=url, sha1=SHA1, folder=folder)
 
 
-def get(wanted: KnownDataset, cache: Path, **options: Any) -> Path:
-    return fetch(wanted, cache, **{"timeout": 1.0, "pause": 0.01, **options})
+def fetch(server: Server, cache: Path) -> Path:
+    return fetch_dataset(dataset_at(server.url), cache)
 
 
-def holds_the_pictures(folder: Path, cache: Path) -> bool:
-    whole = (folder / "train/hot/1.jpg").read_bytes() == PICTURE and (folder / "test/cold/2.jpg").exists()
-    names = {p.name for p in cache.iterdir()}
-    return whole and names == {"set.zip", f"set-{SHA1[:8]}", ".set.lock"}
-
-
-def error_of(wanted: KnownDataset, cache: Path, **options: Any) -> str:
+def fetch_error(server: Server, cache: Path, *, url: str | None = None, folder: str = "set") -> str:
     with pytest.raises(UserError) as caught:
-        get(wanted, cache, **options)
+        fetch_dataset(dataset_at(url or server.url, folder), cache)
     return str(caught.value)
 
 
-def with_part(cache: Path, content: bytes, version: str = "") -> Path:
-    cache.mkdir(parents=True)
-    (cache / "set.zip.part.version").write_text(version)
-    part = cache / "set.zip.part"
-    part.write_bytes(content)
-    return part
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
-# --- the usual way
+def check_dataset(folder: Path, cache: Path) -> None:
+    """Assert that the dataset is complete and that nothing else is left in the cache."""
+    assert (folder / "train/hot/1.jpg").read_bytes() == IMAGE
+    assert (folder / "test/cold/2.jpg").read_bytes() == b"cold"
+    assert names_in(cache) == {"set.zip", f"set-{SHA1[:8]}", ".set.lock"}
 
 
-@pytest.mark.parametrize("answer", [whole, ranges, unannounced, chunked])
-def test_it_is_downloaded_unpacked_and_from_then_on_cached(
-    answer: Answer, server: Server, cache: Path
+# --- download and cache
+
+
+@pytest.mark.parametrize("response", [web.complete, web.without_length])
+def test_second_start_uses_the_cache_without_a_request(
+    response: Response, server: Server, cache: Path
 ) -> None:
-    server.answers = [answer]
-    seen: list[tuple[int, int | None]] = []
-    folder = get(dataset(server), cache, on_progress=lambda done, total: seen.append((done, total)))
-    assert holds_the_pictures(folder, cache)
-    known = None if answer in (unannounced, chunked) else len(DATA)
-    assert (seen[0], seen[-1]) == ((0, None), (len(DATA), known))
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    seen.clear()
-    assert get(dataset(server), cache, on_progress=lambda done, total: seen.append((done, total))) == folder
-    assert (len(server.asked), seen) == (1, [])
+    server.responses = [response]
+    reports: list[tuple[int, int | None]] = []
+
+    def fetch_with_progress() -> Path:
+        return fetch_dataset(
+            dataset_at(server.url), cache, on_progress=lambda done, total: reports.append((done, total))
+        )
+
+    folder = fetch_with_progress()
+    check_dataset(folder, cache)
+    assert reports[-1] == (len(ARCHIVE), len(ARCHIVE) if response is web.complete else None)
+    assert 0 < reports[0][0] < len(ARCHIVE)
+    assert reports == sorted(reports)
+    reports.clear()
+    assert fetch_with_progress() == folder
+    assert (server.requests, reports) == (1, [])
 
 
-def test_the_archive_is_kept_and_unpacked_again_without_the_network(server: Server, cache: Path) -> None:
-    server.answers = [ranges]
-    folder = get(dataset(server), cache)
-    unpack.shutil.rmtree(folder.parent)
-    assert holds_the_pictures(get(dataset(server), cache), cache)
-    assert len(server.asked) == 1
+def test_archive_placed_by_hand_is_used_without_a_request(server: Server, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    (cache / "set.zip").write_bytes(ARCHIVE)
+    check_dataset(fetch(server, cache), cache)
+    assert server.requests == 0
 
 
-def test_an_archive_put_there_by_hand_is_used_without_the_network(server: Server, cache: Path) -> None:
-    with_part(cache, DATA[:HALF])
-    (cache / "set.zip").write_bytes(DATA)
-    folder = get(
-        dataset(server), cache, on_progress=lambda done, total: pytest.fail("no download, no progress")
-    )
-    assert holds_the_pictures(folder, cache)
-    assert server.asked == []
+def test_wrong_archive_placed_by_hand_is_named_and_kept(server: Server, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    (cache / "set.zip").write_bytes(ARCHIVE[:-1])
+    message = fetch_error(server, cache)
+    found = hashlib.sha1(ARCHIVE[:-1]).hexdigest()
+    assert f"{cache / 'set.zip'} is not the dataset 'set': its SHA-1 is {found}, expected {SHA1}" in message
+    assert server.url in message
+    assert (cache / "set.zip").read_bytes() == ARCHIVE[:-1]
+    assert server.requests == 0
 
 
-def test_a_wrong_archive_put_there_by_hand_is_named_and_left_alone(server: Server, cache: Path) -> None:
-    with_part(cache, DATA[:HALF])
-    (cache / "set.zip").write_bytes(DATA[:-1])
-    text = error_of(dataset(server), cache)
-    found = hashlib.sha1(DATA[:-1]).hexdigest()
-    assert all(
-        word in text for word in (str(cache / "set.zip"), found, SHA1, server.url, f"{len(DATA) - 1:,} bytes")
-    )
-    assert (cache / "set.zip").read_bytes() == DATA[:-1]
-    assert server.asked == []
+# --- failed downloads
 
 
-def test_the_hotdogs_are_those_of_the_recipe() -> None:
-    hotdog = KNOWN["hotdog"]
-    assert hotdog.url == "http://d2l-data.s3-accelerate.amazonaws.com/hotdog.zip"
-    assert hotdog.sha1 == "fba480ffa8aa7e0febbb511d181409f899b9baa5"
-    assert (hotdog.name, hotdog.folder) == ("hotdog", "hotdog")
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        (web.truncated, rf"IncompleteRead\({HALF} bytes read, {len(ARCHIVE) - HALF} more expected\)"),
+        (
+            web.truncated_without_length,
+            f"expected sha1:{SHA1} but got {hashlib.sha1(ARCHIVE[:HALF]).hexdigest()}",
+        ),
+        (web.login_page, f"expected sha1:{SHA1} but got [0-9a-f]{{40}}"),
+        (web.not_found, "404 Client Error: Not Found"),
+        (web.silent, "timed out"),
+        (web.stalled, "timed out"),
+        (web.redirect_to_file, "No connection adapters were found for 'file:///etc/passwd'"),
+    ],
+)
+def test_failed_download_is_explained_and_leaves_nothing_in_the_cache(
+    response: Response, reason: str, server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    server.responses = [response, web.complete]
+    message = fetch_error(server, cache)
+    assert message.startswith(f"the dataset 'set' could not be downloaded from {server.url}: ")
+    assert re.search(reason, message)
+    assert f"place the file (SHA-1 {SHA1}) at {cache / 'set.zip'} by hand" in message
+    assert names_in(cache) == {".set.lock"}
+    check_dataset(fetch(server, cache), cache)
 
 
-# --- no way to the archive
+def test_failed_download_is_tried_again(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "RETRIES", 2)
+    monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)
+    server.responses = [web.truncated, web.not_found, web.complete]
+    check_dataset(fetch(server, cache), cache)
+    assert server.requests == 3
 
 
-def ways_on(text: str, url: str, cache: Path) -> bool:
-    words = (
-        f"from     {url}",
-        SHA1,
-        f"put that file at {cache / 'set.zip'}",
-        "run the same command again",
-        "data.root",
-    )
-    return all(word in text for word in words)
-
-
-@pytest.mark.parametrize("answer", [status(404), silent, page])
-def test_what_does_not_come_says_why_and_how_to_go_on(answer: Answer, server: Server, cache: Path) -> None:
-    server.answers = [answer]
-    text = error_of(dataset(server), cache, timeout=0.1)
-    assert text.startswith("the data set 'set' could not be downloaded: ")
-    assert "are kept" not in text
-    assert ways_on(text, server.url, cache)
-
-
-def test_what_has_come_is_told(server: Server, cache: Path) -> None:
-    server.answers = [cut(HALF), status(404)]
-    text = error_of(dataset(server), cache)
-    assert (
-        "the server answers 404 Not Found.\n200.1 kB are kept: the next start goes on from there.\n" in text
-    )
-    assert ways_on(text, server.url, cache)
-    assert (cache / "set.zip.part").read_bytes() == DATA[:HALF]
-
-
-def test_without_a_network_it_says_how_to_go_on(server: Server, cache: Path) -> None:
+def test_without_a_network_the_error_says_how_to_continue(server: Server, cache: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/set.zip"
-        text = error_of(dataset(server, url=url), cache)
-    assert "could not be downloaded: Connection refused (2 times in a row)" in text
-    assert ways_on(text, url, cache)
-
-
-def test_the_words_of_a_server_do_not_steer_the_terminal(server: Server, cache: Path) -> None:
-    server.answers = [page]
-    text = error_of(dataset(server), cache)
-    assert r"sends a web page (content type text/html; charset=utf-8\x1b[2J)" in text
-    assert "\x1b" not in text
-
-
-# --- the disk
-
-
-class Full(io.FileIO):
-    """A file on a disk with room for 100 kB."""
-
-    def write(self, data: Any) -> int:
-        if self.tell() + len(data) > 100_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write(data)
-
-
-def full_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    usual = Path.open
-    monkeypatch.setattr(
-        Path,
-        "open",
-        lambda self, mode="r", *a, **k: (
-            Full(self, mode) if self.name == name and mode != "rb" else usual(self, mode, *a, **k)
-        ),
+        message = fetch_error(server, cache, url=url)
+    assert message == (
+        f"the dataset 'set' could not be downloaded from {url}: [Errno 111] Connection refused.\n"
+        f"Run the same command again; or place the file (SHA-1 {SHA1}) at {cache / 'set.zip'} by hand; "
+        "or set data.root to a folder of your own images"
     )
 
 
-def test_a_full_disk_keeps_what_has_come(
+def test_unresolved_host_name_is_reported(
     server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.answers = [ranges]
-    with monkeypatch.context() as during:
-        full_for(during, "set.zip.part")
-        text = error_of(dataset(server), cache)
-    assert (
-        f"there is no room left in the cache {cache} (No space left on device); what has come is kept" in text
-    )
-    assert "data.cache" in text
-    kept = (cache / "set.zip.part").stat().st_size
-    assert 0 < kept <= 100_000
-    assert holds_the_pictures(get(dataset(server), cache), cache)
-    assert server.asked == [None, f"bytes={kept}-"]
+    def getaddrinfo(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    message = fetch_error(server, cache, url="http://data.example/set.zip")
+    assert "from http://data.example/set.zip: [Errno -2] Name or service not known.\n" in message
 
 
-def test_a_disk_that_fills_while_unpacking_leaves_no_half_of_it(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server.answers = [ranges]
-    with monkeypatch.context() as during:
-        full_for(during, "1.jpg")
-        assert "there is no room left" in error_of(dataset(server), cache)
-    assert {p.name for p in cache.iterdir()} == {"set.zip", ".set.lock"}
-    assert holds_the_pictures(get(dataset(server), cache), cache)
-    assert len(server.asked) == 1
+# --- the cache folder
 
 
-def test_too_little_room_is_told_before_the_download(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server.answers = [whole]
-    usage = unpack.shutil.disk_usage(cache.parent.parent)
-    monkeypatch.setattr(unpack.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    assert "(400.3 kB needed, 1.0 kB free)" in error_of(dataset(server), cache)
-    assert not (cache / "set.zip.part").exists()
-
-
-def test_a_cache_below_a_file_is_an_error(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    text = error_of(dataset(server), tmp_path / "file" / "cache")
-    assert f"the cache {tmp_path / 'file' / 'cache'} cannot be used (Not a directory" in text
-    assert "data.cache (or $REGRAFT_CACHE)" in text
-
-
-def test_a_cache_that_may_not_be_written_is_an_error_unless_it_is_there(
-    server: Server, tmp_path: Path
-) -> None:
-    server.answers = [ranges]
+def test_read_only_cache_is_an_error_unless_it_holds_the_dataset(server: Server, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o555)
-    nobody, me = 65534, os.geteuid()
-    with suppress(PermissionError):  # root may write anywhere: be somebody else for a moment
+    nobody, user = 65534, os.geteuid()
+    with suppress(PermissionError):  # root may write anywhere, so become another user for a moment
         os.seteuid(nobody)
     try:
-        text = error_of(dataset(server), cache)
+        message = fetch_error(server, cache)
     finally:
-        os.seteuid(me)
-    assert "cannot be used (Permission denied" in text
+        os.seteuid(user)
+    assert "cannot be used (Permission denied" in message
     cache.chmod(0o755)
-    folder = get(dataset(server), cache)
+    folder = fetch(server, cache)
     (cache / ".set.lock").unlink()
     cache.chmod(0o555)
-    assert get(dataset(server), cache) == folder
-    assert not (cache / ".set.lock").exists(), "what is there is found without writing"
+    assert fetch(server, cache) == folder
+    assert not (cache / ".set.lock").exists()
 
 
-# --- other processes
+@pytest.mark.parametrize("name", ["requests.models.Response.iter_content", "shutil.copyfileobj"])
+def test_full_disk_leaves_no_partial_files(
+    name: str, server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-FETCH = (
-    "import sys; from pathlib import Path; from trainer.data.download import KnownDataset, fetch\n"
+    with monkeypatch.context() as context:
+        context.setattr(name, write)  # the first fails during the download, the second during extraction
+        message = fetch_error(server, cache)
+    assert f"no space is left in the cache {cache} (No space left on device)" in message
+    assert names_in(cache) <= {"set.zip", ".set.lock"}
+    check_dataset(fetch(server, cache), cache)
+
+
+def test_file_system_without_locks_is_named(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(download.fcntl, "flock", flock)
+    assert f"the cache {cache} cannot be used (Function not implemented" in fetch_error(server, cache)
+
+
+# --- several processes
+
+SCRIPT = (
+    "import sys; from pathlib import Path; from trainer.data.download import RemoteDataset, fetch_dataset\n"
     "url, sha1, cache = sys.argv[1:]\n"
-    "print(fetch(KnownDataset(name='set', url=url, sha1=sha1, size=None, folder='set'), Path(cache)))"
+    "print(fetch_dataset(RemoteDataset(name='set', url=url, sha1=sha1, folder='set'), Path(cache)))"
 )
 
 
-def start(server: Server, cache: Path, repository: Path) -> subprocess.Popen[str]:
+def start_process(
+    server: Server, cache: Path, repository: Path, script: str = SCRIPT
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", FETCH, server.url, SHA1, cache],
+        [sys.executable, "-c", script, server.url, SHA1, cache],
         cwd=repository,
         text=True,
         stdout=subprocess.PIPE,
@@ -294,55 +237,117 @@ def start(server: Server, cache: Path, repository: Path) -> subprocess.Popen[str
     )
 
 
-@pytest.mark.parametrize("deadly", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-def test_what_a_killed_process_has_downloaded_is_not_downloaded_again(
-    deadly: signal.Signals, server: Server, cache: Path, repository: Path
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
+def test_next_start_works_after_an_interrupted_download(
+    number: signal.Signals, server: Server, cache: Path, repository: Path
 ) -> None:
-    server.answers = [stalled, ranges]
-    with start(server, cache, repository) as process:
-        part = cache / "set.zip.part"
-        until = time.monotonic() + 10
-        while not (part.exists() and part.stat().st_size == HALF) and time.monotonic() < until:
+    server.responses = [web.stalled, web.complete]
+    with start_process(server, cache, repository) as process:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            if any(file.stat().st_size for file in (cache / ".set.partial").glob("tmp*")):
+                break
             time.sleep(0.01)
-        process.send_signal(deadly)
+        process.send_signal(number)
         _, errors = process.communicate()
     assert process.returncode != 0
-    assert ("KeyboardInterrupt" in errors) == (deadly == signal.SIGINT)
-    assert part.stat().st_size == HALF
-    assert holds_the_pictures(get(dataset(server), cache), cache), "and its lock has died with it"
-    assert server.asked == [None, f"bytes={HALF}-"]
-    assert server.sent == len(DATA)
+    assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
+    assert (cache / ".set.partial").exists() == (number == signal.SIGKILL)
+    check_dataset(fetch(server, cache), cache)
 
 
-def test_of_two_processes_one_downloads_and_the_other_waits(
+def test_interrupted_extraction_is_not_taken_for_complete(
     server: Server, cache: Path, repository: Path
 ) -> None:
-    server.answers = [lambda handler: ranges(handler, pause=0.04)]
-    seen: list[tuple[int, int | None]] = []
-    with start(server, cache, repository) as first:
-        while not server.asked and first.poll() is None:
-            time.sleep(0.01)
-        folder = get(dataset(server), cache, on_progress=lambda done, total: seen.append((done, total)))
-        out, _ = first.communicate()
-    assert out.strip() == str(folder)
-    assert holds_the_pictures(folder, cache)
-    assert (server.asked, server.sent) == ([None], len(DATA))
-    assert len({done for done, _ in seen}) > 1, "the one that waits sees the other's progress"
+    kill_after_first = (
+        "import os, zipfile\n"
+        "extract = zipfile.ZipFile._extract_member\n"
+        "def extract_one(*args):\n"
+        "    extract(*args)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "zipfile.ZipFile._extract_member = extract_one\n"
+    )
+    with start_process(server, cache, repository, kill_after_first + SCRIPT) as process:
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert len(list((cache / ".set.partial").rglob("*.jpg"))) == 1
+    check_dataset(fetch(server, cache), cache)
+    assert server.requests == 1
 
 
-def test_two_processes_that_start_at_once(server: Server, cache: Path, repository: Path) -> None:
-    server.answers = [lambda handler: ranges(handler, pause=0.01)]
-    with start(server, cache, repository) as first, start(server, cache, repository) as second:
-        outcomes = [first.communicate(), second.communicate()]
-    assert outcomes[0] == outcomes[1] == (f"{cache / f'set-{SHA1[:8]}' / 'set'}\n", "")
-    assert server.sent == len(DATA)
+def test_two_processes_download_once(server: Server, cache: Path, repository: Path) -> None:
+    with (
+        start_process(server, cache, repository) as first,
+        start_process(server, cache, repository) as second,
+    ):
+        outputs = [first.communicate(), second.communicate()]
+    folder = cache / f"set-{SHA1[:8]}" / "set"
+    assert outputs[0] == outputs[1] == (f"{folder}\n", "")
+    assert server.requests == 1
+    check_dataset(folder, cache)
 
 
-def test_a_file_system_without_locks_is_named(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_locks(*args: object) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+# --- unsafe archives
 
-    monkeypatch.setattr(download.fcntl, "flock", no_locks)
-    assert f"the cache {cache} cannot be used (Function not implemented" in error_of(dataset(server), cache)
+
+def make_zip(entries: Mapping[str, bytes], *, file_type: int = stat.S_IFREG) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (file_type | 0o6777) << 16
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, content)
+    return buffer.getvalue()
+
+
+def with_declared_size(data: bytes, size: int) -> bytes:
+    """Return the archive with another uncompressed size in the first record of its central directory."""
+    changed = bytearray(data)
+    struct.pack_into("<L", changed, data.index(b"PK\x01\x02") + 24, size)
+    return bytes(changed)
+
+
+SMALL = make_zip({"a.jpg": bytes(5000)})
+OUTSIDE = "leads out of the target folder"
+UNSAFE = {
+    "parent": (make_zip({"good": b"", "../outside": b"evil"}), f"'../outside' {OUTSIDE}"),
+    "inner parent": (make_zip({"a/../../outside": b""}), OUTSIDE),
+    "parent folder": (make_zip({"../evil/": b""}), OUTSIDE),
+    "absolute": (make_zip({"/tmp/evil": b""}), f"'/tmp/evil' {OUTSIDE}"),
+    "two slashes": (make_zip({"//tmp/evil": b""}), OUTSIDE),
+    "symlink": (make_zip({"link": b"/etc"}, file_type=stat.S_IFLNK), "'link' is a link or a special file"),
+    "symlink as folder": (make_zip({"link/": b""}, file_type=stat.S_IFLNK), "is a link or a special file"),
+    "pipe": (make_zip({"pipe": b""}, file_type=stat.S_IFIFO), "is a link or a special file"),
+    "bomb": (make_zip({"bomb": bytes(200_000)}), "would take 200,000 bytes; at most 100,000 are allowed"),
+    "many entries": (
+        make_zip({f"{i}/": b"" for i in range(30)}),
+        "it has 30 entries; at most 20 are allowed",
+    ),
+    "bomb with a small declared size": (with_declared_size(SMALL, 20), "cannot be extracted: Bad CRC"),
+    "escape sequence": (make_zip({"../\x1b[2J": b""}), r"'../\x1b[2J' leads out"),
+    "web page": (b"<html>404</html>", "cannot be extracted: File is not a zip file"),
+    "truncated": (SMALL[:-40], "cannot be extracted"),
+}
+
+
+@pytest.mark.parametrize("case", UNSAFE)
+def test_unsafe_archive_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "MAX_EXTRACTED_BYTES", 100_000)
+    monkeypatch.setattr(download, "MAX_ENTRIES", 20)
+    data, reason = UNSAFE[case]
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "cache").mkdir()
+    archive = tmp_path / "cache" / "set.zip"
+    archive.write_bytes(data)
+    with pytest.raises(UserError, match=re.escape(reason)) as caught:
+        extract_zip(archive, tmp_path / "cache" / "new")
+    assert str(archive) in str(caught.value)
+    assert names_in(tmp_path) == {"outside", "cache"}
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+def test_archive_without_the_expected_folder_is_an_error(server: Server, cache: Path) -> None:
+    message = fetch_error(server, cache, folder="hotdog")
+    assert message == f"{cache / 'set.zip'} has no folder 'hotdog'"
+    assert names_in(cache) == {"set.zip", ".set.lock"}

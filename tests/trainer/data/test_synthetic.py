@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from trainer.data import synthetic
-from trainer.data.synthetic import PATTERNS, SHAPES, TASKS, Task, draw, picture
+from trainer.data.synthetic import PATTERNS, SHAPES, TASKS, Task, generate, make_image
 
 
 @pytest.fixture
@@ -22,62 +22,62 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_tasks_share_every_word_and_no_class() -> None:
+def test_tasks_share_shapes_and_patterns_but_no_class() -> None:
     source, target = TASKS["source"], TASKS["target"]
     assert not set(source.classes) & set(target.classes)
     assert {p for p, _ in source.classes} == set(PATTERNS) == {p for p, _ in target.classes}
     assert {s for _, s in source.classes} == set(SHAPES)
     assert {s for _, s in target.classes} < set(SHAPES)
     assert len(source.classes) > 4 * len(target.classes)
-    assert source.pictures["train"] > 4 * target.pictures["train"]
+    assert source.images_per_class["train"] > 4 * target.images_per_class["train"]
 
 
-def test_pictures_are_jpeg_files_in_image_folders(small: str, tmp_path: Path) -> None:
-    draw(small, tmp_path / "x", seed=1)
+def test_images_are_jpeg_files_in_image_folders(small: str, tmp_path: Path) -> None:
+    generate(small, tmp_path / "x", seed=1)
     found = contents(tmp_path / "x")
     assert len(found) == 2 * (3 + 2)
     assert "train/plain-ring/0002.jpg" in found
-    assert len(set(found.values())) == len(found), "no picture stands twice"
+    assert len(set(found.values())) == len(found), "no image appears twice"
     with Image.open(tmp_path / "x" / "test" / "striped-star" / "0000.jpg") as image:
         assert image.format == "JPEG"
         assert image.mode == "RGB"
 
 
-def test_the_same_seed_draws_the_same_and_another_seed_does_not(small: str, tmp_path: Path) -> None:
+def test_images_depend_on_the_seed_only(small: str, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        draw(small, tmp_path / name, seed=seed)
+        generate(small, tmp_path / name, seed=seed)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert not set(contents(tmp_path / "a").values()) & set(contents(tmp_path / "c").values())
 
 
-def test_a_drawn_folder_is_left_alone(small: str, tmp_path: Path) -> None:
-    draw(small, tmp_path / "x", seed=1)
+def test_existing_folder_is_not_changed(small: str, tmp_path: Path) -> None:
+    generate(small, tmp_path / "x", seed=1)
     (tmp_path / "x" / "train" / "plain-ring" / "0000.jpg").write_bytes(b"mine")
-    draw(small, tmp_path / "x", seed=1)
+    generate(small, tmp_path / "x", seed=1)
     assert (tmp_path / "x" / "train" / "plain-ring" / "0000.jpg").read_bytes() == b"mine"
 
 
-def test_an_interrupted_drawing_leaves_nothing(
+def test_interrupted_generation_leaves_nothing(
     small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = 0
+    generated = 0
 
     def interrupted(*arguments: object) -> Image.Image:
-        nonlocal drawn
-        drawn += 1
-        if drawn == 7:
+        nonlocal generated
+        generated += 1
+        if generated == 7:
             raise KeyboardInterrupt
-        return picture(*arguments)  # type: ignore[arg-type]
+        return make_image(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(synthetic, "picture", interrupted)
+    monkeypatch.setattr(synthetic, "make_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        draw(small, tmp_path / "x", seed=1)
+        generate(small, tmp_path / "x", seed=1)
     assert not list(tmp_path.iterdir())
 
 
-def test_two_runs_may_draw_at_once(small: str, tmp_path: Path) -> None:
+def test_concurrent_generation_is_safe(small: str, tmp_path: Path) -> None:
     threads = [
-        threading.Thread(target=draw, args=(small, tmp_path / "x"), kwargs={"seed": 1}) for _ in range(4)
+        threading.Thread(target=generate, args=(small, tmp_path / "x"), kwargs={"seed": 1}) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -88,10 +88,10 @@ def test_two_runs_may_draw_at_once(small: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_shape_is_seen_against_its_background(shape: str) -> None:
-    # Two pictures from the same random numbers, with and without the pattern, differ within the shape alone.
+def test_shape_is_visible_on_its_background(shape: str) -> None:
+    # Two images from the same random numbers, with and without the pattern, differ only within the shape.
     plain, striped = (
-        np.asarray(picture(shape, pattern, np.random.default_rng(5))).astype(int)
+        np.asarray(make_image(shape, pattern, np.random.default_rng(5))).astype(int)
         for pattern in ("plain", "striped")
     )
     differing = (np.abs(plain - striped).max(axis=2) > 40).mean()

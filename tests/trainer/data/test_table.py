@@ -10,8 +10,8 @@ from trainer.errors import UserError
 HEADER = "path,label,split\n"
 
 
-def table(folder: Path, text: str | bytes, *, images: str = "a1 a2 a3 b1 b2 b3") -> Path:
-    """Write a CSV, and the (empty) images that lie beside it."""
+def make_csv(folder: Path, text: str | bytes, *, images: str = "a1 a2 a3 b1 b2 b3") -> Path:
+    """Write a CSV and empty image files beside it."""
     for name in images.split():
         (folder / f"{name}.jpg").touch()
     file = folder / "list.csv"
@@ -25,18 +25,18 @@ def read(file: Path, *, val_fraction: float = 0.0, test_fraction: float = 0.4) -
     )
 
 
-def names(part: tuple[tuple[str, int], ...]) -> list[str]:
-    return [Path(path).stem for path, _ in part]
+def names(examples: tuple[tuple[str, int], ...]) -> list[str]:
+    return [Path(path).stem for path, _ in examples]
 
 
 ROWS = ["a1.jpg,a,train", "b1.jpg,b,train", "a2.jpg,a,{}", "b2.jpg,b,{}", "a3.jpg,a,test", "b3.jpg,b,test"]
 
 
 @pytest.mark.parametrize("word", ["val", "valid", "validation", "Val", " VALIDATION "])
-def test_parts_are_as_the_table_says(tmp_path: Path, word: str) -> None:
-    index = read(table(tmp_path, HEADER + "\n".join(ROWS).format(word, word)))
+def test_splits_are_those_of_the_csv(tmp_path: Path, word: str) -> None:
+    index = read(make_csv(tmp_path, HEADER + "\n".join(ROWS).format(word, word)))
     assert index.classes == ("a", "b")
-    assert [names(part) for part in (index.train, index.val, index.test)] == [
+    assert [names(split) for split in (index.train, index.val, index.test)] == [
         ["a1", "b1"],
         ["a2", "b2"],
         ["a3", "b3"],
@@ -46,18 +46,18 @@ def test_parts_are_as_the_table_says(tmp_path: Path, word: str) -> None:
     assert index.notes == ("6 images listed in list.csv",)
 
 
-def test_the_only_evaluation_rows_are_reported(tmp_path: Path) -> None:
-    file = table(tmp_path, HEADER + "\n".join(ROWS[:4]).format("val", "val"))
+def test_single_evaluation_split_is_reported(tmp_path: Path) -> None:
+    file = make_csv(tmp_path, HEADER + "\n".join(ROWS[:4]).format("val", "val"))
     index = read(file)
     assert (names(index.test), index.val, index.reported) == (["a2", "b2"], (), "the CSV's val rows")
 
 
-def test_without_a_split_one_is_drawn_whatever_the_order_of_the_rows(tmp_path: Path) -> None:
+def test_split_made_without_the_column_does_not_depend_on_row_order(tmp_path: Path) -> None:
     rows = [f"{c}{i}.jpg,{c}" for c in "ab" for i in range(1, 21)]
     images = " ".join(f"{c}{i}" for c in "ab" for i in range(1, 21))
-    one = read(table(tmp_path, "path,label\n" + "\n".join(rows), images=images), val_fraction=0.5)
+    one = read(make_csv(tmp_path, "path,label\n" + "\n".join(rows), images=images), val_fraction=0.5)
     other = read(
-        table(tmp_path, "label,path\n" + "\n".join(",".join(r.split(",")[::-1]) for r in rows[::-1]))
+        make_csv(tmp_path, "label,path\n" + "\n".join(",".join(r.split(",")[::-1]) for r in rows[::-1]))
     )
     assert (len(one.train), len(one.val), len(one.test)) == (12, 12, 16)
     assert one.split_made
@@ -65,7 +65,7 @@ def test_without_a_split_one_is_drawn_whatever_the_order_of_the_rows(tmp_path: P
     assert set(one.test) == set(other.test)
 
 
-def test_paths_are_relative_to_the_table_or_absolute_and_any_ending_will_do(
+def test_paths_are_absolute_or_relative_to_the_csv_with_any_extension(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "in here"
@@ -74,17 +74,17 @@ def test_paths_are_relative_to_the_table_or_absolute_and_any_ending_will_do(
         (folder / name).touch()
     (tmp_path / "beside").touch()
     text = f"path,label\ndeep/猫 1.jpg,a\n../beside,a\n{folder / 'x.dat'},b\n"
-    rows, _ = read_table(table(folder, text))
+    rows, _ = read_table(make_csv(folder, text))
     monkeypatch.chdir(folder)
     assert [Path(row.path).resolve() for row in rows] == [
         folder / "deep/猫 1.jpg",
         tmp_path / "beside",
         folder / "x.dat",
     ]
-    assert [row.part for row in rows] == [None] * 3
+    assert [row.split for row in rows] == [None] * 3
 
 
-def test_what_spreadsheets_and_people_write_is_read(tmp_path: Path) -> None:
+def test_bom_case_spaces_quotes_and_extra_columns_are_accepted(tmp_path: Path) -> None:
     lines = [
         "\ufeffPath, Label ,SPLIT,size",
         "a1.jpg, a, train,3",
@@ -94,19 +94,19 @@ def test_what_spreadsheets_and_people_write_is_read(tmp_path: Path) -> None:
         'b2.jpg,"b",TEST,5',
     ]
     text = "\r\n".join(lines)
-    index = read(table(tmp_path, text))
+    index = read(make_csv(tmp_path, text))
     assert (index.classes, names(index.train), names(index.test)) == (("a", "b"), ["a1", "b1"], ["a2", "b2"])
-    assert any("not used: size" in note for note in index.notes)
+    assert any("ignored: size" in note for note in index.notes)
 
 
-def test_a_name_that_is_not_utf8_is_found(tmp_path: Path) -> None:
+def test_file_name_that_is_not_utf8_is_found(tmp_path: Path) -> None:
     name = b"caf\xe9.jpg"
     (tmp_path / os.fsdecode(name)).touch()
-    rows, _ = read_table(table(tmp_path, b"path,label\n" + name + b",a\na1.jpg,b\n"))
+    rows, _ = read_table(make_csv(tmp_path, b"path,label\n" + name + b",a\na1.jpg,b\n"))
     assert rows[0].path == str(tmp_path / os.fsdecode(name))
 
 
-def test_rows_that_cannot_be_used_are_named_by_line(tmp_path: Path) -> None:
+def test_invalid_rows_are_listed_by_line(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "link.jpg").symlink_to(tmp_path / "a1.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -125,27 +125,27 @@ def test_rows_that_cannot_be_used_are_named_by_line(tmp_path: Path) -> None:
         + "pipe.jpg,b,train\n"
     )
     with pytest.raises(UserError) as caught:
-        read_table(table(tmp_path, text))
+        read_table(make_csv(tmp_path, text))
     lines = str(caught.value).splitlines()
-    assert "10 problems in its rows" in lines[0]
+    assert "10 problems in the rows" in lines[0]
     assert lines[1:-1] == [
         f"  line 3: no such file: {tmp_path}/gone.jpg",
         "  line 4: the label is empty",
         f"  line 5: no such file: {tmp_path}/b\\n1.jpg",
         "  line 7: the split is 'dev', expected train, val or test",
-        "  line 8: ./a1.jpg is on line 2 already, in train, and here in test",
+        "  line 8: ./a1.jpg is already on line 2 with split train, here test",
         f"  line 9: no such file: {tmp_path}/folder.jpg",
         "  line 10: 2 fields, expected 3 as in the header",
         "  line 11: the path is empty",
-        "  line 12: link.jpg is on line 2 already, as a",
+        "  line 12: link.jpg is already on line 2 with label a",
         f"  line 13: no such file: {tmp_path}/pipe.jpg",
     ]
-    assert "Expected in each row" in lines[-1]
+    assert "Each row needs the path" in lines[-1]
 
 
-def test_of_many_problems_ten_are_named(tmp_path: Path) -> None:
+def test_ten_of_many_problems_are_listed(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        read_table(table(tmp_path, "path,label\n" + "".join(f"gone{i}.jpg,a\n" for i in range(25))))
+        read_table(make_csv(tmp_path, "path,label\n" + "".join(f"gone{i}.jpg,a\n" for i in range(25))))
     text = str(caught.value)
     assert "25 problems" in text
     assert "gone9.jpg" in text
@@ -153,8 +153,8 @@ def test_of_many_problems_ten_are_named(tmp_path: Path) -> None:
     assert "and 15 more" in text
 
 
-def test_hard_links_are_files_of_their_own(tmp_path: Path) -> None:
-    file = table(tmp_path, "path,label\na1.jpg,a\nsame.jpg,a\nb1.jpg,b\n")
+def test_hard_links_are_separate_files(tmp_path: Path) -> None:
+    file = make_csv(tmp_path, "path,label\na1.jpg,a\nsame.jpg,a\nb1.jpg,b\n")
     (tmp_path / "same.jpg").hardlink_to(tmp_path / "a1.jpg")
     assert len(read_table(file)[0]) == 3
 
@@ -162,27 +162,27 @@ def test_hard_links_are_files_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"expected a CSV with the header path,label.*first line holds nothing"),
-        ("\n\n", r"first line holds nothing"),
-        ("a1.jpg,a\n", r"first line holds a1\.jpg, a"),
-        ("path;label\na1.jpg;a\n", r"separated by commas; its first line holds path;label"),
-        ("path,label,path\na1.jpg,a,a1.jpg\n", "twice: path"),
-        ("path,label\n", "no row follows the header"),
-        ("path,label\na1.jpg,a\na2.jpg,a \nb1.jpg,b\n", "the labels 'a' and 'a ' differ in spaces only"),
-        ("path,label,split\na1.jpg,a,test\n", "no row's split is train"),
+        ("", r"expected a CSV with the header path,label.*first line is empty"),
+        ("\n\n", r"first line is empty"),
+        ("a1.jpg,a\n", r"first line is a1\.jpg, a"),
+        ("path;label\na1.jpg;a\n", r"separated by commas; its first line is path;label"),
+        ("path,label,path\na1.jpg,a,a1.jpg\n", "duplicate columns: path"),
+        ("path,label\n", "there are no rows after the header"),
+        ("path,label\na1.jpg,a\na2.jpg,a \nb1.jpg,b\n", "the labels 'a' and 'a ' differ only in spaces"),
+        ("path,label,split\na1.jpg,a,test\n", "no row has the split train"),
         (
             "path,label,split\na1.jpg,a,train\nb1.jpg,b,train\nb2.jpg,c,test\n",
-            "has classes that training lacks: c",
+            "has classes that are not training classes: c",
         ),
         ("path,label\na1.jpg,a\na2.jpg,a\n", "a single class, a, in the CSV's train rows"),
-        ('path,label\na1.jpg,a\n"a2.jpg"x,a\n', r"line 3: not a row of a CSV .* a quote in it is doubled"),
+        ('path,label\na1.jpg,a\n"a2.jpg"x,a\n', r"line 3: not a row of a CSV .* double the quotes in it"),
         ('path,label\na1.jpg,a\n"a2.jpg,a\nb1.jpg,b\n', r"line 3: not a row of a CSV"),
         ("path,label\n" + "x" * 200_000 + ",a\n", r"line 2: not a row of a CSV \(field larger"),
         ("path,label\n" + "x" * 3_000_000, r"line 2: more than 1,048,576 characters"),
         ("x" * 3_000_000, r"line 1: more than 1,048,576 characters"),
-        ("path,label\na1.jpg,a\na2.jpg,\0\n", r"line 3: a NUL byte, so this is no CSV in UTF-8"),
+        ("path,label\na1.jpg,a\na2.jpg,\0\n", r"line 3: a NUL byte, so this is not a CSV in UTF-8"),
         ("path,label\na1.jpg,a\n".encode("utf-16"), r"line 1: a NUL byte.*save it as 'CSV UTF-8'"),
-        (b"PK\x03\x04\x14\x00\x00\x00", r"line 1: a NUL byte.*an archive has to be unpacked first"),
+        (b"PK\x03\x04\x14\x00\x00\x00", r"line 1: a NUL byte.*extract an archive first"),
         (b"\xff\xd8\xff\xe0JFIF\n", r"line 1: not UTF-8"),
         ("path,label\na1.jpg,caf\u00e9\n".encode("latin-1"), r"line 2: not UTF-8"),
         (
@@ -191,12 +191,12 @@ def test_hard_links_are_files_of_their_own(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_such_table_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
+def test_invalid_csv_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read(table(tmp_path, text))
+        read(make_csv(tmp_path, text))
 
 
-def test_selecting_on_a_third_part_is_refused_where_the_table_has_one(tmp_path: Path) -> None:
-    file = table(tmp_path, HEADER + "\n".join(ROWS).format("val", "val"))
+def test_val_fraction_is_refused_if_the_csv_has_val_and_test(tmp_path: Path) -> None:
+    file = make_csv(tmp_path, HEADER + "\n".join(ROWS).format("val", "val"))
     with pytest.raises(UserError, match=r"data\.val_fraction is 0\.5, but"):
         read(file, val_fraction=0.5)

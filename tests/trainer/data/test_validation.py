@@ -15,7 +15,7 @@ from trainer.errors import UserError
 
 
 class Decoder:
-    """Counts what is decoded."""
+    """Record the decoded paths."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
@@ -28,8 +28,8 @@ class Decoder:
         time.sleep(self.seconds)
         return decode(path)
 
-    def taken(self) -> list[str]:
-        """Return the names decoded since the last call."""
+    def pop_names(self) -> list[str]:
+        """Return the file names decoded since the last call."""
         names = sorted(Path(path).name for path in self.paths)
         self.paths.clear()
         return names
@@ -44,7 +44,7 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / "made if need be"
+    return tmp_path / "cache" / "created if needed"
 
 
 def images(folder: Path, count: int, *, bad: int = 0) -> list[str]:
@@ -54,7 +54,7 @@ def images(folder: Path, count: int, *, bad: int = 0) -> list[str]:
         if i < count:
             picture(i, size=(4, 3)).save(path)
         else:
-            path.write_bytes(b"no picture")
+            path.write_bytes(b"not an image")
     return [str(path) for path in paths]
 
 
@@ -67,90 +67,86 @@ def files(cache: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_a_second_start_decodes_nothing_again(
-    tmp_path: Path, cache: Path, decoder: Decoder, workers: int
-) -> None:
+def test_second_start_decodes_nothing(tmp_path: Path, cache: Path, decoder: Decoder, workers: int) -> None:
     paths = images(tmp_path / "data", 40, bad=3)
     found = check(paths, cache, workers=workers)
-    assert found == dict.fromkeys(paths[40:], "a text, not a picture")
-    assert len(decoder.taken()) == 43
+    assert found == dict.fromkeys(paths[40:], "a text file, not an image")
+    assert len(decoder.pop_names()) == 43
     assert check(paths, cache, workers=workers) == found
-    assert decoder.taken() == []
+    assert decoder.pop_names() == []
     assert len(files(cache)) == 1
 
 
 def test_changed_and_new_images_are_decoded_again(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
     paths = images(tmp_path / "data", 5)
     check(paths, cache)
-    decoder.taken()
+    decoder.pop_names()
     Path(paths[0]).write_bytes(b"another size")
     content = bytearray(Path(paths[1]).read_bytes())
     content[20] ^= 255
-    Path(paths[1]).write_bytes(content)  # the same size, another time
+    Path(paths[1]).write_bytes(content)  # same size, other modification time
     os.utime(paths[1], ns=(1, Path(paths[1]).stat().st_mtime_ns + 1))
     paths += images(tmp_path / "data" / "more", 1)
     found = check(paths, cache)
-    assert decoder.taken() == ["000.png", "000.png", "001.png"]
+    assert decoder.pop_names() == ["000.png", "000.png", "001.png"]
     assert sorted(found) == paths[:2]
-    images(tmp_path / "data", 2)  # mended
+    images(tmp_path / "data", 2)  # repair them
     assert check(paths, cache) == {}
 
 
-def test_relative_paths_and_links_to_a_folder(
+def test_relative_paths_use_the_results_of_absolute_paths(
     tmp_path: Path, cache: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absolute = images(tmp_path / "data", 2, bad=1)
     check(absolute, cache)
-    decoder.taken()
+    decoder.pop_names()
     monkeypatch.chdir(tmp_path)
     assert list(check(["data/000.png", "data/001.png", "./data/002.png"], cache)) == ["./data/002.png"]
-    assert decoder.taken() == []
+    assert decoder.pop_names() == []
 
 
-def test_names_of_any_kind(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
+def test_file_names_with_any_bytes_are_cached(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
     folder = tmp_path / os.fsdecode(b'caf\xe9 \n"')
     paths = [*images(folder, 1), *images(folder / "猫", 1, bad=1)]
     found = check(paths, cache)
-    decoder.taken()
-    assert check(paths, cache) == found == {paths[2]: "a text, not a picture"}
-    assert decoder.taken() == []
+    decoder.pop_names()
+    assert check(paths, cache) == found == {paths[2]: "a text file, not an image"}
+    assert decoder.pop_names() == []
 
 
-def test_what_may_pass_is_looked_at_again(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
+def test_temporary_failures_are_not_cached(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
     paths = images(tmp_path / "data", 1)
     gone = str(tmp_path / "data" / "gone.png")
     (tmp_path / "data" / "gone.png").symlink_to(tmp_path / "target.png")
     for _ in range(2):
-        assert check([*paths, gone], cache) == {gone: "a link to nothing"}
-    assert decoder.taken() == ["000.png", "gone.png", "gone.png"]
+        assert check([*paths, gone], cache) == {gone: "a broken symbolic link"}
+    assert decoder.pop_names() == ["000.png", "gone.png", "gone.png"]
     picture(0).save(tmp_path / "target.png")
     assert check([*paths, gone], cache) == {}
 
 
-def test_data_sets_share_a_cache_without_growing_each_others_file(
-    tmp_path: Path, cache: Path, decoder: Decoder
-) -> None:
+def test_each_dataset_has_its_own_cache_file(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
     one, other = images(tmp_path / "one", 4), images(tmp_path / "other", 4)
     check(one, cache)
     first = files(cache)[0].read_bytes()
     check(other, cache)
     assert len(files(cache)) == 2
     assert first in [file.read_bytes() for file in files(cache)]
-    decoder.taken()
+    decoder.pop_names()
     check(one, cache)
     check(other, cache)
-    assert decoder.taken() == []
+    assert decoder.pop_names() == []
 
 
-def test_two_lists_of_one_folder_do_not_forget_each_other_but_what_is_gone(
+def test_results_of_other_images_are_kept_while_their_files_exist(
     tmp_path: Path, cache: Path, decoder: Decoder
 ) -> None:
     paths = images(tmp_path / "data", 6)
     check(paths[:4], cache)
     check(paths[2:], cache)
-    decoder.taken()
+    decoder.pop_names()
     check(paths[:4], cache)
-    assert decoder.taken() == []
+    assert decoder.pop_names() == []
     Path(paths[1]).unlink()
     images(tmp_path / "data" / "new", 1)
     check([paths[0], paths[5], str(tmp_path / "data" / "new" / "000.png")], cache)
@@ -184,7 +180,7 @@ def damage(file: Path, content: bytes) -> None:
         b'{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [1, 2, 3]}}',
     ],
 )
-def test_a_damaged_cache_is_written_anew(
+def test_damaged_cache_file_is_replaced(
     tmp_path: Path, cache: Path, decoder: Decoder, content: bytes
 ) -> None:
     paths = images(tmp_path / "data", 2, bad=1)
@@ -194,29 +190,29 @@ def test_a_damaged_cache_is_written_anew(
     for word in ("rules", "folder"):
         content = content.replace(word.upper().encode(), good[word].encode())
     damage(file, content)
-    decoder.taken()
+    decoder.pop_names()
     assert check(paths, cache) == found
-    assert len(decoder.taken()) == 3
+    assert len(decoder.pop_names()) == 3
     assert json.loads(file.read_text()) == good
     assert files(cache) == [file]
 
 
 @pytest.mark.parametrize("what", ["DECODE_VERSION", "PIL"])
-def test_verdicts_of_other_rules_do_not_count(
+def test_results_of_another_decoder_version_are_ignored(
     tmp_path: Path, cache: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     paths = images(tmp_path / "data", 3)
     check(paths, cache)
-    decoder.taken()
+    decoder.pop_names()
     if what == "PIL":
         monkeypatch.setattr(validation.PIL, "__version__", "999")
     else:
         monkeypatch.setattr(validation, "DECODE_VERSION", -1)
     check(paths, cache)
-    assert len(decoder.taken()) == 3
+    assert len(decoder.pop_names()) == 3
 
 
-def test_what_was_decoded_before_ctrl_c_is_kept(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
+def test_results_before_ctrl_c_are_kept(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
     paths = images(tmp_path / "data", 400)
     decoder.seconds = 0.002
     seen = []
@@ -229,14 +225,14 @@ def test_what_was_decoded_before_ctrl_c_is_kept(tmp_path: Path, cache: Path, dec
     with pytest.raises(KeyboardInterrupt):
         check_images(paths, cache=cache, workers=2, on_progress=interrupt)
     assert seen[-1][1] == 400
-    before = len(decoder.taken())
+    before = len(decoder.pop_names())
     assert before < 400
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("check")]
     check(paths, cache)
-    assert len(decoder.taken()) <= 400 - 100
+    assert len(decoder.pop_names()) <= 400 - 100
 
 
-def test_progress_reaches_the_total_and_counts_what_is_known(tmp_path: Path, cache: Path) -> None:
+def test_progress_includes_cached_results_and_reaches_the_total(tmp_path: Path, cache: Path) -> None:
     paths = images(tmp_path / "data", 50)
     check(paths[:30], cache)
     seen: list[tuple[int, int]] = []
@@ -246,20 +242,20 @@ def test_progress_reaches_the_total_and_counts_what_is_known(tmp_path: Path, cac
     assert seen == sorted(seen)
 
 
-def test_an_image_listed_twice_is_decoded_once(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
+def test_image_listed_twice_is_decoded_once(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
     paths = images(tmp_path / "data", 2)
     check(paths * 3, cache)
-    assert decoder.taken() == ["000.png", "001.png"]
+    assert decoder.pop_names() == ["000.png", "001.png"]
 
 
-def test_no_images_and_no_cache(tmp_path: Path, cache: Path) -> None:
+def test_no_cache_is_created_without_images(tmp_path: Path, cache: Path) -> None:
     assert check([], cache) == {}
     assert not cache.exists()
 
 
 @pytest.fixture
 def read_only(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a cache that cannot be written to (as root, the tests may write anywhere)."""
+    """Return a cache folder that appears read-only; the root user could write to a real one."""
     cache.mkdir(parents=True)
 
     def refuse(*arguments: object, **options: object) -> None:
@@ -269,22 +265,22 @@ def read_only(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-def test_a_cache_that_cannot_be_written_to_is_named_before_anything_is_decoded(
+def test_read_only_cache_is_an_error_before_decoding(
     tmp_path: Path, read_only: Path, decoder: Decoder
 ) -> None:
     with pytest.raises(UserError, match=r"^data\.cache: .*Read-only file system.*Set data\.cache"):
         check(images(tmp_path / "data", 2), read_only)
-    assert decoder.taken() == []
+    assert decoder.pop_names() == []
 
 
-def test_a_file_in_the_place_of_the_cache(tmp_path: Path, decoder: Decoder) -> None:
+def test_cache_path_that_is_a_file_is_an_error(tmp_path: Path, decoder: Decoder) -> None:
     (tmp_path / "cache").touch()
     with pytest.raises(UserError, match=r"^data\.cache"):
         check(images(tmp_path / "data", 2), tmp_path / "cache")
-    assert decoder.taken() == []
+    assert decoder.pop_names() == []
 
 
-def test_a_full_disk_is_named(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_an_error(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
@@ -293,7 +289,7 @@ def test_a_full_disk_is_named(tmp_path: Path, cache: Path, monkeypatch: pytest.M
         check(images(tmp_path / "data", 2), cache)
 
 
-def test_the_error_lists_every_unreadable_image_and_the_way_on() -> None:
+def test_error_lists_every_unreadable_image_and_the_option_to_skip_them() -> None:
     many = {f"data/{i:03}.jpg": f"reason {i}" for i in range(60)} | {
         "data/a\nb.jpg": "an empty file (0 bytes)"
     }

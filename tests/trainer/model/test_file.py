@@ -304,7 +304,7 @@ def test_what_is_no_picture_is_an_error_with_its_path(small: Path, tmp_path: Pat
     preprocess = load(small).preprocess
     (tmp_path / "text.jpg").write_text("hello")
     for name, words in (
-        ("text.jpg", "a text, not a picture"),
+        ("text.jpg", "a text file, not an image"),
         ("none.jpg", "no such file"),
         ("", "a folder, not a file"),
     ):
