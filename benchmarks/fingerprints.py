@@ -173,7 +173,8 @@ def fingerprint(run: Path) -> dict[str, Any]:
             with safe_open(file, framework="np") as tensors:
                 for name in sorted(tensors.keys()):
                     digest.update(name.encode() + tensors.get_tensor(name).tobytes())
-            found["/".join(("weights", *phase(file.relative_to(run).parent), file.name))] = digest.hexdigest()
+            name = {"start.safetensors": "initial.safetensors"}.get(file.name, file.name)  # renamed since
+            found["/".join(("weights", *phase(file.relative_to(run).parent), name))] = digest.hexdigest()
     return found
 
 

@@ -106,7 +106,15 @@ def read_attempt(path: Path) -> AttemptRecord | None:
         record = AttemptRecord(**json.loads(path.read_text(encoding="ascii")))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    counts = (record.attempt, record.step, record.steps, record.epoch, record.epochs, record.pid, record.started)
+    counts = (
+        record.attempt,
+        record.step,
+        record.steps,
+        record.epoch,
+        record.epochs,
+        record.pid,
+        record.started,
+    )
     texts = (record.began, record.host, record.pid_namespace, record.lease_id, record.stage)
     is_valid = (
         all(type(count) is int and count >= 0 for count in counts)

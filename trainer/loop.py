@@ -6,6 +6,7 @@ from typing import NamedTuple, NoReturn, Protocol
 
 from torch import nn
 
+from trainer.distributed.signals import Stopped
 from trainer.errors import UserError
 from trainer.evaluate import Evaluations, Interrupted
 from trainer.metrics import Meter, Progress
@@ -14,7 +15,6 @@ from trainer.optim.param_groups import current_lr, set_lr
 from trainer.optim.schedule import TrainSchedule
 from trainer.optim.train_step import LocalBatch, TrainStep
 from trainer.state import TrainState
-from trainer.distributed.signals import Stopped
 
 
 class TrainLoader(Protocol):
@@ -85,7 +85,7 @@ class NullCheckpoints:
         return None
 
 
-def fit(
+def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
     state: TrainState,
     loader: TrainLoader,
     schedule: TrainSchedule,
@@ -117,7 +117,9 @@ def fit(
     ctx, steps = train_step.ctx, schedule.steps_per_epoch
     state.model.train()
     if state.step:
-        set_lr(state.optimizer, schedule.lr_multiplier(state.step - 1))  # logged if the epoch has no update left
+        set_lr(
+            state.optimizer, schedule.lr_multiplier(state.step - 1)
+        )  # logged if the epoch has no update left
 
     def progress() -> Progress:
         metrics = meter.compute()
@@ -172,7 +174,9 @@ def fit(
         examples = sum(schedule.batch_sizes)
         if epoch_progress.metrics.seen != examples:
             raise RuntimeError(f"trained on {epoch_progress.metrics.seen} examples, expected {examples}")
-        if resumed_at < steps:  # otherwise they were averaged before they were saved; again would round them again
+        if (
+            resumed_at < steps
+        ):  # otherwise they were averaged before they were saved; again would round them again
             average_batch_norm_statistics(state.ema.with_model(), ctx.world_size)
         try:
             evaluations = evaluate(state.ema.model, lambda: checkpoints.sync_flags().stop is not None)

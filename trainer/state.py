@@ -87,7 +87,9 @@ class TrainState:
             *tensor_differences(saved["optimizer"], moments),
         ]
         if wrong:
-            raise UserError(f"{where}: does not fit this run: {join_truncated(wrong, limit=5)}. {_START_ANEW}")
+            raise UserError(
+                f"{where}: does not fit this run: {join_truncated(wrong, limit=5)}. {_START_ANEW}"
+            )
         self.ema.load_state_dict(saved["ema"])
         self.model.load_state_dict(saved["model"])
         self._load_moments(saved["optimizer"], moments)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import trainer
+import regraft
 from tests.e2e.conftest import Options
 from tests.launching import MAIN, REPOSITORY, accelerate_launch, rows, run, torchrun
 from trainer.main import main
@@ -80,7 +80,7 @@ def test_a_run_leaves_all_that_is_promised_and_runs_again_from_its_config(
         0
     ].keys()
 
-    model, preprocess, classes = trainer.load(folder / "model.safetensors")
+    model, preprocess, classes = regraft.load(folder / "model.safetensors")
     assert classes == ("a b", "c", "图片")
     picture = next((Path(settings["data"]["root"]) / "val" / "c").iterdir())
     assert model(preprocess(picture)[None]).shape == (1, 3)

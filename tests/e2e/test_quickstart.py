@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import trainer
+import regraft
 from tests.launching import MAIN, accelerate_launch, rows, run
 
 QUICKSTART = accelerate_launch("--num_processes", 1, MAIN)
@@ -29,8 +29,8 @@ def test_the_quickstart_ends_with_the_two_beside_each_other(tmp_path: Path) -> N
     assert any("fine-tuned" in line and f"{fine_tuned:.3f}" in line for line in ends)
     assert any("from scratch" in line and f"{scratch:.3f}" in line for line in ends)
     assert any(str(folder) in line for line in ends)
-    assert len(trainer.load(folder / "model.safetensors").classes) == 4
-    assert len(trainer.load(folder / "pretrain" / "model.safetensors").classes) == 20
+    assert len(regraft.load(folder / "model.safetensors").classes) == 4
+    assert len(regraft.load(folder / "pretrain" / "model.safetensors").classes) == 20
 
     began = time.monotonic()
     again = run(command, cwd=tmp_path, environment=environment)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-import trainer
+import regraft
 from tests.launching import MAIN, REPOSITORY, accelerate_launch, rows, run
 from trainer.config.builders import Evaluator, load_dataset, make_preprocessing
 from trainer.config.model_builder import fit_linear_probe, make_model
@@ -51,7 +51,7 @@ def test_ants_and_bees_by_the_notes_method(shared: Path, tmp_path: Path) -> None
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
 
     # The file that is left is enough to predict with, and predicts what the run has reported.
-    model, preprocess, classes = trainer.load(tmp_path / "run" / "model.safetensors")
+    model, preprocess, classes = regraft.load(tmp_path / "run" / "model.safetensors")
     best = max(epochs, key=lambda row: (row["test_accuracy"], -row["test_loss"]))
     right = 0
     for label, name in enumerate(classes):

@@ -13,7 +13,7 @@ import pytest
 
 from tests.launching import MAIN, REPOSITORY
 from trainer import main as module
-from trainer.distributed.signals import STOPPING, Stopped, StopSignals
+from trainer.distributed.signals import STOP_SIGNALS, Stopped, StopSignals
 from trainer.errors import UserError
 from trainer.main import main, stopped_exit_code
 
@@ -206,9 +206,9 @@ def test_a_rank_that_fails_alone_says_who_it_is(ends: Ends) -> None:
 
 
 def test_the_callers_handlers_are_restored(ends: Ends) -> None:
-    before = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     ends(UserError("x"), "0")
-    assert {number: signal.getsignal(number) for number in STOPPING} == before
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
 def test_a_wrong_option_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> None:

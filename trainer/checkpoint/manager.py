@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
-
+from regraft.contract import CHECKPOINTS, MODEL, STOP, STOP_FILE
 from trainer.checkpoint import store
 from trainer.checkpoint.early_stopping import EarlyStopping
 from trainer.checkpoint.retention import RetentionPolicy
@@ -30,7 +30,7 @@ from trainer.loop import StepDecision
 from trainer.model.file import ModelMetadata, read_metadata, write_model
 from trainer.optim.schedule import TrainSchedule
 from trainer.report.metrics import epoch_rows
-from trainer.run.folder import CHECKPOINTS, MODEL, STOP, STOP_FILE, saving_to
+from trainer.run.folder import saving_to
 from trainer.run.session import OpenRun
 from trainer.state import BestEpoch, Tensors, TrainState
 
@@ -227,7 +227,9 @@ class CheckpointManager:
 
     def _metadata_of_epoch(self, step: int | None = None) -> ModelMetadata:
         """Return the model file's header for the epoch that ended with `step`, by default the last one."""
-        rows = [row for row in self._logger.rows if row["kind"] == "epoch" and step in (None, row.get("step"))]
+        rows = [
+            row for row in self._logger.rows if row["kind"] == "epoch" and step in (None, row.get("step"))
+        ]
         metrics = {**rows[-1], "selected_on": self._early_stopping.split or "test"}
         return dataclasses.replace(self._model_metadata, metrics=metrics)
 
@@ -303,7 +305,8 @@ class CheckpointManager:
             store.write(
                 folder,
                 checkpoint,
-                store.to_files(saved, statistics) | {store.STATE: state.to_json(), store.METRICS: metrics.encode()},
+                store.to_files(saved, statistics)
+                | {store.STATE: state.to_json(), store.METRICS: metrics.encode()},
                 check=lock.check,
             )
             end = {"steps": checkpoint.step, "epochs": checkpoint.epoch} if is_end else {}

@@ -1,16 +1,15 @@
 """Compare strategies: `regraft compare --config F --strategies d2l,lp-ft --seeds 3` (or through torchrun).
 
-Each strategy is run with each seed under one budget, in RUN/STRATEGY/seed-K; what is finished is not run again. Ends
-in a table, compare.md, compare.json and compare.png in RUN: the note's claim, tested on one's own data.
+Each strategy is run with each seed on the same data and budget, in RUN/STRATEGY/seed-K. A run that is finished is not
+run again. The result is a table, and compare.md, compare.json and compare.png in RUN.
 """
 
 import argparse
 import json
-import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 if not __package__:
@@ -19,17 +18,18 @@ if not __package__:
 
 from rich.console import Console
 
-from trainer.config.builders import dataset_summary, load_dataset
-from trainer.config.parse import QUICKSTART, dump, parse
+from regraft.contract import METRICS, MODEL
+from trainer.cli import exit_after, run_cli
+from trainer.commands.variants import PRETRAINED, folder_name, plan, variants
+from trainer.config.build_data import dataset_summary, load_run_data
+from trainer.config.parse import dump
 from trainer.config.preflight import preflight
-from trainer.config.schema import BaselineConfig, Config
-from trainer.config.strategies import path_of
-from trainer.distributed import context
+from trainer.config.resolve import ResolvedConfig, pretrain_config, resolve, with_pretrained
+from trainer.config.schema import Config
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
-from trainer.main import exit_after, run_cli
-from trainer.pipeline import pretrain_config, resolve, run, with_pretrained
+from trainer.pipeline import run, start
 from trainer.report.comparison import (
     Summary,
     Trial,
@@ -40,200 +40,91 @@ from trainer.report.comparison import (
     table,
     trial_of,
 )
-from trainer.report.console import make_console
 from trainer.report.metrics import parse_rows
 from trainer.run.atomic import write_text_atomically
-from trainer.run.folder import METRICS, MODEL, check_resumable, saved_precision
+from trainer.run.folder import check_resumable, saved_precision
 from trainer.run.versions import versions
-from trainer.transfer.wise_ft import test_accuracy
+from trainer.transfer.wise_ft import read_test_accuracy
 
 NAME = "compare"
-SOURCE = "source-model"
 _MOST_SEEDS = 100
-_COMMON = (
-    "run", "debug", "pretrain", "baseline", "data.root", "data.seed", "data.val_fraction", "data.test_fraction",
-    "data.extensions", "data.on_unreadable", "transfer.strategy",
-)  # fmt: skip
-"""What a variant may not set: it would be measured by another yardstick."""
-
-
-@dataclass(frozen=True)
-class StrategyVariant:
-    """A strategy, as named on the command line: NAME, or NAME@key=value@key=value."""
-
-    text: str
-    strategy: str
-    options: tuple[str, ...]
-    """Its own, as words of the command line."""
-
-    @property
-    def folder(self) -> str:
-        """Return the text as the name of a folder."""
-        return re.sub(r"[^\w.@=+-]", "_", self.text, flags=re.ASCII).lstrip(".") or "_"
-
-
-def variants(text: str) -> tuple[StrategyVariant, ...]:
-    """Return the strategies of a list like `d2l@optim.lr=5e-6,lp-ft`; commas and @ within brackets are values' own.
-
-    Raises:
-        UserError: one is empty, comes twice or sets what must be common to all.
-
-    """
-    found = [_variant(part.strip()) for part in _split(text, ",")]
-    folders = [variant.folder for variant in found]
-    twice = sorted({variant.text for variant in found if folders.count(variant.folder) > 1})
-    if twice or SOURCE in folders:
-        raise UserError(
-            f"--strategies {text}: {' and '.join(twice) or SOURCE} would share a folder: expected each name once"
-        )
-    return tuple(found)
-
-
-def _variant(text: str) -> StrategyVariant:
-    strategy, *options = _split(text, "@")
-    wrong = [option for option in options if "=" not in option]
-    if not strategy or wrong:
-        raise UserError(
-            f"--strategies holds {text!r}: expected names, or NAME@key=value, as in d2l@optim.lr=5e-6,lp-ft"
-        )
-    for option in options:
-        key = option.partition("=")[0].removesuffix("+")
-        if any(key == common or key.startswith(f"{common}.") for common in _COMMON):
-            raise UserError(
-                f"--strategies {text}: {key} is common to all that are compared: give it as an option of its own, "
-                f"--{key}"
-            )
-    return StrategyVariant(text, strategy, tuple(f"--{option}" for option in options))
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """Split at a separator that stands outside of brackets."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "[{") - (character in "]}")
-        if character == separator and depth <= 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def plan(
-    options: Sequence[str], chosen: Sequence[StrategyVariant]
-) -> tuple[Config, dict[str, Config], list[str]]:
-    """Return the config without a strategy, text of the variant -> the config of its runs, and what is to be said.
-
-    Here a strategy wins over the options of the command line, which are common to all as the file's are: from-scratch
-    is from scratch though weights are named for the others. A variant's own options come last.
-
-    Raises:
-        UserError: what is wrong with one of them, or they are not to be compared.
-
-    """
-    if any(word.partition("=")[0] == "--transfer.strategy" for word in options):
-        raise UserError("--transfer.strategy: compare takes the strategies by --strategies; leave it out")
-    plain = parse([*options, "--transfer.strategy=null"])
-    if plain.debug:
-        raise UserError("--debug is a run of its own: leave it out here")
-    if not any(word.partition("=")[0] in ("--config", "--data.root") for word in options):
-        options = [f"--config={QUICKSTART}", *options]
-    found: dict[str, Config] = {}
-    said: list[str] = []
-    for variant in chosen:
-        try:
-            layer = f"--config={path_of(variant.strategy)}"
-            words = [*options, layer, f"--transfer.strategy={variant.strategy}", *variant.options]
-            config = parse(words)
-            resolve(config)
-        except UserError as error:
-            raise UserError(f"strategy {variant.text}: {error}") from None
-        found[variant.text] = replace(config, baseline=BaselineConfig())
-        said += _overruled(options, variant, plain, config)
-    data = {text: _yardstick(config) for text, config in found.items()}
-    one, *others = data
-    for other in others:
-        if data[other] != data[one]:
-            raise UserError(
-                f"strategies {one} and {other} have other data ({data[one]}, {data[other]}): a strategy that is "
-                "compared may set nothing of that"
-            )
-    return plain, found, said
-
-
-def _overruled(options: Sequence[str], variant: StrategyVariant, plain: Config, config: Config) -> list[str]:
-    """Return a line for each option of the command line that a strategy sets otherwise."""
-    own = {option.partition("=")[0] for option in variant.options}
-    lines = []
-    for option in dict.fromkeys(word.partition("=")[0] for word in options if word.startswith("--")):
-        section, dot, key = option.removeprefix("--").removesuffix("+").partition(".")
-        if dot and option not in own:
-            asked, has = (getattr(getattr(c, section), key) for c in (plain, config))
-            if asked != has:
-                lines.append(
-                    f"strategy {variant.text}: {section}.{key} is {has}, not {asked} as on the command line"
-                )
-    return lines
-
-
-def _yardstick(config: Config) -> dict[str, object]:
-    """Return what all runs must have in common."""
-    data = config.data
-    keys = ("root", "seed", "val_fraction", "test_fraction", "extensions", "on_unreadable")
-    return {key: getattr(data, key) for key in keys}
 
 
 def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | None:
-    """Do what the command line asks for; returns the comparison, None on the processes that only take part.
+    """Run the comparison that the command line asks for; return it on rank 0, None on other ranks.
 
     Raises:
-        UserError: whatever the user can mend; a run that fails for one is a row of the table, unless all do.
-        Stopped: a run was asked to stop, and has been saved.
+        UserError: something that the user can fix. A run that fails with one is a row of the table, unless all fail.
+        Stopped: a run was asked to stop, and its state is saved.
 
     """
     own, rest = _parser().parse_known_args(argv)
     if not 1 <= own.seeds <= _MOST_SEEDS:
         raise UserError(f"--seeds {own.seeds}: expected 1 to {_MOST_SEEDS}")
-    chosen = variants(own.strategies)
-    plain, configs, said = plan(rest, chosen)
-    base = resolve(next(iter(configs.values())))
+    plain, configs, messages = plan(rest, variants(own.strategies))
+    base, ctx, console = start(next(iter(configs.values())))
     folder = Path(base.run.dir)
-
-    ctx = context.start(device=base.run.device, precision=base.train.precision, threads=base.run.threads)
-    console = make_console(speaks=ctx.is_main_process)
-    prepared = load_dataset(base.data, ctx, console)  # an error here is all runs'
-    data = dataset_summary(prepared)
-    console.print("\n".join([data, *said]))
+    data = load_run_data(base, ctx, console)  # an error here would be every run's
+    for message in messages:
+        console.print(message)
     for text, config in configs.items():
         try:
-            preflight(resolve(config), prepared.index, ctx)
+            preflight(resolve(config), data, ctx)
         except UserError as error:
             raise UserError(f"strategy {text}: {error}") from None
-    configs = _with_source_model(configs, plain, folder, console, signals)
+    configs = _with_pretraining(configs, plain, folder, console, signals)
     seeds = [base.run.seed + k for k in range(own.seeds)]
     todo = {
-        (variant.text, seed): resolve(
-            replace(
-                configs[variant.text],
-                run=replace(
-                    configs[variant.text].run, seed=seed, dir=str(folder / variant.folder / f"seed-{seed}")
-                ),
-            )
-        )
-        for seed in seeds
-        for variant in chosen
+        (text, seed): _run_config(configs[text], text, seed, folder) for seed in seeds for text in configs
     }
-    # The source model's run has left the group.
-    ctx = context.start(device=base.run.device, precision=base.train.precision, threads=base.run.threads)
-    context.main_process_first(
-        ctx.accelerator, lambda: _require_own(todo, ctx) if ctx.is_main_process else None
+    _, ctx, _ = start(base)  # pretraining has left the process group
+    ctx.main_process_first(lambda: _check_folders(todo, ctx) if ctx.is_main_process else None)
+    trials, failures = _run_all(todo, console, signals, is_main_process=ctx.is_main_process)
+    if not ctx.is_main_process:
+        return None
+    summaries = summarize(trials, failures)
+    seeds_text = f"{own.seeds} seed{'s' * (own.seeds > 1)} from {base.run.seed}"
+    title = (
+        f"{base.model.name}, {base.train.epochs} epochs in batches of {base.train.batch_size}, {seeds_text}"
     )
+    facts = [*dataset_summary(data.prepared).split("\n"), title, *ctx.notes, _versions()]
+    command = shlex.join(["regraft", NAME, *argv])
+    _write(folder, summaries, command=command, facts=facts, title=title)
+    console.rule("comparison", align="left")
+    console.print(table(summaries))
+    console.print("\n".join(notes(summaries)))
+    console.print(", ".join(str(folder / f"{NAME}.{kind}") for kind in ("md", "png", "json")))
+    return summaries
 
-    trials: dict[str, list[Trial]] = {variant.text: [] for variant in chosen}
-    failures: dict[str, dict[int, str]] = {variant.text: {} for variant in chosen}
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions().items())
+
+
+def _run_config(config: Config, text: str, seed: int, folder: Path) -> ResolvedConfig:
+    run_dir = str(folder / folder_name(text) / f"seed-{seed}")
+    return resolve(replace(config, run=replace(config.run, seed=seed, dir=run_dir)))
+
+
+def _run_all(
+    todo: dict[tuple[str, int], ResolvedConfig],
+    console: Console,
+    signals: StopSignals,
+    *,
+    is_main_process: bool,
+) -> tuple[dict[str, list[Trial]], dict[str, dict[int, str]]]:
+    """Return the trials of each strategy, and the errors of its runs that failed, by seed.
+
+    Raises:
+        UserError: all runs have failed.
+
+    """
+    trials: dict[str, list[Trial]] = {text: [] for text, _ in todo}
+    failures: dict[str, dict[int, str]] = {text: {} for text, _ in todo}
     for number, ((text, seed), config) in enumerate(todo.items(), start=1):
         console.rule(f"{text}, seed {seed} ({number} of {len(todo)})", align="left")
         try:
-            trial = _trial(config, signals, is_main_process=ctx.is_main_process)
+            trial = _run_trial(config, signals, is_main_process=is_main_process)
         except UserError as error:
             if (
                 type(error) is not UserError
@@ -245,29 +136,9 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
             if trial is not None:
                 trials[text].append(trial)
     if len(todo) == sum(map(len, failures.values())):
-        raise UserError(
-            f"all {len(todo)} runs have failed; the first: {next(iter(failures[chosen[0].text].values()))}"
-        )
-    if not ctx.is_main_process:
-        return None
-    summaries = summarize(trials, failures)
-    seeds_text = f"{own.seeds} seed{'s' * (own.seeds > 1)} from {base.run.seed}"
-    title = (
-        f"{base.model.name}, {base.train.epochs} epochs in batches of {base.train.batch_size}, {seeds_text}"
-    )
-    facts = [
-        *data.split("\n"),
-        title,
-        *ctx.notes,
-        ", ".join(f"{name} {version}" for name, version in versions().items()),
-    ]
-    command = shlex.join(["regraft", NAME, *argv])
-    _write(folder, summaries, command=command, facts=facts, title=title)
-    console.rule("comparison", align="left")
-    console.print(table(summaries))
-    console.print("\n".join(notes(summaries)))
-    console.print(", ".join(str(folder / f"{NAME}.{kind}") for kind in ("md", "png", "json")))
-    return summaries
+        first = next(iter(failures[next(iter(todo))[0]].values()))
+        raise UserError(f"all {len(todo)} runs have failed; the first: {first}")
+    return trials, failures
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -295,47 +166,46 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _with_source_model(
+def _with_pretraining(
     configs: dict[str, Config], plain: Config, folder: Path, console: Console, signals: StopSignals
 ) -> dict[str, Config]:
-    """Train the source model once for all that start from it, where the config has such a stage.
+    """Run the pretraining phase once for all strategies that start from it, if the config has one.
 
-    `plain` is the config without a strategy: none of them has a say in how the source is trained.
+    `plain` is the config without a strategy: no strategy influences the pretraining.
     """
     if not any(config.pretrain.root for config in configs.values()):
         return configs
-    console.rule("source model", align="left")
-    stage = pretrain_config(resolve(plain))
-    run(replace(stage, run=replace(stage.run, dir=str(folder / SOURCE))), signals)
-    file = folder / SOURCE / MODEL
+    console.rule("pretraining", align="left")
+    config = pretrain_config(resolve(plain))
+    run(replace(config, run=replace(config.run, dir=str(folder / PRETRAINED))), signals)
+    file = folder / PRETRAINED / MODEL
     return {
         text: with_pretrained(config, file) if config.pretrain.root else config
         for text, config in configs.items()
     }
 
 
-def _require_own(todo: dict[tuple[str, int], Config], ctx: DistributedContext) -> None:
+def _check_folders(todo: dict[tuple[str, int], ResolvedConfig], ctx: DistributedContext) -> None:
     """Raise a UserError, before the long work, for a folder that holds a run of other options."""
     for config in todo.values():
         folder = Path(config.run.dir)
         precision = saved_precision(folder) or ctx.precision
-        check_resumable(
-            folder,
-            dump(replace(config, train=replace(config.train, precision=precision))),
-            resume=config.run.resume,
-        )
+        resumed = dump(replace(config, train=replace(config.train, precision=precision)))
+        check_resumable(folder, resumed, resume=config.run.resume)
 
 
-def _trial(config: Config, signals: StopSignals, *, is_main_process: bool) -> Trial | None:
-    """Run, or find the run finished, and return what it came to; None where another process has its figures."""
-    outcome = run(config, signals)
-    if outcome is None or not is_main_process:
+def _run_trial(config: ResolvedConfig, signals: StopSignals, *, is_main_process: bool) -> Trial | None:
+    """Run, or find the run finished, and return its result; None on ranks that do not have its metrics."""
+    result = run(config, signals)
+    if result is None or not is_main_process:
         return None
-    path = outcome.folder / METRICS
+    path = result.folder / METRICS
     rows = parse_rows(path.read_text(encoding="utf-8"), str(path))
-    trial = trial_of(rows, seed=config.run.seed, selection=outcome.selection)
-    if outcome.alpha < 1:  # the model file is another point of the line than the one that the rows are of
-        trial = replace(trial, accuracy=test_accuracy(outcome.folder))
+    trial = trial_of(rows, seed=config.run.seed, selection=result.val_split)
+    if (
+        result.alpha < 1
+    ):  # the rows are of the fine-tuned weights, the model file of those that WiSE-FT selected
+        trial = replace(trial, accuracy=read_test_accuracy(result.folder))
     return trial
 
 
@@ -362,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     return run_cli(
         lambda signals: compare(words, signals),
-        goes_on="The same command (without --run.resume never) goes on with the comparison from there",
+        on_restart="The same command (without --run.resume never) resumes the comparison from there",
     )
 
 

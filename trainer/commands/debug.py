@@ -15,36 +15,33 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
-from trainer.config.builders import (
+from trainer.config.build_data import (
     Evaluator,
-    batch_paths,
+    RunData,
     dataset_summary,
-    displays_on,
-    make_criterion,
+    make_batches,
     make_epoch_order,
-    make_loader,
-    make_mixup,
-    make_preprocessing,
-    make_schedule,
-    training_images,
+    progress_hooks,
 )
-from trainer.config.model_builder import make_model, make_param_groups
-from trainer.config.preflight import require_val_split
-from trainer.config.schema import Config
-from trainer.data.augment import Normalize
+from trainer.config.build_model import make_l2_sp, make_model, make_optimizer
+from trainer.config.build_training import make_schedule, make_train_state, make_train_step
+from trainer.config.preflight import check_run_data
+from trainer.config.resolve import ResolvedConfig
 from trainer.data.index import DatasetIndex, Example
-from trainer.data.loader import Batch, DistributedBatchSampler
+from trainer.data.loader import Batch
 from trainer.data.prepare import prepare
 from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
-from trainer.loop import Evaluations, NullCheckpointManager, Progress, ResumePoint, fit, update
+from trainer.evaluate import Evaluations
+from trainer.loop import NullCheckpoints, fit
+from trainer.metrics import Progress
 from trainer.model.head import split_outputs
-from trainer.optim.param_groups import make_optimizer, set_lr
-from trainer.report.block_table import block_table
+from trainer.optim.param_groups import set_lr
+from trainer.optim.train_step import TrainStep
+from trainer.state import TrainState
 
 BATCHES = 3
 EVALUATED = 32
@@ -52,142 +49,121 @@ OVERFIT_STEPS = 20
 SHOWN_EVERY = 5
 
 
-def debug(config: Config, ctx: DistributedContext, console: Console) -> None:
-    """Walk once through all stages of a run on a little of its data, and say whether one batch can be learnt.
+def debug(config: ResolvedConfig, ctx: DistributedContext, console: Console) -> None:
+    """Run all steps of a run on a little of its data, and say whether the model can overfit one batch.
 
     Raises:
-        UserError: whatever of what is walked through would stop the run itself.
+        UserError: an error that the run itself would end with.
 
     """
     try:
         with torch.autograd.set_detect_anomaly(True):
-            _walk(replace(config, data=replace(config.data, num_workers=0)), ctx, console)
+            _run_steps(replace(config, data=replace(config.data, num_workers=0)), ctx, console)
     except (UserError, KeyboardInterrupt):
         raise
     except Exception:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise
         traceback.print_exc()
-        console.print("the debugger is open where this happened: p NAME shows a value, u goes up, q leaves")
+        console.print("the debugger is open where this happened: p NAME shows a value, u goes up, q quits")
         pdb.post_mortem()
         raise
 
 
-def _walk(config: Config, ctx: DistributedContext, console: Console) -> None:
-    accelerator, device = ctx.accelerator, ctx.accelerator.device
-
+def _run_steps(config: ResolvedConfig, ctx: DistributedContext, console: Console) -> None:
     @contextmanager
-    def stage(name: str) -> Iterator[None]:
+    def timed(name: str) -> Iterator[None]:
         console.rule(name, align="left")
         began = time.perf_counter()
         yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if ctx.device.type == "cuda":
+            torch.cuda.synchronize(ctx.device)
         console.print(f"{name}: {1000 * (time.perf_counter() - began):,.1f} ms")
 
-    with stage("data"):
-        # The few images used are read below. Every one is checked, as the run does, only where some are to be skipped.
-        check = config.data.on_unreadable == "skip"
-        prepared = prepare(config.data, workers=ctx.cores, displays=displays_on(console), check=check)
-        console.print(dataset_summary(prepared))
-    require_val_split(config, prepared.index)
-    index = _few(prepared.index)
-
-    with stage("model"):
+    with timed("data"):
+        data = _load_data(config, ctx, console)
+    with timed("model"):
         for line in _left_out(config):
             console.print(line)
-        created = make_model(config, index.classes, config.model.weights, on_progress=console.print)
-        console.print("\n".join(created.summary))
-        created.model.to(device)
-        groups = make_param_groups(created, config)
-        console.print(block_table(created, groups))
-        optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
-        model, optimizer = accelerator.prepare(created.model, optimizer)
-
-    order = make_epoch_order(config, index)
-    plan = make_schedule(config, order)
-    plan = replace(plan, batch_sizes=plan.batch_sizes[:BATCHES], epochs=1, logs_per_epoch=BATCHES)
-    preprocessing = make_preprocessing(config.data)
-    normalize = Normalize(preprocessing, device)
-    images = training_images(index, preprocessing, config, ctx)
-    shares = iter(make_loader(images, DistributedBatchSampler(order, epochs=1), config, ctx))
-
-    with stage("first batch: read, decode, augment"):
-        first = next(shares)
+        config = _without_options(config)
+        built = make_model(config, data.index.classes, config.model.weights, on_progress=console.print)
+        console.print("\n".join(built.summary))
+        built.model.to(ctx.device)
+        optimizer = make_optimizer(built, config, console)
+        state, unfreezing = make_train_state(built, optimizer, config, ctx, console)
+    train_step = make_train_step(config, data.examples_per_class, ctx, make_l2_sp(built, config))
+    schedule = make_schedule(config, data)
+    schedule = replace(schedule, batch_sizes=schedule.batch_sizes[:BATCHES], epochs=1, logs_per_epoch=BATCHES)
+    batches = make_batches(config, data, ctx, epochs=1)
+    with timed("first batch: read, decode, augment"):
+        first = next(batches)
         _describe_tensor(console, "images", first.images)
         _describe_tensor(console, "labels", first.labels)
-    with stage("normalise"):
-        _describe_tensor(console, "input", normalize(first.images))
-    with stage("forward, layer by layer"), _narrated(accelerator.unwrap_model(model), console, device):
-        with torch.no_grad():
-            model.train()
-            logits, _ = split_outputs(model(normalize(first.images)))
+    with timed("normalize"):
+        _describe_tensor(console, "input", train_step.normalize(first.images))
+    with timed("forward, layer by layer"), _layers_printed(state.model, console, ctx.device), torch.no_grad():
+        state.model.train()
+        logits, _ = split_outputs(state.model(train_step.normalize(first.images)))
         _describe_tensor(console, "logits", logits)
-
-    with stage(f"train on {len(plan.batch_sizes)} batches, then evaluate, with anomaly detection on"):
+    with timed(f"train on {len(schedule.batch_sizes)} batches, then evaluate, with anomaly detection on"):
         fit(
-            model,
-            optimizer,
-            itertools.chain([first], shares),
-            plan,
-            ResumePoint(),
-            accelerator=accelerator,
-            normalize=normalize,
-            evaluate=Evaluator(index, preprocessing, config, ctx),
-            keeper=NullCheckpointManager(),
-            listener=_Narrator(console),
-            batch_paths=partial(batch_paths, images, order),
-            criterion=make_criterion(config, index, device),
-            mixup=make_mixup(config, ctx),
+            state,
+            batches.through(partial(itertools.chain, [first])),
+            schedule,
+            train_step,
+            start_epoch=unfreezing.start_epoch,
+            evaluate=Evaluator(data.index, config, ctx),
+            checkpoints=NullCheckpoints(),
+            logger=_ConsoleLogger(console),
         )
-
-    with stage(f"overfit one batch, {OVERFIT_STEPS} updates at the peak learning rate"):
+    with timed(f"overfit one batch, {OVERFIT_STEPS} updates at the peak learning rate"):
         losses: list[float] = []
-        for loss in _overfit(
-            model, optimizer, first, config=config, normalize=normalize, accelerator=accelerator
-        ):
+        for loss in _overfit(unfreezing.model, state, train_step.plain(), first):
             losses.append(loss)
             if len(losses) % SHOWN_EVERY == 1:
                 console.print(f"update {len(losses)}: loss {loss:.4f}")
         console.print(verdict(losses))
 
 
-def _left_out(config: Config) -> Iterator[str]:
-    """Yield what the run does before it trains and this walk does not."""
+def _load_data(config: ResolvedConfig, ctx: DistributedContext, console: Console) -> RunData:
+    """Return the data with a few images to evaluate.
+
+    The few images that are used are read later. All are checked here, as the run does, only if some may be skipped.
+    """
+    check = config.data.on_unreadable == "skip"
+    prepared = prepare(config.data, workers=ctx.cores, displays=progress_hooks(console), check=check)
+    console.print(dataset_summary(prepared))
+    data = RunData(prepared=prepared, order=make_epoch_order(config, prepared.index))
+    check_run_data(config, data, ctx)
+    return replace(data, prepared=replace(prepared, index=_few(prepared.index)))
+
+
+def _left_out(config: ResolvedConfig) -> Iterator[str]:
+    """Yield what the run does before it trains and debug mode does not."""
     if config.pretrain.root:
-        yield f"the source stage ({config.pretrain.root}) is left out: random weights stand for its own"
+        yield f"pretraining ({config.pretrain.root}) is left out: random weights take the place of its own"
     if config.regularization.ema or config.transfer.l2_sp:
         yield "regularization.ema and transfer.l2_sp are left out"
     if isinstance(config.transfer.trainable, dict):
-        yield "of the stages of transfer.trainable, the first is walked"
+        yield "of the stages of transfer.trainable, the first one is run"
     if config.model.head_init == "linear-probe":
-        yield "the linear probe is left out: a drawn output layer stands for its own"
+        yield "the linear probe is left out: a random output layer takes the place of its own"
 
 
-def _overfit(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    *,
-    config: Config,
-    normalize: Normalize,
-    accelerator: Accelerator,
-) -> Iterator[float]:
-    """Yield the mean loss of one batch (plain cross-entropy, unmixed) before each of a few updates on it."""
-    set_lr(optimizer, 1.0)
+def _without_options(config: ResolvedConfig) -> ResolvedConfig:
+    return replace(
+        config,
+        regularization=replace(config.regularization, ema=None),
+        transfer=replace(config.transfer, l2_sp=0.0),
+    )
+
+
+def _overfit(model: nn.Module, state: TrainState, train_step: TrainStep, batch: Batch) -> Iterator[float]:
+    """Yield the mean cross-entropy of one batch before each of a few updates on it."""
+    set_lr(state.optimizer, 1.0)
     size = len(batch.labels)
-    scale = 1 / size if config.optim.loss_reduction == "mean" else 1.0
-    for _ in range(OVERFIT_STEPS):
-        loss_sum, _ = update(
-            model,
-            optimizer,
-            batch,
-            scale,
-            accelerator=accelerator,
-            normalize=normalize,
-            parts=config.train.grad_accum_steps,
-            max_grad_norm=config.optim.max_grad_norm,
-        )
+    for step in range(OVERFIT_STEPS):
+        loss_sum, _ = train_step(model, state.optimizer, batch, step, size)
         yield loss_sum.item() / size
 
 
@@ -202,8 +178,8 @@ def verdict(losses: Sequence[float]) -> str:
     )
 
 
-class _Narrator:
-    """Prints what the loop tells."""
+class _ConsoleLogger:
+    """Prints what the loop reports."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -243,7 +219,7 @@ def _describe_tensor(console: Console, name: str, tensor: Tensor) -> None:
 
 
 @contextmanager
-def _narrated(model: nn.Module, console: Console, device: torch.device) -> Iterator[None]:
+def _layers_printed(model: nn.Module, console: Console, device: torch.device) -> Iterator[None]:
     """Print each direct child's output shape and time, for the forward passes within the block."""
     began: dict[str, float] = {}
 

@@ -31,21 +31,21 @@ def fetch(argv: Sequence[str]) -> None:
     """
     config = parse(argv)
     # torch takes seconds to import: a wrong option is answered without it.
-    from trainer.config.builders import dataset_summary, displays_on  # noqa: PLC0415
+    from trainer.config.build_data import RunData, dataset_summary, make_epoch_order, progress_hooks  # noqa: PLC0415
     from trainer.config.preflight import preflight  # noqa: PLC0415
+    from trainer.config.resolve import pretrain_config, resolve  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415
     from trainer.model.weights import read_weights  # noqa: PLC0415
-    from trainer.pipeline import pretrain_config, resolve  # noqa: PLC0415
     from trainer.report.console import make_console  # noqa: PLC0415
 
     console = make_console(speaks=True)
     config = resolve(config)
     stages = [config, pretrain_config(config)] if config.pretrain.root else [config]
     for stage in stages:
-        prepared = prepare(stage.data, workers=1, displays=displays_on(console), check=False)
+        prepared = prepare(stage.data, workers=1, displays=progress_hooks(console), check=False)
         console.print(dataset_summary(prepared))
         if stage is config:
-            preflight(config, prepared.index)
+            preflight(config, RunData(prepared=prepared, order=make_epoch_order(config, prepared.index)))
     if config.model.weights is not None:
         _, source = read_weights(config.model.name, config.model.weights, on_progress=console.print)
         console.print(f"weights: {source}")

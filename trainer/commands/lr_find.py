@@ -19,40 +19,25 @@ if not __package__:
     # Run by path, as main.py may be too.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
 from rich.console import Console
 
+from regraft.contract import MODEL, PRETRAIN
+from trainer.cli import exit_after, run_cli
 from trainer.commands.lr_range import Suggestion, has_diverged, rates, smoothed, suggest
-from trainer.config.builders import (
-    load_dataset,
-    make_criterion,
-    make_epoch_order,
-    make_loader,
-    make_mixup,
-    make_preprocessing,
-    training_images,
-)
-from trainer.config.model_builder import fit_linear_probe, make_l2_sp, make_model, make_param_groups
+from trainer.config.build_data import load_run_data, make_batches
+from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer
+from trainer.config.build_training import make_train_step
 from trainer.config.parse import parse
-from trainer.config.preflight import require_sync_batch_norm
-from trainer.config.schema import Config
-from trainer.data.augment import Normalize
-from trainer.data.loader import DistributedBatchSampler
-from trainer.distributed import context
-from trainer.distributed.context import DistributedContext
+from trainer.config.preflight import check_run_data
+from trainer.config.resolve import ResolvedConfig, with_pretrained
+from trainer.distributed.context import DistributedContext, shut_down
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
-from trainer.loop import update
-from trainer.main import exit_after, run_cli
 from trainer.model.freeze import apply_stage
-from trainer.optim.param_groups import make_optimizer, set_lr
-from trainer.pipeline import resolve, with_pretrained
-from trainer.report.block_table import block_table
-from trainer.report.console import make_console
-from trainer.report.lr_range import draw_range, range_table, testing
+from trainer.optim.param_groups import set_lr
+from trainer.pipeline import start
+from trainer.report.lr_range import draw_range, lr_range_progress, range_table
 from trainer.run.atomic import write_text_atomically
-from trainer.run.folder import MODEL, PRETRAIN
-from trainer.seeds import derive_seed
 
 NAME = "lr-find"
 STEPS = 100
@@ -61,152 +46,125 @@ _FEWEST = 10
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a range test has seen."""
+class RangeTest:
+    """Result of a learning-rate range test."""
 
     rates: tuple[float, ...]
-    """Of each update that counts, in the units of `optim.lr`; every group's own is in proportion."""
+    """Learning rate of each update, in the units of optim.lr; every group's own rate is in proportion."""
     losses: tuple[float, ...]
     """Mean loss of each global batch before its update; all finite."""
     diverged: bool
-    """Whether it ended before its time."""
+    """Whether the loss diverged before the last rate."""
     suggestion: Suggestion
 
 
-def find(
-    config: Config, ctx: DistributedContext, console: Console, signals: StopSignals, tried: Sequence[float]
-) -> Found:
-    """Make one update at each of these rates until the loss diverges; all processes end with the same one.
+def run_range_test(
+    config: ResolvedConfig,
+    ctx: DistributedContext,
+    console: Console,
+    signals: StopSignals,
+    tried: Sequence[float],
+) -> RangeTest:
+    """Make one update at each of these rates until the loss diverges. Every process must call it.
 
     Args:
-        config: the whole of it, resolved; the weights to start from stand in it.
-        machine: what it runs on.
-        console: rank 0's speaks.
-        signals: what asks it to stop.
-        tried: rising, in the units of `optim.lr`.
+        config: the run's; its weights are those to start from.
+        ctx: the processes.
+        console: rank 0's prints.
+        signals: requests to stop.
+        tried: rising learning rates, in the units of optim.lr.
 
     Raises:
-        UserError: whatever the user can mend.
+        UserError: something that the user can fix.
         Stopped: it was asked to stop.
 
     """
-    accelerator = ctx.accelerator
-    prepared = load_dataset(config.data, ctx, console)
-    index, preprocessing = prepared.index, make_preprocessing(config.data)
-    order = make_epoch_order(config, index)
-    require_sync_batch_norm(config, order, ctx)
-    context.check_equal_across_ranks(accelerator, prepared.fingerprint, "the images")
-    created = context.main_process_first(
-        accelerator,
+    data = load_run_data(config, ctx, console)
+    check_run_data(config, data, ctx)
+    built = ctx.main_process_first(
         lambda: make_model(
             config,
-            index.classes,
+            data.index.classes,
             config.model.weights,
             world_size=ctx.world_size,
             on_progress=console.print,
         ),
         local=True,
     )
-    console.print("\n".join(created.summary))
-    created.model.to(accelerator.device)
-    l2_sp = make_l2_sp(created, config)
+    console.print("\n".join(built.summary))
+    built.model.to(ctx.device)
+    l2_sp = make_l2_sp(built, config)
     if config.model.head_init == "linear-probe":
-        fit_linear_probe(created, index, preprocessing, config, ctx, watch=nullcontext, log=console.print)
-    if len(created.unfreeze_stages) > 1:
+        fit_linear_probe(built, data, config, ctx, console, watchdog=nullcontext)
+    if len(built.unfreeze_stages) > 1:
         console.print(
-            "transfer.trainable has stages: the last one is tested, in which all trains that ever does"
+            "transfer.trainable has stages: the last one is tested, with all parameters that ever train"
         )
-        apply_stage(created.model, created.unfreeze_stages[-1], config.transfer.batch_norm)
-    groups = make_param_groups(created, config)
-    console.print(block_table(created, groups))
-    optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
-    model, optimizer = context.prepare(accelerator, created.model, optimizer)
-
-    training = training_images(index, preprocessing, config, ctx)
-    criterion, mixup = make_criterion(config, index, accelerator.device), make_mixup(config, ctx)
-    epochs = -(-len(tried) // order.steps_per_epoch)
-    shares = DistributedBatchSampler(order, epochs=epochs, rank=ctx.rank, world_size=ctx.world_size)
-    normalize = Normalize(preprocessing, accelerator.device)
-    sizes = order.batch_sizes
+        apply_stage(built.model, built.unfreeze_stages[-1], config.transfer.batch_norm)
+    model, optimizer = ctx.prepare(built.model, make_optimizer(built, config, console))
+    train_step = make_train_step(config, data.examples_per_class, ctx, l2_sp)
+    sizes = data.order.batch_sizes
+    batches = make_batches(config, data, ctx, epochs=-(-len(tried) // len(sizes)))
     losses: list[float] = []
     diverged = False
     model.train()
-    with signals.deferred(), testing(console, len(tried)) as show:
-        for step, (rate, share) in enumerate(
-            zip(tried, make_loader(training, shares, config, ctx), strict=False)
-        ):
-            (asked,) = ctx.all_reduce_max([signals.received or 0])
-            if asked:
-                raise Stopped(signal.Signals(asked).name)
+    with signals.deferred(), lr_range_progress(console, len(tried)) as show:
+        for step, (rate, batch) in enumerate(zip(tried, batches, strict=False)):
+            (received,) = ctx.all_reduce_max([signals.received or 0])
+            if received:
+                raise Stopped(signal.Signals(received).name)
             set_lr(optimizer, rate / config.optim.lr)
-            torch.manual_seed(derive_seed("masks", config.run.seed, step, ctx.rank))
             size = sizes[step % len(sizes)]
-            images, labels, examples = share
-            blend = None
-            if mixup is not None:
-                images, labels, blend = mixup(images, labels, step, size)
-            loss_sum, _ = update(
-                model,
-                optimizer,
-                (images, labels, examples),
-                ctx.world_size / size if config.optim.loss_reduction == "mean" else float(ctx.world_size),
-                accelerator=accelerator,
-                normalize=normalize,
-                parts=config.train.grad_accum_steps,
-                max_grad_norm=config.optim.max_grad_norm,
-                criterion=criterion,
-                blend=blend,
-                l2_sp=l2_sp,
-            )
-            # Gathered and added up in one order, so that all come to the same number and end together.
-            losses.append(float(accelerator.gather(loss_sum.view(1)).sum()) / size)
+            loss_sum, _ = train_step(model, optimizer, batch, step, size)
+            # Gathered and summed in one order, so that all ranks get the same number and end together.
+            losses.append(float(ctx.accelerator.gather(loss_sum.view(1)).sum()) / size)
             show(rate, losses[-1])
             if has_diverged(losses):
                 diverged = True
                 break
     finite = losses[:-1] if diverged else losses
     used = tuple(tried[: len(finite)])
-    return Found(used, tuple(finite), diverged, suggest(used, finite))
+    return RangeTest(used, tuple(finite), diverged, suggest(used, finite))
 
 
-def lr_find(argv: Sequence[str], signals: StopSignals) -> Found:
-    """Do what the command line asks for: test, write, print.
+def lr_find(argv: Sequence[str], signals: StopSignals) -> RangeTest:
+    """Run the range test that the command line asks for, write its files and print the suggestion.
 
     Raises:
-        UserError: as a run of the same config would; a range or a number of steps that is none.
+        UserError: an error of the config, of the range, or of the number of steps.
         Stopped: it was asked to stop; nothing was written.
 
     """
     own, rest = _parser().parse_known_args(argv)
-    config = with_source(resolve(parse(rest)))
-    lowest = config.optim.lr / _SPAN if own.lowest is None else own.lowest
-    highest = config.optim.lr * _SPAN if own.highest is None else own.highest
+    parsed = parse(rest)
+    lowest = parsed.optim.lr / _SPAN if own.lowest is None else own.lowest
+    highest = parsed.optim.lr * _SPAN if own.highest is None else own.highest
     if not 0 < lowest < highest < float("inf"):
         raise UserError(
             f"--from {lowest:g}, --to {highest:g}: expected two learning rates, the first above 0 and below the second"
         )
     if own.steps < _FEWEST:
         raise UserError(f"--steps {own.steps}: expected {_FEWEST} or more")
-
-    ctx = context.start(
-        device=config.run.device, precision=config.train.precision, threads=config.run.threads
-    )
-    console = make_console(speaks=ctx.is_main_process)
-    for note in ctx.notes:
-        console.print(note)
-    found = find(config, ctx, console, signals, rates(lowest, highest, own.steps))
+    if parsed.debug:
+        raise UserError("--debug is a command of its own: leave it out here")
+    config, ctx, console = start(parsed)
+    config = with_pretrained_weights(config)
+    result = run_range_test(config, ctx, console, signals, rates(lowest, highest, own.steps))
     folder = Path(config.run.dir)
-    context.main_process_first(
-        ctx.accelerator, lambda: _write(folder, found, config, ctx) if ctx.is_main_process else None
+    ctx.main_process_first(lambda: _write(folder, result, config, ctx) if ctx.is_main_process else None)
+    console.print(
+        range_table(
+            result.rates,
+            result.losses,
+            result.suggestion,
+            configured=config.optim.lr,
+            diverged=result.diverged,
+        )
     )
-    table = range_table(
-        found.rates, found.losses, found.suggestion, configured=config.optim.lr, ended=found.diverged
-    )
-    console.print(table)
-    console.print(_conclusion(found, config, rest))
+    console.print(_conclusion(result, config, rest))
     console.print(f"{folder / NAME}.png, {folder / NAME}.json")
-    context.shut_down()
-    return found
+    shut_down()
+    return result
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -232,49 +190,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def with_source(config: Config) -> Config:
-    """Return the config with the weights that its fine-tuning starts from: of a source model trained before.
+def with_pretrained_weights(config: ResolvedConfig) -> ResolvedConfig:
+    """Return the config with the weights that its fine-tuning starts from: those of a pretraining phase done before.
 
     Raises:
-        UserError: it has a stage that trains one, which was not run yet.
+        UserError: the config has such a phase, and it was not run yet.
 
     """
-    if config.debug:
-        raise UserError("--debug is a run of its own: leave it out here")
     if not config.pretrain.root:
         return config
     model = Path(config.run.dir) / PRETRAIN / MODEL
     if not model.is_file():
         raise UserError(
-            f"this run trains a source model first, and {model} is not there yet: train it (regraft train with the "
-            "same options), or name the weights to start from: --pretrain.root null --model.weights FILE"
+            f"this run pretrains a model first, and {model} does not exist yet: train it (regraft train with the same "
+            "options), or name the weights to start from: --pretrain.root null --model.weights FILE"
         )
     return with_pretrained(config, model)
 
 
-def _write(folder: Path, found: Found, config: Config, ctx: DistributedContext) -> None:
+def _write(folder: Path, result: RangeTest, config: ResolvedConfig, ctx: DistributedContext) -> None:
     content: dict[str, Any] = {
-        "optim.lr": found.suggestion.lr,
-        "suggestion": asdict(found.suggestion),
+        "optim.lr": result.suggestion.lr,
+        "suggestion": asdict(result.suggestion),
         "configured": config.optim.lr,
         "loss_reduction": config.optim.loss_reduction,
         "batch_size": config.train.batch_size,
         "seed": config.run.seed,
         "precision": ctx.precision,
         "processes": ctx.world_size,
-        "diverged": found.diverged,
-        "lr": list(found.rates),
-        "loss": list(found.losses),
-        "smoothed": smoothed(found.losses),
+        "diverged": result.diverged,
+        "lr": list(result.rates),
+        "loss": list(result.losses),
+        "smoothed": smoothed(result.losses),
     }
     of = "the batch's summed loss" if config.optim.loss_reduction == "sum" else "the mean loss"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(folder / f"{NAME}.json", json.dumps(content, indent=1) + "\n")
         draw_range(
-            found.rates,
-            found.losses,
-            found.suggestion,
+            result.rates,
+            result.losses,
+            result.suggestion,
             folder / f"{NAME}.png",
             title=f"{config.model.name}, {config.optim.name}, batches of {config.train.batch_size}; rates for {of}",
         )
@@ -284,8 +240,8 @@ def _write(folder: Path, found: Found, config: Config, ctx: DistributedContext) 
         ) from None
 
 
-def _conclusion(found: Found, config: Config, options: Sequence[str]) -> str:
-    suggestion = found.suggestion
+def _conclusion(result: RangeTest, config: ResolvedConfig, options: Sequence[str]) -> str:
+    suggestion = result.suggestion
     if suggestion.lr is None:
         return f"no suggestion: {suggestion.why}"
     unit = (
@@ -301,7 +257,7 @@ def _conclusion(found: Found, config: Config, options: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    return run_cli(lambda signals: lr_find(words, signals), goes_on="The same command begins anew")
+    return run_cli(lambda signals: lr_find(words, signals), on_restart="The same command starts anew")
 
 
 if __name__ == "__main__":

@@ -12,17 +12,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainer.config.builders import make_preprocessing, num_loader_workers, training_transform
-from trainer.config.model_builder import make_model, make_param_groups
-from trainer.config.preflight import without_weights
-from trainer.config.schema import Config
-from trainer.data.augment import Normalize
-from trainer.data.loader import Batch, ImageDataset, SampleKey
+from trainer.config.build_data import make_train_transform, num_loader_workers
+from trainer.config.build_model import make_l2_sp, make_model, make_param_groups
+from trainer.config.build_training import make_train_step
+from trainer.config.resolve import ResolvedConfig, without_weights
+from trainer.data.dataset import ImageDataset, SampleKey
+from trainer.data.loader import Batch
 from trainer.data.prepare import prepare
 from trainer.data.registry import is_known
-from trainer.distributed import context
-from trainer.loop import update
-from trainer.optim.param_groups import make_optimizer, set_lr
+from trainer.distributed.context import init_distributed
+from trainer.optim.param_groups import create_optimizer, set_lr
 from trainer.report.console import peak_memory
 
 SECONDS = 1.0
@@ -47,14 +46,13 @@ class Sample:
     """For a reader."""
 
 
-def sample(config: Config, folder: Path) -> Sample:
+def sample(config: ResolvedConfig, folder: Path) -> Sample:
     """Return images of a resolved config's data; where that is known by name, such as are drawn into `folder`.
 
     Raises:
         UserError: the data cannot be found or listed.
 
     """
-    assert config.data.root is not None  # for mypy: resolve has checked it
     if is_known(config.data.root):
         examples, classes = draw(folder), 10
         what = f"drawn JPEG files of {_DRAWN_SIZE[0]} x {_DRAWN_SIZE[1]}, in place of {config.data.root}"
@@ -64,7 +62,7 @@ def sample(config: Config, folder: Path) -> Sample:
         examples = [(one.path, one.label) for one in index.train[::every][:_SAMPLED]]
         classes = len(index.classes)
         what = f"{len(examples)} of {len(index.train)} in {config.data.root}"
-    transform = training_transform(config.data, make_preprocessing(config.data))
+    transform = make_train_transform(config.data)
     paths = tuple(path for path, _ in examples)
     return Sample(paths, classes, ImageDataset(examples, transform, seed=0), what)
 
@@ -121,12 +119,12 @@ def decoding(images: ImageDataset) -> dict[str, Any]:
 class Model:
     """The config's model with random weights, ready for a step."""
 
-    def __init__(self, config: Config, *, processes: int, classes: int) -> None:
-        ctx = context.start(
+    def __init__(self, config: ResolvedConfig, *, processes: int, classes: int) -> None:
+        ctx = init_distributed(
             device=config.run.device, precision=config.train.precision, threads=config.run.threads
         )
         self._config, self._machine = config, ctx
-        self._accelerator, self._device = ctx.accelerator, ctx.accelerator.device
+        self._device = ctx.device
         share = -(-config.train.batch_size // processes)
         self._examples = share if self._device.type == "cuda" else min(share, _MOST_ON_CPU)
         self._classes = classes
@@ -138,8 +136,7 @@ class Model:
             on_progress=lambda _: None,
         )
         created.model.to(self._device)
-        self._normalize = Normalize(make_preprocessing(config.data), self._device)
-        optimizer = make_optimizer(
+        optimizer = create_optimizer(
             config.optim.name, make_param_groups(created, config), momentum=config.optim.momentum
         )
         set_lr(optimizer, 0.0)
@@ -150,7 +147,9 @@ class Model:
         averages = int(config.regularization.ema is not None)
         self.model_bytes = state
         self.checkpoint_bytes = (1 + averages) * state + moments * trained
-        self._model, self._optimizer = self._accelerator.prepare(created.model, optimizer)
+        l2_sp = make_l2_sp(created, without_weights(config))
+        self._train_step = make_train_step(config, [1] * classes, ctx, l2_sp).plain()
+        self._model, self._optimizer = ctx.prepare(created.model, optimizer)
 
     def sizes(self) -> dict[str, Any]:
         """Return what the model asks of network, disk and processors."""
@@ -174,7 +173,6 @@ class Model:
 
         torch.set_num_threads(self._machine.threads)
         size, count = self._config.data.image_size, self._examples
-        assert size is not None  # for mypy: it is resolved
         images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
         layout = torch.channels_last if self._config.train.channels_last else torch.contiguous_format
         batch = Batch(
@@ -186,16 +184,7 @@ class Model:
 
         def one() -> float:
             began = time.perf_counter()
-            update(
-                self._model,
-                self._optimizer,
-                batch,
-                1 / count,
-                accelerator=self._accelerator,
-                normalize=self._normalize,
-                parts=self._config.train.grad_accum_steps,
-                max_grad_norm=self._config.optim.max_grad_norm,
-            )
+            self._train_step(self._model, self._optimizer, batch, 0, count)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             return time.perf_counter() - began

@@ -17,15 +17,15 @@ if not __package__:
 from matplotlib.figure import Figure
 from PIL import Image
 
-from trainer.config.builders import dataset_summary, displays_on, make_preprocessing, training_transform
+from regraft.contract import available_cores
+from trainer.config.build_data import dataset_summary, make_train_transform, progress_hooks
 from trainer.config.parse import parse
+from trainer.config.resolve import resolve
 from trainer.data.augment import apply_seeded
 from trainer.data.decode import UnreadableImage, decode
 from trainer.data.index import DatasetIndex, Example
 from trainer.data.prepare import prepare
-from trainer.distributed.context import available_cores
 from trainer.errors import UserError
-from trainer.pipeline import resolve
 from trainer.report.console import make_console
 from trainer.report.figures import fonts, save_figure
 from trainer.seeds import derive_seed
@@ -85,11 +85,11 @@ def preview(argv: Sequence[str]) -> Path:
     prepared = prepare(
         config.data,
         workers=available_cores(),
-        displays=displays_on(make_console(speaks=True)),
+        displays=progress_hooks(make_console(speaks=True)),
         check=config.data.on_unreadable == "skip",
     )
-    index, preprocessing = prepared.index, make_preprocessing(config.data)
-    transform = training_transform(config.data, preprocessing)
+    index, preprocessing = prepared.index, config.data.preprocessing
+    transform = make_train_transform(config.data)
     augmented_by = config.data.augment + (", random erasing" if config.data.random_erasing else "")
     places = {example: number for number, example in enumerate(index.train)}
     seen: list[tuple[str, list[Image.Image]]] = []

@@ -82,7 +82,7 @@ def pace(scratch: Path, processes: int, options: Sequence[str]) -> None:
     try:  # what is wrong with these imports is mostly told above
         from trainer.commands import measure  # noqa: PLC0415
         from trainer.config.parse import parse  # noqa: PLC0415
-        from trainer.pipeline import resolve  # noqa: PLC0415
+        from trainer.config.resolve import resolve  # noqa: PLC0415
 
         config = resolve(parse(options))
         sample = measure.sample(config, scratch)

@@ -1,5 +1,6 @@
 """From a config to its data: the examples, the order of the updates, loaders, and the evaluation of each split."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,17 +10,22 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
+from regraft.contract import SPLIT
 from trainer.config.resolve import ResolvedConfig, ResolvedDataConfig
 from trainer.data.augment import Normalize, Transform, eval_transform, train_transform
 from trainer.data.dataset import ImageDataset
-from trainer.data.index import DatasetIndex, Example
+from trainer.data.index import DatasetIndex, Example, write_split
 from trainer.data.loader import Batch, TrainBatches, make_dataloader
 from trainer.data.prepare import Prepared, ProgressHooks, prepare
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
 from trainer.distributed.context import DistributedContext
+from trainer.distributed.watchdog import Heartbeat
+from trainer.errors import UserError
 from trainer.evaluate import Evaluations, evaluate
+from trainer.optim.schedule import TrainSchedule
 from trainer.report.console import checking, downloading
 from trainer.run.audit import with_audit
+from trainer.run.folder import saving_to
 from trainer.run.session import OpenRun
 from trainer.text import escape_unprintable, join_truncated
 
@@ -79,7 +85,9 @@ def dataset_summary(prepared: Prepared) -> str:
         counts.append(f"{len(index.val)} to select the best epoch on")
     counts.append(f"{len(index.test)} to report on ({index.reported})")
     names = join_truncated(index.classes, limit=8)
-    head = f"{escape_unprintable(str(index.root))}: {len(index.classes)} classes ({names}); {', '.join(counts)}"
+    head = (
+        f"{escape_unprintable(str(index.root))}: {len(index.classes)} classes ({names}); {', '.join(counts)}"
+    )
     return "\n".join([head, *prepared.notes])
 
 
@@ -126,10 +134,10 @@ def make_loader(
     )
 
 
-def make_train_batches(
-    data: RunData, config: ResolvedConfig, ctx: DistributedContext, *, epochs: int, start_step: int = 0
+def make_batches(
+    config: ResolvedConfig, data: RunData, ctx: DistributedContext, *, epochs: int, start_step: int = 0
 ) -> TrainBatches:
-    """Return this process's local batches of the updates from `start_step` of the run on."""
+    """Return this process's local batches of the updates from `start_step` (counted from 0 over the run) on."""
     dataset = make_dataset(data.index.train, make_train_transform(config.data), config, ctx)
     sampler = DistributedBatchSampler(
         data.order, epochs=epochs, start_step=start_step, rank=ctx.rank, world_size=ctx.world_size
@@ -137,22 +145,35 @@ def make_train_batches(
     return TrainBatches(iter(make_loader(dataset, sampler, config, ctx)), dataset, data.order)
 
 
-def audit(
-    batches: TrainBatches, run: OpenRun, data: RunData, *, start_step: int, lr_multiplier: Callable[[int], float]
+def make_train_batches(
+    config: ResolvedConfig, data: RunData, run: OpenRun, schedule: TrainSchedule, *, start_step: int
 ) -> TrainBatches:
-    """Return the same batches, each recorded in the run's `audit/` when it is taken."""
-    return batches.through(
-        partial(
-            with_audit,
-            folder=run.folder,
-            start_step=start_step,
-            steps_per_epoch=data.order.steps_per_epoch,
-            rank=run.ctx.rank,
-            world_size=run.ctx.world_size,
-            attempt=run.attempt,
-            lr_multiplier=lr_multiplier,
-        )
+    """Return the local batches from `start_step` to the end of the run, recorded in `audit/` if run.audit is on."""
+    batches = make_batches(config, data, run.ctx, epochs=schedule.epochs, start_step=start_step)
+    if not config.run.audit:
+        return batches
+    record = partial(
+        with_audit,
+        folder=run.folder,
+        start_step=start_step,
+        steps_per_epoch=schedule.steps_per_epoch,
+        rank=run.ctx.rank,
+        world_size=run.ctx.world_size,
+        attempt=run.attempt,
+        lr_multiplier=schedule.lr_multiplier,
     )
+    return batches.through(record)
+
+
+def write_split_file(data: RunData, run: OpenRun) -> None:
+    """Write `split.csv` into the run folder, if the split was made here. Every process must call it."""
+
+    def write() -> None:
+        if run.is_writer and data.index.split_made:
+            with saving_to(run.folder / SPLIT):
+                write_split(data.index, run.folder / SPLIT)
+
+    run.ctx.main_process_first(write)
 
 
 def num_loader_workers(option: int | None, ctx: DistributedContext) -> int:
@@ -233,3 +254,23 @@ class Evaluator:
             for name, (expected, batches) in self._splits.items()
             if splits is None or name in splits
         }
+
+    def evaluate_initial(self, model: nn.Module, heartbeat: Heartbeat) -> Evaluations:
+        """Return the evaluation of each split before the first step. A signal ends the run here: nothing is lost.
+
+        Raises:
+            UserError: the model's output is not finite.
+
+        """
+
+        def interrupted() -> bool:
+            heartbeat.tick(0)
+            return False
+
+        evaluations = self(model, interrupted)
+        if not all(math.isfinite(evaluation.loss_sum) for evaluation in evaluations.values()):
+            raise UserError(
+                "the loss of the model before the first step is not finite: see model.weights, data.mean and data.std, "
+                "or try train.precision fp32"
+            )
+        return evaluations

@@ -21,7 +21,8 @@ from trainer.model.file import read_metadata
 from trainer.model.freeze import apply_stage, make_stages
 from trainer.model.patterns import match_names
 from trainer.model.source_classes import ClassMapping
-from trainer.optim.param_groups import ParamGroup, group_parameters
+from trainer.optim.param_groups import ParamGroup, create_optimizer, group_parameters
+from trainer.report.block_table import block_table
 from trainer.seeds import derive_seed
 from trainer.transfer.l2_sp import L2SP, backbone_parameters, without_weight_decay
 from trainer.transfer.linear_probe import fit_head, require_linear
@@ -76,8 +77,8 @@ def make_model(
     ]
     if weights is None and len(stages[-1].trainable) < len(list(built.model.parameters())):
         notes.append(
-            "transfer.trainable: the frozen parameters keep their random values, since there are no pretrained weights: "
-            "set model.weights or pretrain.root, or transfer.trainable all"
+            "transfer.trainable: frozen parameters keep their random values, since there are no pretrained weights. "
+            "Set model.weights or pretrain.root, or transfer.trainable all"
         )
     return replace(built, unfreeze_stages=stages, summary=(*built.summary, *notes))
 
@@ -156,6 +157,16 @@ def make_param_groups(built: BuiltModel, config: ResolvedConfig) -> tuple[ParamG
     if not config.transfer.l2_sp:
         return groups
     return without_weight_decay(groups, backbone_parameters(built.model, built.heads))
+
+
+def make_optimizer(built: BuiltModel, config: ResolvedConfig, console: Console) -> torch.optim.Optimizer:
+    """Return the optimizer over the parameter groups; prints what is trained at which learning rate.
+
+    The model must be on its device: the optimizer's kernels are chosen by it.
+    """
+    groups = make_param_groups(built, config)
+    console.print(block_table(built, groups))
+    return create_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
 
 
 def _lr_mult(built: BuiltModel, config: ResolvedConfig) -> dict[str, float]:

@@ -1,48 +1,44 @@
-"""From a config to the training itself: schedule, update, checkpoint policy, and what checkpoints say about the run."""
+"""From a config to the training itself: the schedule, the state, and the update."""
 
+from collections.abc import Sequence
 from functools import partial
 
-from trainer.checkpoint.early_stopping import EarlyStopping
-from trainer.checkpoint.retention import RetentionPolicy
-from trainer.checkpoint.state import RunIdentity, RunMetadata
+import torch
+from rich.console import Console
+
 from trainer.config.build_data import RunData
 from trainer.config.resolve import ResolvedConfig
 from trainer.data.augment import Normalize
-from trainer.data.sampler import EpochOrder
 from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
+from trainer.model.create import BuiltModel
+from trainer.optim.ema import ModelEma
 from trainer.optim.loss import Criterion, balanced_weights
 from trainer.optim.mixup import Mixup
-from trainer.optim.schedule import (
-    Interval,
-    TrainSchedule,
-    get_lr_multiplier,
-    parse_duration,
-    parse_interval,
-    to_steps,
-)
+from trainer.optim.schedule import TrainSchedule, get_lr_multiplier, warmup_steps
 from trainer.optim.train_step import TrainStep
-from trainer.run.session import OpenRun
-from trainer.run.versions import versions
+from trainer.state import TrainState
+from trainer.transfer.gradual_unfreezing import GradualUnfreezing
 from trainer.transfer.l2_sp import L2SP
 
 
-def make_schedule(config: ResolvedConfig, order: EpochOrder) -> TrainSchedule:
+def make_schedule(config: ResolvedConfig, data: RunData) -> TrainSchedule:
     """Return the updates of the run; durations become steps here.
 
     Raises:
         UserError: the warm-up is longer than the run.
 
     """
-    total = order.steps_per_epoch * config.train.epochs
-    warmup = _warmup_steps(config, order)
+    steps = data.order.steps_per_epoch
+    total = steps * config.train.epochs
+    warmup = warmup_steps(config.optim.warmup, steps_per_epoch=steps, total_steps=total)
     if warmup > total:
         raise UserError(
             f"optim.warmup is {config.optim.warmup!r}, {warmup} steps, but the run has {total}: the peak learning rate "
             "would not be reached"
         )
     return TrainSchedule(
-        batch_sizes=order.batch_sizes,
+        batch_sizes=data.order.batch_sizes,
         epochs=config.train.epochs,
         logs_per_epoch=config.train.logs_per_epoch,
         lr_multiplier=partial(
@@ -51,20 +47,40 @@ def make_schedule(config: ResolvedConfig, order: EpochOrder) -> TrainSchedule:
     )
 
 
-def _warmup_steps(config: ResolvedConfig, order: EpochOrder) -> int:
-    duration = parse_duration("optim.warmup", config.optim.warmup)
-    steps = order.steps_per_epoch
-    return to_steps(duration, steps_per_epoch=steps, total_steps=steps * config.train.epochs)
+def make_train_state(
+    built: BuiltModel,
+    optimizer: torch.optim.Optimizer,
+    config: ResolvedConfig,
+    ctx: DistributedContext,
+    console: Console,
+) -> tuple[TrainState, GradualUnfreezing]:
+    """Wrap model and optimizer by accelerate; return the state before the first update, and what wraps each stage."""
+    ctx.reset()
+    unfreezing = GradualUnfreezing(
+        ctx,
+        built.model,
+        optimizer,
+        stages=built.unfreeze_stages,
+        batch_norm=config.transfer.batch_norm,
+        log=console.print,
+    )
+    state = TrainState(
+        model=unfreezing.unwrapped,
+        optimizer=unfreezing.optimizer,
+        ema=ModelEma(unfreezing.unwrapped, config.regularization.ema),
+        scaler=ctx.accelerator.scaler,
+    )
+    return state, unfreezing
 
 
 def make_train_step(
-    config: ResolvedConfig, data: RunData, ctx: DistributedContext, l2_sp: L2SP
+    config: ResolvedConfig, examples_per_class: Sequence[int], ctx: DistributedContext, l2_sp: L2SP
 ) -> TrainStep:
-    """Return the update; class weights come from the examples that are trained on."""
+    """Return the update; balanced class weights come from the number of training examples of each class."""
     regularization = config.regularization
     weights = None
     if regularization.class_weights == "balanced":
-        weights = balanced_weights(data.examples_per_class).to(ctx.device)
+        weights = balanced_weights(examples_per_class).to(ctx.device)
     return TrainStep(
         ctx=ctx,
         normalize=Normalize(config.data.preprocessing, ctx.device),
@@ -82,58 +98,4 @@ def make_train_step(
         grad_accum_steps=config.train.grad_accum_steps,
         max_grad_norm=config.optim.max_grad_norm,
         seed=config.run.seed,
-    )
-
-
-def make_retention_policy(config: ResolvedConfig, order: EpochOrder) -> RetentionPolicy:
-    """Return when checkpoints are saved and which are kept; durations become steps here, at least one."""
-    steps = order.steps_per_epoch
-
-    def in_steps(interval: Interval | None) -> int | None:
-        if interval is None or interval.training is None:
-            return None
-        total = steps * config.train.epochs
-        return max(1, to_steps(interval.training, steps_per_epoch=steps, total_steps=total))
-
-    def interval(key: str) -> Interval | None:
-        text = getattr(config.checkpoint, key)
-        return None if text is None else parse_interval(f"checkpoint.{key}", text)
-
-    every = interval("every")
-    return RetentionPolicy(
-        every_steps=in_steps(every),
-        every_seconds=every.seconds if every else None,
-        keep_last=config.checkpoint.keep_last,
-        keep_best=config.checkpoint.keep_best,
-        keep_every=in_steps(interval("keep_every")),
-    )
-
-
-def make_early_stopping(config: ResolvedConfig, data: RunData) -> EarlyStopping:
-    """Return the rule that ends a run early; by default it never does."""
-    return EarlyStopping(split=data.index.val_split, patience=config.regularization.early_stopping)
-
-
-def make_run_metadata(config: ResolvedConfig, data: RunData, run: OpenRun) -> RunMetadata:
-    """Return what every checkpoint of this start says about the run."""
-    ctx, order = run.ctx, data.order
-    return RunMetadata(
-        identity=RunIdentity(
-            architecture=config.model.name,
-            classes=data.index.classes,
-            examples=data.examples_per_class,
-            data=data.prepared.fingerprint,
-        ),
-        seed=config.run.seed,
-        steps_per_epoch=order.steps_per_epoch,
-        schedule={
-            "kind": config.optim.schedule,
-            "warmup_steps": _warmup_steps(config, order),
-            "total_steps": order.steps_per_epoch * config.train.epochs,
-        },
-        auto_resolved={"precision": ctx.precision, "channels_last": config.train.channels_last},
-        world_size=ctx.world_size,
-        threads=ctx.threads,
-        attempt=run.attempt,
-        versions=versions(),
     )

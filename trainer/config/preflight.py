@@ -23,7 +23,7 @@ def preflight(config: ResolvedConfig, data: RunData, ctx: DistributedContext | N
 
     """
     check_run_data(config, data, ctx)
-    make_schedule(config, data.order)
+    make_schedule(config, data)
     index = data.index
     if config.model.head_init == "source-labels":
         check_targets(config.model.aliases, index.classes)
@@ -58,8 +58,8 @@ def _check_sync_batch_norm(config: ResolvedConfig, order: EpochOrder, ctx: Distr
         return  # the local batch is the global batch
     if ctx.device.type != "cuda":
         raise UserError(
-            f"{option}, which needs GPUs: torch has no such layer for CPUs. Choose frozen, which gives equal results on "
-            "any number of processes, or run one process"
+            f"{option}, which needs GPUs: torch has no such layer for CPUs. Choose frozen, which gives equal results "
+            "on any number of processes, or run one process"
         )
     if min(order.batch_sizes) < ctx.world_size:
         raise UserError(
@@ -77,7 +77,7 @@ def _check_val_split(config: ResolvedConfig, index: DatasetIndex) -> None:
     on = [option for option, value in options.items() if value]
     if on and index.val_split is None:
         raise UserError(
-            f"{' and '.join(on)} select{'s' * (len(on) == 1)} by an accuracy, and {escape_unprintable(str(index.root))} "
-            "has no images to select on besides those reported, and these must not be selected on: set "
-            "data.val_fraction 0.1, which takes some of the training images for that"
+            f"{' and '.join(on)} select{'s' * (len(on) == 1)} by an accuracy, and "
+            f"{escape_unprintable(str(index.root))} has no images to select on besides those reported, and these must not "
+            "be selected on: set data.val_fraction 0.1, which takes some of the training images for that"
         )

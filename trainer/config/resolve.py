@@ -118,8 +118,8 @@ def _preprocessing(name: str, weights: str | None) -> Preprocessing:
         if metadata is not None:
             if metadata.architecture != name:
                 raise UserError(
-                    f"model.weights {weights} is a {metadata.architecture}, but model.name is {name}: set model.name to "
-                    "what the file holds"
+                    f"model.weights {weights} is a {metadata.architecture}, but model.name is {name}: set model.name "
+                    "to what the file holds"
                 )
             return metadata.preprocessing
     return Preprocessing(resize="squash", **dataclasses.asdict(default))

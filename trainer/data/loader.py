@@ -71,7 +71,9 @@ class TrainBatches:
 
     def paths(self, epoch: int, step: int) -> Sequence[str]:
         """Return the files of a global batch, fit to be printed; epoch and step of the epoch are counted from 0."""
-        return [escape_unprintable(self._dataset.paths[example]) for example in self._order.batch(epoch, step)]
+        return [
+            escape_unprintable(self._dataset.paths[example]) for example in self._order.batch(epoch, step)
+        ]
 
 
 def make_dataloader(

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -25,6 +24,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from regraft.contract import available_cores
 from trainer.distributed.rendezvous import join_process_group
 from trainer.errors import UserError
 
@@ -70,7 +70,8 @@ class DistributedContext:
     @property
     def device(self) -> torch.device:
         """Return the device that this process computes on."""
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     def all_reduce_max(self, flags: Sequence[int]) -> list[int]:
         """Return the maximum of each flag over all processes. Every process must call it."""
@@ -174,7 +175,7 @@ def init_distributed(
     device: Literal["auto", "cpu", "cuda"],
     precision: Literal["auto", "fp32", "bf16", "fp16"],
     threads: int | None,
-    kept: Precision | None = None,
+    saved_precision: Precision | None = None,
 ) -> DistributedContext:
     """Join the process group, if there is one, and return what the run runs on.
 
@@ -197,7 +198,9 @@ def init_distributed(
             "run.device is cuda, but torch finds no GPU here: install a driver and a CUDA build of torch, "
             "or set run.device to auto"
         )
-    chosen, why = choose_precision(precision, on_cpu=on_cpu, environment=os.environ, kept=kept)
+    chosen, why = choose_precision(
+        precision, on_cpu=on_cpu, environment=os.environ, saved_precision=saved_precision
+    )
     _forget_earlier()
     join_process_group(os.environ, "gloo" if on_cpu else "nccl", patience=_PATIENCE)
     accelerator = Accelerator(
@@ -231,7 +234,7 @@ def choose_precision(
     *,
     on_cpu: bool,
     environment: Mapping[str, str],
-    kept: Precision | None = None,
+    saved_precision: Precision | None = None,
 ) -> tuple[Precision, str]:
     """Return the precision to use, and why; what `auto` chose when the run began (`kept`) is kept.
 
@@ -243,8 +246,8 @@ def choose_precision(
     from_launcher = {"bf16": "bf16", "fp16": "fp16"}.get(environment.get("ACCELERATE_MIXED_PRECISION", ""))
     if asked != "auto":
         chosen, why = asked, "as train.precision asks"
-    elif kept is not None:
-        chosen, why = kept, _AS_BEGUN
+    elif saved_precision is not None:
+        chosen, why = saved_precision, _AS_BEGUN
     elif from_launcher is not None:
         chosen, why = from_launcher, "as accelerate launch --mixed_precision asks"  # type: ignore[assignment]
     elif on_cpu:
@@ -263,17 +266,6 @@ def choose_precision(
             f"precision bf16 ({why}) on a GPU that would only emulate it{instead.format('fp16 or fp32')}"
         )
     return chosen, why
-
-
-def available_cores() -> int:
-    """Return the CPU cores open to this process: its affinity, or its container's quota where that is less."""
-    cores = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, _, period = quota.read_text(encoding="ascii").strip().partition(" ")
-        if limit.isdigit() and period.isdigit():
-            cores = min(cores, max(1, int(limit) // int(period)))
-    return cores
 
 
 def refuse_copies(environment: Mapping[str, str]) -> None:

@@ -1,12 +1,10 @@
-"""Signals set flags; whoever trains looks at them between two updates.
+"""Signals set flags; the training loop looks at them between two updates.
 
-TERM (a preemption, `scancel`, a launcher's end), INT (Ctrl-C), USR1 and USR2 (Slurm's warning ahead of a time
-limit) and HUP (a terminal that closes) ask a run to stop. While it trains they are remembered, no more: what is
-saved is saved at a boundary between updates. Before and after that there is nothing to save, and they end the
-run at once.
+TERM (a preemption, `scancel`, a launcher's end), INT (Ctrl-C), USR1 and USR2 (Slurm's warning before a time limit) and
+HUP (a closed terminal) ask a run to stop. While it trains they are only recorded: the state is saved between two
+updates. Before and after training there is nothing to save, and they end the run at once.
 """
 
-import ctypes
 import os
 import signal
 import threading
@@ -17,40 +15,41 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+from regraft.contract import signal_on_parent_death
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SECONDS_TO_INSIST = 1.0
-"""A second Ctrl-C that comes this long after the first is a person who will not wait; sooner, a launcher's echo."""
+"""A second Ctrl-C this long after the first ends the run at once; one that comes sooner is a launcher's echo."""
 SECONDS_TO_OUTLIVE = 30.0
-"""How long a trainer whose launcher has died may take to save and leave."""
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+"""How long a trainer whose launcher has died may take to save and exit."""
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and has.
+    """The run was asked to stop, and has stopped.
 
-    No Exception: it may come anywhere, and is none of the failures that the code around it is ready for.
+    It is not an Exception: it may be raised anywhere, and must not be handled as a failure there.
     """
 
     def __init__(self, reason: str, saved: str | None = None) -> None:
-        """Take who asked (`SIGTERM`, `the file STOP`), and where the run stood when it was saved, if it had begun."""
+        """Take the reason (`SIGTERM`, `the file STOP`), and the position at which the state was saved, if it was."""
         super().__init__(reason)
         self.reason = reason
         self.saved = saved
 
 
 class StopSignals:
-    """A context in which the stopping signals are this object's; it restores the earlier handlers."""
+    """A context that handles the stop signals; it restores the earlier handlers at its end."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """The first stopping signal that came."""
-        self._only_flags = False
-        self._when = 0.0
+        """Number of the first stop signal that came."""
+        self._deferred = False
+        self._received_at = 0.0
         self._earlier: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in STOPPING:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has HUP ignored
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has HUP ignored
                 self._earlier[number] = signal.signal(number, self._handle)
         return self
 
@@ -63,40 +62,32 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only remember the signals, for a block."""
-        self._only_flags = True
+        """Only record signals within a block, instead of raising Stopped."""
+        self._deferred = True
         try:
             yield
         finally:
-            self._only_flags = False
+            self._deferred = False
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self.received is not None:
-            if number == signal.SIGINT and now - self._when > SECONDS_TO_INSIST:
+            if number == signal.SIGINT and now - self._received_at > SECONDS_TO_INSIST:
                 raise KeyboardInterrupt
             return
-        self.received, self._when = number, now
-        if not self._only_flags:
+        self.received, self._received_at = number, now
+        if not self._deferred:
             raise Stopped(signal.Signals(number).name)
 
 
-def end_with_parent(number: int) -> None:
-    """Have the kernel send this process a signal when its parent ends, even by SIGKILL."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
-
-
 def exit_with_parent() -> None:
-    """Save and leave when this process's launcher ends, and leave soon in any case.
+    """Save and exit when this process's launcher ends, and exit soon in any case.
 
-    TERM asks for it. Partners may be dead too, and an exchange with them hang in code that lets no handler run:
-    so a thread sets the limit.
+    TERM asks to save. Peers may be dead too, and a collective with them may hang in code that runs no signal
+    handler, so a thread enforces a time limit.
     """
     launcher = os.getppid()
-    end_with_parent(signal.SIGTERM)
+    signal_on_parent_death(signal.SIGTERM)
 
     def limit() -> None:
         while os.getppid() == launcher:
@@ -110,7 +101,7 @@ def exit_with_parent() -> None:
 def has_launcher(environment: Mapping[str, str]) -> bool:
     """Return whether the parent is torchrun or `accelerate launch`, with which this process has to end.
 
-    A shell is no launcher: what was started with nohup outlives it.
+    A shell is not a launcher: a process started with nohup outlives it.
     """
     if "TORCHELASTIC_RUN_ID" in environment:
         return True
@@ -120,4 +111,4 @@ def has_launcher(environment: Mapping[str, str]) -> bool:
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return any(b"accelerate" in word for word in parent[:4])
+    return any(b"accelerate" in argument for argument in parent[:4])

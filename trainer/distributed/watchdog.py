@@ -8,8 +8,8 @@ then ends the other processes and restarts all of them if it may.
 
 Only seconds in which the thread itself ran count. A machine that slept, or a process that was stopped (Ctrl-Z,
 `scontrol suspend`, a debugger), has not hung. For the same reason the thread cannot end a process whose main thread
-hangs while it holds the GIL (torch's collectives release it). In that case faulthandler's timer, which does not need the
-GIL, still writes the stacks, and the watchdogs of the other processes end the run.
+hangs while it holds the GIL (torch's collectives release it). In that case faulthandler's timer, which does not need
+the GIL, still writes the stacks, and the watchdogs of the other processes end the run.
 """
 
 import faulthandler

@@ -71,7 +71,7 @@ class Preprocess:
         return self._normalize(array.permute(2, 0, 1)[None])[0]
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model file, ready to predict with."""
 
     model: nn.Module
@@ -133,8 +133,8 @@ def _parse_metadata(fields: Any) -> ModelMetadata:
     )
 
 
-def load(path: str | os.PathLike[str]) -> Loaded:
-    """Return the model (eval mode, CPU), its preprocessing and its classes; see `trainer.load`."""
+def load(path: str | os.PathLike[str]) -> LoadedModel:
+    """Return the model (eval mode, CPU), its preprocessing and its classes; see `regraft.load`."""
     if not Path(path).is_file():
         raise UserError(f"{os.fspath(path)}: there is no such file; expected a run's model.safetensors")
     found = read_metadata(path)
@@ -152,7 +152,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     except UserError as error:
         raise UserError(f"{os.fspath(path)}: {error}") from None
     model.load_state_dict(state, assign=True)
-    return Loaded(model.eval(), Preprocess(found.preprocessing), found.classes)
+    return LoadedModel(model.eval(), Preprocess(found.preprocessing), found.classes)
 
 
 def read_state(path: str | os.PathLike[str], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

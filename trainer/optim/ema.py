@@ -56,7 +56,10 @@ class ModelEma:
         """Average in the model's weights after update `step` (counted from 1). It does not wait for the device."""
         if not self.enabled:
             return
-        averages, weights = [pair[0] for pair in self._averaged], [pair[1].detach() for pair in self._averaged]
+        averages, weights = (
+            [pair[0] for pair in self._averaged],
+            [pair[1].detach() for pair in self._averaged],
+        )
         torch._foreach_lerp_(averages, weights, 1 - get_decay(step, self._decay))
         for copied, tensor in self._copied:
             copied.copy_(tensor)

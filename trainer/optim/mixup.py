@@ -29,9 +29,7 @@ class MixParams:
     """CutMix: top, left, bottom, right of the pasted box, as fractions of height and width. None for mixup."""
 
 
-def sample_params(
-    *, mixup_alpha: float, cutmix_alpha: float, seed: int, step: int, size: int
-) -> MixParams:
+def sample_params(*, mixup_alpha: float, cutmix_alpha: float, seed: int, step: int, size: int) -> MixParams:
     """Return the parameters of one update.
 
     The weight comes from Beta(alpha, alpha), once per batch (Zhang et al. 2018). CutMix's box has a uniformly drawn

@@ -27,52 +27,52 @@ def group_parameters(
     head_lr_scale: float,
     weight_decay: float,
     decay_norm_and_bias: bool = True,
-    scales: Mapping[str, float] | None = None,
-    trains: Collection[str] | None = None,
+    lr_mult: Mapping[str, float] | None = None,
+    trainable: Collection[str] | None = None,
 ) -> tuple[ParamGroup, ...]:
-    """Return groups of what trains: the backbone's at lr, the head's at head_lr_scale x lr, each times its scale.
+    """Return the parameter groups: the backbone at `lr`, the head at `head_lr_scale * lr`, each times its `lr_mult`.
 
-    Without scales, and with weight decay on all, there are two at most: `backbone` and `head`.
+    Without `lr_mult`, and with weight decay on all parameters, there are at most two groups: `backbone` and `head`.
 
     Args:
         model: with its new output layers.
-        heads: their dotted names, as in `model.named_modules()`: a parameter is the head's because it belongs to that
-            module, not because its name looks like one.
-        lr: peak learning rate.
-        head_lr_scale: the head's, as a multiple of it.
+        heads: dotted names of the output layers, as in `model.named_modules()`. A parameter belongs to the head if
+            that module holds it, whatever its name.
+        lr: peak learning rate of the backbone.
+        head_lr_scale: the head's learning rate as a multiple of it.
         weight_decay: of every parameter.
-        decay_norms: False: it is 0 for those of one dimension, norms and biases (He et al. 2019, Bag of Tricks).
-        scales: parameter name -> a further multiple of its learning rate; 1 where it is missing.
-        trains: names of the parameters that ever train; None: those that require a gradient now.
+        decay_norm_and_bias: False sets it to 0 for one-dimensional parameters: norms and biases (He et al. 2019, Bag
+            of Tricks).
+        lr_mult: parameter name -> multiple of its learning rate; 1 if it is missing.
+        trainable: names of the parameters that train at any time; None: those that require a gradient now.
 
     """
     in_head = {id(p) for head in heads for p in model.get_submodule(head).parameters()}
-    found: dict[tuple[Literal["backbone", "head"], float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[Literal["backbone", "head"], float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if name not in trains if trains is not None else not parameter.requires_grad:
+        if name not in trainable if trainable is not None else not parameter.requires_grad:
             continue
         is_head = id(parameter) in in_head
-        rate = lr * (head_lr_scale if is_head else 1.0) * (scales or {}).get(name, 1.0)
+        group_lr = lr * (head_lr_scale if is_head else 1.0) * (lr_mult or {}).get(name, 1.0)
         decay = weight_decay if decay_norm_and_bias or parameter.ndim > 1 else 0.0
-        found.setdefault(("head" if is_head else "backbone", rate, decay), []).append(parameter)
-    # The backbone's first, the lowest rates first.
-    keys = sorted(found)
-    return tuple(ParamGroup(name, tuple(found[name, rate, decay]), rate, decay) for name, rate, decay in keys)
+        groups.setdefault(("head" if is_head else "backbone", group_lr, decay), []).append(parameter)
+    # The backbone's groups come first, the lowest learning rates first.
+    return tuple(ParamGroup(key[0], tuple(groups[key]), key[1], key[2]) for key in sorted(groups))
 
 
-def make_optimizer(
+def create_optimizer(
     name: Literal["sgd", "adamw"], groups: Iterable[ParamGroup], *, momentum: float
 ) -> torch.optim.Optimizer:
     """Return the optimizer; each of its groups keeps its `name` and its `peak_lr`."""
     settings: list[dict[str, Any]] = [
         {
-            "params": list(g.parameters),
-            "name": g.name,
-            "lr": g.lr,
-            "peak_lr": g.lr,
-            "weight_decay": g.weight_decay,
+            "params": list(group.parameters),
+            "name": group.name,
+            "lr": group.lr,
+            "peak_lr": group.lr,
+            "weight_decay": group.weight_decay,
         }
-        for g in groups
+        for group in groups
     ]
     # On a GPU the fused kernels also keep fp16's overflow check on the device.
     fused = True if all(p.is_cuda for s in settings for p in s["params"]) else None

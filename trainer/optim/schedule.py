@@ -78,6 +78,12 @@ def to_steps(duration: Duration, *, steps_per_epoch: int, total_steps: int) -> i
     return round(duration.amount * whole)
 
 
+def warmup_steps(option: str, *, steps_per_epoch: int, total_steps: int) -> int:
+    """Return the number of warm-up steps that the option optim.warmup means."""
+    duration = parse_duration("optim.warmup", option)
+    return to_steps(duration, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+
+
 def get_lr_multiplier(
     step: int, *, total_steps: int, warmup_steps: int, kind: Literal["constant", "cosine", "one-cycle"]
 ) -> float:

@@ -11,7 +11,7 @@ from trainer.model.freeze import UnfreezeStage
 from trainer.optim.param_groups import ParamGroup
 
 
-def block_table(created: BuiltModel, groups: Sequence[ParamGroup]) -> Table:
+def block_table(built: BuiltModel, groups: Sequence[ParamGroup]) -> Table:
     """Return a table with one row per block, in forward order, then one row per new head.
 
     BatchNorm modes are those at the start: a block that is unfrozen later has frozen BatchNorm until then.
@@ -19,16 +19,16 @@ def block_table(created: BuiltModel, groups: Sequence[ParamGroup]) -> Table:
     table = Table("block", "trains", box=SIMPLE_HEAD, pad_edge=False)
     for title in ("parameters", "peak lr", "weight decay", "BatchNorm"):
         table.add_column(title, justify="right")
-    parameters = dict(created.model.named_parameters())
+    parameters = dict(built.model.named_parameters())
     group_of_parameter = {id(parameter): group for group in groups for parameter in group.parameters}
-    frozen_batch_norms = {name: is_frozen(layer) for name, layer in named_batch_norms(created.model)}
-    for title, names in _titles_and_parameters(created):
+    frozen_batch_norms = {name: is_frozen(layer) for name, layer in named_batch_norms(built.model)}
+    for title, names in _titles_and_parameters(built):
         ids = [id(parameters[name]) for name in names]
         row_groups = [group_of_parameter[key] for key in ids if key in group_of_parameter]
         modules = {name.rpartition(".")[0] for name in names}
         table.add_row(
             title,
-            _format_trainable(names, created.stages),
+            _format_trainable(names, built.unfreeze_stages),
             f"{sum(parameters[name].numel() for name in names):,}",
             _format_range(group.lr for group in row_groups),
             _format_range(group.weight_decay for group in row_groups),
@@ -37,11 +37,11 @@ def block_table(created: BuiltModel, groups: Sequence[ParamGroup]) -> Table:
     return table
 
 
-def _titles_and_parameters(created: BuiltModel) -> list[tuple[str, list[str]]]:
+def _titles_and_parameters(built: BuiltModel) -> list[tuple[str, list[str]]]:
     """Return (title, parameter names) of each row."""
-    heads: dict[str, list[str]] = {head: [] for head in created.heads}
+    heads: dict[str, list[str]] = {head: [] for head in built.heads}
     rows = []
-    for block in created.structure.blocks:
+    for block in built.layer_order.blocks:
         backbone: list[str] = []
         for name in block.parameters:
             head = next((head for head in heads if name.startswith(f"{head}.")), None)
@@ -53,7 +53,9 @@ def _titles_and_parameters(created: BuiltModel) -> list[tuple[str, list[str]]]:
 
 def _format_trainable(names: Iterable[str], stages: Sequence[UnfreezeStage]) -> str:
     """Return when these parameters start to train: `yes`, `frozen`, `from epoch N`, or `in part` if they differ."""
-    first_epochs = {next((stage.begins for stage in stages if name in stage.trains), None) for name in names}
+    first_epochs = {
+        next((stage.start_epoch for stage in stages if name in stage.trainable), None) for name in names
+    }
     if not stages or first_epochs == {0}:
         return "yes"
     if len(first_epochs) > 1:

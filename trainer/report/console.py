@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-from trainer.loop import Progress
+from trainer.metrics import Progress
 from trainer.report.metrics import Row
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -160,7 +160,7 @@ class ProgressBar:
 
     def show_metrics(self, progress: Progress) -> None:
         """Show the metrics of the epoch so far: in the bar, or as a line every few seconds."""
-        figures, step, steps = progress.figures, progress.epoch_step, self.steps_per_epoch
+        figures, step, steps = progress.metrics, progress.epoch_step, self.steps_per_epoch
         text = f"loss {figures.loss:.3f} acc {figures.accuracy:.3f} {format_rate(figures.rate)} ex/s"
         self._bar.update(self._task, metrics=text)
         is_due = time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES and step < steps

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.evaluate import Evaluations
+from trainer.metrics import Progress
 from trainer.run.atomic import write_text_atomically
-from trainer.loop import Evaluations, Progress
 
 Row = dict[str, Any]
 
@@ -100,16 +101,16 @@ def train_row(progress: Progress, steps_per_epoch: int) -> Row:
         "kind": "train",
         "epoch": progress.epoch - 1 + progress.epoch_step / steps_per_epoch,
         "step": progress.step,
-        "train_loss": progress.figures.loss,
-        "train_accuracy": progress.figures.accuracy,
-        "train_seen": progress.figures.seen,
+        "train_loss": progress.metrics.loss,
+        "train_accuracy": progress.metrics.accuracy,
+        "train_seen": progress.metrics.seen,
         **{f"lr_{name}": lr for name, lr in progress.lr.items()},
     }
 
 
 def epoch_row(progress: Progress, evaluations: Evaluations, memory: int) -> Row:
     """Return the row of an epoch; `memory` is the peak memory of rank 0 [bytes]."""
-    figures = progress.figures
+    figures = progress.metrics
     row: Row = {
         "kind": "epoch",
         "epoch": progress.epoch,

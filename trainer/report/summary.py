@@ -1,8 +1,8 @@
 """Summary at the end of a run: reported accuracy, output files, and the comparison of two runs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -11,28 +11,24 @@ from trainer.report.console import format_duration
 from trainer.report.metrics import Row
 
 
-class Finished(Protocol):
-    """Finished run, as far as its summary needs it."""
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A finished phase of a run."""
 
-    @property
-    def folder(self) -> Path:
-        """Run folder."""
-
-    @property
-    def rows(self) -> Sequence[Row]:
-        """Metrics rows of its epochs."""
-
-    @property
-    def selection(self) -> str | None:
-        """Split that the best epoch was selected on, or None if only the reported split exists."""
-
-    @property
-    def examples(self) -> tuple[int, int]:
-        """Number of training and of test examples."""
-
-    @property
-    def seconds(self) -> float:
-        """Wall-clock seconds since the last start of the run."""
+    folder: Path
+    """Folder of the phase."""
+    model_file: Path
+    """The model file with the weights of the best epoch, or those that WiSE-FT selected."""
+    examples: tuple[int, int]
+    """Number of training and of test examples."""
+    val_split: str | None
+    """Split that the best epoch was selected on, or None if there is only the reported split."""
+    rows: Sequence[Row] = ()
+    """Rows of its epochs in metrics.jsonl; empty on other ranks than 0."""
+    alpha: float = 1.0
+    """Weight of the fine-tuned model in the model file; below 1 if WiSE-FT selected another."""
+    seconds: float = 0.0
+    """Wall-clock seconds of this start, from the data to the last save."""
 
 
 def best_row(rows: Sequence[Row], selection: str | None) -> Row:
@@ -50,13 +46,13 @@ def reported_row(rows: Sequence[Row], selection: str | None) -> Row:
     return best_row(rows, selection) if selection else rows[-1]
 
 
-def headline(run: Finished) -> str:
+def headline(run: TrainResult) -> str:
     """Return the reported accuracy with its confidence interval and its counts."""
-    row = reported_row(run.rows, run.selection)
+    row = reported_row(run.rows, run.val_split)
     low, high = row["test_interval"]
     which = (
-        f"the best of {len(run.rows)} epochs on {run.selection} ({row[f'{run.selection}_accuracy']:.3f})"
-        if run.selection
+        f"the best of {len(run.rows)} epochs on {run.val_split} ({row[f'{run.val_split}_accuracy']:.3f})"
+        if run.val_split
         else "the last epoch"
     )
     return (
@@ -65,7 +61,7 @@ def headline(run: Finished) -> str:
     )
 
 
-def summary(run: Finished, *, alpha: float = 1.0) -> str:
+def summary(run: TrainResult, *, alpha: float = 1.0) -> str:
     """Return the summary of a finished run, a few lines long.
 
     Args:
@@ -73,7 +69,7 @@ def summary(run: Finished, *, alpha: float = 1.0) -> str:
         alpha: WiSE-FT coefficient of the model file, 0 for the initial weights and 1 for the best epoch's.
 
     """
-    best = best_row(run.rows, run.selection)
+    best = best_row(run.rows, run.val_split)
     last = run.rows[-1]
     train_examples, test_examples = run.examples
     interpolation = (
@@ -85,7 +81,7 @@ def summary(run: Finished, *, alpha: float = 1.0) -> str:
         f"examples per epoch: {last['train_seen']} of {train_examples} trained on, {last['test_seen']} of "
         f"{test_examples} evaluated",
     ]
-    if run.selection is None:
+    if run.val_split is None:
         lines.append(
             f"best {best['test_accuracy']:.3f} after epoch {best['epoch']}: selected on the test images, therefore "
             "optimistic; data.val_fraction sets images aside for the selection"
@@ -93,7 +89,7 @@ def summary(run: Finished, *, alpha: float = 1.0) -> str:
     lines += [
         f"time {format_duration(run.seconds)}, training {format_duration(training_seconds)}",
         f"run folder {run.folder}",
-        f"  model.safetensors  weights of the best epoch ({best['epoch']}){interpolation}; trainer.load reads it",
+        f"  model.safetensors  weights of the best epoch ({best['epoch']}){interpolation}; regraft.load reads it",
         "  checkpoints/       training state, to resume or extend the run",
         "  metrics.jsonl      all metrics",
         "  curves.png         plot of the metrics",
@@ -102,13 +98,13 @@ def summary(run: Finished, *, alpha: float = 1.0) -> str:
     return "\n".join(lines)
 
 
-def comparison(fine_tuned: Finished, scratch: Finished) -> Table:
+def comparison(fine_tuned: TrainResult, scratch: TrainResult) -> Table:
     """Return a table of the fine-tuned run and of the run from scratch."""
     table = Table("", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("test accuracy", "95 % interval", "train loss", "epochs", "training"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, run in (("fine-tuned", fine_tuned), ("from scratch", scratch)):
-        row = reported_row(run.rows, run.selection)
+        row = reported_row(run.rows, run.val_split)
         low, high = row["test_interval"]
         table.add_row(
             name,

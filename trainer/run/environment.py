@@ -22,11 +22,12 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils import collect_env
 
-from trainer.run.lock import RunLock
-from trainer.text import escape_unprintable
+from regraft.contract import available_cores
+from trainer.distributed.context import DistributedContext
 from trainer.run.atomic import remove_leftovers, write_text_atomically
-from trainer.distributed.context import DistributedContext, available_cores
+from trainer.run.lock import RunLock
 from trainer.run.versions import versions
+from trainer.text import escape_unprintable
 
 ENVIRONMENT = "environment"
 COMMAND_TIMEOUT = 2.0

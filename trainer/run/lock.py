@@ -109,7 +109,7 @@ class RunLock:
             ) from None
 
     def end(self, state: AttemptState, reason: str | None = None) -> None:
-        """Record how the attempt ended, and stop its heartbeat. Only the first call counts: later ones may be echoes."""
+        """Record how the attempt ended, and stop its heartbeat. Later calls do nothing: they may be echoes."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -144,13 +144,15 @@ def wait_until_released(folder: Path, *, log: Callable[[str], object], patience:
             "heartbeat"
         )
         is_alive = _has_heartbeat(attempt_path(folder, number), patience)
-        latest = read_attempt(attempt_path(folder, number))  # by now it may be written to its end, or have ended
+        latest = read_attempt(
+            attempt_path(folder, number)
+        )  # by now it may be written to its end, or have ended
         is_alive = is_alive and (latest is None or latest.state == "running")
     if is_alive:
         who = f"process {latest.pid} on {latest.host}, since {latest.began}" if latest else "a process"
         raise UserError(
-            f"run.dir {folder}: attempt {number} of this run is still running ({who}): choose another run.dir, wait for "
-            "it, or ask it to stop by a file named STOP in that folder"
+            f"run.dir {folder}: attempt {number} of this run is still running ({who}): choose another run.dir, wait "
+            "for it, or ask it to stop by a file named STOP in that folder"
         )
     return number
 

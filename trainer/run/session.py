@@ -8,12 +8,13 @@ from typing import Literal, Self
 
 from rich.console import Console
 
+from regraft.contract import STOP, AttemptRecord, latest_attempt
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.distributed.watchdog import Heartbeat, Watchdog
 from trainer.errors import UserError
-from trainer.run.folder import STOP, archive_run, check_resumable, holds_run, write_config
-from trainer.run.lock import AttemptRecord, RunLock, is_torchrun_restart, latest_attempt, wait_until_released
+from trainer.run.folder import archive_run, check_resumable, holds_run, write_config
+from trainer.run.lock import RunLock, is_torchrun_restart, wait_until_released
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,8 @@ class OpenRun:
         if number := self.signal_received():
             raise Stopped(signal.Signals(number).name, saved=saved)
 
-    def watchdog(self, heartbeat: Heartbeat) -> Watchdog:
-        """Return the watchdog of this process. Every process must call it.
+    def watchdog(self, heartbeat: Heartbeat | None = None) -> Watchdog:
+        """Return the watchdog of this process, by default with a heartbeat of its own. Every process must call it.
 
         Raises:
             UserError: one of them cannot write its file of stacks.
@@ -86,9 +87,9 @@ class OpenRun:
         return self.ctx.main_process_first(
             lambda: Watchdog(
                 self.hang_timeout,
-                heartbeat,
+                heartbeat if heartbeat is not None else Heartbeat(),
                 folder=self.folder,
-                lock=self.attempt,
+                attempt=self.attempt,
                 rank=self.ctx.rank,
                 world_size=self.ctx.world_size,
                 lock=self.lock,
@@ -159,7 +160,7 @@ def _lock(
     if resume == "never" and is_torchrun_restart(folder):
         resume = "auto"
     note = check_resumable(folder, config, resume=resume)
-    _, previous = latest_attempt(folder)
+    previous = latest_attempt(folder)
     released = wait_until_released(folder, log=console.print)
     with signals.deferred():  # a signal here would leave an attempt without a record of how it ended
         lock = RunLock.acquire(folder, log=console.print, released=released)

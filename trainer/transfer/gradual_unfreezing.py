@@ -1,47 +1,56 @@
-"""A model as accelerate wraps it, which other parameters train in from one epoch to the next."""
+"""Gradual unfreezing: other parameters train from one epoch to the next (Howard & Ruder 2018, ULMFiT)."""
 
 from collections.abc import Callable, Sequence
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from trainer.distributed import context
+from trainer.distributed.context import DistributedContext
 from trainer.model.freeze import BatchNormMode, UnfreezeStage, apply_stage, stage_at
 
 
 class GradualUnfreezing:
-    """Holds the one reference to the wrapped model: what DDP has hooked into goes when it does."""
+    """Wraps the model for each stage. It holds the only reference to DDP's wrapper, so that old hooks are freed."""
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        ctx: DistributedContext,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         stages: Sequence[UnfreezeStage],
-        policy: BatchNormMode,
+        batch_norm: BatchNormMode,
         log: Callable[[str], object],
     ) -> None:
-        """Wrap a bare model, which is in the first stage, and its optimizer, which knows all that ever trains."""
-        self.model, self.optimizer = context.prepare(accelerator, model, optimizer)
-        self.bare = accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
-        self._accelerator, self._stages, self._policy, self._say = accelerator, stages, policy, log
+        """Wrap a model that is in the first stage, and its optimizer.
+
+        Args:
+            ctx: the processes.
+            model: not wrapped.
+            optimizer: over all parameters that train in any stage.
+            stages: in order; one stage alone for a run without gradual unfreezing.
+            batch_norm: the option `transfer.batch_norm`.
+            log: told when a stage begins.
+
+        """
+        self.model, self.optimizer = ctx.prepare(model, optimizer)
+        self.unwrapped = ctx.unwrap(self.model)
+        self._ctx, self._stages, self._batch_norm, self._log = ctx, stages, batch_norm, log
         self._stage = stages[0]
 
     def restore_stage(self, epoch: int) -> None:
-        """Put the bare model into the stage of an epoch (from 0), for a checkpoint to be put back into it."""
-        apply_stage(self.bare, stage_at(self._stages, epoch), self._policy)
+        """Put the unwrapped model into the stage of an epoch (from 0), before a checkpoint is restored into it."""
+        apply_stage(self.unwrapped, stage_at(self._stages, epoch), self._batch_norm)
 
     def start_epoch(self, epoch: int) -> nn.Module:
-        """Return the model for an epoch (from 0), wrapped anew if another stage begins with it."""
+        """Return the wrapped model for an epoch (from 0): another wrapper if a new stage begins with the epoch."""
         stage = stage_at(self._stages, epoch)
-        apply_stage(self.bare, stage, self._policy)
+        apply_stage(self.unwrapped, stage, self._batch_norm)
         if stage is not self._stage:
             if epoch == stage.start_epoch:
-                count = sum(p.numel() for p in self.bare.parameters() if p.requires_grad)
-                self._say(f"  from epoch {epoch + 1} on, {count:,} parameters train")
+                count = sum(p.numel() for p in self.unwrapped.parameters() if p.requires_grad)
+                self._log(f"  from epoch {epoch + 1} on, {count:,} parameters train")
             self._stage = stage
             del self.model
-            self.model = context.rewrap_ddp(self._accelerator, self.bare, self.optimizer)
+            self.model = self._ctx.rewrap_ddp(self.unwrapped, self.optimizer)
         return self.model

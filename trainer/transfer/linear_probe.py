@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trainer.distributed.context import DistributedContext, main_process_first, raise_on_all_ranks
+from trainer.distributed.context import DistributedContext
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
 from trainer.model.head import trial_forward
@@ -113,7 +113,7 @@ def fit_head(
     seed: int,
     normalize: Callable[[Tensor], Tensor],
     ctx: DistributedContext,
-    watch: Callable[[Heartbeat], AbstractContextManager[Heartbeat]],
+    watchdog: Callable[[Heartbeat], AbstractContextManager[Heartbeat]],
     log: Callable[[str], object],
 ) -> float:
     """Solve for the output layer, put it into the model, the same bit for bit on every process; returns the seconds.
@@ -131,7 +131,7 @@ def fit_head(
         seed: of the choice of the examples that are held out.
         normalise: uint8 images -> the model's input.
         machine: the processes.
-        watch: makes what notices that this process hangs in the pass.
+        watchdog: returns what watches over the pass.
         say: hears what was done.
 
     Raises:
@@ -144,13 +144,12 @@ def fit_head(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), watch(Heartbeat()) as heartbeat:
+        with torch.inference_mode(), watchdog(Heartbeat()) as heartbeat:
             features, first = _collect(
                 model, head, batches, examples=len(labels), normalize=normalize, ctx=ctx, heartbeat=heartbeat
             )
         passed = time.perf_counter()
-        choice = main_process_first(
-            ctx.accelerator,
+        choice = ctx.main_process_first(
             lambda: (
                 _solve(
                     features.to(ctx.accelerator.device),
@@ -233,7 +232,7 @@ def _agree_on_equality(
             _require_equal(model, head, normalize(images))
         except UserError as caught:
             error = caught
-    raise_on_all_ranks(ctx.accelerator, error)
+    ctx.raise_on_all_ranks(error)
 
 
 def _solve(

@@ -14,16 +14,16 @@ import pytest
 
 from tests.launching import REPOSITORY
 from trainer.distributed import signals as module
-from trainer.distributed.signals import STOPPING, Stopped, StopSignals, has_launcher
+from trainer.distributed.signals import STOP_SIGNALS, Stopped, StopSignals, has_launcher
 
 NAMES = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
 
 
 @pytest.fixture(autouse=True)
 def _handlers_are_restored() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
-    assert {number: signal.getsignal(number) for number in STOPPING} == before
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
 def send(name: str) -> None:
@@ -31,7 +31,7 @@ def send(name: str) -> None:
 
 
 def test_these_are_the_signals_that_ask_a_run_to_stop() -> None:
-    assert [number.name for number in STOPPING] == NAMES
+    assert [number.name for number in STOP_SIGNALS] == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,16 +67,16 @@ def test_an_error_while_training_ends_the_remembering() -> None:
 
 
 def test_handlers_are_restored_after_an_error_too() -> None:
-    before = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def fail() -> None:
         with StopSignals():
-            assert {number: signal.getsignal(number) for number in STOPPING} != before
+            assert {number: signal.getsignal(number) for number in STOP_SIGNALS} != before
             raise Stopped("x")
 
     with pytest.raises(Stopped):
         fail()
-    assert {number: signal.getsignal(number) for number in STOPPING} == before
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
@@ -174,7 +174,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
 def test_another_process_is_stopped_by_each_signal_as_a_flag_and_at_once() -> None:
     program = """
 for flags in (True, False):
-    for _ in STOPPING:
+    for _ in STOP_SIGNALS:
         with StopSignals() as signals:
             try:
                 if flags:
@@ -249,7 +249,7 @@ def test_a_trainer_that_hangs_does_not_outlive_its_launcher_for_long() -> None:
     child = PROGRAM_HEAD + (
         "module.SECONDS_TO_OUTLIVE = 0.2\n"
         "with StopSignals() as signals, signals.as_flags():\n"
-        "    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # as in code that lets no handler run\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as in code that lets no handler run\n"
         "    follow_launcher()\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(600)\n"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.transforms import functional
 
-import trainer
+import regraft
 from tests.folders import picture
 from trainer.data import augment
 from trainer.data.augment import Normalize, Preprocessing
@@ -104,7 +104,7 @@ def test_the_loaded_model_is_the_trained_one(architecture: str, tmp_path: Path) 
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
 
     random = torch.get_rng_state()
-    loaded, preprocess, classes = trainer.load(path)
+    loaded, preprocess, classes = regraft.load(path)
     assert torch.equal(torch.get_rng_state(), random)
 
     assert classes == CLASSES
@@ -417,7 +417,7 @@ DAMAGED: dict[str, tuple[dict[str, object], str]] = {
 def test_a_damaged_description_is_an_error_with_the_path(small: Path, tmp_path: Path, case: str) -> None:
     fields, words = DAMAGED[case]
     path = rewritten(small, tmp_path / "hostile.safetensors", **fields)
-    for read in (read_metadata, load, trainer.load):
+    for read in (read_metadata, load, regraft.load):
         with pytest.raises(UserError) as info:
             read(path)
         text = str(info.value)
@@ -570,7 +570,7 @@ def test_files_that_are_no_safetensors(small: Path, tmp_path: Path) -> None:
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.safetensors", tmp_path, str(tmp_path / "none")):
         with pytest.raises(UserError) as info:
-            trainer.load(path)
+            regraft.load(path)
         assert str(info.value) == f"{path}: there is no such file; expected a run's model.safetensors"
 
 

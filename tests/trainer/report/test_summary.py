@@ -70,8 +70,8 @@ def test_comparison_fits_80_columns() -> None:
 
 def test_summary_says_if_the_model_file_is_interpolated() -> None:
     run = Run([row(1, 0.9, val=0.5)], selection="val")
-    assert "the best epoch (1); trainer.load" in summary(run)
+    assert "the best epoch (1); regraft.load" in summary(run)
     assert (
-        "the best epoch (1), interpolated with the initial weights at alpha 0.4 (wise.json); trainer.load"
+        "the best epoch (1), interpolated with the initial weights at alpha 0.4 (wise.json); regraft.load"
         in summary(run, alpha=0.4)
     )
