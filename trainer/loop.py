@@ -151,7 +151,7 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
         # The last reference to the old wrapper must be gone before the new one is made, or DDP's hooks would stay.
         model = None
         model = start_epoch(state.epoch)
-        meter = Meter(ctx, state.metrics)
+        meter = Meter(ctx.accelerator, state.metrics)
         for epoch_step in range(resumed_at, steps):
             step, size = state.step, schedule.batch_sizes[epoch_step]
             batch = next(loader)

@@ -15,6 +15,7 @@ run                        pipeline.py: pretraining, fine-tuning, baseline
     report                     report/
 """
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,10 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # torch takes seconds to import: a wrong option is reported without it. Signals are deferred, since an
         # interrupted import would leave half a module behind.
         with signals.deferred(), without_gc():
+            from trainer.commands.debug import debug  # noqa: PLC0415
+            from trainer.distributed.context import leave_process_group_env  # noqa: PLC0415
             from trainer.pipeline import run  # noqa: PLC0415
         if signals.received:
             raise Stopped(signal.Signals(signals.received).name)
-        run(config, signals)
+        if config.debug:
+            if leave_process_group_env(os.environ):  # of several processes, rank 0 alone goes on
+                debug(config)
+        else:
+            run(config, signals)
 
     return run_cli(train)
 

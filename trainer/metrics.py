@@ -4,9 +4,8 @@ import time
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
-
-from trainer.distributed.context import DistributedContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +61,21 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestEpoch:
+    """The best epoch so far."""
+
+    epoch: int
+    step: int
+    accuracy: float
+    loss: float
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """Return the key that epochs are compared by: a higher accuracy, then a lower loss."""
+        return self.accuracy, -self.loss
+
+
+@dataclass(frozen=True, kw_only=True)
 class MetricState:
     """Metric sums of an unfinished epoch, for a checkpoint."""
 
@@ -74,12 +88,13 @@ class MetricState:
 class Meter:
     """Sums up the metrics of one epoch without waiting for the device; `compute` waits, and reduces over the ranks."""
 
-    def __init__(self, ctx: DistributedContext, earlier: MetricState | None = None) -> None:
+    def __init__(self, accelerator: Accelerator, earlier: MetricState | None = None) -> None:
         """Start an epoch, or resume one with the sums of its earlier part."""
-        self._ctx = ctx
-        local = _local_sums(earlier, ctx.rank, ctx.world_size) if earlier else (0, 0, 0)
-        self._sums = torch.tensor(local, dtype=torch.float64, device=ctx.device)  # loss, correct, seen
-        self._nonfinite_step = torch.full((), torch.inf, dtype=torch.float64, device=ctx.device)
+        self._accelerator, self._device = accelerator, accelerator.device
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        local = _local_sums(earlier, rank, world_size) if earlier else (0, 0, 0)
+        self._sums = torch.tensor(local, dtype=torch.float64, device=self._device)  # loss, correct, seen
+        self._nonfinite_step = torch.full((), torch.inf, dtype=torch.float64, device=self._device)
         self._gpu_times: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._compute_seconds = earlier.compute_seconds if earlier else 0.0
         self._step_began: float | torch.cuda.Event = 0.0
@@ -129,16 +144,16 @@ class Meter:
     def _gather(self) -> list[list[float]]:
         """Return loss, correct, seen and first non-finite step of each rank; waits for the device."""
         local = torch.cat([self._sums, self._nonfinite_step.view(1)])
-        ranks: list[list[float]] = self._ctx.accelerator.gather(local).view(-1, 4).tolist()
+        ranks: list[list[float]] = self._accelerator.gather(local).view(-1, 4).tolist()
         if self._gpu_times:
-            torch.cuda.synchronize(self._ctx.device)
+            torch.cuda.synchronize(self._device)
             milliseconds = sum(start.elapsed_time(end) for start, end in self._gpu_times)
             self._compute_seconds += milliseconds / 1000
             self._gpu_times.clear()
         return ranks
 
     def _now(self) -> "float | torch.cuda.Event":
-        if self._ctx.device.type != "cuda":
+        if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()

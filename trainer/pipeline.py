@@ -1,47 +1,31 @@
 """The phases of a run: pretraining, fine-tuning, and a baseline from scratch. The first and the last are optional."""
 
-import os
-from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from regraft.contract import BASELINE, PRETRAIN
-from trainer.commands.debug import debug
 from trainer.config.build_data import load_run_data
 from trainer.config.parse import dump
 from trainer.config.preflight import preflight
-from trainer.config.resolve import ResolvedConfig, baseline_config, pretrain_config, resolve
+from trainer.config.resolve import ResolvedConfig, baseline_config, pretrain_config
 from trainer.config.schema import Config
-from trainer.distributed.context import (
-    DistributedContext,
-    init_distributed,
-    leave_process_group_env,
-    shut_down,
-)
+from trainer.config.start import start
+from trainer.distributed.context import shut_down
 from trainer.distributed.signals import StopSignals
-from trainer.report.console import make_console
 from trainer.report.summary import TrainResult, comparison, summary
 from trainer.run.environment import record_environment
-from trainer.run.folder import saved_precision
 from trainer.run.session import OpenRun, open_run
 from trainer.train_run import train_run
 
 
-def run(config: Config, signals: StopSignals) -> TrainResult | None:
-    """Run all phases that the config asks for; return the fine-tuning's result, or None in debug mode.
+def run(config: Config, signals: StopSignals) -> TrainResult:
+    """Run all phases that the config asks for; return the fine-tuning's result.
 
     Raises:
         UserError: something that the user can fix.
         Stopped: the run was asked to stop.
 
     """
-    if config.debug and not leave_process_group_env(os.environ):
-        return None
     resolved, ctx, console = start(config)
-    if config.debug:
-        debug(resolved, ctx, console)
-        return None
     opened = open_run(
         Path(resolved.run.dir),
         dump(resolved),
@@ -63,29 +47,6 @@ def run(config: Config, signals: StopSignals) -> TrainResult | None:
     opened.end("done")
     shut_down()
     return result
-
-
-def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
-    """Resolve the config, join the process group, and print what was chosen for this machine.
-
-    A run that resumes keeps the precision that `train.precision auto` chose when it began.
-
-    Raises:
-        UserError: see `resolve` and `init_distributed`.
-
-    """
-    resolved = resolve(config)
-    keeps = resolved.run.resume != "never" and not resolved.debug
-    ctx = init_distributed(
-        device=resolved.run.device,
-        precision=resolved.train.precision,
-        threads=resolved.run.threads,
-        saved_precision=saved_precision(Path(resolved.run.dir)) if keeps else None,
-    )
-    console = make_console(speaks=ctx.is_main_process)
-    for note in ctx.notes:
-        console.print(note)
-    return replace(resolved, train=replace(resolved.train, precision=ctx.precision)), ctx, console
 
 
 def _run_phases(config: ResolvedConfig, run: OpenRun) -> TrainResult:

@@ -8,28 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
-from trainer.metrics import MetricState
+from trainer.metrics import BestEpoch, MetricState
 from trainer.model.batch_norm import gather_batch_norm_statistics, restore_batch_norm_statistics
 from trainer.optim.ema import ModelEma
 from trainer.text import join_truncated
 
 Tensors = dict[str, Tensor]
 _START_ANEW = "Choose another run.dir, or start anew with --run.resume never, which archives the run"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BestEpoch:
-    """The best epoch so far."""
-
-    epoch: int
-    step: int
-    accuracy: float
-    loss: float
-
-    @property
-    def score(self) -> tuple[float, float]:
-        """Return the key that epochs are compared by: a higher accuracy, then a lower loss."""
-        return self.accuracy, -self.loss
 
 
 @dataclass(kw_only=True)

@@ -3,24 +3,15 @@
 import time
 from dataclasses import replace
 
-from regraft.contract import MODEL
-from trainer.checkpoint.manager import CheckpointManager
-from trainer.checkpoint.resume import ResumePoint
-from trainer.config.build_checkpoints import (
-    make_early_stopping,
-    make_model_metadata,
-    make_retention_policy,
-    make_run_metadata,
-)
-from trainer.config.build_data import Evaluator, load_run_data, make_train_batches, write_split_file
+from trainer.config.build_checkpoints import find_resume_point, make_checkpoint_manager, make_model_metadata
+from trainer.config.build_data import load_run_data, write_split_file
+from trainer.config.build_loaders import Evaluator, make_eval_loader, make_train_batches
 from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer
 from trainer.config.build_training import make_schedule, make_train_state, make_train_step
-from trainer.config.parse import dump
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
 from trainer.loop import fit
 from trainer.report.logger import make_logger
-from trainer.report.metrics import epoch_rows
 from trainer.report.summary import TrainResult
 from trainer.run.session import OpenRun
 from trainer.transfer.wise_ft import WiseFT
@@ -49,26 +40,17 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     # 1. The examples, each of them checked, and the order of the updates.
     data = load_run_data(config, ctx, console)
     check_run_data(config, data, ctx)
-    schedule = make_schedule(config, data)
-    index, early_stopping = data.index, make_early_stopping(config, data)
+    schedule = make_schedule(config, data.order)
+    index = data.index
 
     # 2. The newest checkpoint, if there is one; every rank takes rank 0's.
-    metadata = make_run_metadata(config, data, run)
-    resume_point = ResumePoint(
-        run,
-        schedule,
-        metadata=metadata,
-        early_stopping=early_stopping,
-        config=dump(replace(config, run=replace(config.run, resume="auto"))),
-        order_digest=data.order.digest,
-    )
+    resume_point = find_resume_point(config, data, run, schedule)
     checkpoint = resume_point.checkpoint
     write_split_file(data, run)
     wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
     evaluator = Evaluator(index, config, ctx)
     result = TrainResult(
         folder=run.folder,
-        model_file=run.folder / MODEL,
         examples=(len(index.train), len(index.test)),
         val_split=index.val_split,
     )
@@ -95,7 +77,8 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     l2_sp = make_l2_sp(built, config)  # towards the pretrained weights, not those of a checkpoint
     probe_seconds = 0.0
     if checkpoint is None and config.model.head_init == "linear-probe":
-        probe_seconds = fit_linear_probe(built, data, config, ctx, console, watchdog=run.watchdog)
+        loader, labels = make_eval_loader(index.train, config, ctx), [label for _, label in index.train]
+        probe_seconds = fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=run.watchdog)
     optimizer = make_optimizer(built, config, console)
 
     # 5. Precision and process group: accelerate wraps model and optimizer.
@@ -111,7 +94,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     wise_ft.save_initial_weights(state.model, model_metadata, resumed=checkpoint is not None)
 
     # 7. The loader, from that position on; logger and checkpoints.
-    batches = make_train_batches(config, data, run, schedule, start_step=state.step)
+    batches = make_train_batches(config, index, data.order, run, schedule, start_step=state.step)
     logger, progress_bar = make_logger(
         run,
         schedule,
@@ -119,16 +102,8 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         done_steps=state.step,
         metrics=checkpoint.metrics if checkpoint else "",
     )
-    checkpoints = CheckpointManager(
-        run,
-        state,
-        schedule,
-        retention=make_retention_policy(config, schedule.steps_per_epoch),
-        early_stopping=early_stopping,
-        metadata=metadata,
-        model_metadata=model_metadata,
-        order_digest=data.order.digest,
-        logger=logger,
+    checkpoints = make_checkpoint_manager(
+        config, data, run, state, schedule, model_metadata=model_metadata, logger=logger
     )
     checkpoints.repair_best_model()
     if checkpoint is None and config.model.head_init in ("source-labels", "linear-probe"):
@@ -155,7 +130,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         logger.close()
     if logger.failure is not None:  # of the last curves; an earlier failure was raised
         console.print(str(logger.failure))
-    rows = tuple(epoch_rows(logger.rows))
+    rows = tuple(logger.epochs)
     if checkpoints.stopped_early:
         console.print(resume_point.describe_early_stop(rows))
     alpha = wise_ft.select_alpha(lambda: state.model, evaluator, step=state.step)

@@ -8,8 +8,8 @@ import pytest
 from tests.disks import disk, resize
 from tests.kills import (
     EXAMPLES,
-    attempts,
     assert_equal_runs,
+    attempts,
     command,
     finish,
     last_step,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from trainer.config.builders import Evaluator, load_dataset, make_preprocessing
+from trainer.config.model_builder import fit_linear_probe, make_model
 
 import regraft
 from tests.launching import MAIN, REPOSITORY, accelerate_launch, rows, run
-from trainer.config.builders import Evaluator, load_dataset, make_preprocessing
-from trainer.config.model_builder import fit_linear_probe, make_model
 from trainer.config.schema import Config, DataConfig, ModelConfig
 from trainer.data.augment import Preprocessing
 from trainer.distributed import context

@@ -19,6 +19,11 @@ class EarlyStopping:
     patience: int | None
     """Number of epochs, 1 or more; None turns early stopping off."""
 
+    @property
+    def selected_on(self) -> str:
+        """Return the split that the best epoch is selected on; the reported one if there is no other."""
+        return self.split or "test"
+
     def should_stop(self, epochs: Sequence[Row]) -> bool:
         """Return whether none of the last `patience` epochs was better than all before them.
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.checkpoint.store import CheckpointId
+from trainer.checkpoint.state import CheckpointId
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,17 +7,38 @@ example), the masks of dropout on (seed, step, rank). `order_digest` proves that
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from trainer.errors import UserError
-from trainer.metrics import MetricState
-from trainer.state import BestEpoch
+from trainer.metrics import BestEpoch, MetricState
 from trainer.text import escape_unprintable, join_truncated
 
 FORMAT = 2
 _SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+
+
+class CheckpointId(NamedTuple):
+    """Position of a checkpoint in a run; checkpoints are ordered by it."""
+
+    step: int
+    """Updates completed."""
+    epoch: int
+    """Whole epochs completed: trained and evaluated."""
+
+    @property
+    def name(self) -> str:
+        """Return the folder's name."""
+        return f"step-{self.step:08}-epoch-{self.epoch:04}"
+
+    @classmethod
+    def of(cls, name: str) -> Self | None:
+        """Return the id that a folder's name gives, or None if it is not a checkpoint's name."""
+        match = re.fullmatch(r"step-([0-9]{8,15})-epoch-([0-9]{4,15})", name, flags=re.ASCII)
+        checkpoint = cls(int(match[1]), int(match[2])) if match else None
+        return checkpoint if checkpoint and checkpoint.name == name else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,23 +21,24 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
-from trainer.checkpoint.state import CheckpointState
+from trainer.checkpoint.state import CheckpointId, CheckpointState
 from trainer.errors import UserError
 from trainer.run.atomic import remove_leftovers, sync_folder, write_text_atomically
-from trainer.state import Tensors
 from trainer.text import escape_unprintable, join_truncated
+
+Tensors = dict[str, Tensor]
 
 MANIFEST, LATEST, STATE, METRICS = "MANIFEST.json", "LATEST", "state.json", "metrics.jsonl"
 MODEL, OPTIMIZER, STATISTICS = "model.safetensors", "optimizer.safetensors", "statistics.safetensors"
@@ -54,27 +55,6 @@ _WRITING, _LEAVING, _DAMAGED = ".writing-", ".leaving-", "damaged-"
 
 class CorruptCheckpoint(Exception):
     """A folder is not the checkpoint that its name promises; the text says why."""
-
-
-class CheckpointId(NamedTuple):
-    """Position of a checkpoint in a run; checkpoints are ordered by it."""
-
-    step: int
-    """Updates completed."""
-    epoch: int
-    """Whole epochs completed: trained and evaluated."""
-
-    @property
-    def name(self) -> str:
-        """Return the folder's name."""
-        return f"step-{self.step:08}-epoch-{self.epoch:04}"
-
-    @classmethod
-    def of(cls, name: str) -> Self | None:
-        """Return the id that a folder's name gives, or None if it is not a checkpoint's name."""
-        match = re.fullmatch(r"step-([0-9]{8,15})-epoch-([0-9]{4,15})", name, flags=re.ASCII)
-        checkpoint = cls(int(match[1]), int(match[2])) if match else None
-        return checkpoint if checkpoint and checkpoint.name == name else None
 
 
 class LoadedCheckpoint(NamedTuple):

@@ -5,11 +5,10 @@ run again. The result is a table, and compare.md, compare.json and compare.png i
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:
@@ -18,32 +17,19 @@ if not __package__:
 
 from rich.console import Console
 
-from regraft.contract import METRICS, MODEL
 from trainer.cli import exit_after, run_cli
 from trainer.commands.variants import PRETRAINED, folder_name, plan, variants
 from trainer.config.build_data import dataset_summary, load_run_data
-from trainer.config.parse import dump
 from trainer.config.preflight import preflight
 from trainer.config.resolve import ResolvedConfig, pretrain_config, resolve, with_pretrained
 from trainer.config.schema import Config
-from trainer.distributed.context import DistributedContext
+from trainer.config.start import check_run_folder, start
 from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
-from trainer.pipeline import run, start
-from trainer.report.comparison import (
-    Summary,
-    Trial,
-    draw_comparison,
-    markdown,
-    notes,
-    summarize,
-    table,
-    trial_of,
-)
-from trainer.report.metrics import parse_rows
-from trainer.run.atomic import write_text_atomically
-from trainer.run.folder import check_resumable, saved_precision
-from trainer.run.versions import versions
+from trainer.pipeline import run
+from trainer.report.comparison import Summary, Trial, notes, summarize, table, trial_of, write_comparison
+from trainer.report.metrics import read_rows
+from trainer.run.versions import describe_versions
 from trainer.transfer.wise_ft import read_test_accuracy
 
 NAME = "compare"
@@ -78,7 +64,12 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
         (text, seed): _run_config(configs[text], text, seed, folder) for seed in seeds for text in configs
     }
     _, ctx, _ = start(base)  # pretraining has left the process group
-    ctx.main_process_first(lambda: _check_folders(todo, ctx) if ctx.is_main_process else None)
+
+    def check_folders() -> None:
+        for config in todo.values() if ctx.is_main_process else ():
+            check_run_folder(config, ctx)
+
+    ctx.main_process_first(check_folders)
     trials, failures = _run_all(todo, console, signals, is_main_process=ctx.is_main_process)
     if not ctx.is_main_process:
         return None
@@ -87,18 +78,14 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
     title = (
         f"{base.model.name}, {base.train.epochs} epochs in batches of {base.train.batch_size}, {seeds_text}"
     )
-    facts = [*dataset_summary(data.prepared).split("\n"), title, *ctx.notes, _versions()]
+    facts = [*dataset_summary(data.prepared).split("\n"), title, *ctx.notes, describe_versions()]
     command = shlex.join(["regraft", NAME, *argv])
-    _write(folder, summaries, command=command, facts=facts, title=title)
+    write_comparison(folder / NAME, summaries, command=command, facts=facts, title=title)
     console.rule("comparison", align="left")
     console.print(table(summaries))
     console.print("\n".join(notes(summaries)))
     console.print(", ".join(str(folder / f"{NAME}.{kind}") for kind in ("md", "png", "json")))
     return summaries
-
-
-def _versions() -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions().items())
 
 
 def _run_config(config: Config, text: str, seed: int, folder: Path) -> ResolvedConfig:
@@ -177,54 +164,24 @@ def _with_pretraining(
         return configs
     console.rule("pretraining", align="left")
     config = pretrain_config(resolve(plain))
-    run(replace(config, run=replace(config.run, dir=str(folder / PRETRAINED))), signals)
-    file = folder / PRETRAINED / MODEL
+    result = run(replace(config, run=replace(config.run, dir=str(folder / PRETRAINED))), signals)
     return {
-        text: with_pretrained(config, file) if config.pretrain.root else config
+        text: with_pretrained(config, result.model_file) if config.pretrain.root else config
         for text, config in configs.items()
     }
-
-
-def _check_folders(todo: dict[tuple[str, int], ResolvedConfig], ctx: DistributedContext) -> None:
-    """Raise a UserError, before the long work, for a folder that holds a run of other options."""
-    for config in todo.values():
-        folder = Path(config.run.dir)
-        precision = saved_precision(folder) or ctx.precision
-        resumed = dump(replace(config, train=replace(config.train, precision=precision)))
-        check_resumable(folder, resumed, resume=config.run.resume)
 
 
 def _run_trial(config: ResolvedConfig, signals: StopSignals, *, is_main_process: bool) -> Trial | None:
     """Run, or find the run finished, and return its result; None on ranks that do not have its metrics."""
     result = run(config, signals)
-    if result is None or not is_main_process:
+    if not is_main_process:
         return None
-    path = result.folder / METRICS
-    rows = parse_rows(path.read_text(encoding="utf-8"), str(path))
-    trial = trial_of(rows, seed=config.run.seed, selection=result.val_split)
+    trial = trial_of(read_rows(result.folder), seed=config.run.seed, selection=result.val_split)
     if (
         result.alpha < 1
     ):  # the rows are of the fine-tuned weights, the model file of those that WiSE-FT selected
         trial = replace(trial, accuracy=read_test_accuracy(result.folder))
     return trial
-
-
-def _write(
-    folder: Path, summaries: Sequence[Summary], *, command: str, facts: Sequence[str], title: str
-) -> None:
-    content = {"command": command, "facts": list(facts), "strategies": [asdict(s) for s in summaries]}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / f"{NAME}.md", markdown(summaries, command=command, facts=facts))
-        write_text_atomically(
-            folder / f"{NAME}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        )
-        draw_comparison(summaries, folder / f"{NAME}.png", title=title)
-    except OSError as error:
-        raise UserError(
-            f"run.dir {folder}: cannot be written to ({error.strerror}). Make room: the runs are finished, and the "
-            "same command writes their comparison"
-        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

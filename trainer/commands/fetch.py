@@ -31,12 +31,13 @@ def fetch(argv: Sequence[str]) -> None:
     """
     config = parse(argv)
     # torch takes seconds to import: a wrong option is answered without it.
-    from trainer.config.build_data import RunData, dataset_summary, make_epoch_order, progress_hooks  # noqa: PLC0415
+    from trainer.config.build_data import RunData, dataset_summary, make_epoch_order  # noqa: PLC0415
     from trainer.config.preflight import preflight  # noqa: PLC0415
     from trainer.config.resolve import pretrain_config, resolve  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415
     from trainer.model.weights import read_weights  # noqa: PLC0415
     from trainer.report.console import make_console  # noqa: PLC0415
+    from trainer.report.progress import progress_hooks  # noqa: PLC0415
 
     console = make_console(speaks=True)
     config = resolve(config)

@@ -7,11 +7,9 @@ the one before. Writes lr-find.png and lr-find.json into the run folder, and not
 import argparse
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,112 +17,23 @@ if not __package__:
     # Run by path, as main.py may be too.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from rich.console import Console
-
 from regraft.contract import MODEL, PRETRAIN
 from trainer.cli import exit_after, run_cli
-from trainer.commands.lr_range import Suggestion, has_diverged, rates, smoothed, suggest
-from trainer.config.build_data import load_run_data, make_batches
-from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer
-from trainer.config.build_training import make_train_step
+from trainer.commands.lr_range import rates, smoothed
+from trainer.commands.range_test import RangeTest, run_range_test
 from trainer.config.parse import parse
-from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig, with_pretrained
+from trainer.config.start import start
 from trainer.distributed.context import DistributedContext, shut_down
-from trainer.distributed.signals import Stopped, StopSignals
+from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
-from trainer.model.freeze import apply_stage
-from trainer.optim.param_groups import set_lr
-from trainer.pipeline import start
-from trainer.report.lr_range import draw_range, lr_range_progress, range_table
+from trainer.report.lr_range import draw_range, range_table
 from trainer.run.atomic import write_text_atomically
 
 NAME = "lr-find"
 STEPS = 100
 _SPAN = 1e4
 _FEWEST = 10
-
-
-@dataclass(frozen=True)
-class RangeTest:
-    """Result of a learning-rate range test."""
-
-    rates: tuple[float, ...]
-    """Learning rate of each update, in the units of optim.lr; every group's own rate is in proportion."""
-    losses: tuple[float, ...]
-    """Mean loss of each global batch before its update; all finite."""
-    diverged: bool
-    """Whether the loss diverged before the last rate."""
-    suggestion: Suggestion
-
-
-def run_range_test(
-    config: ResolvedConfig,
-    ctx: DistributedContext,
-    console: Console,
-    signals: StopSignals,
-    tried: Sequence[float],
-) -> RangeTest:
-    """Make one update at each of these rates until the loss diverges. Every process must call it.
-
-    Args:
-        config: the run's; its weights are those to start from.
-        ctx: the processes.
-        console: rank 0's prints.
-        signals: requests to stop.
-        tried: rising learning rates, in the units of optim.lr.
-
-    Raises:
-        UserError: something that the user can fix.
-        Stopped: it was asked to stop.
-
-    """
-    data = load_run_data(config, ctx, console)
-    check_run_data(config, data, ctx)
-    built = ctx.main_process_first(
-        lambda: make_model(
-            config,
-            data.index.classes,
-            config.model.weights,
-            world_size=ctx.world_size,
-            on_progress=console.print,
-        ),
-        local=True,
-    )
-    console.print("\n".join(built.summary))
-    built.model.to(ctx.device)
-    l2_sp = make_l2_sp(built, config)
-    if config.model.head_init == "linear-probe":
-        fit_linear_probe(built, data, config, ctx, console, watchdog=nullcontext)
-    if len(built.unfreeze_stages) > 1:
-        console.print(
-            "transfer.trainable has stages: the last one is tested, with all parameters that ever train"
-        )
-        apply_stage(built.model, built.unfreeze_stages[-1], config.transfer.batch_norm)
-    model, optimizer = ctx.prepare(built.model, make_optimizer(built, config, console))
-    train_step = make_train_step(config, data.examples_per_class, ctx, l2_sp)
-    sizes = data.order.batch_sizes
-    batches = make_batches(config, data, ctx, epochs=-(-len(tried) // len(sizes)))
-    losses: list[float] = []
-    diverged = False
-    model.train()
-    with signals.deferred(), lr_range_progress(console, len(tried)) as show:
-        for step, (rate, batch) in enumerate(zip(tried, batches, strict=False)):
-            (received,) = ctx.all_reduce_max([signals.received or 0])
-            if received:
-                raise Stopped(signal.Signals(received).name)
-            set_lr(optimizer, rate / config.optim.lr)
-            size = sizes[step % len(sizes)]
-            loss_sum, _ = train_step(model, optimizer, batch, step, size)
-            # Gathered and summed in one order, so that all ranks get the same number and end together.
-            losses.append(float(ctx.accelerator.gather(loss_sum.view(1)).sum()) / size)
-            show(rate, losses[-1])
-            if has_diverged(losses):
-                diverged = True
-                break
-    finite = losses[:-1] if diverged else losses
-    used = tuple(tried[: len(finite)])
-    return RangeTest(used, tuple(finite), diverged, suggest(used, finite))
 
 
 def lr_find(argv: Sequence[str], signals: StopSignals) -> RangeTest:

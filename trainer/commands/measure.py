@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainer.config.build_data import make_train_transform, num_loader_workers
+from trainer.config.build_loaders import make_train_transform, num_loader_workers
 from trainer.config.build_model import make_l2_sp, make_model, make_param_groups
 from trainer.config.build_training import make_train_step
 from trainer.config.resolve import ResolvedConfig, without_weights
-from trainer.data.dataset import ImageDataset, SampleKey
+from trainer.data.dataset import ImageDataset
 from trainer.data.loader import Batch
 from trainer.data.prepare import prepare
 from trainer.data.registry import is_known
+from trainer.data.sampler import SampleKey
 from trainer.distributed.context import init_distributed
 from trainer.optim.param_groups import create_optimizer, set_lr
 from trainer.report.console import peak_memory

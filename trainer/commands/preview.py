@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from regraft.contract import available_cores
-from trainer.config.build_data import dataset_summary, make_train_transform, progress_hooks
+from trainer.config.build_data import dataset_summary
+from trainer.config.build_loaders import make_train_transform
 from trainer.config.parse import parse
 from trainer.config.resolve import resolve
 from trainer.data.augment import apply_seeded
@@ -28,6 +29,7 @@ from trainer.data.prepare import prepare
 from trainer.errors import UserError
 from trainer.report.console import make_console
 from trainer.report.figures import fonts, save_figure
+from trainer.report.progress import progress_hooks
 from trainer.seeds import derive_seed
 from trainer.text import escape_unprintable
 

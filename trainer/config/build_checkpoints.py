@@ -1,15 +1,22 @@
 """From a config to what is saved: when checkpoints are written, which are kept, and what they say about the run."""
 
+from dataclasses import replace
+
 from trainer.checkpoint.early_stopping import EarlyStopping
+from trainer.checkpoint.manager import CheckpointManager, MetricsLog
+from trainer.checkpoint.resume import ResumePoint
 from trainer.checkpoint.retention import RetentionPolicy
+from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.state import RunIdentity, RunMetadata
 from trainer.config.build_data import RunData
+from trainer.config.parse import dump
 from trainer.config.resolve import ResolvedConfig
 from trainer.model.create import BuiltModel
 from trainer.model.file import ModelMetadata
-from trainer.optim.schedule import Interval, parse_interval, to_steps, warmup_steps
+from trainer.optim.schedule import Interval, TrainSchedule, parse_interval, to_steps, warmup_steps
 from trainer.run.session import OpenRun
 from trainer.run.versions import own_version, versions
+from trainer.state import TrainState
 
 
 def make_retention_policy(config: ResolvedConfig, steps_per_epoch: int) -> RetentionPolicy:
@@ -63,6 +70,57 @@ def make_run_metadata(config: ResolvedConfig, data: RunData, run: OpenRun) -> Ru
         threads=run.ctx.threads,
         attempt=run.attempt,
         versions=versions(),
+    )
+
+
+def find_resume_point(
+    config: ResolvedConfig, data: RunData, run: OpenRun, schedule: TrainSchedule
+) -> ResumePoint:
+    """Return the newest checkpoint of the run, if there is one. Every process must call it.
+
+    Raises:
+        UserError: see `ResumePoint`.
+
+    """
+    return ResumePoint(
+        run,
+        schedule,
+        metadata=make_run_metadata(config, data, run),
+        early_stopping=make_early_stopping(config, data),
+        config=dump(replace(config, run=replace(config.run, resume="auto"))),
+        order_digest=data.order.digest,
+    )
+
+
+def make_checkpoint_manager(
+    config: ResolvedConfig,
+    data: RunData,
+    run: OpenRun,
+    state: TrainState,
+    schedule: TrainSchedule,
+    *,
+    model_metadata: ModelMetadata,
+    logger: MetricsLog,
+) -> CheckpointManager:
+    """Return what saves and stops the run, from the state's position on."""
+    retention = make_retention_policy(config, schedule.steps_per_epoch)
+    early_stopping = make_early_stopping(config, data)
+    saver = CheckpointSaver(
+        run,
+        retention=retention,
+        metadata=make_run_metadata(config, data, run),
+        model_metadata=model_metadata,
+        selected_on=early_stopping.selected_on,
+        order_digest=data.order.digest,
+    )
+    return CheckpointManager(
+        run,
+        state,
+        schedule,
+        saver=saver,
+        retention=retention,
+        early_stopping=early_stopping,
+        logger=logger,
     )
 
 

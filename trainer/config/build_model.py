@@ -1,18 +1,16 @@
 """From a config to the model to train: architecture, weights, output layer, what is trainable, parameter groups."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
-from trainer.config.build_data import RunData, eval_batch_size, make_dataset, make_loader
 from trainer.config.resolve import ResolvedConfig
-from trainer.data.augment import Normalize, eval_transform
-from trainer.data.sampler import EvalBatchSampler
+from trainer.data.augment import Normalize
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
@@ -99,38 +97,6 @@ def _class_mapping(
     )
 
 
-def fit_linear_probe(
-    built: BuiltModel,
-    data: RunData,
-    config: ResolvedConfig,
-    ctx: DistributedContext,
-    console: Console,
-    *,
-    watchdog: Callable[[Heartbeat], AbstractContextManager[Heartbeat]],
-) -> float:
-    """Fit the model's output layer by a linear probe. Every process must call it. Returns the seconds it took.
-
-    The model must be on its device. `watchdog` returns what watches over the pass.
-    """
-    dataset = make_dataset(data.index.train, eval_transform(config.data.preprocessing), config, ctx)
-    sampler = EvalBatchSampler(
-        len(dataset), batch_size=eval_batch_size(config, ctx), rank=ctx.rank, world_size=ctx.world_size
-    )
-    return fit_head(
-        built.model,
-        built.heads[0],
-        make_loader(dataset, sampler, config, ctx),
-        [label for _, label in data.index.train],
-        classes=len(data.index.classes),
-        balanced=config.regularization.class_weights == "balanced",
-        seed=config.run.seed,
-        normalize=Normalize(config.data.preprocessing, ctx.device),
-        ctx=ctx,
-        watchdog=watchdog,
-        log=console.print,
-    )
-
-
 def make_l2_sp(built: BuiltModel, config: ResolvedConfig) -> L2SP:
     """Return L2-SP towards the weights that the model has now; it does nothing where transfer.l2_sp is 0."""
     parameters = backbone_parameters(built.model, built.heads)
@@ -187,3 +153,39 @@ def _lr_mult(built: BuiltModel, config: ResolvedConfig) -> dict[str, float]:
             )
         by_pattern |= dict.fromkeys(names, multiple)
     return {name: multiple * by_pattern.get(name, 1.0) for name, multiple in by_depth.items()}
+
+
+def fit_linear_probe(  # noqa: PLR0917 (each is another object)
+    built: BuiltModel,
+    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    labels: Sequence[int],
+    config: ResolvedConfig,
+    ctx: DistributedContext,
+    console: Console,
+    *,
+    watchdog: Callable[[Heartbeat], AbstractContextManager[Heartbeat]],
+) -> float:
+    """Fit the model's output layer by a linear probe. Every process must call it. Returns the seconds it took.
+
+    Args:
+        built: the model, on its device.
+        loader: this process's batches of one pass over the training images.
+        labels: of all training images.
+        config: the run's.
+        ctx: the processes.
+        console: prints the result.
+        watchdog: returns what watches over the pass.
+
+    """
+    return fit_head(
+        built.model,
+        built.heads[0],
+        loader,
+        labels,
+        balanced=config.regularization.class_weights == "balanced",
+        seed=config.run.seed,
+        normalize=Normalize(config.data.preprocessing, ctx.device),
+        ctx=ctx,
+        watchdog=watchdog,
+        log=console.print,
+    )

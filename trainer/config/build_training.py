@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from trainer.config.build_data import RunData
 from trainer.config.resolve import ResolvedConfig
 from trainer.data.augment import Normalize
+from trainer.data.sampler import EpochOrder
 from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
 from trainer.model.create import BuiltModel
@@ -22,14 +22,14 @@ from trainer.transfer.gradual_unfreezing import GradualUnfreezing
 from trainer.transfer.l2_sp import L2SP
 
 
-def make_schedule(config: ResolvedConfig, data: RunData) -> TrainSchedule:
+def make_schedule(config: ResolvedConfig, order: EpochOrder) -> TrainSchedule:
     """Return the updates of the run; durations become steps here.
 
     Raises:
         UserError: the warm-up is longer than the run.
 
     """
-    steps = data.order.steps_per_epoch
+    steps = order.steps_per_epoch
     total = steps * config.train.epochs
     warmup = warmup_steps(config.optim.warmup, steps_per_epoch=steps, total_steps=total)
     if warmup > total:
@@ -38,7 +38,7 @@ def make_schedule(config: ResolvedConfig, data: RunData) -> TrainSchedule:
             "would not be reached"
         )
     return TrainSchedule(
-        batch_sizes=data.order.batch_sizes,
+        batch_sizes=order.batch_sizes,
         epochs=config.train.epochs,
         logs_per_epoch=config.train.logs_per_epoch,
         lr_multiplier=partial(

@@ -23,7 +23,7 @@ def preflight(config: ResolvedConfig, data: RunData, ctx: DistributedContext | N
 
     """
     check_run_data(config, data, ctx)
-    make_schedule(config, data)
+    make_schedule(config, data.order)
     index = data.index
     if config.model.head_init == "source-labels":
         check_targets(config.model.aliases, index.classes)
@@ -78,6 +78,6 @@ def _check_val_split(config: ResolvedConfig, index: DatasetIndex) -> None:
     if on and index.val_split is None:
         raise UserError(
             f"{' and '.join(on)} select{'s' * (len(on) == 1)} by an accuracy, and "
-            f"{escape_unprintable(str(index.root))} has no images to select on besides those reported, and these must not "
-            "be selected on: set data.val_fraction 0.1, which takes some of the training images for that"
+            f"{escape_unprintable(str(index.root))} has no images to select on besides those reported, which must "
+            "not be selected on: set data.val_fraction 0.1, which takes some of the training images for that"
         )

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -10,6 +9,7 @@ from torch.utils.data import Dataset
 
 from trainer.data.augment import Transform, apply_seeded, to_array
 from trainer.data.decode import UnreadableImage, decode
+from trainer.data.sampler import SampleKey
 from trainer.errors import UserError
 from trainer.seeds import derive_seed
 from trainer.text import escape_unprintable
@@ -27,15 +27,6 @@ class ImageReadError(UserError):
 
     def __init__(self, text: str) -> None:
         super().__init__(text.rpartition(f"{type(self).__name__}: ")[2].rstrip("\n"))
-
-
-class SampleKey(NamedTuple):
-    """One example in one epoch: together with the run's seed, it determines the crop."""
-
-    epoch: int
-    example: int
-    repeat: int = 0
-    """How often the epoch had the example before (balanced sampling): each time it is cropped differently."""
 
 
 class ImageDataset(Dataset[Item]):

@@ -51,6 +51,14 @@ class DatasetIndex:
     notes: tuple[str, ...]
     """Messages about ignored files, missing classes and splits."""
 
+    def with_few_to_evaluate(self, count: int) -> "DatasetIndex":
+        """Return the index with about `count` examples in each evaluated split, spread over the classes."""
+
+        def spread(split: tuple[Example, ...]) -> tuple[Example, ...]:
+            return split[:: max(1, len(split) // count)][:count]
+
+        return replace(self, val=spread(self.val), test=spread(self.test))
+
     @property
     def val_split(self) -> str | None:
         """Return the split that the best epoch is selected on, or None if there is none besides the test split."""

@@ -2,31 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 from trainer.config.schema import DataConfig
 from trainer.data.index import DatasetIndex, read_index, without_images
+from trainer.data.progress import NOWHERE, ProgressHooks
 from trainer.data.registry import cache_folder, resolve_root
 from trainer.data.validation import check_images, unreadable_error
 from trainer.text import escape_unprintable
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProgressHooks:
-    """Progress displays of long operations; by default nothing is shown."""
-
-    downloading: Callable[[str], AbstractContextManager[Callable[[int, int | None], None] | None]] = (
-        lambda name: nullcontext()
-    )
-    """Opens a display for the dataset `name`; it yields a callback for (bytes downloaded, total bytes or None)."""
-    checking: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext
-    """Opens a display; it yields a callback for (images checked, total images)."""
-
-
-NOWHERE = ProgressHooks()
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,22 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainer.data.balance import balanced, repeated
-from trainer.data.dataset import SampleKey
 from trainer.seeds import derive_seed
+
+
+class SampleKey(NamedTuple):
+    """One example in one epoch: together with the run's seed, it determines the crop."""
+
+    epoch: int
+    example: int
+    repeat: int = 0
+    """How often the epoch had the example before (balanced sampling): each time it is cropped differently."""
 
 
 @dataclass(frozen=True, kw_only=True)

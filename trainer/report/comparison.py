@@ -1,20 +1,23 @@
 """Compare strategies over several seeds: summary statistics, and their output as table, Markdown and figure."""
 
+import json
 import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from trainer.errors import UserError
 from trainer.report.console import format_rate
 from trainer.report.figures import fonts, save_figure
 from trainer.report.metrics import Row, epoch_rows
 from trainer.report.summary import reported_row
+from trainer.run.atomic import write_text_atomically
 
 # 97.5 % quantiles of Student's t distribution with 1 to 30 degrees of freedom.
 _T_QUANTILES = (
@@ -240,3 +243,26 @@ def draw_comparison(summaries: Sequence[Summary], path: Path, *, title: str) -> 
         for text in legend.get_texts():
             text.set_parse_math(False)
     save_figure(figure, path, dpi=150)
+
+
+def write_comparison(
+    path: Path, summaries: Sequence[Summary], *, command: str, facts: Sequence[str], title: str
+) -> None:
+    """Write the comparison as `PATH.md`, `PATH.json` and `PATH.png`.
+
+    Raises:
+        UserError: a file cannot be written.
+
+    """
+    content = {"command": command, "facts": list(facts), "strategies": [asdict(s) for s in summaries]}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path.with_suffix(".md"), markdown(summaries, command=command, facts=facts))
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_text_atomically(path.with_suffix(".json"), text)
+        draw_comparison(summaries, path.with_suffix(".png"), title=title)
+    except OSError as error:
+        raise UserError(
+            f"run.dir {path.parent}: cannot be written to ({error.strerror}). Make room: the runs are finished, and "
+            "the same command writes their comparison"
+        ) from None

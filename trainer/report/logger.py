@@ -13,7 +13,7 @@ from trainer.evaluate import Evaluations
 from trainer.metrics import Progress
 from trainer.optim.schedule import TrainSchedule
 from trainer.report.console import ProgressBar, peak_memory
-from trainer.report.metrics import MetricsFile, Row, epoch_row, start_row, train_row
+from trainer.report.metrics import MetricsFile, Row, epoch_row, epoch_rows, start_row, train_row
 from trainer.run.session import OpenRun
 
 _SECONDS_BETWEEN_CURVES = 20.0  # drawing must not slow down short epochs
@@ -63,6 +63,11 @@ class RunLogger:
     def rows(self) -> list[Row]:
         """Return the rows so far."""
         return self._metrics.rows
+
+    @property
+    def epochs(self) -> list[Row]:
+        """Return the rows of whole epochs."""
+        return epoch_rows(self.rows)
 
     @property
     def text(self) -> str:
@@ -133,6 +138,7 @@ class NullLogger:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self.epochs: list[Row] = []
 
     def log_start(self, evaluations: Evaluations, seconds: float) -> None:
         """Log nothing."""

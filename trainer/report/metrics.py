@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from regraft.contract import METRICS
 from trainer.errors import UserError
 from trainer.evaluate import Evaluations
 from trainer.metrics import Progress
@@ -88,6 +89,12 @@ def parse_rows(text: str, where: str) -> list[Row]:
             ) from None
         rows.append(row)
     return rows
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Return the rows of a run's metrics.jsonl; raises a UserError for a line that is not a row."""
+    path = folder / METRICS
+    return parse_rows(path.read_text(encoding="utf-8"), str(path))
 
 
 def epoch_rows(rows: list[Row]) -> list[Row]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from regraft.contract import MODEL
 from trainer.report.console import format_duration
 from trainer.report.metrics import Row
 
@@ -17,8 +18,6 @@ class TrainResult:
 
     folder: Path
     """Folder of the phase."""
-    model_file: Path
-    """The model file with the weights of the best epoch, or those that WiSE-FT selected."""
     examples: tuple[int, int]
     """Number of training and of test examples."""
     val_split: str | None
@@ -29,6 +28,11 @@ class TrainResult:
     """Weight of the fine-tuned model in the model file; below 1 if WiSE-FT selected another."""
     seconds: float = 0.0
     """Wall-clock seconds of this start, from the data to the last save."""
+
+    @property
+    def model_file(self) -> Path:
+        """Return the file with the weights of the best epoch, or those that WiSE-FT selected."""
+        return self.folder / MODEL
 
 
 def best_row(rows: Sequence[Row], selection: str | None) -> Row:

@@ -1,8 +1,8 @@
-"""`audit/rank-N.jsonl`: what each process saw in every update, to compare one run with another.
+"""`audit/rank-N.jsonl`: what each process trained on in every update, to compare one run with another.
 
-One JSON object an update: attempt, epoch and step (from 0), world, lr_factor, examples (positions in the list of
-training examples) and for each of them the CRC-32 of its pixels as they are trained on (before mixup or CutMix).
-After a kill, updates that were lost are made again: of a step's rows those of the latest attempt count.
+One JSON object per update: attempt, epoch and step (from 0), world_size, lr_multiplier, examples (positions in the
+list of training examples) and the CRC-32 of each example's pixels as they are trained on (before mixup or CutMix).
+Updates that were lost to a kill are made again: of a step's rows, the one of the latest attempt counts.
 """
 
 import json
@@ -11,17 +11,19 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from trainer.data.loader import Batch
+from torch import Tensor
+
+from regraft.contract import AUDIT
 from trainer.errors import UserError
 
-AUDIT = "audit"
-_LONGEST_ROW = 1 << 24
-"""Bytes."""
+_LONGEST_ROW = 1 << 24  # bytes
+_Batch = TypeVar("_Batch", bound=tuple[Tensor, Tensor, Tensor])
 
 
 def with_audit(
-    batches: Iterable[Batch],
+    batches: Iterable[_Batch],
     folder: Path,
     *,
     start_step: int,
@@ -30,35 +32,36 @@ def with_audit(
     world_size: int,
     attempt: int,
     lr_multiplier: Callable[[int], float],
-) -> Iterator[Batch]:
-    """Yield the shares of the updates from `start_step` on, writing each down as it is taken.
+) -> Iterator[_Batch]:
+    """Yield the local batches of the updates from `start_step` on, recording each when it is taken.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the record cannot be written.
 
     """
     path = folder / AUDIT / f"rank-{rank}.jsonl"
-    with _said(path):
+    with _naming(path):
         path.parent.mkdir(exist_ok=True)
-        _drop_half_a_row(path)
+        _drop_partial_row(path)
     for step, batch in enumerate(batches, start=start_step):
-        pixels = batch[0].permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        images, _, examples = batch
+        pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         row = {
             "attempt": attempt,
             "epoch": step // steps_per_epoch,
             "step": step,
-            "world": world_size,
-            "lr_factor": lr_multiplier(step),
-            "examples": batch[2].tolist(),
-            "pixels": [zlib.crc32(picture) for picture in pixels],
+            "world_size": world_size,
+            "lr_multiplier": lr_multiplier(step),
+            "examples": examples.tolist(),
+            "pixels": [zlib.crc32(image) for image in pixels],
         }
-        with _said(path), path.open("a", encoding="ascii") as file:
+        with _naming(path), path.open("a", encoding="ascii") as file:
             file.write(json.dumps(row) + "\n")
         yield batch
 
 
-def _drop_half_a_row(path: Path) -> None:
-    """Remove what a kill has left of a last row that it cut off: the next one would be written behind it."""
+def _drop_partial_row(path: Path) -> None:
+    """Remove a last row that a kill cut off: the next row would be written onto the same line."""
     with path.open("ab+") as file:
         start = max(0, file.seek(0, os.SEEK_END) - _LONGEST_ROW)
         file.seek(start)
@@ -66,10 +69,10 @@ def _drop_half_a_row(path: Path) -> None:
 
 
 @contextmanager
-def _said(path: Path) -> Iterator[None]:
+def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"run.audit: {path} cannot be written ({error.strerror}): make room, or leave it off"
+            f"run.audit: {path} cannot be written ({error.strerror}): make room, or turn it off"
         ) from None

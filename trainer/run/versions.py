@@ -18,3 +18,8 @@ def versions() -> dict[str, str]:
     """Return name -> version."""
     python = sys.version.split()[0]
     return {"regraft": own_version(), "python": python, **{name: version(name) for name in _PACKAGES}}
+
+
+def describe_versions() -> str:
+    """Return the versions on one line."""
+    return ", ".join(f"{name} {version}" for name, version in versions().items())

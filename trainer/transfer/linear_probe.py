@@ -108,7 +108,6 @@ def fit_head(
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     labels: Sequence[int],
     *,
-    classes: int,
     balanced: bool,
     seed: int,
     normalize: Callable[[Tensor], Tensor],
@@ -126,7 +125,6 @@ def fit_head(
         batches: this process's share (images uint8 [B, 3, H, W], labels, examples) of one pass over the training
             images as they are evaluated.
         labels: of all training examples.
-        classes: how many there are.
         balanced: weigh each class alike, whatever the number of its examples.
         seed: of the choice of the examples that are held out.
         normalise: uint8 images -> the model's input.
@@ -154,7 +152,7 @@ def fit_head(
                 _solve(
                     features.to(ctx.accelerator.device),
                     torch.tensor(labels),
-                    classes,
+                    layer.weight.shape[0],
                     balanced=balanced,
                     seed=seed,
                     intercept=layer.bias is not None,

@@ -14,8 +14,8 @@ from trainer.loop import Progress
 from trainer.metrics import Metrics
 from trainer.report import figures
 from trainer.report.console import ProgressBar
-from trainer.report.metrics import parse_rows
 from trainer.report.logger import RunLogger
+from trainer.report.metrics import parse_rows
 from trainer.run.folder import CURVES, METRICS
 
 FIGURES = Metrics(loss_sum=6.0, correct=3, seen=4, seconds=2.0, compute_seconds=1.0, first_nonfinite_step=None)

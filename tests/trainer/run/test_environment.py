@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from tests.folders import image_folder
-from trainer.run.lock import RunLock, read_attempts
 from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from trainer.distributed.signals import StopSignals
+from trainer.pipeline import run
 from trainer.run import environment
 from trainer.run.environment import (
     ENVIRONMENT,
@@ -25,8 +26,7 @@ from trainer.run.environment import (
     redact_argv,
     select_variables,
 )
-from trainer.distributed.signals import StopSignals
-from trainer.pipeline import run
+from trainer.run.lock import RunLock, read_attempts
 from trainer.run.versions import versions
 
 SECRET = "hunter2-correct-horse"

@@ -1,0 +1,32 @@
+"""Overfit one batch: a model that cannot has a wrong learning rate, wrong labels or wrong inputs."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from trainer.data.loader import Batch
+from trainer.optim.param_groups import set_lr
+from trainer.optim.train_step import TrainStep
+from trainer.state import TrainState
+
+OVERFIT_STEPS = 20
+
+
+def overfit(model: nn.Module, state: TrainState, train_step: TrainStep, batch: Batch) -> Iterator[float]:
+    """Yield the mean cross-entropy of one batch before each of a few updates on it."""
+    set_lr(state.optimizer, 1.0)
+    size = len(batch.labels)
+    for step in range(OVERFIT_STEPS):
+        loss_sum, _ = train_step(model, state.optimizer, batch, step, size)
+        yield loss_sum.item() / size
+
+
+def verdict(losses: Sequence[float]) -> str:
+    """Return whether the loss of one batch, seen again and again, goes down."""
+    path = f"loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last"
+    if losses[-1] < 0.9 * losses[0]:
+        return f"{path}: it goes down, the model can learn this batch by heart"
+    return (
+        f"{path}: it does NOT go down; look at optim.lr (too small, or so large that it diverges), the labels, "
+        "and data.mean and data.std"
+    )

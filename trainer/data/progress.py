@@ -1,0 +1,20 @@
+"""Hooks that display the progress of the data's preparation; by default nothing is displayed."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressHooks:
+    """Progress displays of long operations; by default nothing is shown."""
+
+    downloading: Callable[[str], AbstractContextManager[Callable[[int, int | None], None] | None]] = (
+        lambda name: nullcontext()
+    )
+    """Opens a display for the dataset `name`; it yields a callback for (bytes downloaded, total bytes or None)."""
+    checking: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext
+    """Opens a display; it yields a callback for (images checked, total images)."""
+
+
+NOWHERE = ProgressHooks()
