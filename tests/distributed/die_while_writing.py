@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from trainer.checkpoint.tensors import restore
 
 from trainer.checkpoint import store
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.retention import RetentionPolicy
 from trainer.checkpoint.state import CheckpointState, RunIdentity
 from trainer.checkpoint.store import CheckpointId, LoadedCheckpoint
-from trainer.checkpoint.tensors import restore
 from trainer.data.augment import Preprocessing
 from trainer.data.loader import EpochOrder
 from trainer.distributed.signals import StopSignals
 from trainer.evaluate import Evaluation
 from trainer.loop import Progress
 from trainer.metrics import Metrics
-from trainer.model.file import ModelMetadata, read_metadata
+from trainer.model.metadata import ModelMetadata, read_metadata
 from trainer.run.atomic import remove_leftovers
 from trainer.run.folder import CHECKPOINTS, MODEL
 from trainer.run.lock import ATTEMPTS, RunLock

@@ -17,13 +17,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision import models
+from trainer.checkpoint.tensors import snapshot, snapshot_ema
 
 from tests.folders import image_folder
 from tests.trainer.transfer.test_wise_ft import DESCRIPTION, net
 from trainer.checkpoint import store
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.resume import restore_checkpoint
-from trainer.checkpoint.tensors import snapshot, snapshot_ema
 from trainer.config.parse import dump
 from trainer.config.schema import (
     Config,
@@ -43,7 +43,7 @@ from trainer.loop import ResumePoint, Share, StepDecision, TrainSchedule, fit
 from trainer.main import exit_process
 from trainer.metrics import MetricState
 from trainer.model.batch_norm import gather_batch_norm_statistics
-from trainer.model.file import write_model
+from trainer.model.metadata import write_model
 from trainer.optim.ema import ModelEma
 from trainer.optim.param_groups import group_parameters, make_optimizer
 from trainer.pipeline import resolve

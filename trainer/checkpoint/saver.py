@@ -15,7 +15,7 @@ from trainer.checkpoint.store import Tensors
 from trainer.checkpoint.writer import AsyncWriter
 from trainer.errors import UserError
 from trainer.metrics import BestEpoch
-from trainer.model.file import ModelMetadata, read_metadata, write_model
+from trainer.model.metadata import ModelMetadata, read_metadata, write_model
 from trainer.report.metrics import Row
 from trainer.run.folder import saving_to
 from trainer.run.session import OpenRun

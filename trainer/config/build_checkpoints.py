@@ -11,8 +11,8 @@ from trainer.checkpoint.state import RunIdentity, RunMetadata
 from trainer.config.build_data import RunData
 from trainer.config.parse import dump
 from trainer.config.resolve import ResolvedConfig
-from trainer.model.create import BuiltModel
-from trainer.model.file import ModelMetadata
+from trainer.model.built import BuiltModel
+from trainer.model.metadata import ModelMetadata
 from trainer.optim.schedule import Interval, TrainSchedule, parse_interval, to_steps, warmup_steps
 from trainer.run.session import OpenRun
 from trainer.run.versions import own_version, versions

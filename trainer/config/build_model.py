@@ -14,9 +14,10 @@ from trainer.data.augment import Normalize
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
-from trainer.model.create import BuiltModel, build_model
-from trainer.model.file import read_metadata
+from trainer.model.built import BuiltModel
+from trainer.model.create import build_model
 from trainer.model.freeze import apply_stage, make_stages
+from trainer.model.metadata import read_metadata
 from trainer.model.patterns import match_names
 from trainer.model.source_classes import ClassMapping
 from trainer.optim.param_groups import ParamGroup, create_optimizer, group_parameters

@@ -11,7 +11,7 @@ from trainer.data.augment import Normalize
 from trainer.data.sampler import EpochOrder
 from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
-from trainer.model.create import BuiltModel
+from trainer.model.built import BuiltModel
 from trainer.optim.ema import ModelEma
 from trainer.optim.loss import Criterion, balanced_weights
 from trainer.optim.mixup import Mixup

@@ -11,7 +11,7 @@ from trainer.data.augment import Preprocessing
 from trainer.data.registry import cache_folder, is_known
 from trainer.errors import UserError
 from trainer.model.build import preset
-from trainer.model.file import read_metadata
+from trainer.model.metadata import read_metadata
 
 _ConfigT = TypeVar("_ConfigT", bound=Config)
 

@@ -3,7 +3,6 @@
 Order: `build` -> `head.find_heads` -> `head.replace_head` -> `weights.load_weights`.
 """
 
-import difflib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import nn
 from torchvision import models
 
 from trainer.errors import UserError
+from trainer.model.architectures import check_architecture
 from trainer.model.head import trial_forward
 from trainer.model.weights import find_enum, is_file
 
@@ -40,20 +40,6 @@ class Preset:
     std: tuple[float, float, float]
 
 
-def names() -> list[str]:
-    """Return torchvision's classification models."""
-    return models.list_models(module=models)
-
-
-def check_name(name: str) -> None:
-    """Raise a UserError, with what was probably meant, unless `name` is one of `names()`."""
-    known = names()
-    if name not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=3)
-        meant = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(f"there is no model {name!r}.{meant} The models are: {', '.join(known)}")
-
-
 def preset(name: str, weights: str | None) -> Preset:
     """Return the preprocessing of the model's weights: those named, or the default ones for a file or none.
 
@@ -61,7 +47,7 @@ def preset(name: str, weights: str | None) -> Preset:
         UserError: an unknown model, or weights that it does not have.
 
     """
-    check_name(name)
+    check_architecture(name)
     entry = find_enum(name, "DEFAULT" if weights is None or is_file(weights) else weights)
     transforms = entry.transforms()
     return Preset(
@@ -86,7 +72,7 @@ def build(name: str, *, image_size: int, num_classes: int = _NUM_CLASSES, empty:
         UserError: an unknown model, or an image size that it cannot take.
 
     """
-    check_name(name)
+    check_architecture(name)
     reason = _misfit(name, image_size)
     if reason is not None:
         raise UserError(

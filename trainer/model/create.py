@@ -1,35 +1,16 @@
 """The target model: the source's design and weights, all but a new output layer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
 from trainer.model.batch_norm import allow_single_value_batches
-from trainer.model.blocks import LayerOrder, analyze_blocks
+from trainer.model.blocks import analyze_blocks
 from trainer.model.build import build
+from trainer.model.built import BuiltModel
 from trainer.model.dropout import set_dropout, set_stochastic_depth
-from trainer.model.freeze import UnfreezeStage
 from trainer.model.head import find_heads, replace_head
 from trainer.model.source_classes import ClassMapping, init_head_from_source_classes
 from trainer.model.weights import load_weights, read_weights
-
-
-@dataclass(frozen=True)
-class BuiltModel:
-    """A model ready to train."""
-
-    model: nn.Module
-    heads: tuple[str, ...]
-    """Dotted names of the new output layers, auxiliary ones included."""
-    source: str
-    """Where the other layers' weights came from."""
-    summary: tuple[str, ...]
-    """What was done, for a reader."""
-    layer_order: LayerOrder
-    unfreeze_stages: tuple[UnfreezeStage, ...] = ()
-    """What trains when; the model is in the first of them. Without one, all of it trains."""
 
 
 def build_model(

@@ -24,7 +24,8 @@ from regraft.contract import MODEL
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, Evaluations, Interrupted
-from trainer.model.file import ModelMetadata, load, read_metadata, read_state, write_model
+from trainer.model.file import load, read_state
+from trainer.model.metadata import ModelMetadata, read_metadata, write_model
 from trainer.run.atomic import sync_folder, write_text_atomically
 from trainer.run.folder import FINE_TUNED, INITIAL, WISE, saving_to
 from trainer.run.session import OpenRun

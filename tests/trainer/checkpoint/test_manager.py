@@ -30,7 +30,7 @@ from trainer.errors import UserError
 from trainer.evaluate import Evaluation
 from trainer.loop import Progress, StepDecision
 from trainer.metrics import Metrics, MetricState
-from trainer.model.file import ModelMetadata, read_metadata
+from trainer.model.metadata import ModelMetadata, read_metadata
 from trainer.optim.ema import ModelEma
 from trainer.run.folder import CHECKPOINTS, MODEL, STOP
 from trainer.run.lock import RunLock, read_record

@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 from torch import nn
 from torchvision import models
+from trainer.config.builders import Evaluator, make_retention_policy, make_schedule
+from trainer.config.model_builder import make_model, make_param_groups
 
 from trainer.checkpoint.retention import RetentionPolicy
 from trainer.config import builders
-from trainer.config.builders import Evaluator, make_retention_policy, make_schedule
-from trainer.config.model_builder import make_model, make_param_groups
 from trainer.config.preflight import require_sync_batch_norm
 from trainer.config.schema import (
     CheckpointConfig,
@@ -31,7 +31,7 @@ from trainer.data.index import DatasetIndex, Example
 from trainer.data.loader import EpochOrder
 from trainer.distributed import context
 from trainer.errors import UserError
-from trainer.model.file import ModelMetadata, write_model
+from trainer.model.metadata import ModelMetadata, write_model
 from trainer.report.block_table import block_table
 
 ORDER = EpochOrder(examples=25, batch_size=10, seed=0)  # 3 steps an epoch

@@ -195,9 +195,7 @@ def test_nothing_is_watched_if_not_asked_for(tmp_path: Path) -> None:
 
 def test_stages_and_ranks_share_a_folder_that_is_gone_in_the_end(tmp_path: Path) -> None:
     def watch(rank: int) -> Watchdog:
-        return Watchdog(
-            "auto", Heartbeat(), folder=tmp_path, attempt=12, rank=rank, world_size=2, lock=None
-        )
+        return Watchdog("auto", Heartbeat(), folder=tmp_path, attempt=12, rank=rank, world_size=2, lock=None)
 
     with watch(0):
         with watch(1):

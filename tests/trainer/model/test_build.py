@@ -6,7 +6,8 @@ from torchvision import models
 
 from trainer.errors import UserError
 from trainer.model import build as build_module
-from trainer.model.build import build, check_name, names, preset
+from trainer.model.architectures import architectures, check_architecture
+from trainer.model.build import build, preset
 
 # What torchvision's own pages say: side, resize, interpolation.
 PUBLISHED = {
@@ -23,7 +24,7 @@ PUBLISHED = {
 
 
 def test_all_of_torchvisions_classification_models_and_nothing_else() -> None:
-    known = names()
+    known = architectures()
     assert len(known) >= 80
     assert known == sorted(set(known))
     assert {
@@ -44,17 +45,17 @@ def test_all_of_torchvisions_classification_models_and_nothing_else() -> None:
 
 
 def test_an_unknown_model_lists_the_known_ones_and_what_was_meant() -> None:
-    check_name("resnet18")
+    check_architecture("resnet18")
     with pytest.raises(
         UserError, match=r"there is no model 'ResNet_18'. Did you mean .*resnet18.*The models are:"
     ) as info:
-        check_name("ResNet_18")
-    assert all(name in str(info.value) for name in names())
+        check_architecture("ResNet_18")
+    assert all(name in str(info.value) for name in architectures())
     with pytest.raises(UserError, match=r"there is no model 'r3d_18'"):
         build("r3d_18", image_size=64)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", architectures())
 def test_the_preset_is_that_of_the_published_transforms(name: str) -> None:
     entries = models.get_model_weights(name)
     assert len(entries) >= 1

@@ -9,7 +9,8 @@ from torchvision import models
 
 from trainer.errors import UserError
 from trainer.model import create as create_module
-from trainer.model.create import BuiltModel, build_model
+from trainer.model.built import BuiltModel
+from trainer.model.create import build_model
 from trainer.model.head import split_outputs
 
 CLASSES = 5

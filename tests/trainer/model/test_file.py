@@ -26,8 +26,9 @@ from trainer.data.loader import ImageDataset, SampleKey
 from trainer.errors import UserError
 from trainer.model.batch_norm import freeze_batch_norm
 from trainer.model.create import build_model
-from trainer.model.file import ModelMetadata, load, read_metadata, write_model
+from trainer.model.file import load
 from trainer.model.head import find_heads, replace_head
+from trainer.model.metadata import ModelMetadata, read_metadata, write_model
 
 PREPROCESSING = Preprocessing(
     image_size=64,

@@ -9,7 +9,8 @@ from torch.nn.functional import softmax
 from torchvision import models
 
 from trainer.errors import UserError
-from trainer.model.create import BuiltModel, build_model
+from trainer.model.built import BuiltModel
+from trainer.model.create import build_model
 from trainer.model.source_classes import ClassMapping, read_names
 
 NAMES = ("cat", "ant", "dog", "crane", "Crane", "hotdog")

@@ -28,7 +28,7 @@ from trainer.config.schema import (
     TransferConfig,
 )
 from trainer.errors import UserError
-from trainer.model.file import read_metadata, write_model
+from trainer.model.metadata import read_metadata, write_model
 from trainer.pipeline import resolve
 from trainer.report.metrics import Row
 from trainer.report.summary import best_row

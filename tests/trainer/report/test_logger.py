@@ -18,7 +18,9 @@ from trainer.report.logger import RunLogger
 from trainer.report.metrics import parse_rows
 from trainer.run.folder import CURVES, METRICS
 
-FIGURES = Metrics(loss_sum=6.0, correct=3, seen=4, seconds=2.0, compute_seconds=1.0, first_nonfinite_step=None)
+FIGURES = Metrics(
+    loss_sum=6.0, correct=3, seen=4, seconds=2.0, compute_seconds=1.0, first_nonfinite_step=None
+)
 TEST = Evaluation(loss_sum=5.0, correct=(2, 1), support=(3, 2), predicted=(4, 1))
 
 

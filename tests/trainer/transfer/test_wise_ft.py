@@ -20,7 +20,7 @@ from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, Interrupted
 from trainer.loop import Evaluations
-from trainer.model.file import ModelMetadata, read_metadata, write_model
+from trainer.model.metadata import ModelMetadata, read_metadata, write_model
 from trainer.run.folder import FINE_TUNED, MODEL, START, WISE
 from trainer.run.lock import RunLock
 from trainer.transfer import wise_ft

@@ -1,0 +1,94 @@
+"""Header of a model file: architecture, classes, preprocessing, source and metrics, next to the weights.
+
+The header's entry `regraft` is JSON. A file from elsewhere is not trusted: nothing in it is executed, every field is
+validated.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from trainer.data.augment import Preprocessing
+from trainer.errors import UserError
+from trainer.model.architectures import architectures
+from trainer.run.atomic import write_atomically
+from trainer.text import escape_unprintable
+
+FORMAT = 1
+HEADER_KEY = "regraft"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMetadata:
+    """What a model file says of itself."""
+
+    version: str
+    """regraft's version that wrote it."""
+    architecture: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    source: str
+    """Where the weights came from before fine-tuning."""
+    metrics: Mapping[str, Any]
+
+
+def write_model(path: Path, state: Mapping[str, Tensor], description: ModelMetadata) -> None:
+    """Write weights and description into one file, which is whole or absent."""
+    fields = {"format": FORMAT, **dataclasses.asdict(description)}
+    # In ASCII: a folder's name, so a class's, may hold bytes that no Unicode text has.
+    header = {HEADER_KEY: json.dumps(fields), "format": "pt"}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # Not by safetensors' own writing, which leaves a file of a random name where it is killed.
+    write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata=header)))
+
+
+def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata | None:
+    """Return what a safetensors file says of itself, or None for one that regraft did not write.
+
+    Raises:
+        UserError: not a readable safetensors file, or a description that is damaged or of a later format.
+
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(HEADER_KEY)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{os.fspath(path)}: not a readable safetensors file ({error})") from None
+    if text is None:
+        return None
+    try:
+        return _parse_metadata(json.loads(text))
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(
+            f"{os.fspath(path)}: its description is damaged ({escape_unprintable(reason)[:200]}); expected a run's "
+            "model.safetensors as it was written"
+        ) from None
+
+
+def _parse_metadata(fields: Any) -> ModelMetadata:
+    if fields["format"] != FORMAT:
+        raise ValueError(f"format {fields['format']!r}, this version of regraft reads {FORMAT}")
+    classes = fields["classes"]
+    if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+        raise ValueError("classes are not a list of names")
+    if len(classes) < 2 or len(set(classes)) < len(classes):
+        raise ValueError(f"{len(classes)} classes, {len(set(classes))} different ones; expected two or more")
+    if fields["architecture"] not in architectures():
+        raise ValueError(f"architecture {fields['architecture']!r} is not one of torchvision's")
+    return ModelMetadata(
+        version=str(fields["version"]),
+        architecture=fields["architecture"],
+        classes=tuple(classes),
+        preprocessing=Preprocessing.from_fields(fields["preprocessing"]),
+        source=str(fields["source"]),
+        metrics=dict(fields["metrics"]),
+    )
