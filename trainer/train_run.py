@@ -6,11 +6,18 @@ from dataclasses import replace
 from trainer.config.build_checkpoints import find_resume_point, make_checkpoint_manager, make_model_metadata
 from trainer.config.build_data import load_run_data, write_split_file
 from trainer.config.build_loaders import Evaluator, make_eval_loader, make_train_batches
-from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer
+from trainer.config.build_model import (
+    fit_linear_probe,
+    make_l2_sp,
+    make_model,
+    make_optimizer,
+    make_param_groups,
+)
 from trainer.config.build_training import make_schedule, make_train_state, make_train_step
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
 from trainer.loop import fit
+from trainer.report.block_table import block_table
 from trainer.report.logger import make_logger
 from trainer.report.summary import TrainResult
 from trainer.run.session import OpenRun
@@ -79,7 +86,9 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     if checkpoint is None and config.model.head_init == "linear-probe":
         loader, labels = make_eval_loader(index.train, config, ctx), [label for _, label in index.train]
         probe_seconds = fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=run.watchdog)
-    optimizer = make_optimizer(built, config, console)
+    groups = make_param_groups(built, config)
+    console.print(block_table(built, groups))
+    optimizer = make_optimizer(groups, config)
 
     # 5. Precision and process group: accelerate wraps model and optimizer.
     state, unfreezing = make_train_state(built, optimizer, config, ctx, console)

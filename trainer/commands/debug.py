@@ -19,7 +19,7 @@ import torch
 from trainer.commands.overfit import OVERFIT_STEPS, overfit, verdict
 from trainer.config.build_data import load_run_data
 from trainer.config.build_loaders import Evaluator, make_batches
-from trainer.config.build_model import make_l2_sp, make_model, make_optimizer
+from trainer.config.build_model import make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_schedule, make_train_state, make_train_step
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
@@ -28,6 +28,7 @@ from trainer.config.start import start
 from trainer.errors import UserError
 from trainer.loop import NullCheckpoints, fit
 from trainer.model.head import split_outputs
+from trainer.report.block_table import block_table
 from trainer.report.debug_console import ConsoleLogger, describe_tensor, print_layers
 
 BATCHES = 3
@@ -79,7 +80,9 @@ def _run_steps(options: Config) -> None:
         built = make_model(config, data.index.classes, config.model.weights, on_progress=console.print)
         console.print("\n".join(built.summary))
         built.model.to(ctx.device)
-        optimizer = make_optimizer(built, config, console)
+        groups = make_param_groups(built, config)
+        console.print(block_table(built, groups))
+        optimizer = make_optimizer(groups, config)
         state, unfreezing = make_train_state(built, optimizer, config, ctx, console)
     train_step = make_train_step(config, data.examples_per_class, ctx, make_l2_sp(built, config))
     schedule = make_schedule(config, data.order)

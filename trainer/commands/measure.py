@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from trainer.config.build_loaders import make_train_transform, num_loader_workers
-from trainer.config.build_model import make_l2_sp, make_model, make_param_groups
+from trainer.config.build_model import make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_step
 from trainer.config.resolve import ResolvedConfig, without_weights
 from trainer.data.dataset import ImageDataset
@@ -22,7 +22,7 @@ from trainer.data.prepare import prepare
 from trainer.data.registry import is_known
 from trainer.data.sampler import SampleKey
 from trainer.distributed.context import init_distributed
-from trainer.optim.param_groups import create_optimizer, set_lr
+from trainer.optim.param_groups import set_lr
 from trainer.report.console import peak_memory
 
 SECONDS = 1.0
@@ -137,9 +137,7 @@ class Model:
             on_progress=lambda _: None,
         )
         created.model.to(self._device)
-        optimizer = create_optimizer(
-            config.optim.name, make_param_groups(created, config), momentum=config.optim.momentum
-        )
+        optimizer = make_optimizer(make_param_groups(created, config), config)
         set_lr(optimizer, 0.0)
         state = sum(one.numel() * one.element_size() for one in created.model.state_dict().values())
         trained = sum(one.numel() * one.element_size() for one in created.model.parameters())

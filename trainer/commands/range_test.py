@@ -10,7 +10,13 @@ from rich.console import Console
 from trainer.commands.lr_range import Suggestion, has_diverged, suggest
 from trainer.config.build_data import load_run_data
 from trainer.config.build_loaders import make_batches, make_eval_loader
-from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer
+from trainer.config.build_model import (
+    fit_linear_probe,
+    make_l2_sp,
+    make_model,
+    make_optimizer,
+    make_param_groups,
+)
 from trainer.config.build_training import make_train_step
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
@@ -18,6 +24,7 @@ from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.model.freeze import apply_stage
 from trainer.optim.param_groups import set_lr
+from trainer.report.block_table import block_table
 from trainer.report.lr_range import lr_range_progress
 
 
@@ -79,7 +86,9 @@ def run_range_test(
             "transfer.trainable has stages: the last one is tested, with all parameters that ever train"
         )
         apply_stage(built.model, built.unfreeze_stages[-1], config.transfer.batch_norm)
-    model, optimizer = ctx.prepare(built.model, make_optimizer(built, config, console))
+    groups = make_param_groups(built, config)
+    console.print(block_table(built, groups))
+    model, optimizer = ctx.prepare(built.model, make_optimizer(groups, config))
     train_step = make_train_step(config, data.examples_per_class, ctx, l2_sp)
     sizes = data.order.batch_sizes
     batches = make_batches(config, data.index, data.order, ctx, epochs=-(-len(tried) // len(sizes)))

@@ -21,7 +21,6 @@ from trainer.model.metadata import read_metadata
 from trainer.model.patterns import match_names
 from trainer.model.source_classes import ClassMapping
 from trainer.optim.param_groups import ParamGroup, create_optimizer, group_parameters
-from trainer.report.block_table import block_table
 from trainer.seeds import derive_seed
 from trainer.transfer.l2_sp import L2SP, backbone_parameters, without_weight_decay
 from trainer.transfer.linear_probe import fit_head, require_linear
@@ -126,13 +125,8 @@ def make_param_groups(built: BuiltModel, config: ResolvedConfig) -> tuple[ParamG
     return without_weight_decay(groups, backbone_parameters(built.model, built.heads))
 
 
-def make_optimizer(built: BuiltModel, config: ResolvedConfig, console: Console) -> torch.optim.Optimizer:
-    """Return the optimizer over the parameter groups; prints what is trained at which learning rate.
-
-    The model must be on its device: the optimizer's kernels are chosen by it.
-    """
-    groups = make_param_groups(built, config)
-    console.print(block_table(built, groups))
+def make_optimizer(groups: Sequence[ParamGroup], config: ResolvedConfig) -> torch.optim.Optimizer:
+    """Return the optimizer. The parameters must be on their device: the optimizer's kernels are chosen by it."""
     return create_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
 
 
