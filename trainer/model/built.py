@@ -1,11 +1,20 @@
-"""`BuiltModel`: a model ready to train, and what is known about it."""
+"""`BuiltModel`: a model ready to train, its layers in execution order, and what trains in each stage."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
 from trainer.model.blocks import LayerOrder
-from trainer.model.freeze import UnfreezeStage
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnfreezeStage:
+    """The parameters that train from an epoch on."""
+
+    start_epoch: int
+    """First epoch of the stage, counted from 0."""
+    trainable: frozenset[str]
+    """Names of the parameters."""
 
 
 @dataclass(frozen=True)

@@ -5,25 +5,15 @@ after the other keeps what they know from the first, large gradients of a new he
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
 from trainer.model.batch_norm import freeze_batch_norm, named_batch_norms, unfreeze_batch_norm
 from trainer.model.blocks import LayerOrder, trainable_parameters
+from trainer.model.built import UnfreezeStage
 
 BatchNormMode = Literal["frozen-with-weights", "frozen", "train", "sync"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnfreezeStage:
-    """What trains from an epoch on."""
-
-    start_epoch: int
-    """The epoch, counted from 0."""
-    trainable: frozenset[str]
-    """Names of parameters."""
 
 
 def make_stages(

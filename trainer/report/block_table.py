@@ -6,8 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from trainer.model.batch_norm import is_frozen, named_batch_norms
-from trainer.model.built import BuiltModel
-from trainer.model.freeze import UnfreezeStage
+from trainer.model.built import BuiltModel, UnfreezeStage
 from trainer.optim.param_groups import ParamGroup
 
 

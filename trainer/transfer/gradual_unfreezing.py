@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from trainer.distributed.context import DistributedContext
-from trainer.model.freeze import BatchNormMode, UnfreezeStage, apply_stage, stage_at
+from trainer.model.built import UnfreezeStage
+from trainer.model.freeze import BatchNormMode, apply_stage, stage_at
 
 
 class GradualUnfreezing:

@@ -5,14 +5,8 @@ from torchvision import models
 
 from trainer.model.batch_norm import named_batch_norms
 from trainer.model.blocks import analyze_blocks
-from trainer.model.freeze import (
-    BatchNormMode,
-    UnfreezeStage,
-    apply_stage,
-    frozen_batch_norms,
-    make_stages,
-    stage_at,
-)
+from trainer.model.built import UnfreezeStage
+from trainer.model.freeze import BatchNormMode, apply_stage, frozen_batch_norms, make_stages, stage_at
 
 ALL_BUT_4 = {"bn1", *(f"layer{i}.{j}.bn{k}" for i in (1, 2, 3) for j in (0, 1) for k in (1, 2))} | {
     f"layer{i}.0.downsample.1" for i in (2, 3)
