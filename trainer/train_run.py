@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 
 from trainer.config.build_checkpoints import find_resume_point, make_checkpoint_manager, make_model_metadata
-from trainer.config.build_data import load_run_data, write_split_file
+from trainer.config.build_data import load_run_data, make_schedule, write_split_file
 from trainer.config.build_loaders import Evaluator, make_eval_loader, make_train_batches
 from trainer.config.build_model import (
     fit_linear_probe,
@@ -13,7 +13,7 @@ from trainer.config.build_model import (
     make_optimizer,
     make_param_groups,
 )
-from trainer.config.build_training import make_schedule, make_train_state, make_train_step
+from trainer.config.build_training import make_train_state, make_train_step
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
 from trainer.loop import fit

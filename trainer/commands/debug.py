@@ -17,10 +17,10 @@ from functools import partial
 import torch
 
 from trainer.commands.overfit import OVERFIT_STEPS, overfit, verdict
-from trainer.config.build_data import load_run_data
+from trainer.config.build_data import load_run_data, make_schedule
 from trainer.config.build_loaders import Evaluator, make_batches
 from trainer.config.build_model import make_l2_sp, make_model, make_optimizer, make_param_groups
-from trainer.config.build_training import make_schedule, make_train_state, make_train_step
+from trainer.config.build_training import make_train_state, make_train_step
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
 from trainer.config.schema import Config

@@ -1,8 +1,8 @@
-"""From a config to its data: the checked examples, and the order in which a run trains on them."""
+"""From a config to its data: the checked examples, the order in which a run trains on them, and its schedule."""
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from rich.console import Console
 
@@ -12,6 +12,8 @@ from trainer.data.index import DatasetIndex, write_split
 from trainer.data.prepare import Prepared, prepare
 from trainer.data.sampler import EpochOrder
 from trainer.distributed.context import DistributedContext
+from trainer.errors import UserError
+from trainer.optim.schedule import TrainSchedule, get_lr_multiplier, warmup_steps
 from trainer.report.progress import progress_hooks
 from trainer.run.folder import saving_to
 from trainer.run.session import OpenRun
@@ -79,6 +81,31 @@ def make_epoch_order(config: ResolvedConfig, index: DatasetIndex) -> EpochOrder:
         batch_size=config.train.batch_size,
         seed=config.run.seed,
         labels=tuple(example.label for example in index.train) if is_balanced else None,
+    )
+
+
+def make_schedule(config: ResolvedConfig, order: EpochOrder) -> TrainSchedule:
+    """Return the updates of the run; durations become steps here.
+
+    Raises:
+        UserError: the warm-up is longer than the run.
+
+    """
+    steps = order.steps_per_epoch
+    total = steps * config.train.epochs
+    warmup = warmup_steps(config.optim.warmup, steps_per_epoch=steps, total_steps=total)
+    if warmup > total:
+        raise UserError(
+            f"optim.warmup is {config.optim.warmup!r}, {warmup} steps, but the run has {total}: the peak learning rate "
+            "would not be reached"
+        )
+    return TrainSchedule(
+        batch_sizes=order.batch_sizes,
+        epochs=config.train.epochs,
+        logs_per_epoch=config.train.logs_per_epoch,
+        lr_multiplier=partial(
+            get_lr_multiplier, total_steps=total, warmup_steps=warmup, kind=config.optim.schedule
+        ),
     )
 
 

@@ -1,8 +1,7 @@
 """Checks before the long work: what can be known to fail is reported before images are decoded or a job is queued."""
 
-from trainer.config.build_data import RunData
+from trainer.config.build_data import RunData, make_schedule
 from trainer.config.build_model import make_model, make_param_groups
-from trainer.config.build_training import make_schedule
 from trainer.config.resolve import ResolvedConfig, without_weights
 from trainer.data.index import DatasetIndex
 from trainer.data.sampler import EpochOrder
