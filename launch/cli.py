@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch import contract, machine
-from launch.command import Local, processes_and_threads, split_options
 from launch.errors import LaunchError
+from launch.local.command import Local, processes_and_threads, split_options
 
 _DESCRIPTION = """\
 Start training anywhere, and keep it going.
@@ -60,7 +60,7 @@ def _train(words: list[str]) -> int:
         return _trainer("main.py", options)
     parser = _train_parser()
     arguments = parser.parse_args(own)
-    from launch.local import run  # noqa: PLC0415 (help needs none of it)
+    from launch.local.run import run  # noqa: PLC0415 (help needs none of it)
 
     gpus = machine.gpus(os.environ)
     processes, threads = processes_and_threads(arguments.nproc, gpus=gpus, cores=machine.cores())
@@ -122,13 +122,13 @@ def _trainer(file: str, options: Sequence[str]) -> int:
 
 
 def _submit(words: list[str]) -> int:
-    from launch.submit import submit_job  # noqa: PLC0415
+    from launch.slurm.submit import submit_job  # noqa: PLC0415
 
     return submit_job(words)
 
 
 def _render(words: list[str]) -> int:
-    from launch.submit import render_job  # noqa: PLC0415
+    from launch.slurm.submit import render_job  # noqa: PLC0415
 
     return render_job(words)
 
@@ -153,8 +153,8 @@ def _status_parser() -> argparse.ArgumentParser:
 
 def _completion(words: list[str]) -> int:
     from launch import completion  # noqa: PLC0415
-    from launch.doctor import doctor_parser  # noqa: PLC0415
-    from launch.submit import parser_of  # noqa: PLC0415
+    from launch.doctor.main import doctor_parser  # noqa: PLC0415
+    from launch.slurm.submit import parser_of  # noqa: PLC0415
 
     if len(words) != 1 or words[0] in ("-h", "--help"):
         print(completion.__doc__)
@@ -172,7 +172,7 @@ def _completion(words: list[str]) -> int:
 
 
 def _doctor(words: list[str]) -> int:
-    from launch.doctor import main as examine  # noqa: PLC0415
+    from launch.doctor.main import main as examine  # noqa: PLC0415
 
     return examine(words)
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import allocation, contract
+from launch import contract
 from launch.contract import Attempt
 from launch.errors import LaunchError
+from launch.slurm import allocation
 
 SILENT = 45.0
 """Seconds without a sign of life (one is given every 10) after which a run is taken for dead."""
@@ -141,7 +142,7 @@ def _last_failure(run: Path, latest: Attempt) -> list[str]:
 
 
 def _job(run: Path) -> str | None:
-    """Return the Slurm job that has started the run last, which its logs are named by (launch/job.py)."""
+    """Return the Slurm job that has started the run last, which its logs are named by (launch/slurm/job.py)."""
     names = sorted(path.name for path in (run / contract.LOGS).glob("*-job-*"))
     found = re.search(r"-job-([0-9_]+)\.[0-9]+$", names[-1]) if names else None
     return found[1] if found else None

@@ -23,6 +23,6 @@ fi
 # Seconds that torchrun gives the trainer to save.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 
-exec python3 -m launch.job \
+exec python3 -m launch.slurm.job \
     --sweep=seeds \
     "$@"

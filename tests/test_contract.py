@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import contract
-from launch.command import Local, environment
+from launch.local.command import Local, environment
 from trainer import attempts, failure, hang, main, run_folder
 from trainer.config import RunConfig
 from trainer.errors import UserError

@@ -23,7 +23,7 @@ fi
 # Seconds that torchrun gives the trainer to save.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 
-exec python3 -m launch.job \
+exec python3 -m launch.slurm.job \
     --container=/images/regraft.sif \
     --mount=/scratch/u \
     "$@"

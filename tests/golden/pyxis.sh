@@ -23,7 +23,7 @@ fi
 # Seconds that torchrun gives the trainer to save.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 
-exec python3 -m launch.job \
+exec python3 -m launch.slurm.job \
     '--container=nvcr.io#nvidia/pytorch:26.01-py3' \
     --container-runtime=pyxis \
     "$@"

@@ -19,5 +19,5 @@ set -u
 # Seconds that torchrun gives the trainer to save.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 
-exec python3 -m launch.job \
+exec python3 -m launch.slurm.job \
     "$@"

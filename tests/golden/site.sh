@@ -29,6 +29,6 @@ export GLOO_SOCKET_IFNAME=ib0
 export NCCL_DEBUG=WARN
 export NOTE='it'"'"'s $HOME'
 
-exec python3 -m launch.job \
+exec python3 -m launch.slurm.job \
     '--stage=$TMPDIR' \
     "$@"

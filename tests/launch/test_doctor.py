@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 
-from launch import child, doctor
-from launch.checks import examine, folder, host, nodes, pace, software, variables
-from launch.checks.finding import Finding, size
-from launch.checks.host import Limits, Ports
-from launch.checks.software import Driver
-from launch.child import Child
+from launch.doctor import checks as examine
+from launch.doctor import host, nodes, software, variables
+from launch.doctor import main as doctor
+from launch.doctor import measured as pace
+from launch.doctor import run_folder as folder
+from launch.doctor.finding import Finding, size
+from launch.doctor.host import Limits, Ports
+from launch.doctor.software import Driver
+from launch.local import process as child
+from launch.local.process import Child
 from tests.folders import image_folder
 from tests.launching import REPOSITORY
 

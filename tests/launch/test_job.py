@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launch import job
-from launch.allocation import Allocation, allocation, find_addresses, is_free, port_of
-from launch.container import mounts_of, prefix, srun_words
 from launch.errors import LaunchError
-from launch.job import settle, srun, step_environment
-from launch.node import node_logs
-from launch.settings import Settings, sweep_options
+from launch.slurm import job
+from launch.slurm.allocation import Allocation, allocation, find_addresses, is_free, port_of
+from launch.slurm.container import mounts_of, prefix, srun_words
+from launch.slurm.job import settle, srun, step_environment
+from launch.slurm.node import node_logs
+from launch.slurm.settings import Settings, sweep_options
 from tests.launching import free_port
 
 JOB = Allocation(
@@ -328,7 +328,7 @@ def test_a_job_that_slurm_will_not_queue_again_says_so(
 
 
 def test_done_is_done(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.launch.test_lifecycle import attempt
+    from tests.launch.test_requeue import attempt
 
     monkeypatch.setattr(job.contract, "all_attempts", lambda _: (attempt(1, "done", step=9),))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

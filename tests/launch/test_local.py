@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import local
-from launch.agent import Ended
-from launch.command import Local
+from launch.local import run as local
+from launch.local.command import Local
+from launch.local.torchrun import Ended
 from tests.kills import (
     EXAMPLES,
     Run,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import node
 from launch.errors import LaunchError
-from launch.node import Job, cores_and_gpus, parse, stage_folder, staged, torchrun
+from launch.slurm import node
+from launch.slurm.node import Job, cores_and_gpus, parse, stage_folder, staged, torchrun
 from tests.conftest import REPOSITORY
 
 JOB = Job(
@@ -132,7 +132,7 @@ def test_data_that_cannot_be_staged_is_an_error(tmp_path: Path) -> None:
 
 NODE = """\
 import sys
-from launch import node
+from launch.slurm import node
 sys.executable = sys.argv[1]
 sys.exit(node.main(sys.argv[2:]))
 """

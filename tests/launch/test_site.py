@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from launch.errors import LaunchError
-from launch.site import Site, find, read
+from launch.slurm.site import Site, find, read
 
 WHOLE = """\
 partition: gpu

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, submit
-from launch.settings import NAMES
-from launch.slurm import Spec, render
+from launch import cli
+from launch.slurm import submit
+from launch.slurm.sbatch import Spec, render
+from launch.slurm.settings import NAMES
 from tests.folders import image_folder
 
 

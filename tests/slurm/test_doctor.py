@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.checks import nodes, pace
+from launch.doctor import measured as pace
+from launch.doctor import nodes
 from tests.slurm.cluster import NODES, Cluster
 
 pytestmark = pytest.mark.slow

@@ -1,6 +1,6 @@
 """Several nodes: whether they see one folder, agree on the time and the versions, and can exchange a sum.
 
-`srun` starts this once on each node: `python -m launch.checks.nodes FOLDER NODES PROCESSES BYTES`. Each leaves a file
+`srun` starts this once on each node: `python -m launch.doctor.nodes FOLDER NODES PROCESSES BYTES`. Each leaves a file
 in the folder, looks for the others' and, where it sees all of them, starts torchrun with the first one as its host.
 """
 
@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import child, contract
-from launch.checks.finding import Finding, green, red, yellow
-from launch.checks.folder import clock_ahead, clocks
-from launch.checks.host import PORTS_FROM, interfaces, try_ports
-from launch.checks.software import SHOWN, installed
-from launch.command import clean
+from launch import contract
+from launch.doctor.finding import Finding, green, red, yellow
+from launch.doctor.host import PORTS_FROM, interfaces, try_ports
+from launch.doctor.run_folder import clock_ahead, clocks
+from launch.doctor.software import SHOWN, installed
+from launch.local import process as child
+from launch.local.command import clean
 
 SECONDS_TO_SEE = 20.0
 SECONDS_TO_EXCHANGE = 60.0
@@ -40,7 +41,7 @@ def srun(folder: Path, *, nodes: int, processes: int, size: int, inside: bool) -
         *([] if inside else ["--immediate=30", "--time=5"]),
         sys.executable,
         "-m",
-        "launch.checks.nodes",
+        "launch.doctor.nodes",
         str(folder),
         str(nodes),
         str(processes),

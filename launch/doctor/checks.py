@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import child, contract, machine
-from launch.checks import folder as run_folder
-from launch.checks import host, nodes, pace, software, variables
-from launch.checks.finding import Finding, red, yellow
-from launch.command import clean
+from launch import contract, machine
+from launch.doctor import host, nodes, run_folder, software, variables
+from launch.doctor import measured as pace
+from launch.doctor.finding import Finding, red, yellow
+from launch.local import process as child
+from launch.local.command import clean
 
 SECONDS_TO_MEASURE = 90.0
 SECONDS_TO_EXCHANGE = 60.0

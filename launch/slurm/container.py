@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from launch.errors import LaunchError
-from launch.settings import Settings
+from launch.slurm.settings import Settings
 
 PYTHON = "python3"
 """In the image, which has its own; it holds regraft, or the job was submitted from a checkout of it."""

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.command import Local, environment, processes_and_threads, split_options, torchrun
+from launch.local.command import Local, environment, processes_and_threads, split_options, torchrun
 from launch.machine import gpus
 
 LOCAL = Local(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from launch.agent import descendants
+from launch.local.torchrun import descendants
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SECONDS_TO_LEAVE = 5.0

@@ -1,4 +1,4 @@
-"""What a Slurm job is told beside the trainer's options: words of `launch.job`, of `regraft submit` and `render`."""
+"""Settings of a Slurm job beside the options of the trainer: `regraft submit`, `regraft render`, `launch.slurm.job`."""
 
 import argparse
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.errors import LaunchError
-from launch.lifecycle import MAX_ATTEMPTS
+from launch.slurm.requeue import MAX_ATTEMPTS
 
 SEEDS = "seeds"
 """The sweep whose tasks take their number as seed."""

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from launch.checks.finding import Finding, green, red, yellow
+from launch.doctor.finding import Finding, green, red, yellow
 
 PATIENCE = 45.0
 """Seconds without a sign of life after which a run is taken for dead (`attempts/`): clocks must be much closer."""

@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch import contract
-from launch.agent import Ended, run_agent
-from launch.command import Local, environment, torchrun
 from launch.contract import Attempt
 from launch.errors import LaunchError
 from launch.failures import first_failure, rounds, told, users_round
-from launch.lifecycle import is_stop
+from launch.local.command import Local, environment, torchrun
+from launch.local.torchrun import Ended, run_agent
+from launch.slurm.requeue import is_stop
 
 
 def run(local: Local, run_folder: Path) -> int:

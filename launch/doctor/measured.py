@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from launch.checks.finding import Finding, green, red, size, yellow
+from launch.doctor.finding import Finding, green, red, size, yellow
 
 Probed = Mapping[str, Mapping[str, Any]]
 """Probe -> what it has told."""

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from launch.errors import LaunchError
-from launch.settings import Settings
-from launch.site import Site
+from launch.slurm.settings import Settings
+from launch.slurm.site import Site
 
 SIGNAL_SECONDS = 120
 """Seconds ahead of the time limit at which a job is told to save."""
@@ -103,7 +103,7 @@ def render(spec: Spec) -> str:
         *(f"export {name}={shlex.quote(value)}" for name, value in _variables(spec.site)),
         "",
         " \\\n    ".join(
-            ["exec python3 -m launch.job", *_lines([*spec.settings.words(), *spec.options]), '"$@"']
+            ["exec python3 -m launch.slurm.job", *_lines([*spec.settings.words(), *spec.options]), '"$@"']
         ),
     ]
     return "\n".join(blocks) + "\n"

@@ -9,9 +9,9 @@ import pytest
 
 from launch import cli
 from launch.errors import LaunchError
-from launch.settings import NAMES, Settings
-from launch.site import Site
-from launch.slurm import Spec, render
+from launch.slurm.sbatch import Spec, render
+from launch.slurm.settings import NAMES, Settings
+from launch.slurm.site import Site
 from tests.conftest import REPOSITORY
 
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -167,7 +167,7 @@ def test_an_option_reaches_the_trainer_as_it_was_given(name: str, tmp_path: Path
     spec = Spec(options=("--run.dir", name, f"--data.root={name}"))
     assert run_script(render(spec), tmp_path) == [
         "-m",
-        "launch.job",
+        "launch.slurm.job",
         "--run.dir",
         name,
         f"--data.root={name}",

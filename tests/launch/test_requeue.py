@@ -4,7 +4,7 @@ from itertools import product
 import pytest
 
 from launch.contract import Attempt
-from launch.lifecycle import Decision, Standing, Start, decide, new_attempts, progress, standing
+from launch.slurm.requeue import Decision, Standing, Start, decide, new_attempts, progress, standing
 
 
 def attempt(number: int, state: str, *, step: int = 0, reason: str | None = None, stage: str = "") -> Attempt:

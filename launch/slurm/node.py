@@ -1,6 +1,6 @@
 """A node's part of a Slurm job: `srun` starts this once on each node, and this starts torchrun.
 
-srun --> launch.node (one a node) --> torchrun --> the trainer's processes
+srun --> launch.slurm.node (one a node) --> torchrun --> the trainer's processes
 
 After a stop it leaves with 0, whatever torchrun says (1, after every signal): `srun --kill-on-bad-exit` would end the
 other nodes, where rank 0 may still be saving.
@@ -20,10 +20,10 @@ from pathlib import Path
 from types import FrameType
 
 from launch import contract, machine
-from launch.agent import PASSED_ON, run_agent
-from launch.command import Local, environment, processes_and_threads
 from launch.errors import LaunchError
 from launch.failures import rounds, users_round
+from launch.local.command import Local, environment, processes_and_threads
+from launch.local.torchrun import PASSED_ON, run_agent
 
 SECONDS_TO_MEET = 600
 """How long nodes wait for each other: they start at different times, and import torch from a shared disk."""
@@ -38,7 +38,7 @@ ASKED = "asked"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What all nodes of a job are told; the job's first node works it out (launch/job.py)."""
+    """What all nodes of a job are told; the job's first node works it out (launch/slurm/job.py)."""
 
     addresses: tuple[str, ...]
     """Of the nodes, as the others reach them; by SLURM_NODEID."""
@@ -75,7 +75,9 @@ class Job:
 def parse(words: Sequence[str]) -> Job:
     """Return the job that `Job.words` has written down."""
     own = list(words[: words.index("--")]) if "--" in words else list(words)
-    parser = argparse.ArgumentParser(prog="python -m launch.node", allow_abbrev=False, description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.slurm.node", allow_abbrev=False, description=__doc__
+    )
     parser.add_argument("--addresses", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--rdzv-id", required=True)

@@ -1,9 +1,9 @@
 """A Slurm job, on its first node: `slurm/finetune.sh` becomes this, in the batch shell's place.
 
-launch.job --> srun --> launch.node (one a node) --> torchrun --> the trainer's processes
+launch.slurm.job --> srun --> launch.slurm.node (one a node) --> torchrun --> the trainer's processes
 
 It settles where the run lies and where the nodes meet, passes on the signals that Slurm gives the batch shell alone
-(USR1 ahead of the time limit), and queues the job again where launch/lifecycle.py says so.
+(USR1 ahead of the time limit), and queues the job again where launch/slurm/requeue.py says so.
 """
 
 import argparse
@@ -15,13 +15,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from launch import allocation as slurm
-from launch import container, contract, lifecycle, machine, node
-from launch.allocation import Allocation
-from launch.command import split_options
+from launch import contract, machine
 from launch.errors import LaunchError
 from launch.failures import Failure, first_failure, first_of, told
-from launch.settings import NAMES, Settings, add_to, settings, sweep_options
+from launch.local.command import split_options
+from launch.slurm import allocation as slurm
+from launch.slurm import container, node
+from launch.slurm import requeue as lifecycle
+from launch.slurm.allocation import Allocation
+from launch.slurm.settings import NAMES, Settings, add_to, settings, sweep_options
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -199,7 +201,7 @@ def _step(job: Allocation, chosen: Settings, part: node.Job, folder: Path, asked
         *container.prefix(chosen, mounts, here, gpus=gpus > 0),
         container.PYTHON if inside else sys.executable,
         "-m",
-        "launch.node",
+        "launch.slurm.node",
         *part.words(),
     ]
     try:

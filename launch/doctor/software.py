@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
-from launch.checks.finding import Finding, green, red, size, yellow
+from launch.doctor.finding import Finding, green, red, size, yellow
 
 SHOWN = ("regraft", "torch", "torchvision", "accelerate", "safetensors", "numpy", "pillow")
 _VITAL = frozenset({"regraft", "torch", "torchvision", "accelerate", "safetensors"})

@@ -12,12 +12,12 @@ from datetime import datetime
 from pathlib import Path
 
 from launch import contract
-from launch.allocation import plain
-from launch.command import split_options
 from launch.errors import LaunchError
-from launch.settings import NAMES, SEEDS, add_to, settings, sweep_lines
-from launch.site import find
-from launch.slurm import SIGNAL_SECONDS, Spec, header, render
+from launch.local.command import split_options
+from launch.slurm.allocation import plain
+from launch.slurm.sbatch import SIGNAL_SECONDS, Spec, header, render
+from launch.slurm.settings import NAMES, SEEDS, add_to, settings, sweep_lines
+from launch.slurm.site import find
 
 SCRIPT, SWEEP = "job.sh", "sweep.txt"
 _NUMBERS = {

@@ -18,10 +18,10 @@ from pathlib import Path
 from types import FrameType
 
 from launch import contract, machine
-from launch.checks.examine import Patient, examine
-from launch.checks.finding import Finding, Level
-from launch.checks.folder import existing
-from launch.command import processes_and_threads, split_options
+from launch.doctor.checks import Patient, examine
+from launch.doctor.finding import Finding, Level
+from launch.doctor.run_folder import existing
+from launch.local.command import processes_and_threads, split_options
 
 _ENDED = (signal.SIGTERM, signal.SIGHUP)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.checks.finding import Finding, green, red, size, yellow
+from launch.doctor.finding import Finding, green, red, size, yellow
 
 _GIB = 1 << 30
 _MIB = 1 << 20

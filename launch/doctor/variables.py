@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from launch.checks.finding import Finding, green, red, yellow
+from launch.doctor.finding import Finding, green, red, yellow
 
 
 class _Rule(NamedTuple):
