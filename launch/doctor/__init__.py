@@ -1,1 +1,1 @@
-"""What `regraft doctor` looks at. Functions that judge take facts; what finds facts out stands beside them."""
+"""`regraft doctor`: check whether a machine, or several nodes, can run a training."""

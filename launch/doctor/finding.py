@@ -1,46 +1,54 @@
-"""What a check comes to."""
+"""What the doctor checks, and the result of a check."""
 
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 Level = Literal["green", "yellow", "red"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One result of a check."""
 
-    name: str
-    """Of the check."""
+    check: str
+    """Name of the check."""
     level: Level
-    """green: as it should be; yellow: works, but slowly or not for long; red: a run would fail."""
-    what: str
+    """green: good; yellow: works, but slowly or not for long; red: a run would fail."""
+    message: str
+    """What was found."""
     remedy: str | None = None
-    """What to do about it."""
-
-    def fields(self) -> dict[str, str | None]:
-        """Return it as JSON takes it."""
-        return asdict(self)
+    """What to do about it; None if the level is green."""
 
 
-def green(name: str, what: str) -> Finding:
-    """Return a finding of what is as it should be."""
-    return Finding(name=name, level="green", what=what)
+def make_finding(check: str, level: Level, message: str, remedy: str) -> Finding:
+    """Return a finding; the remedy is dropped if the level is green."""
+    return Finding(check, level, message, None if level == "green" else remedy)
 
 
-def yellow(name: str, what: str, remedy: str) -> Finding:
-    """Return a finding of what works, but not well."""
-    return Finding(name=name, level="yellow", what=what, remedy=remedy)
+@dataclass(kw_only=True)
+class DoctorContext:
+    """What is checked, and what earlier checks have measured for later ones."""
+
+    run: Path
+    """The run folder, which may not exist yet."""
+    processes: int
+    """Number of processes per node."""
+    nodes: int
+    """Number of nodes."""
+    options: tuple[str, ...]
+    """Command-line options of the trainer."""
+    scratch: Path | None = None
+    """Folder of the doctor on the run folder's disk, None if it could not be made."""
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What trainer/probe.py has measured: name -> values, or an `error`."""
 
 
-def red(name: str, what: str, remedy: str) -> Finding:
-    """Return a finding of what a run would fail of."""
-    return Finding(name=name, level="red", what=what, remedy=remedy)
-
-
-def size(count: float) -> str:
-    """Return bytes in a unit that keeps the number short."""
-    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= one:
-            return f"{count / one:.3g} {unit}" if count < 1000 * one else f"{count / one:,.0f} {unit}"
+def format_bytes(count: float) -> str:
+    """Return a number of bytes with a short unit."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return (
+                f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:,.0f} {unit}"
+            )
     return f"{count:.0f} bytes"

@@ -1,190 +1,157 @@
-"""What trainer/probe.py has measured, judged."""
+"""Measure decoding, training steps and all-reduce with trainer/probe.py, and judge the results."""
 
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.doctor.finding import Finding, green, red, size, yellow
+from launch import contract
+from launch.doctor.finding import DoctorContext, Finding, Level, format_bytes, make_finding
+from launch.local import process
+from launch.local.torchrun import without_launcher_variables
 
-Probed = Mapping[str, Mapping[str, Any]]
-"""Probe -> what it has told."""
-SECONDS_FOR_A_CHECKPOINT = 30.0
-_SLOW_NETWORK = 0.5
-"""Of a step's time, for its exchange, that is worth a word."""
-
-
-def read(output: str) -> dict[str, dict[str, Any]]:
-    """Return what the probe's output tells; lines that others have printed are passed over."""
-    found: dict[str, dict[str, Any]] = {}
-    for line in output.splitlines():
-        if line.startswith("{"):
-            try:
-                fields = json.loads(line)
-                found[str(fields.pop("probe"))] = fields
-            except (ValueError, KeyError, AttributeError):
-                continue
-    return found
-
-
-def failures(probed: Probed, *, ended: str | None) -> list[Finding]:
-    """Return what the probe could not do.
-
-    Args:
-        probed: what it told.
-        ended: how it ended before its time, None where it came to its end.
-
-    """
-    found: list[Finding] = []
-    for name, remedy in (
-        ("build", "import torch does not work: install torch and torchvision anew, together, from one index"),
-        ("vision", "torch and torchvision do not fit: install both anew, together, from one index"),
-        ("config", "mend the option that it names"),
-        ("read", "see that the images can be read from here"),
-        ("decode", "see that the images can be read from here"),
-        ("step", "a smaller share of the batch at once: --train.accumulation 2, or more memory"),
-        ("write", "put run.dir on a disk that can be written to"),
-    ):
-        error = probed.get(name, {}).get("error")
-        if error is not None:
-            found.append(red(_TITLES[name], str(error), remedy))
-    if ended is not None:
-        found.append(red("measuring", ended, "python -c 'import torch, torchvision' shows more"))
-    return found
-
-
-_TITLES = {
-    "build": "torch",
-    "vision": "torchvision",
-    "config": "config",
-    "read": "reading",
-    "decode": "decoding",
-    "step": "training step",
-    "write": "checkpoints",
+MEASURE_SECONDS, ALL_REDUCE_SECONDS = 90.0, 60.0
+"""Time limits."""
+_DEFAULT_ALL_REDUCE_BYTES = 64 << 20
+"""Size of the all-reduce if the size of the model is not known."""
+_SLOW_ALL_REDUCE = 0.5
+"""Share of a training step's time above which the all-reduce is reported as slow."""
+_REMEDIES = {
+    **dict.fromkeys(("torch", "torchvision"), "reinstall torch and torchvision together, from one index"),
+    "config": "fix the option that the message names",
+    "decoding": "check that the images can be read on this machine",
+    "model": "use --train.accumulation 2, or a machine with more memory",
+    "training step": "use --train.accumulation 2, or a machine with more memory",
 }
 
 
-def step(probed: Probed, *, processes: int) -> list[Finding]:
-    """Return the pace of a training step, and whether it fits into its GPU."""
-    found = probed.get("step", {})
-    if "images_per_second" not in found:
+def parse_output(output: str) -> dict[str, dict[str, Any]]:
+    """Return the measurements in the output of the probe or of the nodes; other lines are skipped."""
+    measured: dict[str, dict[str, Any]] = {}
+    for line in output.splitlines():
+        if line.startswith("{"):
+            try:
+                values = json.loads(line)
+                measured[str(values.pop("probe"))] = values
+            except (ValueError, KeyError, AttributeError):
+                continue
+    return measured
+
+
+def run_without_launcher(command: Sequence[str], *, seconds: float) -> process.ProcessResult:
+    """Run a command without the variables of an outer launcher."""
+    environment = without_launcher_variables(os.environ)
+    return process.run_with_timeout(command, seconds=seconds, environment=environment)
+
+
+def measure(context: DoctorContext) -> list[Finding]:
+    """Measure decoding and training steps of the configured run, and check them."""
+    if context.scratch is None:
+        remedy = "see the finding about the run folder"
+        return [Finding("measuring", "yellow", "not possible without a run folder", remedy)]
+    probe = [sys.executable, str(contract.trainer_folder() / "probe.py"), "measure"]
+    arguments = [str(context.scratch), str(context.processes), *context.options]
+    result = run_without_launcher([*probe, *arguments], seconds=MEASURE_SECONDS)
+    context.measured = parse_output(result.stdout)
+    findings = [
+        Finding(name, "red", str(context.measured[name]["error"]), remedy)
+        for name, remedy in _REMEDIES.items()
+        if "error" in context.measured.get(name, {})
+    ]
+    if failure := result.failure_reason(MEASURE_SECONDS):
+        remedy = "python -c 'import torch, torchvision' may show more"
+        findings.append(Finding("measuring", "red", failure, remedy))
+    return [*findings, *check_step(context), *check_decoding(context)]
+
+
+def check_step(context: DoctorContext) -> list[Finding]:
+    """Report the speed of a training step, and whether it fits in GPU memory."""
+    step = context.measured.get("training step", {})
+    level: Level = "green"
+    if "images_per_second" not in step:
         return []
-    on_gpu = _is_on_gpu(found)
-    where = f"each of {processes} processes" if on_gpu else f"{found['threads']} threads"
-    what = (
-        f"{_rate(found['images_per_second'])} images/s in {found['precision']} on {found['device']}, {where}: "
-        f"{probed['config']['model']}, {found['examples']} at once"
+    message = (
+        f"{context.measured['config']['model']}: {_format_rate(step['images_per_second'])} images/s per process in "
+        f"{step['precision']} on {step['device']}, {step['batch_size']} images per step"
     )
-    if found["memory_bytes"] is not None:
-        share = found["peak_bytes"] / found["memory_bytes"]
-        what += f", {size(found['peak_bytes'])} of {size(found['memory_bytes'])} at the peak"
-        if share > 0.9:
-            return [
-                yellow(
-                    "training step", what, "--train.accumulation 2 takes half the memory for the same update"
-                )
-            ]
-    return [green("training step", what)]
+    if step["memory_bytes"] is not None:
+        message += f", peak memory {format_bytes(step['peak_bytes'])} of {format_bytes(step['memory_bytes'])}"
+        level = "yellow" if step["peak_bytes"] > 0.9 * step["memory_bytes"] else "green"
+    remedy = "--train.accumulation 2 halves the memory and makes the same updates"
+    return [make_finding("training step", level, message, remedy)]
 
 
-def images(probed: Probed, *, processes: int) -> list[Finding]:
-    """Return whether images come as fast as training takes them."""
-    read, decode, model, step = (probed.get(name, {}) for name in ("read", "decode", "model", "step"))
-    findings: list[Finding] = []
-    need = step.get("images_per_second", 0.0) * (processes if _is_on_gpu(step) else 1)
-    needed = f"; training takes {_rate(need)}" if need else ""
-    if "images_per_second" in read:
-        rate = read["images_per_second"]
-        what = (
-            f"{_rate(rate)} images/s, {size(read['bytes_per_second'])}/s by {read['threads']} readers "
-            f"({probed['config']['images']}){needed}"
-        )
-        findings.append(
-            yellow("reading", what, "copy the images to a local disk, and give it by --data.root")
-            if need and rate < need
-            else green("reading", what)
-        )
-    if "images_per_second" in decode and model:
-        # Where the trainer itself decodes between its updates, the cores are taken from the step.
-        cores = min(model["decoding_cores"] * processes, model["cores"])
-        rate = decode["images_per_second"] * cores
-        what = f"{_rate(decode['images_per_second'])} images/s on one core, {_rate(rate)} on {cores}{needed}"
-        findings.append(
-            yellow(
-                "decoding",
-                what,
-                "more cores or --data.workers, or smaller files: decoding grows with their pixels",
-            )
-            if need and rate < need
-            else green("decoding", what)
-        )
-    return findings
-
-
-def checkpoints(probed: Probed) -> list[Finding]:
-    """Return how long a checkpoint takes to write."""
-    write, model = probed.get("write", {}), probed.get("model", {})
-    if "bytes_per_second" not in write or not model:
+def check_decoding(context: DoctorContext) -> list[Finding]:
+    """Check that the CPU decodes images as fast as training needs them."""
+    decoding, model, step = (context.measured.get(key, {}) for key in ("decoding", "model", "training step"))
+    if "images_per_second" not in decoding or not model:
         return []
-    seconds = model["checkpoint_bytes"] / write["bytes_per_second"]
-    what = (
-        f"{size(write['bytes_per_second'])}/s to the run folder's disk: {seconds:.1f} s for one of "
-        f"{size(model['checkpoint_bytes'])}"
+    # Without workers, the trainer decodes between its updates.
+    cores = min(model["decoding_cores"] * context.processes, model["cores"])
+    rate = decoding["images_per_second"] * cores
+    on_gpu = str(step.get("device", "")).startswith("cuda")  # processes on a CPU share its cores
+    needed = step.get("images_per_second", 0.0) * (context.processes if on_gpu else 1)
+    message = (
+        f"{_format_rate(decoding['images_per_second'])} images/s on one core, {_format_rate(rate)} on {cores}"
+        + (f"; training needs {_format_rate(needed)}" if needed else "")
+        + f" ({context.measured['config']['images']})"
     )
-    if seconds > SECONDS_FOR_A_CHECKPOINT:
-        return [
-            yellow(
-                "checkpoints",
-                f"{what}; a stop ahead of a time limit has to leave that long",
-                "put run.dir on a faster disk; checkpoint.every '10 min' writes less often",
-            )
-        ]
-    return [green("checkpoints", what)]
+    remedy = "use more cores or --data.workers, or smaller image files"
+    return [make_finding("decoding", "yellow" if rate < needed else "green", message, remedy)]
 
 
-def exchange(told: Mapping[str, Any] | None, probed: Probed, *, ended: str, wanted: int) -> Finding:
-    """Return how fast the processes exchange gradients.
+def all_reduce(context: DoctorContext) -> list[Finding]:
+    """Compute a sum between the processes of this machine; a run of one process tries two on the CPU."""
+    single, processes = context.processes == 1, max(2, context.processes)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"),
+        f"--nproc-per-node={processes}",
+        *all_reduce_program(context),
+        *(["cpu"] if single else []),
+    ]
+    result = run_without_launcher(command, seconds=ALL_REDUCE_SECONDS)
+    failure = result.failure_reason(ALL_REDUCE_SECONDS)
+    summed = parse_output(result.stdout).get("all-reduce")
+    step = {} if single else context.measured.get("training step", {})
+    return [check_all_reduce(summed, step, failure=failure, processes=processes)]
 
-    Args:
-        told: the probe's `allreduce`, None where it told nothing.
-        probed: what else was told.
-        ended: how it ended, for where it told nothing.
-        wanted: number of processes.
 
-    """
-    if told is None:
-        return red(
-            "all-reduce",
-            f"{wanted} processes could not exchange a sum: {ended}",
-            "NCCL_DEBUG=INFO (TORCH_DISTRIBUTED_DEBUG=DETAIL) tells more; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME "
-            "name the network interface",
-        )
-    what = (
-        f"{told['ranks']} processes by {told['backend']}: {size(told['bytes'] / told['seconds'])}/s of a sum of "
-        f"{size(told['bytes'])}, {1e6 * told['latency']:,.0f} us for a small one"
+def all_reduce_program(context: DoctorContext) -> list[str]:
+    """Return the program for torchrun that computes a sum as large as the gradients."""
+    size = int(context.measured.get("model", {}).get("gradient_bytes", _DEFAULT_ALL_REDUCE_BYTES))
+    return [str(contract.trainer_folder() / "probe.py"), "allreduce", str(size)]
+
+
+def check_all_reduce(
+    summed: Mapping[str, Any] | None, step: Mapping[str, Any], *, failure: str | None, processes: int
+) -> Finding:
+    """Check that all processes have computed a sum, and how fast compared with a training step."""
+    remedy = (
+        "NCCL_DEBUG=INFO or TORCH_DISTRIBUTED_DEBUG=DETAIL shows more; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME set "
+        "the network interface; NCCL_P2P_DISABLE=1 avoids a broken connection between GPUs"
     )
-    if told["ranks"] != wanted:
-        return red("all-reduce", f"{what}; {wanted} were started", "see that all of them are started alike")
-    if not told["right"]:
-        return red(
-            "all-reduce", f"{what}; the sum is wrong", "a broken network or GPU: try NCCL_P2P_DISABLE=1"
-        )
-    pace = probed.get("step", {})
-    if "images_per_second" in pace:
-        one = pace["examples"] / pace["images_per_second"]
-        part = told["seconds"] / one
-        what += f"; {100 * part:.0f} % of a step of {1000 * one:,.0f} ms"
-        if part > _SLOW_NETWORK:
-            return yellow(
-                "all-reduce",
-                what,
-                "a larger train.batch_size exchanges less often; a faster interface by NCCL_SOCKET_IFNAME",
+    if summed is None:
+        message = f"{processes} processes could not compute a sum: {failure or 'they printed nothing'}"
+        return Finding("all-reduce", "red", message, remedy)
+    rate = format_bytes(summed["bytes"] / summed["seconds"])
+    message = f"{summed['processes']} processes with {summed['backend']}: {rate}/s for {format_bytes(summed['bytes'])}"
+    level: Level = "green"
+    if summed["processes"] != processes:
+        level, message = "red", f"{message}; {processes} processes were started"
+    elif not summed["correct"]:
+        level, message = "red", f"{message}; the sum is wrong"
+    elif "images_per_second" in step:
+        step_seconds = step["batch_size"] / step["images_per_second"]
+        share = summed["seconds"] / step_seconds
+        message += f"; {100 * share:.0f} % of a training step of {1000 * step_seconds:,.0f} ms"
+        if share > _SLOW_ALL_REDUCE:
+            level, remedy = (
+                "yellow",
+                "use a larger train.batch_size, or a faster interface (NCCL_SOCKET_IFNAME)",
             )
-    return green("all-reduce", what)
+    return make_finding("all-reduce", level, message, remedy)
 
 
-def _is_on_gpu(step: Mapping[str, Any]) -> bool:
-    return str(step.get("device", "")).startswith("cuda")
-
-
-def _rate(images_per_second: float) -> str:
+def _format_rate(images_per_second: float) -> str:
     return f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.1f}"

@@ -1,193 +1,123 @@
-"""Several nodes: whether they see one folder, agree on the time and the versions, and can exchange a sum.
+"""Check several nodes of a Slurm cluster: a shared run folder, equal versions, and an all-reduce between them.
 
-`srun` starts this once on each node: `python -m launch.doctor.nodes FOLDER NODES PROCESSES BYTES`. Each leaves a file
-in the folder, looks for the others' and, where it sees all of them, starts torchrun with the first one as its host.
+`srun` starts this program once per node: `python -m launch.doctor.nodes FOLDER PROCESSES PROGRAM ...`. Each node writes
+a file to the folder and looks for the files of the others. If it sees all of them, it starts PROGRAM with torchrun.
 """
 
 import json
 import os
-import random
-import re
-import socket
-import subprocess
+import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import contract
-from launch.doctor.finding import Finding, green, red, yellow
-from launch.doctor.host import PORTS_FROM, interfaces, try_ports
-from launch.doctor.run_folder import clock_ahead, clocks
-from launch.doctor.software import SHOWN, installed
-from launch.local import process as child
-from launch.local.command import clean
+from launch.doctor import measured
+from launch.doctor.finding import DoctorContext, Finding, Level
+from launch.doctor.software import PACKAGES, installed
+from launch.slurm import allocation
+from launch.slurm.node import NodeTask, rendezvous_options
 
-SECONDS_TO_SEE = 20.0
-SECONDS_TO_EXCHANGE = 60.0
-SECONDS = SECONDS_TO_SEE + SECONDS_TO_EXCHANGE + 40.0
-_FIRST_PORT_OF_ALL = 32768
+SHARED_FOLDER_SECONDS = 20.0
+TOTAL_SECONDS = SHARED_FOLDER_SECONDS + measured.ALL_REDUCE_SECONDS + 40.0
 
 
-def srun(folder: Path, *, nodes: int, processes: int, size: int, inside: bool) -> list[str]:
-    """Return the command that starts this on `nodes` nodes; `inside` an allocation, or in one of its own, at once."""
+def check_nodes(context: DoctorContext) -> list[Finding]:
+    """Run this module on all nodes through srun, and check what the nodes report."""
+    if context.scratch is None or shutil.which("srun") is None:
+        problem = "there is no srun here" if context.scratch else "the run folder is not writable"
+        remedy = "run it on the cluster with a writable run.dir, or drop --nodes"
+        return [Finding("nodes", "red", f"{context.nodes} were requested, but {problem}", remedy)]
+    command = srun_command(context, context.scratch, in_job="SLURM_JOB_ID" in os.environ)
+    result = measured.run_without_launcher(command, seconds=TOTAL_SECONDS)
+    failure = result.failure_reason(TOTAL_SECONDS)
+    results = measured.parse_output(result.stdout)
+    findings = check_reports(results, nodes=context.nodes, failure=failure)
+    if findings[0].level == "red":
+        return findings
+    step, processes = context.measured.get("training step", {}), context.nodes * context.processes
+    summed = results.get("all-reduce")
+    return [*findings, measured.check_all_reduce(summed, step, failure=failure, processes=processes)]
+
+
+def srun_command(context: DoctorContext, folder: Path, *, in_job: bool) -> list[str]:
+    """Return the command that starts this program on each node, in this job or in a new one that starts at once."""
     return [
-        "srun",
-        f"--nodes={nodes}",
-        f"--ntasks={nodes}",
-        "--ntasks-per-node=1",
+        *("srun", f"--nodes={context.nodes}", f"--ntasks={context.nodes}", "--ntasks-per-node=1"),
         "--job-name=regraft-doctor",
-        *([] if inside else ["--immediate=30", "--time=5"]),
-        sys.executable,
-        "-m",
-        "launch.doctor.nodes",
-        str(folder),
-        str(nodes),
-        str(processes),
-        str(size),
+        *([] if in_job else ["--immediate=30", "--time=5"]),
+        *(sys.executable, "-m", "launch.doctor.nodes", str(folder), str(context.processes)),
+        *measured.all_reduce_program(context),
     ]
 
 
-def read(output: str) -> list[dict[str, Any]]:
-    """Return what the nodes have told, in their order."""
-    told: dict[int, dict[str, Any]] = {}
-    for line in output.splitlines():
-        if line.startswith('{"node"'):
-            try:
-                fields = json.loads(line)
-                told.setdefault(int(fields["node"]), {}).update(fields)
-            except (ValueError, KeyError, TypeError):
-                continue
-    return [told[node] for node in sorted(told)]
-
-
-def judge(told: Sequence[Mapping[str, Any]], *, nodes: int, why: str | None) -> list[Finding]:
-    """Return what the nodes come to; `why` is how srun failed, if it has."""
-    met = [one for one in told if "host" in one]
-    if len(met) < nodes:
-        return [
-            red(
-                "nodes",
-                f"{len(met)} of {nodes} answered: {why or 'srun has said nothing more'}",
-                "see `sinfo`; within an allocation: salloc --nodes ..., and `regraft doctor` in it",
-            )
-        ]
-    everyone = {one["node"] for one in met}
-    blind = [one for one in met if set(one["sees"]) != everyone]
-    hosts = ", ".join(str(one["host"]) for one in met)
-    findings = []
+def check_reports(
+    results: Mapping[str, Mapping[str, Any]], *, nodes: int, failure: str | None
+) -> list[Finding]:
+    """Check the reports of all nodes; `failure` says why srun failed, if it did."""
+    reports = [results[f"node {node}"] for node in range(nodes) if f"node {node}" in results]
+    hosts = ", ".join(str(report["host"]) for report in reports)
+    if len(reports) < nodes:
+        message = f"{len(reports)} of {nodes} answered: {failure or 'srun printed nothing more'}"
+        remedy = "see `sinfo`; or run `regraft doctor` in an allocation of `salloc --nodes N`"
+        return [Finding("nodes", "red", message, remedy)]
+    blind = [str(report["host"]) for report in reports if report["sees"] != list(range(nodes))]
+    findings = [Finding("shared run folder", "green", f"{hosts} see each other's files")]
     if blind:
-        findings.append(
-            red(
-                "run folder on all nodes",
-                f"{', '.join(str(one['host']) for one in blind)} does not see what the others write",
-                "put run.dir on a file system that all nodes share",
-            )
-        )
-    else:
-        findings.append(green("run folder on all nodes", f"{hosts} see what each of them writes"))
-    findings.append(clocks({f"{one['host']} ({one['node']})": float(one["ahead"]) for one in met}))
-    findings += _versions(met)
+        message = f"{', '.join(blind)} does not see the files of the other nodes"
+        remedy = "set run.dir to a folder on a file system that all nodes share"
+        findings = [Finding("shared run folder", "red", message, remedy)]
+    for name in sorted({name for report in reports for name in report["versions"]}):
+        versions = {str(report["host"]): report["versions"].get(name, "missing") for report in reports}
+        if len(set(versions.values())) > 1:
+            message = f"{name}: " + ", ".join(f"{version} on {host}" for host, version in versions.items())
+            level: Level = "red" if name in ("regraft", "torch", "accelerate") else "yellow"
+            findings.append(Finding("node versions", level, message, "use one environment on all nodes"))
     return findings
 
 
-def _versions(met: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    findings = []
-    for name in sorted({name for one in met for name in one["versions"]}):
-        found = {str(one["host"]): one["versions"].get(name) for one in met}
-        if len(set(found.values())) > 1:
-            told = ", ".join(f"{version or 'none'} on {host}" for host, version in found.items())
-            judge = red if name in ("regraft", "torch", "accelerate") else yellow
-            findings.append(
-                judge("versions on all nodes", f"{name}: {told}", "one environment for all nodes")
-            )
-    return findings or [green("versions on all nodes", "the same")]
-
-
-def address(environment: Mapping[str, str]) -> str:
-    """Return this node's address as Slurm knows it; a node's name need not resolve."""
-    name = environment.get("SLURMD_NODENAME", "")
-    if name:
-        try:
-            said = subprocess.run(
-                ["scontrol", "show", "node", name, "-o"],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=False,
-            ).stdout
-        except (OSError, subprocess.TimeoutExpired):
-            said = ""
-        found = re.search(r"\bNodeAddr=(\S+)", said)
-        if found:
-            return found[1]
-    return socket.gethostname()
-
-
-def torchrun(
-    met: Sequence[Mapping[str, Any]], *, node: int, processes: int, size: int, token: str
-) -> list[str]:
-    """Return a node's command for the exchange."""
-    head = met[0]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nnodes={len(met)}",
-        f"--nproc-per-node={processes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-id=regraft-doctor-{token}",
-        f"--rdzv-endpoint={head['address']}:{head['port']}",
-        f"--rdzv-conf=is_host={'true' if node == 0 else 'false'},join_timeout=50,read_timeout=50",
-        f"--local-addr={met[node]['address']}",
-        str(contract.trainer_folder() / "probe.py"),
-        "allreduce",
-        str(size),
-    ]
-
-
-def meet(folder: Path, *, node: int, nodes: int, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Leave facts in the folder, and return those of the nodes that are seen there, this one's among them."""
+def share_report(folder: Path, report: Mapping[str, Any], *, node: int, nodes: int) -> list[int]:
+    """Write a report to the shared folder, and return the nodes whose reports this node sees there."""
     temporary = folder / f".node-{node}.tmp"
-    temporary.write_text(json.dumps(facts), encoding="ascii")
+    temporary.write_text(json.dumps(report), encoding="ascii")
     temporary.replace(folder / f"node-{node}.json")
-    until = time.monotonic() + SECONDS_TO_SEE
-    found: list[dict[str, Any]] = []
-    while len(found) < nodes and time.monotonic() < until:
-        os.listdir(folder)  # noqa: PTH208 (a network file system then asks its server)
-        paths = [folder / f"node-{number}.json" for number in range(nodes)]
-        found = [json.loads(path.read_text(encoding="ascii")) for path in paths if path.exists()]
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    seen: list[int] = []
+    while len(seen) < nodes and time.monotonic() < deadline:
+        os.listdir(folder)  # noqa: PTH208 (makes a network file system ask its server)
+        seen = [number for number in range(nodes) if (folder / f"node-{number}.json").exists()]
         time.sleep(0.1)
-    return found
+    return seen
 
 
-def main(words: Sequence[str]) -> int:
-    """Do a node's part."""
-    folder, nodes, processes, size = Path(words[0]), int(words[1]), int(words[2]), int(words[3])
-    node = int(os.environ.get("SLURM_NODEID", "0"))
-    ephemeral = min(_FIRST_PORT_OF_ALL, try_ports(count=1).ephemeral_from)
-    facts = {
-        "node": node,
-        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
-        "address": address(os.environ),
-        "port": random.randrange(PORTS_FROM, max(ephemeral, PORTS_FROM + 1)),
-        "ahead": clock_ahead(folder),
-        "interfaces": list(interfaces()),
-        "versions": {name: there[0] for name in SHOWN if (there := installed(name)) is not None}
-        | {"python": sys.version.split()[0]},
-    }
-    met = meet(folder, node=node, nodes=nodes, facts=facts)
-    print(json.dumps(facts | {"sees": [one["node"] for one in met]}), flush=True)
-    if len(met) < nodes:
+def main(argv: Sequence[str]) -> int:
+    """Run the checks of one node, print its report, and return 1 if the all-reduce failed."""
+    folder, processes, *program = argv
+    node, node_list = int(os.environ["SLURM_NODEID"]), os.environ["SLURM_STEP_NODELIST"]
+    names = allocation.node_names(node_list)
+    versions = {name: package[0] for name in PACKAGES if (package := installed(name)) is not None}
+    versions["python"] = platform.python_version()
+    report = {"probe": f"node {node}", "host": names[node], "versions": versions}
+    seen = share_report(Path(folder), report, node=node, nodes=len(names))
+    print(json.dumps(report | {"sees": seen}), flush=True)
+    if len(seen) < len(names):
         return 0
-    command = torchrun(met, node=node, processes=processes, size=size, token=folder.name)
-    ended = child.run(command, seconds=SECONDS_TO_EXCHANGE, environment=clean(os.environ))
-    print(ended.out, end="", flush=True)
-    why = ended.why(SECONDS_TO_EXCHANGE)
-    if why is not None:
-        print(json.dumps({"node": node, "exchange": why}), flush=True)
-    return 0
+    task = NodeTask(
+        addresses=allocation.node_addresses(node_list, names),
+        port=allocation.choose_port(os.environ["SLURM_JOB_ID"], lambda _: True),  # the same on all nodes
+        rdzv_id=Path(folder).name,
+        logs=Path(folder),
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command = [*torchrun, *rendezvous_options(task, node=node), *program]
+    result = measured.run_without_launcher(command, seconds=measured.ALL_REDUCE_SECONDS)
+    print(result.stdout, end="", flush=True)
+    failure = result.failure_reason(measured.ALL_REDUCE_SECONDS)
+    if failure is not None:
+        print(f"error: {names[node]}: {failure}", file=sys.stderr)
+    return int(failure is not None)
 
 
 if __name__ == "__main__":

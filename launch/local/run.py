@@ -1,4 +1,4 @@
-"""A run on this machine: start torchrun, stop it where starting again is of no use, say how it ended."""
+"""Train on this machine: run torchrun, stop it after errors that a restart cannot fix, and report how it ended."""
 
 import os
 import shutil
@@ -11,86 +11,107 @@ from pathlib import Path
 from launch import contract
 from launch.contract import Attempt
 from launch.errors import LaunchError
-from launch.failures import first_failure, rounds, told, users_round
-from launch.local.command import Local, environment, torchrun
-from launch.local.torchrun import Ended, run_agent
-from launch.slurm.requeue import is_stop
+from launch.failures import (
+    find_user_error,
+    first_failure,
+    format_failure,
+    restart_dirs,
+    was_requested_stop,
+)
+from launch.local.torchrun import (
+    TorchrunConfig,
+    TorchrunResult,
+    run_torchrun,
+    torchrun_command,
+    trainer_environment,
+)
 
 
-def run(local: Local, run_folder: Path) -> int:
-    """Run to the end, and return the exit code: 0 done, 75 stopped and saved, 2 the user's to mend, 1 failed.
+def run(config: TorchrunConfig, run_folder: Path) -> int:
+    """Train to the end, and return the exit code.
+
+    Returns:
+        0 when training is done, 75 when it was stopped and saved, 130 when it was killed by a second Ctrl-C, 2 for an
+        error that the user can fix, 1 for any other failure.
 
     Raises:
-        LaunchError: the run folder cannot be written to.
+        LaunchError: the run folder is not writable.
 
     """
-    before = contract.last_number(run_folder)
-    fresh = not run_folder.exists()
-    watch = _Rounds(local.logs)
+    last_number = contract.last_number(run_folder)
+    is_new_folder = not run_folder.exists()
+    monitor = _RestartMonitor(config.logs)
     try:
-        ended = run_agent(torchrun(local), environment(local, os.environ), local.logs, look=watch.look)
+        result = run_torchrun(
+            torchrun_command(config),
+            trainer_environment(config, os.environ),
+            config.logs,
+            keep_running=monitor.keep_running,
+        )
     except OSError as error:
         raise LaunchError(
             f"run.dir {run_folder}: cannot be written to ({error}); choose another folder"
         ) from None
     attempt = contract.latest_attempt(run_folder)
-    made = attempt if attempt is not None and attempt.attempt > before else None
-    code = _tell(ended, made, local.logs)
-    if made is None and code in (contract.STOPPED, contract.USER_ERROR):  # no log could tell of anything
-        _remove(local.logs, run_folder if fresh else None)
+    if attempt is not None and attempt.attempt <= last_number:
+        attempt = None
+    code = _report(result, attempt, config.logs)
+    if attempt is None and code in (contract.STOPPED, contract.USER_ERROR):  # the logs contain nothing of use
+        _remove_logs(config.logs, run_folder if is_new_folder else None)
     return code
 
 
-def _tell(ended: Ended, made: Attempt | None, logs: Path) -> int:
-    """Say how a launch ended whose last attempt is `made` (None: it came to none), and return its exit code."""
-    asked, ended_well = ended.asked is not None, ended.code == 0
-    if made is not None and made.state == "done":
+def _report(result: TorchrunResult, attempt: Attempt | None, logs: Path) -> int:
+    """Print how a launch ended, and return its exit code; `attempt` is its last one, None if there was none."""
+    signaled, succeeded = result.signal is not None, result.code == 0
+    if attempt is not None and attempt.state == "done":
         return contract.DONE
-    if ended.insisted:
-        text = "ended at once: what was saved before is whole, and the same command goes on from there"
+    if result.killed:
+        message = "killed by a second Ctrl-C: earlier checkpoints are intact, run the same command to resume"
         code = contract.INTERRUPTED
-    elif made is not None and is_stop(made, asked=asked, ended_well=ended_well):
-        by = signal.Signals(ended.asked).name if ended.asked is not None else made.reason
+    elif attempt is not None and was_requested_stop(attempt, signaled=signaled, succeeded=succeeded):
+        cause = signal.Signals(result.signal).name if result.signal is not None else attempt.reason
         saved = (
-            f"saved after step {made.step} of {made.steps}" if made.step else "nothing new was to be saved"
+            f"saved after step {attempt.step} of {attempt.steps}"
+            if attempt.step
+            else "there was nothing new to save"
         )
-        text, code = f"stopped by {by}: {saved}. The same command goes on from there", contract.STOPPED
-    elif ended_well:  # it was finished before
+        message, code = f"stopped by {cause}: {saved}. Run the same command to resume", contract.STOPPED
+    elif succeeded:  # the run was complete before
         return contract.DONE
-    elif made is None and asked:
-        text, code = "stopped before training began: there was nothing to save", contract.STOPPED
+    elif attempt is None and signaled:
+        message, code = "stopped before training started: there was nothing to save", contract.STOPPED
     else:
         failure = first_failure(logs, host=socket.gethostname())
-        text, code = told(failure), contract.USER_ERROR if failure.is_users else contract.FAILED
-    print(text, file=sys.stderr)
+        message = format_failure(failure)
+        code = contract.USER_ERROR if failure.is_user_error else contract.FAILED
+    print(message, file=sys.stderr)
     return code
 
 
-class _Rounds:
-    """What torchrun's rounds of processes come to: a failure that the user has to mend ends them."""
+class _RestartMonitor:
+    """Reports each failure that torchrun restarts from, and ends torchrun after an error that the user must fix."""
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
-        self._told = 0
+        self._reported = 0
 
-    def look(self) -> bool:
-        """Tell of each round that failed, once the next has begun; return whether to go on."""
-        found = rounds(self._logs)[self._told :]
-        if users_round(self._logs, found) is not None:
+    def keep_running(self) -> bool:
+        """Report new restarts; return False after an error that the user must fix."""
+        folders = restart_dirs(self._logs)[self._reported :]
+        if find_user_error(self._logs, folders) is not None:
             return False
-        for folder in found[:-1]:
-            self._told += 1
-            print(
-                f"{told(first_failure(self._logs, host=socket.gethostname(), of=folder))}\nstarted again",
-                file=sys.stderr,
-            )
+        for folder in folders[:-1]:  # the last one is still running
+            self._reported += 1
+            failure = first_failure(self._logs, host=socket.gethostname(), restart_dir=folder)
+            print(f"{format_failure(failure)}\nrestarted", file=sys.stderr)
         return True
 
 
-def _remove(logs: Path, run_folder: Path | None) -> None:
-    """Leave no empty run folder behind a command that was wrong."""
+def _remove_logs(logs: Path, run_folder: Path | None) -> None:
+    """Remove the logs, and a run folder that would stay empty; None keeps the run folder."""
     shutil.rmtree(logs, ignore_errors=True)
-    with suppress(OSError):  # other launches' logs lie there
+    with suppress(OSError):  # not empty: it has logs of other launches
         logs.parent.rmdir()
         if run_folder is not None:
             run_folder.rmdir()

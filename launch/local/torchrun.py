@@ -1,12 +1,11 @@
-"""torchrun as a child: show what rank 0 says, pass signals on once, leave no orphan.
+"""Build torchrun's command line, run torchrun, forward signals to it and show the output of rank 0.
 
-regraft --> torchrun (its own process group) --> the trainer's processes (sessions of their own)
+regraft --> torchrun (its own process group) --> the trainer's processes (their own sessions)
 
-Ctrl-C reaches regraft alone, which passes it on. If regraft is killed, the kernel sends torchrun TERM, which passes
-that on; if torchrun is killed, the kernel sends the trainer's processes TERM (trainer/signals.py). They save and leave.
+Ctrl-C reaches only regraft, which forwards it. If regraft is killed, the kernel sends SIGTERM to torchrun. If torchrun
+is killed, the kernel sends SIGTERM to the trainer's processes (trainer/signals.py), which save and exit.
 """
 
-import ctypes
 import os
 import pty
 import re
@@ -19,187 +18,238 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-SECONDS_TO_INSIST = 1.0
-"""A second Ctrl-C, this long after the first, is meant."""
-_SECONDS_BETWEEN_LOOKS = 0.5
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|[^\n]*\r(?!\n)")
-"""Colours, movements of the cursor, and what was written over in its line."""
+from launch.contract import LOG_FOLDER
+from launch.local.process import descendants, terminate_with_parent
+
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SECOND_INTERRUPT_SECONDS = 1.0
+"""A second Ctrl-C counts only this long after the first, since one key press may arrive twice."""
+_POLL_SECONDS = 0.5
+_LAUNCHER_PREFIXES = ("PET_", "TORCHELASTIC_", "ACCELERATE_")
+_LAUNCHER_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+_TERMINAL_OUTPUT = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|[^\n]*\r(?!\n)")
+"""Colors, cursor movements, and text that a carriage return overwrites."""
 
 
-class Ended(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class TorchrunConfig:
+    """What torchrun starts on one machine."""
+
+    processes: int
+    """Number of processes on this machine."""
+    threads: int
+    """CPU threads of each process."""
+    max_restarts: int
+    """How often torchrun restarts failed processes."""
+    trainer: Path
+    """Folder of the trainer's code."""
+    options: tuple[str, ...]
+    """Command-line options of the trainer."""
+    logs: Path
+    """Log folder of this launch."""
+
+
+def torchrun_command(
+    config: TorchrunConfig, rendezvous: Sequence[str] = ("--standalone", "--nnodes=1")
+) -> list[str]:
+    """Return torchrun's command line; by default, one machine that picks a free port and a unique id."""
+    # The output of rank 0 stays on the console, everything else goes to files. On several nodes, the rendezvous
+    # decides which node gets rank 0, so that each node shows its first process.
+    redirects = ",".join(["0:2", *(f"{rank}:3" for rank in range(1, config.processes))])
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *rendezvous,
+        f"--nproc-per-node={config.processes}",
+        f"--max-restarts={config.max_restarts}",
+        f"--log-dir={config.logs}",
+        f"--redirects={redirects}",
+        str(config.trainer / "main.py"),
+        *config.options,
+    ]
+
+
+def trainer_environment(config: TorchrunConfig, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of the trainer's processes."""
+    return {
+        "OMP_NUM_THREADS": str(config.threads),
+        **without_launcher_variables(inherited),
+        LOG_FOLDER: str(config.logs),
+    }
+
+
+def without_launcher_variables(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the variables of an outer launcher.
+
+    `PET_*` would set options of torchrun; `RANK`, `MASTER_ADDR` and so on would make the processes join another group.
+    """
+    return {
+        name: value
+        for name, value in inherited.items()
+        if not name.startswith(_LAUNCHER_PREFIXES) and name not in _LAUNCHER_VARIABLES
+    }
+
+
+class TorchrunResult(NamedTuple):
     """How torchrun ended."""
 
     code: int
-    """1 after every signal, whatever became of the processes: the run folder's last attempt says more."""
-    asked: int | None
-    """The first signal that was passed on, None if there was none."""
-    insisted: bool = False
-    """Whether a second Ctrl-C has ended all at once."""
+    """Exit code: 1 after every signal, so the last attempt in the run folder says whether the run was saved."""
+    signal: int | None
+    """The first signal that was forwarded, None if there was none."""
+    killed: bool = False
+    """Whether a second Ctrl-C has killed all processes."""
 
 
-def run_agent(
+def run_torchrun(
     command: Sequence[str],
     environment: Mapping[str, str],
     logs: Path,
     *,
-    look: Callable[[], bool] = lambda: True,
-) -> Ended:
+    keep_running: Callable[[], bool] = lambda: True,
+) -> TorchrunResult:
     """Run torchrun to its end.
 
     Args:
-        command: its command line, which leaves rank 0's standard output to it (`--redirects 0:2`).
-        environment: whole.
-        logs: folder for `rank-0.log` (what rank 0 said) and `torchrun.log` (what torchrun did).
-        look: called every half second; once it returns False, torchrun is asked to end.
+        command: torchrun's command line, which leaves the output of rank 0 on torchrun's (`--redirects 0:2`).
+        environment: complete environment of torchrun.
+        logs: folder for `rank-0.log` (output of rank 0) and `torchrun.log` (messages of torchrun).
+        keep_running: called every half second; once it returns False, torchrun is terminated.
 
     """
     logs.mkdir(parents=True, exist_ok=True)
     on_terminal = sys.stdout.isatty()
-    (logs / "rank-0.log").touch()  # a folder that cannot be written to is noticed here
-    with (logs / "torchrun.log").open("ab") as agents:
-        # A terminal for a terminal, so that rank 0 draws its progress as it would without us.
-        source, sink = pty.openpty() if on_terminal else os.pipe()
+    (logs / "rank-0.log").touch()  # fails here if the folder is not writable
+    with (logs / "torchrun.log").open("ab") as torchrun_log:
+        # If our output is a terminal, rank 0 gets one too, so that it draws its progress bar.
+        output, child_output = pty.openpty() if on_terminal else os.pipe()
         if on_terminal:
-            _copy_window(sink)
-        launcher = os.getpid()
-        with _Relay() as relay:
+            _copy_window_size(child_output)
+        parent = os.getpid()
+        with _SignalForwarder() as forwarder:
             process = subprocess.Popen(
                 command,
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=agents,
+                stdout=child_output,
+                stderr=torchrun_log,
                 process_group=0,
-                preexec_fn=lambda: _end_with(launcher),  # noqa: PLW1509 (no thread has been started yet)
+                preexec_fn=lambda: _prepare_torchrun(parent),  # noqa: PLW1509 (no thread was started yet)
             )
-            os.close(sink)
-            relay.to(process, source if on_terminal else None)
-            shower = threading.Thread(target=_show, args=(source, logs / "rank-0.log"), daemon=True)
-            shower.start()
-            goes_on = True
+            os.close(child_output)
+            forwarder.forward_to(process, output if on_terminal else None)
+            reader = threading.Thread(target=_copy_output, args=(output, logs / "rank-0.log"), daemon=True)
+            reader.start()
+            terminated = False
             while True:
                 with suppress(subprocess.TimeoutExpired):
-                    code = process.wait(_SECONDS_BETWEEN_LOOKS)
+                    code = process.wait(_POLL_SECONDS)
                     break
-                if goes_on and not look():
-                    goes_on = False
-                    process.terminate()  # once: a further TERM would end torchrun before its processes
-            shower.join(timeout=5)  # a worker's own child may hold the other end open
-        return Ended(code, relay.asked, relay.insisted)
+                if not terminated and not keep_running():
+                    terminated = True
+                    process.terminate()  # only once: a second SIGTERM ends torchrun before its processes
+            reader.join(timeout=5)  # a process started by a worker may keep the pipe open
+        return TorchrunResult(code, forwarder.signal, forwarder.killed)
 
 
-def _end_with(launcher: int) -> None:
-    """Have this process, torchrun to be, end when its launcher does, and not by what is the launcher's to pass on."""
-    for number in (
-        signal.SIGUSR1,
-        signal.SIGUSR2,
-    ):  # of which it would die; Slurm signals all processes of a step
+def _prepare_torchrun(parent: int) -> None:
+    # These signals would kill torchrun, and Slurm sends them to all processes of a job step.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != launcher:  # it has ended in between
-        os._exit(1)
+    terminate_with_parent(parent)
 
 
-class _Relay:
-    """A context in which signals are torchrun's: the first is passed on; a second Ctrl-C ends all at once."""
+class _SignalForwarder:
+    """Context manager that forwards the first signal to torchrun; a second Ctrl-C kills all processes."""
 
     def __init__(self) -> None:
-        self.asked: int | None = None
-        self.insisted = False
+        self.signal: int | None = None
+        self.killed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._terminal: int | None = None
-        self._when = 0.0
-        self._earlier: dict[int, object] = {}
+        self._signal_time = 0.0
+        self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in PASSED_ON:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has HUP ignored
-                self._earlier[number] = signal.signal(number, self._came)
-        self._earlier[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, self._resized)
+        for number in FORWARDED_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                self._previous_handlers[number] = signal.signal(number, self._handle)
+        self._previous_handlers[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, self._resize)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._earlier.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def to(self, process: subprocess.Popen[bytes], terminal: int | None) -> None:
-        """Pass signals on to a process, the one that came meanwhile first; `terminal` is the other end of its own."""
+    def forward_to(self, process: subprocess.Popen[bytes], terminal: int | None) -> None:
+        """Forward signals to this process, including one that came before it; `terminal` is its pseudo-terminal."""
         self._process, self._terminal = process, terminal
-        if self.asked is not None:
+        if self.signal is not None:
             process.terminate()
 
-    def _came(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if self.asked is None:
-            self.asked, self._when = number, now
+        if self.signal is None:
+            self.signal, self._signal_time = number, now
             if self._process is not None:
-                self._process.terminate()  # torchrun dies of USR1 and USR2; to the trainer, all of them are one
-        elif number == signal.SIGINT and now - self._when > SECONDS_TO_INSIST and self._process is not None:
-            self.insisted = True
+                self._process.terminate()  # SIGUSR1 and SIGUSR2 would kill torchrun, so all become SIGTERM
+        elif (
+            number == signal.SIGINT
+            and now - self._signal_time > SECOND_INTERRUPT_SECONDS
+            and self._process is not None
+        ):
+            self.killed = True
             for pid in [*descendants(self._process.pid), self._process.pid]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
-    def _resized(self, _number: int, _: FrameType | None) -> None:
+    def _resize(self, _number: int, _: FrameType | None) -> None:
         if self._terminal is not None:
-            with suppress(OSError, termios.error):  # it is closed at the end
-                _copy_window(self._terminal)
+            with suppress(OSError, termios.error):  # the pseudo-terminal is closed at the end
+                _copy_window_size(self._terminal)
 
 
-def descendants(pid: int) -> list[int]:
-    """Return the living processes below `pid`, by /proc."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(fields[1])
-    found = [pid]
-    for parent in found:
-        found += [child for child, of in parents.items() if of == parent]
-    return found[1:]
-
-
-def _show(source: int, path: Path) -> None:
-    """Copy rank 0's output to the console as it comes, and to its log without what a terminal alone can use."""
+def _copy_output(source: int, path: Path) -> None:
+    """Copy the output of rank 0 to the console, and to its log without terminal escape sequences."""
     with path.open("ab") as log:
         _copy(source, log)
     os.close(source)
 
 
 def _copy(source: int, log: BinaryIO) -> None:
-    pending, shown = b"", True
-    while some := _some(source):
-        if shown:
+    incomplete_line, console_open = b"", True
+    while chunk := _read(source):
+        if console_open:
             try:
-                sys.stdout.buffer.write(some)
+                sys.stdout.buffer.write(chunk)
                 sys.stdout.buffer.flush()
-            except OSError:  # a console that is gone; the log goes on
-                shown = False
-        *lines, pending = (pending + some).replace(b"\r\n", b"\n").split(b"\n")
+            except OSError:  # the console was closed; the log continues
+                console_open = False
+        *lines, incomplete_line = (incomplete_line + chunk).replace(b"\r\n", b"\n").split(b"\n")
         for line in lines:
-            log.write(_ESCAPES.sub(b"", line) + b"\n")
+            log.write(_TERMINAL_OUTPUT.sub(b"", line) + b"\n")
         log.flush()
-    log.write(_ESCAPES.sub(b"", pending))
+    log.write(_TERMINAL_OUTPUT.sub(b"", incomplete_line))
 
 
-def _some(source: int) -> bytes:
+def _read(source: int) -> bytes:
     try:
         return os.read(source, 65536)
-    except OSError:  # how a terminal's other end says that all have left it
+    except OSError:  # a pseudo-terminal reports an error when all its writers have exited
         return b""
 
 
-def _copy_window(terminal: int) -> None:
+def _copy_window_size(terminal: int) -> None:
     columns, lines = shutil.get_terminal_size()
     termios.tcsetwinsize(terminal, (lines, columns))

@@ -1,4 +1,4 @@
-"""What Slurm has given a job, and what it says of it: environment, `scontrol`, `squeue`."""
+"""Read a job's allocation from the environment, and query Slurm with `scontrol` and `squeue`."""
 
 import re
 import signal
@@ -10,55 +10,57 @@ from pathlib import Path
 
 from launch.errors import LaunchError
 
-_LOWEST_PORT, _PORTS = 20_000, 10_000
-"""Below 32768, where the ports begin that the system gives away."""
-_PATIENCE = 60.0
-"""Seconds for a controller that is busy."""
+_FIRST_PORT, _PORT_COUNT = 20_000, 10_000
+"""Ports for the rendezvous: below 32768, where the system's own choice of ports starts."""
+_TIMEOUT_SECONDS = 60.0
+"""How long to wait for a busy Slurm controller."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """A start of a job."""
+    """One start of a job."""
 
     job_id: str
-    """Of its own, also for an array's task."""
+    """Id of the job; each task of an array has one of its own."""
     array_id: str | None
-    """Of the array."""
+    """Id of the array, None outside an array."""
     task: int | None
-    """Number of the array's task."""
+    """Index of the array task."""
     name: str
+    """Name of the job."""
     nodes: str
-    """As Slurm writes a list of nodes."""
+    """Slurm's list of nodes, such as `node[1-2]`."""
     restarts: int
-    """How often Slurm has started it before."""
+    """How often Slurm has started the job before."""
     cpus_per_task: str | None
+    """Value of --cpus-per-task."""
 
     @property
     def label(self) -> str:
-        """Return what names this job to Slurm: an array's last task bears the array's id, which means them all."""
+        """Return the id to give to Slurm; the plain id of an array's last task would name the whole array."""
         return f"{self.array_id}_{self.task}" if self.task is not None else self.job_id
 
     @property
     def rdzv_id(self) -> str:
-        """Return an id that no other start has."""
+        """Return a rendezvous id that no other start of a job has."""
         return f"{self.job_id}.{self.restarts}"
 
     @property
-    def default_run(self) -> Path:
-        """Return the run folder of a job that names none; it stays the same when the job is queued again."""
-        return Path("runs") / f"{plain(self.name)}-{self.label}"
+    def default_run_folder(self) -> Path:
+        """Return the run folder of a job without run.dir; it stays the same when the job is requeued."""
+        return Path("runs") / f"{to_folder_name(self.name)}-{self.label}"
 
 
-def plain(name: str) -> str:
-    """Return a job's name as a part of a folder's: what is neither letter, digit, dot nor dash is `_`."""
-    return re.sub(r"[^\w.-]", "_", name)[:100]
+def to_folder_name(job_name: str) -> str:
+    """Return a job's name as part of a folder name: only letters, digits, dots and dashes stay."""
+    return re.sub(r"[^\w.-]", "_", job_name)[:100]
 
 
-def allocation(environment: Mapping[str, str]) -> Allocation:
-    """Return what the batch shell's environment says.
+def read_allocation(environment: Mapping[str, str]) -> Allocation:
+    """Read the allocation from the environment of the batch script.
 
     Raises:
-        LaunchError: this is no batch job.
+        LaunchError: this process is not part of a Slurm job.
 
     """
 
@@ -69,8 +71,8 @@ def allocation(environment: Mapping[str, str]) -> Allocation:
     job_id, nodes = number("SLURM_JOB_ID"), environment.get("SLURM_JOB_NODELIST")
     if job_id is None or not nodes:
         raise LaunchError(
-            "this is no Slurm job (SLURM_JOB_ID or SLURM_JOB_NODELIST is not set): start it by "
-            "`sbatch slurm/finetune.sh` or `regraft submit`; without Slurm by `regraft train`"
+            "this is not a Slurm job (SLURM_JOB_ID or SLURM_JOB_NODELIST is not set): start it with "
+            "`sbatch slurm/finetune.sh` or `regraft submit`; without Slurm, use `regraft train`"
         )
     task = number("SLURM_ARRAY_TASK_ID")
     return Allocation(
@@ -84,68 +86,71 @@ def allocation(environment: Mapping[str, str]) -> Allocation:
     )
 
 
-def hosts(nodes: str) -> list[str]:
-    """Return the names of the nodes in a list of Slurm's, in the order of SLURM_NODEID."""
-    return _ask("scontrol", "show", "hostnames", nodes).split()
+def node_names(nodes: str) -> list[str]:
+    """Return the names in one of Slurm's node lists, in the order of SLURM_NODEID."""
+    return _run_slurm("scontrol", "show", "hostnames", nodes).split()
 
 
-def addresses(nodes: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Return how the nodes reach each other."""
-    return find_addresses(names, _ask("scontrol", "show", "node", nodes, "-o"), resolves)
+def node_addresses(nodes: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the addresses at which the nodes reach each other."""
+    return resolve_node_addresses(names, _run_slurm("scontrol", "show", "node", nodes, "-o"), is_resolvable)
 
 
-def find_addresses(names: Sequence[str], shown: str, resolves: Callable[[str], bool]) -> tuple[str, ...]:
-    """Return for each node the first of its NodeAddr, NodeHostName and name that resolves.
+def resolve_node_addresses(
+    names: Sequence[str], scontrol_output: str, is_resolvable: Callable[[str], bool]
+) -> tuple[str, ...]:
+    """Return for each node the first of its NodeAddr, NodeHostName and name that can be resolved.
 
-    A node's name need not be known to anyone but Slurm. The name is handed on, not the number that it has here: to
-    itself a machine is often 127.0.1.1.
+    Only Slurm may know a node's name. The result has names and not IP addresses: a machine often resolves its own name
+    to 127.0.1.1.
 
     Raises:
-        LaunchError: none of them does.
+        LaunchError: no address of a node can be resolved.
 
     """
-    found: dict[str, list[str]] = {}
-    for line in shown.splitlines():
+    known: dict[str, list[str]] = {}
+    for line in scontrol_output.splitlines():
         fields = dict(part.partition("=")[::2] for part in line.split() if "=" in part)
-        known = [fields[key] for key in ("NodeAddr", "NodeHostName") if key in fields]
-        found[fields.get("NodeName", "")] = known
-    chosen = []
+        known[fields.get("NodeName", "")] = [
+            fields[key] for key in ("NodeAddr", "NodeHostName") if key in fields
+        ]
+    addresses = []
     for name in names:
-        candidates = [*found.get(name, []), name]
-        address = next(filter(resolves, candidates), None)
+        candidates = [*known.get(name, []), name]
+        address = next(filter(is_resolvable, candidates), None)
         if address is None:
             raise LaunchError(
-                f"node {name}: none of {', '.join(dict.fromkeys(candidates))} is an address that resolves here; "
-                "expected NodeAddr of `scontrol show node` to be one: ask the cluster's administrator"
+                f"node {name}: none of {', '.join(dict.fromkeys(candidates))} can be resolved here; expected "
+                "NodeAddr of `scontrol show node` to be a resolvable address: ask the cluster's administrator"
             )
-        chosen.append(address)
-    return tuple(chosen)
+        addresses.append(address)
+    return tuple(addresses)
 
 
-def resolves(name: str) -> bool:
-    """Return whether a name is known as an address on this machine."""
+def is_resolvable(name: str) -> bool:
+    """Return whether this machine can resolve a host name."""
     try:
         return bool(socket.getaddrinfo(name, None))
     except (OSError, UnicodeError):
         return False
 
 
-def port_of(job_id: str, is_free: Callable[[int], bool]) -> int:
-    """Return the port of a job's rendezvous: its own by its id, the next one that is free."""
-    first = int(job_id) % _PORTS
-    candidates = (_LOWEST_PORT + (first + i) % _PORTS for i in range(100))
+def choose_port(job_id: str, is_free: Callable[[int], bool]) -> int:
+    """Return a free port for a job's rendezvous; the first candidate depends on the job id."""
+    offset = int(job_id) % _PORT_COUNT
+    candidates = (_FIRST_PORT + (offset + i) % _PORT_COUNT for i in range(100))
     port = next(filter(is_free, candidates), None)
     if port is None:
         raise LaunchError(
-            f"no port from {_LOWEST_PORT + first} on is free on this node: start the job on another one"
+            f"no port from {_FIRST_PORT + offset} on is free on this node: start the job on another one"
         )
     return port
 
 
-def is_free(port: int) -> bool:
-    """Return whether nobody listens on a port of this machine."""
+def is_port_free(port: int) -> bool:
+    """Return whether no process listens on a port of this machine."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that has ended is nobody
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection does not count
         try:
             probe.bind(("", port))
         except OSError:
@@ -153,31 +158,28 @@ def is_free(port: int) -> bool:
     return True
 
 
-def state_of(label: str) -> tuple[str, str]:
-    """Return a job's state and its reason, as Slurm has them now."""
-    state, _, reason = (
-        _ask("squeue", "--noheader", "--states=all", "--format=%T %r", f"--jobs={label}")
-        .strip()
-        .partition(" ")
-    )
+def job_state(label: str) -> tuple[str, str]:
+    """Return the state of a job and its reason, as `squeue` shows them now."""
+    output = _run_slurm("squeue", "--noheader", "--states=all", "--format=%T %r", f"--jobs={label}")
+    state, _, reason = output.strip().partition(" ")
     return state, reason
 
 
 def requeue(label: str) -> None:
-    """Have Slurm queue a job again; raises a LaunchError that says why it would not."""
-    _ask("scontrol", "requeue", label)
+    """Requeue a job; raises a LaunchError with Slurm's message if Slurm refuses."""
+    _run_slurm("scontrol", "requeue", label)
 
 
-def _ask(*command: str, again: bool = True) -> str:
+def _run_slurm(*command: str, retry: bool = True) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True)
     except subprocess.CalledProcessError as error:
-        if error.returncode == -signal.SIGTERM and again:
-            # Slurm's word that the job ends or is queued again goes to all processes of the batch script: to this one.
-            return _ask(*command, again=False)
-        said = " ".join((error.stderr or error.stdout).split())
+        if error.returncode == -signal.SIGTERM and retry:
+            # When a job ends or is requeued, Slurm signals all processes of the batch script, including this command.
+            return _run_slurm(*command, retry=False)
+        message = " ".join((error.stderr or error.stdout).split())
     except (OSError, subprocess.TimeoutExpired) as error:
-        said = str(error)
+        message = str(error)
     else:
         return done.stdout
-    raise LaunchError(f"{' '.join(command[:2])} has failed: {said}")
+    raise LaunchError(f"{' '.join(command[:2])} failed: {message}")

@@ -1,48 +1,47 @@
-"""The nodes' programs in a container: what stands around their command. Pure functions."""
+"""Arguments that run the nodes' command in a container; pure functions."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from launch.errors import LaunchError
-from launch.slurm.settings import Settings
+from launch.slurm.settings import JobSettings
 
 PYTHON = "python3"
-"""In the image, which has its own; it holds regraft, or the job was submitted from a checkout of it."""
+"""Python of the image, which contains regraft unless the job was submitted from a checkout."""
 
 
-def srun_words(settings: Settings, mounts: Sequence[Path], here: Path) -> list[str]:
-    """Return what pyxis adds to `srun`."""
+def pyxis_options(settings: JobSettings, mounts: Sequence[Path], workdir: Path) -> list[str]:
+    """Return the options that pyxis adds to `srun`; none without pyxis."""
     if settings.container is None or settings.container_runtime != "pyxis":
         return []
-    seen = ",".join(f"{path}:{path}" for path in mounts)
     return [
         f"--container-image={settings.container}",
-        f"--container-mounts={seen}",
-        f"--container-workdir={here}",
+        f"--container-mounts={','.join(f'{path}:{path}' for path in mounts)}",
+        f"--container-workdir={workdir}",
     ]
 
 
-def prefix(settings: Settings, mounts: Sequence[Path], here: Path, *, gpus: bool) -> list[str]:
-    """Return what Apptainer puts before the nodes' command."""
+def apptainer_argv(settings: JobSettings, mounts: Sequence[Path], workdir: Path, *, gpus: bool) -> list[str]:
+    """Return the Apptainer command to put before the nodes' command; empty without Apptainer."""
     if settings.container is None or settings.container_runtime != "apptainer":
         return []
     binds = [f"--bind={path}:{path}" for path in mounts]
-    return ["apptainer", "exec", *(["--nv"] if gpus else []), *binds, f"--pwd={here}", settings.container]
+    return ["apptainer", "exec", *(["--nv"] if gpus else []), *binds, f"--pwd={workdir}", settings.container]
 
 
-def mounts_of(settings: Settings, folders: Iterable[Path | None]) -> list[Path]:
-    """Return the folders that are to be seen in the container: those that are there, each once.
+def mounted_folders(settings: JobSettings, folders: Iterable[Path | None]) -> list[Path]:
+    """Return the folders to mount in the container: those of the given ones that exist, and `--mount`.
 
     Raises:
-        LaunchError: one whose name holds what separates mounts.
+        LaunchError: a folder's name has a comma or a colon, which separate mounts.
 
     """
     if settings.container is None:
         return []
-    wanted = dict.fromkeys(path for path in folders if path is not None and path.exists())
-    for path in wanted:
+    existing = dict.fromkeys(path for path in folders if path is not None and path.exists())
+    for path in existing:
         if set(str(path)) & set(",:"):
             raise LaunchError(
                 f"{path}: a folder with a comma or a colon in its name cannot be mounted in a container: rename it"
             )
-    return [*wanted, *(Path(mount) for mount in settings.mounts)]
+    return [*existing, *(Path(mount) for mount in settings.mounts)]

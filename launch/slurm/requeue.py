@@ -1,7 +1,7 @@
-"""A start of a Slurm job has ended: is the job to be queued again, and with which code does it leave? Pure functions.
+"""Decide whether a Slurm job is requeued after its processes have ended; pure functions.
 
-One owner of each decision: torchrun starts again a process that failed, Slurm a job whose node was lost or that it
-preempted. What is left is decided here, by the run folder's attempts, the only counter there is.
+torchrun restarts processes that failed. Slurm requeues jobs that it preempted or whose node was lost. This module
+decides the other cases, from the attempts recorded in the run folder, which is the only counter.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,160 +9,164 @@ from dataclasses import dataclass
 from enum import Enum
 
 from launch.contract import DONE, FAILED, STOP_FILE, STOPPED, USER_ERROR, Attempt
+from launch.failures import was_requested_stop
 
 MAX_ATTEMPTS = 100
-_OURS = {"RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
-_QUEUED = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+_RUNNING = {"RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
+_REQUEUED = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 
 
-class Standing(Enum):
-    """Whose a job is, in Slurm's eyes."""
+class JobOwner(Enum):
+    """Who decides whether a job is requeued."""
 
-    OURS = "running"
-    """To be queued again by the job itself, if at all; also where it has come to its time limit."""
-    QUEUED = "queued again by Slurm"
-    ENDED = "cancelled, or ended by Slurm"
+    JOB = "the job itself"
+    """The job is running, or has reached its time limit."""
+    SLURM = "Slurm, which has requeued it"
+    NOBODY = "nobody: the job was cancelled, or ended by Slurm"
 
 
-def standing(state: str | None, reason: str) -> Standing:
-    """Return whose a job is by its state and reason in `squeue`; None: not to be found out, so the job tries.
+def job_owner(state: str | None, reason: str) -> JobOwner:
+    """Return who decides about a job, from its state and reason in `squeue`; if unknown (None), the job itself.
 
-    While its processes end, a cancelled job and one that Slurm has preempted and queued again both say COMPLETING:
-    neither is the job's to queue.
+    While their processes end, a cancelled job and a preempted job that Slurm has requeued are both COMPLETING. The job
+    must requeue neither.
     """
-    if state is None or state in _OURS:
-        return Standing.OURS
-    if state in _QUEUED:
-        return Standing.QUEUED
-    return Standing.OURS if reason == "TimeLimit" else Standing.ENDED
+    if state is None or state in _RUNNING:
+        return JobOwner.JOB
+    if state in _REQUEUED:
+        return JobOwner.SLURM
+    return JobOwner.JOB if reason == "TimeLimit" else JobOwner.NOBODY
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """What is known of a job's start, after its processes have ended."""
+class JobOutcome:
+    """What is known about one start of a job after its processes have ended."""
 
-    before: tuple[Attempt, ...]
-    """The run's attempts as the start found them."""
-    after: tuple[Attempt, ...]
-    """The run's attempts now."""
-    asked: str | None
-    """The signal that came to the job, None if there was none."""
-    standing: Standing
-    users_error: bool
-    """Whether the first failure is for the user to mend."""
-    ended_well: bool
-    """Whether all nodes' processes have left with 0."""
+    attempts_before: tuple[Attempt, ...]
+    """Attempts of the run before this start."""
+    attempts_after: tuple[Attempt, ...]
+    """Attempts of the run now."""
+    signal: str | None
+    """Name of the signal that the job received, None if there was none."""
+    owner: JobOwner
+    """Who decides whether the job is requeued."""
+    user_error: bool
+    """Whether the first failure is an error that the user must fix."""
+    succeeded: bool
+    """Whether the processes of all nodes exited with code 0."""
     restarts: int
-    """How often Slurm has started the job again (SLURM_RESTART_COUNT)."""
-    limit: int
-    """Most attempts of the run, over all starts of all its jobs."""
+    """How often Slurm has restarted the job (SLURM_RESTART_COUNT)."""
+    max_attempts: int
+    """Limit of attempts of the run, over all starts of all its jobs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What becomes of the job."""
+class RequeueDecision:
+    """What happens to the job."""
 
     requeue: bool
+    """Whether the job requeues itself."""
     code: int
-    """With which the job leaves if it is not queued again."""
-    why: str
+    """Exit code of the job."""
+    reason: str
+    """Reason for the decision, printed at the end of the job's output."""
 
 
-def decide(start: Start) -> Decision:
-    """Return whether to queue the job again, and why.
+def decide(outcome: JobOutcome) -> RequeueDecision:
+    """Decide whether to requeue the job.
 
-    A run that is done, that a person has stopped, or that its user has to mend is not; one that was stopped by a
-    signal is while attempts remain (a preemption is no failure); after a failure only if the run has come further
-    in this start, so that an error which always comes at the same place does not go on for ever.
+    A run that is done, that a person stopped, or that has an error for the user to fix is not requeued. A run that a
+    signal stopped is requeued while attempts remain, since a preemption is no failure. A run that failed is requeued
+    only if this start has saved a new step: an error that occurs at the same step each time must not repeat forever.
     """
-    wanted, code, why = _judge(start)
-    used = max((attempt.attempt for attempt in start.after), default=0)
-    if not wanted:
-        return Decision(requeue=False, code=code, why=why)
-    if start.standing is Standing.QUEUED:
-        return Decision(requeue=False, code=code, why=f"{why}; Slurm has queued the job again already")
-    if start.standing is Standing.ENDED:
-        return Decision(requeue=False, code=code, why=f"{why}; the job was cancelled, or ended by Slurm")
-    # A start that came to no attempt is not counted by them.
-    if max(used, start.restarts + 1) >= start.limit:
-        return Decision(requeue=False, code=code, why=f"{why}; all {start.limit} attempts are made")
-    return Decision(requeue=True, code=code, why=f"{why}; {used} of {start.limit} attempts are made")
+    useful, code, reason = _assess(outcome)
+    attempts = max((attempt.attempt for attempt in outcome.attempts_after), default=0)
+    if not useful:
+        return RequeueDecision(requeue=False, code=code, reason=reason)
+    if outcome.owner is JobOwner.SLURM:
+        return RequeueDecision(
+            requeue=False, code=code, reason=f"{reason}; Slurm has already requeued the job"
+        )
+    if outcome.owner is JobOwner.NOBODY:
+        return RequeueDecision(
+            requeue=False, code=code, reason=f"{reason}; the job was cancelled, or ended by Slurm"
+        )
+    # A start that ended before its first attempt counts as well.
+    if max(attempts, outcome.restarts + 1) >= outcome.max_attempts:
+        return RequeueDecision(
+            requeue=False, code=code, reason=f"{reason}; all {outcome.max_attempts} attempts are used"
+        )
+    return RequeueDecision(
+        requeue=True, code=code, reason=f"{reason}; {attempts} of {outcome.max_attempts} attempts are used"
+    )
 
 
-def _judge(start: Start) -> tuple[bool, int, str]:
-    """Return whether another start would be of use, the code to leave with where there is none, and why."""
-    made = new_attempts(start.before, start.after)
-    last = made[-1] if made else None
-    if last is not None and (
-        last.state == "done" or is_stop(last, asked=start.asked is not None, ended_well=start.ended_well)
-    ):
-        return _judge_end(start, last)
-    if start.users_error:
-        return False, USER_ERROR, "an error for its user to mend, which another start would not"
-    if last is None and start.asked is not None:
-        return True, STOPPED, f"stopped by {start.asked} before training began"
-    if last is None and start.ended_well:
-        return False, DONE, "ended, with nothing to train"
-    return _judge_failure(start, last)
-
-
-def is_stop(last: Attempt, *, asked: bool, ended_well: bool) -> bool:
-    """Return whether the run was asked to stop, by a signal that came from outside or by the file.
-
-    Where a process fails, Slurm and torchrun send the others TERM: what they take for a wish is its echo.
-    """
-    return last.state == "stopped" and (asked or ended_well or last.reason == STOP_FILE)
-
-
-def _judge_end(start: Start, last: Attempt) -> tuple[bool, int, str]:
-    if last.state == "done":
+def _assess(outcome: JobOutcome) -> tuple[bool, int, str]:
+    """Return (whether another start would be useful, the exit code otherwise, the reason)."""
+    new = new_attempts(outcome.attempts_before, outcome.attempts_after)
+    last = new[-1] if new else None
+    if last is not None and last.state == "done":
         return False, DONE, "done"
-    saved = f"saved after step {last.step} of {last.steps}" if last.step else "with nothing to save"
-    if last.reason == STOP_FILE:
-        return False, STOPPED, f"stopped by {STOP_FILE}, {saved}: a person asked for it"
-    return True, STOPPED, f"stopped by {start.asked or last.reason}, {saved}"
+    if last is not None and was_requested_stop(
+        last, signaled=outcome.signal is not None, succeeded=outcome.succeeded
+    ):
+        saved = f"saved after step {last.step} of {last.steps}" if last.step else "with nothing to save"
+        if last.reason == STOP_FILE:
+            return False, STOPPED, f"stopped by {STOP_FILE}, {saved}: a person requested it"
+        return True, STOPPED, f"stopped by {outcome.signal or last.reason}, {saved}"
+    if outcome.user_error:
+        return False, USER_ERROR, "an error that the user must fix: another start would fail as well"
+    return _assess_unstarted(outcome) if last is None else _assess_failure(outcome, last.state)
 
 
-def _judge_failure(start: Start, last: Attempt | None) -> tuple[bool, int, str]:
-    what = "failed before an attempt began" if last is None else "failed"
-    if last is not None and last.state == "running":
-        what = f"killed while it stopped for {start.asked}" if start.asked else "killed without a word"
-    if last is not None and last.state == "stopped":
-        what = "failed, for which the other processes were stopped"
-    further = progress(start)
-    if further is None:
-        return False, FAILED, f"{what}, and nothing new was saved in this start: the next would fail as well"
-    return True, FAILED, f"{what}, but step {further} was saved, which is new"
+def _assess_unstarted(outcome: JobOutcome) -> tuple[bool, int, str]:
+    if outcome.signal is not None:
+        return True, STOPPED, f"stopped by {outcome.signal} before training started"
+    if outcome.succeeded:
+        return False, DONE, "ended, with nothing to train"
+    return _assess_failure(outcome, None)
+
+
+def _assess_failure(outcome: JobOutcome, last_state: str | None) -> tuple[bool, int, str]:
+    what = "failed before an attempt started" if last_state is None else "failed"
+    if last_state == "running":
+        what = f"killed while stopping for {outcome.signal}" if outcome.signal else "killed"
+    elif last_state == "stopped":
+        what = "failed, so that the other processes were stopped"
+    step = new_step(outcome)
+    if step is None:
+        return False, FAILED, f"{what}, and this start saved no new step: another start would fail as well"
+    return True, FAILED, f"{what}, but this start saved a new step ({step})"
 
 
 def new_attempts(before: Sequence[Attempt], after: Sequence[Attempt]) -> list[Attempt]:
-    """Return the attempts that a start has made, in their order; torchrun's own restarts are attempts too."""
+    """Return the attempts of this start, oldest first; each restart by torchrun is an attempt too."""
     known = {_identity(attempt) for attempt in before}
-    made = [attempt for attempt in after if _identity(attempt) not in known]
-    return sorted(made, key=lambda attempt: attempt.attempt)
+    new = [attempt for attempt in after if _identity(attempt) not in known]
+    return sorted(new, key=lambda attempt: attempt.attempt)
 
 
-def progress(start: Start) -> int | None:
-    """Return the newest step that is saved and was not before this start, None where there is none.
+def new_step(outcome: JobOutcome) -> int | None:
+    """Return the last step that this start saved beyond those of earlier starts, None if there is none.
 
-    Each stage (source model, fine-tuning, scratch) has its own steps. Attempts of a run that was moved aside do
-    not count.
+    The phases of a run (pretraining, fine-tuning, baseline) count their steps separately. Attempts of an archived run
+    do not count.
     """
-    known = {_identity(attempt) for attempt in start.before}
-    earlier = _steps(attempt for attempt in start.after if _identity(attempt) in known)
-    now = _steps(new_attempts(start.before, start.after))
-    further = [step for stage, step in now.items() if step > earlier.get(stage, 0)]
-    return further[-1] if further else None
+    known = {_identity(attempt) for attempt in outcome.attempts_before}
+    earlier = _last_steps(attempt for attempt in outcome.attempts_after if _identity(attempt) in known)
+    now = _last_steps(new_attempts(outcome.attempts_before, outcome.attempts_after))
+    new = [step for phase, step in now.items() if step > earlier.get(phase, 0)]
+    return new[-1] if new else None
 
 
-def _steps(attempts: Iterable[Attempt]) -> dict[str, int]:
-    """Return the last saved step of each stage."""
-    found: dict[str, int] = {}
+def _last_steps(attempts: Iterable[Attempt]) -> dict[str, int]:
+    """Return the last saved step of each phase."""
+    steps: dict[str, int] = {}
     for attempt in attempts:
-        found[attempt.stage] = max(found.get(attempt.stage, 0), attempt.step)
-    return found
+        steps[attempt.stage] = max(steps.get(attempt.stage, 0), attempt.step)
+    return steps
 
 
 def _identity(attempt: Attempt) -> tuple[int, str, str, int]:
-    """Return what tells an attempt from one of the same number in a run that was moved aside."""
+    """Return what distinguishes an attempt from one with the same number in an archived run."""
     return attempt.attempt, attempt.began, attempt.host, attempt.pid

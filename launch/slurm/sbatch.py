@@ -1,7 +1,7 @@
-"""What a job asks of Slurm -> the text that `sbatch` takes. Pure functions; submit.py acts on them.
+"""Render the batch script of a Slurm job; pure functions, which submit.py uses.
 
-Two readers see the text, and neither may take a name for more than a name: sbatch reads the #SBATCH lines by its own
-rules (`_header_word`), bash the rest (`shlex.quote`).
+Two programs read the script, and no name may be taken for anything else: sbatch reads the #SBATCH lines by its own
+rules (`_quote_for_sbatch`), bash reads the rest (`shlex.quote`).
 """
 
 import re
@@ -10,51 +10,51 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from launch.errors import LaunchError
-from launch.slurm.settings import Settings
+from launch.slurm.settings import JobSettings
 from launch.slurm.site import Site
 
 SIGNAL_SECONDS = 120
-"""Seconds ahead of the time limit at which a job is told to save."""
-_MARGIN = 20
-"""Of them, what torchrun and Slurm keep for themselves."""
+"""Seconds before the time limit at which Slurm tells a job to save."""
+_SHUTDOWN_MARGIN = 20
+"""Seconds of these that torchrun and Slurm need for themselves."""
 _TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+|\d+-\d+:\d\d|\d+-\d+:\d\d:\d\d")
 _MEMORY = re.compile(r"\d+[KMGT]?", flags=re.IGNORECASE)
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
-_PLAIN = re.compile(r"[\w./:=,@%+-]+", flags=re.ASCII)
+_NEEDS_NO_QUOTES = re.compile(r"[\w./:=,@%+-]+", flags=re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
-    """A job."""
+class JobSpec:
+    """A Slurm job: its resources, settings and the trainer's options."""
 
     job_name: str = "regraft"
-    """Its name in the queue."""
+    """Name of the job in the queue."""
     nodes: int = 1
-    """Machines."""
+    """Number of nodes."""
     gpus_per_node: int | None = None
-    """None: not asked for."""
+    """Number of GPUs per node; None: not requested."""
     cpus_per_task: int | None = None
-    """CPU cores of each node; None: Slurm's default, which is often one."""
+    """Number of CPU cores per node; None: Slurm's default, which is often 1."""
     time: str | None = None
-    """Limit, as Slurm writes it: `4:00:00`, `2-00:00:00`, or minutes; None: the partition's."""
+    """Time limit in Slurm's notation (`4:00:00`, `2-00:00:00`, or minutes); None: the partition's."""
     mem: str | None = None
-    """Memory of each node: `64G`; None: Slurm's default."""
+    """Memory per node (`64G`); None: Slurm's default."""
     partition: str | None = None
-    """None: the default one, or $SBATCH_PARTITION."""
+    """Slurm partition; None: the default one, or $SBATCH_PARTITION."""
     account: str | None = None
-    """None: the user's, or $SBATCH_ACCOUNT."""
+    """Account to charge; None: the user's, or $SBATCH_ACCOUNT."""
     qos: str | None = None
-    """None: the user's, or $SBATCH_QOS."""
+    """Quality of service; None: the user's, or $SBATCH_QOS."""
     array: str | None = None
-    """Numbers of an array's tasks: `0-9`, `0-9%2` for two at a time."""
+    """Task indices of a job array: `0-9`, or `0-9%2` to run two tasks at a time."""
     signal_seconds: int = SIGNAL_SECONDS
-    """Seconds ahead of the time limit at which the job is told to save."""
-    settings: Settings = field(default_factory=Settings)
-    """How it starts the trainer."""
+    """Seconds before the time limit at which the job is told to save."""
+    settings: JobSettings = field(default_factory=JobSettings)
+    """How the job starts the trainer."""
     site: Site = field(default_factory=Site)
-    """What all jobs of the cluster have in common."""
+    """Settings of the cluster."""
     options: tuple[str, ...] = ()
-    """The trainer's."""
+    """Command-line options of the trainer."""
 
     def __post_init__(self) -> None:
         for key, least in (("nodes", 1), ("gpus_per_node", 1), ("cpus_per_task", 1), ("signal_seconds", 30)):
@@ -80,54 +80,49 @@ class Spec:
             )
         _require(
             not set(self.job_name) & set("/\\"),
-            f"--job-name {self.job_name!r}: expected a name without slashes, since the output is called after it",
+            f"--job-name {self.job_name!r}: expected a name without slashes, since the output file is named after it",
         )
         _require(
             self.settings.sweep is None or self.array is not None,
-            f"--sweep {self.settings.sweep}: says what each of an array's tasks does; add --array, as in --array 0-9",
+            f"--sweep {self.settings.sweep}: sets the options of each task in a job array; add --array, as in "
+            "--array 0-9",
         )
 
 
-def render(spec: Spec) -> str:
+def render(spec: JobSpec) -> str:
     """Return the batch script of a job."""
-    blocks = [
+    shutdown_seconds = spec.signal_seconds - _SHUTDOWN_MARGIN
+    lines = [
         _HEAD,
-        *(f"#SBATCH {_header_word(word)}" for word in header(spec)),
+        *(f"#SBATCH {_quote_for_sbatch(option)}" for option in sbatch_options(spec)),
         "",
         "set -euo pipefail",
-        "trap '' USR1 # until Python is up, the warning ahead of the time limit would end the job",
+        "trap '' USR1 # this warning before the time limit would end the job while Python is starting",
         "",
-        *_preparation(spec.site),
+        *_python_setup(spec.site),
         "# Seconds that torchrun gives the trainer to save.",
-        f'export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${{TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{spec.signal_seconds - _MARGIN}}}"',
+        f'export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${{TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{shutdown_seconds}}}"',
         *(f"export {name}={shlex.quote(value)}" for name, value in _variables(spec.site)),
         "",
         " \\\n    ".join(
-            ["exec python3 -m launch.slurm.job", *_lines([*spec.settings.words(), *spec.options]), '"$@"']
+            [
+                "exec python3 -m launch.slurm.job",
+                *_quote_arguments([*spec.settings.to_argv(), *spec.options]),
+                '"$@"',
+            ]
         ),
     ]
-    return "\n".join(blocks) + "\n"
-
-
-def _lines(words: Sequence[str]) -> list[str]:
-    """Return words quoted for bash, an option and its value in one line."""
-    lines: list[str] = []
-    for word in words:
-        if lines and not word.startswith("-") and "=" not in lines[-1]:
-            lines[-1] += f" {shlex.quote(word)}"
-        else:
-            lines.append(shlex.quote(word))
-    return lines
+    return "\n".join(lines) + "\n"
 
 
 _HEAD = """\
 #!/bin/bash
 # sbatch [--nodes N] [--gpus-per-node G] [--cpus-per-task C] [--time T] ... THIS_FILE [--config F] [--section.key V] ...
-# Trains on whatever it is given: one GPU, several nodes of them, or none. docs/slurm.md says more."""
+# Trains on all GPUs of the allocated nodes, or on their CPUs if they have no GPU. See docs/slurm.md."""
 
 
-def header(spec: Spec) -> list[str]:
-    """Return the options of `sbatch`, one word each."""
+def sbatch_options(spec: JobSpec) -> list[str]:
+    """Return the options of `sbatch`, one string each."""
     optional = {
         "--gpus-per-node": spec.gpus_per_node,
         "--cpus-per-task": spec.cpus_per_task,
@@ -150,34 +145,45 @@ def header(spec: Spec) -> list[str]:
     ]
 
 
-def _header_word(word: str) -> str:
-    """Return a word as sbatch reads it in an #SBATCH line.
+def _quote_for_sbatch(option: str) -> str:
+    """Quote an option for an #SBATCH line.
 
-    It parts words at spaces, takes quotation marks of both kinds away, a character after a backslash for itself, and
-    the rest of the line after `#` for a comment.
+    sbatch splits the line at spaces, removes both kinds of quotation marks, takes the character after a backslash
+    literally, and ignores everything after `#`.
     """
-    if _PLAIN.fullmatch(word):
-        return word
-    return '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
+    if _NEEDS_NO_QUOTES.fullmatch(option):
+        return option
+    return '"' + re.sub(r'(["\\])', r"\\\1", option) + '"'
 
 
-def _preparation(site: Site) -> list[str]:
-    """Return the lines that make the right Python the first in PATH."""
+def _quote_arguments(argv: Sequence[str]) -> list[str]:
+    """Return arguments quoted for bash, an option and its value on one line."""
+    lines: list[str] = []
+    for argument in argv:
+        if lines and not argument.startswith("-") and "=" not in lines[-1]:
+            lines[-1] += f" {shlex.quote(argument)}"
+        else:
+            lines.append(shlex.quote(argument))
+    return lines
+
+
+def _python_setup(site: Site) -> list[str]:
+    """Return the lines that put the right Python first in PATH."""
     lines: list[str] = []
     if site.modules:
         lines.append(f"module load {' '.join(map(shlex.quote, site.modules))}")
     if not site.activate and not site.modules:
-        return [*_USERS_PYTHON.splitlines(), ""]
-    for line in site.activate:
-        if line.startswith(("/", "~/")):  # a virtual environment's folder
-            lines.append(f"source {_home(line.rstrip('/') + '/bin/activate')}")
+        return [*_DEFAULT_PYTHON.splitlines(), ""]
+    for command in site.activate:
+        if command.startswith(("/", "~/")):  # the folder of a virtual environment
+            lines.append(f"source {_quote_home(command.rstrip('/') + '/bin/activate')}")
         else:
-            lines.append(" ".join(map(_home, _words(line))))
-    # Neither module nor conda is written for a shell that ends at an unset variable.
+            lines.append(" ".join(map(_quote_home, _split(command))))
+    # The scripts of module and conda use unset variables.
     return ["set +u", *lines, "set -u", ""]
 
 
-_USERS_PYTHON = """\
+_DEFAULT_PYTHON = """\
 # Python: the virtual environment that was active at submission, else .venv here, else the first in PATH.
 if [ -n "${VIRTUAL_ENV:-}" ]; then
     PATH="$VIRTUAL_ENV/bin:$PATH"
@@ -194,15 +200,17 @@ def _variables(site: Site) -> Iterable[tuple[str, str]]:
     yield from site.env
 
 
-def _words(line: str) -> Sequence[str]:
+def _split(command: str) -> Sequence[str]:
     try:
-        return shlex.split(line)
+        return shlex.split(command)
     except ValueError as error:
-        raise LaunchError(f"site: activate {line!r}: {error}; expected a command and its words") from None
+        raise LaunchError(
+            f"site: activate {command!r}: {error}; expected a command and its arguments"
+        ) from None
 
 
-def _home(word: str) -> str:
-    """Return a word for bash, a leading ~/ as the job's home folder."""
+def _quote_home(word: str) -> str:
+    """Quote a word for bash; a leading ~/ becomes the home folder of the job's user."""
     return f'"$HOME"/{shlex.quote(word[2:])}' if word.startswith("~/") else shlex.quote(word)
 
 
@@ -210,6 +218,6 @@ def _option(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def _require(holds: bool, text: str) -> None:
-    if not holds:
-        raise LaunchError(text)
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise LaunchError(message)

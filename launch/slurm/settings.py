@@ -1,4 +1,4 @@
-"""Settings of a Slurm job beside the options of the trainer: `regraft submit`, `regraft render`, `launch.slurm.job`."""
+"""Options of a Slurm job beside the trainer's, shared by `regraft submit`, `regraft render` and `launch.slurm.job`."""
 
 import argparse
 import re
@@ -12,35 +12,39 @@ from launch.errors import LaunchError
 from launch.slurm.requeue import MAX_ATTEMPTS
 
 SEEDS = "seeds"
-"""The sweep whose tasks take their number as seed."""
+"""The value of `--sweep` that gives each array task its index as `run.seed`."""
 RUNTIMES = ("apptainer", "pyxis")
 _VARIABLES = {
     "nproc": "REGRAFT_NPROC",
     "max_restarts": "REGRAFT_MAX_RESTARTS",
     "max_attempts": "REGRAFT_MAX_ATTEMPTS",
 }
+_SCALAR_FIELDS = (
+    *("nproc", "max_restarts", "max_attempts"),
+    *("sweep", "stage", "container", "container_runtime"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class JobSettings:
     """How a job starts the trainer, and how often."""
 
     nproc: int | None = None
-    """Processes of each node; None: one a GPU, else one for every 8 cores."""
+    """Number of processes per node; None: one per GPU, or one per 8 cores on nodes without GPUs."""
     max_restarts: int = 1
-    """How often torchrun starts failed processes again within a start of the job."""
+    """How often torchrun restarts failed processes within one start of the job."""
     max_attempts: int = MAX_ATTEMPTS
-    """Attempts of the run after which the job is not queued again."""
+    """Number of attempts of the run after which the job is not requeued."""
     sweep: str | None = None
-    """Of an array: `seeds`, or a file with one line of options for each task."""
+    """For a job array: `seeds`, or a file with one line of options for each task."""
     stage: str | None = None
-    """Folder of each node's own disk to which the data is copied first."""
+    """Folder on each node's local disk to which the data is copied first."""
     container: str | None = None
-    """Image in which the nodes' programs run."""
+    """Container image in which the nodes run the trainer."""
     container_runtime: Literal["apptainer", "pyxis"] = "apptainer"
-    """Who runs it."""
+    """Program that runs the container."""
     mounts: tuple[str, ...] = ()
-    """Further folders that are seen in the container."""
+    """Additional folders to mount in the container."""
 
     def __post_init__(self) -> None:
         _require(self.nproc is None or self.nproc >= 1, f"--nproc {self.nproc}: expected 1 or more")
@@ -58,97 +62,97 @@ class Settings:
         for mount in self.mounts:
             _require(
                 mount.startswith("/") and mount.isprintable() and not set(mount) & set(",:"),
-                f"--mount {mount!r}: expected a whole path without a comma or a colon, which separate mounts",
+                f"--mount {mount!r}: expected an absolute path without commas and colons, which separate mounts",
             )
 
-    def words(self) -> list[str]:
-        """Return the words that `parse` reads again to the same; none for what is the default."""
-        usual = Settings()
-        words = [
-            f"--{name.replace('_', '-')}={getattr(self, name)}"
-            for name in (
-                "nproc",
-                "max_restarts",
-                "max_attempts",
-                "sweep",
-                "stage",
-                "container",
-                "container_runtime",
-            )
-            if getattr(self, name) != getattr(usual, name)
+    def to_argv(self) -> list[str]:
+        """Return the command-line arguments that give these settings, without those at their defaults."""
+        default = JobSettings()
+        argv = [
+            f"{_option(name)}={getattr(self, name)}"
+            for name in _SCALAR_FIELDS
+            if getattr(self, name) != getattr(default, name)
         ]
-        return [*words, *(f"--mount={mount}" for mount in self.mounts)]
+        return [*argv, *(f"--mount={mount}" for mount in self.mounts)]
+
+    @property
+    def sweep_file(self) -> Path | None:
+        """Return the file of a sweep; None without a sweep, or for one over seeds."""
+        return None if self.sweep in (None, SEEDS) else Path(str(self.sweep))
 
 
-NAMES = tuple(
-    f"--{name}"
-    for name in (
-        "nproc",
-        "max-restarts",
-        "max-attempts",
-        "sweep",
-        "stage",
-        "container",
-        "container-runtime",
-        "mount",
-    )
-)
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
-def add_to(parser: argparse.ArgumentParser) -> None:
-    """Add the settings to a parser; what is not given stays None."""
-    add = parser.add_argument
+OPTION_NAMES = (*map(_option, _SCALAR_FIELDS), "--mount")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the settings to a parser; those that are not given are None."""
+    add = parser.add_argument_group("start and restart").add_argument
     add(
         "--nproc",
         metavar="N|auto",
-        help="processes of each node; auto: one a GPU, else one for every 8 cores (default)",
+        help="processes per node; auto: one per GPU, or one per 8 cores without GPUs (default: auto)",
     )
     add(
         "--max-restarts",
         metavar="K",
-        help="how often torchrun starts failed processes again in a start (default: 1)",
+        help="how often torchrun restarts failed processes in one start of the job (default: 1)",
     )
-    add("--max-attempts", metavar="K", help=f"attempts of the run, over all starts (default: {MAX_ATTEMPTS})")
+    add(
+        "--max-attempts",
+        metavar="K",
+        help=f"do not requeue the job after K attempts of the run (default: {MAX_ATTEMPTS})",
+    )
     add(
         "--sweep",
         metavar="seeds|FILE",
-        help="of an array: the task's number as seed, or a line of options for each task",
+        help="in a job array, use the task index as run.seed, or one line of FILE as options per task",
     )
-    add("--stage", metavar="FOLDER", help="copy the data there on each node first; may begin with $TMPDIR")
-    add("--container", metavar="IMAGE", help="run in this image, which holds regraft")
-    add("--container-runtime", choices=RUNTIMES, help="who runs it (default: apptainer)")
+    add = parser.add_argument_group("data and container").add_argument
+    add(
+        "--stage",
+        metavar="FOLDER",
+        help="copy the data to this local folder of each node; may start with $TMPDIR",
+    )
+    add("--container", metavar="IMAGE", help="run in this container image, which must contain regraft")
+    add("--container-runtime", choices=RUNTIMES, help="program that runs the container (default: apptainer)")
     add(
         "--mount",
         metavar="FOLDER",
         action="append",
-        help="a further folder seen in the container; may be repeated",
+        help="mount another folder in the container; may be repeated",
     )
 
 
-def settings(found: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
-    """Return what was parsed; a number that is not given is taken from the environment (REGRAFT_...).
+def make_settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> JobSettings:
+    """Return the parsed settings; numbers that are not given come from the environment (REGRAFT_...).
 
     Raises:
-        LaunchError: a value that is impossible.
+        LaunchError: a value is invalid.
 
     """
-    texts = {name: getattr(found, name) or environment.get(variable) for name, variable in _VARIABLES.items()}
-    if texts["nproc"] == "auto":
-        texts["nproc"] = None
-    for name, text in texts.items():
+    numbers = {
+        name: getattr(arguments, name) or environment.get(variable) for name, variable in _VARIABLES.items()
+    }
+    if numbers["nproc"] == "auto":
+        numbers["nproc"] = None
+    for name, text in numbers.items():
         _require(
             text is None or re.fullmatch(r"[0-9]{1,6}", text) is not None,
-            f"--{name.replace('_', '-')} (or {_VARIABLES[name]}) is {text!r}: expected a whole number",
+            f"{_option(name)} (or {_VARIABLES[name]}) is {text!r}: expected a whole number",
         )
-    given: dict[str, Any] = {name: int(text) for name, text in texts.items() if text}
+    values: dict[str, Any] = {name: int(text) for name, text in numbers.items() if text}
     for name in ("sweep", "stage", "container", "container_runtime"):
-        if getattr(found, name) is not None:
-            given[name] = getattr(found, name)
-    return Settings(**given, mounts=tuple(found.mount or ()))
+        if getattr(arguments, name) is not None:
+            values[name] = getattr(arguments, name)
+    return JobSettings(**values, mounts=tuple(arguments.mount or ()))
 
 
-def sweep_options(sweep: str, task: int) -> list[str]:
-    """Return the options that an array's task has of its own.
+def task_options(sweep: str, task: int) -> list[str]:
+    """Return the trainer's options that a sweep gives to one task of the array.
 
     Raises:
         LaunchError: the file cannot be read, or has no line for the task.
@@ -156,7 +160,7 @@ def sweep_options(sweep: str, task: int) -> list[str]:
     """
     if sweep == SEEDS:
         return [f"--run.seed={task}"]
-    lines = sweep_lines(Path(sweep))
+    lines = read_sweep(Path(sweep))
     if task >= len(lines):
         raise LaunchError(
             f"--sweep {sweep}: has {len(lines)} lines of options, none for task {task}; "
@@ -165,11 +169,11 @@ def sweep_options(sweep: str, task: int) -> list[str]:
     return lines[task]
 
 
-def sweep_lines(path: Path) -> list[list[str]]:
-    """Return the options of each line of a sweep's file, quoted as in a shell; empty lines and `#` do not count.
+def read_sweep(path: Path) -> list[list[str]]:
+    """Return the options on each line of a sweep file, quoted as in a shell; empty lines and `#` are skipped.
 
     Raises:
-        LaunchError: the file cannot be read, holds no line, or a quotation mark too many.
+        LaunchError: the file cannot be read, has no options, or has an unclosed quotation mark.
 
     """
     try:
@@ -178,17 +182,17 @@ def sweep_lines(path: Path) -> list[list[str]]:
         raise LaunchError(
             f"--sweep {path}: cannot be read ({error}); expected a file of options, or {SEEDS}"
         ) from None
-    found = []
+    options = []
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):
             try:
-                found.append(shlex.split(line))
+                options.append(shlex.split(line))
             except ValueError as error:
                 raise LaunchError(f"--sweep {path}, line {number}: {error}; quote as in a shell") from None
-    _require(bool(found), f"--sweep {path}: holds no options; expected one line of them for each task")
-    return found
+    _require(bool(options), f"--sweep {path}: has no options; expected one line of options for each task")
+    return options
 
 
-def _require(holds: bool, text: str) -> None:
-    if not holds:
-        raise LaunchError(text)
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise LaunchError(message)

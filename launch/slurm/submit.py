@@ -1,4 +1,4 @@
-"""`regraft submit` and `regraft render`: a job for Slurm, checked before it waits in a queue."""
+"""`regraft submit` and `regraft render`: check a run, render its batch script, and submit it to Slurm."""
 
 import argparse
 import os
@@ -13,29 +13,29 @@ from pathlib import Path
 
 from launch import contract
 from launch.errors import LaunchError
-from launch.local.command import split_options
-from launch.slurm.allocation import plain
-from launch.slurm.sbatch import SIGNAL_SECONDS, Spec, header, render
-from launch.slurm.settings import NAMES, SEEDS, add_to, settings, sweep_lines
-from launch.slurm.site import find
+from launch.options import split_options
+from launch.slurm.allocation import to_folder_name
+from launch.slurm.sbatch import SIGNAL_SECONDS, JobSpec, render, sbatch_options
+from launch.slurm.settings import OPTION_NAMES, add_arguments, make_settings, read_sweep
+from launch.slurm.site import DEFAULT_FILE, SITE_VARIABLE, load_site
 
 SCRIPT, SWEEP = "job.sh", "sweep.txt"
 _NUMBERS = {
-    "nodes": "machines (default: 1)",
-    "gpus-per-node": "GPUs of each; without it none is asked for",
-    "cpus-per-task": "CPU cores of each (default: Slurm's, often one)",
-    "signal-seconds": f"how long ahead of the time limit the job is told to save (default: {SIGNAL_SECONDS})",
+    "nodes": "number of nodes (default: 1)",
+    "gpus-per-node": "GPUs per node (default: none requested)",
+    "cpus-per-task": "CPU cores per node (default: Slurm's, often 1)",
+    "signal-seconds": f"tell the job to save N seconds before the time limit (default: {SIGNAL_SECONDS})",
 }
 _TEXTS = {
-    "time": ("T", "limit: 4:00:00, 2-00:00:00, or minutes"),
-    "mem": ("M", "memory of each node: 64G"),
-    "partition": ("NAME", "Slurm's partition"),
-    "account": ("NAME", "who pays"),
-    "qos": ("NAME", "Slurm's quality of service"),
-    "job-name": ("NAME", "in the queue (default: regraft)"),
-    "array": ("N-M", "numbers of an array's tasks: 0-9, or 0-9%%2 for two at a time; see --sweep"),
+    "time": ("T", "time limit: minutes, 4:00:00 or 2-00:00:00 (default: the partition's)"),
+    "mem": ("M", "memory per node, such as 64G (default: Slurm's)"),
+    "partition": ("NAME", "Slurm partition (default: Slurm's)"),
+    "account": ("NAME", "account to charge (default: Slurm's)"),
+    "qos": ("NAME", "Slurm's quality of service (default: Slurm's)"),
+    "job-name": ("NAME", "name in the queue (default: regraft)"),
+    "array": ("N-M", "task indices of a job array: 0-9, or 0-9%%2 to run two at a time; see --sweep"),
 }
-_OVERRULES = {
+_OVERRIDING_VARIABLES = {
     "--job-name": "SBATCH_JOB_NAME",
     "--gpus-per-node": "SBATCH_GPUS_PER_NODE",
     "--mem": "SBATCH_MEM_PER_NODE",
@@ -48,136 +48,139 @@ _OVERRULES = {
     "--requeue": "SBATCH_NO_REQUEUE",
     "--open-mode": "SBATCH_OPEN_MODE",
 }
-"""Variables that sbatch puts before what stands in a script."""
+"""Environment variables that sbatch prefers to the options in a script."""
 
 
-def render_job(words: Sequence[str]) -> int:
-    """Print the batch script that these words ask for."""
-    spec, _ = _spec("render", words)
+def render_job(argv: Sequence[str]) -> int:
+    """Print the batch script for these arguments."""
+    spec, _ = _parse("render", argv)
     print(render(spec), end="")
     return 0
 
 
-def submit_job(words: Sequence[str]) -> int:
-    """Check the run, fetch what it needs, and submit it; returns the exit code.
+def submit_job(argv: Sequence[str]) -> int:
+    """Check the run, download what it needs, submit it, and return the exit code.
 
     Raises:
-        LaunchError: the job is impossible, the run folder cannot be written to, or Slurm will not have it.
+        LaunchError: a job option is invalid, the run folder is not writable, or Slurm refuses the job.
 
     """
-    spec, found = _spec("submit", words)
-    own = sweep_lines(Path(spec.settings.sweep)) if _has_file(spec) and spec.settings.sweep else [[]]
-    if not found.no_fetch:
-        code = _fetch([[*spec.options, *line] for line in own])
+    spec, arguments = _parse("submit", argv)
+    sweep = spec.settings.sweep_file
+    if not arguments.no_fetch:
+        code = _fetch([[*spec.options, *line] for line in (read_sweep(sweep) if sweep else [[]])])
         if code != 0:
             return code
-    folder = contract.given(spec.options, "run", "dir")
-    usual = f"runs/{plain(spec.job_name)}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    run = contract.whole_path("run.dir", folder or usual)
-    fresh = not run.exists()
+    default = f"runs/{to_folder_name(spec.job_name)}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    run = contract.whole_path("run.dir", contract.given(spec.options, "run", "dir") or default)
+    is_new_folder = not run.exists()
     spec = replace(spec, options=(*spec.options, f"--run.dir={run}"))
     try:
-        (run / contract.LOGS).mkdir(parents=True, exist_ok=True)  # or Slurm would have nowhere to write to
-        if _has_file(spec) and spec.settings.sweep:
-            # As it is now, whatever becomes of it while the job waits; it may be an earlier job's copy.
-            lines = Path(spec.settings.sweep).read_bytes()
-            (run / SWEEP).write_bytes(lines)
+        (run / contract.LOGS).mkdir(
+            parents=True, exist_ok=True
+        )  # Slurm does not create it for the job's output
+        if sweep:
+            # A copy, since the file may change while the job waits; it may already be the copy of an earlier job.
+            content = sweep.read_bytes()
+            (run / SWEEP).write_bytes(content)
             spec = replace(spec, settings=replace(spec.settings, sweep=str(run / SWEEP)))
-        text = render(spec)
-        _check_script(text)
-        (run / SCRIPT).write_text(text, encoding="utf-8", errors="surrogateescape")
-        job = _sbatch(spec, run, os.environ)
+        script = render(spec)
+        _check_script(script)
+        (run / SCRIPT).write_text(script, encoding="utf-8", errors="surrogateescape")
+        job = _submit(spec, run, os.environ)
         (run / contract.JOB).write_text(f"{job}\n", encoding="ascii")
     except OSError as error:
         raise LaunchError(f"run.dir {run}: cannot be written to ({error}); choose another folder") from None
     except LaunchError:
-        if fresh:
+        if is_new_folder:
             shutil.rmtree(run, ignore_errors=True)
         raise
-    _tell(spec, run, job)
+    _print_job(spec, run, job)
     return 0
 
 
-def _spec(verb: str, words: Sequence[str]) -> tuple[Spec, argparse.Namespace]:
-    parser = parser_of(verb)
-    names = [f"--{name}" for name in (*_NUMBERS, *_TEXTS)]
-    own, options = split_options(words, (*NAMES, *names, "--site"))
+def _parse(verb: str, argv: Sequence[str]) -> tuple[JobSpec, argparse.Namespace]:
+    names = (*_NUMBERS, *_TEXTS)
+    own, options = split_options(argv, (*OPTION_NAMES, *(f"--{name}" for name in names), "--site"))
     flags = [word for word in options if word in ("-h", "--help", "--no-fetch")]
-    found = parser.parse_args([*own, *flags])
+    arguments = make_parser(verb).parse_args([*own, *flags])
     options = [word for word in options if word != "--no-fetch"]
-    site = find(found.site, os.environ)
-    found.stage = found.stage or site.stage
-    chosen = settings(found, os.environ)
+    site = load_site(arguments.site, os.environ)
+    arguments.stage = arguments.stage or site.stage
+    settings = make_settings(arguments, os.environ)
     given = {
         name.replace("-", "_"): value
-        for name in (*_NUMBERS, *_TEXTS)
-        if (value := getattr(found, name.replace("-", "_"))) is not None
+        for name in names
+        if (value := getattr(arguments, name.replace("-", "_"))) is not None
     }
-    if chosen.sweep not in (None, SEEDS) and "array" not in given:
-        given["array"] = f"0-{len(sweep_lines(Path(str(chosen.sweep)))) - 1}"
-    return Spec(**given, settings=chosen, site=site, options=tuple(options)), found
+    if settings.sweep_file and "array" not in given:
+        given["array"] = f"0-{len(read_sweep(settings.sweep_file)) - 1}"
+    return JobSpec(**given, settings=settings, site=site, options=tuple(options)), arguments
 
 
-def parser_of(verb: str) -> argparse.ArgumentParser:
-    """Return the parser of `submit` or `render`, for all but the trainer's options."""
-    what = {
-        "submit": "Submit a run to Slurm, after its config was checked and its weights and data were fetched here.",
-        "render": "Print the batch script that `regraft submit` would submit; with no option, slurm/finetune.sh.",
+def make_parser(verb: str) -> argparse.ArgumentParser:
+    """Return the parser of `submit` or `render`, without the trainer's options."""
+    descriptions = {
+        "submit": "Submit a run to Slurm. The options are checked first, and weights and data are downloaded here, "
+        "since compute nodes often have no network.",
+        "render": "Print the batch script that `regraft submit` would submit. Without options it is "
+        "slurm/finetune.sh.",
     }
     parser = argparse.ArgumentParser(
         prog=f"regraft {verb}",
+        usage=f"regraft {verb} [options] [--config FILE] [--section.key VALUE ...]",
         allow_abbrev=False,
-        description=f"{what[verb]} All other options are the trainer's: regraft train --help.",
+        description=descriptions[verb],
+        epilog="All other options go to the trainer: see `regraft train --help`. docs/slurm.md explains jobs.",
     )
+    group = parser.add_argument_group("resources and queue, as in sbatch")
     for name, text in _NUMBERS.items():
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+        group.add_argument(f"--{name}", type=int, metavar="N", help=text)
     for name, (metavar, text) in _TEXTS.items():
-        parser.add_argument(f"--{name}", metavar=metavar, help=text)
-    add_to(parser)
-    parser.add_argument(
-        "--site", metavar="FILE", help="the cluster's settings (default: $REGRAFT_SITE, else the user's)"
+        group.add_argument(f"--{name}", metavar=metavar, help=text)
+    add_arguments(parser)
+    group = parser.add_argument_group("submission")
+    group.add_argument(
+        "--site",
+        metavar="FILE",
+        help=f"settings of the cluster (default: ${SITE_VARIABLE}, else {DEFAULT_FILE})",
     )
-    fetching = "do not look at the options, weights and data before the job is submitted"
-    parser.add_argument(
-        "--no-fetch", action="store_true", help=fetching if verb == "submit" else argparse.SUPPRESS
+    no_fetch = "submit without checking the options and downloading weights and data"
+    group.add_argument(
+        "--no-fetch", action="store_true", help=no_fetch if verb == "submit" else argparse.SUPPRESS
     )
     return parser
 
 
-def _has_file(spec: Spec) -> bool:
-    return spec.settings.sweep not in (None, SEEDS)
-
-
 def _fetch(runs: Sequence[Sequence[str]]) -> int:
-    """Have the trainer check each run's options and fetch weights and data, which is shown; returns its exit code."""
+    """Have the trainer check the options of each run and download weights and data; return its exit code."""
     program = contract.trainer_folder() / "fetch.py"
-    words = [word for options in runs for word in ("--next", *options)]
-    return subprocess.run([sys.executable, str(program), *words[1:]], check=False).returncode
+    argv = [word for options in runs for word in ("--next", *options)]
+    return subprocess.run([sys.executable, str(program), *argv[1:]], check=False).returncode
 
 
-def _check_script(text: str) -> None:
-    """Raise a LaunchError where bash would not read the script to its end."""
+def _check_script(script: str) -> None:
+    """Raise a LaunchError if bash cannot parse the script."""
     done = subprocess.run(
-        ["bash", "-n"], input=os.fsencode(text), capture_output=True, check=False, timeout=60
+        ["bash", "-n"], input=os.fsencode(script), capture_output=True, check=False, timeout=60
     )
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip()
-        raise LaunchError(f"the batch script is not sound, and was not submitted: {said}")
+        message = done.stderr.decode(errors="replace").strip()
+        raise LaunchError(f"bash cannot parse the batch script, so it was not submitted: {message}")
 
 
-def _sbatch(spec: Spec, run: Path, environment: Mapping[str, str]) -> str:
+def _submit(spec: JobSpec, run: Path, environment: Mapping[str, str]) -> str:
     """Submit RUN/job.sh, and return the job's id."""
     if not str(run).isprintable() or "\\" in str(run):
         raise LaunchError(
-            f"run.dir {str(run)!r}: Slurm cannot write to a folder of such a name; choose another one"
+            f"run.dir {str(run)!r}: Slurm cannot write to a folder with this name; choose another one"
         )
-    # Slurm puts its own words for what follows a `%`.
-    output = f"{run}/{contract.LOGS}/slurm-".replace("%", "%%") + (
-        "%A_%a" if spec.array is not None else "%j"
-    )
-    settled = {_OVERRULES.get(word.partition("=")[0]) for word in header(spec)}
-    inherited = {name: value for name, value in environment.items() if name not in settled}
-    if sys.prefix != sys.base_prefix:  # called by its path, a virtual environment is not active
+    # In the name of the output file, Slurm replaces `%j` and so on.
+    job_id = "%A_%a" if spec.array is not None else "%j"
+    output = f"{run}/{contract.LOGS}/slurm-".replace("%", "%%") + job_id
+    overriding = {_OVERRIDING_VARIABLES.get(option.partition("=")[0]) for option in sbatch_options(spec)}
+    inherited = {name: value for name, value in environment.items() if name not in overriding}
+    if sys.prefix != sys.base_prefix:  # `.venv/bin/regraft` does not set VIRTUAL_ENV if it is not activated
         inherited["VIRTUAL_ENV"] = sys.prefix
     try:
         done = subprocess.run(
@@ -195,12 +198,12 @@ def _sbatch(spec: Spec, run: Path, environment: Mapping[str, str]) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def _tell(spec: Spec, run: Path, job: str) -> None:
-    # The first task of an array, whose folders are made when they begin.
+def _print_job(spec: JobSpec, run: Path, job: str) -> None:
+    # For an array, show the commands for its first task; its folder is made when the task starts.
     first = spec.array and spec.array.split(",")[0].partition("%")[0].partition("-")[0]
-    shown, name = (run / first, f"{job}_{first}") if first is not None else (run, job)
+    folder, name = (run / first, f"{job}_{first}") if first is not None else (run, job)
     print(f"job {job} submitted")
     print(f"run folder {run}{'/TASK' if spec.array is not None else ''}")
-    print(f"follow it  regraft status {shlex.quote(str(shown))} --watch")
+    print(f"follow it  regraft status {shlex.quote(str(folder))} --watch")
     print(f"           tail -F {shlex.quote(f'{run}/{contract.LOGS}/slurm-{name}.out')}")
     print(f"stop it    scancel {job}")
