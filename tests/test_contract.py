@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import contract
-from launch.local.command import Local, environment
+from launch.local.torchrun import TorchrunConfig, trainer_environment
 from trainer import attempts, failure, hang, main, run_folder
 from trainer.config import RunConfig
 from trainer.errors import UserError
@@ -69,7 +69,7 @@ def test_what_the_launcher_reads_of_an_attempt_is_what_the_trainer_writes(tmp_pa
 def test_an_error_that_is_the_users_is_told_apart(tmp_path: Path) -> None:
     from launch.failures import first_failure
 
-    for name, error, is_users in (
+    for name, error, is_user_error in (
         ("a", UserError("x is 3: expected 4"), True),
         ("b", ValueError("no"), False),
     ):
@@ -77,8 +77,8 @@ def test_an_error_that_is_the_users_is_told_apart(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         failure.write_error_file(error, {failure.ERROR_FILE: str(folder / "error.json")})
         found = first_failure(tmp_path / name, host="h")
-        assert found.is_users is is_users
-        assert str(error) in found.what
+        assert found.is_user_error is is_user_error
+        assert str(error) in found.error
 
 
 def test_the_rank_among_all_machines_is_told(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_the_rank_among_all_machines_is_told(tmp_path: Path) -> None:
     failure.write_error_file(ValueError("no"), place)
     assert first_failure(tmp_path, host="h").rank == 5
     failure.write_error_file(ValueError("an echo"), place)
-    assert first_failure(tmp_path, host="h").what == "ValueError: no", "what was said first is the cause"
+    assert first_failure(tmp_path, host="h").error == "ValueError: no", "what was said first is the cause"
 
 
 def test_no_launch_writes_among_the_logs_of_another(tmp_path: Path) -> None:
@@ -103,10 +103,10 @@ def test_no_launch_writes_among_the_logs_of_another(tmp_path: Path) -> None:
 
 
 def test_the_log_folder_is_handed_to_the_trainer(tmp_path: Path) -> None:
-    local = Local(
+    config = TorchrunConfig(
         processes=1, threads=1, max_restarts=0, trainer=tmp_path, options=(), logs=tmp_path / "logs"
     )
-    assert environment(local, {})[run_folder.LOG_FOLDER] == str(tmp_path / "logs")
+    assert trainer_environment(config, {})[run_folder.LOG_FOLDER] == str(tmp_path / "logs")
 
 
 @pytest.mark.parametrize(

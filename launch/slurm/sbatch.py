@@ -97,7 +97,7 @@ def render(spec: JobSpec) -> str:
         *(f"#SBATCH {_quote_for_sbatch(option)}" for option in sbatch_options(spec)),
         "",
         "set -euo pipefail",
-        "trap '' USR1 # this warning before the time limit would end the job while Python is starting",
+        "trap '' USR1 # until Python has started, this signal before the time limit would end the job",
         "",
         *_python_setup(spec.site),
         "# Seconds that torchrun gives the trainer to save.",

@@ -1,7 +1,6 @@
 import os
 import shlex
 import shutil
-import stat
 import subprocess
 from pathlib import Path
 
@@ -9,13 +8,14 @@ import pytest
 
 from launch import cli
 from launch.errors import LaunchError
-from launch.slurm.sbatch import Spec, render
-from launch.slurm.settings import NAMES, Settings
+from launch.slurm.sbatch import JobSpec, render
+from launch.slurm.settings import OPTION_NAMES, JobSettings
 from launch.slurm.site import Site
 from tests.conftest import REPOSITORY
+from tests.launch.helpers import executable
 
 GOLDEN = REPOSITORY / "tests" / "golden"
-ANEW = "REGRAFT_GOLDEN"
+UPDATE = "REGRAFT_GOLDEN"
 SITE = Site(
     partition="gpu",
     account="team",
@@ -27,11 +27,11 @@ SITE = Site(
     env=(("NCCL_DEBUG", "WARN"), ("NOTE", "it's $HOME")),
 )
 SPECS = {
-    "default": Spec(),
-    "single-gpu": Spec(
+    "default": JobSpec(),
+    "single-gpu": JobSpec(
         gpus_per_node=1, cpus_per_task=8, time="1:00:00", options=("--config", "configs/hotdog.yaml")
     ),
-    "eight-gpus": Spec(
+    "eight-gpus": JobSpec(
         job_name="fine tune",
         gpus_per_node=8,
         cpus_per_task=64,
@@ -39,90 +39,84 @@ SPECS = {
         time="2-00:00:00",
         signal_seconds=300,
     ),
-    "two-nodes": Spec(
+    "two-nodes": JobSpec(
         nodes=2,
         gpus_per_node=8,
         cpus_per_task=64,
         partition="h100",
         account="team",
         qos="high",
-        settings=Settings(max_attempts=5, max_restarts=3),
+        settings=JobSettings(max_attempts=5, max_restarts=3),
         options=("--config", "configs/hotdog.yaml", "--run.dir=runs/a b"),
     ),
-    "cpu": Spec(cpus_per_task=32, settings=Settings(nproc=4), options=("--run.device=cpu",)),
-    "array": Spec(array="0-2", settings=Settings(sweep="seeds")),
-    "array-of-lines": Spec(
-        array="0-9%2", settings=Settings(sweep="my sweep.txt"), options=("--data.root", "x")
+    "cpu": JobSpec(cpus_per_task=32, settings=JobSettings(nproc=4), options=("--run.device=cpu",)),
+    "array": JobSpec(array="0-2", settings=JobSettings(sweep="seeds")),
+    "array-of-lines": JobSpec(
+        array="0-9%2", settings=JobSettings(sweep="my sweep.txt"), options=("--data.root", "x")
     ),
-    "site": Spec(nodes=2, gpus_per_node=4, partition="debug", site=SITE, settings=Settings(stage="$TMPDIR")),
-    "site-with-venv": Spec(site=Site(activate=("/opt/regraft's venv/",))),
-    "apptainer": Spec(
-        gpus_per_node=1, settings=Settings(container="/images/regraft.sif", mounts=("/scratch/u",))
+    "site": JobSpec(
+        nodes=2, gpus_per_node=4, partition="debug", site=SITE, settings=JobSettings(stage="$TMPDIR")
     ),
-    "pyxis": Spec(
+    "site-with-venv": JobSpec(site=Site(activate=("/opt/regraft's venv/",))),
+    "apptainer": JobSpec(
+        gpus_per_node=1, settings=JobSettings(container="/images/regraft.sif", mounts=("/scratch/u",))
+    ),
+    "pyxis": JobSpec(
         nodes=2,
         gpus_per_node=8,
-        settings=Settings(container="nvcr.io#nvidia/pytorch:26.01-py3", container_runtime="pyxis"),
+        settings=JobSettings(container="nvcr.io#nvidia/pytorch:26.01-py3", container_runtime="pyxis"),
     ),
 }
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_script_is_what_it_was(name: str) -> None:
-    path, text = GOLDEN / f"{name}.sh", render(SPECS[name])
-    if os.environ.get(ANEW):
-        path.write_text(text, encoding="utf-8")
-    hint = f"if it is meant, {ANEW}=1 pytest tests/launch/test_slurm.py writes it anew: read its diff"
+def test_script_equals_its_golden_file(name: str) -> None:
+    path, script = GOLDEN / f"{name}.sh", render(SPECS[name])
+    if os.environ.get(UPDATE):
+        path.write_text(script, encoding="utf-8")
+    hint = f"if this is intended, {UPDATE}=1 pytest tests/launch/test_sbatch.py updates it: check the diff"
     assert path.exists(), f"{path} is missing; {hint}"
-    assert text == path.read_text(encoding="utf-8"), hint
+    assert script == path.read_text(encoding="utf-8"), hint
 
 
-def test_there_is_no_golden_file_too_many() -> None:
+def test_each_golden_file_has_a_test() -> None:
     assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(f"{name}.sh" for name in SPECS)
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("finetune", []), ("array", ["--sweep", "seeds", "--array", "0-2"])]
+    ("name", "argv"), [("finetune", []), ("array", ["--sweep", "seeds", "--array", "0-2"])]
 )
-def test_the_templates_are_what_render_prints(
+def test_scripts_in_slurm_folder_are_the_output_of_render(
     name: str,
-    words: list[str],
+    argv: list[str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))  # where the user's own site.yaml may lie
+    monkeypatch.setenv("HOME", str(tmp_path))  # without a site.yaml
     for variable in ("REGRAFT_SITE", "REGRAFT_NPROC", "REGRAFT_MAX_RESTARTS", "REGRAFT_MAX_ATTEMPTS"):
         monkeypatch.delenv(variable, raising=False)
-    assert cli.main(["render", *words]) == 0
+    assert cli.main(["render", *argv]) == 0
     path = REPOSITORY / "slurm" / f"{name}.sh"
-    again = f"if it is meant: regraft render {' '.join(words)} > slurm/{name}.sh"
-    assert capsys.readouterr().out == path.read_text(encoding="utf-8"), again
+    hint = f"if this is intended: regraft render {' '.join(argv)} > slurm/{name}.sh"
+    assert capsys.readouterr().out == path.read_text(encoding="utf-8"), hint
 
 
 SCRIPTS = sorted([*GOLDEN.glob("*.sh"), *(REPOSITORY / "slurm").glob("*.sh")])
 
 
-def test_bash_and_shellcheck_have_nothing_to_say() -> None:
+def test_bash_and_shellcheck_accept_the_scripts() -> None:
     assert len(SCRIPTS) == len(SPECS) + 2
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed: apt-get install shellcheck")
     for path in SCRIPTS:
         subprocess.run(["bash", "-n", path], check=True, timeout=60)
-    for path in SCRIPTS:
-        # What is quoted for a user is meant to be no more than it says (SC2016, an info).
-        least = "style" if path.parent.name == "slurm" else "warning"
-        done = subprocess.run(
-            ["shellcheck", f"--severity={least}", path],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        # The golden files quote `$HOME` and the like on purpose (SC2016, an info).
+        severity = "style" if path.parent.name == "slurm" else "warning"
+        command = ["shellcheck", f"--severity={severity}", path]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, done.stdout
 
-
-# Names that mean to be more than names.
 
 HOSTILE = [
     "a b",
@@ -140,54 +134,46 @@ HOSTILE = [
     "é",
     "\udcff",
 ]
+"""Names that bash or sbatch would interpret if they were not quoted."""
+PRINTABLE = [name for name in HOSTILE if name.isprintable()]
 
 
-def run_script(text: str, folder: Path) -> list[str]:
-    """Run a script with a python3 that only writes down its arguments; returns them."""
-    python = folder / "python3"
-    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {shlex.quote(str(folder / "words"))}\n')
-    python.chmod(stat.S_IRWXU)
-    environment = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder)}
-    script = os.fsencode(text)
+def run_script(script: str, folder: Path) -> list[str]:
+    """Run a script with a python3 that only writes its arguments to a file, and return them."""
+    arguments = folder / "arguments"
+    executable(folder / "python3", f'printf "%s\\0" "$@" > {shlex.quote(str(arguments))}')
     done = subprocess.run(
         ["bash", "-s"],
-        input=script,
+        input=os.fsencode(script),
         cwd=folder,
-        env=environment,
+        env={"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder)},
         capture_output=True,
         check=False,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    return os.fsdecode((folder / "words").read_bytes()).split("\0")[:-1]
+    assert not (folder / "pwned").exists()
+    return os.fsdecode(arguments.read_bytes()).split("\0")[:-1]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_an_option_reaches_the_trainer_as_it_was_given(name: str, tmp_path: Path) -> None:
-    spec = Spec(options=("--run.dir", name, f"--data.root={name}"))
-    assert run_script(render(spec), tmp_path) == [
-        "-m",
-        "launch.slurm.job",
-        "--run.dir",
-        name,
-        f"--data.root={name}",
-    ]
-    assert not (tmp_path / "pwned").exists()
+def test_options_reach_the_trainer_unchanged(name: str, tmp_path: Path) -> None:
+    options = ("--run.dir", name, f"--data.root={name}")
+    assert run_script(render(JobSpec(options=options)), tmp_path) == ["-m", "launch.slurm.job", *options]
 
 
-@pytest.mark.parametrize("name", [name for name in HOSTILE if name.isprintable()])
-def test_what_a_site_says_is_no_more_than_words(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PRINTABLE)
+def test_site_settings_are_not_interpreted(name: str, tmp_path: Path) -> None:
     site = Site(env=(("A", name),), activate=(f"true {shlex.quote(name)}",), nccl_interface=name)
-    text = render(Spec(site=site)).replace(
-        "exec python3", 'printf "%s\\0" "$A" "$NCCL_SOCKET_IFNAME" > said; exec python3'
+    script = render(JobSpec(site=site)).replace(
+        "exec python3", 'printf "%s\\0" "$A" "$NCCL_SOCKET_IFNAME" > values; exec python3'
     )
-    run_script(text, tmp_path)
-    assert (tmp_path / "said").read_text(encoding="utf-8") == f"{name}\0{name}\0"
-    assert not (tmp_path / "pwned").exists()
+    run_script(script, tmp_path)
+    assert (tmp_path / "values").read_text(encoding="utf-8") == f"{name}\0{name}\0"
 
 
-def sbatch_reads(line: str) -> list[str]:
-    """Return the words of an #SBATCH line by the rules of Slurm's own reader (sbatch/opt.c, _get_argument)."""
+def parse_sbatch_line(line: str) -> list[str]:
+    """Split an #SBATCH line by the rules of Slurm's own parser (sbatch/opt.c, _get_argument)."""
     words, word, quote, escaped, begun = [], "", "", False, False
     for character in line.removeprefix("#SBATCH"):
         if escaped:
@@ -211,19 +197,18 @@ def sbatch_reads(line: str) -> list[str]:
     return [*words, word] if begun else words
 
 
-@pytest.mark.parametrize("name", [name for name in HOSTILE if name.isprintable()])
-def test_a_name_is_one_word_of_the_header(name: str) -> None:
-    spec = Spec(job_name=name.replace("\\", "|"), partition=name, account=name, qos=name)
+@pytest.mark.parametrize("name", PRINTABLE)
+def test_names_are_one_word_of_an_sbatch_line(name: str) -> None:
+    spec = JobSpec(job_name=name.replace("\\", "|"), partition=name, account=name, qos=name)
     lines = [line for line in render(spec).splitlines() if line.startswith("#SBATCH")]
-    found = [sbatch_reads(line) for line in lines]
-    assert all(len(words) == 1 for words in found)
-    assert {f"--job-name={spec.job_name}", f"--partition={name}", f"--account={name}", f"--qos={name}"} <= {
-        words[0] for words in found
-    }
+    words = [parse_sbatch_line(line) for line in lines]
+    assert all(len(line) == 1 for line in words)
+    expected = {f"--job-name={spec.job_name}", f"--partition={name}", f"--account={name}", f"--qos={name}"}
+    assert expected <= {line[0] for line in words}
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"job_name": "x\n#SBATCH --nodes=9"}, "--job-name"),
         ({"job_name": "../x"}, "without slashes"),
@@ -239,21 +224,40 @@ def test_a_name_is_one_word_of_the_header(name: str) -> None:
         ({"array": "0-"}, "--array"),
         ({"array": "1;touch pwned"}, "--array"),
         ({"signal_seconds": 5}, "--signal-seconds 5"),
-        ({"settings": Settings(sweep="seeds")}, "add --array"),
+        ({"settings": JobSettings(sweep="seeds")}, "add --array"),
     ],
 )
-def test_an_impossible_job_is_refused_by_name(changes: dict[str, object], words: str) -> None:
-    with pytest.raises(LaunchError, match=words):
-        Spec(**changes)  # type: ignore[arg-type]
+def test_invalid_job_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        JobSpec(**changes)  # type: ignore[arg-type]
 
 
-def test_the_trainer_gets_the_time_ahead_of_the_limit_but_for_a_margin() -> None:
-    assert "@300\n" in render(Spec(signal_seconds=300))
-    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}" in render(Spec(signal_seconds=300))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nproc": 0}, "--nproc 0"),
+        ({"max_attempts": 0}, "--max-attempts 0"),
+        ({"container": "-x"}, "--container"),
+        ({"container": "a\nb"}, "--container"),
+        ({"container_runtime": "docker"}, "apptainer or pyxis"),
+        ({"mounts": ("relative",)}, "--mount"),
+        ({"mounts": ("/a:/b",)}, "--mount"),
+        ({"sweep": ""}, "--sweep"),
+    ],
+)
+def test_invalid_settings_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        JobSettings(**changes)  # type: ignore[arg-type]
 
 
-def test_the_settings_words_are_the_jobs_own() -> None:
-    every = Settings(
+def test_torchrun_waits_until_shortly_before_the_time_limit() -> None:
+    script = render(JobSpec(signal_seconds=300))
+    assert "@300\n" in script
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}" in script
+
+
+def test_settings_argv_has_all_option_names_but_no_defaults() -> None:
+    settings = JobSettings(
         nproc=2,
         max_restarts=0,
         max_attempts=7,
@@ -263,5 +267,5 @@ def test_the_settings_words_are_the_jobs_own() -> None:
         container_runtime="pyxis",
         mounts=("/a", "/b"),
     )
-    assert {word.partition("=")[0] for word in every.words()} == set(NAMES)
-    assert Settings().words() == []
+    assert {argument.partition("=")[0] for argument in settings.to_argv()} == set(OPTION_NAMES)
+    assert JobSettings().to_argv() == []

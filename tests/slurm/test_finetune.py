@@ -30,7 +30,7 @@ def test_a_job_of_two_nodes_trains_as_one_process_does_and_once_done_is_done(
     record = cluster.wait_for(job, "COMPLETED")
     assert (record["ExitCode"], record["Restarts"]) == ("0:0", "1")
     assert len(attempts(folder)) == 1, "no process was started"
-    assert "is done already" in cluster.output(job).removeprefix(said)
+    assert "is already done" in cluster.output(job).removeprefix(said)
 
 
 FAILS_AT_UPDATE_5 = """\

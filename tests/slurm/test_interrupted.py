@@ -75,7 +75,7 @@ def test_a_job_that_is_preempted_before_it_trains_is_queued_again(
     preempt(cluster, tmp_path)  # of which Slurm tells the nodes' tasks, and not the batch script
     wait_for_restart(cluster, job, 1)
     assert not attempts(folder), "it came too late"
-    assert "stopped by SIGTERM before training began" in cluster.output(job), cluster.output(job)
+    assert "stopped by SIGTERM before training started" in cluster.output(job), cluster.output(job)
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_a_job_that_loses_a_process_and_then_a_node_goes_on(
     said = cluster.output(job)
     assert f" on {victim.node}: killed by SIGKILL" in said, said
     step = attempts(folder)[0]["step"]  # or a later one, saved meanwhile
-    assert f"step {step} was saved, which is new; 1 of 100 attempts are made: queued again" in said, said
+    assert f"this start saved a new step ({step}); 1 of 100 attempts are used: requeued" in said, said
 
     step = wait_until_saved(cluster, job, folder, start=1)
     print(f"step {step} is saved: the second node is lost", flush=True)
