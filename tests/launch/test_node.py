@@ -111,7 +111,7 @@ def test_data_that_cannot_be_copied_is_an_error(tmp_path: Path) -> None:
 
 def run_node(tmp_path: Path, script: str) -> int:
     """Run a node in a process of its own, with a shell script in place of torchrun, and return its exit code."""
-    program = "import sys; from launch.slurm import node; sys.executable = sys.argv[1]; sys.exit(node.main(sys.argv[2:]))"
+    program = "import sys; from launch.slurm import node; sys.executable = sys.argv[1]; exit(node.main(sys.argv[2:]))"
     torchrun = executable(tmp_path / "torchrun", script)
     task = NodeTask(addresses=("127.0.0.1",), port=20001, rdzv_id="1.0", logs=tmp_path / "logs", nproc=1)
     done = subprocess.run(

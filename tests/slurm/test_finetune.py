@@ -1,5 +1,6 @@
 """`sbatch slurm/finetune.sh` on a real Slurm: runs that nobody disturbs, and errors that always come again."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,8 @@ def test_an_error_that_comes_again_does_not_queue_its_job_for_ever(
         )
 
     def broken(name: str) -> dict[str, str]:
-        return {"PYTHONPATH": str(tmp_path / "broken"), "RUN": str(tmp_path / name)}
+        path = [str(tmp_path / "broken"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {"PYTHONPATH": os.pathsep.join(path), "RUN": str(tmp_path / name)}
 
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "sitecustomize.py").write_text(FAILS_AT_UPDATE_5)
