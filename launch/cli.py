@@ -1,4 +1,4 @@
-"""The command line of `regraft`: its own verbs, and those that it hands over to the trainer."""
+"""The command line of `regraft`: its own verbs, and those that are programs of the trainer."""
 
 import argparse
 import os

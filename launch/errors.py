@@ -6,3 +6,9 @@ class LaunchError(Exception):
 
     The message says what is wrong, what was expected and what to do.
     """
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a LaunchError with this message unless the condition holds."""
+    if not condition:
+        raise LaunchError(message)

@@ -27,6 +27,11 @@ def split_options(argv: Sequence[str], own: Sequence[str]) -> tuple[list[str], l
     return launcher, trainer
 
 
+def option_name(field: str) -> str:
+    """Return the command-line option of a field: `--max-restarts` for `max_restarts`."""
+    return f"--{field.replace('_', '-')}"
+
+
 def nonnegative_int(text: str) -> int:
     """Parse a whole number of 0 or more, for argparse."""
     if not (text.isascii() and text.isdigit()):

@@ -21,8 +21,8 @@ from launch.failures import Failure, first_failure, first_of, format_failure
 from launch.local.torchrun import FORWARDED_SIGNALS
 from launch.options import split_options
 from launch.slurm import allocation, container, node
-from launch.slurm import requeue as requeueing
 from launch.slurm.allocation import Allocation
+from launch.slurm.requeue import JobOutcome, JobOwner, decide, job_owner
 from launch.slurm.settings import OPTION_NAMES, JobSettings, add_arguments, make_settings, task_options
 
 
@@ -145,7 +145,7 @@ def run(argv: Sequence[str], forwarder: SignalForwarder) -> int:
     )
 
     failure = _first_failure(logs, hosts)
-    outcome = requeueing.JobOutcome(
+    outcome = JobOutcome(
         attempts_before=attempts_before,
         attempts_after=contract.all_attempts(folder),
         signal=forwarder.signal or (_signal_on_nodes(logs, len(hosts)) if code == 0 else None),
@@ -155,7 +155,7 @@ def run(argv: Sequence[str], forwarder: SignalForwarder) -> int:
         restarts=job.restarts,
         max_attempts=settings.max_attempts,
     )
-    decision = requeueing.decide(outcome)
+    decision = decide(outcome)
     if decision.code in (contract.FAILED, contract.USER_ERROR):
         print(format_failure(failure), file=sys.stderr, flush=True)
     _print(job, f"{decision.reason}: {'requeued' if decision.requeue else f'exit code {decision.code}'}")
@@ -247,13 +247,13 @@ def _signal_on_nodes(logs: Path, count: int) -> str | None:
     return next((path.read_text(encoding="ascii") for path in files if path.exists()), None)
 
 
-def _job_owner(job: Allocation) -> requeueing.JobOwner:
+def _job_owner(job: Allocation) -> JobOwner:
     try:
         state, reason = allocation.job_state(job.label)
     except LaunchError as error:
         _print(job, f"Slurm does not report the state of this job ({error})")
-        return requeueing.job_owner(None, "")
-    return requeueing.job_owner(state or None, reason)
+        return job_owner(None, "")
+    return job_owner(state or None, reason)
 
 
 def _print(job: Allocation, message: str) -> None:

@@ -9,7 +9,8 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from launch.errors import LaunchError
+from launch.errors import LaunchError, require
+from launch.options import option_name
 from launch.slurm.settings import JobSettings
 from launch.slurm.site import Site
 
@@ -59,8 +60,9 @@ class JobSpec:
     def __post_init__(self) -> None:
         for key, least in (("nodes", 1), ("gpus_per_node", 1), ("cpus_per_task", 1), ("signal_seconds", 30)):
             value = getattr(self, key)
-            _require(
-                value is None or least <= value <= 10**6, f"{_option(key)} {value}: expected {least} or more"
+            require(
+                value is None or least <= value <= 10**6,
+                f"{option_name(key)} {value}: expected {least} or more",
             )
         for key, pattern, example in (
             ("time", _TIME, "minutes, `4:00:00` or `2-00:00:00`"),
@@ -68,21 +70,21 @@ class JobSpec:
             ("array", _ARRAY, "`0-9`, `0-9%2` or `1,3,5`"),
         ):
             text = getattr(self, key)
-            _require(
+            require(
                 text is None or (text.isascii() and pattern.fullmatch(text) is not None),
-                f"{_option(key)} {text!r}: expected {example}",
+                f"{option_name(key)} {text!r}: expected {example}",
             )
         for key in ("job_name", "partition", "account", "qos"):
             text = getattr(self, key)
-            _require(
+            require(
                 text is None or (bool(text.strip()) and text.isprintable()),
-                f"{_option(key)} {text!r}: expected a name on one line",
+                f"{option_name(key)} {text!r}: expected a name on one line",
             )
-        _require(
+        require(
             not set(self.job_name) & set("/\\"),
             f"--job-name {self.job_name!r}: expected a name without slashes, since the output file is named after it",
         )
-        _require(
+        require(
             self.settings.sweep is None or self.array is not None,
             f"--sweep {self.settings.sweep}: sets the options of each task in a job array; add --array, as in "
             "--array 0-9",
@@ -212,12 +214,3 @@ def _split(command: str) -> Sequence[str]:
 def _quote_home(word: str) -> str:
     """Quote a word for bash; a leading ~/ becomes the home folder of the job's user."""
     return f'"$HOME"/{shlex.quote(word[2:])}' if word.startswith("~/") else shlex.quote(word)
-
-
-def _option(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise LaunchError(message)

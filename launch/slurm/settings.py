@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.errors import LaunchError
+from launch.errors import LaunchError, require
+from launch.options import option_name
 from launch.slurm.requeue import MAX_ATTEMPTS
 
 SEEDS = "seeds"
@@ -47,20 +48,20 @@ class JobSettings:
     """Additional folders to mount in the container."""
 
     def __post_init__(self) -> None:
-        _require(self.nproc is None or self.nproc >= 1, f"--nproc {self.nproc}: expected 1 or more")
-        _require(self.max_restarts >= 0, f"--max-restarts {self.max_restarts}: expected 0 or more")
-        _require(self.max_attempts >= 1, f"--max-attempts {self.max_attempts}: expected 1 or more")
-        _require(
+        require(self.nproc is None or self.nproc >= 1, f"--nproc {self.nproc}: expected 1 or more")
+        require(self.max_restarts >= 0, f"--max-restarts {self.max_restarts}: expected 0 or more")
+        require(self.max_attempts >= 1, f"--max-attempts {self.max_attempts}: expected 1 or more")
+        require(
             self.container_runtime in RUNTIMES,
             f"--container-runtime {self.container_runtime!r}: expected {' or '.join(RUNTIMES)}",
         )
         for name, value in (("sweep", self.sweep), ("stage", self.stage), ("container", self.container)):
-            _require(
+            require(
                 value is None or (bool(value.strip()) and value.isprintable() and not value.startswith("-")),
                 f"--{name} {value!r}: expected a name on one line",
             )
         for mount in self.mounts:
-            _require(
+            require(
                 mount.startswith("/") and mount.isprintable() and not set(mount) & set(",:"),
                 f"--mount {mount!r}: expected an absolute path without commas and colons, which separate mounts",
             )
@@ -69,7 +70,7 @@ class JobSettings:
         """Return the command-line arguments that give these settings, without those at their defaults."""
         default = JobSettings()
         argv = [
-            f"{_option(name)}={getattr(self, name)}"
+            f"{option_name(name)}={getattr(self, name)}"
             for name in _SCALAR_FIELDS
             if getattr(self, name) != getattr(default, name)
         ]
@@ -81,11 +82,7 @@ class JobSettings:
         return None if self.sweep in (None, SEEDS) else Path(str(self.sweep))
 
 
-def _option(field: str) -> str:
-    return f"--{field.replace('_', '-')}"
-
-
-OPTION_NAMES = (*map(_option, _SCALAR_FIELDS), "--mount")
+OPTION_NAMES = (*map(option_name, _SCALAR_FIELDS), "--mount")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,9 +137,9 @@ def make_settings(arguments: argparse.Namespace, environment: Mapping[str, str])
     if numbers["nproc"] == "auto":
         numbers["nproc"] = None
     for name, text in numbers.items():
-        _require(
+        require(
             text is None or re.fullmatch(r"[0-9]{1,6}", text) is not None,
-            f"{_option(name)} (or {_VARIABLES[name]}) is {text!r}: expected a whole number",
+            f"{option_name(name)} (or {_VARIABLES[name]}) is {text!r}: expected a whole number",
         )
     values: dict[str, Any] = {name: int(text) for name, text in numbers.items() if text}
     for name in ("sweep", "stage", "container", "container_runtime"):
@@ -189,10 +186,5 @@ def read_sweep(path: Path) -> list[list[str]]:
                 options.append(shlex.split(line))
             except ValueError as error:
                 raise LaunchError(f"--sweep {path}, line {number}: {error}; quote as in a shell") from None
-    _require(bool(options), f"--sweep {path}: has no options; expected one line of options for each task")
+    require(bool(options), f"--sweep {path}: has no options; expected one line of options for each task")
     return options
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise LaunchError(message)

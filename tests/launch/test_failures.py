@@ -12,71 +12,34 @@ READING = "Hang: no step for 300 s, the last one was 7; it was in select (select
 
 
 @pytest.mark.parametrize(
-    ("messages", "code", "rank", "error"),
+    ("messages", "exit_code_of_rank_1", "cause"),
     [
-        pytest.param(
-            {0: ("ValueError: late", 20), 1: ("ValueError: early", 10)},
-            None,
-            1,
-            "ValueError: early",
-            id="the first error in time",
-        ),
-        pytest.param(
-            {0: ("RuntimeError: [gloo] Connection closed by peer", 10), 2: ("KeyError: 'x'", 11)},
-            None,
-            2,
-            "KeyError: 'x'",
-            id="an error before a secondary error",
-        ),
-        pytest.param(
-            {0: ("RuntimeError: Connection reset by peer", 10), 1: ("", 0)},
-            -9,
-            1,
-            "killed by SIGKILL",
-            id="a killed process before a secondary error",
-        ),
-        pytest.param(
-            {0: ("RuntimeError: gloo", 10), 1: ("", 0)},
-            -15,
-            0,
-            "RuntimeError: gloo",
-            id="a process that torchrun terminated is not the cause",
-        ),
-        pytest.param(
-            {0: ("ValueError: igloo/1.jpg", 10), 1: ("KeyError: 'later'", 11)},
-            None,
-            0,
-            "ValueError: igloo/1.jpg",
-            id="a file name that resembles a secondary error",
-        ),
-        pytest.param(
-            {0: (WAITING, 10), 1: (READING, 11), 2: ("RuntimeError: Connection closed by peer", 9)},
-            None,
-            1,
-            READING,
-            id="the rank that hangs before those that wait for it",
-        ),
-        pytest.param(
-            {0: (WAITING, 10), 1: ("", 0)},
-            -9,
-            0,
-            WAITING,
-            id="a waiting rank if the one that hangs was killed",
-        ),
+        # The first error in time.
+        ({0: ("ValueError: late", 20), 1: ("ValueError: early", 10)}, None, 1),
+        # Secondary errors come last, but not everything that resembles one is one.
+        ({0: ("RuntimeError: [gloo] Connection closed by peer", 10), 2: ("KeyError: 'x'", 11)}, None, 2),
+        ({0: ("ValueError: igloo/1.jpg", 10), 1: ("KeyError: 'later'", 11)}, None, 0),
+        # A killed process, unless torchrun terminated it.
+        ({0: ("RuntimeError: Connection reset by peer", 10), 1: ("", 0)}, -9, 1),
+        ({0: ("RuntimeError: gloo", 10), 1: ("", 0)}, -15, 0),
+        # The rank that hangs comes before those that wait for it, unless it was killed.
+        ({0: (WAITING, 10), 1: (READING, 11), 2: ("RuntimeError: Connection closed by peer", 9)}, None, 1),
+        ({0: (WAITING, 10), 1: ("", 0)}, -9, 0),
     ],
 )
 def test_first_failure_is_the_cause(
-    tmp_path: Path, messages: dict[int, tuple[str, float]], code: int | None, rank: int, error: str
+    tmp_path: Path, messages: dict[int, tuple[str, float]], exit_code_of_rank_1: int | None, cause: int
 ) -> None:
-    for number, (message, time) in messages.items():
-        write_failure(tmp_path, number, message=message, time=time, lines="last words\n")
-    if code is not None:
-        write_report(tmp_path, code=code)
+    for rank, (message, time) in messages.items():
+        write_failure(tmp_path, rank, message=message, time=time, lines="last words\n")
+    if exit_code_of_rank_1 is not None:
+        write_report(tmp_path, code=exit_code_of_rank_1)
+    error = messages[cause][0] or "killed by SIGKILL"
     failure = first_failure(tmp_path, host="node7")
-    assert (failure.rank, failure.error, failure.lines) == (rank, error, ("last words",))
+    assert (failure.rank, failure.error, failure.lines) == (cause, error, ("last words",))
     lines = format_failure(failure).splitlines()
-    assert lines[:2] == [f"failed: rank {rank} on node7: {error}", "  | last words"]
-    assert f"log: {tmp_path}/id_abc/attempt_0/{rank}/stderr.log" in lines
+    assert lines[:2] == [f"failed: rank {cause} on node7: {error}", "  | last words"]
+    assert f"log: {tmp_path}/id_abc/attempt_0/{cause}/stderr.log" in lines
 
 
 def test_hang_constants_agree_with_the_trainer() -> None:

@@ -18,7 +18,7 @@ from launch.slurm.allocation import (
     resolve_node_addresses,
 )
 from launch.slurm.container import apptainer_argv, mounted_folders, pyxis_options
-from launch.slurm.job import resolve_run_dir, srun_command, step_environment
+from launch.slurm.job import resolve_run_dir, step_environment
 from launch.slurm.node import node_logs
 from launch.slurm.settings import JobSettings, task_options
 from tests.launch.helpers import attempt, executable, write_failure
@@ -65,18 +65,17 @@ def test_run_folder_is_the_same_for_all_starts(
     assert resolve_run_dir(options, JobSettings(), replace(allocation, restarts=3), WORKDIR)[0] == folder
 
 
-def test_run_folder_of_a_config_file(tmp_path: Path) -> None:
+def test_run_options_of_a_config_file(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text("run:\n  dir: runs/from config\n")
-    folder, _ = resolve_run_dir(["--config", str(config)], JobSettings(), JOB, WORKDIR)
+    config.write_text("run:\n  dir: runs/from config\n  resume: never\n")
+    options = ["--config", str(config)]
+    folder, argv = resolve_run_dir(options, JobSettings(), JOB, WORKDIR)
     assert folder == WORKDIR / "runs/from config"
-
-
-def test_resume_never_applies_to_the_first_start() -> None:
-    options = ["--run.resume=never"]
-    assert "--run.resume=auto" not in resolve_run_dir(options, JobSettings(), JOB, WORKDIR)[1]
-    again = replace(JOB, restarts=1)
-    assert resolve_run_dir(options, JobSettings(), again, WORKDIR)[1][-1] == "--run.resume=auto"
+    assert "--run.resume=auto" not in argv, "the first start does not resume"
+    assert (
+        resolve_run_dir(options, JobSettings(), replace(JOB, restarts=1), WORKDIR)[1][-1]
+        == "--run.resume=auto"
+    )
 
 
 def test_sweep_over_seeds_uses_the_task_index() -> None:
@@ -189,19 +188,6 @@ def test_first_failure_of_all_nodes(tmp_path: Path) -> None:
 
 
 # The job step.
-
-
-def test_srun_starts_one_task_per_node_and_ends_all_if_one_fails() -> None:
-    command = srun_command(JOB, 2, JobSettings(), [], WORKDIR)
-    assert command[0] == "srun"
-    assert {
-        "--nodes=2",
-        "--ntasks=2",
-        "--ntasks-per-node=1",
-        "--kill-on-bad-exit=1",
-        "--wait=60",
-        "--export=ALL",
-    } <= set(command)
 
 
 def test_step_gets_the_cores_of_the_job() -> None:
