@@ -39,7 +39,8 @@ def report(probe: str, measure: Callable[[], dict[str, Any]]) -> bool:
 def torch_build() -> dict[str, Any]:
     """Return torch's build, and the GPUs that it can use."""
     gpus = []
-    for i in range(torch.cuda.device_count()):
+    # device_count() alone counts GPUs whose driver is too old.
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, memory = torch.cuda.mem_get_info(i)
         gpus.append({"name": torch.cuda.get_device_name(i), "memory": memory, "free": free})
     return {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "gpus": gpus}

@@ -21,7 +21,7 @@ from launch.slurm.container import apptainer_argv, mounted_folders, pyxis_option
 from launch.slurm.job import resolve_run_dir, step_environment
 from launch.slurm.node import node_logs
 from launch.slurm.settings import JobSettings, task_options
-from tests.launch.helpers import attempt, executable, write_failure
+from tests.launch.helpers import executable, write_failure
 from tests.launching import free_port
 
 JOB = Allocation(
@@ -245,12 +245,14 @@ def test_existing_folders_are_mounted_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return the working folder of a job whose srun is stopped by a signal to the batch shell, this process."""
     scripts = {
         "scontrol": f'echo "scontrol $*" >> {tmp_path}/log\n'
         'case "$1 $2" in\n"show hostnames") echo node1 ;;\n'
         '"show node") echo "NodeName=node1 NodeAddr=127.0.0.1" ;;\nesac',
         "squeue": "echo RUNNING None",
-        "srun": f"echo srun >> {tmp_path}/log\nexit 1",
+        "srun": f"trap 'echo forwarded >> {tmp_path}/log; exit 0' USR1\nkill -USR1 {os.getpid()}\n"
+        "while :; do sleep 0.05; done",
     }
     for name, script in scripts.items():
         executable(tmp_path / "bin" / name, script)
@@ -264,43 +266,20 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         signal.signal(number, handler)
 
 
-def calls(cluster: Path) -> list[str]:
-    """Return the calls of Slurm's programs."""
-    return (cluster / "log").read_text().splitlines() if (cluster / "log").exists() else []
-
-
-def test_job_that_fails_at_once_is_not_requeued(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert job.main(["--data.root=x"]) == 1
-    assert "srun" in calls(cluster)
+@pytest.mark.parametrize("refused", [False, True])
+def test_signal_is_forwarded_and_the_job_requeued(
+    refused: bool, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if refused:
+        with (cluster / "bin" / "scontrol").open("a") as file:
+            file.write('[ "$1" != requeue ] || { echo disabled >&2; exit 1; }\n')
+    assert job.main(["--data.root=x"]) == 75
+    assert (cluster / "log").read_text().splitlines()[-2:] == ["forwarded", "scontrol requeue 5"]
     # `regraft status` reads the job id from this name.
     assert (cluster / "runs" / "regraft-5" / "logs" / "0001-job-5.0").is_dir()
-    assert not [call for call in calls(cluster) if "requeue" in call]
-    assert "saved no new step" in capsys.readouterr().err
-
-
-def test_signal_is_forwarded_and_the_job_requeued(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Slurm signals only the batch shell, which is this process.
-    script = f"trap 'echo forwarded >> {cluster}/log; exit 0' USR1\nkill -USR1 {os.getpid()}\n"
-    executable(cluster / "bin" / "srun", script + "while :; do sleep 0.05; done")
-    assert job.main(["--data.root=x"]) == 75
-    assert "forwarded" in calls(cluster)
-    assert calls(cluster)[-1] == "scontrol requeue 5"
-    assert "stopped by SIGUSR1 before training started" in capsys.readouterr().err
-
-
-def test_refused_requeue_is_reported(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    executable(cluster / "bin" / "srun", f"kill -TERM {os.getpid()}\nsleep 0.2")
-    with (cluster / "bin" / "scontrol").open("a") as file:
-        file.write('[ "$1" != requeue ] || { echo disabled >&2; exit 1; }\n')
-    assert job.main(["--data.root=x"]) == 75
-    assert "could not be requeued (scontrol requeue failed: disabled)" in capsys.readouterr().err
-
-
-def test_finished_run_is_not_started_again(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job.contract, "all_attempts", lambda _: (attempt(1, "done", step=9),))
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert job.main(["--data.root=x"]) == 0
-    assert calls(cluster) == []
+    printed = capsys.readouterr().err
+    assert "stopped by SIGUSR1 before training started" in printed
+    assert ("could not be requeued (scontrol requeue failed: disabled)" in printed) is refused
 
 
 @pytest.mark.parametrize(
@@ -316,5 +295,6 @@ def test_user_errors_start_nothing(
 ) -> None:
     (cluster / "file").touch()
     assert job.main([option]) == 2
-    assert message in capsys.readouterr().err
-    assert "srun" not in calls(cluster)
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "start 1" not in printed
