@@ -31,8 +31,8 @@ def run(config: TorchrunConfig, run_folder: Path) -> int:
     """Train to the end, and return the exit code.
 
     Returns:
-        0 when training is done, 75 when it was stopped and saved, 130 when it was killed by a second Ctrl-C, 2 for an
-        error that the user can fix, 1 for any other failure.
+        0: training is done; 75: stopped and saved; 130: killed by a second Ctrl-C; 2: an error that the user can fix;
+        1: any other failure.
 
     Raises:
         LaunchError: the run folder is not writable.

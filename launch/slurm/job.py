@@ -2,8 +2,8 @@
 
 launch.slurm.job --> srun --> launch.slurm.node (one per node) --> torchrun --> the trainer's processes
 
-It chooses the run folder and the rendezvous of the nodes, forwards the signals that Slurm sends to the batch shell only
-(SIGUSR1 before the time limit), and requeues the job if launch/slurm/requeue.py decides so.
+It chooses the run folder and the rendezvous of the nodes. It forwards the signals that Slurm sends to the batch shell
+only (SIGUSR1 before the time limit). Finally it requeues the job if launch/slurm/requeue.py decides so.
 """
 
 import argparse
