@@ -15,7 +15,7 @@ from launch.slurm.allocation import is_port_free
 _GIB, _MIB = 1 << 30, 1 << 20
 _PORTS = range(20_000, 30_000, 1_250)
 """Ports to try, from those that Slurm jobs use for their rendezvous."""
-_LAUNCHER = r"(PET|TORCHELASTIC|ACCELERATE|MASTER)_.*|(LOCAL_|GROUP_|ROLE_)?RANK|(LOCAL_|ROLE_)?WORLD_SIZE"
+_LAUNCHER = "(PET|TORCHELASTIC|ACCELERATE)_.*|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
 _Rule = tuple[str, Level, Callable[[str], bool], str]
 """Pattern of a variable's name, level, whether a value is a problem, message."""
 
@@ -24,7 +24,7 @@ def check_variables(_: DoctorContext) -> list[Finding]:
     """Check environment variables that change a run unintentionally."""
     cores, gpus = machine.cores(), machine.gpus({})
     interfaces = [name for _, name in socket.if_nameindex()]
-    no_interface = f"there is no such network interface, but {', '.join(interfaces)}"
+    no_interface = f"there is no such network interface; found {', '.join(interfaces)}"
     rules: tuple[_Rule, ...] = (
         (
             "ACCELERATE_(GRADIENT_ACCUMULATION_STEPS|DYNAMO_BACKEND)",
