@@ -73,7 +73,7 @@ def test_job_with_an_error_that_occurs_each_time_is_not_requeued_forever(
     option = submit("option", "--train.epoch=3")
     data = submit("data", f"--data.root={unreadable}")
     update = submit("update")
-    for job, restarts, code, why in (
+    for job, restarts, code, message in (
         (option, 0, 2, "error: command line: there is no option 'train.epoch'"),
         (data, 0, 2, str(unreadable)),
         (update, 1, 1, "failed: rank 0 on node1: ArithmeticError: each time"),
@@ -83,9 +83,9 @@ def test_job_with_an_error_that_occurs_each_time_is_not_requeued_forever(
         assert cluster.state(job) == "FAILED"
         output = cluster.output(job)
         assert (int(record["Restarts"]), record["ExitCode"]) == (restarts, f"{code}:0"), output
-        assert output.count(why) == restarts + 1, output
+        assert output.count(message) == restarts + 1, output
     assert not attempts(tmp_path / "option")
-    assert [(made["state"], made["step"]) for made in attempts(tmp_path / "update")] == [("failed", 4)] * 2
+    assert [(row["state"], row["step"]) for row in attempts(tmp_path / "update")] == [("failed", 4)] * 2
     assert saved_step(tmp_path / "update") == 4
 
 

@@ -56,15 +56,15 @@ def test_job_saves_and_resumes_after_its_time_limit_and_after_a_preemption(
     cluster.wait_for(other, "COMPLETED")
 
     record = cluster.wait_for(job, "COMPLETED")
-    made = attempts(folder)
+    history = attempts(folder)
     output = cluster.output(job)
-    print(f"stopped after the steps {[attempt['step'] for attempt in made[:-1]]}")
-    assert [attempt["state"] for attempt in made] == ["stopped", "stopped", "done"], output
+    print(f"stopped after the steps {[attempt['step'] for attempt in history[:-1]]}")
+    assert [attempt["state"] for attempt in history] == ["stopped", "stopped", "done"], output
     assert record["Restarts"] == "2"
-    assert 3 <= made[0]["step"] < made[1]["step"] < made[2]["step"]
-    assert steps_made(folder) == list(range(made[2]["step"])), "no update was lost, or made twice"
-    assert f"stopped by SIGUSR1, saved after step {made[0]['step']}" in output, output
-    assert f"stopped by SIGTERM, saved after step {made[1]['step']}" in output, output
+    assert 3 <= history[0]["step"] < history[1]["step"] < history[2]["step"]
+    assert steps_made(folder) == list(range(history[2]["step"])), "no update was lost, or made twice"
+    assert f"stopped by SIGUSR1, saved after step {history[0]['step']}" in output, output
+    assert f"stopped by SIGTERM, saved after step {history[1]['step']}" in output, output
     assert set(worlds(folder)) == {2}
     require_result_of_one_process(folder, tmp_path_factory)
 
@@ -105,9 +105,9 @@ def test_job_that_a_person_stops_saves_and_is_not_requeued(
         wait_for_exit(cluster, jobs[folder])
         record = cluster.record(jobs[folder])
         assert (record["JobState"], record["ExitCode"], record["Restarts"]) == (state, "75:0", "0")
-        (made,) = attempts(folder)
-        assert (made["state"], made["reason"]) == ("stopped", reason), cluster.output(jobs[folder])
-        assert 3 <= made["step"] == saved_step(folder) == last_step(folder)
+        (attempt,) = attempts(folder)
+        assert (attempt["state"], attempt["reason"]) == ("stopped", reason), cluster.output(jobs[folder])
+        assert 3 <= attempt["step"] == saved_step(folder) == last_step(folder)
 
 
 @pytest.mark.slow
@@ -131,20 +131,20 @@ def test_job_resumes_after_a_killed_process_and_after_a_lost_node(
 
     step = wait_for_checkpoint(cluster, job, folder, start=1)
     print(f"step {step} is saved: the second node is lost", flush=True)
-    began = time.monotonic()
+    start = time.monotonic()
     cluster.kill_node("node2")
     cluster.wait(job, lambda: cluster.state(job) != "RUNNING", "the lost node is detected")
-    print(f"detected after {time.monotonic() - began:.1f} s", flush=True)
+    print(f"detected after {time.monotonic() - start:.1f} s", flush=True)
     cluster.start_node("node2")
     wait_for_restart(cluster, job, 2)
 
     record = cluster.wait_for(job, "COMPLETED")
     assert record["Restarts"] == "2"
-    made = attempts(folder)
-    print(f"attempts: {[(attempt['state'], attempt['step']) for attempt in made]}")
-    assert len(made) == 3
-    assert made[-1]["state"] == "done"
-    assert "done" not in [attempt["state"] for attempt in made[:-1]]
+    history = attempts(folder)
+    print(f"attempts: {[(attempt['state'], attempt['step']) for attempt in history]}")
+    assert len(history) == 3
+    assert history[-1]["state"] == "done"
+    assert "done" not in [attempt["state"] for attempt in history[:-1]]
     require_result_of_one_process(folder, tmp_path_factory)
 
 
@@ -159,11 +159,11 @@ def test_job_resumes_after_its_first_node_was_lost(
         f"step {step} is saved: the first node, and with it the batch script, is lost for a moment",
         flush=True,
     )
-    began = time.monotonic()
+    start = time.monotonic()
     cluster.kill_node("node1")
     cluster.start_node("node1")
     wait_for_restart(cluster, job, 1)
-    print(f"restarted after {time.monotonic() - began:.1f} s", flush=True)
+    print(f"restarted after {time.monotonic() - start:.1f} s", flush=True)
     cluster.wait_for(job, "COMPLETED")
     assert attempts(folder)[-1]["state"] == "done"
     require_result_of_one_process(folder, tmp_path_factory)

@@ -19,9 +19,9 @@ def test_names_are_not_interpreted_by_submit_and_sbatch(
     cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path / f"a run {HOSTILE}"
-    pictures_there = tmp_path / f"pictures {HOSTILE}"
-    pictures_there.symlink_to(pictures(tmp_path_factory))
-    options = run_options(tmp_path_factory, folder, train__epochs=1, data__root=pictures_there)
+    images = tmp_path / f"pictures {HOSTILE}"
+    images.symlink_to(pictures(tmp_path_factory))
+    options = run_options(tmp_path_factory, folder, train__epochs=1, data__root=images)
     site = tmp_path / "site.yaml"
     site.write_text("partition: normal\nenv: {NOTE: '$(touch pwned)'}\n")
 
@@ -34,18 +34,18 @@ def test_names_are_not_interpreted_by_submit_and_sbatch(
     by_hand = cluster.submit(f"--job-name={HOSTILE}", FINETUNE, *without, cwd=tmp_path)
 
     wait_for_step(cluster, submitted, folder, 1)
-    shown = cluster.call(*REGRAFT, "status", folder)
-    assert f"Slurm: job {submitted} is " in shown, shown
+    status = cluster.call(*REGRAFT, "status", folder)
+    assert f"Slurm: job {submitted} is " in status, status
     record = cluster.wait_for(submitted, "COMPLETED")
     assert (record["JobName"], record["Partition"], record["TimeLimit"]) == (HOSTILE, "normal", "00:20:00")
-    # Not record["StdOut"]: scontrol does not show a `%` of the folder's name as Slurm has read it.
+    # Not record["StdOut"]: scontrol shows a `%` in the folder's name differently.
     assert f"job {submitted}: done" in (folder / "logs" / f"slurm-{submitted}.out").read_text(
         encoding="utf-8"
     )
-    shown = cluster.call(*REGRAFT, "status", folder)
-    assert shown.startswith(f"{folder}: done\n"), shown
-    assert "step 6 of 6, epoch 1 of 1" in shown
-    assert f"Slurm: job {submitted} is COMPLETED" in shown
+    status = cluster.call(*REGRAFT, "status", folder)
+    assert status.startswith(f"{folder}: done\n"), status
+    assert "step 6 of 6, epoch 1 of 1" in status
+    assert f"Slurm: job {submitted} is COMPLETED" in status
 
     cluster.wait_for(by_hand, "COMPLETED")
     (own,) = (tmp_path / "runs").iterdir()
