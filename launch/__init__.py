@@ -1,1 +1,1 @@
-"""Starts, watches and restarts training processes. Imports neither torch nor the trainer, so it starts at once."""
+"""Start, watch and restart training; this package imports neither torch nor the trainer."""

@@ -1,4 +1,4 @@
-"""`regraft`: its verbs, and those of the trainer that it passes on."""
+"""The command line of `regraft`: its own verbs, and those that are programs of the trainer."""
 
 import argparse
 import os
@@ -7,65 +7,78 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch import contract, machine
-from launch.command import Local, processes_and_threads, split_options
 from launch.errors import LaunchError
+from launch.options import nonnegative_int, process_count, split_options
 
-_DESCRIPTION = """\
-Start training anywhere, and keep it going.
+_HELP = """\
+usage: regraft VERB [options] [--config FILE] [--section.key VALUE ...]
 
-  regraft train [--nproc N] [--max-restarts K] [--config FILE] [--section.key VALUE ...]
-  regraft debug [--config FILE] [--section.key VALUE ...]
-  regraft submit [--nodes N] [--gpus-per-node G] [--time T] ... [--config FILE] [--section.key VALUE ...]
-  regraft render [as submit]
-  regraft status [RUN] [--watch]
-  regraft doctor [--nodes N] [--nproc N] [--json] [--config FILE] [--section.key VALUE ...]
-  regraft preview [--config FILE] [--section.key VALUE ...]
-  regraft lr-find [--from LR] [--to LR] [--steps N] [--config FILE] [--section.key VALUE ...]
-  regraft compare --strategies NAME,... [--seeds N] [--config FILE] [--section.key VALUE ...]
-  regraft completion bash|zsh
+Fine-tune image classifiers on one machine or on a Slurm cluster.
 
-What a verb does not know goes to the trainer, which checks it: `regraft train --help` lists its options.
+on this machine:
+  train       train through torchrun, one process per GPU; the same command resumes a run
+  debug       train in one process, for use with a debugger
+  doctor      check whether this machine, or several nodes, can run the training
+
+on a Slurm cluster:
+  submit      check a run and submit it as a job
+  render      print the batch script that submit would use
+
+runs:
+  status      show the progress of a run, from its folder
+
+experiments:
+  preview     draw training images and their augmentations to one PNG
+  lr-find     find a learning rate by a range test
+  compare     train several strategies with several seeds, and compare them
+
+shell:
+  completion  print a script that completes verbs and options in bash or zsh
+
+`regraft VERB --help` lists the options of a verb. All other options go to the trainer: see `regraft train --help`.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for, and return the exit code."""
+    """Run the verb on the command line, and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
     try:
         if verb in ("-h", "--help"):
-            print(_DESCRIPTION, end="")
+            print(_HELP, end="")
             return 0
-        if verb not in _VERBS:
-            *others, last = _VERBS
+        if verb not in VERBS:
+            *others, last = VERBS
             raise LaunchError(f"there is no verb {verb!r}; expected {', '.join(others)} or {last}")
-        return _VERBS[verb](rest)
+        return VERBS[verb](rest)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return contract.USER_ERROR
     except KeyboardInterrupt:
         return contract.INTERRUPTED
-    except BrokenPipeError:  # as `| head` does: who reads has enough
+    except BrokenPipeError:  # the reader of a pipe has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return contract.FAILED
 
 
-def _train(words: list[str]) -> int:
-    own, options = split_options(words, ("--nproc", "--max-restarts"))
+def _train(argv: list[str]) -> int:
+    own, options = split_options(argv, ("--nproc", "--max-restarts"))
     if any(
         word in ("-h", "--help", "--print_config") or word.startswith("--print_config=") for word in options
     ):
         if "-h" in options or "--help" in options:
             print(_train_parser().format_help())
-        return _trainer("main.py", options)
-    parser = _train_parser()
-    arguments = parser.parse_args(own)
-    from launch.local import run  # noqa: PLC0415 (help needs none of it)
+        return _exec_trainer("main.py", options)
+    arguments = _train_parser().parse_args(own)
+    # Imported here, so that --help and --print_config do not load it.
+    from launch.local.run import run  # noqa: PLC0415
+    from launch.local.torchrun import TorchrunConfig  # noqa: PLC0415
 
-    gpus = machine.gpus(os.environ)
-    processes, threads = processes_and_threads(arguments.nproc, gpus=gpus, cores=machine.cores())
+    processes, threads = machine.processes_and_threads(
+        arguments.nproc, gpus=machine.gpus(os.environ), cores=machine.cores()
+    )
     folder = contract.run_folder(options)
-    local = Local(
+    config = TorchrunConfig(
         processes=processes,
         threads=threads,
         max_restarts=arguments.max_restarts,
@@ -73,70 +86,56 @@ def _train(words: list[str]) -> int:
         options=tuple(options),
         logs=contract.new_logs(folder),
     )
-    return run(local, folder)
+    return run(config, folder)
 
 
 def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regraft train",
+        usage="regraft train [--nproc N] [--max-restarts K] [--config FILE] [--section.key VALUE ...]",
         allow_abbrev=False,
-        description="Train on this machine through torchrun. All other options are the trainer's; they follow below.",
+        description="Train on this machine through torchrun. All other options go to the trainer; they follow below.",
     )
     parser.add_argument(
         "--nproc",
-        type=_processes,
+        type=process_count,
         default=None,
         metavar="N|auto",
-        help="processes; auto: one for each GPU, or for every 8 cores where there is none (default)",
+        help="number of processes; auto: one per GPU, or one per 8 cores without GPUs (default: auto)",
     )
     parser.add_argument(
         "--max-restarts",
-        type=_count,
+        type=nonnegative_int,
         default=0,
         metavar="K",
-        help="how often failed processes are started again, from the newest checkpoint (default: 0)",
+        help="how often failed processes are restarted from the newest checkpoint (default: 0)",
     )
     return parser
 
 
-def _processes(text: str) -> int | None:
-    if text == "auto":
-        return None
-    number = _count(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more, or auto")
-    return number
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 or more")
-    return int(text)
-
-
-def _trainer(file: str, options: Sequence[str]) -> int:
-    """Become the trainer: its debugger and Ctrl-C are then this terminal's."""
+def _exec_trainer(file: str, options: Sequence[str]) -> int:
+    """Replace this process by a program of the trainer, which then has the terminal for its debugger and Ctrl-C."""
     program = str(contract.trainer_folder() / file)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, program, *options])
 
 
-def _submit(words: list[str]) -> int:
-    from launch.submit import submit_job  # noqa: PLC0415
+def _submit(argv: list[str]) -> int:
+    from launch.slurm.submit import submit_job  # noqa: PLC0415
 
-    return submit_job(words)
-
-
-def _render(words: list[str]) -> int:
-    from launch.submit import render_job  # noqa: PLC0415
-
-    return render_job(words)
+    return submit_job(argv)
 
 
-def _status(words: list[str]) -> int:
+def _render(argv: list[str]) -> int:
+    from launch.slurm.submit import render_job  # noqa: PLC0415
+
+    return render_job(argv)
+
+
+def _status(argv: list[str]) -> int:
     from launch.status import show  # noqa: PLC0415
 
-    arguments = _status_parser().parse_args(words)
+    arguments = _status_parser().parse_args(argv)
     return show(arguments.run, watch=arguments.watch)
 
 
@@ -144,49 +143,57 @@ def _status_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regraft status",
         allow_abbrev=False,
-        description="What a run is doing, from its folder alone: attempt, step, accuracy so far, ETA, last failure.",
+        description="Show the state of a run from its folder: attempt, step, accuracy, ETA and last failure. "
+        "Exit code 3: the run has ended before it was done.",
     )
-    parser.add_argument("run", nargs="?", default=contract.DEFAULT_RUN_DIR, type=Path, help="run folder")
-    parser.add_argument("--watch", action="store_true", help="keep it on the screen until the run ends")
+    parser.add_argument(
+        "run",
+        nargs="?",
+        default=contract.DEFAULT_RUN_DIR,
+        type=Path,
+        metavar="RUN",
+        help=f"run folder (default: {contract.DEFAULT_RUN_DIR})",
+    )
+    parser.add_argument("--watch", action="store_true", help="update the display until the run ends")
     return parser
 
 
-def _completion(words: list[str]) -> int:
+def _completion(argv: list[str]) -> int:
     from launch import completion  # noqa: PLC0415
-    from launch.doctor import doctor_parser  # noqa: PLC0415
-    from launch.submit import parser_of  # noqa: PLC0415
+    from launch.doctor.main import make_parser as doctor_parser  # noqa: PLC0415
+    from launch.slurm.submit import make_parser as submit_parser  # noqa: PLC0415
 
-    if len(words) != 1 or words[0] in ("-h", "--help"):
+    if len(argv) != 1 or argv[0] in ("-h", "--help"):
         print(completion.__doc__)
-        return contract.DONE if words else contract.USER_ERROR
-    trainers = completion.trainer_options()
-    own = {"train": _train_parser(), "doctor": doctor_parser()}
-    own |= {verb: parser_of(verb) for verb in ("submit", "render")}
-    options = {verb: [*completion.options_of(own[verb]), *trainers] for verb in own}
-    options |= {"debug": trainers, "preview": [*trainers, "--output"]}
-    options |= {"lr-find": ["--from", "--to", "--steps", *trainers]}
-    options |= {"compare": ["--strategies", "--seeds", *trainers]}
-    options |= {"status": completion.options_of(_status_parser()), "completion": []}
-    print(completion.script(words[0], options), end="")
+        return contract.DONE if argv else contract.USER_ERROR
+    trainer = completion.trainer_options()
+    parsers = {"train": _train_parser(), "doctor": doctor_parser()}
+    parsers |= {verb: submit_parser(verb) for verb in ("submit", "render")}
+    options = {verb: [*completion.parser_options(parser), *trainer] for verb, parser in parsers.items()}
+    options |= {"debug": trainer, "preview": [*trainer, "--output"]}
+    options |= {"lr-find": ["--from", "--to", "--steps", *trainer]}
+    options |= {"compare": ["--strategies", "--seeds", *trainer]}
+    options |= {"status": completion.parser_options(_status_parser()), "completion": []}
+    print(completion.render_script(argv[0], options), end="")
     return contract.DONE
 
 
-def _doctor(words: list[str]) -> int:
-    from launch.doctor import main as examine  # noqa: PLC0415
+def _doctor(argv: list[str]) -> int:
+    from launch.doctor.main import main as doctor  # noqa: PLC0415
 
-    return examine(words)
+    return doctor(argv)
 
 
-_VERBS: dict[str, Callable[[list[str]], int]] = {
+VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
-    "debug": lambda words: _trainer("main.py", [*words, "--debug"]),
+    "debug": lambda argv: _exec_trainer("main.py", [*argv, "--debug"]),
     "submit": _submit,
     "render": _render,
     "status": _status,
     "doctor": _doctor,
-    "preview": lambda words: _trainer("commands/preview.py", words),
-    "lr-find": lambda words: _trainer("commands/lr_find.py", words),
-    "compare": lambda words: _trainer("commands/compare.py", words),
+    "preview": lambda argv: _exec_trainer("commands/preview.py", argv),
+    "lr-find": lambda argv: _exec_trainer("commands/lr_find.py", argv),
+    "compare": lambda argv: _exec_trainer("commands/compare.py", argv),
     "completion": _completion,
 }
 

@@ -1,6 +1,8 @@
-"""`regraft completion`: a script that lets bash and zsh complete verbs, options and files.
+"""`regraft completion bash|zsh`: print a script that completes verbs, options and file names.
 
-eval "$(regraft completion bash)"     # in ~/.bashrc; zsh: in ~/.zshrc, after compinit
+For bash, add this line to ~/.bashrc; for zsh, replace bash by zsh and add it to ~/.zshrc, after compinit:
+
+    eval "$(regraft completion bash)"
 """
 
 import argparse
@@ -35,27 +37,25 @@ complete -o filenames -F _regraft regraft
 """
 
 
-def script(shell: str, verbs: Mapping[str, Sequence[str]]) -> str:
-    """Return what the shell is to evaluate.
+def render_script(shell: str, options: Mapping[str, Sequence[str]]) -> str:
+    """Return the completion script of a shell.
 
     Args:
         shell: one of SHELLS.
-        verbs: verb -> its options, with their dashes.
+        options: verb -> its options, with their dashes.
 
     Raises:
-        LaunchError: another shell.
+        LaunchError: the shell is not supported.
 
     """
     if shell not in SHELLS:
         raise LaunchError(f"completion for {shell!r}: expected {' or '.join(SHELLS)}")
-    cases = "\n".join(
-        f"    {verb}) options={shlex.quote(' '.join(options))} ;;" for verb, options in verbs.items()
-    )
-    text = _SCRIPT.format(verbs=shlex.quote(" ".join(verbs)), cases=cases)
-    return text if shell == "bash" else f"autoload -U +X bashcompinit && bashcompinit\n{text}"
+    cases = "\n".join(f"    {verb}) options={shlex.quote(' '.join(own))} ;;" for verb, own in options.items())
+    script = _SCRIPT.format(verbs=shlex.quote(" ".join(options)), cases=cases)
+    return script if shell == "bash" else f"autoload -U +X bashcompinit && bashcompinit\n{script}"
 
 
-def options_of(parser: argparse.ArgumentParser) -> list[str]:
+def parser_options(parser: argparse.ArgumentParser) -> list[str]:
     """Return the long options of a parser."""
     return [
         option for action in parser._actions for option in action.option_strings if option.startswith("--")
@@ -63,7 +63,7 @@ def options_of(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def trainer_options() -> list[str]:
-    """Return the trainer's options, asked of it: the launcher does not import it."""
+    """Return the trainer's options, listed by a separate process: the launcher never imports the trainer."""
     program = "from trainer.config.parse import keys; print(*keys())"
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    return ["--config", "--print_config", "--help", *(f"--{key}" for key in found.split())]
+    keys = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    return ["--config", "--print_config", "--help", *(f"--{key}" for key in keys.split())]

@@ -1,8 +1,14 @@
-"""The error that a user can mend."""
+"""The error for problems that the user can fix."""
 
 
 class LaunchError(Exception):
-    """Something outside the launcher is wrong: an option, a file, a machine.
+    """An option, a file or a machine is not as the launcher needs it.
 
-    Its text says what was wrong, what was expected and what to do.
+    The message says what is wrong, what was expected and what to do.
     """
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a LaunchError with this message unless the condition holds."""
+    if not condition:
+        raise LaunchError(message)

@@ -1,4 +1,4 @@
-"""Which rank failed first, and why; the others' complaints of a partner lost are its echo."""
+"""Find the first failure of a launch in its logs; later errors of other ranks about a lost partner are secondary."""
 
 import json
 import re
@@ -7,59 +7,62 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_ECHO = re.compile(
+from launch.contract import STOP_FILE, Attempt
+
+_SECONDARY_ERRORS = re.compile(
     r"Connection (?:closed|reset|refused)|Broken pipe|\bgloo\b|\bNCCL|DistBackendError|DistNetworkError|ProcessGroup|"
     r"TCPStore|Socket Timeout|SignalException",
     flags=re.IGNORECASE,
 )
-_SEEN = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: \d+\)")
-"""What torchrun says of each round, once: the first failure that it saw; see torch.distributed.elastic."""
-_REPORTED = re.compile(r"rank\s*: (\d+) \(local_rank: (\d+)\)\s+exitcode\s*: (-?\d+)")
-"""What it says of each process in the end; see ChildFailedError there."""
-_USERS = "error: "
-"""How the trainer begins what its user can mend."""
-_HANG, _WAITS = "Hang: ", "waiting for the other ranks"
-"""How the trainer tells of a rank that came to no step any more, and of one that only waited for it."""
+_FIRST_EXIT = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: \d+\)")
+"""Logged by torchrun at each restart, for the first process that exited; see torch.distributed.elastic."""
+_FINAL_REPORT = re.compile(r"rank\s*: (\d+) \(local_rank: (\d+)\)\s+exitcode\s*: (-?\d+)")
+"""Logged by torchrun at the end, for each failed process; see ChildFailedError in torch.distributed.elastic."""
+_USER_ERROR = "error: "
+"""Prefix of the trainer's errors that the user can fix."""
+_HANG, _WAITING = "Hang: ", "waiting for the other ranks"
+"""Prefix of the trainer's error for a rank that made no progress, and the note of a rank that waited for it."""
 _LAST_LINES = 15
 _REMEDIES: tuple[tuple[str, str], ...] = (
     (
-        rf"^{_HANG}.*{_WAITS}",
-        "a rank that has left no stacks beside these was stopped, or its machine is out of reach",
+        rf"^{_HANG}.*{_WAITING}",
+        "a rank that left no stack traces beside these was suspended, or its machine is unreachable",
     ),
     (
         rf"^{_HANG}",
-        "the stacks say where it was: a dead file system, a loader that was stopped ...; if it was only slow, "
-        "run.hang_timeout SECONDS",
+        "the stack traces show where it was: a dead file system, a suspended data loader ...; if it was only slow, "
+        "set --run.hang_timeout SECONDS",
     ),
     (
         r"CUDA out of memory|OutOfMemoryError",
-        "a smaller train.batch_size changes the run; train.accumulation 2 (or 4) cuts a batch into parts and does "
-        "not; train.precision bf16 takes about half",
+        "a smaller train.batch_size changes the result; train.accumulation 2 (or 4) splits each batch and does "
+        "not; train.precision bf16 needs about half the memory",
     ),
     (
         r"DefaultCPUAllocator: can't allocate|MemoryError|Cannot allocate memory",
-        "the machine's memory is full: train.accumulation, fewer data.workers, or fewer processes",
+        "the machine's memory is full: use train.accumulation, fewer data.workers, or fewer processes",
     ),
     (
         r"EADDRINUSE|Address already in use",
-        "another job holds the port: start again, which takes another one",
+        "another job uses the port: start again, which chooses another port",
     ),
     (
         r"NCCL|DistBackendError",
-        "the GPUs could not talk: NCCL_DEBUG=INFO tells more; NCCL_SOCKET_IFNAME names the network interface",
+        "the GPUs could not communicate: NCCL_DEBUG=INFO logs more; NCCL_SOCKET_IFNAME sets the network interface",
     ),
     (
         r"No space left on device",
-        "the disk is full: make room, and the same command goes on",
+        "the disk is full: free some space, then run the same command to resume",
     ),
     (
         r"No such file or directory: .*\.(?:safetensors|pth)|download|URLError|Temporary failure in name resolution",
-        "weights or data could not be fetched: on a machine with a network, start the run once, or give a file by "
-        "model.weights",
+        "weights or data could not be downloaded: start the run once on a machine with network access, or pass a file "
+        "as model.weights",
     ),
     (
         r"Bus error|SIGBUS|shared memory",
-        "the workers' shared memory (/dev/shm) is full: in a container --shm-size, or --data.workers 0",
+        "the shared memory of the data loaders (/dev/shm) is full: start the container with a larger --shm-size, or "
+        "use --data.workers 0",
     ),
 )
 
@@ -69,143 +72,115 @@ class Failure:
     """The first failure of a launch."""
 
     rank: int | None
+    """Global rank of the process; None if no process was started."""
     host: str
-    what: str
-    """The exception, or the signal."""
-    is_users: bool
-    """Whether it is for the user to mend, so that starting again is of no use."""
+    """Name of its machine."""
+    error: str
+    """Exception, or the signal that killed the process."""
+    is_user_error: bool
+    """Whether the user has to fix it, so that a restart would not help."""
     lines: tuple[str, ...]
-    """The end of its log."""
+    """Last lines of its log."""
     log: Path | None
+    """Its log file."""
     remedy: str | None
-    order: tuple[int, float]
-    """The least of several machines' is first: an error written down, a hang, a kill, an echo, nothing; then time."""
+    """What to try; None if nothing is known."""
+    priority: tuple[int, float]
+    """The lowest of several failures is the cause: recorded error, hang, kill, secondary error, unknown; then time."""
 
 
 def first_of(failures: Sequence[Failure]) -> Failure:
-    """Return the first failure of several machines' (one or more)."""
-    return min(failures, key=lambda failure: failure.order)
+    """Return the first failure of several machines (at least one)."""
+    return min(failures, key=lambda failure: failure.priority)
 
 
-def first_failure(logs: Path, *, host: str, of: Path | None = None) -> Failure:
-    """Return the first failure that the logs of a launch tell of.
+def first_failure(logs: Path, *, host: str, restart_dir: Path | None = None) -> Failure:
+    """Return the first failure that the logs of a launch contain.
 
-    An error that a process has written down goes before a process killed by a signal, and both before an echo.
+    An error that a process recorded comes before a process killed by a signal, and both before secondary errors.
 
     Args:
-        logs: of the launch.
-        host: this machine's name.
-        of: torchrun's folder of one round of processes; None: that which its user has to mend, else the last.
+        logs: log folder of the launch.
+        host: name of this machine.
+        restart_dir: torchrun's folder of one restart; None: the one with an error that the user must fix, else
+            the last.
 
     """
-    found = rounds(logs)
-    folder = of or users_round(logs, found) or (found[-1] if found else None)
-    agent = _tail(logs / "torchrun.log", 1000)
-    errors = _errors(folder) if folder else []
-    causes = [error for error in errors if not _is_echo(error[2])]
-    hangs = [error for error in errors if error[2].startswith(_HANG)]
-    codes = _codes("\n".join(agent), found.index(folder) if folder in found else 0, len(found))
+    folders = restart_dirs(logs)
+    folder = restart_dir or find_user_error(logs, folders) or (folders[-1] if folders else None)
+    torchrun_log = _tail(logs / "torchrun.log", 1000)
+    recorded = _recorded_errors(folder) if folder else []
+    causes = [error for error in recorded if not _is_secondary(error[2])]
+    hangs = [error for error in recorded if error[2].startswith(_HANG)]
+    index = folders.index(folder) if folder in folders else 0
+    codes = _exit_codes("\n".join(torchrun_log), index, len(folders))
     killed = [rank for rank, code in codes if code < 0 and code != -signal.SIGTERM]
     rank: int | None
     if causes:
-        order, (when, rank, what) = 0, causes[0]
-    elif hangs:  # whom they waited for, torchrun may have had to kill
-        order, (when, rank, what) = 1, hangs[0]
+        order, (when, rank, error) = 0, causes[0]
+    elif hangs:  # they all waited; torchrun may have killed the rank that they waited for
+        order, (when, rank, error) = 1, hangs[0]
     elif killed:
-        text = f"killed by {signal.Signals(-dict(codes)[killed[0]]).name}"
-        order, when, rank, what = 2, 0.0, killed[0], text
-    elif errors:
-        order, (when, rank, what) = 3, errors[0]
+        order, when, rank = 2, 0.0, killed[0]
+        error = f"killed by {signal.Signals(-dict(codes)[rank]).name}"
+    elif recorded:
+        order, (when, rank, error) = 3, recorded[0]
     else:
-        order, when, rank, what = 4, 0.0, (codes[0][0] if codes else None), ""
-    is_users = what.startswith(_USERS)
+        order, when, rank, error = 4, 0.0, (codes[0][0] if codes else None), ""
+    is_user_error = error.startswith(_USER_ERROR)
     log = folder / str(rank or 0) / "stderr.log" if folder else None
     lines = _tail(log, _LAST_LINES) if log else []
     if not lines:
-        log, lines = logs / "torchrun.log", agent[-_LAST_LINES:]
-    what = what or (lines[-1] if lines else "it has said nothing")
-    remedy = None if is_users else _remedy(what, lines)
+        log, lines = logs / "torchrun.log", torchrun_log[-_LAST_LINES:]
+    error = error or (lines[-1] if lines else "no error message was logged")
     return Failure(
-        rank=_among_all(folder, rank, "\n".join(agent)),
+        rank=_global_rank(folder, rank, "\n".join(torchrun_log)),
         host=host,
-        what=what,
-        is_users=is_users,
+        error=error,
+        is_user_error=is_user_error,
         lines=tuple(lines),
         log=log,
-        remedy=remedy,
-        order=(order, when),
+        remedy=None if is_user_error else _remedy(error, lines),
+        priority=(order, when),
     )
 
 
-def _among_all(folder: Path | None, local_rank: int | None, agent: str) -> int | None:
-    """Return a process's rank among all machines', which it or torchrun has written down; else that on its own."""
-    if folder is None or local_rank is None:
-        return local_rank
-    try:
-        error = json.loads((folder / str(local_rank) / "error.json").read_text(encoding="utf-8"))
-        return int(error["message"]["extraInfo"]["rank"])
-    except (OSError, ValueError, KeyError, TypeError):
-        reported = {int(local): int(rank) for rank, local, _ in _REPORTED.findall(agent)}
-        return reported.get(local_rank, local_rank)
-
-
-def rounds(logs: Path) -> list[Path]:
-    """Return torchrun's folders of its rounds of processes (`LOGS/ID/attempt_N`), in their order."""
-    found = [
+def restart_dirs(logs: Path) -> list[Path]:
+    """Return torchrun's folders of each (re)start of the processes (`LOGS/ID/attempt_N`), oldest first."""
+    folders = [
         (path.parent.stat().st_mtime, int(number), path)
         for path in logs.glob("*/attempt_*")
         if (number := path.name.removeprefix("attempt_")).isdigit()
     ]
-    return [path for *_, path in sorted(found)]
+    return [path for *_, path in sorted(folders)]
 
 
-def users_round(logs: Path, found: Sequence[Path]) -> Path | None:
-    """Return the round that has failed by what its user has to mend; None where none has.
+def find_user_error(logs: Path, folders: Sequence[Path]) -> Path | None:
+    """Return the restart folder with an error that the user must fix, None if there is none.
 
-    It need not be the last: torchrun may have begun the next one before anybody could look.
+    It is not always the last one: torchrun may restart the processes before the launcher notices the error.
 
     Args:
-        logs: of the launch.
-        found: the rounds to look at, some or all of `rounds(logs)`.
+        logs: log folder of the launch.
+        folders: the folders to search: some or all of `restart_dirs(logs)`.
 
     """
-    for folder in found:
-        if any(folder.glob("*/error.json")) and first_failure(logs, host="", of=folder).is_users:
+    for folder in folders:
+        if (
+            any(folder.glob("*/error.json"))
+            and first_failure(logs, host="", restart_dir=folder).is_user_error
+        ):
             return folder
     return None
 
 
-def _codes(agent: str, round_: int, count: int) -> list[tuple[int, int]]:
-    """Return (rank, exit code) of what torchrun saw fail in a round (of `count`), as far as it says."""
-    seen = _SEEN.findall(agent)[round_ : round_ + 1]
-    reported = _REPORTED.findall(agent) if round_ == count - 1 or not count else []
-    found = [(int(rank), int(code)) for code, rank in seen] + [
-        (int(rank), int(code)) for _, rank, code in reported
-    ]
-    return list(dict.fromkeys(found))
-
-
-def _is_echo(what: str) -> bool:
-    if what.startswith(_USERS):
-        return False
-    return _WAITS in what if what.startswith(_HANG) else _ECHO.search(what) is not None
-
-
-def _remedy(what: str, lines: list[str]) -> str | None:
-    text = "\n".join([what, *lines])
-    found = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, text)), None)
-    if found is None and what == "killed by SIGKILL":
-        return "often the kernel, out of memory: fewer data.workers, train.accumulation, or more memory"
-    return found
-
-
-def told(failure: Failure) -> str:
-    """Return a failure as a person reads it."""
-    if failure.is_users:
-        return failure.what
-    who = f"rank {failure.rank} on {failure.host}" if failure.rank is not None else failure.host
-    lines = [f"failed: {who}: {failure.what}"]
-    lines += [f"  | {line}" for line in failure.lines if line != failure.what]
+def format_failure(failure: Failure) -> str:
+    """Return the message to print for a failure."""
+    if failure.is_user_error:
+        return failure.error
+    where = f"rank {failure.rank} on {failure.host}" if failure.rank is not None else failure.host
+    lines = [f"failed: {where}: {failure.error}"]
+    lines += [f"  | {line}" for line in failure.lines if line != failure.error]
     if failure.log is not None:
         lines.append(f"log: {failure.log}")
     if failure.remedy is not None:
@@ -213,23 +188,66 @@ def told(failure: Failure) -> str:
     return "\n".join(lines)
 
 
-def _errors(attempt: Path) -> list[tuple[float, int, str]]:
-    """Return (time, rank on its machine, exception) of what processes have written down, the first in time first."""
-    found = []
-    for path in attempt.glob("*/error.json"):
+def was_requested_stop(attempt: Attempt, *, signaled: bool, succeeded: bool) -> bool:
+    """Return whether an attempt was stopped on request, by a signal from outside or by the file STOP.
+
+    When one process fails, Slurm and torchrun send SIGTERM to the others, which then record a stop as well.
+    """
+    return attempt.state == "stopped" and (signaled or succeeded or attempt.reason == STOP_FILE)
+
+
+def _global_rank(folder: Path | None, local_rank: int | None, torchrun_log: str) -> int | None:
+    """Return the global rank that a process or torchrun has recorded, else the local rank."""
+    if folder is None or local_rank is None:
+        return local_rank
+    try:
+        record = json.loads((folder / str(local_rank) / "error.json").read_text(encoding="utf-8"))
+        return int(record["message"]["extraInfo"]["rank"])
+    except (OSError, ValueError, KeyError, TypeError):
+        reported = {int(local): int(rank) for rank, local, _ in _FINAL_REPORT.findall(torchrun_log)}
+        return reported.get(local_rank, local_rank)
+
+
+def _exit_codes(torchrun_log: str, restart: int, restarts: int) -> list[tuple[int, int]]:
+    """Return (local rank, exit code) of the failed processes of a restart, as far as torchrun logs them."""
+    first = _FIRST_EXIT.findall(torchrun_log)[restart : restart + 1]
+    final = _FINAL_REPORT.findall(torchrun_log) if restart == restarts - 1 or not restarts else []
+    codes = [(int(rank), int(code)) for code, rank in first]
+    codes += [(int(rank), int(code)) for _, rank, code in final]
+    return list(dict.fromkeys(codes))
+
+
+def _is_secondary(error: str) -> bool:
+    if error.startswith(_USER_ERROR):
+        return False
+    return _WAITING in error if error.startswith(_HANG) else _SECONDARY_ERRORS.search(error) is not None
+
+
+def _remedy(error: str, lines: list[str]) -> str | None:
+    text = "\n".join([error, *lines])
+    remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, text)), None)
+    if remedy is None and error == "killed by SIGKILL":
+        return "usually the kernel, when memory is full: use fewer data.workers, train.accumulation, or more memory"
+    return remedy
+
+
+def _recorded_errors(restart_dir: Path) -> list[tuple[float, int, str]]:
+    """Return (time, local rank, exception) of each error that a process has recorded, oldest first."""
+    errors = []
+    for path in restart_dir.glob("*/error.json"):
         try:
             message = json.loads(path.read_text(encoding="utf-8"))["message"]
             extra = message["extraInfo"]
-            # `time` is the trainer's own, finer than a second.
+            # The trainer adds `time`; torchrun's own `timestamp` has whole seconds only.
             when = float(extra.get("time", extra["timestamp"]))
-            found.append((when, int(path.parent.name), str(message["message"])))
+            errors.append((when, int(path.parent.name), str(message["message"])))
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # half written by a process that was killed: its exit code tells of it
-    return sorted(found)
+            continue  # incomplete, since the process was killed: its exit code shows that
+    return sorted(errors)
 
 
 def _tail(path: Path, count: int) -> list[str]:
-    """Return the last lines of a file, without those that are empty."""
+    """Return the last lines of a file that are not empty."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)

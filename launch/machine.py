@@ -1,28 +1,41 @@
-"""What this machine has, found without torch."""
+"""CPU cores and GPUs of this machine, found without importing torch."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+CORES_PER_PROCESS = 8
+"""A process gains little from more threads than this, so more cores get a second process."""
+
 
 def cores() -> int:
-    """Return the CPU cores open to this process: its affinity, or its container's quota where that is less."""
-    found = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, _, period = quota.read_text(encoding="ascii").strip().partition(" ")
-        if limit.isdigit() and period.isdigit():
-            found = min(found, max(1, int(limit) // int(period)))
-    return found
+    """Return the number of CPU cores that this process may use: by affinity, or by the container's CPU quota."""
+    count = len(os.sched_getaffinity(0))
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.is_file():
+        quota, _, period = quota_file.read_text(encoding="ascii").strip().partition(" ")
+        if quota.isdigit() and period.isdigit():
+            count = min(count, max(1, int(quota) // int(period)))
+    return count
 
 
 def gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
-    """Return the NVIDIA GPUs that CUDA will show to this process."""
+    """Return the number of NVIDIA GPUs that CUDA will show to this process."""
+    installed = sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    there = sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
     if visible is None:
-        return there
-    named = [part.strip() for part in visible.split(",") if part.strip()]
-    if "-1" in named:  # CUDA ends the list there
-        named = named[: named.index("-1")]
-    return min(len(named), there)
+        return installed
+    ids = [part.strip() for part in visible.split(",") if part.strip()]
+    if "-1" in ids:  # CUDA ignores this id and all after it
+        ids = ids[: ids.index("-1")]
+    return min(len(ids), installed)
+
+
+def processes_and_threads(nproc: int | None, *, gpus: int, cores: int) -> tuple[int, int]:
+    """Return the number of processes, and the CPU threads of each.
+
+    By default (`nproc` is None) one process is started for each GPU, or for every 8 cores where there is no GPU.
+    """
+    processes = nproc or gpus or max(1, cores // CORES_PER_PROCESS)
+    threads = max(1, cores // processes)
+    return processes, threads if not gpus else max(1, threads // 2)  # the other half decodes images

@@ -1,4 +1,4 @@
-"""What a run is doing, from its folder alone: on a login node, with no process of it in sight."""
+"""`regraft status`: report the state of a run from its folder, for example on a login node."""
 
 import json
 import re
@@ -9,109 +9,123 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import allocation, contract
+from launch import contract
 from launch.contract import Attempt
 from launch.errors import LaunchError
+from launch.slurm import allocation
 
-SILENT = 45.0
-"""Seconds without a sign of life (one is given every 10) after which a run is taken for dead."""
-_SECONDS_BETWEEN_LOOKS = 2.0
-_GOING_ON = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
-_ENDED = 3
-"""The exit code for a run that is not going on and not done."""
+DEAD_AFTER_SECONDS = 45.0
+"""Seconds without a heartbeat (one is due every 10) after which a run counts as dead."""
+_POLL_SECONDS = 2.0
+_ACTIVE_STATES = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
+_NOT_DONE = 3
+"""Exit code for a run that has ended before it was done."""
+
+SlurmQuery = Callable[[str], tuple[str, str]]
+"""Job id -> state and reason in Slurm."""
 
 
 def show(run: Path, *, watch: bool, say: Callable[[str], object] = print) -> int:
-    """Show a run; with `watch` until it ends. Returns 0 while it runs or when it is done, 3 for what ended otherwise.
+    """Print the state of a run, with `watch` until it ends; return 0 while it runs or is done, 3 otherwise.
 
     Raises:
-        LaunchError: there is no run in that folder.
+        LaunchError: the folder contains no run.
 
     """
-    shown = 0
+    lines_shown = 0
     while True:
-        text, code, over = describe(run, now=time.time(), ask=_slurm if shutil.which("squeue") else None)
-        if shown and sys.stdout.isatty():
-            say(f"\x1b[{shown}A\x1b[J{text}")
+        text, code, ended = describe(
+            run, now=time.time(), query=_query_slurm if shutil.which("squeue") else None
+        )
+        if lines_shown and sys.stdout.isatty():
+            say(f"\x1b[{lines_shown}A\x1b[J{text}")
         else:
             say(text)
-        if over or not watch:
+        if ended or not watch:
             return code
-        shown = text.count("\n") + 1
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        lines_shown = text.count("\n") + 1
+        time.sleep(_POLL_SECONDS)
 
 
-def describe(
-    run: Path, *, now: float, ask: Callable[[str], tuple[str, str]] | None = None
-) -> tuple[str, int, bool]:
-    """Return (a few lines on a run, the exit code that stands for it, whether it has ended).
+def describe(run: Path, *, now: float, query: SlurmQuery | None = None) -> tuple[str, int, bool]:
+    """Return (a few lines about a run, exit code, whether the run has ended).
 
     Args:
-        run: its folder.
-        now: seconds since 1970.
-        ask: job -> its state and reason in Slurm; None where there is no Slurm.
+        run: the run folder.
+        now: current time [seconds since 1970].
+        query: asks Slurm about a job; None without Slurm.
 
     Raises:
-        LaunchError: there is no run in that folder.
+        LaunchError: the folder contains no run.
 
     """
     attempt = contract.latest_attempt(run) if run.is_dir() else None
-    waiting = _submitted(run) if attempt is None else None
-    if waiting is not None:
-        lines, over = [f"{run}: submitted, and nothing has begun yet"], False
-        if ask is not None:
-            line, goes_on = _slurms(waiting, ask)
-            lines, over = [*lines, line], not goes_on
-        return "\n".join(lines), _ENDED if over else 0, over
-    if not run.is_dir():
-        raise LaunchError(f"{run}: there is no such folder; expected a run's (its run.dir)")
     if attempt is None:
-        raise LaunchError(
-            f"{run}: no attempt has begun here (there is no readable {contract.ATTEMPTS}/NNNN.json); expected a run "
-            "folder, or wait until the data is checked"
-        )
-    silent = now - attempt.seen
-    dead = attempt.state == "running" and silent > SILENT
-    state = f"silent for {_span(silent)}: killed, most likely" if dead else attempt.state
-    if attempt.reason:
-        state += f" ({attempt.reason.splitlines()[0]})"
-    # Once all is done, the fine-tuned model is what counts, not the comparison that came after it.
-    stage = "" if attempt.state == "done" else attempt.stage
-    rows = _rows(run / stage)
-    last = rows[-1] if rows else {}
-    step = max(attempt.step, int(last.get("step", 0)))
+        return _describe_unstarted(run, query)
+    age = now - attempt.seen
+    dead = attempt.state == "running" and age > DEAD_AFTER_SECONDS
+    lines = [f"{run}: {_state(attempt, age, dead=dead)}"]
+    lines += _progress(run, attempt, dead=dead)
+    lines += _previous_failure(run, attempt)
+    ended = attempt.state != "running" or dead
+    if ended and attempt.state != "done" and (run / contract.LOGS).is_dir():
+        lines.append(f"logs: {run / contract.LOGS}")
+    job = _latest_job(run)
+    if job is not None and query is not None:
+        line, active = _slurm_line(job, query)
+        lines.append(line)
+        ended = ended and not active
+    return "\n".join(lines), 0 if attempt.state == "done" or not ended else _NOT_DONE, ended
+
+
+def _describe_unstarted(run: Path, query: SlurmQuery | None) -> tuple[str, int, bool]:
+    job = _submitted_job(run)
+    if job is not None:
+        lines, ended = [f"{run}: submitted, training has not started"], False
+        if query is not None:
+            line, active = _slurm_line(job, query)
+            lines, ended = [*lines, line], not active
+        return "\n".join(lines), _NOT_DONE if ended else 0, ended
+    if not run.is_dir():
+        raise LaunchError(f"{run}: there is no such folder; expected a run folder (run.dir)")
+    raise LaunchError(
+        f"{run}: no attempt has started here (no readable {contract.ATTEMPTS}/NNNN.json); expected a run folder, "
+        "or wait until the data is checked"
+    )
+
+
+def _state(attempt: Attempt, age: float, *, dead: bool) -> str:
+    state = f"no heartbeat for {_duration(age)}: probably killed" if dead else attempt.state
+    return state + (f" ({attempt.reason.splitlines()[0]})" if attempt.reason else "")
+
+
+def _progress(run: Path, attempt: Attempt, *, dead: bool) -> list[str]:
+    # When all is done, show the fine-tuned model, and not the phase that was trained last for comparison.
+    phase = "" if attempt.state == "done" else attempt.stage
+    rows = _read_metrics(run / phase)
+    step = max(attempt.step, int(rows[-1].get("step", 0)) if rows else 0)
     lines = [
-        f"{run}: {state}",
-        f"attempt {attempt.attempt}, process {attempt.pid} on {attempt.host}, since {attempt.began}",
+        f"attempt {attempt.attempt}, process {attempt.pid} on {attempt.host}, started {attempt.began}",
         f"step {step} of {attempt.steps or '?'}, epoch {attempt.epoch} of {attempt.epochs or '?'}"
-        + (f" of the {stage} stage" if stage else ""),
+        + (f" of the {phase} phase" if phase else ""),
     ]
     epochs = [row for row in rows if row.get("kind") == "epoch"]
     if epochs:
-        newest = epochs[-1]
-        part = "val" if "val_accuracy" in newest else "test"
-        best = max(epochs, key=lambda row: row[f"{part}_accuracy"])
+        last = epochs[-1]
+        split = "val" if "val_accuracy" in last else "test"
+        best = max(epochs, key=lambda row: row[f"{split}_accuracy"])
         lines.append(
-            f"{part} accuracy {newest[f'{part}_accuracy']:.3f} after epoch {newest['epoch']}, best "
-            f"{best[f'{part}_accuracy']:.3f} after epoch {best['epoch']}; train loss {newest['train_loss']:.4f}"
+            f"{split} accuracy {last[f'{split}_accuracy']:.3f} after epoch {last['epoch']}, best "
+            f"{best[f'{split}_accuracy']:.3f} after epoch {best['epoch']}; train loss {last['train_loss']:.4f}"
         )
-        left = _left(attempt, epochs, step)
-        if left is not None and attempt.state == "running" and not dead:
-            lines.append(f"ETA {_span(left)}, at {newest['examples_per_sec']:,.1f} examples a second")
-    lines += _last_failure(run, attempt)
-    if (attempt.state in ("failed", "stopped") or dead) and (run / contract.LOGS).is_dir():
-        lines.append(f"logs: {run / contract.LOGS}")
-    over = attempt.state != "running" or dead
-    job = _job(run)
-    if job is not None and ask is not None:
-        line, goes_on = _slurms(job, ask)
-        lines.append(line)
-        over = over and not goes_on
-    return "\n".join(lines), 0 if attempt.state == "done" or not over else _ENDED, over
+        remaining = _remaining_seconds(attempt, epochs, step)
+        if remaining is not None and attempt.state == "running" and not dead:
+            lines.append(f"ETA {_duration(remaining)}, {last['examples_per_sec']:,.1f} examples/s")
+    return lines
 
 
-def _submitted(run: Path) -> str | None:
-    """Return the job that was submitted for a run in which nothing has begun; an array's task lies in its folder."""
+def _submitted_job(run: Path) -> str | None:
+    """Return the submitted job of a run that has not started; tasks of an array have subfolders of its run folder."""
     for path, task in ((run / contract.JOB, ""), (run.parent / contract.JOB, f"_{run.name}")):
         try:
             job = path.read_text(encoding="ascii").strip()
@@ -122,40 +136,38 @@ def _submitted(run: Path) -> str | None:
     return None
 
 
-def _slurms(job: str, ask: Callable[[str], tuple[str, str]]) -> tuple[str, bool]:
-    """Return (Slurm's word on a job, whether it goes on)."""
-    state, reason = ask(job)
-    return (
-        f"Slurm: job {job} is {state}" + (f" ({reason})" if reason not in ("", "None") else ""),
-        state in _GOING_ON,
-    )
+def _slurm_line(job: str, query: SlurmQuery) -> tuple[str, bool]:
+    """Return (the state of a job in Slurm, whether it is still active)."""
+    state, reason = query(job)
+    detail = f" ({reason})" if reason not in ("", "None") else ""
+    return f"Slurm: job {job} is {state}{detail}", state in _ACTIVE_STATES
 
 
-def _last_failure(run: Path, latest: Attempt) -> list[str]:
-    """Return a line on how the attempt before the latest failed, if that is what it did."""
+def _previous_failure(run: Path, latest: Attempt) -> list[str]:
+    """Return a line about the attempt before the latest if that one failed."""
     earlier = [attempt for attempt in contract.all_attempts(run) if attempt.attempt < latest.attempt]
     if not earlier or earlier[-1].state in ("done", "stopped"):
         return []
-    reason = (earlier[-1].reason or "killed, most likely").splitlines()[0]
+    reason = (earlier[-1].reason or "probably killed").splitlines()[0]
     return [f"attempt {earlier[-1].attempt} failed after step {earlier[-1].step}: {reason}"]
 
 
-def _job(run: Path) -> str | None:
-    """Return the Slurm job that has started the run last, which its logs are named by (launch/job.py)."""
+def _latest_job(run: Path) -> str | None:
+    """Return the Slurm job that last started the run, from the name of its log folder (launch/slurm/job.py)."""
     names = sorted(path.name for path in (run / contract.LOGS).glob("*-job-*"))
-    found = re.search(r"-job-([0-9_]+)\.[0-9]+$", names[-1]) if names else None
-    return found[1] if found else None
+    match = re.search(r"-job-([0-9_]+)\.[0-9]+$", names[-1]) if names else None
+    return match[1] if match else None
 
 
-def _slurm(job: str) -> tuple[str, str]:
+def _query_slurm(job: str) -> tuple[str, str]:
     try:
-        return allocation.state_of(job)
-    except LaunchError:  # it forgets a job some minutes after its end, by default
-        return "no longer known there", ""
+        return allocation.job_state(job)
+    except LaunchError:  # by default, Slurm forgets a job some minutes after its end
+        return "no longer known", ""
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics; a line that is being written is passed over."""
+def _read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics, without a last line that is still being written."""
     try:
         lines = (folder / contract.METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -171,16 +183,17 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _left(attempt: Attempt, epochs: list[dict[str, Any]], step: int) -> float | None:
-    """Return the seconds of training that are left, at the pace of the last epochs."""
-    some = epochs[-3:]
-    steps = epochs[-1]["step"] / epochs[-1]["epoch"]
-    if not attempt.steps or not steps:
+def _remaining_seconds(attempt: Attempt, epochs: list[dict[str, Any]], step: int) -> float | None:
+    """Estimate the remaining training time from the last three epochs."""
+    recent = epochs[-3:]
+    steps_per_epoch = epochs[-1]["step"] / epochs[-1]["epoch"]
+    if not attempt.steps or not steps_per_epoch:
         return None
-    return float((attempt.steps - step) * sum(row["seconds"] for row in some) / (steps * len(some)))
+    seconds_per_step = sum(row["seconds"] for row in recent) / (steps_per_epoch * len(recent))
+    return float((attempt.steps - step) * seconds_per_step)
 
 
-def _span(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

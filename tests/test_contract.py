@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import contract
-from launch.command import Local, environment
+from launch.local.torchrun import TorchrunConfig, trainer_environment
 from trainer import main
 from trainer.config.parse import QUICKSTART, parse
 from trainer.config.schema import RunConfig
@@ -71,7 +71,7 @@ def test_what_the_launcher_reads_of_an_attempt_is_what_the_trainer_writes(tmp_pa
 def test_an_error_that_is_the_users_is_told_apart(tmp_path: Path) -> None:
     from launch.failures import first_failure
 
-    for name, error, is_users in (
+    for name, error, is_user_error in (
         ("a", UserError("x is 3: expected 4"), True),
         ("b", ValueError("no"), False),
     ):
@@ -79,8 +79,8 @@ def test_an_error_that_is_the_users_is_told_apart(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         error_file.write_error_file(error, {error_file.ERROR_FILE: str(folder / "error.json")})
         found = first_failure(tmp_path / name, host="h")
-        assert found.is_users is is_users
-        assert str(error) in found.what
+        assert found.is_user_error is is_user_error
+        assert str(error) in found.error
 
 
 def test_the_rank_among_all_machines_is_told(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_rank_among_all_machines_is_told(tmp_path: Path) -> None:
     error_file.write_error_file(ValueError("no"), place)
     assert first_failure(tmp_path, host="h").rank == 5
     error_file.write_error_file(ValueError("an echo"), place)
-    assert first_failure(tmp_path, host="h").what == "ValueError: no", "what was said first is the cause"
+    assert first_failure(tmp_path, host="h").error == "ValueError: no", "what was said first is the cause"
 
 
 def test_no_launch_writes_among_the_logs_of_another(tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ def test_no_launch_writes_among_the_logs_of_another(tmp_path: Path) -> None:
 
 
 def test_the_log_folder_is_handed_to_the_trainer(tmp_path: Path) -> None:
-    local = Local(
+    config = TorchrunConfig(
         processes=1, threads=1, max_restarts=0, trainer=tmp_path, options=(), logs=tmp_path / "logs"
     )
-    assert environment(local, {})[folder.LOG_FOLDER] == str(tmp_path / "logs")
+    assert trainer_environment(config, {})[folder.LOG_FOLDER] == str(tmp_path / "logs")
 
 
 @pytest.mark.parametrize(

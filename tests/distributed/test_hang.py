@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.failures import first_failure, rounds
+from launch.failures import first_failure, restart_dirs
 from tests.kills import (
     EPOCHS,
     STEPS,
@@ -70,11 +70,11 @@ def test_a_rank_whose_loader_comes_no_more(tmp_path: Path, tmp_path_factory: pyt
     require_each_once(folder)
     assert_equal_runs(folder, whole_run(tmp_path_factory, 2))
 
-    failure = first_failure(logs, host=socket.gethostname(), of=rounds(logs)[0])
+    failure = first_failure(logs, host=socket.gethostname(), restart_dir=restart_dirs(logs)[0])
     assert failure.rank == rank, "not the one that waited for it"
     said = rf"Hang: no step for {ALLOWED} s, .*called from \w+ \(trainer/\w+\.py:\d+\); stacks in (.*)"
-    found = re.fullmatch(said, failure.what)
-    assert found is not None, failure.what
+    found = re.fullmatch(said, failure.error)
+    assert found is not None, failure.error
     assert Path(found[1]).read_text() == stacks(folder, attempt=1, rank=rank)
     waited = stacks(folder, attempt=1, rank=1 - rank)
     assert f"rank {1 - rank} of 2" in waited

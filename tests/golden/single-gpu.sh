@@ -1,6 +1,6 @@
 #!/bin/bash
 # sbatch [--nodes N] [--gpus-per-node G] [--cpus-per-task C] [--time T] ... THIS_FILE [--config F] [--section.key V] ...
-# Trains on whatever it is given: one GPU, several nodes of them, or none. docs/slurm.md says more.
+# Trains on all GPUs of the allocated nodes, or on their CPUs if they have no GPU. See docs/slurm.md.
 #SBATCH --job-name=regraft
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -13,7 +13,7 @@
 #SBATCH --output=%x-%j.out
 
 set -euo pipefail
-trap '' USR1 # until Python is up, the warning ahead of the time limit would end the job
+trap '' USR1 # until Python has started, this signal before the time limit would end the job
 
 # Python: the virtual environment that was active at submission, else .venv here, else the first in PATH.
 if [ -n "${VIRTUAL_ENV:-}" ]; then
@@ -25,6 +25,6 @@ fi
 # Seconds that torchrun gives the trainer to save.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 
-exec python3 -m launch.job \
+exec python3 -m launch.slurm.job \
     --config configs/hotdog.yaml \
     "$@"

@@ -1,70 +1,98 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch import cli
+from launch import cli, completion
 from launch.errors import LaunchError
+from launch.slurm.settings import OPTION_NAMES
 from tests.launching import REPOSITORY
 
-HEAVY = {"torch", "torchvision", "accelerate", "trainer", "rich", "numpy", "jsonargparse"}
+SLOW_IMPORTS = {"torch", "torchvision", "accelerate", "trainer", "rich", "numpy", "jsonargparse"}
 
 
-def test_starting_imports_nothing_that_is_slow() -> None:
-    program = "import sys, launch.cli, launch.local; print(*{name.split('.')[0] for name in sys.modules})"
-    found = subprocess.run(
+def test_launcher_starts_without_slow_imports() -> None:
+    program = "import sys, launch.cli, launch.local.run; print(*{name.split('.')[0] for name in sys.modules})"
+    imported = subprocess.run(
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout.split()
-    assert "launch" in found
-    assert not HEAVY & set(found)
+    assert "launch" in imported
+    assert not SLOW_IMPORTS & set(imported)
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("argv", "expected"),
     [
         (["fly"], "there is no verb 'fly'"),
         (["status", "/nowhere/at all"], "/nowhere/at all: there is no such folder"),
+        (["completion", "fish"], "completion for 'fish': expected bash or zsh"),
     ],
 )
-def test_a_wrong_word_is_one_sentence(
-    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+def test_wrong_arguments_are_reported_in_one_line(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(words) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"error: {expected}")
-    assert captured.err.count("\n") == 1
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {expected}")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "words", [["train", "--nproc", "0"], ["train", "--nproc=x"], ["train", "--max-restarts", "-1"]]
+    "argv",
+    [
+        ["train", "--nproc", "0"],
+        ["train", "--nproc=x"],
+        ["train", "--max-restarts", "-1"],
+        ["doctor", "--nproc", "0"],
+        ["doctor", "--nodes", "x"],
+        ["doctor", "--nproc"],
+    ],
 )
 def test_wrong_numbers_are_refused_before_anything_is_started(
-    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    argv: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as leaving:
-        cli.main(words)
-    assert leaving.value.code == 2
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(argv)
+    assert exit_.value.code == 2
     assert "expected" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("verb", ["train", "status", "debug"])
-def test_every_verb_has_help(verb: str) -> None:
-    done = subprocess.run(
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == cli.main([]) == 0
+    listed = re.findall(r"^  (\S+)  +\S", capsys.readouterr().out, flags=re.M)
+    assert sorted(listed) == sorted([*cli.VERBS, *cli.VERBS])
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("train", ["--nproc", "--max-restarts", "--optim.lr"]),
+        ("debug", ["--optim.lr"]),
+        ("status", ["--watch"]),
+        ("doctor", ["--nodes", "--nproc", "--json"]),
+        ("submit", [*OPTION_NAMES, "--gpus-per-node", "--site", "--array", "--no-fetch"]),
+        ("render", [*OPTION_NAMES, "--gpus-per-node", "--site", "--array"]),
+    ],
+)
+def test_help_of_a_verb_lists_its_options(verb: str, options: list[str]) -> None:
+    help_ = subprocess.run(
         [sys.executable, "-m", "launch.cli", verb, "--help"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=True,
-    )
-    assert "usage: " in done.stdout
+    ).stdout
+    assert "usage: " in help_
+    assert all(option in help_ for option in options)
 
 
 @pytest.mark.parametrize(
-    ("verb", "program", "words"),
+    ("verb", "program", "options"),
     [
         ("debug", "main.py", ["--a", "b", "--debug"]),
         ("preview", "commands/preview.py", ["--a", "b"]),
@@ -72,16 +100,62 @@ def test_every_verb_has_help(verb: str) -> None:
         ("compare", "commands/compare.py", ["--a", "b"]),
     ],
 )
-def test_a_verb_of_the_trainers_becomes_its_program(
-    verb: str, program: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+def test_verbs_of_the_trainer_replace_the_process(
+    verb: str, program: str, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    became: list[list[str]] = []
+    commands: list[list[str]] = []
 
     def execv(_: str, command: list[str]) -> None:
-        became.append(command)
+        commands.append(command)
         raise LaunchError("the end of this process")
 
     monkeypatch.setattr(os, "execv", execv)
     assert cli.main([verb, "--a", "b"]) == 2
-    assert became == [[sys.executable, str(REPOSITORY / "trainer" / program), *words]]
-    assert Path(became[0][1]).is_file()
+    assert commands == [[sys.executable, str(REPOSITORY / "trainer" / program), *options]]
+    assert Path(commands[0][1]).is_file()
+
+
+def complete(argv: list[str], folder: Path) -> list[str]:
+    """Return the completions that bash offers for the last argument."""
+    options = {"train": ["--nproc", "--optim.lr", "--optim.name"], "status": ["--watch"]}
+    program = completion.render_script("bash", options)
+    program += """
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+_regraft regraft "${@: -1}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+    command = ["bash", "-c", program, "bash", "regraft", *argv]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return sorted(done.stdout.split("\n")[:-1])
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["t"], ["train"]),
+        ([""], ["status", "train"]),
+        (["train", "--optim"], ["--optim.lr", "--optim.name"]),
+        (["train", "--nproc", "2", "--n"], ["--nproc"]),
+        (["status", "--"], ["--watch"]),
+        (["status", "a f"], ["a file"]),
+        (["fly", "--"], [""]),
+    ],
+)
+def test_bash_completes_verbs_options_and_files(argv: list[str], expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    assert complete(argv, tmp_path) == expected
+
+
+def test_completion_script_has_every_verb_and_the_trainers_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    for verb in cli.VERBS:
+        assert f"    {verb}) options=" in script
+    for option in ("--max-restarts", "--gpus-per-node", "--json", "--watch", "--transfer.batch_norm"):
+        assert option in script
+    assert cli.main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out == f"autoload -U +X bashcompinit && bashcompinit\n{script}"

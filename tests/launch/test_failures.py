@@ -1,138 +1,108 @@
-import json
 from pathlib import Path
 
 import pytest
 
-from launch.failures import first_failure, rounds, told, users_round
+from launch import contract
+from launch.failures import find_user_error, first_failure, format_failure, restart_dirs
+from tests.launch.helpers import write_failure, write_report
+from trainer.distributed import watchdog
 
-REPORT = """
-torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
-============================================================
-trainer/main.py FAILED
-------------------------------------------------------------
-Failures:
-[1]:
-  time      : 2026-11-24_12:00:01
-  host      : vm
-  rank      : 1 (local_rank: 1)
-  exitcode  : {other} (pid: 12)
-  error_file: <N/A>
-  traceback : Signal 9 (SIGKILL) received by PID 12
-------------------------------------------------------------
-Root Cause (first observed failure):
-[0]:
-  time      : 2026-11-24_12:00:01
-  host      : vm
-  rank      : 0 (local_rank: 0)
-  exitcode  : 1 (pid: 11)
-  error_file: x
-============================================================
-"""
-
-
-def failed(
-    logs: Path, rank: int, *, message: str = "", when: float = 0.0, lines: str = "", round_: int = 0
-) -> None:
-    folder = logs / "id_abc" / f"attempt_{round_}" / str(rank)
-    folder.mkdir(parents=True)
-    (folder / "stderr.log").write_text(lines)
-    if message:
-        content = {"message": {"message": message, "extraInfo": {"timestamp": str(when)}}}
-        (folder / "error.json").write_text(json.dumps(content))
-
-
-def test_the_first_in_time_counts_not_the_first_in_rank(tmp_path: Path) -> None:
-    failed(tmp_path, 0, message="ValueError: late", when=20.0)
-    failed(tmp_path, 1, message="ValueError: early", when=10.0, lines="Traceback\n  x\nValueError: early\n")
-    failure = first_failure(tmp_path, host="node7")
-    assert (failure.rank, failure.what) == (1, "ValueError: early")
-    assert told(failure).splitlines()[0] == "failed: rank 1 on node7: ValueError: early"
-    assert str(tmp_path / "id_abc" / "attempt_0" / "1" / "stderr.log") in told(failure)
-
-
-def test_what_the_user_has_to_mend_is_found_though_the_next_round_has_begun(tmp_path: Path) -> None:
-    failed(tmp_path, 0, message="error: no such layer", when=10.0)
-    failed(tmp_path, 0, message="RuntimeError: stopped in mid-import", when=11.0, round_=1)
-    failure = first_failure(tmp_path, host="h")
-    assert (failure.what, failure.is_users) == ("error: no such layer", True)
-    first, second = rounds(tmp_path)
-    assert users_round(tmp_path, [first, second]) == first
-    assert users_round(tmp_path, [second]) is None
-
-
-def test_an_echo_is_not_the_cause_even_if_it_was_written_down_first(tmp_path: Path) -> None:
-    failed(tmp_path, 0, message="RuntimeError: [gloo] Connection closed by peer", when=10.0)
-    failed(tmp_path, 2, message="KeyError: 'x'", when=11.0)
-    assert first_failure(tmp_path, host="h").what == "KeyError: 'x'"
-
-
-def test_a_killed_process_has_written_nothing_but_is_the_cause(tmp_path: Path) -> None:
-    failed(tmp_path, 0, message="RuntimeError: Connection reset by peer", when=10.0)
-    failed(tmp_path, 1, lines="last words\n")
-    (tmp_path / "torchrun.log").write_text(REPORT.format(other=-9))
-    failure = first_failure(tmp_path, host="h")
-    assert (failure.rank, failure.what, failure.lines) == (1, "killed by SIGKILL", ("last words",))
-    assert failure.remedy is not None
-    assert "memory" in failure.remedy
-
-
-def test_what_torchrun_has_ended_is_no_cause(tmp_path: Path) -> None:
-    failed(tmp_path, 0, message="RuntimeError: gloo", when=10.0)
-    failed(tmp_path, 1)
-    (tmp_path / "torchrun.log").write_text(REPORT.format(other=-15))
-    assert first_failure(tmp_path, host="h").rank == 0
-
-
-def test_only_the_last_round_counts(tmp_path: Path) -> None:
-    failed(tmp_path, 0, message="ValueError: first round", when=10.0)
-    failed(tmp_path, 0, message="ValueError: second round", when=20.0, round_=1)
-    assert first_failure(tmp_path, host="h").what == "ValueError: second round"
-
-
-def test_without_any_process_torchruns_own_words_are_shown(tmp_path: Path) -> None:
-    (tmp_path / "torchrun.log").write_text("torchrun: error: unrecognised\n")
-    failure = first_failure(tmp_path, host="h")
-    assert failure.what == "torchrun: error: unrecognised"
-    assert failure.log == tmp_path / "torchrun.log"
-
-
-def test_the_rank_of_a_killed_process_is_that_among_all_machines(tmp_path: Path) -> None:
-    failed(tmp_path, 1)
-    (tmp_path / "torchrun.log").write_text(
-        REPORT.format(other=-9).replace("rank      : 1 (", "rank      : 9 (")
-    )
-    failure = first_failure(tmp_path, host="node2")
-    assert (failure.rank, failure.what) == (9, "killed by SIGKILL")
-
-
-def test_a_name_that_looks_like_an_echo_is_none(tmp_path: Path) -> None:
-    failed(tmp_path, 0, message="ValueError: igloo/1.jpg", when=10.0)
-    failed(tmp_path, 1, message="KeyError: 'later'", when=11.0)
-    assert first_failure(tmp_path, host="h").what == "ValueError: igloo/1.jpg"
+WAITING = (
+    f"Hang: no step for 300 s, the last one was 7; {watchdog.WAITS} in all_reduce (distributed_c10d.py:1)"
+)
+READING = "Hang: no step for 300 s, the last one was 7; it was in select (selectors.py:1); stacks in /gloo/hangs/x.txt"
 
 
 @pytest.mark.parametrize(
-    ("message", "word"),
+    ("messages", "exit_code_of_rank_1", "cause"),
+    [
+        # The first error in time.
+        ({0: ("ValueError: late", 20), 1: ("ValueError: early", 10)}, None, 1),
+        # Secondary errors come last, but not everything that resembles one is one.
+        ({0: ("RuntimeError: [gloo] Connection closed by peer", 10), 2: ("KeyError: 'x'", 11)}, None, 2),
+        ({0: ("ValueError: igloo/1.jpg", 10), 1: ("KeyError: 'later'", 11)}, None, 0),
+        # A killed process, unless torchrun terminated it.
+        ({0: ("RuntimeError: Connection reset by peer", 10), 1: ("", 0)}, -9, 1),
+        ({0: ("RuntimeError: gloo", 10), 1: ("", 0)}, -15, 0),
+        # The rank that hangs comes before those that wait for it, unless it was killed.
+        ({0: (WAITING, 10), 1: (READING, 11), 2: ("RuntimeError: Connection closed by peer", 9)}, None, 1),
+        ({0: (WAITING, 10), 1: ("", 0)}, -9, 0),
+    ],
+)
+def test_first_failure_is_the_cause(
+    tmp_path: Path, messages: dict[int, tuple[str, float]], exit_code_of_rank_1: int | None, cause: int
+) -> None:
+    for rank, (message, time) in messages.items():
+        write_failure(tmp_path, rank, message=message, time=time, lines="last words\n")
+    if exit_code_of_rank_1 is not None:
+        write_report(tmp_path, code=exit_code_of_rank_1)
+    error = messages[cause][0] or "killed by SIGKILL"
+    failure = first_failure(tmp_path, host="node7")
+    assert (failure.rank, failure.error, failure.lines) == (cause, error, ("last words",))
+    lines = format_failure(failure).splitlines()
+    assert lines[:2] == [f"failed: rank {cause} on node7: {error}", "  | last words"]
+    assert f"log: {tmp_path}/id_abc/attempt_0/{cause}/stderr.log" in lines
+
+
+def test_hang_constants_agree_with_the_trainer() -> None:
+    assert contract.HANGS == watchdog.HANGS
+    assert READING.startswith(f"{watchdog.Hang.__name__}: ")
+
+
+def test_user_error_is_found_although_the_next_restart_has_begun(tmp_path: Path) -> None:
+    write_failure(tmp_path, 0, message="error: no such layer", time=10.0)
+    write_failure(tmp_path, 0, message="RuntimeError: stopped in mid-import", time=11.0, restart=1)
+    failure = first_failure(tmp_path, host="h")
+    assert (format_failure(failure), failure.is_user_error) == ("error: no such layer", True)
+    first, second = restart_dirs(tmp_path)
+    assert find_user_error(tmp_path, [first, second]) == first
+    assert find_user_error(tmp_path, [second]) is None
+
+
+def test_without_user_error_the_last_restart_counts(tmp_path: Path) -> None:
+    write_failure(tmp_path, 0, message="ValueError: first", time=10.0)
+    write_failure(tmp_path, 0, message="ValueError: second", time=20.0, restart=1)
+    assert first_failure(tmp_path, host="h").error == "ValueError: second"
+
+
+def test_without_any_process_torchruns_log_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "torchrun.log").write_text("torchrun: error: unrecognised\n")
+    failure = first_failure(tmp_path, host="h")
+    assert (failure.error, failure.log) == ("torchrun: error: unrecognised", tmp_path / "torchrun.log")
+
+
+def test_rank_of_a_killed_process_is_global(tmp_path: Path) -> None:
+    write_failure(tmp_path, 1)
+    write_report(tmp_path, code=-9, rank=9)
+    failure = first_failure(tmp_path, host="node2")
+    assert (failure.rank, failure.error) == (9, "killed by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy"),
     [
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "train.accumulation"),
         ("RuntimeError: DataLoader worker (pid 3) is killed by signal: Bus error.", "/dev/shm"),
         ("OSError: [Errno 98] Address already in use", "port"),
-        ("OSError: [Errno 28] No space left on device", "make room"),
+        ("OSError: [Errno 28] No space left on device", "free some space"),
         ("torch.distributed.DistBackendError: NCCL error", "NCCL_DEBUG"),
         ("urllib.error.URLError: <urlopen error>", "network"),
+        (READING, "run.hang_timeout"),
+        (WAITING, "was suspended, or its machine is unreachable"),
+        ("", "memory is full"),
     ],
 )
-def test_known_failures_come_with_a_remedy(message: str, word: str, tmp_path: Path) -> None:
-    failed(tmp_path, 0, message=message, when=1.0)
-    remedy = first_failure(tmp_path, host="h").remedy
-    assert remedy is not None
-    assert word in remedy
+def test_known_failures_have_a_remedy(message: str, remedy: str, tmp_path: Path) -> None:
+    write_failure(tmp_path, 0, message=message, time=1.0)
+    if not message:
+        write_report(tmp_path, code=-9)
+    assert remedy in str(first_failure(tmp_path, host="h").remedy)
 
 
-def test_a_half_written_or_foreign_error_file_is_passed_over(tmp_path: Path) -> None:
-    failed(tmp_path, 0, lines="ValueError: in the log\n")
+def test_incomplete_error_files_are_skipped(tmp_path: Path) -> None:
+    write_failure(tmp_path, 0, lines="ValueError: in the log\n")
     for number, text in enumerate(('{"mess', "[]", '{"message": "x"}', '{"message": {"message": 1}}')):
         folder = tmp_path / "id_abc" / "attempt_0" / str(number)
         folder.mkdir(exist_ok=True)
         (folder / "error.json").write_text(text)
-    assert first_failure(tmp_path, host="h").what == "ValueError: in the log"
+    assert first_failure(tmp_path, host="h").error == "ValueError: in the log"

@@ -1,18 +1,25 @@
 import json
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch import node
 from launch.errors import LaunchError
-from launch.node import Job, cores_and_gpus, parse, stage_folder, staged, torchrun
+from launch.slurm import node
+from launch.slurm.node import (
+    NodeTask,
+    cores_and_gpus,
+    parse,
+    rendezvous_options,
+    stage_folder,
+    staged_data,
+)
 from tests.conftest import REPOSITORY
+from tests.launch.helpers import executable
 
-JOB = Job(
+TASK = NodeTask(
     addresses=("10.0.0.7", "10.0.0.12"),
     port=20123,
     rdzv_id="123.4",
@@ -22,40 +29,25 @@ JOB = Job(
     stage="$TMPDIR/x",
     options=("--config", "a b.yaml", "--", "--run.dir=$(touch x)"),
 )
+MINIMAL_TASK = NodeTask(addresses=("fd00::7",), port=20001, rdzv_id="1.0", logs=Path("/l"))
 
 
-def test_the_words_of_a_job_are_read_again_to_the_same() -> None:
-    assert parse(JOB.words()) == JOB
-    plain = Job(addresses=("node1",), port=20001, rdzv_id="1.0", logs=Path("/l"))
-    assert parse(plain.words()) == plain
+@pytest.mark.parametrize("task", [TASK, MINIMAL_TASK])
+def test_task_is_parsed_from_its_argv(task: NodeTask) -> None:
+    assert parse(task.to_argv()) == task
 
 
 @pytest.mark.parametrize(("number", "is_host"), [(0, "true"), (1, "false")])
-def test_torchrun_meets_at_the_first_node(number: int, is_host: str) -> None:
-    command = torchrun(
-        JOB, node=number, processes=3, trainer=Path("/opt/trainer"), options=("--config", "a b")
-    )
-    assert command[1:3] == ["-m", "torch.distributed.run"]
-    assert {
+def test_nodes_meet_at_the_first_one(number: int, is_host: str) -> None:
+    assert set(rendezvous_options(TASK, node=number)) == {
         "--nnodes=2",
-        "--nproc-per-node=3",
-        "--max-restarts=2",
         "--rdzv-backend=c10d",
         "--rdzv-id=123.4",
         "--rdzv-endpoint=10.0.0.7:20123",
-        f"--local-addr={JOB.addresses[number]}",
-        f"--log-dir=/runs/a b/logs/0001-job-123.4/node-{number}",
-        # Rank 0 may be the first process of any node.
-        "--redirects=0:2,1:3,2:3",
-    } <= set(command)
-    assert f"--rdzv-conf=is_host={is_host},join_timeout=3600,read_timeout=3600" in command
-    assert command[-3:] == ["/opt/trainer/main.py", "--config", "a b"]
-
-
-def test_an_address_of_ipv6_is_told_from_its_port() -> None:
-    job = Job(addresses=("fd00::7",), port=20001, rdzv_id="1.0", logs=Path("/l"))
-    command = torchrun(job, node=0, processes=1, trainer=Path("/t"), options=())
-    assert "--rdzv-endpoint=[fd00::7]:20001" in command
+        f"--rdzv-conf=is_host={is_host},join_timeout=3600,read_timeout=3600",
+        f"--local-addr={TASK.addresses[number]}",
+    }
+    assert "--rdzv-endpoint=[fd00::7]:20001" in rendezvous_options(MINIMAL_TASK, node=0)
 
 
 @pytest.mark.parametrize(
@@ -70,82 +62,60 @@ def test_an_address_of_ipv6_is_told_from_its_port() -> None:
         ({"SLURM_GPUS_ON_NODE": "2"}, (64, 2)),
     ],
 )
-def test_a_task_takes_what_slurm_gave_it(environment: dict[str, str], expected: tuple[int, int]) -> None:
+def test_task_uses_only_what_slurm_allocated(environment: dict[str, str], expected: tuple[int, int]) -> None:
     assert cores_and_gpus(environment, cores=64, gpus=8) == expected
 
 
 STEP = {"SLURM_JOB_ID": "12", "SLURM_NODEID": "1"}
 
 
-def test_data_is_copied_to_the_nodes_disk_and_gone_afterwards(tmp_path: Path) -> None:
+def test_data_is_copied_to_the_local_disk_and_removed_afterwards(tmp_path: Path) -> None:
     data, disk = tmp_path / "my data", tmp_path / "disk"
     (data / "train" / "a").mkdir(parents=True)
     (data / "train" / "a" / "1.jpg").write_bytes(b"x")
-    options = [f"--data.root={data}", "--run.seed=1"]
-    with staged(options, "$TMPDIR", {**STEP, "TMPDIR": str(disk)}) as words:
-        copy = Path(words[-1].removeprefix("--data.root="))
-        assert words[:-1] == tuple(options)
+    left_by_killed_start = disk / "regraft-12-1" / "my data" / "0.jpg"
+    left_by_killed_start.parent.mkdir(parents=True)
+    left_by_killed_start.touch()
+    given = [f"--data.root={data}", "--run.seed=1"]
+    with staged_data(given, "$TMPDIR", {**STEP, "TMPDIR": str(disk)}) as options:
+        copy = Path(options[-1].removeprefix("--data.root="))
+        assert options[:-1] == tuple(given)
         assert copy.is_relative_to(disk)
+        assert [path.relative_to(copy) for path in copy.rglob("*.jpg")] == [Path("train/a/1.jpg")]
         assert (copy / "train" / "a" / "1.jpg").read_bytes() == b"x"
     assert list(disk.iterdir()) == []
 
 
-def test_what_a_killed_start_has_staged_is_made_anew(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "1.jpg").write_bytes(b"new")
-    left = tmp_path / "disk" / "regraft-12-1" / "data"
-    left.mkdir(parents=True)
-    (left / "0.jpg").write_bytes(b"half")
-    with staged([f"--data.root={data}"], str(tmp_path / "disk"), STEP) as words:
-        copy = Path(words[-1].removeprefix("--data.root="))
-        assert [path.name for path in copy.iterdir()] == ["1.jpg"]
+@pytest.mark.parametrize(("folder", "message"), [("/disk", "is not copied"), (None, "")])
+def test_data_set_given_by_name_is_not_copied(
+    folder: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with staged_data(["--data.root=hotdog"], folder, STEP) as options:
+        assert options == ("--data.root=hotdog",)
+    printed = capsys.readouterr().err
+    assert message in printed if message else not printed
 
 
-def test_a_data_set_known_by_name_is_not_staged(capsys: pytest.CaptureFixture[str]) -> None:
-    with staged(["--data.root=hotdog"], "/disk", STEP) as words:
-        assert words == ("--data.root=hotdog",)
-    assert "read where it is" in capsys.readouterr().err
-
-
-def test_without_staging_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    with staged(["--data.root=hotdog"], None, STEP) as words:
-        assert words == ("--data.root=hotdog",)
-    assert capsys.readouterr().err == ""
-
-
-def test_a_node_without_tmpdir_cannot_stage_there() -> None:
-    with pytest.raises(LaunchError, match="sets no TMPDIR"):
-        stage_folder("$TMPDIR/x", {})
+def test_data_that_cannot_be_copied_is_an_error(tmp_path: Path) -> None:
     assert stage_folder("/local", {}) == Path("/local")
-
-
-def test_data_that_cannot_be_staged_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="TMPDIR is not set"):
+        stage_folder("$TMPDIR/x", {})
     (tmp_path / "data").mkdir()
     (tmp_path / "disk").write_text("a file")
     with (
-        pytest.raises(LaunchError, match="make room"),
-        staged([f"--data.root={tmp_path / 'data'}"], str(tmp_path / "disk"), STEP),
+        pytest.raises(LaunchError, match="free some space"),
+        staged_data([f"--data.root={tmp_path / 'data'}"], str(tmp_path / "disk"), STEP),
     ):
         pass
 
 
-NODE = """\
-import sys
-from launch import node
-sys.executable = sys.argv[1]
-sys.exit(node.main(sys.argv[2:]))
-"""
-
-
-def started(tmp_path: Path, body: str) -> int:
-    """Run a node's part, a process of its own, with a shell script in torchrun's place; returns its exit code."""
-    script = tmp_path / "torchrun"
-    script.write_text(f"#!/bin/sh\n{body}\n")
-    script.chmod(stat.S_IRWXU)
-    job = Job(addresses=("127.0.0.1",), port=20001, rdzv_id="1.0", logs=tmp_path / "logs", nproc=1)
+def run_node(tmp_path: Path, script: str) -> int:
+    """Run a node in a process of its own, with a shell script in place of torchrun, and return its exit code."""
+    program = "import sys; from launch.slurm import node; sys.executable = sys.argv[1]; exit(node.main(sys.argv[2:]))"
+    torchrun = executable(tmp_path / "torchrun", script)
+    task = NodeTask(addresses=("127.0.0.1",), port=20001, rdzv_id="1.0", logs=tmp_path / "logs", nproc=1)
     done = subprocess.run(
-        [sys.executable, "-c", NODE, script, *job.words()],
+        [sys.executable, "-c", program, torchrun, *task.to_argv()],
         env={**os.environ, "SLURM_NODEID": "0"},
         cwd=REPOSITORY,
         check=False,
@@ -154,44 +124,44 @@ def started(tmp_path: Path, body: str) -> int:
     return done.returncode
 
 
-def test_a_node_leaves_with_0_after_a_stop(tmp_path: Path) -> None:
-    # torchrun's code after a signal is 1; srun would end the other nodes for it.
-    body = "trap 'exit 1' TERM; kill -USR1 $PPID; while :; do sleep 0.05; done"
-    assert started(tmp_path, body) == 0
+USER_ERROR = {"message": {"message": "error: no such option", "extraInfo": {"timestamp": "1"}}}
+WAIT_FOR_SIGTERM = "while :; do sleep 0.05; done"
 
 
-def test_a_node_waits_for_those_who_save_when_torchrun_is_gone(tmp_path: Path) -> None:
-    # Slurm signals every process of a step: the third TERM is too many for torchrun.
-    saves = tmp_path / "saves"
-    saves.write_text(f"#!/bin/sh\ntrap '' TERM\nsleep 1\ntouch {tmp_path / 'saved'}\n")
-    saves.chmod(stat.S_IRWXU)
-    body = f"trap 'exit 1' TERM; {saves} > /dev/null & kill -TERM $PPID; while :; do sleep 0.05; done"
-    assert started(tmp_path, body) == 0
-    assert (tmp_path / "saved").exists()
-
-
-def test_usr1_that_slurm_gives_to_all_does_not_end_torchrun(tmp_path: Path) -> None:
-    assert started(tmp_path, "kill -USR1 $$; kill -USR2 $$; exit 0") == 0
-
-
-def test_a_node_says_that_it_failed(tmp_path: Path) -> None:
-    assert started(tmp_path, "exit 1") == 1
-    assert started(tmp_path, "exit 0") == 0
-
-
-def test_an_error_of_the_users_is_not_started_again_by_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        pytest.param("exit 1", 1, id="failure"),
+        pytest.param("exit 0", 0, id="success"),
+        # torchrun exits with 1 after a signal, for which srun would kill the other nodes.
+        pytest.param(f"trap 'exit 1' TERM; kill -USR1 $PPID; {WAIT_FOR_SIGTERM}", 0, id="stop"),
+        # Slurm sends SIGUSR1 to all processes of a step.
+        pytest.param("kill -USR1 $$; kill -USR2 $$; exit 0", 0, id="torchrun ignores SIGUSR1"),
+        pytest.param(
+            "trap 'exit 1' TERM; mkdir -p FOLDER; "
+            f"echo '{json.dumps(USER_ERROR)}' > FOLDER/error.json; {WAIT_FOR_SIGTERM}",
+            2,
+            id="torchrun is terminated after a user error",
+        ),
+        # Slurm signals every process of a step, and the third SIGTERM ends torchrun before its processes.
+        pytest.param(
+            f"trap 'exit 1' TERM; TMP/save > /dev/null & kill -TERM $PPID; {WAIT_FOR_SIGTERM}",
+            0,
+            id="orphans may save",
+        ),
+    ],
+)
+def test_exit_code_of_a_node(tmp_path: Path, script: str, code: int) -> None:
+    executable(tmp_path / "save", f"trap '' TERM\nsleep 1\ntouch {tmp_path}/saved")
     folder = tmp_path / "logs" / "node-0" / "1.0_x" / "attempt_0" / "0"
-    content = json.dumps({"message": {"message": "error: no such option", "extraInfo": {"timestamp": "1"}}})
-    writes = f"mkdir -p {folder}; echo '{content}' > {folder}/error.json"
-    body = f"trap 'exit 1' TERM; {writes}; while :; do sleep 0.05; done"
-    assert started(tmp_path, body) == 2
+    assert run_node(tmp_path, script.replace("FOLDER", str(folder)).replace("TMP", str(tmp_path))) == code
+    assert (tmp_path / "saved").exists() is ("save" in script)
 
 
 @pytest.mark.parametrize("number", ["", "1", "x"])
-def test_a_node_that_is_not_of_the_job_is_refused(
+def test_wrong_node_id_is_refused(
     number: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_NODEID", number)
-    job = Job(addresses=("127.0.0.1",), port=20001, rdzv_id="1.0", logs=Path("/nowhere"))
-    assert node.main(job.words()) == 1
+    assert node.main(MINIMAL_TASK.to_argv()) == 1
     assert "sbatch slurm/finetune.sh" in capsys.readouterr().err

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from launch.errors import LaunchError
-from launch.site import Site, find, read
+from launch.slurm.site import Site, load_site, read_site
 
-WHOLE = """\
+COMPLETE = """\
 partition: gpu
 account: 12345
 qos: normal
@@ -24,9 +24,9 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "site.yaml"
 
 
-def test_every_setting_is_read(file: Path) -> None:
-    file.write_text(WHOLE)
-    assert read(file) == Site(
+def test_all_settings_are_read(file: Path) -> None:
+    file.write_text(COMPLETE)
+    assert read_site(file) == Site(
         partition="gpu",
         account="12345",
         qos="normal",
@@ -39,13 +39,13 @@ def test_every_setting_is_read(file: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "# nothing yet\n", "partition:\n"])
-def test_what_is_left_empty_is_not_set(text: str, file: Path) -> None:
+def test_empty_settings_keep_their_defaults(text: str, file: Path) -> None:
     file.write_text(text)
-    assert read(file) == Site()
+    assert read_site(file) == Site()
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         (
             "partitoin: gpu",
@@ -66,29 +66,32 @@ def test_what_is_left_empty_is_not_set(text: str, file: Path) -> None:
         ("!!python/object/apply:os.system ['true']", "cannot be read"),
     ],
 )
-def test_a_wrong_file_is_named_with_what_is_wrong(text: str, words: str, file: Path) -> None:
+def test_invalid_file_is_reported_with_its_path(text: str, message: str, file: Path) -> None:
     file.write_text(text)
-    with pytest.raises(LaunchError, match=words) as raised:
-        read(file)
+    with pytest.raises(LaunchError, match=message) as raised:
+        read_site(file)
     assert str(file) in str(raised.value)
 
 
-def test_a_file_that_was_named_has_to_be_there(file: Path) -> None:
+def test_missing_file_is_an_error(file: Path) -> None:
     with pytest.raises(LaunchError, match="cannot be read"):
-        find(str(file), {})
+        load_site(str(file), {})
     with pytest.raises(LaunchError, match="cannot be read"):
-        find(None, {"REGRAFT_SITE": str(file)})
+        load_site(None, {"REGRAFT_SITE": str(file)})
 
 
-def test_the_nearest_file_counts(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_file_overrides_variable_and_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert find(None, {}) == Site()
-    own = tmp_path / ".config" / "regraft" / "site.yaml"
-    own.parent.mkdir(parents=True)
-    own.write_text("partition: own")
-    assert find(None, {}).partition == "own"
-    file.write_text("partition: of the variable")
-    assert find(None, {"REGRAFT_SITE": str(file)}).partition == "of the variable"
-    given = tmp_path / "given.yaml"
-    given.write_text("partition: given")
-    assert find(str(given), {"REGRAFT_SITE": str(file)}).partition == "given"
+    default, variable, given = (
+        tmp_path / ".config" / "regraft" / "site.yaml",
+        tmp_path / "variable.yaml",
+        tmp_path / "given.yaml",
+    )
+    default.parent.mkdir(parents=True)
+    environment = {"REGRAFT_SITE": str(variable)}
+    assert load_site(None, {}) == Site()
+    for path in (default, variable, given):
+        path.write_text(f"partition: {path.stem}")
+    assert load_site(None, {}).partition == "site"
+    assert load_site(None, environment).partition == "variable"
+    assert load_site(str(given), environment).partition == "given"

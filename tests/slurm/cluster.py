@@ -1,6 +1,6 @@
-"""A real Slurm on this machine: munged, slurmctld and two slurmd, in a temporary folder, as whoever runs the tests.
+"""A real Slurm on this machine: munged, slurmctld and two slurmd, in a temporary folder, run by the user of the tests.
 
-Nothing of a Slurm that may be installed here is touched: configuration, key, socket, ports and state are its own.
+It has its own configuration, key, socket, ports and state, separate from a Slurm that may be installed here.
 """
 
 import ctypes
@@ -24,17 +24,17 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 PACKAGES = "slurm-wlm munge"
 NODES = ("node1", "node2")
-OVER = (
+ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"),
     *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 )
-"""States from which a job does not return by itself."""
+"""States of a job that does not continue by itself."""
 _MARK = "REGRAFT_TESTED_CLUSTER"
-_PATIENCE = 240.0
+_TIMEOUT = 240.0
 _FIELD = re.compile(r"(?:^| )([A-Z][\w:/]*)=(.*?)(?= [A-Z][\w:/]*=|$)")
 _PR_SET_PDEATHSIG = 1
 
-# cred_expire is what a requeued job waits for, in seconds; of two minutes, otherwise.
+# A requeued job waits for cred_expire seconds, by default two minutes.
 _CONFIGURATION = """\
 ClusterName=regraft
 SlurmctldHost={host}(127.0.0.1)
@@ -71,7 +71,7 @@ PartitionName=urgent Nodes=node[1-2] MaxTime=60 PriorityTier=9 PreemptMode=OFF
 
 
 def missing() -> list[str]:
-    """Return which of Slurm's programs this machine lacks."""
+    """Return Slurm's programs that are not installed."""
     return [name for name in PROGRAMS if _which(name) is None]
 
 
@@ -81,31 +81,28 @@ def _which(name: str) -> str | None:
 
 @dataclass(kw_only=True)
 class Cluster:
-    """A Slurm of two nodes, both on this machine."""
+    """A Slurm cluster of two nodes, both on this machine."""
 
     folder: Path
     environment: Mapping[str, str]
-    """What users of this cluster have set."""
+    """Environment of its users."""
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    # What a user does.
+    # Commands of a user.
 
-    def call(
-        self, *command: str | Path, cwd: Path | None = None, environment: Mapping[str, str] | None = None
-    ) -> str:
-        """Run a command as a user of this cluster; returns its standard output."""
-        done = self.run(*command, cwd=cwd, environment=environment)
+    def call(self, *command: str | Path, cwd: Path | None = None, **environment: str) -> str:
+        """Run a command, check that it succeeds, and return its standard output."""
+        done = self.run(*command, cwd=cwd, **environment)
         assert done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
     def run(
-        self, *command: str | Path, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+        self, *command: str | Path, cwd: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command as a user of this cluster, whatever its exit code."""
         return subprocess.run(
             [str(word) for word in command],
             cwd=cwd or self.folder,
-            env={**self.environment, **(environment or {})},
+            env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -113,112 +110,105 @@ class Cluster:
             check=False,
         )
 
-    def submit(self, *words: str | Path, cwd: Path, environment: Mapping[str, str] | None = None) -> str:
-        """Submit by `sbatch`, from a folder; returns the job's id."""
-        return self.call("sbatch", "--parsable", *words, cwd=cwd, environment=environment).strip()
+    def submit(self, *arguments: str | Path, cwd: Path, **environment: str) -> str:
+        """Submit a job with `sbatch`, and return its id."""
+        return self.call("sbatch", "--parsable", *arguments, cwd=cwd, **environment).strip()
 
     def records(self, job: str) -> list[dict[str, str]]:
-        """Return what `scontrol show job` says of a job, for each task of an array."""
-        said = self.call("scontrol", "show", "job", "-o", job)
-        return [dict(_FIELD.findall(line)) for line in said.splitlines() if line.strip()]
+        """Return the fields of `scontrol show job`, for each task of an array."""
+        output = self.call("scontrol", "show", "job", "-o", job)
+        return [dict(_FIELD.findall(line)) for line in output.splitlines() if line.strip()]
 
     def record(self, job: str) -> dict[str, str]:
-        """Return what `scontrol show job` says of a job."""
-        (found,) = self.records(job)
-        return found
+        (record,) = self.records(job)
+        return record
 
     def state(self, job: str) -> str:
-        """Return a job's state."""
         return self.record(job)["JobState"]
 
     def restarts(self, job: str) -> int:
-        """Return how often a job has been started again."""
         return int(self.record(job)["Restarts"])
 
     def output(self, job: str) -> str:
-        """Return what a job has printed."""
         path = Path(self.record(job)["StdOut"])
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
-    # Waiting.
-
     def wait(
-        self,
-        job: str,
-        condition: Callable[[], object],
-        what: str,
-        *,
-        also_after: bool = False,
-        seconds: float = _PATIENCE,
+        self, job: str, condition: Callable[[], object], what: str, *, also_after_end: bool = False
     ) -> None:
-        """Wait until something holds, while the job goes on, or even after its end."""
-        until = time.monotonic() + seconds
+        """Wait until a condition holds, while the job is active or even after its end."""
+        deadline = time.monotonic() + _TIMEOUT
         while True:
-            over = not also_after and all(record["JobState"] in OVER for record in self.records(job))
+            ended = not also_after_end and all(record["JobState"] in ENDED for record in self.records(job))
             if condition():
                 return
-            if over or time.monotonic() > until:
-                raise AssertionError(
-                    f"{what}: {'the job is over' if over else f'not within {seconds:.0f} s'}\n{self.told(job)}"
-                )
+            if ended or time.monotonic() > deadline:
+                reason = "the job has ended" if ended else f"not within {_TIMEOUT:.0f} s"
+                raise AssertionError(f"{what}: {reason}\n{self.diagnostics(job)}")
             time.sleep(0.1)
 
-    def wait_for(self, job: str, state: str, *, seconds: float = _PATIENCE) -> dict[str, str]:
-        """Wait until a job, or each task of an array, is in a state; returns its (first) record."""
-        self.wait(
-            job,
-            lambda: {record["JobState"] for record in self.records(job)} == {state},
-            f"job {job}: {state}",
-            seconds=seconds,
-        )
+    def wait_for(self, job: str, state: str) -> dict[str, str]:
+        """Wait until a job, or each task of an array, is in a state; return the first record."""
+
+        def reached() -> bool:
+            return {record["JobState"] for record in self.records(job)} == {state}
+
+        self.wait(job, reached, f"job {job}: {state}")
         return self.records(job)[0]
 
-    def told(self, job: str) -> str:
-        """Return all that there is to say of a job: its record, its output, the daemons' logs."""
+    def diagnostics(self, job: str) -> str:
+        """Return the record and output of a job, and the logs of the daemons."""
         parts = [f"== scontrol show job {job}", self.call("scontrol", "show", "job", job)]
         with suppress(ValueError):
-            parts += ["== its output", self.output(job)[-6000:]]
-        for path in sorted(self.folder.glob("*.log")):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            parts += [f"== {path.name}", *lines[-40:]]
-        return "\n".join(parts)
+            parts += ["== output", self.output(job)[-6000:]]
+        return "\n".join([*parts, self._logs()])
 
-    # What an administrator or an accident does.
-
-    def start_node(self, name: str) -> None:
-        """Start a node's daemon, and wait until jobs may run on it."""
-        self._start(name, "slurmd", "-D", "-N", name)
-        self._until(
-            lambda: {"IDLE", "MIXED", "ALLOCATED"} >= {self.node_state(name)},
-            f"{name}: ready",
+    def _logs(self) -> str:
+        return "\n".join(
+            f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
+            for path in sorted(self.folder.glob("*.log"))
         )
 
-    def node_state(self, name: str) -> str:
-        """Return a node's state without the flags that may follow it; `*` marks one that does not answer."""
-        said = self.run("scontrol", "show", "node", "-o", name).stdout
-        return dict(_FIELD.findall(said.strip())).get("State", "").split("+")[0]
+    # Commands of an administrator, and accidents.
+
+    def start_node(self, name: str) -> None:
+        """Start the daemon of a node, and wait until jobs may run on it."""
+        self._start(name, "slurmd", "-D", "-N", name)
+        self._until(lambda: self._node_state(name) in ("IDLE", "MIXED", "ALLOCATED"), f"{name} is ready")
+
+    def _node_state(self, name: str) -> str:
+        output = self.run("scontrol", "show", "node", "-o", name).stdout
+        return dict(_FIELD.findall(output.strip())).get("State", "").split("+")[0]
 
     def kill_node(self, name: str) -> None:
-        """Take a node away at one blow: its daemon, and all that runs there for its jobs."""
+        """Kill the daemon of a node, and all processes of jobs there."""
         self.daemons[name].kill()
         self.daemons[name].wait()
-        for pid in self.on_node(name):
+        for pid in self._processes_on(name):
             _kill(pid)
 
-    def on_node(self, name: str) -> list[int]:
-        """Return the processes of all jobs on a node: Slurm's own for each step, and theirs."""
+    def _processes_on(self, name: str) -> list[int]:
+        """Return the processes of all jobs on a node, including Slurm's own for each step."""
         return [
             pid
-            for pid, variables in self._alive().items()
+            for pid, variables in self._processes().items()
             if variables.get("SLURMD_NODENAME") == name
             or (pid != self.daemons[name].pid and variables.get("NODE_OF_DAEMON") == name)
         ]
 
     def processes_of(self, job: str) -> dict[int, dict[str, str]]:
         """Return the living processes of a job, with their environment."""
-        return {
-            pid: variables for pid, variables in self._alive().items() if variables.get("SLURM_JOB_ID") == job
-        }
+        processes = self._processes().items()
+        return {pid: variables for pid, variables in processes if variables.get("SLURM_JOB_ID") == job}
+
+    def _processes(self) -> dict[int, dict[str, str]]:
+        processes = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                variables = _variables((path / "environ").read_bytes())
+                if variables.get(_MARK) == self.environment[_MARK]:
+                    processes[int(path.name)] = variables
+        return processes
 
     def _start(self, name: str, program: str, *options: str) -> None:
         path = _which(program)
@@ -232,29 +222,16 @@ class Cluster:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_tests,  # noqa: PLW1509 (no thread of ours is running)
+                preexec_fn=_terminate_with_tests,  # noqa: PLW1509 (no thread of ours is running)
             )
 
-    def _until(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-        until = time.monotonic() + seconds
+    def _until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + 60
         while not condition():
             ended = {name: daemon.returncode for name, daemon in self.daemons.items() if daemon.poll()}
-            if ended or time.monotonic() > until:
-                logs = "\n".join(
-                    f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
-                    for path in sorted(self.folder.glob("*.log"))
-                )
-                raise AssertionError(f"{what}: not within {seconds:.0f} s (ended: {ended})\n{logs}")
+            if ended or time.monotonic() > deadline:
+                raise AssertionError(f"{what}: not within 60 s (ended: {ended})\n{self._logs()}")
             time.sleep(0.1)
-
-    def _alive(self) -> dict[int, dict[str, str]]:
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                variables = _variables((path / "environ").read_bytes())
-                if variables.get(_MARK) == self.environment[_MARK]:
-                    found[int(path.name)] = variables
-        return found
 
     def up(self) -> None:
         """Start all daemons."""
@@ -263,26 +240,26 @@ class Cluster:
         key.chmod(0o600)
         names = {"socket": "socket", "pid-file": "pid", "log-file": "munged.log", "seed-file": "seed"}
         files = [f"--{option}={self.folder}/munge.{name}" for option, name in names.items()]
-        # --force: the folder is ours alone, which it thinks odd of a socket that serves all users.
+        # --force: munged expects a folder that all users can read.
         self._start("munged", "munged", "--foreground", "--force", f"--key-file={key}", *files)
-        self._until((self.folder / "munge.socket").exists, "munged: ready")
+        self._until((self.folder / "munge.socket").exists, "munged is ready")
         self._start("slurmctld", "slurmctld", "-D")
-        self._until(lambda: self.run("scontrol", "ping").returncode == 0, "slurmctld: ready")
+        self._until(lambda: self.run("scontrol", "ping").returncode == 0, "slurmctld is ready")
         for name in NODES:
             (self.folder / name).mkdir()
             self.start_node(name)
 
     def clear(self) -> None:
-        """End all jobs, and put up again what is down: the next test begins anew."""
+        """End all jobs, and restart nodes that are down."""
         self.call("scancel", "--user", _user())
         for name in NODES:
-            for pid in self.on_node(name):
+            for pid in self._processes_on(name):
                 _kill(pid)
             if self.daemons[name].poll() is not None:
                 self.start_node(name)
 
     def down(self) -> None:
-        """End all jobs, then all daemons, then whatever of them is left."""
+        """End all jobs, all daemons, and all processes that remain."""
         if "slurmctld" in self.daemons and self.daemons["slurmctld"].poll() is None:
             self.run("scancel", "--user", _user())
         for name in reversed(self.daemons):
@@ -290,14 +267,14 @@ class Cluster:
         for daemon in self.daemons.values():
             with suppress(subprocess.TimeoutExpired):
                 daemon.wait(10)
-        for pid in self._alive():
+        for pid in self._processes():
             _kill(pid)
         for daemon in self.daemons.values():
             daemon.wait()
 
 
 def _user() -> str:
-    return pwd.getpwuid(os.getuid()).pw_name  # LOGNAME may be another's
+    return pwd.getpwuid(os.getuid()).pw_name  # LOGNAME may differ
 
 
 def _variables(environ: bytes) -> dict[str, str]:
@@ -310,22 +287,22 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _end_with_tests() -> None:
-    """Have a daemon end when the tests do, even by SIGKILL."""
+def _terminate_with_tests() -> None:
+    """Have the kernel end a daemon when the tests end, even by SIGKILL."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 @contextmanager
 def cluster(*, cpus: int) -> Iterator[Cluster]:
-    """Start a cluster whose nodes pretend to have so many CPUs each; it is gone in the end, whatever happens."""
+    """Start a cluster whose nodes pretend to have this number of CPUs, and remove it at the end."""
     with ExitStack() as stack:
-        # Not pytest's folder: a Unix socket's path has room for some hundred characters.
+        # Not in pytest's folder: the path of a Unix socket is limited to about 100 characters.
         folder = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True))
         )
         (folder / "state").mkdir()
         ports = free_ports(3)
-        (folder / "site.yaml").touch()  # not that of whoever runs the tests
+        (folder / "site.yaml").touch()  # instead of the user's own
         (folder / "slurm.conf").write_text(
             _CONFIGURATION.format(
                 host=socket.gethostname().partition(".")[0],
@@ -334,7 +311,7 @@ def cluster(*, cpus: int) -> Iterator[Cluster]:
                 controller_port=ports[0],
                 node_ports=",".join(map(str, ports[1:])),
                 cpus=cpus,
-                first_job=1000 + secrets.randbelow(60000),  # another cluster here gives other numbers
+                first_job=1000 + secrets.randbelow(60000),  # differs from other clusters on this machine
             ),
             encoding="ascii",
         )
@@ -359,12 +336,11 @@ def cluster(*, cpus: int) -> Iterator[Cluster]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return so many ports that nobody has, below those that jobs and the kernel choose from."""
-    found: list[int] = []
-    while len(found) < count:
+    """Return free ports below those that jobs and the kernel choose from."""
+    ports: set[int] = set()
+    while len(ports) < count:
         port = 10000 + secrets.randbelow(10000)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            if port not in found:
-                found.append(port)
-    return found
+            ports.add(port)
+    return list(ports)

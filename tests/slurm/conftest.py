@@ -1,25 +1,23 @@
-"""One Slurm for all tests of this folder."""
+"""One Slurm cluster for all tests of this folder."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm import cluster as module
+from tests.slurm import cluster as slurm
 from tests.slurm.cluster import Cluster
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[Cluster]:
-    if lacking := module.missing():
-        pytest.skip(
-            f"no Slurm here ({', '.join(lacking)} not found): apt-get install {module.PACKAGES}, as .ci/run does"
-        )
-    with module.cluster(cpus=8) as found:
-        yield found
+def running_cluster() -> Iterator[Cluster]:
+    if missing := slurm.missing():
+        pytest.skip(f"Slurm is not installed ({', '.join(missing)}): apt-get install {slurm.PACKAGES}")
+    with slurm.cluster(cpus=8) as cluster:
+        yield cluster
 
 
 @pytest.fixture
-def cluster(running: Cluster) -> Iterator[Cluster]:
-    """Return a Slurm of two nodes without a job; what a test leaves on it ends with the test."""
-    yield running
-    running.clear()
+def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
+    """Return a cluster of two nodes without jobs."""
+    yield running_cluster
+    running_cluster.clear()

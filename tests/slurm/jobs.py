@@ -1,5 +1,6 @@
-"""What the tests of this folder have in common: tiny runs as Slurm's jobs, and what becomes of them."""
+"""Helpers for tests with tiny runs as Slurm jobs."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,39 +21,62 @@ from tests.launching import MAIN, REPOSITORY
 from tests.slurm.cluster import Cluster
 
 FINETUNE, ARRAY = REPOSITORY / "slurm" / "finetune.sh", REPOSITORY / "slurm" / "array.sh"
-LOSSES, WEIGHTS = 1e-5, 1e-5
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-5
+SLOW_UPDATES = """\
+import os
+if "RANK" in os.environ:
+    import time
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(lambda *_: time.sleep(0.5))
+"""
+"""A sitecustomize that slows down training, so that Slurm can preempt a tiny run before it ends."""
 
 
-def words(factory: pytest.TempPathFactory, folder: Path, **changes: object) -> list[str]:
-    """Return the trainer's options of a tiny run whose result does not depend on who computes it."""
+def run_options(factory: pytest.TempPathFactory, folder: Path, **changes: object) -> list[str]:
+    """Return the trainer's options of a tiny run whose result does not depend on the number of processes."""
     return options(pictures(factory), folder, **SAME_ANYWHERE, run__device="cpu", data__workers=0, **changes)
 
 
+def with_sitecustomize(folder: Path, code: str) -> dict[str, str]:
+    """Return environment variables that make Python run this code when it starts."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+
+
 def wait_for_step(cluster: Cluster, job: str, folder: Path, step: int, *, after: int = 0) -> int:
-    """Wait until an attempt later than `after` has made the run's update `step`; returns the last one then."""
+    """Wait until an attempt later than `after` has made the update `step`, and return the last update."""
     cluster.wait(job, lambda: trained_by(folder) > after and last_step(folder) >= step, f"step {step}")
     return last_step(folder)
 
 
-def wait_until_saved(cluster: Cluster, job: str, folder: Path, *, start: int) -> int:
-    """Wait until a start of a job (from 0), with one attempt each, has saved a step that is new; returns it."""
+def wait_for_checkpoint(cluster: Cluster, job: str, folder: Path, *, start: int) -> int:
+    """Wait until a start of a job (from 0, with one attempt each) has saved a new step, and return the step."""
 
-    def saved() -> list[int]:
+    def saved_steps() -> list[int]:
         return [0, *(attempt["step"] for attempt in attempts(folder))]
 
-    cluster.wait(
-        job, lambda: len(saved()) == start + 2 and saved()[-1] > max(saved()[:-1]), "something new is saved"
-    )
-    return saved()[-1]
+    def has_new_step() -> bool:
+        *earlier, last = saved_steps()
+        return len(earlier) == start + 1 and last > max(earlier)
+
+    cluster.wait(job, has_new_step, "a new step is saved")
+    return saved_steps()[-1]
 
 
 def wait_for_restart(cluster: Cluster, job: str, restarts: int) -> None:
-    """Wait until Slurm has started a job again so many times."""
-    cluster.wait(
-        job,
-        lambda: (cluster.restarts(job), cluster.state(job)) == (restarts, "RUNNING"),
-        f"job {job}: restart {restarts}",
-    )
+    """Wait until Slurm has restarted a job this number of times."""
+
+    def restarted() -> bool:
+        return (cluster.restarts(job), cluster.state(job)) == (restarts, "RUNNING")
+
+    cluster.wait(job, restarted, f"job {job}: restart {restarts}")
+
+
+def wait_for_exit(cluster: Cluster, job: str) -> None:
+    """Wait until no process of a job is left that could still requeue it."""
+    cluster.wait(job, lambda: not cluster.processes_of(job), f"{job}: all exited", also_after_end=True)
 
 
 class Rank(NamedTuple):
@@ -64,28 +88,23 @@ class Rank(NamedTuple):
 
 
 def ranks(cluster: Cluster, job: str) -> list[Rank]:
-    """Return the trainer's processes of a job, without those that load its data."""
-    found = cluster.processes_of(job).items()
+    """Return the trainer's processes of a job, without their data-loading workers."""
     return sorted(
         Rank(int(variables["RANK"]), pid, variables["SLURMD_NODENAME"])
-        for pid, variables in found
-        if "RANK" in variables and str(MAIN) in _command(pid)
+        for pid, variables in cluster.processes_of(job).items()
+        if "RANK" in variables and str(MAIN) in _command_line(pid)
     )
 
 
-def _command(pid: int) -> str:
+def _command_line(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
-    except OSError:  # it has ended
+    except OSError:  # it has exited
         return ""
 
 
-def wait_until_all_have_left(cluster: Cluster, job: str) -> None:
-    """Wait until nothing of a job is left that could still ask Slurm for something."""
-    cluster.wait(job, lambda: not cluster.processes_of(job), f"{job}: all have left", also_after=True)
-
-
-def require_as_one_process(folder: Path, factory: pytest.TempPathFactory) -> None:
-    """Check that a run has seen each example once an epoch, and that its result is that of one process."""
+def require_result_of_one_process(folder: Path, factory: pytest.TempPathFactory) -> None:
+    """Check that each epoch has seen each example once, and that the result is that of a run with one process."""
     require_each_once(folder)
-    require_close(folder, whole_run(factory, "python", **SAME_ANYWHERE), losses=LOSSES, weights=WEIGHTS)
+    reference = whole_run(factory, "python", **SAME_ANYWHERE)
+    require_close(folder, reference, losses=LOSS_TOLERANCE, weights=WEIGHT_TOLERANCE)

@@ -1,23 +1,22 @@
-import json
 from pathlib import Path
 
 import pytest
 
-from launch.checks import nodes, pace
+from launch.doctor import measured, nodes
+from launch.doctor.finding import DoctorContext
 from tests.slurm.cluster import NODES, Cluster
 
 pytestmark = pytest.mark.slow
 
 
-def test_nodes_see_one_folder_and_exchange_a_sum(cluster: Cluster, tmp_path: Path) -> None:
-    command = nodes.srun(tmp_path, nodes=2, processes=1, size=1 << 20, inside=False)
-    done = cluster.run(*command, cwd=tmp_path)
+def test_nodes_share_a_folder_and_compute_a_sum(cluster: Cluster, tmp_path: Path) -> None:
+    context = DoctorContext(run=tmp_path / "run", processes=1, nodes=2, options=())
+    context.measured = {"model": {"gradient_bytes": 1 << 20}}
+    done = cluster.run(*nodes.srun_command(context, tmp_path, in_job=False), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = nodes.read(done.stdout)
-    assert [one["host"] for one in told] == list(NODES)
-    found = nodes.judge(told, nodes=2, why=None)
-    assert [one.level for one in found] == ["green", "green", "green"], found
-    summed = pace.read(done.stdout).get("allreduce")
-    assert summed is not None, done.stdout + done.stderr
-    assert (summed["ranks"], summed["right"]) == (2, True)
-    assert json.loads((tmp_path / "node-1.json").read_text())["address"] == "127.0.0.1", "as Slurm knows it"
+    results = measured.parse_output(done.stdout)
+    findings = nodes.check_reports(results, nodes=2, failure=None)
+    assert [finding.level for finding in findings] == ["green"], findings
+    assert findings[0].message == f"{', '.join(NODES)} see each other's files"
+    assert "all-reduce" in results, done.stdout + done.stderr
+    assert (results["all-reduce"]["processes"], results["all-reduce"]["correct"]) == (2, True)

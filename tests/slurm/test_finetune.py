@@ -1,4 +1,4 @@
-"""`sbatch slurm/finetune.sh` on a real Slurm: runs that nobody disturbs, and errors that always come again."""
+"""`sbatch slurm/finetune.sh` on a real Slurm: undisturbed runs, and errors that occur each time."""
 
 from pathlib import Path
 
@@ -7,33 +7,40 @@ import yaml
 
 from tests.kills import attempts, require_each_once, saved_step, worlds
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import ARRAY, FINETUNE, require_as_one_process, wait_until_all_have_left, words
+from tests.slurm.jobs import (
+    ARRAY,
+    FINETUNE,
+    require_result_of_one_process,
+    run_options,
+    wait_for_exit,
+    with_sitecustomize,
+)
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_job_of_two_nodes_trains_as_one_process_does_and_once_done_is_done(
+def test_job_of_two_nodes_has_the_result_of_one_process_and_is_not_started_again(
     cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path / "run"
-    job = cluster.submit("--nodes=2", FINETUNE, *words(tmp_path_factory, folder), cwd=tmp_path)
+    job = cluster.submit("--nodes=2", FINETUNE, *run_options(tmp_path_factory, folder), cwd=tmp_path)
     record = cluster.wait_for(job, "COMPLETED")
     assert (record["NumNodes"], record["ExitCode"], record["Restarts"]) == ("2", "0:0", "0")
     assert [attempt["state"] for attempt in attempts(folder)] == ["done"]
     assert set(worlds(folder)) == {2}
-    said = cluster.output(job)
-    assert said.count("24 of 24 evaluated") == 1, said
+    output = cluster.output(job)
+    assert output.count("24 of 24 evaluated") == 1, output
 
-    cluster.call("scontrol", "requeue", job)  # as Slurm does where a node fails while the job ends
-    require_as_one_process(folder, tmp_path_factory)
-    cluster.wait(job, lambda: cluster.restarts(job) == 1, "queued again", also_after=True)
+    cluster.call("scontrol", "requeue", job)  # as Slurm does when a node fails while the job ends
+    require_result_of_one_process(folder, tmp_path_factory)
+    cluster.wait(job, lambda: cluster.restarts(job) == 1, "requeued", also_after_end=True)
     record = cluster.wait_for(job, "COMPLETED")
     assert (record["ExitCode"], record["Restarts"]) == ("0:0", "1")
     assert len(attempts(folder)) == 1, "no process was started"
-    assert "is done already" in cluster.output(job).removeprefix(said)
+    assert "is already done" in cluster.output(job).removeprefix(output)
 
 
-FAILS_AT_UPDATE_5 = """\
+FAIL_AT_UPDATE_5 = """\
 import json, os, pathlib, time
 if "RANK" in os.environ:
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -43,54 +50,50 @@ if "RANK" in os.environ:
         if json.loads((run / "audit/rank-0.jsonl").read_text().splitlines()[-1])["step"] == 4:
             while not any('"step": 4,' in path.read_text() for path in run.glob("attempts/*.json")):
                 time.sleep(0.1)
-            raise ArithmeticError("as always here")
+            raise ArithmeticError("each time")
 
     register_optimizer_step_post_hook(fail)
 """
 
 
-def test_an_error_that_comes_again_does_not_queue_its_job_for_ever(
+def test_job_with_an_error_that_occurs_each_time_is_not_requeued_forever(
     cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    environment = with_sitecustomize(tmp_path / "site", FAIL_AT_UPDATE_5)
+
     def submit(name: str, *options: str) -> str:
-        own = words(tmp_path_factory, tmp_path / name)
-        return cluster.submit(
-            FINETUNE, "--max-restarts=0", *own, *options, cwd=tmp_path, environment=broken(name)
-        )
+        arguments = [*run_options(tmp_path_factory, tmp_path / name), *options]
+        variables = {**environment, "RUN": str(tmp_path / name)}
+        return cluster.submit(FINETUNE, "--max-restarts=0", *arguments, cwd=tmp_path, **variables)
 
-    def broken(name: str) -> dict[str, str]:
-        return {"PYTHONPATH": str(tmp_path / "broken"), "RUN": str(tmp_path / name)}
-
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "sitecustomize.py").write_text(FAILS_AT_UPDATE_5)
     unreadable = tmp_path / "pictures"
-    for kind in ("train", "val"):
-        (unreadable / kind / "a").mkdir(parents=True)
-        (unreadable / kind / "a" / "0.png").write_text("no picture")
+    for split in ("train", "val"):
+        (unreadable / split / "a").mkdir(parents=True)
+        (unreadable / split / "a" / "0.png").write_text("not an image")
     option = submit("option", "--train.epoch=3")
     data = submit("data", f"--data.root={unreadable}")
     update = submit("update")
-    for job, restarts, code, why in (
+    for job, restarts, code, message in (
         (option, 0, 2, "error: command line: there is no option 'train.epoch'"),
         (data, 0, 2, str(unreadable)),
-        (update, 1, 1, "failed: rank 0 on node1: ArithmeticError: as always here"),
+        (update, 1, 1, "failed: rank 0 on node1: ArithmeticError: each time"),
     ):
         record = cluster.wait_for(job, "FAILED")
-        wait_until_all_have_left(cluster, job)
+        wait_for_exit(cluster, job)
         assert cluster.state(job) == "FAILED"
-        said = cluster.output(job)
-        assert (int(record["Restarts"]), record["ExitCode"]) == (restarts, f"{code}:0"), said
-        assert said.count(why) == restarts + 1, said
+        output = cluster.output(job)
+        assert (int(record["Restarts"]), record["ExitCode"]) == (restarts, f"{code}:0"), output
+        assert output.count(message) == restarts + 1, output
     assert not attempts(tmp_path / "option")
-    assert [(made["state"], made["step"]) for made in attempts(tmp_path / "update")] == [("failed", 4)] * 2
+    assert [(row["state"], row["step"]) for row in attempts(tmp_path / "update")] == [("failed", 4)] * 2
     assert saved_step(tmp_path / "update") == 4
 
 
-def test_an_array_trains_each_of_its_tasks_in_a_folder_and_with_a_seed_of_its_own(
+def test_each_task_of_an_array_has_its_own_folder_and_seed(
     cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     sweep = tmp_path / "runs of three"
-    options = words(tmp_path_factory, sweep, train__epochs=1)
+    options = run_options(tmp_path_factory, sweep, train__epochs=1)
     array = cluster.submit("--array=0-2", ARRAY, *options, cwd=tmp_path)
     cluster.wait_for(array, "COMPLETED")
     tasks = {record["ArrayTaskId"]: record for record in cluster.records(array)}

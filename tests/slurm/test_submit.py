@@ -1,4 +1,4 @@
-"""`regraft submit` and `regraft status` with a real Slurm, and names that mean to be read by a shell."""
+"""`regraft submit` and `regraft status` with a real Slurm, and names that a shell could interpret."""
 
 import re
 import sys
@@ -8,44 +8,44 @@ import pytest
 
 from tests.kills import attempts, pictures, require_each_once
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import FINETUNE, wait_for_step, words
+from tests.slurm.jobs import FINETUNE, run_options, wait_for_step
 
 REGRAFT = (sys.executable, "-m", "launch.cli")
 HOSTILE = """it's "$(touch pwned)" `touch pwned`; touch pwned #50% %j"""
 
 
 @pytest.mark.slow
-def test_hostile_names_are_names_whether_submitted_by_regraft_or_by_sbatch(
+def test_names_are_not_interpreted_by_submit_and_sbatch(
     cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path / f"a run {HOSTILE}"
-    pictures_there = tmp_path / f"pictures {HOSTILE}"
-    pictures_there.symlink_to(pictures(tmp_path_factory))
-    options = words(tmp_path_factory, folder, train__epochs=1, data__root=pictures_there)
+    images = tmp_path / f"pictures {HOSTILE}"
+    images.symlink_to(pictures(tmp_path_factory))
+    options = run_options(tmp_path_factory, folder, train__epochs=1, data__root=images)
     site = tmp_path / "site.yaml"
     site.write_text("partition: normal\nenv: {NOTE: '$(touch pwned)'}\n")
 
-    said = cluster.call(
+    output = cluster.call(
         *REGRAFT, "submit", f"--job-name={HOSTILE}", "--time=20", f"--site={site}", *options, cwd=tmp_path
     )
-    (submitted,) = re.findall(r"^job (\d+) submitted$", said, flags=re.MULTILINE)
-    assert f"run folder {folder}\n" in said
+    (submitted,) = re.findall(r"^job (\d+) submitted$", output, flags=re.MULTILINE)
+    assert f"run folder {folder}\n" in output
     without = [word for word in options if not word.startswith("--run.dir=")]
     by_hand = cluster.submit(f"--job-name={HOSTILE}", FINETUNE, *without, cwd=tmp_path)
 
     wait_for_step(cluster, submitted, folder, 1)
-    shown = cluster.call(*REGRAFT, "status", folder)
-    assert f"Slurm: job {submitted} is " in shown, shown
+    status = cluster.call(*REGRAFT, "status", folder)
+    assert f"Slurm: job {submitted} is " in status, status
     record = cluster.wait_for(submitted, "COMPLETED")
     assert (record["JobName"], record["Partition"], record["TimeLimit"]) == (HOSTILE, "normal", "00:20:00")
-    # Not record["StdOut"]: scontrol does not show a `%` of the folder's name as Slurm has read it.
+    # Not record["StdOut"]: scontrol shows a `%` in the folder's name differently.
     assert f"job {submitted}: done" in (folder / "logs" / f"slurm-{submitted}.out").read_text(
         encoding="utf-8"
     )
-    shown = cluster.call(*REGRAFT, "status", folder)
-    assert shown.startswith(f"{folder}: done\n"), shown
-    assert "step 6 of 6, epoch 1 of 1" in shown
-    assert f"Slurm: job {submitted} is COMPLETED" in shown
+    status = cluster.call(*REGRAFT, "status", folder)
+    assert status.startswith(f"{folder}: done\n"), status
+    assert "step 6 of 6, epoch 1 of 1" in status
+    assert f"Slurm: job {submitted} is COMPLETED" in status
 
     cluster.wait_for(by_hand, "COMPLETED")
     (own,) = (tmp_path / "runs").iterdir()
@@ -56,11 +56,11 @@ def test_hostile_names_are_names_whether_submitted_by_regraft_or_by_sbatch(
     assert not [path for root in (tmp_path, cluster.folder) for path in root.rglob("pwned")]
 
 
-def test_what_the_trainer_will_not_take_is_not_submitted(
+def test_run_with_a_wrong_option_is_not_submitted(
     cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path / "run"
-    options = words(tmp_path_factory, folder)
+    options = run_options(tmp_path_factory, folder)
     done = cluster.run(*REGRAFT, "submit", "--job-name=refused", *options, "--train.epoch=1", cwd=tmp_path)
     assert done.returncode == 2
     assert "there is no option 'train.epoch'" in done.stderr

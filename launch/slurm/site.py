@@ -1,4 +1,4 @@
-"""What all jobs of a cluster have in common, in one small YAML: partition, account, modules, network interface ..."""
+"""Settings that all jobs of a cluster share, in a YAML file: partition, account, modules, network interface ..."""
 
 import difflib
 import re
@@ -11,53 +11,53 @@ import yaml
 
 from launch.errors import LaunchError
 
-SITE_FILE = "REGRAFT_SITE"
-"""Variable: where the site's file lies."""
+SITE_VARIABLE = "REGRAFT_SITE"
+"""Environment variable with the path of the site file."""
 DEFAULT_FILE = "~/.config/regraft/site.yaml"
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A cluster's settings; what the command line says goes before them."""
+    """Settings of a cluster; options on the command line override them."""
 
     partition: str | None = None
-    """Slurm's partition."""
+    """Slurm partition."""
     account: str | None = None
-    """Who pays."""
+    """Account to charge."""
     qos: str | None = None
     """Slurm's quality of service."""
     modules: tuple[str, ...] = ()
-    """For `module load`."""
+    """Modules for `module load`."""
     activate: tuple[str, ...] = ()
-    """A virtual environment's folder, or commands that prepare Python, each a line of words: no shell reads between."""
+    """Folder of a virtual environment, or commands that activate Python; `&&`, `;` and `$X` are not interpreted."""
     nccl_interface: str | None = None
-    """Network interface that the nodes talk over (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)."""
+    """Network interface between the nodes (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)."""
     stage: str | None = None
-    """Folder of each node's own disk to which the data is copied first; may begin with $TMPDIR."""
+    """Folder on each node's local disk to which the data is copied first; may start with $TMPDIR."""
     env: tuple[tuple[str, str], ...] = ()
-    """Variables of the environment, and their values."""
+    """Environment variables and their values."""
 
 
-def find(given: str | None, environment: Mapping[str, str]) -> Site:
-    """Return the settings of the file that was given, else of $REGRAFT_SITE, else of the user's own if there is one.
+def load_site(path: str | None, environment: Mapping[str, str]) -> Site:
+    """Load the site file: the given one, else $REGRAFT_SITE, else ~/.config/regraft/site.yaml if it exists.
 
     Raises:
-        LaunchError: the file cannot be read, or holds what is no setting.
+        LaunchError: the file cannot be read, or has an invalid setting.
 
     """
-    named = given or environment.get(SITE_FILE)
-    if named:
-        return read(Path(named).expanduser())
-    own = Path(DEFAULT_FILE).expanduser()
-    return read(own) if own.is_file() else Site()
+    chosen = path or environment.get(SITE_VARIABLE)
+    if chosen:
+        return read_site(Path(chosen).expanduser())
+    default = Path(DEFAULT_FILE).expanduser()
+    return read_site(default) if default.is_file() else Site()
 
 
-def read(path: Path) -> Site:
-    """Return the settings that a file holds.
+def read_site(path: Path) -> Site:
+    """Read a site file.
 
     Raises:
-        LaunchError: as in `find`.
+        LaunchError: the file cannot be read, or has an invalid setting.
 
     """
     try:
@@ -73,28 +73,28 @@ def read(path: Path) -> Site:
         )
     for key in content:
         if key not in valid:
-            near = difflib.get_close_matches(str(key), valid, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            similar = difflib.get_close_matches(str(key), valid, n=1)
+            hint = f" Did you mean {similar[0]}?" if similar else ""
             raise LaunchError(f"site {path}: there is no setting {key!r}.{hint} Valid: {', '.join(valid)}")
-    return Site(**{key: _checked(path, key, value) for key, value in content.items() if value is not None})
+    return Site(**{key: _convert(path, key, value) for key, value in content.items() if value is not None})
 
 
-def _checked(path: Path, key: str, value: Any) -> Any:
+def _convert(path: Path, key: str, value: Any) -> Any:
     if key == "env":
         if not isinstance(value, dict):
             raise LaunchError(
                 f"site {path}: env is {value!r}, expected names with values, as in `NCCL_DEBUG: WARN`"
             )
         return tuple(
-            (_variable(path, name), _text(path, f"env.{name}", text)) for name, text in value.items()
+            (_variable_name(path, name), _text(path, f"env.{name}", text)) for name, text in value.items()
         )
     if key in ("modules", "activate"):
         return tuple(_text(path, key, item) for item in (value if isinstance(value, list) else [value]))
     return _text(path, key, value)
 
 
-def _variable(path: Path, name: Any) -> str:
-    if not (isinstance(name, str) and _VARIABLE.fullmatch(name)):
+def _variable_name(path: Path, name: Any) -> str:
+    if not (isinstance(name, str) and _VARIABLE_NAME.fullmatch(name)):
         raise LaunchError(
             f"site {path}: env has {name!r}, expected the name of a variable: letters, digits and _"
         )
@@ -104,9 +104,9 @@ def _variable(path: Path, name: Any) -> str:
 def _text(path: Path, key: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise LaunchError(
-            f"site {path}: {key} is {value!r}, expected a text; quote it if YAML reads it otherwise"
+            f"site {path}: {key} is {value!r}, expected text; quote it if YAML reads it as another type"
         )
     text = str(value)
     if not (text.strip() and text.isprintable()):
-        raise LaunchError(f"site {path}: {key} is {text!r}, expected a text of one line that is not empty")
+        raise LaunchError(f"site {path}: {key} is {text!r}, expected text on one line, not empty")
     return text

@@ -1,0 +1,1 @@
+"""`regraft doctor`: check whether a machine, or several nodes, can run a training."""

@@ -1,0 +1,1 @@
+"""Runs on one machine, started through torchrun."""

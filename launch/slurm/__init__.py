@@ -1,0 +1,1 @@
+"""Runs as Slurm jobs: writing and submitting the batch script, and what runs inside the job."""

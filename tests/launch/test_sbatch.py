@@ -1,0 +1,254 @@
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import cli
+from launch.errors import LaunchError
+from launch.slurm.sbatch import JobSpec, render
+from launch.slurm.settings import OPTION_NAMES, JobSettings
+from launch.slurm.site import Site
+from tests.conftest import REPOSITORY
+from tests.launch.helpers import executable
+
+GOLDEN = REPOSITORY / "tests" / "golden"
+UPDATE = "REGRAFT_GOLDEN"
+SITE = Site(
+    partition="gpu",
+    account="team",
+    qos="normal",
+    modules=("cuda/12.8", "gcc"),
+    activate=("source ~/miniforge3/etc/profile.d/conda.sh", "conda activate regraft"),
+    nccl_interface="ib0",
+    stage="$TMPDIR",
+    env=(("NCCL_DEBUG", "WARN"), ("NOTE", "it's $HOME")),
+)
+SPECS = {
+    "default": JobSpec(),
+    "single-gpu": JobSpec(
+        gpus_per_node=1, cpus_per_task=8, time="1:00:00", options=("--config", "configs/hotdog.yaml")
+    ),
+    "eight-gpus": JobSpec(
+        job_name="fine tune",
+        gpus_per_node=8,
+        cpus_per_task=64,
+        mem="256G",
+        time="2-00:00:00",
+        signal_seconds=300,
+    ),
+    "two-nodes": JobSpec(
+        nodes=2,
+        gpus_per_node=8,
+        cpus_per_task=64,
+        partition="h100",
+        account="team",
+        qos="high",
+        settings=JobSettings(max_attempts=5, max_restarts=3),
+        options=("--config", "configs/hotdog.yaml", "--run.dir=runs/a b"),
+    ),
+    "cpu": JobSpec(cpus_per_task=32, settings=JobSettings(nproc=4), options=("--run.device=cpu",)),
+    "array": JobSpec(array="0-2", settings=JobSettings(sweep="seeds")),
+    "array-of-lines": JobSpec(
+        array="0-9%2", settings=JobSettings(sweep="my sweep.txt"), options=("--data.root", "x")
+    ),
+    "site": JobSpec(
+        nodes=2, gpus_per_node=4, partition="debug", site=SITE, settings=JobSettings(stage="$TMPDIR")
+    ),
+    "site-with-venv": JobSpec(site=Site(activate=("/opt/regraft's venv/",))),
+    "apptainer": JobSpec(
+        gpus_per_node=1, settings=JobSettings(container="/images/regraft.sif", mounts=("/scratch/u",))
+    ),
+    "pyxis": JobSpec(
+        nodes=2,
+        gpus_per_node=8,
+        settings=JobSettings(container="nvcr.io#nvidia/pytorch:26.01-py3", container_runtime="pyxis"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_script_equals_its_golden_file(name: str) -> None:
+    path, script = GOLDEN / f"{name}.sh", render(SPECS[name])
+    if os.environ.get(UPDATE):
+        path.write_text(script, encoding="utf-8")
+    hint = f"if this is intended, {UPDATE}=1 pytest tests/launch/test_sbatch.py updates it: check the diff"
+    assert path.exists(), f"{path} is missing; {hint}"
+    assert script == path.read_text(encoding="utf-8"), hint
+
+
+def test_each_golden_file_has_a_test() -> None:
+    assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(f"{name}.sh" for name in SPECS)
+
+
+@pytest.mark.parametrize(
+    ("name", "argv"), [("finetune", []), ("array", ["--sweep", "seeds", "--array", "0-2"])]
+)
+def test_scripts_in_slurm_folder_are_the_output_of_render(
+    name: str,
+    argv: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # without a site.yaml
+    for variable in ("REGRAFT_SITE", "REGRAFT_NPROC", "REGRAFT_MAX_RESTARTS", "REGRAFT_MAX_ATTEMPTS"):
+        monkeypatch.delenv(variable, raising=False)
+    assert cli.main(["render", *argv]) == 0
+    path = REPOSITORY / "slurm" / f"{name}.sh"
+    hint = f"if this is intended: regraft render {' '.join(argv)} > slurm/{name}.sh"
+    assert capsys.readouterr().out == path.read_text(encoding="utf-8"), hint
+
+
+SCRIPTS = sorted([*GOLDEN.glob("*.sh"), *(REPOSITORY / "slurm").glob("*.sh")])
+
+
+def test_bash_and_shellcheck_accept_the_scripts() -> None:
+    assert len(SCRIPTS) == len(SPECS) + 2
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
+    for path in SCRIPTS:
+        subprocess.run(["bash", "-n", path], check=True, timeout=60)
+        # The golden files quote `$HOME` and the like on purpose (SC2016, an info).
+        severity = "style" if path.parent.name == "slurm" else "warning"
+        command = ["shellcheck", f"--severity={severity}", path]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stdout
+
+
+HOSTILE = [
+    "a b",
+    'it\'s "so"',
+    "$(touch pwned)",
+    "`touch pwned`",
+    "a; touch pwned",
+    "x\ntouch pwned\n#SBATCH --nodes=9",
+    "%j%x",
+    "a\\",
+    "# no comment",
+    "-n",
+    "*",
+    "~",
+    "é",
+    "\udcff",
+]
+"""Names that bash or sbatch would interpret if they were not quoted."""
+PRINTABLE = [name for name in HOSTILE if name.isprintable()]
+
+
+def run_script(script: str, folder: Path) -> list[str]:
+    """Run a script with a python3 that only writes its arguments to a file, and return them."""
+    arguments = folder / "arguments"
+    executable(folder / "python3", f'printf "%s\\0" "$@" > {shlex.quote(str(arguments))}')
+    done = subprocess.run(
+        ["bash", "-s"],
+        input=os.fsencode(script),
+        cwd=folder,
+        env={"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder)},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "pwned").exists()
+    return os.fsdecode(arguments.read_bytes()).split("\0")[:-1]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_options_reach_the_trainer_unchanged(name: str, tmp_path: Path) -> None:
+    options = ("--run.dir", name, f"--data.root={name}")
+    assert run_script(render(JobSpec(options=options)), tmp_path) == ["-m", "launch.slurm.job", *options]
+
+
+@pytest.mark.parametrize("name", PRINTABLE)
+def test_site_settings_are_not_interpreted(name: str, tmp_path: Path) -> None:
+    site = Site(env=(("A", name),), activate=(f"true {shlex.quote(name)}",), nccl_interface=name)
+    script = render(JobSpec(site=site)).replace(
+        "exec python3", 'printf "%s\\0" "$A" "$NCCL_SOCKET_IFNAME" > values; exec python3'
+    )
+    run_script(script, tmp_path)
+    assert (tmp_path / "values").read_text(encoding="utf-8") == f"{name}\0{name}\0"
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("a b", '"a b"'),
+        ('it\'s "so"', '"it\'s \\"so\\""'),
+        ("a\\", '"a\\\\"'),
+        ("# no comment", '"# no comment"'),
+        ("%j%x", "%j%x"),
+    ],
+)
+def test_names_are_quoted_by_the_rules_of_sbatch(name: str, word: str) -> None:
+    # See _get_argument in Slurm's sbatch/opt.c; tests/slurm/test_submit.py asks a real sbatch.
+    lines = render(JobSpec(partition=name)).splitlines()
+    option = f"--partition={name}"
+    expected = f"#SBATCH {option}" if word == name else f'#SBATCH "--partition={word[1:]}'
+    assert expected in lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"job_name": "x\n#SBATCH --nodes=9"}, "--job-name"),
+        ({"job_name": "../x"}, "without slashes"),
+        ({"job_name": " "}, "--job-name"),
+        ({"partition": "a\nb"}, "--partition"),
+        ({"account": "a\x1bb"}, "--account"),
+        ({"nodes": 0}, "--nodes 0"),
+        ({"gpus_per_node": 0}, "--gpus-per-node 0"),
+        ({"time": "4h"}, "--time '4h'"),
+        ({"time": "1\n"}, "--time"),
+        ({"time": "١"}, "--time"),
+        ({"mem": "64 G"}, "--mem"),
+        ({"array": "0-"}, "--array"),
+        ({"array": "1;touch pwned"}, "--array"),
+        ({"signal_seconds": 5}, "--signal-seconds 5"),
+        ({"settings": JobSettings(sweep="seeds")}, "add --array"),
+    ],
+)
+def test_invalid_job_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        JobSpec(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nproc": 0}, "--nproc 0"),
+        ({"max_attempts": 0}, "--max-attempts 0"),
+        ({"container": "-x"}, "--container"),
+        ({"container": "a\nb"}, "--container"),
+        ({"container_runtime": "docker"}, "apptainer or pyxis"),
+        ({"mounts": ("relative",)}, "--mount"),
+        ({"mounts": ("/a:/b",)}, "--mount"),
+        ({"sweep": ""}, "--sweep"),
+    ],
+)
+def test_invalid_settings_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        JobSettings(**changes)  # type: ignore[arg-type]
+
+
+def test_torchrun_waits_until_shortly_before_the_time_limit() -> None:
+    script = render(JobSpec(signal_seconds=300))
+    assert "@300\n" in script
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}" in script
+
+
+def test_settings_argv_has_all_option_names_but_no_defaults() -> None:
+    settings = JobSettings(
+        nproc=2,
+        max_restarts=0,
+        max_attempts=7,
+        sweep="s",
+        stage="/t",
+        container="c",
+        container_runtime="pyxis",
+        mounts=("/a", "/b"),
+    )
+    assert {argument.partition("=")[0] for argument in settings.to_argv()} == set(OPTION_NAMES)
+    assert JobSettings().to_argv() == []
