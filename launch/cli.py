@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launch import contract, machine
+from launch import machine
 from launch.errors import LaunchError
 from launch.options import nonnegative_int, process_count, split_options
+from launch.trainer_options import new_logs, run_folder, trainer_folder
+from regraft.contract import DEFAULT_RUN_DIR, DONE, FAILED, INTERRUPTED, USER_ERROR, available_cores
 
 _HELP = """\
 usage: regraft VERB [options] [--config FILE] [--section.key VALUE ...]
@@ -53,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return VERBS[verb](rest)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
-        return contract.USER_ERROR
+        return USER_ERROR
     except KeyboardInterrupt:
-        return contract.INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return contract.FAILED
+        return FAILED
 
 
 def _train(argv: list[str]) -> int:
@@ -75,16 +77,16 @@ def _train(argv: list[str]) -> int:
     from launch.local.torchrun import TorchrunConfig  # noqa: PLC0415
 
     processes, threads = machine.processes_and_threads(
-        arguments.nproc, gpus=machine.gpus(os.environ), cores=machine.cores()
+        arguments.nproc, gpus=machine.gpus(os.environ), cores=available_cores()
     )
-    folder = contract.run_folder(options)
+    folder = run_folder(options)
     config = TorchrunConfig(
         processes=processes,
         threads=threads,
         max_restarts=arguments.max_restarts,
-        trainer=contract.trainer_folder(),
+        trainer=trainer_folder(),
         options=tuple(options),
-        logs=contract.new_logs(folder),
+        logs=new_logs(folder),
     )
     return run(config, folder)
 
@@ -115,7 +117,7 @@ def _train_parser() -> argparse.ArgumentParser:
 
 def _exec_trainer(file: str, options: Sequence[str]) -> int:
     """Replace this process by a program of the trainer, which then has the terminal for its debugger and Ctrl-C."""
-    program = str(contract.trainer_folder() / file)
+    program = str(trainer_folder() / file)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, program, *options])
 
@@ -149,10 +151,10 @@ def _status_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "run",
         nargs="?",
-        default=contract.DEFAULT_RUN_DIR,
+        default=DEFAULT_RUN_DIR,
         type=Path,
         metavar="RUN",
-        help=f"run folder (default: {contract.DEFAULT_RUN_DIR})",
+        help=f"run folder (default: {DEFAULT_RUN_DIR})",
     )
     parser.add_argument("--watch", action="store_true", help="update the display until the run ends")
     return parser
@@ -165,7 +167,7 @@ def _completion(argv: list[str]) -> int:
 
     if len(argv) != 1 or argv[0] in ("-h", "--help"):
         print(completion.__doc__)
-        return contract.DONE if argv else contract.USER_ERROR
+        return DONE if argv else USER_ERROR
     trainer = completion.trainer_options()
     parsers = {"train": _train_parser(), "doctor": doctor_parser()}
     parsers |= {verb: submit_parser(verb) for verb in ("submit", "render")}
@@ -175,7 +177,7 @@ def _completion(argv: list[str]) -> int:
     options |= {"compare": ["--strategies", "--seeds", *trainer]}
     options |= {"status": completion.parser_options(_status_parser()), "completion": []}
     print(completion.render_script(argv[0], options), end="")
-    return contract.DONE
+    return DONE
 
 
 def _doctor(argv: list[str]) -> int:

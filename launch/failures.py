@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.contract import STOP_FILE, Attempt
+from regraft.contract import STOP_FILE, AttemptRecord
 
 _SECONDARY_ERRORS = re.compile(
     r"Connection (?:closed|reset|refused)|Broken pipe|\bgloo\b|\bNCCL|DistBackendError|DistNetworkError|ProcessGroup|"
@@ -35,12 +35,12 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"CUDA out of memory|OutOfMemoryError",
-        "a smaller train.batch_size changes the result; train.accumulation 2 (or 4) splits each batch and does "
+        "a smaller train.batch_size changes the result; train.grad_accum_steps 2 (or 4) splits each batch and does "
         "not; train.precision bf16 needs about half the memory",
     ),
     (
         r"DefaultCPUAllocator: can't allocate|MemoryError|Cannot allocate memory",
-        "the machine's memory is full: use train.accumulation, fewer data.workers, or fewer processes",
+        "the machine's memory is full: use train.grad_accum_steps, fewer data.num_workers, or fewer processes",
     ),
     (
         r"EADDRINUSE|Address already in use",
@@ -62,7 +62,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     (
         r"Bus error|SIGBUS|shared memory",
         "the shared memory of the data loaders (/dev/shm) is full: start the container with a larger --shm-size, or "
-        "use --data.workers 0",
+        "use --data.num_workers 0",
     ),
 )
 
@@ -188,7 +188,7 @@ def format_failure(failure: Failure) -> str:
     return "\n".join(lines)
 
 
-def was_requested_stop(attempt: Attempt, *, signaled: bool, succeeded: bool) -> bool:
+def was_requested_stop(attempt: AttemptRecord, *, signaled: bool, succeeded: bool) -> bool:
     """Return whether an attempt was stopped on request, by a signal from outside or by the file STOP.
 
     When one process fails, Slurm and torchrun send SIGTERM to the others, which then record a stop as well.
@@ -227,7 +227,10 @@ def _remedy(error: str, lines: list[str]) -> str | None:
     text = "\n".join([error, *lines])
     remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, text)), None)
     if remedy is None and error == "killed by SIGKILL":
-        return "usually the kernel, when memory is full: use fewer data.workers, train.accumulation, or more memory"
+        return (
+            "usually the kernel, when memory is full: use fewer data.num_workers, more train.grad_accum_steps, or more "
+            "memory"
+        )
     return remedy
 
 

@@ -1,22 +1,10 @@
-"""CPU cores and GPUs of this machine, found without importing torch."""
+"""GPUs of this machine, found without importing torch, and the number of processes to start."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 CORES_PER_PROCESS = 8
 """A process gains little from more threads than this, so more cores get a second process."""
-
-
-def cores() -> int:
-    """Return the number of CPU cores that this process may use: by affinity, or by the container's CPU quota."""
-    count = len(os.sched_getaffinity(0))
-    quota_file = Path("/sys/fs/cgroup/cpu.max")
-    if quota_file.is_file():
-        quota, _, period = quota_file.read_text(encoding="ascii").strip().partition(" ")
-        if quota.isdigit() and period.isdigit():
-            count = min(count, max(1, int(quota) // int(period)))
-    return count
 
 
 def gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:

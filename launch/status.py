@@ -9,10 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import contract
-from launch.contract import Attempt
 from launch.errors import LaunchError
 from launch.slurm import allocation
+from regraft.contract import (
+    ATTEMPTS,
+    JOB_ID,
+    LOGS,
+    METRICS,
+    AttemptRecord,
+    last_heartbeat,
+    latest_attempt,
+    read_attempts,
+)
 
 DEAD_AFTER_SECONDS = 45.0
 """Seconds without a heartbeat (one is due every 10) after which a run counts as dead."""
@@ -59,17 +67,17 @@ def describe(run: Path, *, now: float, query: SlurmQuery | None = None) -> tuple
         LaunchError: the folder contains no run.
 
     """
-    attempt = contract.latest_attempt(run) if run.is_dir() else None
+    attempt = latest_attempt(run) if run.is_dir() else None
     if attempt is None:
         return _describe_unstarted(run, query)
-    age = now - attempt.seen
+    age = now - (last_heartbeat(run, attempt.attempt) or now)
     dead = attempt.state == "running" and age > DEAD_AFTER_SECONDS
     lines = [f"{run}: {_state(attempt, age, dead=dead)}"]
     lines += _progress(run, attempt, dead=dead)
     lines += _previous_failure(run, attempt)
     ended = attempt.state != "running" or dead
-    if ended and attempt.state != "done" and (run / contract.LOGS).is_dir():
-        lines.append(f"logs: {run / contract.LOGS}")
+    if ended and attempt.state != "done" and (run / LOGS).is_dir():
+        lines.append(f"logs: {run / LOGS}")
     job = _latest_job(run)
     if job is not None and query is not None:
         line, active = _slurm_line(job, query)
@@ -89,17 +97,17 @@ def _describe_unstarted(run: Path, query: SlurmQuery | None) -> tuple[str, int, 
     if not run.is_dir():
         raise LaunchError(f"{run}: there is no such folder; expected a run folder (run.dir)")
     raise LaunchError(
-        f"{run}: no attempt has started here (no readable {contract.ATTEMPTS}/NNNN.json); expected a run folder, "
+        f"{run}: no attempt has started here (no readable {ATTEMPTS}/NNNN.json); expected a run folder, "
         "or wait until the data is checked"
     )
 
 
-def _state(attempt: Attempt, age: float, *, dead: bool) -> str:
+def _state(attempt: AttemptRecord, age: float, *, dead: bool) -> str:
     state = f"no heartbeat for {_duration(age)}: probably killed" if dead else attempt.state
     return state + (f" ({attempt.reason.splitlines()[0]})" if attempt.reason else "")
 
 
-def _progress(run: Path, attempt: Attempt, *, dead: bool) -> list[str]:
+def _progress(run: Path, attempt: AttemptRecord, *, dead: bool) -> list[str]:
     # When all is done, show the fine-tuned model, and not the phase that was trained last for comparison.
     phase = "" if attempt.state == "done" else attempt.stage
     rows = _read_metrics(run / phase)
@@ -126,7 +134,7 @@ def _progress(run: Path, attempt: Attempt, *, dead: bool) -> list[str]:
 
 def _submitted_job(run: Path) -> str | None:
     """Return the submitted job of a run that has not started; tasks of an array have subfolders of its run folder."""
-    for path, task in ((run / contract.JOB, ""), (run.parent / contract.JOB, f"_{run.name}")):
+    for path, task in ((run / JOB_ID, ""), (run.parent / JOB_ID, f"_{run.name}")):
         try:
             job = path.read_text(encoding="ascii").strip()
         except (OSError, ValueError):
@@ -143,9 +151,9 @@ def _slurm_line(job: str, query: SlurmQuery) -> tuple[str, bool]:
     return f"Slurm: job {job} is {state}{detail}", state in _ACTIVE_STATES
 
 
-def _previous_failure(run: Path, latest: Attempt) -> list[str]:
+def _previous_failure(run: Path, latest: AttemptRecord) -> list[str]:
     """Return a line about the attempt before the latest if that one failed."""
-    earlier = [attempt for attempt in contract.all_attempts(run) if attempt.attempt < latest.attempt]
+    earlier = [attempt for attempt in read_attempts(run) if attempt.attempt < latest.attempt]
     if not earlier or earlier[-1].state in ("done", "stopped"):
         return []
     reason = (earlier[-1].reason or "probably killed").splitlines()[0]
@@ -154,7 +162,7 @@ def _previous_failure(run: Path, latest: Attempt) -> list[str]:
 
 def _latest_job(run: Path) -> str | None:
     """Return the Slurm job that last started the run, from the name of its log folder (launch/slurm/job.py)."""
-    names = sorted(path.name for path in (run / contract.LOGS).glob("*-job-*"))
+    names = sorted(path.name for path in (run / LOGS).glob("*-job-*"))
     match = re.search(r"-job-([0-9_]+)\.[0-9]+$", names[-1]) if names else None
     return match[1] if match else None
 
@@ -169,7 +177,7 @@ def _query_slurm(job: str) -> tuple[str, str]:
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics, without a last line that is still being written."""
     try:
-        lines = (folder / contract.METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     rows = []
@@ -183,7 +191,7 @@ def _read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _remaining_seconds(attempt: Attempt, epochs: list[dict[str, Any]], step: int) -> float | None:
+def _remaining_seconds(attempt: AttemptRecord, epochs: list[dict[str, Any]], step: int) -> float | None:
     """Estimate the remaining training time from the last three epochs."""
     recent = epochs[-3:]
     steps_per_epoch = epochs[-1]["step"] / epochs[-1]["epoch"]

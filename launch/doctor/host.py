@@ -11,6 +11,7 @@ from pathlib import Path
 from launch import machine
 from launch.doctor.finding import DoctorContext, Finding, Level, format_bytes, make_finding
 from launch.slurm.allocation import is_port_free
+from regraft.contract import available_cores
 
 _GIB, _MIB = 1 << 30, 1 << 20
 _PORTS = range(20_000, 30_000, 1_250)
@@ -22,7 +23,7 @@ _Rule = tuple[str, Level, Callable[[str], bool], str]
 
 def check_variables(_: DoctorContext) -> list[Finding]:
     """Check environment variables that change a run unintentionally."""
-    cores, gpus = machine.cores(), machine.gpus({})
+    cores, gpus = available_cores(), machine.gpus({})
     interfaces = [name for _, name in socket.if_nameindex()]
     no_interface = f"there is no such network interface; found {', '.join(interfaces)}"
     rules: tuple[_Rule, ...] = (
@@ -156,7 +157,7 @@ def check_memory(context: DoctorContext) -> list[Finding]:
         f"{format_bytes(available)} available; {context.processes} x {format_bytes(each)} needed, "
         f"{'as measured' if measured else 'as an estimate'}"
     )
-    remedy = "use train.accumulation, fewer data.workers, a smaller --nproc, or more memory (--mem)"
+    remedy = "use train.grad_accum_steps, fewer data.num_workers, a smaller --nproc, or more memory (--mem)"
     return [make_finding("memory", level, message, remedy)]
 
 
@@ -180,5 +181,5 @@ def check_shared_memory(context: DoctorContext) -> list[Finding]:
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
     level: Level = "red" if workers and free < 64 * _MIB else "yellow" if free < 512 * _MIB else "green"
     message = f"{format_bytes(free)} free in /dev/shm, for {workers} data-loading workers"
-    remedy = "start the container with --shm-size 2g or --ipc host, or use --data.workers 0"
+    remedy = "start the container with --shm-size 2g or --ipc host, or use --data.num_workers 0"
     return [make_finding("shared memory", level, message, remedy)]

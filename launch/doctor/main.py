@@ -15,10 +15,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from launch import contract, machine
+from launch import machine
 from launch.doctor import host, measured, nodes, software
 from launch.doctor.finding import DoctorContext, Finding
 from launch.options import positive_int, process_count, split_options
+from launch.trainer_options import run_folder
+from regraft.contract import INTERRUPTED, available_cores
 
 CHECKS: tuple[tuple[str, Callable[[DoctorContext], list[Finding]]], ...] = (
     ("versions", software.check_versions),
@@ -44,10 +46,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = make_parser().parse_args([*own, *flags])
     options = [word for word in options if word not in flags]
     processes, _ = machine.processes_and_threads(
-        arguments.nproc, gpus=machine.gpus(os.environ), cores=machine.cores()
+        arguments.nproc, gpus=machine.gpus(os.environ), cores=available_cores()
     )
     context = DoctorContext(
-        run=contract.run_folder(options),
+        run=run_folder(options),
         processes=processes,
         nodes=arguments.nodes or int(os.environ.get("SLURM_JOB_NUM_NODES", "1")),
         options=tuple(options),
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         findings = list(run_checks(context))
     except KeyboardInterrupt:
         print("interrupted: all files and processes of the doctor are removed", file=sys.stderr)
-        return contract.INTERRUPTED
+        return INTERRUPTED
     finally:
         if context.scratch is not None:
             shutil.rmtree(context.scratch, ignore_errors=True)

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch import contract
 from launch.doctor.finding import DoctorContext, Finding, Level, format_bytes, make_finding
 from launch.local import process
 from launch.local.torchrun import without_launcher_variables
+from launch.trainer_options import trainer_folder
 
 MEASURE_SECONDS, ALL_REDUCE_SECONDS = 90.0, 60.0
 """Time limits."""
@@ -21,8 +21,8 @@ _REMEDIES = {
     **dict.fromkeys(("torch", "torchvision"), "reinstall torch and torchvision together, from one index"),
     "config": "fix the option that the message names",
     "decoding": "check that the images can be read on this machine",
-    "model": "use --train.accumulation 2, or a machine with more memory",
-    "training step": "use --train.accumulation 2, or a machine with more memory",
+    "model": "use --train.grad_accum_steps 2, or a machine with more memory",
+    "training step": "use --train.grad_accum_steps 2, or a machine with more memory",
 }
 
 
@@ -50,7 +50,7 @@ def measure(context: DoctorContext) -> list[Finding]:
     if context.scratch is None:
         remedy = "see the finding about the run folder"
         return [Finding("measuring", "yellow", "not possible without a run folder", remedy)]
-    probe = [sys.executable, str(contract.trainer_folder() / "commands" / "probe.py"), "measure"]
+    probe = [sys.executable, str(trainer_folder() / "commands" / "probe.py"), "measure"]
     arguments = [str(context.scratch), str(context.processes), *context.options]
     result = run_without_launcher([*probe, *arguments], seconds=MEASURE_SECONDS)
     context.measured = parse_output(result.stdout)
@@ -78,7 +78,7 @@ def check_step(context: DoctorContext) -> list[Finding]:
     if step["memory_bytes"] is not None:
         message += f", peak memory {format_bytes(step['peak_bytes'])} of {format_bytes(step['memory_bytes'])}"
         level = "yellow" if step["peak_bytes"] > 0.9 * step["memory_bytes"] else "green"
-    remedy = "--train.accumulation 2 halves the memory and makes the same updates"
+    remedy = "--train.grad_accum_steps 2 halves the memory and makes the same updates"
     return [make_finding("training step", level, message, remedy)]
 
 
@@ -97,7 +97,7 @@ def check_decoding(context: DoctorContext) -> list[Finding]:
         + (f"; training needs {_format_rate(needed)}" if needed else "")
         + f" ({context.measured['config']['images']})"
     )
-    remedy = "use more cores or --data.workers, or smaller image files"
+    remedy = "use more cores or --data.num_workers, or smaller image files"
     return [make_finding("decoding", "yellow" if rate < needed else "green", message, remedy)]
 
 
@@ -120,7 +120,7 @@ def all_reduce(context: DoctorContext) -> list[Finding]:
 def all_reduce_program(context: DoctorContext) -> list[str]:
     """Return the program for torchrun that computes a sum as large as the gradients."""
     size = int(context.measured.get("model", {}).get("gradient_bytes", _DEFAULT_ALL_REDUCE_BYTES))
-    return [str(contract.trainer_folder() / "commands" / "probe.py"), "allreduce", str(size)]
+    return [str(trainer_folder() / "commands" / "probe.py"), "allreduce", str(size)]
 
 
 def check_all_reduce(

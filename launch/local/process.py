@@ -10,7 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+from regraft.contract import signal_on_parent_death
+
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _GRACE_SECONDS = 5.0
 """Seconds between SIGTERM and SIGKILL."""
 
@@ -72,7 +74,7 @@ def run_with_timeout(
 
 def terminate_with_parent(parent: int) -> None:
     """Have the kernel send this process SIGTERM when its parent ends; call it between fork and exec."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    signal_on_parent_death(signal.SIGTERM)
     if os.getppid() != parent:  # the parent ended before prctl was called
         os._exit(1)
 

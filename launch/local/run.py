@@ -8,8 +8,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from launch import contract
-from launch.contract import Attempt
 from launch.errors import LaunchError
 from launch.failures import (
     find_user_error,
@@ -25,6 +23,16 @@ from launch.local.torchrun import (
     torchrun_command,
     trainer_environment,
 )
+from regraft.contract import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    STOPPED,
+    USER_ERROR,
+    AttemptRecord,
+    latest_attempt,
+    latest_attempt_number,
+)
 
 
 def run(config: TorchrunConfig, run_folder: Path) -> int:
@@ -38,7 +46,7 @@ def run(config: TorchrunConfig, run_folder: Path) -> int:
         LaunchError: the run folder is not writable.
 
     """
-    last_number = contract.last_number(run_folder)
+    last_number = latest_attempt_number(run_folder)
     is_new_folder = not run_folder.exists()
     monitor = _RestartMonitor(config.logs)
     try:
@@ -52,23 +60,23 @@ def run(config: TorchrunConfig, run_folder: Path) -> int:
         raise LaunchError(
             f"run.dir {run_folder}: cannot be written to ({error}); choose another folder"
         ) from None
-    attempt = contract.latest_attempt(run_folder)
+    attempt = latest_attempt(run_folder)
     if attempt is not None and attempt.attempt <= last_number:
         attempt = None
     code = _report(result, attempt, config.logs)
-    if attempt is None and code in (contract.STOPPED, contract.USER_ERROR):  # the logs contain nothing of use
+    if attempt is None and code in (STOPPED, USER_ERROR):  # the logs contain nothing of use
         _remove_logs(config.logs, run_folder if is_new_folder else None)
     return code
 
 
-def _report(result: TorchrunResult, attempt: Attempt | None, logs: Path) -> int:
+def _report(result: TorchrunResult, attempt: AttemptRecord | None, logs: Path) -> int:
     """Print how a launch ended, and return its exit code; `attempt` is its last one, None if there was none."""
     signaled, succeeded = result.signal is not None, result.code == 0
     if attempt is not None and attempt.state == "done":
-        return contract.DONE
+        return DONE
     if result.killed:
         message = "killed by a second Ctrl-C: earlier checkpoints are intact, run the same command to resume"
-        code = contract.INTERRUPTED
+        code = INTERRUPTED
     elif attempt is not None and was_requested_stop(attempt, signaled=signaled, succeeded=succeeded):
         cause = signal.Signals(result.signal).name if result.signal is not None else attempt.reason
         saved = (
@@ -76,15 +84,15 @@ def _report(result: TorchrunResult, attempt: Attempt | None, logs: Path) -> int:
             if attempt.step
             else "there was nothing new to save"
         )
-        message, code = f"stopped by {cause}: {saved}. Run the same command to resume", contract.STOPPED
+        message, code = f"stopped by {cause}: {saved}. Run the same command to resume", STOPPED
     elif succeeded:  # the run was complete before
-        return contract.DONE
+        return DONE
     elif attempt is None and signaled:
-        message, code = "stopped before training started: there was nothing to save", contract.STOPPED
+        message, code = "stopped before training started: there was nothing to save", STOPPED
     else:
         failure = first_failure(logs, host=socket.gethostname())
         message = format_failure(failure)
-        code = contract.USER_ERROR if failure.is_user_error else contract.FAILED
+        code = USER_ERROR if failure.is_user_error else FAILED
     print(message, file=sys.stderr)
     return code
 

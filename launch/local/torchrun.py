@@ -23,8 +23,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
-from launch.contract import LOG_FOLDER
 from launch.local.process import descendants, terminate_with_parent
+from regraft.contract import LOG_FOLDER
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SECOND_INTERRUPT_SECONDS = 1.0

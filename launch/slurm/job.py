@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from launch import contract, machine
+from launch import machine
 from launch.errors import LaunchError
 from launch.failures import Failure, first_failure, first_of, format_failure
 from launch.local.torchrun import FORWARDED_SIGNALS
@@ -24,6 +24,8 @@ from launch.slurm import allocation, container, node
 from launch.slurm.allocation import Allocation
 from launch.slurm.requeue import JobOutcome, JobOwner, decide, job_owner
 from launch.slurm.settings import OPTION_NAMES, JobSettings, add_arguments, make_settings, task_options
+from launch.trainer_options import new_logs, option_value
+from regraft.contract import DONE, FAILED, LOGS, USER_ERROR, read_attempts
 
 
 class SignalForwarder:
@@ -68,8 +70,8 @@ def resolve_run_dir(
     """
     own_options = task_options(settings.sweep, job.task or 0) if settings.sweep is not None else []
     argv = [*options, *own_options]
-    own_folder = contract.given(own_options, "run", "dir")
-    folder = own_folder or contract.given(options, "run", "dir")
+    own_folder = option_value(own_options, "run", "dir")
+    folder = own_folder or option_value(options, "run", "dir")
     if folder is None:
         run = job.default_run_folder
     elif job.task is not None and own_folder is None:
@@ -83,7 +85,7 @@ def resolve_run_dir(
             f"run.dir is {run}, but this home folder does not exist: give an absolute path"
         ) from None
     argv.append(f"--run.dir={run}")
-    if job.restarts and contract.given(argv, "run", "resume") == "never":
+    if job.restarts and option_value(argv, "run", "resume") == "never":
         argv.append("--run.resume=auto")  # `never` applies to the first start of the job
     return run, tuple(argv)
 
@@ -125,13 +127,13 @@ def run(argv: Sequence[str], forwarder: SignalForwarder) -> int:
     settings = make_settings(parser.parse_args(own), os.environ)
     job = allocation.read_allocation(os.environ)
     folder, trainer_options = resolve_run_dir(options, settings, job, Path.cwd())
-    attempts_before = contract.all_attempts(folder)
+    attempts_before = read_attempts(folder)
     if job.restarts and attempts_before and attempts_before[-1].state == "done":
         _print(job, f"{folder} is already done")
-        return contract.DONE
+        return DONE
 
     hosts = allocation.node_names(job.nodes)
-    logs = contract.new_logs(folder)
+    logs = new_logs(folder)
     logs = logs.with_name(f"{logs.name}-job-{job.label}.{job.restarts}")
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -146,8 +148,8 @@ def run(argv: Sequence[str], forwarder: SignalForwarder) -> int:
 
     failure = _first_failure(logs, hosts)
     outcome = JobOutcome(
-        attempts_before=attempts_before,
-        attempts_after=contract.all_attempts(folder),
+        attempts_before=tuple(attempts_before),
+        attempts_after=tuple(read_attempts(folder)),
         signal=forwarder.signal or (_signal_on_nodes(logs, len(hosts)) if code == 0 else None),
         owner=_job_owner(job),
         user_error=failure.is_user_error,
@@ -156,7 +158,7 @@ def run(argv: Sequence[str], forwarder: SignalForwarder) -> int:
         max_attempts=settings.max_attempts,
     )
     decision = decide(outcome)
-    if decision.code in (contract.FAILED, contract.USER_ERROR):
+    if decision.code in (FAILED, USER_ERROR):
         print(format_failure(failure), file=sys.stderr, flush=True)
     _print(job, f"{decision.reason}: {'requeued' if decision.requeue else f'exit code {decision.code}'}")
     if decision.requeue:
@@ -166,7 +168,7 @@ def run(argv: Sequence[str], forwarder: SignalForwarder) -> int:
 
 def _requeue(job: Allocation, folder: Path) -> None:
     # If the trainer has archived the run, the folder of Slurm's output file was moved with it.
-    (folder / contract.LOGS).mkdir(parents=True, exist_ok=True)
+    (folder / LOGS).mkdir(parents=True, exist_ok=True)
     try:
         allocation.requeue(job.label)
     except LaunchError as error:
@@ -219,7 +221,7 @@ def _mounts(settings: JobSettings, options: Sequence[str], folder: Path, workdir
         return []
     stage = node.stage_folder(settings.stage, os.environ) if settings.stage else None
     paths = [
-        contract.given(options, *key)
+        option_value(options, *key)
         for key in (("data", "root"), ("data", "cache"), ("source", "root"), ("model", "weights"))
     ]
     paths.append(os.environ.get("REGRAFT_CACHE", "~/.cache/regraft"))
@@ -267,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(sys.argv[1:] if argv is None else argv, forwarder)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
-        return contract.USER_ERROR
+        return USER_ERROR
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from launch import contract, machine
+from launch import machine
 from launch.errors import LaunchError
 from launch.failures import find_user_error, restart_dirs
 from launch.local.process import become_subreaper
@@ -29,6 +29,8 @@ from launch.local.torchrun import (
     torchrun_command,
     trainer_environment,
 )
+from launch.trainer_options import option_value, trainer_folder
+from regraft.contract import DONE, FAILED, LOG_FOLDER, USER_ERROR, available_cores
 
 JOIN_SECONDS = 600
 """How long nodes wait for each other: they start at different times, and load torch from a shared disk."""
@@ -141,7 +143,7 @@ def staged_data(
         LaunchError: $TMPDIR is not set, or the data cannot be copied.
 
     """
-    root = contract.given(options, "data", "root")
+    root = option_value(options, "data", "root")
     if folder is None or root is None or not Path(root).expanduser().is_dir():
         if folder is not None:
             print(f"stage: data.root ({root}) is not a folder, and is not copied", file=sys.stderr)
@@ -177,21 +179,21 @@ def stage_folder(folder: str, environment: Mapping[str, str]) -> Path:
 
 def run(task: NodeTask, node: int) -> int:
     """Run torchrun on this node to its end; return 0 also after a stop, 2 for a user's error, else 1."""
-    cores, gpus = cores_and_gpus(os.environ, cores=machine.cores(), gpus=machine.gpus(os.environ))
+    cores, gpus = cores_and_gpus(os.environ, cores=available_cores(), gpus=machine.gpus(os.environ))
     processes, threads = machine.processes_and_threads(task.nproc, gpus=gpus, cores=cores)
     logs = node_logs(task.logs, node)
     config = TorchrunConfig(
         processes=processes,
         threads=threads,
         max_restarts=task.max_restarts,
-        trainer=contract.trainer_folder(),
+        trainer=trainer_folder(),
         options=task.options,
         logs=logs,
     )
     become_subreaper()
     signals = _Signals()
     # The log folder of all nodes, not of this one: the trainer keeps it in place when it archives a run.
-    environment = {**trainer_environment(config, os.environ), contract.LOG_FOLDER: str(task.logs)}
+    environment = {**trainer_environment(config, os.environ), LOG_FOLDER: str(task.logs)}
 
     def user_error() -> Path | None:
         return find_user_error(logs, restart_dirs(logs))
@@ -206,10 +208,10 @@ def run(task: NodeTask, node: int) -> int:
                 _wait_for_orphans()
     except _Interrupted as interruption:
         _record_signal(logs, interruption.signal)
-        return contract.DONE
+        return DONE
     if result.code == 0 or result.signal is not None:
-        return contract.DONE
-    return contract.USER_ERROR if user_error() else contract.FAILED
+        return DONE
+    return USER_ERROR if user_error() else FAILED
 
 
 class _Interrupted(BaseException):
@@ -267,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(task, int(node))
     except (LaunchError, OSError, RuntimeError) as error:  # RuntimeError: the home folder does not exist
         print(f"error: node {node}: {error}", file=sys.stderr)
-        return contract.FAILED
+        return FAILED
 
 
 if __name__ == "__main__":

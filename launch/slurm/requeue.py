@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from launch.contract import DONE, FAILED, STOP_FILE, STOPPED, USER_ERROR, Attempt
 from launch.failures import was_requested_stop
+from regraft.contract import DONE, FAILED, STOP_FILE, STOPPED, USER_ERROR, AttemptRecord
 
 MAX_ATTEMPTS = 100
 _RUNNING = {"RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
@@ -42,9 +42,9 @@ def job_owner(state: str | None, reason: str) -> JobOwner:
 class JobOutcome:
     """What is known about one start of a job after its processes have ended."""
 
-    attempts_before: tuple[Attempt, ...]
+    attempts_before: tuple[AttemptRecord, ...]
     """Attempts of the run before this start."""
-    attempts_after: tuple[Attempt, ...]
+    attempts_after: tuple[AttemptRecord, ...]
     """Attempts of the run now."""
     signal: str | None
     """Name of the signal that the job received, None if there was none."""
@@ -139,7 +139,7 @@ def _assess_failure(outcome: JobOutcome, last_state: str | None) -> tuple[bool, 
     return True, FAILED, f"{what}, but this start saved a new step ({step})"
 
 
-def new_attempts(before: Sequence[Attempt], after: Sequence[Attempt]) -> list[Attempt]:
+def new_attempts(before: Sequence[AttemptRecord], after: Sequence[AttemptRecord]) -> list[AttemptRecord]:
     """Return the attempts of this start, oldest first; each restart by torchrun is an attempt too."""
     known = {_identity(attempt) for attempt in before}
     new = [attempt for attempt in after if _identity(attempt) not in known]
@@ -159,7 +159,7 @@ def new_step(outcome: JobOutcome) -> int | None:
     return new[-1] if new else None
 
 
-def _last_steps(attempts: Iterable[Attempt]) -> dict[str, int]:
+def _last_steps(attempts: Iterable[AttemptRecord]) -> dict[str, int]:
     """Return the last saved step of each phase."""
     steps: dict[str, int] = {}
     for attempt in attempts:
@@ -167,6 +167,6 @@ def _last_steps(attempts: Iterable[Attempt]) -> dict[str, int]:
     return steps
 
 
-def _identity(attempt: Attempt) -> tuple[int, str, str, int]:
+def _identity(attempt: AttemptRecord) -> tuple[int, str, str, int]:
     """Return what distinguishes an attempt from one with the same number in an archived run."""
     return attempt.attempt, attempt.began, attempt.host, attempt.pid

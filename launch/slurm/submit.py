@@ -11,13 +11,14 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from launch import contract
 from launch.errors import LaunchError
 from launch.options import split_options
 from launch.slurm.allocation import to_folder_name
 from launch.slurm.sbatch import SIGNAL_SECONDS, JobSpec, render, sbatch_options
 from launch.slurm.settings import OPTION_NAMES, add_arguments, make_settings, read_sweep
 from launch.slurm.site import DEFAULT_FILE, SITE_VARIABLE, load_site
+from launch.trainer_options import absolute_path, option_value, trainer_folder
+from regraft.contract import JOB_ID, LOGS
 
 SCRIPT, SWEEP = "job.sh", "sweep.txt"
 _NUMBERS = {
@@ -72,13 +73,11 @@ def submit_job(argv: Sequence[str]) -> int:
         if code != 0:
             return code
     default = f"runs/{to_folder_name(spec.job_name)}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    run = contract.whole_path("run.dir", contract.given(spec.options, "run", "dir") or default)
+    run = absolute_path("run.dir", option_value(spec.options, "run", "dir") or default)
     is_new_folder = not run.exists()
     spec = replace(spec, options=(*spec.options, f"--run.dir={run}"))
     try:
-        (run / contract.LOGS).mkdir(
-            parents=True, exist_ok=True
-        )  # Slurm does not create it for the job's output
+        (run / LOGS).mkdir(parents=True, exist_ok=True)  # Slurm does not create it for the job's output
         if sweep:
             # A copy, since the file may change while the job waits; it may already be the copy of an earlier job.
             content = sweep.read_bytes()
@@ -88,7 +87,7 @@ def submit_job(argv: Sequence[str]) -> int:
         _check_script(script)
         (run / SCRIPT).write_text(script, encoding="utf-8", errors="surrogateescape")
         job = _submit(spec, run, os.environ)
-        (run / contract.JOB).write_text(f"{job}\n", encoding="ascii")
+        (run / JOB_ID).write_text(f"{job}\n", encoding="ascii")
     except OSError as error:
         raise LaunchError(f"run.dir {run}: cannot be written to ({error}); choose another folder") from None
     except LaunchError:
@@ -154,7 +153,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
 
 def _fetch(runs: Sequence[Sequence[str]]) -> int:
     """Have the trainer check the options of each run and download weights and data; return its exit code."""
-    program = contract.trainer_folder() / "commands" / "fetch.py"
+    program = trainer_folder() / "commands" / "fetch.py"
     argv = [word for options in runs for word in ("--next", *options)]
     return subprocess.run([sys.executable, str(program), *argv[1:]], check=False).returncode
 
@@ -177,7 +176,7 @@ def _submit(spec: JobSpec, run: Path, environment: Mapping[str, str]) -> str:
         )
     # In the name of the output file, Slurm replaces `%j` and so on.
     job_id = "%A_%a" if spec.array is not None else "%j"
-    output = f"{run}/{contract.LOGS}/slurm-".replace("%", "%%") + job_id
+    output = f"{run}/{LOGS}/slurm-".replace("%", "%%") + job_id
     overriding = {_OVERRIDING_VARIABLES.get(option.partition("=")[0]) for option in sbatch_options(spec)}
     inherited = {name: value for name, value in environment.items() if name not in overriding}
     if sys.prefix != sys.base_prefix:  # `.venv/bin/regraft` does not set VIRTUAL_ENV if it is not activated
@@ -205,5 +204,5 @@ def _print_job(spec: JobSpec, run: Path, job: str) -> None:
     print(f"job {job} submitted")
     print(f"run folder {run}{'/TASK' if spec.array is not None else ''}")
     print(f"follow it  regraft status {shlex.quote(str(folder))} --watch")
-    print(f"           tail -F {shlex.quote(f'{run}/{contract.LOGS}/slurm-{name}.out')}")
+    print(f"           tail -F {shlex.quote(f'{run}/{LOGS}/slurm-{name}.out')}")
     print(f"stop it    scancel {job}")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launch.contract import Attempt
+from regraft.contract import AttemptRecord
 
 TORCHRUN_REPORT = """
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
@@ -48,8 +48,10 @@ def write_report(logs: Path, *, code: int, rank: int = 1) -> None:
     (logs / "torchrun.log").write_text(TORCHRUN_REPORT.format(code=code, rank=rank))
 
 
-def attempt(number: int, state: str, *, step: int = 0, reason: str | None = None, stage: str = "") -> Attempt:
-    return Attempt(
+def attempt(
+    number: int, state: str, *, step: int = 0, reason: str | None = None, stage: str = ""
+) -> AttemptRecord:
+    return AttemptRecord(
         attempt=number,
         state=state,
         reason=reason,
@@ -62,7 +64,9 @@ def attempt(number: int, state: str, *, step: int = 0, reason: str | None = None
         ended=None,
         host="node1",
         pid=100 + number,
-        seen=0.0,
+        started=0,
+        pid_namespace="boot pid:[1]",
+        lease_id="0",
     )
 
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import contract
 from launch.failures import find_user_error, first_failure, format_failure, restart_dirs
+from regraft.contract import HANGS
 from tests.launch.helpers import write_failure, write_report
 from trainer.distributed import watchdog
 
@@ -45,7 +45,7 @@ def test_first_failure_is_the_cause(
 
 
 def test_hang_constants_agree_with_the_trainer() -> None:
-    assert contract.HANGS == watchdog.HANGS
+    assert HANGS == watchdog.HANGS
     assert READING.startswith(f"{watchdog.Hang.__name__}: ")
 
 
@@ -81,7 +81,7 @@ def test_rank_of_a_killed_process_is_global(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("message", "remedy"),
     [
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "train.accumulation"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "train.grad_accum_steps"),
         ("RuntimeError: DataLoader worker (pid 3) is killed by signal: Bus error.", "/dev/shm"),
         ("OSError: [Errno 98] Address already in use", "port"),
         ("OSError: [Errno 28] No space left on device", "free some space"),

@@ -4,7 +4,6 @@ from itertools import product
 
 import pytest
 
-from launch.contract import Attempt
 from launch.slurm.requeue import (
     JobOutcome,
     JobOwner,
@@ -14,12 +13,13 @@ from launch.slurm.requeue import (
     new_attempts,
     new_step,
 )
+from regraft.contract import AttemptRecord
 from tests.launch.helpers import attempt
 
 BEFORE = (attempt(1, "stopped", reason="SIGUSR1", step=10), attempt(2, "running", step=40))
 
 
-def outcome(*new: Attempt, before: tuple[Attempt, ...] = BEFORE, **changes: object) -> JobOutcome:
+def outcome(*new: AttemptRecord, before: tuple[AttemptRecord, ...] = BEFORE, **changes: object) -> JobOutcome:
     default = JobOutcome(
         attempts_before=before,
         attempts_after=(*before, *new),
@@ -33,7 +33,7 @@ def outcome(*new: Attempt, before: tuple[Attempt, ...] = BEFORE, **changes: obje
     return replace(default, **changes)  # type: ignore[arg-type]
 
 
-def stopped(step: int = 0, reason: str = "SIGTERM") -> Attempt:
+def stopped(step: int = 0, reason: str = "SIGTERM") -> AttemptRecord:
     return attempt(3, "stopped", reason=reason, step=step)
 
 

@@ -1,0 +1,88 @@
+"""The trainer's options as far as the launcher reads them: the run folder, and values given on the command line."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+
+from launch.errors import LaunchError
+from regraft.contract import DEFAULT_RUN_DIR, LOGS, latest_attempt_number
+
+
+def trainer_folder() -> Path:
+    """Return the folder of the package `trainer`, without importing it.
+
+    Raises:
+        LaunchError: it is not installed.
+
+    """
+    spec = find_spec("trainer")
+    if spec is None or not spec.submodule_search_locations:
+        raise LaunchError(
+            "the package `trainer` is not installed in this Python: pip install -e . in regraft's folder"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def new_logs(run: Path) -> Path:
+    """Return an unused folder for the logs of a launch, numbered as its first attempt or higher."""
+    used = [int(path.name[:4]) for path in (run / LOGS).glob("[0-9][0-9][0-9][0-9]*")]
+    return run / LOGS / f"{max([latest_attempt_number(run), *used]) + 1:04}"
+
+
+def run_folder(options: Sequence[str]) -> Path:
+    """Return the run folder that the trainer will use for these options of its command line."""
+    value = option_value(options, "run", "dir")
+    if not any(word.partition("=")[0] in ("--config", "--data.root") for word in options):
+        value = value or _value(trainer_folder().parent / "configs" / "quickstart.yaml", "run", "dir")
+    return absolute_path("run.dir", value or DEFAULT_RUN_DIR)
+
+
+def absolute_path(key: str, path: str) -> Path:
+    """Return an absolute path; raises a LaunchError if it starts with a `~user` that does not exist."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise LaunchError(
+            f"{key} is {path}, and there is no such home folder here: give the whole path"
+        ) from None
+
+
+def option_value(options: Sequence[str], section: str, key: str) -> str | None:
+    """Return the value that these options give `section.key`, or None.
+
+    As in the trainer, options count from left to right, with those of a config file in its place. The trainer reports
+    a file that cannot be read.
+    """
+    value = None
+    for i, word in enumerate(options):
+        name, equals, value = word.partition("=")
+        following = value if equals else (options[i + 1] if i + 1 < len(options) else "")
+        if name == f"--{section}.{key}":
+            value = following
+        elif name == f"--{section}":  # a whole section, as YAML
+            value = _inner(_loaded(following), key) or value
+        elif name == "--config":
+            value = _value(Path(following), section, key) or value
+    return value
+
+
+def _value(config: Path, section: str, key: str) -> str | None:
+    try:
+        values = _loaded(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return _inner(values.get(section), key) if isinstance(values, dict) else None
+
+
+def _loaded(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return None
+
+
+def _inner(section: object, key: str) -> str | None:
+    value = section.get(key) if isinstance(section, dict) else None
+    return value if isinstance(value, str) else None
