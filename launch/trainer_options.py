@@ -55,17 +55,17 @@ def option_value(options: Sequence[str], section: str, key: str) -> str | None:
     As in the trainer, options count from left to right, with those of a config file in its place. The trainer reports
     a file that cannot be read.
     """
-    value = None
+    result = None
     for i, word in enumerate(options):
         name, equals, value = word.partition("=")
         following = value if equals else (options[i + 1] if i + 1 < len(options) else "")
         if name == f"--{section}.{key}":
-            value = following
+            result = following
         elif name == f"--{section}":  # a whole section, as YAML
-            value = _inner(_loaded(following), key) or value
+            result = _inner(_loaded(following), key) or result
         elif name == "--config":
-            value = _value(Path(following), section, key) or value
-    return value
+            result = _value(Path(following), section, key) or result
+    return result
 
 
 def _value(config: Path, section: str, key: str) -> str | None:

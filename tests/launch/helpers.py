@@ -93,5 +93,8 @@ def record(**changes: Any) -> dict[str, Any]:
         "ended": None,
         "host": "node7",
         "pid": 4711,
-        "token": "x",
+        "started": 1,
+        "launcher": None,
+        "pid_namespace": "boot pid:[1]",
+        "lease_id": "x",
     } | changes

@@ -95,7 +95,7 @@ class Machine:
         context.measured, context.processes = MEASURED | self.measured, self.processes
         for owner, name, value in (
             (os, "environ", self.environment),
-            (machine, "cores", lambda: 8),
+            (host, "available_cores", lambda: 8),
             (machine, "gpus", lambda _: self.gpus),
             (software, "installed", (INSTALLED | self.installed).get),
             (socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")]),

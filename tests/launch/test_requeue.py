@@ -124,9 +124,9 @@ def test_reason_has_the_number_of_attempts() -> None:
 
 
 def test_each_phase_counts_its_own_steps() -> None:
-    before = (attempt(1, "failed", stage="source", step=500),)
+    before = (attempt(1, "failed", stage="pretrain", step=500),)
     assert new_step(outcome(attempt(2, "failed", step=3), before=before)) == 3
-    assert new_step(outcome(attempt(2, "failed", stage="source", step=500), before=before)) is None
+    assert new_step(outcome(attempt(2, "failed", stage="pretrain", step=500), before=before)) is None
 
 
 def test_attempts_of_an_archived_run_do_not_count() -> None:

@@ -62,7 +62,7 @@ def test_run_before_its_first_epoch(tmp_path: Path) -> None:
 
 
 def test_finished_run_shows_the_fine_tuned_model_and_not_the_baseline(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "r", epochs=3, state="done", stage="scratch", step=200)
+    folder = make_run(tmp_path / "r", epochs=3, state="done", stage="baseline", step=200)
     row = {
         "kind": "epoch",
         "epoch": 10,
@@ -78,8 +78,8 @@ def test_finished_run_shows_the_fine_tuned_model_and_not_the_baseline(tmp_path: 
 
 
 def test_each_phase_has_its_own_metrics(tmp_path: Path) -> None:
-    text, *_ = describe(make_run(tmp_path / "r", epochs=1, stage="source"), now=NOW)
-    assert "epoch 2 of 10 of the source phase" in text
+    text, *_ = describe(make_run(tmp_path / "r", epochs=1, stage="pretrain"), now=NOW)
+    assert "epoch 2 of 10 of the pretrain phase" in text
     assert "test accuracy" in text
 
 
