@@ -94,8 +94,8 @@ def test_a_nonfinite_loss_is_never_saved_within_an_epoch(
     state = make_state(make_net(), ctx)
     schedule = replace(SCHEDULE, batch_sizes=(4, 4, 3, 4), logs_per_epoch=1)  # only the save reads the loss
     checkpoints = RecordingCheckpoints(state, {step: decision})
+    batches = Batches(schedule, change=nan_at(1))
     with pytest.raises(UserError, match=r"not finite since step 2 \(epoch 1, batch 2\)"):
-        batches = Batches(schedule, change=nan_at(1))
         run_fit(state, make_train_step(ctx), schedule, batches=batches, checkpoints=checkpoints)
     assert checkpoints.saved == []
     assert checkpoints.synced == list(range(1, step + 1))
