@@ -43,7 +43,7 @@ def run_cli(work: Callable[[StopSignals], object], *, on_restart: str = RESUMES)
             return stopped_exit_code(os.environ)
         except KeyboardInterrupt:
             _print_error(
-                f"interrupted before the state could be saved: what the run folder holds is whole. {on_restart}"
+                f"interrupted before the state could be saved: the run folder is intact. {on_restart}"
             )
             return INTERRUPTED
     return DONE
