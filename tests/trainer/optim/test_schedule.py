@@ -76,7 +76,7 @@ def test_other_texts_are_not_intervals(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["0 steps", "0 epochs", "0%", "0 s", "0.0 h"])
 def test_an_interval_of_zero_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"checkpoint\.keep_every is .*: expected more than nothing, or null"):
+    with pytest.raises(UserError, match=r"checkpoint\.keep_every is .*: expected more than 0, or null"):
         parse_interval("checkpoint.keep_every", text)
 
 
