@@ -1,7 +1,4 @@
-import errno
 import json
-import os
-import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from torchvision import models
 
-from regraft.contract import ATTEMPTS, CHECKPOINTS, METRICS, MODEL, STOP, read_attempts
+from regraft.contract import CHECKPOINTS, METRICS, MODEL, STOP, read_attempts
 from tests.folders import image_folder
 from tests.trainer.phases import assert_equal_runs, contents, copy_run, in_folder, rewind, rows, train
 from trainer.checkpoint import store
@@ -47,7 +44,6 @@ from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
 from trainer.model.metadata import read_metadata
 from trainer.optim.mixup import apply_cutmix, sample_params
-from trainer.report.metrics import epoch_rows
 from trainer.report.summary import best_row
 from trainer.run.folder import FINE_TUNED, INITIAL, WISE
 from trainer.run.session import OpenRun
@@ -111,11 +107,6 @@ def quick(finished: ResolvedConfig) -> ResolvedConfig:
     )
     train(config)
     return config
-
-
-@pytest.fixture
-def quick_copy(quick: ResolvedConfig, tmp_path: Path) -> ResolvedConfig:
-    return copy_run(quick, tmp_path / "run")
 
 
 def audit_rows(config: Config) -> list[dict[str, Any]]:
@@ -238,12 +229,18 @@ def test_the_watchdog_covers_all_work_that_takes_long(
 # --- start the same run again
 
 
-@pytest.mark.parametrize("position", [(1, 0), (3, 1), (5, 2)], ids=lambda position: f"step {position[0]}")
+@pytest.mark.parametrize(
+    ("position", "metrics"),
+    [((1, 0), None), ((3, 1), ""), ((5, 2), "{")],
+    ids=["within the first epoch", "without metrics.jsonl", "with a damaged metrics.jsonl"],
+)
 def test_a_killed_run_resumes_bit_identically(
-    position: tuple[int, int], copy: ResolvedConfig, finished: ResolvedConfig
+    position: tuple[int, int], metrics: str | None, copy: ResolvedConfig, finished: ResolvedConfig
 ) -> None:
     rewind(copy, *position)
     step, epoch = position
+    if metrics is not None:
+        (Path(copy.run.dir) / METRICS).write_text(metrics)
     result, printed = train(copy)
     assert f"resuming after epoch {epoch} of 3 (step {step})" in printed
     assert [row["epoch"] for row in result.rows] == [1, 2, 3]
@@ -271,44 +268,6 @@ def test_a_finished_run_is_only_reported(copy: ResolvedConfig) -> None:
     assert "alpha" in printed
     assert [row["epoch"] for row in result.rows] == [1, 2, 3]
     assert contents(copy) == before
-
-
-@pytest.mark.parametrize("damage", ["missing", "damaged", "a row less", "a row more"])
-def test_metrics_are_restored_from_the_checkpoint(
-    damage: str, quick_copy: ResolvedConfig, quick: ResolvedConfig
-) -> None:
-    file = Path(quick_copy.run.dir) / METRICS
-    rewind(quick_copy, 5, 2)
-    first, *rest = file.read_text().splitlines(keepends=True)
-    text = {"damaged": "{", "a row less": "".join(rest), "a row more": first * 2 + "".join(rest)}
-    if damage == "missing":
-        file.unlink()
-    else:
-        file.write_text(text[damage])
-    result, _ = train(quick_copy)
-    assert [row["epoch"] for row in epoch_rows(list(result.rows))] == [1, 2, 3]
-    assert rows(quick_copy) == rows(quick)
-
-
-def test_results_whose_checkpoints_are_gone_are_not_overwritten(quick_copy: ResolvedConfig) -> None:
-    shutil.rmtree(Path(quick_copy.run.dir) / CHECKPOINTS)
-    before = contents(quick_copy)
-    with pytest.raises(UserError, match="attempt 1 has saved step 6 of this run, but"):
-        train(quick_copy)
-    assert contents(quick_copy) == before
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(
-    quick_copy: ResolvedConfig, quick: ResolvedConfig
-) -> None:
-    # The best epoch's model is written before its checkpoint, and a kill may come between the two.
-    folder = Path(quick_copy.run.dir)
-    shutil.rmtree(folder / CHECKPOINTS)
-    shutil.rmtree(folder / ATTEMPTS)
-    train(quick_copy)
-    for path in folder.glob("earlier-*"):
-        path.unlink()
-    assert_equal_runs(quick_copy, quick)
 
 
 def test_a_finished_run_can_be_extended(copy: ResolvedConfig) -> None:
@@ -390,31 +349,3 @@ def test_early_stopping_ends_a_run_that_does_not_improve(quick: ResolvedConfig, 
     positions = [(r.state, r.step, r.steps, r.epoch, r.epochs) for r in read_attempts(folder)]
     assert positions[:2] == [("done", 6, 6, 3, 3)] * 2
     assert positions[-1] == ("done", 8, 8, 4, 4)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        "trainer.checkpoint.saver.write_model",
-        "trainer.checkpoint.store.write",
-        "trainer.report.metrics.MetricsFile.append",
-    ],
-)
-def test_a_full_disk_is_a_user_error_and_saved_files_are_kept(
-    function: str, quick_copy: ResolvedConfig, quick: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    rewind(quick_copy, 1, 0)
-    (Path(quick_copy.run.dir) / MODEL).unlink()  # no epoch has ended
-    before = {name: content for name, content in contents(quick_copy).items() if name.startswith(CHECKPOINTS)}
-    with monkeypatch.context() as patch:
-        patch.setattr(function, full)
-        with pytest.raises(UserError, match=r"could not be (saved|written) .*No space left.*make room"):
-            train(quick_copy)
-    after = contents(quick_copy)
-    assert {name: after[name] for name in before} == before
-    assert not [name for name in after if name.endswith(".tmp") or ".writing" in name]
-    train(quick_copy)
-    assert_equal_runs(quick_copy, quick)
