@@ -104,11 +104,11 @@ def test_an_interrupted_evaluation_stops_at_once_and_restores_the_models_mode(at
 
     model = nn.Sequential(Counting(), nn.Dropout(1.0)).train(mode)
     data = batches(torch.randn(6, 3), torch.zeros(6, dtype=torch.int64), [2, 2, 2])
-    answers = iter([False] * at + [True])
+    flags = iter([False] * at + [True])
     with pytest.raises(Interrupted):
-        run(data, expected=6, model=model, interrupted=lambda: next(answers))
+        run(data, expected=6, model=model, interrupted=lambda: next(flags))
     assert seen == [2] * at
-    assert [part.training for part in model.modules()] == [mode] * 3
+    assert [module.training for module in model.modules()] == [mode] * 3
 
 
 @pytest.mark.parametrize(
