@@ -220,43 +220,28 @@ def test_averaged_batch_norm_statistics_are_not_averaged_again_after_a_resume(
         assert averaged == expected
 
 
-def test_a_save_holds_the_state_of_its_step_and_training_continues(ctx: DistributedContext) -> None:
+def test_a_save_continues_and_a_stop_saves_once(ctx: DistributedContext) -> None:
     state = make_state(make_net(), ctx)
-    checkpoints = RecordingCheckpoints(state, {2: SAVE, 4: SAVE})
-    log = run_fit(state, make_train_step(ctx), checkpoints=checkpoints)
+    decisions = {2: SAVE, 4: StepDecision(save=True, stop="the file STOP")}
+    checkpoints = RecordingCheckpoints(state, decisions)
+    log = RecordingLogger()
+    with pytest.raises(Stopped, match="the file STOP"):
+        run_fit(state, make_train_step(ctx), checkpoints=checkpoints, logger=log)
     assert [(saved["epoch"], saved["step"]) for saved in checkpoints.saved] == [(0, 2), (1, 4)]
     for saved, progress in zip(checkpoints.saved, (log.steps[1], log.steps[3]), strict=True):
         metrics = progress.metrics
         assert saved["metrics"].rows == ((metrics.loss_sum, metrics.correct, metrics.seen),)
-        stopped = make_state(make_net(), ctx)
-        with pytest.raises(Stopped):
-            run_fit(
-                stopped,
-                make_train_step(ctx),
-                checkpoints=RecordingCheckpoints(stopped, {progress.step: STOP}),
-            )
-        assert same_tensors(saved["model"], stopped.model.state_dict())
-    assert state.step == 6
 
 
-def test_a_stop_and_a_save_at_the_same_step_save_once(ctx: DistributedContext) -> None:
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [({"stop_after_epoch": 2}, 2), ({"stop_after_epoch": 1, "stop_early_after_epoch": 1}, 1)],
+    ids=["a stop with the last epoch", "early stopping"],
+)
+def test_a_finished_run_does_not_raise(options: dict[str, int], epochs: int, ctx: DistributedContext) -> None:
     state = make_state(make_net(), ctx)
-    checkpoints = RecordingCheckpoints(state, {2: StepDecision(save=True, stop="the file STOP")})
-    with pytest.raises(Stopped, match="the file STOP"):
-        run_fit(state, make_train_step(ctx), checkpoints=checkpoints)
-    assert [saved["step"] for saved in checkpoints.saved] == [2]
-
-
-def test_a_stop_with_the_last_epoch_does_not_raise(ctx: DistributedContext) -> None:
-    state = make_state(make_net(), ctx)
-    log = run_fit(state, make_train_step(ctx), checkpoints=RecordingCheckpoints(state, stop_after_epoch=2))
-    assert len(log.epochs) == 2
-
-
-def test_early_stopping_ends_the_run(ctx: DistributedContext) -> None:
-    state = make_state(make_net(), ctx)
-    checkpoints = RecordingCheckpoints(state, stop_after_epoch=1, stop_early_after_epoch=1)
-    assert len(run_fit(state, make_train_step(ctx), checkpoints=checkpoints).epochs) == 1
+    log = run_fit(state, make_train_step(ctx), checkpoints=RecordingCheckpoints(state, **options))  # type: ignore[arg-type]
+    assert len(log.epochs) == epochs
 
 
 def test_an_error_of_the_checkpoints_ends_the_run_between_two_updates(ctx: DistributedContext) -> None:

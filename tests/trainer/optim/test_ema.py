@@ -1,7 +1,6 @@
 import copy
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -144,10 +143,3 @@ def test_the_loop_averages_after_every_update_and_evaluates_the_average(ctx: Dis
             )
         else:
             assert torch.equal(tensor, state.model.state_dict()[name])
-
-
-@pytest.mark.parametrize("decay", [None, 0.9])
-def test_state_dict_round_trip(decay: float | None) -> None:
-    ema, other = ModelEma(make_net(), decay), ModelEma(make_net(1), decay)
-    other.load_state_dict(ema.state_dict())
-    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in ema.state_dict().items())
