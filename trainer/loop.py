@@ -144,11 +144,13 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
         )
 
     while state.epoch < schedule.epochs:
-        resumed_at = state.step - state.epoch * steps
-        model = None  # the old wrapper must be freed before the new one is made, or its DDP hooks stay registered
+        start_step = state.step - state.epoch * steps
+        model = (
+            None  # the old wrapper must be freed before the new one is made, or its DDP hooks stay registered
+        )
         model = start_epoch(state.epoch)
         meter = Meter(ctx.accelerator, state.metrics)
-        for epoch_step in range(resumed_at, steps):
+        for epoch_step in range(start_step, steps):
             step, size = state.step, schedule.batch_sizes[epoch_step]
             batch = next(loader)
             meter.start_step()
@@ -170,7 +172,9 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
         examples = sum(schedule.batch_sizes)
         if epoch_progress.metrics.seen != examples:
             raise RuntimeError(f"trained on {epoch_progress.metrics.seen} examples, expected {examples}")
-        if resumed_at < steps:  # otherwise they were averaged before the save, and averaging again would round again
+        if (
+            start_step < steps
+        ):  # otherwise they were averaged before the save, and averaging again would round again
             average_batch_norm_statistics(state.ema.with_model(), ctx.world_size)
         try:
             evaluations = evaluate(state.ema.model, lambda: checkpoints.sync_flags().stop is not None)

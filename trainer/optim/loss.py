@@ -20,9 +20,9 @@ class MixedTarget:
     lam: float
     """Weight of these labels, 0 to 0.5."""
 
-    def __getitem__(self, part: slice) -> "MixedTarget":
+    def __getitem__(self, micro_batch: slice) -> "MixedTarget":
         """Return the target of a micro-batch."""
-        return MixedTarget(self.labels[part], self.lam)
+        return MixedTarget(self.labels[micro_batch], self.lam)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

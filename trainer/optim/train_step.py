@@ -102,14 +102,15 @@ class TrainStep:
         loss_sum = torch.zeros((), dtype=torch.float64, device=labels.device)
         correct = torch.zeros((), dtype=torch.int64, device=labels.device)
         micro_batches = split_micro_batches(len(labels), self.grad_accum_steps)
-        for part in micro_batches:
-            is_last = part is micro_batches[-1]
+        for micro_batch in micro_batches:
+            is_last = micro_batch is micro_batches[-1]
             with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-                if part.stop == part.start:
+                if micro_batch.stop == micro_batch.start:
                     loss = self._zero_loss(model, images)
                 else:
-                    target, mixed_target = labels[part], None if mixed is None else mixed[part]
-                    logits, auxiliary = split_outputs(model(self.normalize(images[part])))
+                    target = labels[micro_batch]
+                    mixed_target = None if mixed is None else mixed[micro_batch]
+                    logits, auxiliary = split_outputs(model(self.normalize(images[micro_batch])))
                     loss = main = self.criterion(logits, target, mixed_target)
                     for weight, aux_logits in auxiliary:
                         loss = loss + weight * self.criterion(aux_logits, target, mixed_target)

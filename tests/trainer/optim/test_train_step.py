@@ -51,9 +51,9 @@ def test_mean_divides_by_the_global_batch_and_sum_does_not(
     expected = [p.detach() - 0.5 * g for p, g in zip(net.parameters(), gradients, strict=True)]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
     train_step = make_train_step(ctx, loss_reduction=loss_reduction)
-    loss_sum, found = train_step(net, optimizer, (images, labels, examples), 0, 4)
+    loss_sum, num_correct = train_step(net, optimizer, (images, labels, examples), 0, 4)
     assert loss_sum.item() == pytest.approx(loss.item())
-    assert found.item() == correct.item()
+    assert num_correct.item() == correct.item()
     for parameter, tensor in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.detach(), tensor)
 
