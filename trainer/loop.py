@@ -172,9 +172,7 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
         examples = sum(schedule.batch_sizes)
         if epoch_progress.metrics.seen != examples:
             raise RuntimeError(f"trained on {epoch_progress.metrics.seen} examples, expected {examples}")
-        if (
-            start_step < steps
-        ):  # otherwise they were averaged before the save, and averaging again would round again
+        if start_step < steps:  # otherwise they were averaged before the save; again would round them again
             average_batch_norm_statistics(state.ema.with_model(), ctx.world_size)
         try:
             evaluations = evaluate(state.ema.model, lambda: checkpoints.sync_flags().stop is not None)
