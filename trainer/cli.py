@@ -1,4 +1,4 @@
-"""What every command of the trainer shares: signals, error messages, exit codes, and a clean exit."""
+"""Signals, error messages and exit codes of every trainer command."""
 
 import gc
 import multiprocessing
@@ -20,11 +20,11 @@ _SECONDS_FOR_RANK_0 = 5.0
 
 
 def run_cli(work: Callable[[StopSignals], object], *, on_restart: str = RESUMES) -> int:
-    """Do a command's work with signals handled, print in one message why it ended, and return the exit code.
+    """Run a command with signal handlers, print an error or a stop as one message, and return the exit code.
 
     Args:
         work: the command.
-        on_restart: tells a user who has stopped the command what the same command will do.
+        on_restart: sentence for the message of a stop: what the same command does when it is started again.
 
     """
     with StopSignals() as signals:
@@ -37,13 +37,13 @@ def run_cli(work: Callable[[StopSignals], object], *, on_restart: str = RESUMES)
             _print_error("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
             return USER_ERROR
         except Stopped as stop:
-            if os.environ.get("RANK", "0") == "0":  # all ranks have stopped together
-                how = f"saved at {stop.saved}" if stop.saved else "there was nothing new to save"
-                _print_error(f"stopped by {stop.reason}: {how}. {on_restart}")
+            if os.environ.get("RANK", "0") == "0":  # all ranks stop together
+                saved = f"saved at {stop.saved}" if stop.saved else "there was nothing new to save"
+                _print_error(f"stopped by {stop.reason}: {saved}. {on_restart}")
             return stopped_exit_code(os.environ)
         except KeyboardInterrupt:
             _print_error(
-                f"interrupted before the state could be saved: what the run folder holds is whole. {on_restart}"
+                f"interrupted before the state could be saved: the run folder is intact. {on_restart}"
             )
             return INTERRUPTED
     return DONE
@@ -52,17 +52,17 @@ def run_cli(work: Callable[[StopSignals], object], *, on_restart: str = RESUMES)
 def stopped_exit_code(environment: Mapping[str, str]) -> int:
     """Return the exit code of a run that was asked to stop.
 
-    torchrun knows only success and failure, and restarts after a failure. Under it a stop counts as a success, and
-    the run folder's last attempt says that it was a stop.
+    torchrun restarts its processes after any exit code but 0, so under torchrun a stop exits with 0. The record of the
+    attempt in the run folder says that the run was stopped.
     """
     return DONE if "TORCHELASTIC_RUN_ID" in environment else STOPPED
 
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Import modules without Python's cyclic garbage collector, which takes a third of the time that imports take.
+    """Disable the cyclic garbage collector during imports, which saves a third of their time.
 
-    What was imported is never garbage, so later collections skip it.
+    Later collections skip the imported objects.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -75,24 +75,24 @@ def without_gc() -> Iterator[None]:
 
 
 def _print_error(text: str) -> None:
-    """Print on standard error: rank 0 at once; another rank only if it stays alive, which means it failed alone."""
-    for number in STOP_SIGNALS:  # the message must not be interrupted by a launcher's echo
+    """Print to standard error: rank 0 at once; other ranks only if the launcher does not end them within 5 seconds."""
+    for number in STOP_SIGNALS:  # a repeated signal must not interrupt the message
         signal.signal(number, signal.SIG_IGN)
     rank = int(os.environ.get("RANK", "0"))
     if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from the launcher, once rank 0 has printed the error
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher sends it after rank 0 has failed
         time.sleep(_SECONDS_FOR_RANK_0)
         text = f"[rank {rank}] {text}"
-    with suppress(OSError):  # the terminal may be gone
+    with suppress(OSError):  # the terminal may be closed
         print(text, file=sys.stderr, flush=True)
 
 
 def exit_process(code: int) -> NoReturn:
     """Exit. In a process group, or after an unexpected error, skip Python's own clean-up.
 
-    Everything is written and the group is left by then, but gloo's threads sometimes abort a process that cleans up
-    (pytorch issue 190489), and a launcher would take a finished run for a failed one. After a traceback, which keeps
-    the loaders alive, the clean-up would wait forever: loader workers ignore the signal that it sends.
+    All files are written by then. But gloo's threads sometimes abort a process during clean-up (pytorch issue 190489),
+    and the launcher would report a finished run as failed. After an unexpected error the traceback keeps the data
+    loaders alive, and clean-up would wait forever for their workers, which ignore its signal.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker ends
     for worker in multiprocessing.active_children():
@@ -109,7 +109,7 @@ def exit_after(main: Callable[[], int]) -> NoReturn:
     """Exit with the code that `main` returns; print the traceback of what it raises."""
     try:
         code = main()
-    except SystemExit:  # of --help
+    except SystemExit:  # --help
         raise
     except BaseException as error:  # noqa: BLE001 (printed below)
         write_error_file(error)

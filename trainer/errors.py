@@ -1,9 +1,9 @@
-"""The one exception for what a user can mend."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(Exception):
-    """What was wrong, what was expected, and what to do: shown as it stands, without a traceback.
+    """An error in a config, an image, a checkpoint, a path or the environment.
 
-    Raise it for everything that comes from outside the program: configs, images, checkpoints, folder
-    names, the environment. `main` prints its text on rank 0 and leaves with exit code 2.
+    The message says what is wrong, what was expected and what to do. It is printed without a traceback, and the
+    program exits with code 2.
     """

@@ -1,4 +1,4 @@
-"""Sums over a test set -> metrics. Every example is counted once, whatever the number of processes."""
+"""Evaluate a model: loss, accuracy and counts per class. Every example is counted once, on any number of processes."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,14 +11,16 @@ from torch.nn.functional import cross_entropy
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a pass over a test set found; counts are per class, in the order of the classes."""
+    """Loss and counts of one split. Counts are per class, in the order of the classes."""
 
     loss_sum: float
+    """Summed cross-entropy."""
     correct: tuple[int, ...]
+    """Number of correct predictions of each class."""
     support: tuple[int, ...]
-    """Examples of each class."""
+    """Number of examples of each class."""
     predicted: tuple[int, ...]
-    """How often each class was the answer."""
+    """How often each class was predicted."""
 
     @property
     def seen(self) -> int:
@@ -27,7 +29,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Return the share of right answers."""
+        """Return the fraction of correct predictions."""
         return sum(self.correct) / self.seen
 
     @property
@@ -37,7 +39,7 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Return the 95 % interval of the accuracy."""
+        """Return the 95 % confidence interval of the accuracy."""
         return wilson_interval(sum(self.correct), self.seen)
 
 
@@ -46,19 +48,19 @@ Evaluations = dict[str, Evaluation]
 
 
 class Interrupted(Exception):
-    """The evaluation was asked to end before its time."""
+    """The evaluation was stopped before its end."""
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Return the score interval of a proportion (Wilson 1927); z = 1.96 covers 95 %.
+    """Return the score interval of a proportion (Wilson 1927); z = 1.96 is the 95 % interval.
 
-    Unlike the normal approximation it stays within [0, 1] and is not empty at 0 or `trials` successes.
+    Unlike the normal approximation, it stays within [0, 1] and is not empty for 0 or `trials` successes.
     """
-    share = successes / trials
+    proportion = successes / trials
     scale = 1 + z * z / trials
-    centre = (share + z * z / (2 * trials)) / scale
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
+    center = (proportion + z * z / (2 * trials)) / scale
+    half = z * math.sqrt(proportion * (1 - proportion) / trials + z * z / (4 * trials * trials)) / scale
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 @torch.inference_mode()
@@ -77,41 +79,41 @@ def evaluate(
     """Run the model over this process's batches and return the sums over all processes.
 
     Args:
-        model: not wrapped for distribution, so that unequal shares need no partner; left in its mode.
+        model: not wrapped by DDP, so that processes may have different numbers of batches. Its mode is restored.
         batches: (images uint8 [B, 3, H, W], labels int64 [B], examples int64 [B]) of this process.
         classes: number of classes, C.
         expected: number of examples that all processes together must have seen.
-        normalise: uint8 images -> the model's input.
-        reduce: adds a float64 tensor over all processes.
-        device: where sums are kept; they are read once, at the end.
-        rounds: batches of the process that has most of them.
-        interrupted: asked before each round, by all processes together: whether to end here.
+        normalize: images uint8 [B, 3, H, W] -> the model's input.
+        reduce: sums a float64 tensor over all processes.
+        device: holds the sums, which are read once, at the end.
+        num_batches: number of batches of the process that has most of them.
+        interrupted: called before each batch, by all processes together; returns whether to stop.
 
     Raises:
-        Interrupted: all processes were asked to end; the model is as it was.
-        RuntimeError: another number of examples was seen than expected.
+        Interrupted: `interrupted` returned True.
+        RuntimeError: the number of examples seen is not `expected`.
 
     """
     was_training = model.training
     model.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     counts = torch.zeros(3, classes, dtype=torch.int64, device=device)
-    mine = iter(batches)
+    local_batches = iter(batches)
     for _ in range(num_batches):
         if interrupted():
             model.train(was_training)
             raise Interrupted
-        batch = next(mine, None)
+        batch = next(local_batches, None)
         if batch is None:
             continue
         images, labels, _ = batch
         logits = model(normalize(images)).float()
         loss_sum += cross_entropy(logits, labels, reduction="sum")
-        answers = logits.argmax(dim=1)
-        # bincount and boolean indices would wait for the device, to learn how long their result is
-        counts[0].scatter_add_(0, labels, (answers == labels).long())
+        predictions = logits.argmax(dim=1)
+        # bincount and boolean indices would wait for the device to learn the size of their result.
+        counts[0].scatter_add_(0, labels, (predictions == labels).long())
         counts[1].scatter_add_(0, labels, torch.ones_like(labels))
-        counts[2].scatter_add_(0, answers, torch.ones_like(answers))
+        counts[2].scatter_add_(0, predictions, torch.ones_like(predictions))
     model.train(was_training)
     total = reduce(torch.cat([loss_sum.view(1), counts.double().flatten()])).tolist()
     correct, support, predicted = (

@@ -1,4 +1,4 @@
-"""The training loop: one function, from the state's position to the end of the last epoch."""
+"""The training loop."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,26 +18,26 @@ from trainer.state import TrainState
 
 
 class TrainLoader(Protocol):
-    """The local batches of every update from the state's position on, over all epochs."""
+    """Yields the local batches of all remaining updates of the run."""
 
     def __next__(self) -> LocalBatch:
-        """Return this process's part of the next global batch, on its device."""
+        """Return the local batch of the next update, on the device of this process."""
 
     def paths(self, epoch: int, step: int) -> Sequence[str]:
-        """Return the files of a global batch, for an error; epoch and step of the epoch are counted from 0."""
+        """Return the image files of a global batch, for an error message. Epoch and step count from 0."""
 
 
 class TrainLogger(Protocol):
-    """What the loop reports. Metrics cover all processes and are known on every rank."""
+    """Receives progress and metrics. Metrics are those of all processes, and the same on every rank."""
 
     def log_progress(self, epoch: int, epoch_step: int) -> None:
-        """Report that an update was issued, without metrics: the device need not be waited for."""
+        """Report an update without its metrics, so that the loop does not wait for the device."""
 
     def log_step(self, progress: Progress) -> None:
         """Report the metrics within an epoch."""
 
     def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
-        """Report an epoch that has ended and was evaluated; called before anything is saved."""
+        """Report the metrics and evaluations of an epoch, before its checkpoint is saved."""
 
 
 class StepDecision(NamedTuple):
@@ -45,31 +45,31 @@ class StepDecision(NamedTuple):
 
     save: bool
     stop: str | None
-    """Why to stop (`SIGTERM`, `the file STOP`), or None."""
+    """Reason to stop (`SIGTERM`, `the file STOP`), or None."""
 
 
 class Checkpoints(Protocol):
-    """What happens between updates. Every process calls these methods at the same points."""
+    """Saves checkpoints and decides when to stop. Every process must call each method at the same step."""
 
     @property
     def stopped_early(self) -> bool:
-        """Return whether early stopping has ended the run with the epoch that was completed last."""
+        """Return whether early stopping ends the run after the last completed epoch."""
 
     def sync_flags(self) -> StepDecision:
-        """Return what all processes do now; raise the error that one of them has met."""
+        """Return the decision of all processes; raise an error that one of them has met."""
 
     def save(self) -> None:
         """Save the state within an epoch."""
 
     def end_epoch(self, evaluations: Evaluations) -> str | None:
-        """Save the state at the end of an epoch, if that is due; its row is in the metrics already.
+        """Save the state at the end of an epoch if a checkpoint is due or there is a reason to stop.
 
-        Returns why to stop, or None. The state is saved if there is a reason to stop.
+        Returns the reason to stop, or None. The logger has already logged the epoch.
         """
 
 
 class NullCheckpoints:
-    """Saves nothing and never stops: for running the loop alone."""
+    """Saves nothing and never stops; for a loop without a run folder."""
 
     stopped_early = False
 
@@ -96,30 +96,27 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
     checkpoints: Checkpoints,
     logger: TrainLogger,
 ) -> None:
-    """Train from the state's position to the end of the last epoch, or until early stopping ends the run.
+    """Train from the state's position to the last epoch, or until early stopping ends the run.
 
     Args:
         state: updated in place.
         loader: starts at the state's position.
         schedule: the updates of the run.
         train_step: makes one update.
-        start_epoch: epoch, from 0 -> the wrapped model to train, which is another wrapper where other parameters
-            train from that epoch on.
-        evaluate: (model, whether to stop early) -> the evaluation of each split; called at the end of each epoch.
-        checkpoints: asked between updates whether to save or stop.
+        start_epoch: epoch (from 0) -> the wrapped model. The wrapper changes when other parameters start to train.
+        evaluate: (model, interrupted) -> the evaluation of each split; called at the end of each epoch.
+        checkpoints: saves the state, and decides between two updates whether to save or stop.
         logger: receives progress and metrics.
 
     Raises:
-        UserError: the loss, or the model's output after an epoch, is not finite; or `checkpoints` has met an error.
-        Stopped: the run was asked to stop; its state is saved.
+        UserError: the training loss or an evaluation is not finite, or `checkpoints` has met an error.
+        Stopped: the run was asked to stop, and its state is saved.
 
     """
     ctx, steps = train_step.ctx, schedule.steps_per_epoch
     state.model.train()
-    if state.step:
-        set_lr(
-            state.optimizer, schedule.lr_multiplier(state.step - 1)
-        )  # logged if the epoch has no update left
+    if state.step:  # the learning rate is logged even if the epoch has no update left
+        set_lr(state.optimizer, schedule.lr_multiplier(state.step - 1))
 
     def progress() -> Progress:
         metrics = meter.compute()
@@ -147,12 +144,13 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
         )
 
     while state.epoch < schedule.epochs:
-        resumed_at = state.step - state.epoch * steps
-        # The last reference to the old wrapper must be gone before the new one is made, or DDP's hooks would stay.
-        model = None
+        start_step = state.step - state.epoch * steps
+        model = (
+            None  # the old wrapper must be freed before the new one is made, or its DDP hooks stay registered
+        )
         model = start_epoch(state.epoch)
         meter = Meter(ctx.accelerator, state.metrics)
-        for epoch_step in range(resumed_at, steps):
+        for epoch_step in range(start_step, steps):
             step, size = state.step, schedule.batch_sizes[epoch_step]
             batch = next(loader)
             meter.start_step()
@@ -164,7 +162,7 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
             logger.log_progress(state.epoch + 1, epoch_step + 1)
             if epoch_step + 1 in schedule.log_steps:
                 logger.log_step(progress())
-            if epoch_step + 1 < steps:  # after the last update, the epoch is evaluated first
+            if epoch_step + 1 < steps:  # after the last update, `evaluate` syncs the flags
                 decision = checkpoints.sync_flags()
                 if decision.stop:
                     save_and_stop(decision.stop)
@@ -174,9 +172,7 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
         examples = sum(schedule.batch_sizes)
         if epoch_progress.metrics.seen != examples:
             raise RuntimeError(f"trained on {epoch_progress.metrics.seen} examples, expected {examples}")
-        if (
-            resumed_at < steps
-        ):  # otherwise they were averaged before they were saved; again would round them again
+        if start_step < steps:  # otherwise they were averaged before the save; again would round them again
             average_batch_norm_statistics(state.ema.with_model(), ctx.world_size)
         try:
             evaluations = evaluate(state.ema.model, lambda: checkpoints.sync_flags().stop is not None)
@@ -196,10 +192,10 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
 def _not_finite(step: int, steps_per_epoch: int, loader: TrainLoader) -> UserError:
     epoch, epoch_step = divmod(step, steps_per_epoch)
     paths = loader.paths(epoch, epoch_step)
-    listed = "".join(f"\n  {path}" for path in paths)
+    lines = "".join(f"\n  {path}" for path in paths)
     return UserError(
         f"the loss is not finite since step {step + 1} (epoch {epoch + 1}, batch {epoch_step + 1}): training has "
-        "diverged. Nothing of it was saved; earlier epochs are as they were. Try a smaller optim.lr or "
+        "diverged. Nothing was saved since then; earlier checkpoints are unchanged. Try a smaller optim.lr or "
         "optim.head_lr_scale, a warm-up, optim.max_grad_norm, or train.precision fp32. "
-        f"That batch's {len(paths)} examples:{listed}"
+        f"That batch's {len(paths)} examples:{lines}"
     )

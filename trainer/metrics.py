@@ -1,4 +1,4 @@
-"""Metrics of an epoch: sums and times, kept on the device and read only when they are logged."""
+"""Training metrics of an epoch: sums on the device, which are read only when they are logged or saved."""
 
 import time
 from dataclasses import dataclass
@@ -14,43 +14,43 @@ class Metrics:
 
     loss_sum: float
     correct: int
-    """Number of correct answers."""
+    """Number of correct predictions."""
     seen: int
     """Number of examples."""
     seconds: float
-    """Time from the start of the epoch to the end of the last update, without evaluation and saving."""
+    """Time from the start of the epoch to the end of the last update. Evaluation and saving do not count."""
     compute_seconds: float
-    """Part of that time from each batch's arrival on the device to the end of its update."""
+    """Time of all updates, each from the arrival of its batch on the device to its end."""
     first_nonfinite_step: int | None
     """First step of the run, counted from 0, whose loss was not finite."""
 
     @property
     def loss(self) -> float:
-        """Return the mean training loss, with smoothing, class weights and mixup."""
+        """Return the mean training loss, including label smoothing, class weights and mixup."""
         return self.loss_sum / self.seen
 
     @property
     def accuracy(self) -> float:
-        """Return the fraction of correct answers."""
+        """Return the fraction of correct predictions."""
         return self.correct / self.seen
 
     @property
     def rate(self) -> float:
-        """Return examples per second, end to end."""
+        """Return examples per second, including data loading."""
         return self.seen / self.seconds
 
     @property
     def compute_rate(self) -> float:
-        """Return examples per second of computing alone, as the D2L recipe counts them."""
+        """Return examples per second without data loading, as the D2L recipe counts them."""
         return self.seen / self.compute_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """The position of a run, and the metrics of its epoch so far."""
+    """Position of a run, and the metrics of its epoch so far."""
 
     epoch: int
-    """The epoch in progress, counted from 1."""
+    """Epoch in progress, counted from 1."""
     epoch_step: int
     """Updates completed in the epoch."""
     step: int
@@ -71,7 +71,7 @@ class BestEpoch:
 
     @property
     def score(self) -> tuple[float, float]:
-        """Return the key that epochs are compared by: a higher accuracy, then a lower loss."""
+        """Return the key to compare epochs by: higher accuracy, then lower loss."""
         return self.accuracy, -self.loss
 
 
@@ -80,16 +80,16 @@ class MetricState:
     """Metric sums of an unfinished epoch, for a checkpoint."""
 
     rows: tuple[tuple[float, int, int], ...]
-    """Summed loss, number of correct answers and number of examples of each process."""
+    """Summed loss, number of correct predictions and number of examples of each process."""
     seconds: float
     compute_seconds: float
 
 
 class Meter:
-    """Sums up the metrics of one epoch without waiting for the device; `compute` waits, and reduces over the ranks."""
+    """Accumulates the metrics of one epoch without waiting for the device. `compute` waits, and gathers all ranks."""
 
     def __init__(self, accelerator: Accelerator, earlier: MetricState | None = None) -> None:
-        """Start an epoch, or resume one with the sums of its earlier part."""
+        """Start an epoch, or resume one from saved sums."""
         self._accelerator, self._device = accelerator, accelerator.device
         rank, world_size = accelerator.process_index, accelerator.num_processes
         local = _local_sums(earlier, rank, world_size) if earlier else (0, 0, 0)
@@ -101,11 +101,11 @@ class Meter:
         self._began = time.perf_counter() - (earlier.seconds if earlier else 0.0)
 
     def start_step(self) -> None:
-        """Record that a batch is on its device and its update begins."""
+        """Record that a batch is on the device and its update begins."""
         self._step_began = self._now()
 
     def end_step(self, step: int, seen: int, loss_sum: Tensor, correct: Tensor) -> None:
-        """Record the end of update `step` (from 0 over the run), with this process's sums."""
+        """Add the sums of this process for update `step` (from 0 over the run)."""
         self._sums[0] += loss_sum
         self._sums[1] += correct
         self._sums[2] += seen
@@ -142,7 +142,7 @@ class Meter:
         return state, _first_nonfinite_step(ranks)
 
     def _gather(self) -> list[list[float]]:
-        """Return loss, correct, seen and first non-finite step of each rank; waits for the device."""
+        """Return (loss, correct, seen, first non-finite step) of each rank; wait for the device."""
         local = torch.cat([self._sums, self._nonfinite_step.view(1)])
         ranks: list[list[float]] = self._accelerator.gather(local).view(-1, 4).tolist()
         if self._gpu_times:
@@ -166,7 +166,7 @@ def _first_nonfinite_step(ranks: list[list[float]]) -> int | None:
 
 
 def _local_sums(earlier: MetricState, rank: int, world_size: int) -> tuple[float, float, float]:
-    """Return the sums that `rank` starts with: its own, or all of them on rank 0 if the number of processes changed."""
+    """Return the sums that `rank` resumes from: its own, or if the world size has changed, the total on rank 0."""
     if len(earlier.rows) == world_size:
         return earlier.rows[rank]
     if rank > 0:

@@ -1,4 +1,4 @@
-"""The phases of a run: pretraining, fine-tuning, and a baseline from scratch. The first and the last are optional."""
+"""The phases of a run: optional pretraining, fine-tuning, and an optional baseline from scratch."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from trainer.train_run import train_run
 
 
 def run(config: Config, signals: StopSignals) -> TrainResult:
-    """Run all phases that the config asks for; return the fine-tuning's result.
+    """Run all phases of a config; return the result of the fine-tuning.
 
     Raises:
         UserError: something that the user can fix.
@@ -36,7 +36,7 @@ def run(config: Config, signals: StopSignals) -> TrainResult:
         hang_timeout=resolved.run.hang_timeout,
     )
     try:
-        with signals.deferred():  # the first phase asks for them
+        with signals.deferred():  # the first phase raises a Stopped for them
             message = record_environment(opened.root, opened.lock, ctx)
         if message is not None:
             console.print(message)

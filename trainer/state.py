@@ -1,4 +1,4 @@
-"""`TrainState`: everything that an update changes. The loop updates it, a checkpoint saves and restores it."""
+"""The training state: model, EMA, optimizer, loss scaler, position and metrics. Checkpoints save and restore it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,34 +14,35 @@ from trainer.optim.ema import ModelEma
 from trainer.text import join_truncated
 
 Tensors = dict[str, Tensor]
-_START_ANEW = "Choose another run.dir, or start anew with --run.resume never, which archives the run"
+_ADVICE = "Choose another run.dir, or start anew with --run.resume never, which archives the run"
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """The state of training."""
+    """Everything that an update changes."""
 
     model: nn.Module
-    """The unwrapped model: checkpoints hold neither DDP's wrapper nor its prefix of names."""
+    """The unwrapped model: names of parameters in a checkpoint have no prefix of DDP."""
     optimizer: torch.optim.Optimizer
     """Prepared by accelerate."""
     ema: ModelEma
-    """Moving average of the weights; off by default."""
+    """Moving average of the weights; by default turned off."""
     scaler: torch.amp.GradScaler | None = None
-    """Loss scaler of fp16."""
+    """Loss scaler of fp16; None in other precisions."""
     epoch: int = 0
-    """Whole epochs completed: trained and evaluated."""
+    """Epochs completed, including their evaluation."""
     step: int = 0
-    """Updates completed, those of the epoch in progress included."""
+    """Updates completed, including those of the epoch in progress."""
     metrics: MetricState | None = None
     """Metric sums of the epoch in progress; None between two epochs."""
     best: BestEpoch | None = None
+    """The best epoch so far."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state with copies of all tensors in main memory, so that training can go on at once.
+        """Return the state, with copies of all tensors on the CPU.
 
         The keys are `model`, `optimizer` and `ema` (name -> tensor), `scaler`, `epoch`, `step`, `metrics` and `best`.
-        The optimizer's moments are named after the model's parameters: `KEY.PARAMETER`.
+        The optimizer's moments are named `KEY.PARAMETER`, such as `exp_avg.fc.weight`.
         """
         return {
             "model": _copy(self.model.state_dict()),
@@ -55,40 +56,42 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any], *, where: str) -> None:
-        """Restore what `state_dict` returned. Parameters that trained at that time must require gradients now.
+        """Restore a state that `state_dict` returned.
+
+        Parameters that were trained when the state was saved must require gradients now.
 
         Args:
             saved: the state.
-            where: the checkpoint's path, for errors.
+            where: path of the checkpoint, for error messages.
 
         Raises:
-            UserError: it belongs to another model or optimizer; nothing is changed then.
+            UserError: the state belongs to another model or optimizer. Nothing has been changed.
 
         """
         self._check_ema(saved["ema"], where)
         moments = self._expected_moments(saved)
-        wrong = [
+        differences = [
             *tensor_differences(saved["model"], self.model.state_dict()),
             *tensor_differences(saved["optimizer"], moments),
         ]
-        if wrong:
+        if differences:
             raise UserError(
-                f"{where}: does not fit this run: {join_truncated(wrong, limit=5)}. {_START_ANEW}"
+                f"{where}: does not fit this run: {join_truncated(differences, limit=5)}. {_ADVICE}"
             )
         self.ema.load_state_dict(saved["ema"])
         self.model.load_state_dict(saved["model"])
         self._load_moments(saved["optimizer"], moments)
-        if self.scaler is not None and saved["scaler"]:  # empty if the run began without fp16
+        if self.scaler is not None and saved["scaler"]:  # empty if the state was saved without fp16
             self.scaler.load_state_dict(dict(saved["scaler"]))
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.metrics, self.best = saved["metrics"], saved["best"]
 
     def gather_batch_norm_statistics(self, world_size: int) -> Tensors:
-        """Return each process's own BatchNorm statistics, `RANK.NAME` -> tensor. Every process must call it."""
+        """Return the BatchNorm statistics of each process, `RANK.NAME` -> tensor. Every process must call it."""
         return gather_batch_norm_statistics(self.ema.with_model(), world_size)
 
     def restore_batch_norm_statistics(self, statistics: Tensors, *, rank: int, world_size: int) -> None:
-        """Restore what `gather_batch_norm_statistics` returned; for another number of processes, the mean."""
+        """Restore the statistics of this process, or their mean if the number of processes has changed."""
         restore_batch_norm_statistics(self.ema.with_model(), statistics, rank=rank, world_size=world_size)
 
     def _moments(self) -> Tensors:
@@ -100,23 +103,23 @@ class TrainState:
         }
 
     def _optimized_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return (name, parameter) in the optimizer's order."""
+        """Return (name, parameter) in the order of the optimizer."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         return [(names[id(p)], p) for group in self.optimizer.param_groups for p in group["params"]]
 
     def _moment_keys(self) -> tuple[str, ...]:
-        """Return what the optimizer stores for each parameter that it has updated."""
+        """Return the names of the moments that the optimizer keeps for each parameter."""
         if "betas" in self.optimizer.defaults:
             return ("step", "exp_avg", "exp_avg_sq")
         return ("momentum_buffer",) if self.optimizer.defaults["momentum"] else ()
 
     def _expected_moments(self, saved: Mapping[str, Any]) -> Tensors:
-        """Return the moments that this run expects, with memory to load them into."""
+        """Return uninitialized tensors for the moments that this run expects."""
         keys = self._moment_keys()
-        # Loss scaling skips updates until it has settled, so the first steps of fp16 may leave no moments.
+        # Loss scaling skips the first updates of fp16 until the scale is low enough: there may be no moments yet.
         if not saved["optimizer"] and (saved["step"] == 0 or saved["scaler"]):
             keys = ()
-        # A parameter that is still frozen has no moments, or (where the optimizer creates them at once) zeros.
+        # A frozen parameter has no moments, or zeros if the optimizer has created all moments at once.
         return {
             f"{key}.{name}": _empty_moment(key, parameter)
             for name, parameter in self._optimized_parameters()
@@ -124,9 +127,9 @@ class TrainState:
             if parameter.requires_grad or f"{key}.{name}" in saved["optimizer"]
         }
 
-    def _load_moments(self, found: Tensors, moments: Tensors) -> None:
+    def _load_moments(self, saved: Tensors, moments: Tensors) -> None:
         for name, moment in moments.items():
-            moment.copy_(found[name])
+            moment.copy_(saved[name])
         keys = {name.partition(".")[0] for name in moments}
         state = {
             number: {
@@ -142,14 +145,14 @@ class TrainState:
 
     def _check_ema(self, saved: Tensors, where: str) -> None:
         if bool(saved) != self.ema.enabled:
-            then, now = ("with", "without") if saved else ("without", "with")
+            before, now = ("with", "without") if saved else ("without", "with")
             raise UserError(
-                f"{where}: was saved {then} regularization.ema, and this run is {now} it. Restore that setting, choose "
-                "another run.dir, or start anew with --run.resume never, which archives the run"
+                f"{where}: was saved {before} regularization.ema, and this run is {now} it. Restore that option, "
+                "choose another run.dir, or start anew with --run.resume never, which archives the run"
             )
-        if wrong := tensor_differences(saved, self.ema.state_dict()):
+        if differences := tensor_differences(saved, self.ema.state_dict()):
             raise UserError(
-                f"{where}: its moving average does not fit this run: {join_truncated(wrong, limit=5)}. {_START_ANEW}"
+                f"{where}: the moving average does not fit this run: {join_truncated(differences, limit=5)}. {_ADVICE}"
             )
 
 
@@ -161,22 +164,22 @@ def _copy(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def _empty_moment(key: str, parameter: Tensor) -> Tensor:
-    """Return memory for a moment in its parameter's layout: channels_last weights have channels_last moments."""
+    """Return an uninitialized moment in the memory format of its parameter."""
     return torch.zeros(()) if key == "step" else torch.empty_like(parameter)
 
 
-def tensor_differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """Return one line for each difference of name, shape or dtype."""
+def tensor_differences(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Return a line for each difference in name, shape or dtype."""
 
-    def kind(tensor: Tensor) -> str:
+    def describe(tensor: Tensor) -> str:
         return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
     return [
-        *(f"{name} is missing" for name in expected if name not in found),
-        *(f"{name} does not belong to it" for name in found if name not in expected),
+        *(f"{name} is missing" for name in expected if name not in saved),
+        *(f"{name} does not belong to it" for name in saved if name not in expected),
         *(
-            f"{name} is {kind(found[name])}, expected {kind(tensor)}"
+            f"{name} is {describe(saved[name])}, expected {describe(tensor)}"
             for name, tensor in expected.items()
-            if name in found and kind(found[name]) != kind(tensor)
+            if name in saved and describe(saved[name]) != describe(tensor)
         ),
     ]

@@ -7,8 +7,8 @@ from itertools import islice
 def escape_unprintable(text: str) -> str:
     r"""Return `text` on one line, with unprintable characters escaped.
 
-    Bytes that are not UTF-8, which Python keeps as surrogates, are shown as `\xff`; printing them unchanged would
-    raise an error. Line ends and control characters could add or hide lines of a list.
+    Bytes that are not UTF-8, which Python represents as surrogates, become `\xff`, since surrogates cannot be printed.
+    Line breaks and control characters are escaped, since they could add or hide lines of a list.
     """
     if text.isprintable():
         return text
@@ -22,7 +22,7 @@ def _escape(character: str) -> str:
 
 
 def join_truncated(names: Iterable[str], *, limit: int = 10) -> str:
-    """Return the first `limit` names, escaped by `escape_unprintable`, and the number of the others."""
+    """Return the first `limit` names, escaped by `escape_unprintable`, and the number of other names."""
     rest = iter(names)
     shown = ", ".join(escape_unprintable(name) for name in islice(rest, limit))
     more = sum(1 for _ in rest)

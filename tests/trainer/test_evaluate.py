@@ -11,7 +11,7 @@ Batches = list[tuple[Tensor, Tensor, Tensor]]
 
 
 class FirstPixels(nn.Module):
-    """Its logits are the first pixels of the first row."""
+    """A model whose logits are the first three pixels of the first row."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images[:, 0, 0, :3]
@@ -20,8 +20,8 @@ class FirstPixels(nn.Module):
 def batches(logits: Tensor, labels: Tensor, sizes: list[int]) -> Batches:
     images = logits.view(-1, 1, 1, 3).expand(-1, 3, 1, 3)
     examples = torch.arange(len(labels))
-    parts = [part.split(sizes) for part in (images, labels, examples)]
-    return list(zip(*parts, strict=True))
+    columns = [tensor.split(sizes) for tensor in (images, labels, examples)]
+    return list(zip(*columns, strict=True))
 
 
 def run(
@@ -29,11 +29,11 @@ def run(
     *,
     expected: int,
     model: nn.Module | None = None,
-    rounds: int | None = None,
+    num_batches: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     others: Tensor | None = None,
 ) -> Evaluation:
-    """Evaluate as one process among several whose sums are `others`."""
+    """Evaluate on one process; the sums of all other processes are `others`."""
     return evaluate(
         FirstPixels().train() if model is None else model,
         data,
@@ -42,7 +42,7 @@ def run(
         normalize=lambda images: images.float(),
         reduce=lambda sums: sums if others is None else sums + others,
         device=torch.device("cpu"),
-        num_batches=len(data) if rounds is None else rounds,
+        num_batches=len(data) if num_batches is None else num_batches,
         interrupted=interrupted,
     )
 
@@ -58,46 +58,43 @@ def test_sums_do_not_depend_on_the_batches() -> None:
     assert ragged.loss == pytest.approx(cross_entropy(logits, labels).item())
 
 
-def test_an_example_too_few_is_noticed() -> None:
+def test_a_missing_example_raises() -> None:
     data = batches(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), [4])
     with pytest.raises(RuntimeError, match="evaluated 4 examples, expected 5"):
         run(data, expected=5)
 
 
-def test_the_model_is_evaluated_in_eval_mode_and_left_in_its_own() -> None:
+def test_the_model_is_evaluated_in_eval_mode_and_its_mode_is_restored() -> None:
     model = nn.Sequential(FirstPixels(), nn.Dropout(1.0))
     data = batches(torch.eye(3), torch.arange(3), [3])
-    found = run(data, expected=3, model=model)
-    assert found.accuracy == 1
+    assert run(data, expected=3, model=model).accuracy == 1
     assert model.training
     assert model[1].training
 
 
-def test_all_processes_are_asked_in_every_round_whatever_their_share() -> None:
-    # 5 examples in batches of 1 on 2 processes: this one has 2 of them, the other 3; on a third there is none.
+def test_every_process_syncs_before_every_batch_even_if_it_has_fewer() -> None:
+    # 5 examples in batches of 1: this process has 2 of them, 3, or none.
     logits, labels = torch.eye(3), torch.arange(3)
-    for share in (2, 3, 0):
-        asked = 0
+    for count in (2, 3, 0):
+        calls = 0
 
         def interrupted() -> bool:
-            nonlocal asked
-            asked += 1
+            nonlocal calls
+            calls += 1
             return False
 
         others = torch.zeros(10, dtype=torch.float64)
-        others[4] = 5 - share  # right and seen by the others
-        others[1] = 5 - share
-        data = batches(logits[:share], labels[:share], [1] * share)
-        found = run(data, expected=5, rounds=3, interrupted=interrupted, others=others)
-        assert asked == 3, (
-            "an exchange in each round: a process with fewer batches would leave the others waiting"
-        )
-        assert (found.seen, found.accuracy) == (5, 1)
+        others[4] = 5 - count  # examples of class 0 on the other processes
+        others[1] = 5 - count  # all of them correct
+        data = batches(logits[:count], labels[:count], [1] * count)
+        evaluation = run(data, expected=5, num_batches=3, interrupted=interrupted, others=others)
+        assert calls == 3, "a process with fewer batches would leave the others waiting"
+        assert (evaluation.seen, evaluation.accuracy) == (5, 1)
 
 
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_an_evaluation_that_is_interrupted_leaves_the_model_as_it_was(at: int, mode: bool) -> None:
+def test_an_interrupted_evaluation_stops_at_once_and_restores_the_models_mode(at: int, mode: bool) -> None:
     seen: list[int] = []
 
     class Counting(FirstPixels):
@@ -107,22 +104,22 @@ def test_an_evaluation_that_is_interrupted_leaves_the_model_as_it_was(at: int, m
 
     model = nn.Sequential(Counting(), nn.Dropout(1.0)).train(mode)
     data = batches(torch.randn(6, 3), torch.zeros(6, dtype=torch.int64), [2, 2, 2])
-    answers = iter([False] * at + [True])
+    flags = iter([False] * at + [True])
     with pytest.raises(Interrupted):
-        run(data, expected=6, model=model, interrupted=lambda: next(answers))
-    assert seen == [2] * at, "at once: the batch that was to come is left"
-    assert [part.training for part in model.modules()] == [mode] * 3
+        run(data, expected=6, model=model, interrupted=lambda: next(flags))
+    assert seen == [2] * at
+    assert [module.training for module in model.modules()] == [mode] * 3
 
 
-def test_wilson_interval_against_published_values() -> None:
-    # Newcombe 1998, table I (method 3, score without continuity correction): 81 of 263, 15 of 148, 0 of 20, 1 of 29
-    for successes, trials, low, high in (
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ):
-        assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_equals_published_values(
+    successes: int, trials: int, low: float, high: float
+) -> None:
+    # Newcombe 1998, table I, method 3 (score interval without continuity correction).
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_the_interval_stays_within_0_and_1() -> None:

@@ -12,6 +12,6 @@ def test_seeds_differ_by_purpose_and_by_every_number() -> None:
 
 
 def test_seeds_never_change() -> None:
-    # Data, order and crops of every run hang on these.
+    # Data, order and crops of every run depend on them.
     assert derive_seed("crop", 0, 1, 2) == 8610339516575825867
     assert derive_seed("order", 3, 0) == 2627701694209701313

@@ -1,81 +1,86 @@
-import errno
-import io
-import os
-import shutil
+import json
 import signal
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from torchvision import models
 
+from regraft.contract import CHECKPOINTS, METRICS, MODEL, STOP, read_attempts
 from tests.folders import image_folder
-from trainer import train_run as module
+from tests.trainer.phases import assert_equal_runs, contents, copy_run, in_folder, rewind, rows, train
 from trainer.checkpoint import store
-from trainer.checkpoint.store import CheckpointId
-from trainer.config.parse import dump
-from trainer.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig, RunConfig, TrainConfig
-from trainer.distributed import context
-from trainer.distributed.signals import Stopped, StopSignals
-from trainer.distributed.watchdog import Heartbeat, Watchdog
+from trainer.checkpoint.state import CheckpointId
+from trainer.config.build_data import load_run_data
+from trainer.config.build_loaders import make_train_transform
+from trainer.config.build_model import make_model
+from trainer.config.build_training import make_train_step
+from trainer.config.resolve import ResolvedConfig, resolve
+from trainer.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RegularizationConfig,
+    RunConfig,
+    TrainConfig,
+    TransferConfig,
+)
+from trainer.data.augment import Normalize, apply_seeded
+from trainer.data.decode import decode
+from trainer.distributed.context import DistributedContext
+from trainer.distributed.signals import Stopped
+from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
-from trainer.pipeline import resolve
-from trainer.report.metrics import Row, epoch_rows, parse_rows
-from trainer.run.folder import CHECKPOINTS, METRICS, MODEL, STOP, check_resumable, write_config
-from trainer.run.lock import ATTEMPTS, RunLock, read_attempts
-from trainer.train_run import TrainResult, train_run
+from trainer.model.metadata import read_metadata
+from trainer.optim.mixup import apply_cutmix, sample_params
+from trainer.report.summary import best_row
+from trainer.run.folder import FINE_TUNED, INITIAL, WISE
+from trainer.run.session import OpenRun
+from trainer.seeds import derive_seed
+from trainer.transfer.l2_sp import L2SP
 
 EPOCHS, STEPS = 3, 2
-TIMED = ("seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes")
-
-
-def train(
-    config: Config,
-    *,
-    signals: StopSignals | None = None,
-    started: Callable[[RunLock], object] = lambda attempt: None,
-    weights: str | None = None,
-) -> tuple[TrainResult, str]:
-    """Start a run as `stages` does, and return what came of it, and what was seen of it."""
-    screen = io.StringIO()
-    console = Console(file=screen, width=100, soft_wrap=True)
-    ctx = context.start(device="cpu", precision="fp32", threads=1)
-    folder = Path(config.run.dir)
-    check_resumable(folder, dump(config), resume="auto")
-    attempt = RunLock.acquire(folder, log=console.print)
-    write_config(folder, dump(config))
-    started(attempt)
-    try:
-        outcome = train_run(
-            config,
-            ctx,
-            console,
-            weights=weights or config.model.weights,
-            attempt=attempt,
-            signals=signals or StopSignals(),
-        )
-    except BaseException:
-        attempt.end("failed")
-        raise
-    attempt.end("done")
-    return outcome, screen.getvalue()
+ALPHAS = {"mixup": 0.5, "cutmix": 1.0}
+SMOOTHING = 0.1
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
-    """Return the config of a run that has ended."""
-    home = tmp_path_factory.mktemp("finished")
-    threads = torch.get_num_threads()
-    root = image_folder(home / "images", {"train": {"a": 4, "b": 3}, "test": {"a": 1, "b": 1}})
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ResolvedConfig]:
+    """Return the config of a finished run of a model with BatchNorm and dropout, with every option that has a state.
+
+    Its 5 images of one class and 2 of the other make 2 steps per epoch.
+    """
+    folder, threads = tmp_path_factory.mktemp("finished"), torch.get_num_threads()
+    torch.manual_seed(11)
+    save_file(models.mobilenet_v3_small().state_dict(), folder / "source.safetensors")
+    splits = {"train": {"a": 5, "b": 2}, "val": {"a": 3, "b": 2}, "test": {"a": 1, "b": 1}}
     config = resolve(
         Config(
-            run=RunConfig(dir=str(home / "run"), device="cpu"),
-            data=DataConfig(root=str(root), image_size=32, num_workers=0, cache=str(home / "cache")),
-            model=ModelConfig(name="squeezenet1_1", weights=None),
+            run=RunConfig(dir=str(folder / "run"), device="cpu", audit=True),
+            data=DataConfig(
+                root=str(image_folder(folder / "images", splits)),
+                image_size=32,
+                num_workers=0,
+                random_erasing=1.0,
+                sampling="balanced",
+            ),
+            model=ModelConfig(name="mobilenet_v3_small", weights=str(folder / "source.safetensors")),
+            transfer=TransferConfig(l2_sp=0.5, wise_ft=True, batch_norm="train"),
+            optim=OptimConfig(lr=0.02, head_lr_scale=1.0, schedule="constant"),
+            regularization=RegularizationConfig(
+                ema=0.9, early_stopping=9, label_smoothing=SMOOTHING, **ALPHAS
+            ),
             train=TrainConfig(epochs=EPOCHS, batch_size=4, precision="fp32", logs_per_epoch=2),
             checkpoint=CheckpointConfig(every="1 steps", keep_last=100),
         )
@@ -86,227 +91,254 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
 
 
 @pytest.fixture
-def copy(finished: Config, tmp_path: Path) -> Config:
-    """Return the config of a copy of that run, to be damaged."""
-    shutil.copytree(finished.run.dir, tmp_path / "run")
-    return in_folder(finished, tmp_path / "run")
+def copy(finished: ResolvedConfig, tmp_path: Path) -> ResolvedConfig:
+    """Return the config of a copy of the finished run, which a test may change."""
+    return copy_run(finished, tmp_path / "run")
 
 
-def in_folder(config: Config, folder: Path) -> Config:
-    return replace(config, run=replace(config.run, dir=str(folder)))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return all that a run has left but its config (it holds run.dir) and who made it."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "config.yaml" and path.parent.name != ATTEMPTS
-    }
-
-
-def back_to(config: Config, step: int, epoch: int) -> None:
-    """Leave a run as a kill does whose newest checkpoint stands there."""
-    folder = Path(config.run.dir) / CHECKPOINTS
-    for place in store.list_checkpoints(folder):
-        if place > CheckpointId(step, epoch):
-            shutil.rmtree(folder / place.name)
-    (folder / store.LATEST).write_text(CheckpointId(step, epoch).name + "\n")
-    assert store.list_checkpoints(folder)[0] == CheckpointId(step, epoch)
-
-
-def rows(config: Config) -> list[Row]:
-    """Return the rows of a run's metrics, without times."""
-    found = parse_rows((Path(config.run.dir) / METRICS).read_text(encoding="utf-8"), "metrics")
-    return [{key: value for key, value in row.items() if key not in TIMED} for row in found]
-
-
-def equal(one: Config, other: Config) -> bool:
-    """Return whether two runs have come to the same: weights, moments, best epoch's model, and every figure."""
-    last = Path(CHECKPOINTS) / CheckpointId(EPOCHS * STEPS, EPOCHS).name
-    for name in (MODEL, last / store.MODEL, last / store.OPTIMIZER):
-        a, b = (load_file(Path(config.run.dir) / name) for config in (one, other))
-        if not (a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)):
-            return False
-    return rows(one) == rows(other)
-
-
-def test_what_comes_before_and_after_the_updates_is_watched_too(
-    finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The probe's pass, the evaluation before the first step, training, and the eleven of WiSE-FT."""
-    watched: list[Heartbeat] = []
-
-    class Watch(Watchdog):
-        def __enter__(self) -> Heartbeat:
-            watched.append(super().__enter__())
-            return watched[-1]
-
-    monkeypatch.setattr(module, "Watchdog", Watch)
-    source = str(Path(finished.run.dir) / MODEL)
+@pytest.fixture(scope="module")
+def quick(finished: ResolvedConfig) -> ResolvedConfig:
+    """Return the config of another finished run, of a smaller model and without these options."""
     config = replace(
-        in_folder(finished, tmp_path / "run"),
-        data=replace(finished.data, val_fraction=0.3, seed=3),
-        model=replace(finished.model, weights=source, head_init="linear-probe"),
-        transfer=replace(finished.transfer, wise_ft=True),
+        in_folder(finished, Path(f"{finished.run.dir}-quick")),
+        model=ModelConfig(name="squeezenet1_1", weights=None),
+        transfer=TransferConfig(),
+        regularization=RegularizationConfig(),
     )
-    outcome, _ = train(config)
-    probe, before, training, line = watched
-    assert probe.passed == 1, "a batch"
-    assert (before.passed, before.step) == (2, 0), "val and test"
-    assert training.passed >= STEPS * EPOCHS
-    tested = 1 if outcome.alpha == 1 else 2
-    assert (line.passed, line.step) == (11 + tested, training.step), (
-        "eleven points on val, one or two on test"
-    )
-    assert not (Path(config.run.dir) / "hangs").exists()
+    train(config)
+    return config
 
 
-def test_a_finished_run_is_only_reported(copy: Config) -> None:
-    folder = Path(copy.run.dir)
-    before = contents(folder)
-    outcome, seen = train(copy)
-    assert f"finished already, after epoch {EPOCHS}" in seen
-    assert "A larger train.epochs goes on from here" in seen
-    assert [row["epoch"] for row in outcome.rows] == [1, 2, 3]
-    assert contents(folder) == before
+def audit_rows(config: Config) -> list[dict[str, Any]]:
+    path = Path(config.run.dir) / "audit" / "rank-0.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- what is trained
+
+
+def test_the_first_loss_is_that_of_balanced_augmented_erased_and_mixed_images(
+    finished: ResolvedConfig, ctx: DistributedContext
+) -> None:
+    index = load_run_data(finished, ctx, Console(quiet=True)).index
+    drawn = [example for row in audit_rows(finished)[:2] for example in row["examples"]]
+    classes = Counter(index.train[example].label for example in drawn)
+    assert sorted(classes.values()) == [3, 4], "balanced: of 5 and 2 images"
+
+    model = make_model(finished, "ab", finished.model.weights, on_progress=print).model.train()
+    transform, images, repeats = make_train_transform(finished.data), [], Counter[int]()
+    for example in drawn[:4]:
+        key = (0, example, repeats[example]) if repeats[example] else (0, example)
+        repeats[example] += 1
+        image = decode(index.train[example].path)
+        images.append(np.asarray(apply_seeded(transform, image, derive_seed("crop", 0, *key))))
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    labels = torch.tensor([index.train[example].label for example in drawn[:4]])
+    params = sample_params(mixup_alpha=ALPHAS["mixup"], cutmix_alpha=ALPHAS["cutmix"], seed=0, step=0, size=4)
+    others, other_labels = batch[list(params.permutation)], labels[list(params.permutation)]
+    if params.box is None:
+        mixed, lam = (1 - params.lam) * batch + params.lam * others, params.lam
+    else:
+        mixed, lam = apply_cutmix(batch, others, params.box)
+    torch.manual_seed(derive_seed("masks", 0, 0, 0))
+    logits = model(Normalize(finished.data.preprocessing, torch.device("cpu"))(mixed))
+    own, other = (
+        cross_entropy(logits, target, label_smoothing=SMOOTHING).item() for target in (labels, other_labels)
+    )
+    first = rows(finished, "train")[0]
+    assert first["train_loss"] == pytest.approx((1 - lam) * own + lam * other, rel=1e-4)
+    assert first["train_seen"] == 4
+    assert [row["train_seen"] for row in rows(finished, "epoch")] == [7] * EPOCHS
+
+
+def test_balanced_class_weights_count_the_training_images(
+    finished: ResolvedConfig, ctx: DistributedContext
+) -> None:
+    config = replace(
+        finished,
+        data=replace(finished.data, sampling="shuffled"),
+        regularization=RegularizationConfig(class_weights="balanced"),
+    )
+    counts = load_run_data(config, ctx, Console(quiet=True)).examples_per_class
+    l2_sp = L2SP([], 0.0, decoupled=False)
+    weights = make_train_step(config, counts, ctx, l2_sp).criterion.class_weights
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([7 / (2 * 5), 7 / (2 * 2)])
+    assert make_train_step(finished, counts, ctx, l2_sp).criterion.class_weights is None
+
+
+def test_the_model_file_interpolates_the_initial_weights_and_the_best_epochs_average(
+    finished: ResolvedConfig,
+) -> None:
+    folder = Path(finished.run.dir)
+    best = best_row(rows(finished, "epoch"), "val")
+    checkpoint = folder / CHECKPOINTS / CheckpointId(best["step"], best["epoch"]).name
+    ema, trained = (load_file(checkpoint / name) for name in (store.EMA, store.MODEL))
+    differing = {name for name in trained if not torch.equal(trained[name], ema[name])}
+    assert differing == {name for name in trained if not name.endswith("num_batches_tracked")}
+
+    initial, source = load_file(folder / INITIAL), load_file(str(finished.model.weights))
+    assert initial["classifier.3.weight"].shape[0] == 2
+    kept = [name for name in initial if not name.startswith("classifier.3.")]
+    assert all(torch.equal(initial[name], source[name]) for name in kept)
+
+    wise = json.loads((folder / WISE).read_text())
+    assert wise["val_accuracy_of_fine_tuned"] == best["val_accuracy"]
+    assert wise["val_loss_of_fine_tuned"] == pytest.approx(best["val_loss"], rel=1e-6)
+    for name, tensor in load_file(folder / MODEL).items():
+        if tensor.is_floating_point():
+            expected = (1 - wise["alpha"]) * initial[name].double() + wise["alpha"] * ema[name].double()
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_watchdog_covers_all_work_that_takes_long(
+    quick: ResolvedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass of the linear probe, the evaluation before the first step, training, and the eleven of WiSE-FT."""
+    ticks: list[int] = []
+    steps: list[int] = []
+    tick = Heartbeat.tick
+
+    def counted_tick(heartbeat: Heartbeat, step: int) -> None:
+        ticks[-1] += 1
+        tick(heartbeat, step)
+
+    @contextmanager
+    def watchdog(run: OpenRun, heartbeat: Heartbeat | None = None) -> Iterator[Heartbeat]:
+        watched = heartbeat if heartbeat is not None else Heartbeat()
+        ticks.append(0)
+        yield watched
+        steps.append(watched.step)
+
+    monkeypatch.setattr(Heartbeat, "tick", counted_tick)
+    monkeypatch.setattr(OpenRun, "watchdog", watchdog)
+    weights = str(Path(quick.run.dir) / MODEL)
+    config = replace(
+        in_folder(quick, tmp_path / "run"),
+        model=replace(quick.model, weights=weights, head_init="linear-probe"),
+        transfer=TransferConfig(wise_ft=True),
+        checkpoint=CheckpointConfig(every=None),
+    )
+    result, _ = train(config)
+    assert ticks[:2] == [1, 2], "one batch of the probe; val and test before the first step"
+    assert ticks[2] >= STEPS * EPOCHS
+    assert ticks[3] == 11 + (1 if result.alpha == 1 else 2), "eleven alphas on val, one or two on test"
+    assert steps[1:] == [0, STEPS * EPOCHS, STEPS * EPOCHS]
+
+
+# --- start the same run again
+
+
+@pytest.mark.parametrize(
+    ("position", "metrics"),
+    [((1, 0), None), ((3, 1), ""), ((5, 2), "{")],
+    ids=["within the first epoch", "without metrics.jsonl", "with a damaged metrics.jsonl"],
+)
+def test_a_killed_run_resumes_bit_identically(
+    position: tuple[int, int], metrics: str | None, copy: ResolvedConfig, finished: ResolvedConfig
+) -> None:
+    rewind(copy, *position)
+    step, epoch = position
+    if metrics is not None:
+        (Path(copy.run.dir) / METRICS).write_text(metrics)
+    result, printed = train(copy)
+    assert f"resuming after epoch {epoch} of 3 (step {step})" in printed
+    assert [row["epoch"] for row in result.rows] == [1, 2, 3]
+    assert_equal_runs(copy, finished)
+    audit = {row["step"]: row for row in audit_rows(copy)}
+    assert [row["step"] for row in audit_rows(copy) if row["attempt"] == 2] == list(
+        range(step, EPOCHS * STEPS)
+    )
+    for row in audit_rows(finished):
+        assert {**row, "attempt": audit[row["step"]]["attempt"]} == audit[row["step"]]
+
+
+def test_a_finished_run_is_only_reported(copy: ResolvedConfig) -> None:
+    before, folder = contents(copy), Path(copy.run.dir)
+    result, printed = train(copy)
+    assert f"finished already, after epoch {EPOCHS}" in printed
+    assert "alpha" not in printed
+    assert [row["epoch"] for row in result.rows] == [1, 2, 3]
+    assert contents(copy) == before
     assert [(record.attempt, record.state) for record in read_attempts(folder)] == [(1, "done"), (2, "done")]
 
-
-PLACES = [(1, 0), (2, 1), (3, 1), (5, 2)]
-
-
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"step {place[0]}")
-def test_a_run_that_was_killed_goes_on_and_ends_the_same(
-    place: tuple[int, int], copy: Config, finished: Config
-) -> None:
-    back_to(copy, *place)
-    outcome, seen = train(copy)
-    assert f"going on after epoch {place[1]} of 3 (step {place[0]})" in seen
-    assert [row["epoch"] for row in outcome.rows] == [1, 2, 3]
-    assert equal(copy, finished)
+    (folder / WISE).unlink()  # a kill after the last update, before WiSE-FT was done
+    (folder / METRICS).unlink()
+    result, printed = train(copy)
+    assert "alpha" in printed
+    assert [row["epoch"] for row in result.rows] == [1, 2, 3]
+    assert contents(copy) == before
 
 
-@pytest.mark.parametrize("lost", ["gone", "damaged", "a row less", "a row more"])
-def test_the_rows_are_restored_from_the_checkpoint(lost: str, copy: Config, finished: Config) -> None:
-    file = Path(copy.run.dir) / METRICS
-    back_to(copy, 3, 1)
-    lines = file.read_text().splitlines(keepends=True)
-    if lost == "gone":
-        file.unlink()
-    else:
-        file.write_text(
-            {"damaged": "{", "a row less": "".join(lines[1:]), "a row more": lines[0] + file.read_text()}[
-                lost
-            ]
-        )
-    outcome, _ = train(copy)
-    assert [row["epoch"] for row in epoch_rows(list(outcome.rows))] == [1, 2, 3]
-    assert rows(copy) == rows(finished)
-
-
-def test_a_finished_run_whose_metrics_are_gone_is_reported_from_its_checkpoint(copy: Config) -> None:
-    (Path(copy.run.dir) / METRICS).unlink()
-    outcome, _ = train(copy)
-    assert [row["epoch"] for row in outcome.rows] == [1, 2, 3]
-
-
-def test_the_figures_of_a_run_that_has_lost_its_state_are_not_written_over(copy: Config) -> None:
-    folder = Path(copy.run.dir)
-    shutil.rmtree(folder / CHECKPOINTS)
-    before = contents(folder)
-    with pytest.raises(
-        UserError, match=r"attempt 1 has saved step 6 of this run, but no checkpoint is there"
-    ):
-        train(copy)
-    assert contents(folder) == before
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(copy: Config, finished: Config) -> None:
-    # The best epoch's model is written before its checkpoint, and a kill may come between the two.
-    folder = Path(copy.run.dir)
-    shutil.rmtree(folder / CHECKPOINTS)
-    shutil.rmtree(folder / ATTEMPTS)
-    train(copy)
-    assert equal(copy, finished)
-
-
-def test_a_finished_run_may_be_made_longer(copy: Config) -> None:
-    longer = replace(copy, train=replace(copy.train, epochs=EPOCHS + 1))
-    outcome, seen = train(longer)
-    assert "going on after epoch 3 of 4 (step 6)" in seen
-    assert "for 8 steps instead of 6: from here on, the learning rate is that of the longer run" in seen
-    assert [row["epoch"] for row in outcome.rows] == [1, 2, 3, 4]
+def test_a_finished_run_can_be_extended(copy: ResolvedConfig) -> None:
+    extended = replace(copy, train=replace(copy.train, epochs=EPOCHS + 1))
+    result, printed = train(extended)
+    assert "resuming after epoch 3 of 4 (step 6)" in printed
+    assert "for 8 steps instead of 6: from here on, the learning rate is that of the longer run" in printed
+    assert "alpha" in printed, "WiSE-FT is done again, from the best epoch's own weights"
+    assert [row["epoch"] for row in result.rows] == [1, 2, 3, 4]
+    best, folder = best_row(result.rows, "val"), Path(copy.run.dir)
+    ema = load_file(folder / CHECKPOINTS / CheckpointId(best["step"], best["epoch"]).name / store.EMA)
+    tuned = load_file(folder / (FINE_TUNED if (folder / FINE_TUNED).exists() else MODEL))
+    assert all(torch.equal(tensor, ema[name]) for name, tensor in tuned.items())
     with pytest.raises(UserError, match=r"train\.epochs: 4 there, 3 now"):
         train(copy)
 
 
-def test_a_run_that_is_stopped_says_where_it_stands_and_goes_on(tmp_path: Path, finished: Config) -> None:
-    config = in_folder(finished, tmp_path / "run")
-    config = replace(config, checkpoint=CheckpointConfig(every=None))
-    signals = StopSignals()
-    signals.received = signal.SIGTERM  # it came before the first update
-    for step, said in (
-        (1, "step 1 of 6, in epoch 1 of 3"),
-        (2, "step 2 of 6, in epoch 1 of 3"),
-        (2, "step 2 of 6, in epoch 1 of 3"),  # the evaluation has yet to be made, and was not begun
-    ):
+# --- stops
+
+
+def test_a_stopped_run_reports_its_position_and_resumes(quick: ResolvedConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = replace(in_folder(quick, folder), checkpoint=CheckpointConfig(every=None))
+
+    def signal_before_the_first_update(run: OpenRun) -> None:
+        run.signals.received = signal.SIGTERM
+
+    for step in (1, 2, 2):  # the third start stops before the evaluation that follows step 2
         with pytest.raises(Stopped) as stopped:
-            train(config, signals=signals)
-        assert (stopped.value.reason, stopped.value.saved) == ("SIGTERM", said)
-        assert store.list_checkpoints(tmp_path / "run" / CHECKPOINTS)[0] == CheckpointId(step, 0)
-        last = read_attempts(tmp_path / "run")[-1]
-        assert (last.step, last.steps, last.epoch, last.epochs) == (step, 6, 0, 3)
-    train(config)
-    assert equal(config, finished)
-
-
-def test_a_file_stop_is_honoured_and_removed(tmp_path: Path, finished: Config) -> None:
-    config = in_folder(finished, tmp_path / "run")
-    with pytest.raises(Stopped, match="the file STOP"):
-        train(config, started=lambda attempt: (attempt.folder / STOP).touch())
-    assert not (tmp_path / "run" / STOP).exists()
-    train(config)
-    assert equal(config, finished)
-
-
-def test_an_audit_is_written_and_goes_on(copy: Config) -> None:
-    with_audit = replace(copy, run=replace(copy.run, audit=True))
-    back_to(copy, 3, 1)
-    train(with_audit)
-    lines = (Path(copy.run.dir) / "audit" / "rank-0.jsonl").read_text().splitlines()
-    assert [line.split(", ")[:3] for line in lines] == [
-        ['{"attempt": 2', f'"epoch": {step // STEPS}', f'"step": {step}'] for step in (3, 4, 5)
-    ]
-
-
-@pytest.mark.parametrize("full_at", ["write_model", "store.write", "metrics"])
-def test_a_full_disk_is_one_sentence_and_leaves_what_was_saved(
-    full_at: str, copy: Config, finished: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    folder = Path(copy.run.dir)
-    back_to(copy, 1, 0)
-    (folder / MODEL).unlink()  # no epoch has ended
-    before = contents(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            {
-                "write_model": "trainer.checkpoint.manager.write_model",
-                "store.write": "trainer.checkpoint.store.write",
-                "metrics": "trainer.report.metrics.MetricsFile.append",
-            }[full_at],
-            full,
+            train(config, before=signal_before_the_first_update)
+        assert (stopped.value.reason, stopped.value.saved) == (
+            "SIGTERM",
+            f"step {step} of 6, in epoch 1 of 3",
         )
-        with pytest.raises(UserError, match=r"could not be (saved|written) .*No space left.*make room"):
-            train(copy)
-    after = contents(folder)
-    if full_at == "store.write":  # the best epoch's model is written before its checkpoint
-        after.pop(MODEL, None)
-    whole = {name for name in before if name.startswith((CHECKPOINTS, MODEL))}
-    assert {name: after[name] for name in whole} == {name: before[name] for name in whole}
-    assert not [name for name in after if name.endswith(".tmp") or ".writing" in name]
-    train(copy)
-    assert equal(copy, finished)
+        assert store.list_checkpoints(folder / CHECKPOINTS)[0] == CheckpointId(step, 0)
+        last = read_attempts(folder)[-1]
+        assert (last.state, last.step, last.steps, last.epoch, last.epochs) == ("stopped", step, 6, 0, 3)
+    with pytest.raises(Stopped, match="the file STOP"):
+        train(config, before=lambda run: (run.folder / STOP).touch())
+    assert not (folder / STOP).exists()
+    train(config)
+    assert_equal_runs(config, quick)
+
+
+def test_early_stopping_ends_a_run_that_does_not_improve(quick: ResolvedConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = replace(
+        in_folder(quick, folder),
+        optim=OptimConfig(lr=1e-30, weight_decay=0.0),  # nothing is learned: the first epoch is the best
+        train=replace(quick.train, epochs=9, logs_per_epoch=1),
+        checkpoint=CheckpointConfig(),
+    )
+
+    def with_patience(patience: int) -> ResolvedConfig:
+        return replace(config, regularization=RegularizationConfig(early_stopping=patience))
+
+    result, printed = train(with_patience(2))
+    assert [row["epoch"] for row in result.rows] == [1, 2, 3]
+    assert "stopped early, after epoch 3 of 9: none of the last 2 was better on val than epoch 1" in printed
+    assert store.list_checkpoints(folder / CHECKPOINTS)[0] == CheckpointId(6, 3)
+    metadata = read_metadata(folder / MODEL)
+    assert metadata is not None
+    assert metadata.metrics["epoch"] == 1
+
+    result, printed = train(with_patience(2))
+    assert "finished already: stopped early, after epoch 3 of 9" in printed
+    assert [row["epoch"] for row in result.rows] == [1, 2, 3]
+    result, printed = train(with_patience(3))
+    assert "resuming after epoch 3 of 9" in printed
+    assert "stopped early, after epoch 4 of 9: none of the last 3" in printed
+    assert [row["epoch"] for row in result.rows] == [1, 2, 3, 4]
+    positions = [(r.state, r.step, r.steps, r.epoch, r.epochs) for r in read_attempts(folder)]
+    assert positions[:2] == [("done", 6, 6, 3, 3)] * 2
+    assert positions[-1] == ("done", 8, 8, 4, 4)

@@ -12,8 +12,8 @@ from trainer.model.batch_norm import copy_frozen_flags
 def get_decay(step: int, decay: float) -> float:
     """Return the decay of the average at update `step` (counted from 1).
 
-    It starts lower than `decay`, so that the initial weights are soon forgotten, as `num_updates` does in TensorFlow's
-    ExponentialMovingAverage.
+    It starts lower than `decay`, so that the average moves away from the initial weights quickly. TensorFlow's
+    ExponentialMovingAverage does the same with `num_updates`.
     """
     return min(decay, (1 + step) / (10 + step))
 
@@ -22,8 +22,8 @@ class ModelEma:
     """Moving average of a model's weights, or the model itself where averaging is off.
 
     Averaging of iterates: Polyak & Juditsky 1992; exponential, for evaluation: Tarvainen & Valpola 2017. BatchNorm's
-    running statistics are averaged in the same way; other buffers are copied. Tensors that do not change in the
-    model stay equal to the model's, bit for bit.
+    running statistics are averaged in the same way; other buffers are copied. Frozen tensors stay equal to the
+    model's, bit for bit.
     """
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
@@ -31,7 +31,7 @@ class ModelEma:
 
         Args:
             model: unwrapped, on its device, prepared for its precision.
-            decay: of the average per update, between 0 and 1; None turns averaging off.
+            decay: decay per update, between 0 and 1; None turns averaging off.
 
         """
         self._trained = model
@@ -53,7 +53,7 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Average in the model's weights after update `step` (counted from 1). It does not wait for the device."""
+        """Update the average after update `step` (counted from 1), without waiting for the device."""
         if not self.enabled:
             return
         averages, weights = (
@@ -65,7 +65,7 @@ class ModelEma:
             copied.copy_(tensor)
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """Return the averaged weights and buffers; empty where averaging is off."""
+        """Return the averaged weights and buffers; empty if averaging is off."""
         return self.model.state_dict() if self.enabled else {}
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
@@ -74,9 +74,9 @@ class ModelEma:
             self.model.load_state_dict(saved)
 
     def with_model(self) -> nn.Module:
-        """Return the trained model, and its average where there is one, as one module.
+        """Return the trained model and its average, if there is one, as one module.
 
-        Functions that handle BatchNorm statistics across processes take both at once.
+        Functions that reduce BatchNorm statistics over the processes then handle both in one collective.
         """
         if not self.enabled:
             return self._trained

@@ -1,6 +1,6 @@
-"""The loss that training differentiates: cross-entropy, smoothed, weighted by class, and of mixed labels.
+"""The training loss: cross-entropy with label smoothing, class weights and mixed labels.
 
-Tests are always scored by plain cross-entropy (`evaluate`): a figure that options cannot move.
+Evaluation always uses plain cross-entropy, so that its loss can be compared between runs with different options.
 """
 
 from collections.abc import Sequence
@@ -13,55 +13,55 @@ from torch.nn.functional import cross_entropy
 
 @dataclass(frozen=True, eq=False)
 class MixedTarget:
-    """The lesser part of what mixup or CutMix has mixed."""
+    """The labels of the lesser weight, after mixup or CutMix."""
 
     labels: Tensor
-    """int64 [B]: the classes of the pictures of lesser weight."""
+    """int64 [B]: labels of the images of the lesser weight."""
     lam: float
-    """Of these, 0 to 0.5."""
+    """Weight of these labels, 0 to 0.5."""
 
-    def __getitem__(self, piece: slice) -> "MixedTarget":
-        """Return a piece of the share."""
-        return MixedTarget(self.labels[piece], self.lam)
+    def __getitem__(self, micro_batch: slice) -> "MixedTarget":
+        """Return the target of a micro-batch."""
+        return MixedTarget(self.labels[micro_batch], self.lam)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Criterion:
-    """The loss of some examples, added up over them: what `mean` divides by is the global batch's business."""
+    """Cross-entropy, summed over the examples. The caller divides by the size of the global batch."""
 
     label_smoothing: float = 0.0
-    """Share of each target that goes to all classes alike (Szegedy et al. 2016, section 7)."""
+    """Fraction of each target that is spread evenly over all classes (Szegedy et al. 2016, section 7)."""
     class_weights: Tensor | None = None
-    """float32 [C], on the device: the weight of an example's whole loss by its class; None: 1."""
+    """float32 [C], on the device: class -> factor of the loss of its examples; None: 1 for all."""
 
-    def __call__(self, logits: Tensor, labels: Tensor, blend: MixedTarget | None = None) -> Tensor:
-        """Return the summed loss, a float32 scalar, of logits [B, C] under labels int64 [B].
+    def __call__(self, logits: Tensor, labels: Tensor, mixed: MixedTarget | None = None) -> Tensor:
+        """Return the summed loss of logits [B, C] and labels int64 [B], a float32 scalar.
 
-        Mixed labels share it by their weights, as mixup has it (Zhang et al. 2018).
+        With mixed labels it is the weighted mean of both losses, as in mixup (Zhang et al. 2018).
         """
         logits = logits.float()
-        loss = self._of(logits, labels)
-        if blend is None:
+        loss = self._cross_entropy(logits, labels)
+        if mixed is None:
             return loss
-        return (1 - blend.lam) * loss + blend.lam * self._of(logits, blend.labels)
+        return (1 - mixed.lam) * loss + mixed.lam * self._cross_entropy(logits, mixed.labels)
 
-    def _of(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.class_weights is None:
             return cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
-        # Not cross_entropy's own weight: that one weighs the smoothed part by every class but the example's.
-        each = cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
-        return (each * self.class_weights[labels]).sum()
+        # torch's own `weight` would weight the smoothed part of the target by the other classes' weights.
+        losses = cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        return (losses * self.class_weights[labels]).sum()
 
 
 CROSS_ENTROPY = Criterion()
-"""Cross-entropy."""
+"""Plain cross-entropy, without options."""
 
 
 def balanced_weights(counts: Sequence[int]) -> Tensor:
-    """Return class -> N / (C * n_c), float32 [C], of the examples of each class in the training set.
+    """Return class weights N / (C * n_c), float32 [C], from the number of training examples of each class.
 
-    The classes then have the same say in the loss of an epoch, and the mean weight of its examples is 1, so that
-    learning rates keep their meaning (King and Zeng 2001). A class without examples counts for nothing: not in C.
+    Every class then contributes equally to the loss of an epoch, and the mean weight of an example is 1, so learning
+    rates need no change (King and Zeng 2001). Classes without examples have weight 0 and do not count in C.
     """
     total, present = sum(counts), sum(count > 0 for count in counts)
     return torch.tensor([total / (present * count) if count else 0.0 for count in counts])

@@ -1,8 +1,8 @@
-"""Mixup and CutMix: mix each image with another one of the GLOBAL batch, and their labels in the same ratio.
+"""Mixup and CutMix: mix each image with another image of the global batch, and their labels in the same ratio.
 
-The parameters are drawn from (seed, step) over the positions of the global batch. Rank r of w holds the positions r,
-r + w, ... (`data.sampler.DistributedBatchSampler`). An update is therefore the same for any number of processes, and
-after a resume.
+The parameters are drawn from (seed, step) for the whole global batch, so an update is the same on any number of
+processes and after a resume. Rank r of w holds the positions r, r + w, ... of the global batch
+(`data.sampler.DistributedBatchSampler`).
 """
 
 import math
@@ -22,9 +22,9 @@ class MixParams:
     """How one global batch is mixed."""
 
     permutation: tuple[int, ...]
-    """Position in the global batch -> position of the image it is mixed with. Some may be mixed with themselves."""
+    """Position in the global batch -> position of the image it is mixed with, which may be the same."""
     lam: float
-    """Weight of the other image, 0 to 1. For CutMix, the area of its box before the box is clipped to the image."""
+    """Weight of the other image, 0 to 1. For CutMix, the area of the box before it is clipped to the image."""
     box: tuple[float, float, float, float] | None
     """CutMix: top, left, bottom, right of the pasted box, as fractions of height and width. None for mixup."""
 
@@ -32,12 +32,12 @@ class MixParams:
 def sample_params(*, mixup_alpha: float, cutmix_alpha: float, seed: int, step: int, size: int) -> MixParams:
     """Return the parameters of one update.
 
-    The weight comes from Beta(alpha, alpha), once per batch (Zhang et al. 2018). CutMix's box has a uniformly drawn
-    center, and that weight as its area (Yun et al. 2019). If both are on, each is chosen with probability 1/2.
+    The weight is drawn from Beta(alpha, alpha), once per batch (Zhang et al. 2018). CutMix draws the center of its box
+    uniformly and uses the weight as its area (Yun et al. 2019). If both are on, each has probability 1/2.
 
     Args:
-        mixup_alpha: alpha of mixup; 0 turns it off.
-        cutmix_alpha: alpha of CutMix; 0 turns it off. One of the two must be above 0.
+        mixup_alpha: alpha of mixup; 0 turns mixup off.
+        cutmix_alpha: alpha of CutMix; 0 turns CutMix off. One of the two must be above 0.
         seed: the run's seed.
         step: the update, counted from 0 over the run.
         size: number of examples of the global batch.
@@ -79,8 +79,8 @@ class Mixup:
         """Mix the local batch of update `step`, whose global batch has `size` examples. Every process must call it.
 
         Returns:
-            Images [B, 3, H, W]: uint8 after CutMix, float32 in 0 to 255 after mixup, unchanged if both are off. Labels
-            int64 [B] of the greater weight. The labels of the lesser weight, None if both are off.
+            Images [B, 3, H, W]: uint8 after CutMix, float32 in 0 to 255 after mixup. Labels int64 [B] of the greater
+            weight. The target of the lesser weight. If both are off: images and labels unchanged, and None.
 
         """
         if not self.enabled:

@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer over them, and its learning rate at a step."""
+"""Parameter groups, the optimizer, and its learning rates."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,12 +39,12 @@ def group_parameters(
         heads: dotted names of the output layers, as in `model.named_modules()`. A parameter belongs to the head if
             that module holds it, whatever its name.
         lr: peak learning rate of the backbone.
-        head_lr_scale: the head's learning rate as a multiple of it.
-        weight_decay: of every parameter.
-        decay_norm_and_bias: False sets it to 0 for one-dimensional parameters: norms and biases (He et al. 2019, Bag
-            of Tricks).
-        lr_mult: parameter name -> multiple of its learning rate; 1 if it is missing.
-        trainable: names of the parameters that train at any time; None: those that require a gradient now.
+        head_lr_scale: factor of the head's learning rate.
+        weight_decay: weight decay of every parameter.
+        decay_norm_and_bias: False sets weight decay to 0 for one-dimensional parameters: norms and biases (He et al.
+            2019, Bag of Tricks).
+        lr_mult: parameter name -> factor of its learning rate; 1 by default.
+        trainable: names of the parameters that train in any stage; None: those that require a gradient now.
 
     """
     in_head = {id(p) for head in heads for p in model.get_submodule(head).parameters()}
@@ -63,7 +63,7 @@ def group_parameters(
 def create_optimizer(
     name: Literal["sgd", "adamw"], groups: Iterable[ParamGroup], *, momentum: float
 ) -> torch.optim.Optimizer:
-    """Return the optimizer; each of its groups keeps its `name` and its `peak_lr`."""
+    """Return the optimizer. Each of its groups has a `name` and a `peak_lr`."""
     settings: list[dict[str, Any]] = [
         {
             "params": list(group.parameters),
@@ -79,7 +79,7 @@ def create_optimizer(
     if name == "sgd":
         sgd = torch.optim.SGD(settings, momentum=momentum, fused=fused)
         if fused and momentum:
-            # An update that fp16's loss scaling skips would leave the fused kernel's first moments as it found them.
+            # If fp16's loss scaling skips the first update, the fused kernel would leave its momentum uninitialized.
             for parameter in (p for s in settings for p in s["params"]):
                 sgd.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
         return sgd
@@ -94,7 +94,7 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 def current_lr(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return `backbone` and `head` -> the highest learning rate among its groups."""
-    found: dict[str, float] = {}
+    lrs: dict[str, float] = {}
     for group in optimizer.param_groups:
-        found[group["name"]] = max(float(group["lr"]), found.get(group["name"], 0.0))
-    return found
+        lrs[group["name"]] = max(float(group["lr"]), lrs.get(group["name"], 0.0))
+    return lrs

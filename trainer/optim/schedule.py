@@ -1,7 +1,6 @@
-"""Durations become steps here, and a step becomes a learning rate: pure functions.
+"""Learning rate schedules, and the conversion of durations into steps: pure functions.
 
-The learning rate is a function of the step alone, not an object with a state: a resumed run, and one
-on another number of processes, cannot disagree about it.
+The learning rate depends on the step alone. A scheduler object would have a state that must be saved and restored.
 """
 
 import math
@@ -15,22 +14,22 @@ from trainer.errors import UserError
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*")
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
 _RISE, _FIRST, _LAST = 0.3, 1 / 25, 1e-4
-"""Of one-cycle: the share of the run in which it rises, its first rate over the peak, its last over the first."""
+"""one-cycle: fraction of the run until the peak, first rate over the peak, last rate over the first."""
 
 
 @dataclass(frozen=True)
 class Duration:
-    """An amount of training: a number of steps, of epochs, or a percentage of the whole."""
+    """An amount of training: a number of steps, a number of epochs, or a percentage of the run."""
 
     amount: float
     unit: Literal["step", "epoch", "%"]
 
 
 def parse_duration(key: str, text: str) -> Duration:
-    """Return the duration that a text like '100 steps', '1 epochs' or '5%' means.
+    """Parse a duration such as '100 steps', '1 epochs' or '5%'.
 
     Raises:
-        UserError: it is none; `key` is named.
+        UserError: the text is not a duration; the message names the option `key`.
 
     """
     match = _DURATION.fullmatch(text)
@@ -44,17 +43,17 @@ def parse_duration(key: str, text: str) -> Duration:
 
 @dataclass(frozen=True)
 class Interval:
-    """A distance between two checkpoints: an amount of training, or a time on the wall clock."""
+    """The interval between two checkpoints: an amount of training, or wall-clock time."""
 
     training: Duration | None = None
     seconds: float | None = None
 
 
 def parse_interval(key: str, text: str) -> Interval:
-    """Return the interval that a text like '3 steps', '1 epoch', '10%' or '10 min' means.
+    """Parse an interval such as '3 steps', '1 epoch', '10%' or '10 min'.
 
     Raises:
-        UserError: it is none, or nothing; `key` is named.
+        UserError: the text is not an interval, or it is 0; the message names the option `key`.
 
     """
     match = _TIME.fullmatch(text)
@@ -68,18 +67,18 @@ def parse_interval(key: str, text: str) -> Interval:
     else:
         interval = Interval(seconds=float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]])
     if interval.seconds == 0 or (interval.training and interval.training.amount == 0):
-        raise UserError(f"{key} is {text!r}: expected more than nothing, or null")
+        raise UserError(f"{key} is {text!r}: expected more than 0, or null")
     return interval
 
 
 def to_steps(duration: Duration, *, steps_per_epoch: int, total_steps: int) -> int:
-    """Return the duration in steps, rounded to the nearest."""
-    whole = {"step": 1.0, "epoch": float(steps_per_epoch), "%": total_steps / 100}[duration.unit]
-    return round(duration.amount * whole)
+    """Return the duration in steps, rounded to the nearest integer."""
+    steps_per_unit = {"step": 1.0, "epoch": float(steps_per_epoch), "%": total_steps / 100}[duration.unit]
+    return round(duration.amount * steps_per_unit)
 
 
 def warmup_steps(option: str, *, steps_per_epoch: int, total_steps: int) -> int:
-    """Return the number of warm-up steps that the option optim.warmup means."""
+    """Return the number of warm-up steps; `option` is optim.warmup."""
     duration = parse_duration("optim.warmup", option)
     return to_steps(duration, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
 
@@ -87,10 +86,10 @@ def warmup_steps(option: str, *, steps_per_epoch: int, total_steps: int) -> int:
 def get_lr_multiplier(
     step: int, *, total_steps: int, warmup_steps: int, kind: Literal["constant", "cosine", "one-cycle"]
 ) -> float:
-    """Return the share of the peak learning rate at which update `step` (counted from 0) is made.
+    """Return the learning rate of update `step` (counted from 0) as a fraction of the peak.
 
-    A linear warm-up over `warmup_steps` that ends on 1, then constant, or half a cosine that would reach
-    0 at `total_steps` (Loshchilov & Hutter 2017, SGDR, without restarts). one-cycle: see `_one_cycle`.
+    It rises linearly over `warmup_steps` to 1. Then it is constant, or follows a half cosine that would reach 0 at
+    `total_steps` (Loshchilov & Hutter 2017, SGDR, without restarts). For one-cycle see `_one_cycle`.
     """
     if kind == "one-cycle":
         return _one_cycle(step, total_steps=total_steps, rise=warmup_steps or round(_RISE * total_steps))
@@ -103,10 +102,10 @@ def get_lr_multiplier(
 
 
 def _one_cycle(step: int, *, total_steps: int, rise: int) -> float:
-    """Return the 1cycle policy's share of the peak (Smith 2018; Smith & Topin 2019, super-convergence).
+    """Return the fraction of the peak by the 1cycle policy (Smith 2018; Smith & Topin 2019, super-convergence).
 
-    The first update is made at a 25th of the peak, the `rise`-th at the peak and the last at 1e-4 of the first's;
-    between them the rate follows half cosines, as in fastai and torch's OneCycleLR. Momentum is not cycled.
+    The first update has 1/25 of the peak, update `rise` the peak, and the last 1e-4 of the first. Between them the rate
+    follows half cosines, as in fastai and torch's OneCycleLR. Momentum is not cycled.
     """
     peak = max(0, rise - 1)
     if step <= peak:
@@ -118,10 +117,10 @@ def _one_cycle(step: int, *, total_steps: int, rise: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSchedule:
-    """The updates of a run: how many, on how many examples, at which learning rate. Below it, only steps exist."""
+    """The updates of a run: their number, batch sizes and learning rates."""
 
     batch_sizes: tuple[int, ...]
-    """Number of examples of each global batch of an epoch, in order; an epoch has as many steps."""
+    """Number of examples in each global batch of an epoch, in order. An epoch has one step per entry."""
     epochs: int
     """Number of epochs."""
     logs_per_epoch: int

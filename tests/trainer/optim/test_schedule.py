@@ -1,10 +1,19 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.optim.schedule import Duration, Interval, lr_multiplier, parse_duration, parse_interval, to_steps
+from trainer.optim.schedule import (
+    Duration,
+    Interval,
+    TrainSchedule,
+    get_lr_multiplier,
+    parse_duration,
+    parse_interval,
+    to_steps,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,7 +25,7 @@ def test_a_duration_becomes_steps(text: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "7", "seven steps", "-1 steps", "200%", "1e3 steps", "5 minutes"])
-def test_what_is_not_a_duration_is_refused(text: str) -> None:
+def test_other_texts_are_not_durations(text: str) -> None:
     with pytest.raises(UserError, match=r"optim\.warmup"):
         parse_duration("optim.warmup", text)
 
@@ -36,7 +45,7 @@ def test_what_is_not_a_duration_is_refused(text: str) -> None:
         ("1.5 h", Interval(seconds=5400)),
     ],
 )
-def test_an_interval_is_an_amount_of_training_or_a_time(text: str, interval: Interval) -> None:
+def test_an_interval_is_a_duration_or_a_time(text: str, interval: Interval) -> None:
     assert parse_interval("checkpoint.every", text) == interval
 
 
@@ -57,7 +66,7 @@ def test_an_interval_is_an_amount_of_training_or_a_time(text: str, interval: Int
         "inf s",
     ],
 )
-def test_what_is_no_interval_is_refused(text: str) -> None:
+def test_other_texts_are_not_intervals(text: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_interval("checkpoint.every", text)
     assert str(caught.value) == (
@@ -66,41 +75,52 @@ def test_what_is_no_interval_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["0 steps", "0 epochs", "0%", "0 s", "0.0 h"])
-def test_an_interval_of_nothing_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"checkpoint\.keep_every is .*: expected more than nothing, or null"):
+def test_an_interval_of_zero_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.keep_every is .*: expected more than 0, or null"):
         parse_interval("checkpoint.keep_every", text)
 
 
-def test_constant_after_a_linear_warm_up() -> None:
-    factors = [lr_multiplier(step, total_steps=6, warmup_steps=4, kind="constant") for step in range(6)]
-    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+@pytest.mark.parametrize(
+    ("logs_per_epoch", "steps", "expected"),
+    [(5, 16, {4, 7, 10, 13, 16}), (5, 3, {1, 2, 3}), (5, 1, {1}), (1, 7, {7}), (100, 4, {1, 2, 3, 4})],
+)
+def test_metrics_are_logged_at_equal_distances_and_at_the_end_of_an_epoch(
+    logs_per_epoch: int, steps: int, expected: set[int]
+) -> None:
+    schedule = TrainSchedule(
+        batch_sizes=(1,) * steps, epochs=1, logs_per_epoch=logs_per_epoch, lr_multiplier=lambda step: 1.0
+    )
+    assert schedule.log_steps == expected
 
 
-def test_the_cosine_starts_at_1_falls_and_would_end_at_0() -> None:
-    factors = [lr_multiplier(step, total_steps=8, warmup_steps=0, kind="cosine") for step in range(9)]
-    assert factors[0] == 1
-    assert factors == sorted(factors, reverse=True)
-    assert factors[4] == pytest.approx(0.5)
-    assert factors[8] == pytest.approx(0, abs=1e-15)
-    assert factors[2] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
-
-
-def test_a_warm_up_as_long_as_the_run_only_rises() -> None:
-    factors = [lr_multiplier(step, total_steps=3, warmup_steps=3, kind="cosine") for step in range(3)]
-    assert factors == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1]
-
-
-def one_cycle(total: int, warmup: int) -> list[float]:
+def multipliers(kind: Any, total: int, warmup: int = 0, *, steps: int | None = None) -> list[float]:
+    """Return the learning rates of a run over its peak, by default for all of its steps."""
     return [
-        lr_multiplier(step, total_steps=total, warmup_steps=warmup, kind="one-cycle") for step in range(total)
+        get_lr_multiplier(step, total_steps=total, warmup_steps=warmup, kind=kind)
+        for step in range(total if steps is None else steps)
     ]
+
+
+def test_constant_after_a_linear_warmup() -> None:
+    assert multipliers("constant", 6, 4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_cosine_falls_from_1_and_would_reach_0_after_the_last_step() -> None:
+    factors = multipliers("cosine", 8, steps=9)
+    assert factors == sorted(factors, reverse=True)
+    expected = {0: 1, 2: 0.5 * (1 + math.cos(math.pi / 4)), 4: 0.5, 8: 0}
+    assert {step: factors[step] for step in expected} == pytest.approx(expected, abs=1e-15)
+
+
+def test_a_warmup_as_long_as_the_run_only_rises() -> None:
+    assert multipliers("cosine", 3, 3) == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1]
 
 
 @pytest.mark.parametrize(("total", "warmup", "peak"), [(20, 0, 5), (20, 3, 2), (7, 7, 6), (1000, 0, 299)])
 def test_one_cycle_rises_from_a_25th_to_the_peak_and_falls_to_a_250_000th(
     total: int, warmup: int, peak: int
 ) -> None:
-    factors = one_cycle(total, warmup)
+    factors = multipliers("one-cycle", total, warmup)
     assert factors[0] == pytest.approx(1 / 25, rel=1e-12)
     assert factors[peak] == max(factors) == 1
     assert factors[: peak + 1] == sorted(factors[: peak + 1])
@@ -109,26 +129,24 @@ def test_one_cycle_rises_from_a_25th_to_the_peak_and_falls_to_a_250_000th(
         assert factors[-1] == pytest.approx(1 / 25 / 1e4, rel=1e-9)
 
 
-def test_one_cycle_follows_torchs_own() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(
+def test_one_cycle_equals_torchs_own() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=1.0, total_steps=50, pct_start=0.3, cycle_momentum=False
     )
-    rates = []
-    for _ in range(50):
-        rates.append(optimizer.param_groups[0]["lr"])
+    expected = [optimizer.param_groups[0]["lr"]]
+    while len(expected) < 50:
         optimizer.step()
-        theirs.step() if len(rates) < 50 else None
-    assert one_cycle(50, 0) == pytest.approx(rates, rel=1e-9)
+        scheduler.step()
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert multipliers("one-cycle", 50) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("total", "expected"), [(1, [1.0]), (2, [1.0, 4e-6]), (3, [1.0, 0.500002, 4e-6])])
-def test_one_cycle_in_a_very_short_run_is_at_its_peak_at_once(total: int, expected: list[float]) -> None:
-    assert one_cycle(total, 0) == pytest.approx(expected)
+def test_one_cycle_starts_a_very_short_run_at_its_peak(total: int, expected: list[float]) -> None:
+    assert multipliers("one-cycle", total) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(1, 0), (7, 7), (9, 0)])
-def test_one_cycle_has_a_rate_for_the_update_after_the_last(total: int, warmup: int) -> None:
-    after = lr_multiplier(total, total_steps=total, warmup_steps=warmup, kind="one-cycle")
-    assert after == pytest.approx(4e-6), "a checkpoint at the end names it, and a longer run goes on"
+def test_one_cycle_has_a_rate_after_the_last_step_for_a_run_that_is_extended(total: int, warmup: int) -> None:
+    assert multipliers("one-cycle", total, warmup, steps=total + 1)[-1] == pytest.approx(4e-6)

@@ -1,0 +1,173 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchvision.models import GoogLeNetOutputs
+
+from tests.trainer.training import Batches, make_net, make_state, make_train_step, normalize, same_tensors
+from trainer.distributed.context import DistributedContext
+from trainer.optim.loss import CROSS_ENTROPY, Criterion, MixedTarget
+from trainer.optim.mixup import apply_cutmix, sample_params
+from trainer.optim.train_step import split_micro_batches
+from trainer.transfer.l2_sp import L2SP
+
+MIXUP = {"mixup": (0.4, 0.0), "cutmix": (0.0, 1.0), "both": (0.3, 1.0)}
+
+
+def updated_net(ctx: DistributedContext, steps: int = 3, **options: Any) -> nn.Module:
+    """Return the network after some updates."""
+    state, train_step, batches = make_state(make_net(), ctx), make_train_step(ctx, **options), Batches()
+    for step in range(steps):
+        batch = next(batches)
+        train_step(state.model, state.optimizer, batch, step, len(batch[1]))
+    return state.model
+
+
+@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
+@pytest.mark.parametrize("mixup", [(0, 0), (0.3, 1.0)])
+@pytest.mark.parametrize("grad_accum_steps", [2, 3, 4])
+def test_micro_batches_give_the_same_update(
+    grad_accum_steps: int, mixup: tuple[float, float], loss_reduction: str, ctx: DistributedContext
+) -> None:
+    options: dict[str, Any] = {"loss_reduction": loss_reduction, "mixup": mixup}
+    whole = updated_net(ctx, **options)
+    accumulated = updated_net(ctx, grad_accum_steps=grad_accum_steps, **options)
+    for a, b in zip(whole.parameters(), accumulated.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("loss_reduction", "divisor"), [("mean", 4), ("sum", 1)])
+def test_mean_divides_by_the_global_batch_and_sum_does_not(
+    loss_reduction: str, divisor: int, ctx: DistributedContext
+) -> None:
+    images, labels, examples = next(Batches())
+    net = make_net()
+    loss = cross_entropy(net(normalize(images)), labels, reduction="sum")
+    correct = (net(normalize(images)).argmax(1) == labels).sum()
+    gradients = torch.autograd.grad(loss / divisor, list(net.parameters()))
+    expected = [p.detach() - 0.5 * g for p, g in zip(net.parameters(), gradients, strict=True)]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    train_step = make_train_step(ctx, loss_reduction=loss_reduction)
+    loss_sum, num_correct = train_step(net, optimizer, (images, labels, examples), 0, 4)
+    assert loss_sum.item() == pytest.approx(loss.item())
+    assert num_correct.item() == correct.item()
+    for parameter, tensor in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), tensor)
+
+
+def test_clipping_limits_the_norm_of_the_whole_gradient(ctx: DistributedContext) -> None:
+    net, initial = make_net(), make_net()
+    train_step = make_train_step(ctx, loss_reduction="sum", max_grad_norm=1e-3)
+    train_step(net, ctx.accelerator.prepare(torch.optim.SGD(net.parameters(), lr=1.0)), next(Batches()), 0, 4)
+    moved = [(a - b).flatten() for a, b in zip(net.parameters(), initial.parameters(), strict=True)]
+    assert torch.cat(moved).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_an_empty_local_batch_gives_every_parameter_a_gradient_of_zero(ctx: DistributedContext) -> None:
+    net = make_net(batch_norm=True)
+    before = make_net(batch_norm=True).state_dict()
+    empty = (torch.empty(0, 3, 8, 8, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), torch.empty(0))
+    loss_sum, correct = make_train_step(ctx).backward(net, empty, 1.0)
+    assert (loss_sum.item(), correct.item()) == (0, 0)
+    assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
+    assert same_tensors(net.state_dict(), before)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(7, 3), (2, 5), (1, 1), (8, 4)])
+def test_micro_batches_cover_a_batch_once_in_nearly_equal_parts(size: int, parts: int) -> None:
+    slices = split_micro_batches(size, parts)
+    assert [i for part in slices for i in range(size)[part]] == list(range(size))
+    assert len(slices) == min(size, parts)
+    lengths = [part.stop - part.start for part in slices]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_an_empty_batch_is_one_empty_micro_batch() -> None:
+    assert split_micro_batches(0, 3) == [slice(0, 0)]
+
+
+@pytest.mark.parametrize("kind", MIXUP)
+def test_an_update_trains_on_mixed_images_and_labels(kind: str, ctx: DistributedContext) -> None:
+    alphas = dict(zip(("mixup_alpha", "cutmix_alpha"), MIXUP[kind], strict=True))
+    train_step, batches = make_train_step(ctx, mixup=MIXUP[kind]), Batches()
+    state, reference = make_state(make_net(), ctx), make_state(make_net(), ctx)
+    for step in range(3):
+        images, labels, examples = next(batches)
+        size = len(labels)
+        result = train_step(state.model, state.optimizer, (images, labels, examples), step, size)
+        params = sample_params(**alphas, seed=0, step=step, size=size)
+        others, other_labels = images[list(params.permutation)], labels[list(params.permutation)]
+        if params.box is None:
+            mixed, lam = (1 - params.lam) * images + params.lam * others, params.lam
+        else:
+            mixed, lam = apply_cutmix(images, others, params.box)
+        logits = reference.model(normalize(mixed))
+        loss = (1 - lam) * cross_entropy(logits, labels, reduction="sum")
+        loss = loss + lam * cross_entropy(logits, other_labels, reduction="sum")
+        (loss / size).backward()
+        reference.optimizer.step()
+        reference.optimizer.zero_grad()
+        correct = (logits.argmax(1) == (other_labels if lam > 0.5 else labels)).sum()
+        assert [value.item() for value in result] == [pytest.approx(loss.item(), rel=1e-5), correct.item()]
+    for a, b in zip(state.model.parameters(), reference.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_masks_of_dropout_depend_on_seed_and_step_alone(ctx: DistributedContext) -> None:
+    def loss(step: int, **options: Any) -> float:
+        torch.rand(17)  # the global generator must not matter
+        net = make_net(dropout=0.5)
+        torch.rand(step + 1)
+        state = make_state(net, ctx)
+        result: Tensor = make_train_step(ctx, **options)(net, state.optimizer, next(Batches()), step, 4)[0]
+        return result.item()
+
+    assert loss(0) == loss(0)
+    assert len({loss(0), loss(1), loss(0, seed=1)}) == 3
+
+
+class Auxiliary(nn.Module):
+    """A model with GoogLeNet's outputs, from three separate layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.first, self.second = (nn.Linear(12, 4) for _ in range(3))
+
+    def forward(self, images: Tensor) -> GoogLeNetOutputs:
+        flat = images.flatten(1)
+        return GoogLeNetOutputs(self.main(flat), self.second(flat), self.first(flat))
+
+
+def test_auxiliary_outputs_have_the_same_loss_and_only_the_main_loss_is_reported(
+    ctx: DistributedContext,
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(5, 3, 2, 2, generator=generator)
+    labels, others = torch.randint(4, (2, 5), generator=generator)
+    criterion = Criterion(label_smoothing=0.2, class_weights=torch.tensor([0.5, 2.0, 1.0, 3.0]))
+    mixed = MixedTarget(others, 0.4)
+    model = Auxiliary()
+    identity: Callable[[Tensor], Tensor] = lambda images: images  # noqa: E731
+    train_step = make_train_step(ctx, criterion=criterion, grad_accum_steps=2, normalize=identity)
+    loss_sum, correct = train_step.backward(model, (images, labels, labels), 1.0, mixed)
+    flat = images.flatten(1)
+    for layer, weight in ((model.main, 1.0), (model.first, 0.3), (model.second, 0.3)):
+        loss = criterion(layer(flat), labels, mixed)
+        (expected,) = torch.autograd.grad(weight * loss, layer.weight)
+        torch.testing.assert_close(layer.weight.grad, expected)
+    logits = model.main(flat)
+    assert loss_sum.item() == pytest.approx(criterion(logits, labels, mixed).item())
+    assert correct.item() == (logits.argmax(1) == labels).sum().item()
+
+
+def test_a_plain_update_has_cross_entropy_alone(ctx: DistributedContext) -> None:
+    l2_sp = L2SP(make_net().parameters(), 0.1, decoupled=False)
+    criterion = Criterion(label_smoothing=0.2)
+    plain = make_train_step(
+        ctx, criterion=criterion, mixup=(0.3, 1.0), l2_sp=l2_sp, max_grad_norm=0.5
+    ).plain()
+    assert plain.criterion is CROSS_ENTROPY
+    assert (plain.mixup.enabled, plain.l2_sp.enabled, plain.max_grad_norm) == (False, False, 0.5)
