@@ -229,9 +229,7 @@ def heads(ctx: context.DistributedContext, out: Path) -> dict[str, Any]:
             num_classes=3,
             weights=str(out.with_name("source.safetensors")),
             head_init=init,
-            class_mapping=ClassMapping(
-                targets=("x", "bees", "ants"), in_weights_file=("ant", "bee"), aliases={}
-            ),
+            labels=ClassMapping(targets=("x", "bees", "ants"), described=("ant", "bee"), aliases={}),
             dropout=0.25,
         ).model
 

@@ -106,10 +106,10 @@ def test_what_is_none_of_the_matched_classes_is_not_taken_for_one(shared: Path) 
         num_classes=2,
         weights=str(shared / "weights" / WEIGHTS),
         head_init="source-labels",
-        class_mapping=ClassMapping(targets=("hotdog", "not-hotdog"), aliases={}),
+        labels=ClassMapping(targets=("hotdog", "not-hotdog"), aliases={}),
     )
     assert "  hotdog <- hotdog, row 934 (name)" in created.summary
-    assert "  left random, 1 that the source does not have: not-hotdog" in created.summary
+    assert "  left random, 1 that the source does not know: not-hotdog" in created.summary
     preprocess = Preprocess(
         Preprocessing(resize="squash", **dataclasses.asdict(preset("squeezenet1_1", None)))
     )

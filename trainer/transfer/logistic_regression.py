@@ -58,9 +58,9 @@ def fit(
 ) -> list[Solution]:
     """Return the solution for each penalty, in their order.
 
-    It minimizes mean cross-entropy + penalty / 2 * |W|^2 by L-BFGS in float64, where W are weights for features that are
-    standardized to mean 0 and variance 1. The bias is not penalized. The returned layer includes the standardization.
-    Without an intercept, features are scaled to mean square 1, and the bias is 0.
+    It minimizes mean cross-entropy + penalty / 2 * |W|^2 by L-BFGS in float64. W are weights for features standardized
+    to mean 0 and variance 1; the bias is not penalized. The returned layer includes the standardization. Without an
+    intercept, features are scaled to mean square 1, and the bias is 0.
 
     Args:
         features: [examples, features], on the device to compute on.
