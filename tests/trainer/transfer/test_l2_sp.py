@@ -7,31 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.trainer.training import Batches, make_net, make_train_step
 from trainer.distributed.context import DistributedContext
-from trainer.optim.loss import CROSS_ENTROPY
-from trainer.optim.mixup import Mixup
 from trainer.optim.param_groups import ParamGroup, create_optimizer, group_parameters, set_lr
-from trainer.optim.train_step import LocalBatch, TrainStep
 from trainer.transfer.l2_sp import L2SP, backbone_parameters, without_weight_decay
 
 LR, STRENGTH = 0.5, 0.25
 Name = Literal["sgd", "adamw"]
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.fc = nn.Linear(4, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.conv(images).relu().mean(dim=(2, 3)))
-        return logits
-
-
-def make_net() -> Net:
-    torch.manual_seed(0)
-    return Net()
 
 
 def add_to_all(net: nn.Module, value: float) -> None:
@@ -50,27 +32,6 @@ def make_groups(net: nn.Module, *, decay: float = 0.0) -> tuple[ParamGroup, ...]
 
 def make_l2_sp(net: nn.Module, *, decoupled: bool = False) -> L2SP:
     return L2SP(backbone_parameters(net, ["fc"]), STRENGTH, decoupled=decoupled)
-
-
-def make_step(ctx: DistributedContext, l2_sp: L2SP, max_grad_norm: float | None = None) -> TrainStep:
-    return TrainStep(
-        ctx=ctx,
-        normalize=lambda images: images.float() / 255,
-        criterion=CROSS_ENTROPY,
-        mixup=Mixup(
-            mixup_alpha=0, cutmix_alpha=0, seed=0, rank=0, world_size=1, gather=ctx.accelerator.gather
-        ),
-        l2_sp=l2_sp,
-        loss_reduction="mean",
-        grad_accum_steps=1,
-        max_grad_norm=max_grad_norm,
-        seed=0,
-    )
-
-
-def make_batch() -> LocalBatch:
-    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return images, torch.tensor([0, 1, 2, 0]), torch.arange(4)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -109,8 +70,9 @@ def test_with_initial_values_of_zero_it_is_weight_decay(name: Name, ctx: Distrib
             net.load_state_dict(initial)
             groups = without_weight_decay(groups, backbone_parameters(net, ["fc"]))
         model, optimizer = ctx.prepare(net, create_optimizer(name, groups, momentum=0.9))
+        train_step, batches = make_train_step(ctx, l2_sp=l2_sp), Batches()
         for step in range(6):
-            make_step(ctx, l2_sp)(model, optimizer, make_batch(), step, 4)
+            train_step(model, optimizer, next(batches), step, 4)
         return net
 
     pairs = zip(train(use_l2_sp=False).parameters(), train(use_l2_sp=True).parameters(), strict=True)
@@ -125,7 +87,7 @@ def test_it_adds_the_gradient_of_the_penalty_after_clipping(ctx: DistributedCont
     add_to_all(net, 2.0)
     before = copy_parameters(net)
     model, optimizer = ctx.prepare(net, create_optimizer("sgd", make_groups(net), momentum=0.0))
-    make_step(ctx, l2_sp, max_grad_norm=1e-9)(model, optimizer, make_batch(), 0, 4)
+    make_train_step(ctx, l2_sp=l2_sp, max_grad_norm=1e-9)(model, optimizer, next(Batches()), 0, 4)
     for key, parameter in net.named_parameters():
         gradient = (before[key] - parameter) / LR
         penalty = (
@@ -193,8 +155,8 @@ def test_gradients_of_fp16_are_unscaled_first(
             step_ctx = replace(ctx, accelerator=ScaledAccelerator(optimizer))  # type: ignore[arg-type]
             monkeypatch.setattr(DistributedContext, "rank", 0)
             monkeypatch.setattr(DistributedContext, "world_size", 1)
-        step = replace(make_step(ctx, l2_sp, max_grad_norm), ctx=step_ctx)
-        step(net, optimizer, make_batch(), 0, 4)
+        train_step = replace(make_train_step(ctx, l2_sp=l2_sp, max_grad_norm=max_grad_norm), ctx=step_ctx)
+        train_step(net, optimizer, next(Batches()), 0, 4)
         weights.append(net.conv.weight.detach().clone())
     torch.testing.assert_close(weights[0], weights[1])
 
