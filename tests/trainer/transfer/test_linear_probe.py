@@ -235,7 +235,7 @@ def test_a_solution_that_has_not_converged_is_reported(
 ) -> None:
     monkeypatch.setattr("trainer.transfer.logistic_regression._MAX_ITERATIONS", 2)
     log = fit_probe(pooled_net(nn.Linear(6, CLASSES)), "last", *make_images(12, 12), ctx)
-    assert "NOT CONVERGED in 2 steps of L-BFGS" in log
+    assert "; NOT CONVERGED in " in log
 
 
 def test_a_missing_example_is_an_error(ctx: DistributedContext) -> None:
