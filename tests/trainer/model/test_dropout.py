@@ -1,14 +1,12 @@
 from typing import Any
 
 import pytest
-import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
 from trainer.errors import UserError
-from trainer.model.create import build_model
 from trainer.model.dropout import set_dropout, set_stochastic_depth
 
 # Model -> torchvision's arguments that set its dropout.
@@ -96,49 +94,3 @@ def test_a_model_without_dropout_or_stochastic_depth_is_an_error() -> None:
             UserError, match=f"model.stochastic_depth is 0, but {name} has no stochastic depth"
         ):
             set_stochastic_depth(make_empty(name), name, 0)
-
-
-@pytest.mark.slow
-def test_dropout_and_stochastic_depth_are_applied_in_training_only() -> None:
-    torch.manual_seed(5)
-    built = build_model(
-        "efficientnet_b0",
-        image_size=32,
-        num_classes=3,
-        weights=None,
-        head_init="xavier",
-        dropout=0.6,
-        stochastic_depth=0.3,
-    )
-    model = built.model.train()
-    assert built.summary[1:] == (
-        "dropout 0.6 in 1 layers",
-        "stochastic depth from 0.0429 to 0.3 in 9 layers",
-    )
-    layers = [m for m in model.modules() if isinstance(m, StochasticDepth)]
-    last = max((m for m in layers if m.p <= 0.3), key=lambda m: m.p)
-    dropout = next(m for m in model.modules() if isinstance(m, nn.Dropout))
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def record(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        seen[module] = (before.pop(module), output.clone())
-
-    before: dict[nn.Module, Tensor] = {}
-    for layer in (last, dropout):
-        # Dropout may work in place.
-        layer.register_forward_pre_hook(lambda m, args: before.__setitem__(m, args[0].clone()))
-        layer.register_forward_hook(record)
-    images = torch.randn(200, 3, 32, 32)
-    with torch.no_grad():
-        model(images)
-        inputs, outputs = seen[last]
-        skipped = (outputs.flatten(1) == 0).all(1)
-        assert skipped.float().mean().item() == pytest.approx(0.3, abs=0.13)  # 4 standard deviations
-        torch.testing.assert_close(outputs[~skipped], inputs[~skipped] / 0.7)
-        inputs, outputs = seen[dropout]
-        kept = outputs != 0
-        assert kept.float().mean().item() == pytest.approx(0.4, abs=0.01)
-        torch.testing.assert_close(outputs[kept], inputs[kept] / 0.4)
-        model.eval()(images[:4])
-        for layer in (last, dropout):
-            assert torch.equal(*seen[layer])

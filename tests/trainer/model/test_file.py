@@ -4,7 +4,6 @@ import re
 import struct
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,24 +151,6 @@ def test_a_safetensors_file_of_another_program_has_no_metadata(tmp_path: Path) -
             load(path)
 
 
-def test_a_failed_write_leaves_the_earlier_file(
-    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(model_file.read_bytes())
-
-    def write_half(path: Path, content: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", write_half)
-    with pytest.raises(OSError, match="No space left"):
-        write_model(path, {"fc.weight": torch.zeros(2)}, make_metadata())
-    assert path.read_bytes() == model_file.read_bytes()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
-
-
 def test_fp16_files_are_loaded_as_fp32(model_file: Path, tmp_path: Path) -> None:
     state = {k: v.half() if v.is_floating_point() else v for k, v in load_file(model_file).items()}
     path = tmp_path / "half.safetensors"
@@ -306,39 +287,23 @@ DAMAGED_FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "later format": ({"format": 2}, "format 2, this version of regraft reads 1"),
     "no format": ({"format": None}, "no 'format'"),
     "no classes": ({"classes": None}, "no 'classes'"),
-    "no metrics": ({"metrics": None}, "no 'metrics'"),
     "one class": ({"classes": ["a"]}, "1 classes, 1 different ones; expected two or more"),
     "a class twice": ({"classes": ["a", "b", "a"]}, "3 classes, 2 different ones"),
     "classes are text": ({"classes": "ab"}, "classes are not a list of names"),
-    "classes are an object": ({"classes": {"a": 0, "b": 1}}, "classes are not a list of names"),
-    "classes are numbers": ({"classes": [1, 2, 3]}, "classes are not a list of names"),
     "classes are lists": ({"classes": [["a"], ["b"]]}, "classes are not a list of names"),
     "unknown architecture": (
         {"architecture": "resnet19"},
         "architecture 'resnet19' is not one of torchvision's",
     ),
-    "a detector": ({"architecture": "fasterrcnn_resnet50_fpn"}, "is not one of torchvision's"),
     "a path": ({"architecture": "../../evil.py"}, "architecture '../../evil.py' is not one of torchvision's"),
-    "architecture is a list": ({"architecture": ["resnet18"]}, "is not one of torchvision's"),
     "a long name": ({"architecture": "x" * 10**6}, "architecture 'xxx"),
     "escapes": ({"architecture": "\x1b[31m\n"}, r"architecture '\x1b[31m\n' is not one of torchvision's"),
-    "no preprocessing": ({"preprocessing": None}, "no 'preprocessing'"),
     "preprocessing is text": ({"preprocessing": "usual"}, "string indices must be integers"),
-    "preprocessing is a list": ({"preprocessing": [224]}, "list indices must be integers"),
     "huge image size": (preprocessing(image_size=10**9), "image_size is 1000000000, expected 1 to 8192"),
-    "zero image size": (preprocessing(image_size=0), "image_size is 0, expected 1 to 8192"),
-    "image size is text": (preprocessing(image_size="224"), "image_size is '224'"),
-    "huge resize size": (preprocessing(resize_size=10**9), "resize_size is 1000000000"),
-    "two means": (preprocessing(mean=[0.1, 0.2]), "mean and std are not three finite numbers"),
     "mean is text": (preprocessing(mean=["a", "b", "c"]), "could not convert string to float"),
-    "mean is null": (preprocessing(mean=[None] * 3), "float() argument must be"),
-    "mean is infinite": (preprocessing(mean=[float("inf")] * 3), "not three finite numbers"),
     "mean is a huge integer": (preprocessing(mean=[10**400] * 3), "int too large to convert to float"),
-    "std is 0": (preprocessing(std=[0, 1, 1]), "std is not above 0"),
-    "unknown resize": (preprocessing(resize="stretch"), "resize is 'stretch'"),
     "unknown interpolation": (preprocessing(interpolation="magic"), "'magic'"),
     "metrics are a number": ({"metrics": 3}, "'int' object is not iterable"),
-    "metrics are text": ({"metrics": "good"}, "dictionary update sequence"),
 }
 
 
@@ -380,14 +345,11 @@ DAMAGED_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = 
         r"\x1b[2J\n does not belong to this model",
     ),
     "another shape": (lambda s: s.update({"fc.bias": torch.zeros(3)}), "fc.bias is [3], expected [8]"),
-    "a scalar": (lambda s: s.update({"fc.bias": torch.zeros(())}), "fc.bias is [], expected [8]"),
     "NaN": (
         lambda s: s["fc.weight"].view(-1)[5:6].fill_(torch.nan),
         "fc.weight holds NaN or infinite values",
     ),
-    "infinite": (lambda s: s["fc.bias"].fill_(torch.inf), "fc.bias holds NaN or infinite values"),
     "integers": (lambda s: s.update({"fc.bias": s["fc.bias"].long()}), "fc.bias holds torch.int64"),
-    "bool": (lambda s: s.update({"fc.bias": s["fc.bias"].bool()}), "fc.bias holds torch.bool"),
     "complex": (
         lambda s: s.update({"fc.bias": torch.zeros(8, dtype=torch.complex64)}),
         "fc.bias holds torch.complex64",
@@ -477,19 +439,3 @@ def test_files_in_other_formats_are_not_readable(model_file: Path, tmp_path: Pat
         with pytest.raises(UserError) as error:
             regraft.load(missing)
         assert str(error.value) == f"{missing}: there is no such file; expected a run's model.safetensors"
-
-
-def test_random_damage_raises_only_user_errors(model_file: Path, tmp_path: Path) -> None:
-    seed = np.random.SeedSequence().entropy
-    print(f"seed {seed}")
-    generator = np.random.default_rng(seed)
-    valid = model_file.read_bytes()
-    (length,) = struct.unpack("<Q", valid[:8])
-    path = tmp_path / "damaged.safetensors"
-    for _ in range(40):
-        damaged = bytearray(valid)
-        for position in generator.integers(8, 8 + length, size=generator.integers(1, 4)):
-            damaged[position] = generator.integers(32, 127)
-        path.write_bytes(damaged)
-        with suppress(UserError):
-            read_metadata(path)

@@ -1,5 +1,4 @@
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -7,7 +6,6 @@ import pickle
 import re
 import socket
 import struct
-import threading
 import urllib.error
 import urllib.request
 import warnings
@@ -24,6 +22,7 @@ from torchvision import models
 from torchvision.models import VisionTransformer, Weights, WeightsEnum
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+from tests.web import Response, Server, complete, not_found, serving, stalled, truncated
 from trainer.errors import UserError
 from trainer.model import weights as weights_module
 from trainer.model.head import Head, find_heads, replace_head
@@ -238,11 +237,9 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "text": (".pth", b"my weights\n" * 9, "not a readable torch file (it starts with b'my weights"),
     "web page": (".bin", b"<!DOCTYPE html><html>404", "(it starts with b'<!DOCTYPE html><html>404')"),
     "Git LFS pointer": (".pt", b"version https://git-lfs.github.com/spec/v1\noid", "b'version https://git"),
-    "image": (".pth", b"\x89PNG\r\n\x1a\n" + bytes(99), "(it starts with b'\\x89PNG"),
     "safetensors named .pth": (".pth", safetensors({}), "not a readable torch file (it starts with"),
     "truncated": (".pth", VALID[: len(VALID) // 2], "not a readable torch file (PytorchStreamReader failed"),
     "truncated old format": (".pth", VALID_OLD[: len(VALID_OLD) // 2], NOT_TORCH),
-    "zip archive": (".pth", b"PK\x05\x06" + bytes(18), NOT_TORCH),
     "pickle": (".pth", pickle.dumps([1, 2], protocol=4), NOT_TORCH),
     "broken pickle": (".pth", b"\x80\x02\xff\xff\xff", NOT_TORCH),
     "list": (
@@ -252,7 +249,6 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     ),
     "tensor": (".pth", pickled(torch.zeros(3)), "contains a Tensor and no tensors by name"),
     "no tensors": (".pth", pickled({"epoch": 3}), "contains the keys epoch and no tensors by name"),
-    "no keys": (".pth", pickled({}), "contains the keys (none) and no tensors by name"),
     "contains itself": (".pth", pickled(ENDLESS), "contains the keys model and no tensors by name"),
     "NaN": (".pth", pickled({"fc.weight": torch.tensor([1, torch.nan])}), NOT_FINITE),
     "infinite": (".pth", pickled({"fc.weight": torch.tensor([-torch.inf])}), NOT_FINITE),
@@ -270,17 +266,14 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
         "contains fc.weight twice",
     ),
     "empty safetensors": (".safetensors", b"", NOT_SAFETENSORS),
-    "text as safetensors": (".safetensors", b"my weights\n" * 9, NOT_SAFETENSORS),
     "torch named .safetensors": (".safetensors", VALID, NOT_SAFETENSORS),
     "huge header": (".safetensors", struct.pack("<Q", 2**63 - 1) + b"{}", NOT_SAFETENSORS),
-    "header beyond the file": (".safetensors", struct.pack("<Q", 90_000_000) + b"{}", NOT_SAFETENSORS),
     "header is not JSON": (".safetensors", safetensors(b'{"fc'), NOT_SAFETENSORS),
     "header is not UTF-8": (".safetensors", safetensors(b'{"\xff\xfe":1}'), NOT_SAFETENSORS),
     "data beyond the file": (".safetensors", one_tensor("F32", [4], 16), NOT_SAFETENSORS),
     "huge shape": (".safetensors", one_tensor("F32", [2**62, 4], 8), NOT_SAFETENSORS),
     "unknown dtype": (".safetensors", one_tensor("F33", [2], 8), NOT_SAFETENSORS),
     "8 bits": (".safetensors", one_tensor("F8_E4M3", [8], 8), NOT_DENSE),
-    "4 bits": (".safetensors", one_tensor("F4", [4], 2), NOT_DENSE),
     "no tensors in safetensors": (".safetensors", safetensors({}), "contains the keys (none) and no tensors"),
     "unknown suffix": (".ckpt", b"", "expected a weights file ending in .safetensors, .pth, .pt, .bin"),
 }
@@ -381,56 +374,22 @@ def test_without_network_the_error_names_the_url_and_the_cache_path(
     assert not path.exists()
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `body` on the loopback interface: its first `sent` bytes, after which it may stall."""
-
-    daemon_threads = True
-    body = b""
-    sent: int | None = None
-    status = 200
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.resume = threading.Event()
-        self.resume.set()
-
-    def handle_error(self, *args: object) -> None:
-        """Ignore clients that close the connection."""
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.send_response(self.server.status)
-        self.send_header("Content-Length", str(len(self.server.body)))
-        self.end_headers()
-        self.wfile.write(self.server.body[: self.server.sent])
-        self.wfile.flush()
-        self.server.resume.wait()
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
-def server(state: State, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr("torch.hub.urlopen", urllib.request.urlopen)
-    with Server() as server:
-        server.body = pickled(state)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with serving(monkeypatch) as server:
         yield server
-        server.resume.set()
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
-def entry(server: Server, monkeypatch: pytest.MonkeyPatch) -> WeightsEnum:
+def content(state: State) -> bytes:
+    return pickled(state)
+
+
+@pytest.fixture
+def entry(server: Server, content: bytes, monkeypatch: pytest.MonkeyPatch) -> WeightsEnum:
     """Return an enum member like torchvision's, for the server's file; `find_enum` returns it."""
-    digest = hashlib.sha256(server.body).hexdigest()[:8]
-    url = f"http://127.0.0.1:{server.server_port}/models/small-{digest}.pth"
+    url = f"http://127.0.0.1:{server.server_port}/small-{hashlib.sha256(content).hexdigest()[:8]}.pth"
 
     class Small_Weights(WeightsEnum):
         DEFAULT = Weights(url=url, transforms=lambda: None, meta={"_file_size": 1.0})
@@ -439,36 +398,31 @@ def entry(server: Server, monkeypatch: pytest.MonkeyPatch) -> WeightsEnum:
     return Small_Weights.DEFAULT
 
 
-def test_a_download_is_verified_and_cached(server: Server, entry: WeightsEnum, state: State) -> None:
-    loaded, source = read_weights("small", "DEFAULT")
-    assert equal(loaded, state)
-    assert source == "torchvision Small_Weights.DEFAULT"
-    assert cache_path(entry).read_bytes() == server.body
-    server.status = 500
-    assert equal(read_weights("small", "DEFAULT")[0], state)
+def test_a_download_is_verified_and_cached(
+    server: Server, entry: WeightsEnum, content: bytes, state: State
+) -> None:
+    server.responses = [lambda handler: handler.send(content, Content_Length=len(content)), not_found]
+    for _ in range(2):
+        loaded, source = read_weights("small", "DEFAULT")
+        assert equal(loaded, state)
+        assert source == "torchvision Small_Weights.DEFAULT"
+    assert cache_path(entry).read_bytes() == content
 
 
 @pytest.mark.parametrize(
-    ("failure", "reason"),
+    ("response", "reason"),
     [
-        ("other content", "invalid hash value"),
-        ("not found", "HTTP Error 404"),
-        ("truncated", ""),
-        ("stalled", "timed out"),
+        (complete, "invalid hash value"),
+        (not_found, "HTTP Error 404"),
+        (truncated, ""),
+        (stalled, "timed out"),
     ],
 )
 def test_a_failed_download_leaves_no_file(
-    server: Server, entry: WeightsEnum, monkeypatch: pytest.MonkeyPatch, failure: str, reason: str
+    server: Server, entry: WeightsEnum, monkeypatch: pytest.MonkeyPatch, response: Response, reason: str
 ) -> None:
     monkeypatch.setattr(weights_module, "_STALL_SECONDS", 0.3)
-    if failure == "other content":
-        server.body = server.body[:-1] + bytes([server.body[-1] ^ 1])
-    elif failure == "not found":
-        server.status = 404
-    else:
-        server.sent = 100_000
-        if failure == "stalled":
-            server.resume.clear()
+    server.responses = [response]
     with pytest.raises(UserError) as error:
         read_weights("small", "DEFAULT")
     assert reason in str(error.value)
@@ -622,7 +576,7 @@ def test_position_embeddings_that_cannot_be_interpolated_are_an_error(positions:
         load(model, heads, {**small_vit(32).state_dict(), "encoder.pos_embedding": positions}, size=48)
 
 
-@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t", "maxvit_t"])
+@pytest.mark.parametrize("name", ["swin_t", "maxvit_t"])
 def test_window_models_load_weights_of_another_image_size(name: str) -> None:
     state = models.get_model(name, weights=None).state_dict()
     size = 448 if name == "maxvit_t" else 96

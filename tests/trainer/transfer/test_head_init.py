@@ -1,6 +1,5 @@
 """Runs whose output layer starts from the source's classes or from a linear probe."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,13 +68,4 @@ def test_a_resumed_run_makes_no_second_pass(
     result, printed = train(config)
     assert "before the first step" not in printed
     assert [row["epoch"] for row in result.rows] == [1, 2]
-    assert_equal_runs(config, original)
-
-
-def test_a_run_without_a_checkpoint_starts_again_with_the_same_head(
-    finished: tuple[ResolvedConfig, str], tmp_path: Path
-) -> None:
-    original, _ = finished
-    config = replace(original, run=replace(original.run, dir=str(tmp_path / "run")))
-    train(config)
     assert_equal_runs(config, original)
