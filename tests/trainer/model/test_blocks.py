@@ -100,7 +100,7 @@ def test_a_selection_of_patterns_and_inner_modules(resnet: tuple[nn.Module, Laye
         ("from:layer5", "no module 'layer5' with parameters. Did you mean layer4 or"),
         ("from:", "no module '' with parameters"),
         ("from:relu", "no module 'relu'"),
-        ("last:0", "expected last:1 to last:6, the blocks of this model are conv1, layer1"),
+        ("last:0", "expected last:1 to last:6; the blocks of this model are conv1, layer1"),
         ("last:7", "expected last:1 to last:6"),
         ("last:two", "expected last:1 to last:6"),
         ("last:-1", "expected last:1 to last:6"),

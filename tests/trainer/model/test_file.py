@@ -250,23 +250,6 @@ def test_an_unreadable_image_is_an_error_with_its_path(model_file: Path, tmp_pat
         preprocess(Image.fromarray(np.full((4, 4), 7.0, dtype=np.float32)))
 
 
-# As pretrained weights ------------------------------------------------------------------------------------------
-
-
-def test_a_model_file_is_read_as_pretrained_weights(model_file: Path) -> None:
-    built = build_model(SMALL, image_size=96, num_classes=3, weights=str(model_file), head_init="xavier")
-    state = load_file(model_file)
-    total = len([key for key in state if not key.startswith("fc.")])
-    assert built.summary[-1] == (
-        f"{total} of the backbone's {total} tensors from file {model_file}; the output layer is new"
-    )
-    for key, tensor in built.model.state_dict().items():
-        if key.startswith("fc."):
-            assert len(tensor) == 3
-        else:
-            assert torch.equal(tensor, state[key]), key
-
-
 # Hostile files --------------------------------------------------------------------------------------------------
 
 
