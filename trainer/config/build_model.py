@@ -54,7 +54,7 @@ def make_model(
         num_classes=len(classes),
         weights=weights,
         head_init=config.model.head_init,
-        labels=_class_mapping(config, classes, weights),
+        class_mapping=_class_mapping(config, classes, weights),
         dropout=config.model.dropout,
         stochastic_depth=config.model.stochastic_depth,
         on_progress=on_progress,
@@ -92,7 +92,7 @@ def _class_mapping(
     return ClassMapping(
         targets=tuple(classes),
         sources=config.model.source_labels,
-        described=metadata.classes if metadata else None,
+        in_weights_file=metadata.classes if metadata else None,
         aliases=config.model.aliases,
     )
 

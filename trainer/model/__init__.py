@@ -1,1 +1,1 @@
-"""From a name and a weights file to a model with a new head."""
+"""Build a model with a new output layer from an architecture and pretrained weights."""

@@ -8,14 +8,14 @@ from trainer.errors import UserError
 
 
 def architectures() -> list[str]:
-    """Return torchvision's classification models."""
+    """Return the names of torchvision's classification models."""
     return models.list_models(module=models)
 
 
 def check_architecture(name: str) -> None:
     """Raise a UserError, with close matches, unless `name` is one of `architectures()`."""
-    known = architectures()
-    if name not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=3)
-        meant = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(f"there is no model {name!r}.{meant} The models are: {', '.join(known)}")
+    names = architectures()
+    if name not in names:
+        close = difflib.get_close_matches(name.lower(), names, n=3)
+        suggestion = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(f"there is no model {name!r}.{suggestion} The models are: {', '.join(names)}")

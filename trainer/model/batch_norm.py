@@ -1,7 +1,7 @@
-"""BatchNorm under fine-tuning: frozen statistics, batches of one example, several processes.
+"""BatchNorm in fine-tuning: frozen running statistics, batches of one example, and several processes.
 
-What is changed is changed on the single layer, by module-level functions: it survives `train()`, `deepcopy`,
-wrapping by DDP and pickling.
+The functions replace `train` or `forward` of single layers by module-level functions, so that the change survives
+`train()`, `deepcopy`, pickling and DDP's wrapper.
 """
 
 from collections.abc import Iterator
@@ -17,24 +17,23 @@ from trainer.errors import UserError
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Return the model's BatchNorm layers that keep running statistics."""
+    """Return the model's BatchNorm layers with running statistics."""
     return [layer for _, layer in named_batch_norms(model)]
 
 
 def named_batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
-    """Return (name, layer) of the model's BatchNorm layers that keep running statistics."""
+    """Return (name, layer) of the model's BatchNorm layers with running statistics."""
     return [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, _BatchNorm) and m.running_mean is not None
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
     ]
 
 
 def freeze_batch_norm(model: nn.Module) -> int:
-    """Keep BatchNorm's running statistics as they are, and in use, whatever `train()` says.
+    """Freeze BatchNorm's running statistics: `train()` no longer changes or disables them. Return the number of layers.
 
-    Returns how many layers it found. Weights and biases of these layers go on training: they get their
-    gradients as before.
+    Weights and biases of these layers still get their gradients.
     """
     layers = batch_norms(model)
     for layer in layers:
@@ -44,7 +43,7 @@ def freeze_batch_norm(model: nn.Module) -> int:
 
 
 def copy_frozen_flags(copied: nn.Module, model: nn.Module) -> None:
-    """Let the statistics of a copy be kept as they are where the model's are now, and nowhere else."""
+    """Freeze the running statistics of a copy where the model's are frozen, and unfreeze them elsewhere."""
     for layer, other in zip(batch_norms(copied), batch_norms(model), strict=True):
         if not is_frozen(other):
             vars(layer).pop("train", None)
@@ -57,7 +56,7 @@ def _stay_in_eval(layer: _BatchNorm, mode: bool = True) -> _BatchNorm:
 
 
 def unfreeze_batch_norm(model: nn.Module, *, training: bool) -> None:
-    """Let BatchNorm follow `train()` again, beginning in the given mode."""
+    """Let BatchNorm follow `train()` again, starting in the given mode."""
     for layer in batch_norms(model):
         if is_frozen(layer):
             del layer.train
@@ -65,13 +64,13 @@ def unfreeze_batch_norm(model: nn.Module, *, training: bool) -> None:
 
 
 def is_frozen(layer: _BatchNorm) -> bool:
-    """Return whether a layer keeps its statistics, whatever `train()` says."""
+    """Return whether a layer's running statistics are frozen."""
     return "train" in vars(layer)
 
 
 @contextmanager
 def batch_norm_in_eval(model: nn.Module) -> Iterator[None]:
-    """Let every BatchNorm layer use its running statistics, unchanged, for a block; then restore modes."""
+    """Use the running statistics of every BatchNorm layer within a block, unchanged; restore the modes at its end."""
     modes = [(layer, layer.training) for layer in batch_norms(model)]
     try:
         for layer, _ in modes:
@@ -83,19 +82,19 @@ def batch_norm_in_eval(model: nn.Module) -> Iterator[None]:
 
 
 def allow_single_value_batches(model: nn.Module) -> int:
-    """Let a batch with one value per channel train on, where torch raises; return how many layers it guards.
+    """Let BatchNorm train on a single value per channel, where torch raises. Return the number of layers changed.
 
-    A ragged last batch of one example, or a process's share of one, meets BatchNorm over 1 x 1 maps with a
-    single value per channel: it has no variance. For that forward the layer uses its running statistics, and
-    leaves them. SyncBatchNorm is not touched: it sees the other processes' values.
+    A local batch of one example gives BatchNorm over 1 x 1 maps a single value per channel, which has no variance. For
+    such a forward the layer uses its running statistics and does not update them. SyncBatchNorm is not changed: it
+    sees the values of the other processes.
     """
-    layers = [m for m in batch_norms(model) if not isinstance(m, nn.SyncBatchNorm)]
+    layers = [layer for layer in batch_norms(model) if not isinstance(layer, nn.SyncBatchNorm)]
     for layer in layers:
-        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+        layer.forward = partial(_forward_or_eval, layer)  # type: ignore[method-assign]
     return len(layers)
 
 
-def _forward(layer: _BatchNorm, images: Tensor) -> Tensor:
+def _forward_or_eval(layer: _BatchNorm, images: Tensor) -> Tensor:
     if layer.training and images.numel() == images.shape[1]:
         return functional.batch_norm(
             images,
@@ -110,21 +109,21 @@ def _forward(layer: _BatchNorm, images: Tensor) -> Tensor:
 
 
 def gather_batch_norm_statistics(model: nn.Module, world_size: int) -> dict[str, Tensor]:
-    """Return each process's statistics of the layers that are not frozen: `RANK.name` -> float64, on the CPU.
+    """Return the statistics of every process and unfrozen layer: `RANK.NAME` -> float64, on the CPU.
 
-    Every process calls it, with the same model. Empty for one process, which has its statistics in its model.
+    Every process must call it, with the same model. Empty for one process, whose model holds its statistics.
     """
-    mine = _live_statistics(model)
-    if world_size == 1 or not mine:
+    local = _unfrozen_statistics(model)
+    if world_size == 1 or not local:
         return {}
-    flat = torch.cat([s.detach().double().flatten() for s in mine.values()])
-    every = [torch.empty_like(flat) for _ in range(world_size)]
-    torch.distributed.all_gather(every, flat)
-    sizes = [s.numel() for s in mine.values()]
+    flat = torch.cat([statistic.detach().double().flatten() for statistic in local.values()])
+    gathered = [torch.empty_like(flat) for _ in range(world_size)]
+    torch.distributed.all_gather(gathered, flat)
+    sizes = [statistic.numel() for statistic in local.values()]
     return {
-        f"{rank}.{name}": part.reshape(mine[name].shape)
-        for rank, all_of_rank in enumerate(every)
-        for name, part in zip(mine, all_of_rank.cpu().split(sizes), strict=True)
+        f"{rank}.{name}": statistic.reshape(local[name].shape)
+        for rank, of_rank in enumerate(gathered)
+        for name, statistic in zip(local, of_rank.cpu().split(sizes), strict=True)
     }
 
 
@@ -132,33 +131,33 @@ def gather_batch_norm_statistics(model: nn.Module, world_size: int) -> dict[str,
 def restore_batch_norm_statistics(
     model: nn.Module, gathered: dict[str, Tensor], *, rank: int, world_size: int
 ) -> None:
-    """Put back what `gather_batch_norm_statistics` returned; among another number of processes, its average over them.
+    """Restore what `gather_batch_norm_statistics` returned. Another number of processes gets the mean over all of them.
 
     Raises:
-        UserError: it is of another model.
+        UserError: the statistics belong to another model.
 
     """
-    live = _live_statistics(model)
-    saved = len(gathered) // max(1, len(live))
-    wanted = {
-        f"{number}.{name}": (tensor.shape, torch.float64)
-        for name, tensor in live.items()
-        for number in range(saved)
+    local = _unfrozen_statistics(model)
+    saved_world_size = len(gathered) // max(1, len(local))
+    expected = {
+        f"{saved_rank}.{name}": (tensor.shape, torch.float64)
+        for name, tensor in local.items()
+        for saved_rank in range(saved_world_size)
     }
-    if {name: (tensor.shape, tensor.dtype) for name, tensor in gathered.items()} != wanted:
+    if {name: (tensor.shape, tensor.dtype) for name, tensor in gathered.items()} != expected:
         raise UserError(
             "the checkpoint's BatchNorm statistics are those of another model: expected "
-            f"{len(live)} tensors for each process. Start anew with --run.resume never, which moves the run aside"
+            f"{len(local)} tensors for each process. Start anew with --run.resume never, which archives the run"
         )
-    if saved == 0:
-        return  # one process has written it: its statistics stand in the model
-    for name, statistic in live.items():
-        parts = [gathered[f"{number}.{name}"] for number in range(saved)]
-        value = parts[rank] if saved == world_size else torch.stack(parts).mean(0)
+    if saved_world_size == 0:
+        return  # the checkpoint was written by one process: the model already holds its statistics
+    for name, statistic in local.items():
+        of_ranks = [gathered[f"{saved_rank}.{name}"] for saved_rank in range(saved_world_size)]
+        value = of_ranks[rank] if saved_world_size == world_size else torch.stack(of_ranks).mean(0)
         statistic.copy_(value)
 
 
-def _live_statistics(model: nn.Module) -> dict[str, Tensor]:
+def _unfrozen_statistics(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": buffer
         for name, layer in model.named_modules()
@@ -170,7 +169,7 @@ def _live_statistics(model: nn.Module) -> dict[str, Tensor]:
 def average_batch_norm_statistics(model: nn.Module, world_size: int) -> None:
     """Replace running means and variances by their averages over the `world_size` processes, in one all-reduce.
 
-    Every process calls it, with the same model. Frozen layers and num_batches_tracked are left.
+    Every process must call it, with the same model. Frozen layers and num_batches_tracked are not changed.
     """
     layers = [layer for layer in batch_norms(model) if not is_frozen(layer)]
     if world_size == 1 or not layers:
@@ -179,7 +178,7 @@ def average_batch_norm_statistics(model: nn.Module, world_size: int) -> None:
     flat = torch.cat([s.detach().float() for s in statistics])
     torch.distributed.all_reduce(flat)
     flat /= world_size
-    parts = torch.split(flat, [s.numel() for s in statistics])
+    averages = torch.split(flat, [s.numel() for s in statistics])
     with torch.no_grad():
-        for statistic, average in zip(statistics, parts, strict=True):
+        for statistic, average in zip(statistics, averages, strict=True):
             statistic.copy_(average)

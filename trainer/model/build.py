@@ -1,4 +1,4 @@
-"""torchvision's classification models by name, at an image size that they can take.
+"""Build torchvision's classification models by name, for an image size that they can take.
 
 Order: `build` -> `head.find_heads` -> `head.replace_head` -> `weights.load_weights`.
 """
@@ -19,32 +19,33 @@ from trainer.model.architectures import check_architecture
 from trainer.model.head import trial_forward
 from trainer.model.weights import find_enum, is_file
 
-_NUM_CLASSES = 1000  # as the published weights have it
-_LARGEST_SIDE = 8192
-_LARGEST_TRIED = 768
-# Inception's auxiliary head ends in a 5 x 5 convolution over maps that smaller pictures do not fill.
-_INCEPTION_AUXILIARY_FROM = 299
+_NUM_CLASSES = 1000  # of the published weights
+_MAX_IMAGE_SIZE = 8192
+_MAX_SUGGESTED_SIZE = 768
+# Inception's auxiliary head ends in a 5 x 5 convolution, for which the maps of smaller images are too small.
+_MIN_INCEPTION_AUXILIARY_SIZE = 299
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How pictures are prepared for a model's published weights."""
+    """Preprocessing of a model's published weights."""
 
     image_size: int
-    """Side of the square that the model sees, in pixels."""
+    """Side of the model's square input in pixels."""
     resize_size: int
-    """Side to which a picture's shorter side is resized before the centre crop, in pixels."""
+    """Size in pixels to which the shorter side of an image is resized before the center crop."""
     interpolation: Literal["bilinear", "bicubic"]
     mean: tuple[float, float, float]
-    """Of each channel, for values in [0, 1]."""
+    """Mean of each channel, for values in [0, 1]."""
     std: tuple[float, float, float]
+    """Standard deviation of each channel."""
 
 
 def preset(name: str, weights: str | None) -> Preset:
-    """Return the preprocessing of the model's weights: those named, or the default ones for a file or none.
+    """Return the preprocessing of published weights: the named ones, or for a file or None the default ones.
 
     Raises:
-        UserError: an unknown model, or weights that it does not have.
+        UserError: the model is unknown, or has no such weights.
 
     """
     check_architecture(name)
@@ -60,65 +61,69 @@ def preset(name: str, weights: str | None) -> Preset:
 
 
 def build(name: str, *, image_size: int, num_classes: int = _NUM_CLASSES, empty: bool = False) -> nn.Module:
-    """Return the model with weights drawn from torch's current random numbers, in train mode, on the CPU.
+    """Return the model with random weights, drawn from torch's current random state, in training mode, on the CPU.
 
     Args:
-        name: one of `names()`.
-        image_size: side of the square pictures in pixels; tried without memory before anything is drawn.
-        num_classes: outputs.
-        empty: leave the parameters on the meta device: nothing is drawn, and they take no memory.
+        name: one of `architectures()`.
+        image_size: side of the square images in pixels; checked by a trial forward before weights are drawn.
+        num_classes: number of outputs.
+        empty: leave the parameters on the meta device: they take no memory, and no random numbers are drawn.
 
     Raises:
-        UserError: an unknown model, or an image size that it cannot take.
+        UserError: the model is unknown, or cannot take images of this size.
 
     """
     check_architecture(name)
-    reason = _misfit(name, image_size)
+    reason = _why_unsuitable(name, image_size)
     if reason is not None:
         raise UserError(
             f"{name} cannot be trained on images of {image_size} x {image_size} px: {reason}."
-            f"{_nearest(name, image_size)}"
+            f"{_suggest_sizes(name, image_size)}"
         )
     if empty:
-        with _without_memory(name):
+        with _on_meta_device(name):
             return _construct(name, image_size, num_classes)
     return _construct(name, image_size, num_classes)
 
 
 @contextmanager
-def _without_memory(name: str) -> Iterator[None]:
-    """Let a block construct the model with parameters on the meta device; random numbers stay."""
+def _on_meta_device(name: str) -> Iterator[None]:
+    """Construct models with parameters on the meta device within a block; the random state is restored at its end."""
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))  # some layers draw before they are emptied
+        stack.enter_context(
+            torch.random.fork_rng(devices=[])
+        )  # some layers draw before their parameters are moved
         stack.enter_context(init_empty_weights())
-        if name.startswith("vit_"):  # its position embedding may be large; RegNets cannot be built this way
+        if name.startswith(
+            "vit_"
+        ):  # its position embedding may be large; RegNets cannot be constructed in this context
             stack.enter_context(torch.device("meta"))
         yield
 
 
 def _construct(name: str, image_size: int, num_classes: int) -> nn.Module:
-    settings: dict[str, Any] = {"weights": None, "num_classes": num_classes}
-    # Three families take settings of their own; the others find out the size of their input as they run.
+    options: dict[str, Any] = {"weights": None, "num_classes": num_classes}
+    # Three families have options of their own; the others take the size of their input from the input.
     if name.startswith("vit_"):
-        settings["image_size"] = image_size
+        options["image_size"] = image_size
     elif name.startswith("maxvit_"):
-        settings["input_size"] = (image_size, image_size)
+        options["input_size"] = (image_size, image_size)
     elif name in ("googlenet", "inception_v3"):
-        # Built as their published weights were. init_weights=False leaves torch's own, much faster start.
-        has_auxiliary = name == "googlenet" or image_size >= _INCEPTION_AUXILIARY_FROM
-        settings |= {"aux_logits": has_auxiliary, "transform_input": True, "init_weights": False}
-    return models.get_model(name, **settings)
+        # Options of the published weights. init_weights=False keeps torch's default, which is much faster.
+        has_auxiliary = name == "googlenet" or image_size >= _MIN_INCEPTION_AUXILIARY_SIZE
+        options |= {"aux_logits": has_auxiliary, "transform_input": True, "init_weights": False}
+    return models.get_model(name, **options)
 
 
 @lru_cache(maxsize=256)
-def _misfit(name: str, image_size: int) -> str | None:
-    """Return why the model cannot take such images, or None where it can."""
-    if not 1 <= image_size <= _LARGEST_SIDE:
-        return f"a side has 1 to {_LARGEST_SIDE} pixels"
+def _why_unsuitable(name: str, image_size: int) -> str | None:
+    """Return why the model cannot take such images, or None if it can."""
+    if not 1 <= image_size <= _MAX_IMAGE_SIZE:
+        return f"expected 1 to {_MAX_IMAGE_SIZE} px"
     if name.startswith("vit_") and image_size % (patch := _patch_size(name)):
-        return f"its patches are {patch} x {patch} px, and the side must be a multiple of that"
+        return f"its patches are {patch} x {patch} px, and the image size must be a multiple of {patch}"
     try:
-        with _without_memory(name):
+        with _on_meta_device(name):
             model = _construct(name, image_size, _NUM_CLASSES)
     except (ValueError, RuntimeError, AssertionError) as error:
         return _first_line(error)
@@ -135,20 +140,20 @@ def _first_line(error: BaseException) -> str:
 
 def _patch_size(name: str) -> int:
     size = preset(name, None).image_size
-    with _without_memory(name):
+    with _on_meta_device(name):
         return cast(int, _construct(name, size, _NUM_CLASSES).patch_size)
 
 
-def _nearest(name: str, image_size: int) -> str:
-    """Return a sentence with sizes near `image_size` that the model can take."""
+def _suggest_sizes(name: str, image_size: int) -> str:
+    """Return a sentence with the nearest suitable sizes, and that of the published weights."""
     step = _patch_size(name) if name.startswith("vit_") else 32
-    at = min(max(image_size, 0), _LARGEST_SIDE)
-    smaller = range(at - at % step, 0, -step)
-    larger = range(at - at % step + step, min(max(_LARGEST_TRIED, at + step), _LARGEST_SIDE) + 1, step)
-    fitting = [
-        next((s for s in sizes if s != image_size and _misfit(name, s) is None), None)
-        for sizes in (smaller, larger)
+    clamped = min(max(image_size, 0), _MAX_IMAGE_SIZE)
+    below = clamped - clamped % step
+    larger_end = min(max(_MAX_SUGGESTED_SIZE, clamped + step), _MAX_IMAGE_SIZE) + 1
+    suitable = [
+        next((size for size in sizes if size != image_size and _why_unsuitable(name, size) is None), None)
+        for sizes in (range(below, 0, -step), range(below + step, larger_end, step))
     ]
-    listed = " or ".join(str(size) for size in fitting if size is not None)
-    would_do = f" data.image_size {listed} would do;" if listed else ""
-    return f"{would_do} its published weights take {preset(name, None).image_size}"
+    sizes = " or ".join(str(size) for size in suitable if size is not None)
+    suggestion = f" Set data.image_size to {sizes};" if sizes else ""
+    return f"{suggestion} its published weights take {preset(name, None).image_size}"

@@ -1,4 +1,4 @@
-"""`BuiltModel`: a model ready to train, its layers in execution order, and what trains in each stage."""
+"""`BuiltModel`: a model ready to train, the order of its layers, and the stages of gradual unfreezing."""
 
 from dataclasses import dataclass
 
@@ -23,11 +23,11 @@ class BuiltModel:
 
     model: nn.Module
     heads: tuple[str, ...]
-    """Dotted names of the new output layers, auxiliary ones included."""
+    """Names of the new output layers: the main one, then the auxiliary ones."""
     source: str
     """Where the pretrained weights came from."""
     summary: tuple[str, ...]
-    """Lines that say what was done, for the console."""
+    """Lines for the console: what was loaded, replaced and set."""
     layer_order: LayerOrder
     unfreeze_stages: tuple[UnfreezeStage, ...] = ()
-    """Stages of gradual unfreezing; the model is in the first of them. Empty if all parameters train."""
+    """Stages of gradual unfreezing; the model is in the first one. Empty until they are set."""

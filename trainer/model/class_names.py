@@ -1,113 +1,95 @@
-"""Which of the source's classes are those of the target: by name alone, whole names only.
+"""Match the class names of two data sets: whole names only, up to case, separators and a regular plural.
 
-`hot_dog` is `hotdog`, `ants` is `ant`; `not-hotdog` is neither, since no part of a name counts.
+`hot_dog` matches `hotdog`, and `ants` matches `ant`. `not-hotdog` matches neither: no part of a name counts.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torchvision.models import WeightsEnum
-
-How = Literal["name", "alias", "spelling", "plural"]
-_IRREGULAR = {
-    "calves": "calf", "children": "child", "dice": "die", "elves": "elf", "feet": "foot", "geese": "goose",
-    "halves": "half", "hooves": "hoof", "indices": "index", "knives": "knife", "leaves": "leaf", "lice": "louse",
-    "lives": "life", "loaves": "loaf", "men": "man", "mice": "mouse", "oxen": "ox", "people": "person",
-    "scarves": "scarf", "selves": "self", "sheaves": "sheaf", "shelves": "shelf", "teeth": "tooth",
-    "thieves": "thief", "wharves": "wharf", "wives": "wife", "wolves": "wolf", "women": "woman",
-}  # fmt: skip
-_NO_PLURAL = ("ss", "us", "is")
-"""Endings of words that an s does not make a plural: dress, bus, iris."""
+MatchKind = Literal["name", "alias", "spelling", "plural"]
 
 
 @dataclass(frozen=True)
 class Match:
-    """A target class that the source knows."""
+    """A target class that the source model has."""
 
     target: int
+    """Index of the target class."""
     source: int
-    how: How
+    """Index of the source class."""
+    kind: MatchKind
 
 
 @dataclass(frozen=True)
 class Matches:
-    """What a comparison of names has found."""
+    """Result of `match_classes`."""
 
-    found: tuple[Match, ...]
-    """One for each target class at most, in their order."""
+    matched: tuple[Match, ...]
+    """At most one match for each target class, in their order."""
     ambiguous: tuple[tuple[int, tuple[int, ...]], ...]
-    """Target class -> the several source classes of that name: none is taken."""
+    """(target class, the several source classes that match it); none of them is chosen."""
 
 
-def match_labels(
+def match_classes(
     targets: Sequence[str], sources: Sequence[str], aliases: Mapping[str, str] | None = None
 ) -> Matches:
-    """Return which target classes the source knows: the same name, else an alias, another spelling, a plural.
+    """Match each target class by the same name, else by its alias, else by spelling, else as a plural.
 
-    Another spelling differs in case, spaces, hyphens and underscores alone.
+    Spellings differ in case, spaces, hyphens and underscores.
 
     Args:
-        targets: names of the target's classes.
-        sources: names of the source's.
-        aliases: target's name -> source's name, where they differ otherwise.
+        targets: names of the target classes.
+        sources: names of the source classes.
+        aliases: target name -> source name, where they differ otherwise.
 
     """
-    others = aliases or {}
-    indexes: dict[How, dict[str, list[int]]] = {
-        "name": _index((name, i) for i, name in enumerate(sources)),
-        "spelling": _index((normalize_name(name), i) for i, name in enumerate(sources)),
-        "plural": _index((form, i) for i, name in enumerate(sources) for form in singular(name)),
-    }
-    found, ambiguous = [], []
+    aliases = aliases or {}
+    by_name = _index(sources, lambda name: {name})
+    by_spelling = _index(sources, lambda name: {normalize_name(name)})
+    by_singular = _index(sources, singular_forms)
+    matched, ambiguous = [], []
     for target, name in enumerate(targets):
-        ways: list[tuple[How, Iterable[str], dict[str, list[int]]]] = [
-            ("name", [name], indexes["name"]),
-            ("alias", [normalize_name(others[name])] if name in others else [], indexes["spelling"]),
-            ("spelling", [normalize_name(name)], indexes["spelling"]),
-            ("plural", singular(name), indexes["plural"]),
+        attempts: list[tuple[MatchKind, Iterable[str], Mapping[str, list[int]]]] = [
+            ("name", [name], by_name),
+            ("alias", [normalize_name(aliases[name])] if name in aliases else [], by_spelling),
+            ("spelling", [normalize_name(name)], by_spelling),
+            ("plural", singular_forms(name), by_singular),
         ]
-        for how, forms, index in ways:
-            there = sorted({i for form in forms for i in index.get(form, ())})
-            if len(there) == 1:
-                found.append(Match(target, there[0], how))
-            elif there:
-                ambiguous.append((target, tuple(there)))
-            if there:
+        for kind, forms, index in attempts:
+            indices = sorted({i for form in forms if form for i in index.get(form, ())})
+            if len(indices) == 1:
+                matched.append(Match(target, indices[0], kind))
+            elif indices:
+                ambiguous.append((target, tuple(indices)))
+            if indices:
                 break
-    return Matches(tuple(found), tuple(ambiguous))
+    return Matches(tuple(matched), tuple(ambiguous))
 
 
-def _index(pairs: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
+def _index(names: Sequence[str], forms: Callable[[str], set[str]]) -> Mapping[str, list[int]]:
     index: defaultdict[str, list[int]] = defaultdict(list)
-    for form, i in pairs:
-        if form:
+    for i, name in enumerate(names):
+        for form in forms(name):
             index[form].append(i)
-    return dict(index)
+    return index
 
 
 def normalize_name(name: str) -> str:
-    """Return a name without case, spaces, hyphens and underscores."""
+    """Return a name in lower case without spaces, hyphens and underscores."""
     return re.sub(r"[\s_-]+", "", name.casefold())
 
 
-def singular(name: str) -> set[str]:
-    """Return the spellings that a name may have in the singular, its own among them."""
-    *before, last = re.split(r"[\s_-]+", name.casefold().strip(" _-"))
-    forms = {last}
-    if last in _IRREGULAR:
-        forms.add(_IRREGULAR[last])
-    elif last.endswith("ies") and len(last) > 4:
-        forms |= {last[:-3] + "y", last[:-1]}  # puppies, cookies
-    elif last.endswith(("ses", "xes", "zes", "ches", "shes", "oes")):
-        forms |= {last[:-2], last[:-1]}  # buses, vases
-    elif last.endswith("s") and not last.endswith(_NO_PLURAL) and len(last) > 2:
-        forms.add(last[:-1])
-    return {"".join([*before, form]) for form in forms}
-
-
-def torchvision_labels(weights: WeightsEnum) -> tuple[str, ...]:
-    """Return the class names of published weights, in the order of their rows."""
-    return tuple(weights.meta["categories"])
+def singular_forms(name: str) -> set[str]:
+    """Return the normalized name, and what it may be in the singular: ants -> ant, boxes -> box, puppies -> puppy."""
+    plain = normalize_name(name)
+    forms = {plain}
+    if plain.endswith("s") and not plain.endswith("ss"):
+        forms.add(plain[:-1])
+    if plain.endswith("es"):
+        forms.add(plain[:-2])
+    if plain.endswith("ies"):
+        forms.add(plain[:-3] + "y")
+    return forms

@@ -1,4 +1,4 @@
-"""The target model: the source's design and weights, all but a new output layer."""
+"""Build the target model: the source's architecture and weights, with a new output layer."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -20,35 +20,44 @@ def build_model(
     num_classes: int,
     weights: str | None,
     head_init: Literal["xavier", "torch", "source-labels", "linear-probe"],
-    labels: ClassMapping | None = None,
+    class_mapping: ClassMapping | None = None,
     dropout: float | None = None,
     stochastic_depth: float | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> BuiltModel:
-    """Build a model with a new head, drawn from torch's generator, and copy the source weights into the rest.
+    """Build a model with a new, random output layer, and copy the source weights into all other layers.
 
-    `labels` are asked for by head_init source-labels alone; a linear probe begins with a drawn head, and is made
-    elsewhere, since it sees images. `dropout` and `stochastic_depth` are probabilities, None: the model's own.
-    `on_progress` hears one line before a download begins.
+    Args:
+        name: architecture.
+        image_size: side of the square images in pixels.
+        num_classes: outputs of the new output layer.
+        weights: a torchvision name, a file, or None for random weights.
+        head_init: initialization of the output layer. For linear-probe it is Xavier-uniform here; `fit_head` fits it.
+        class_mapping: for head_init source-labels.
+        dropout: probability; None keeps the model's own.
+        stochastic_depth: probability; None keeps the model's own.
+        on_progress: called with one line before a download.
 
     Raises:
-        UserError: an unknown name, weights that do not fit, a head that is not found, too small an image, or what
-            `source_labels.init_head_from_source_classes` and `drop` refuse.
+        UserError: the name is unknown, the image size is unsuitable, the weights do not fit, the output layer is not
+            found, or an option does not apply to the model.
 
     """
     model = build(name, image_size=image_size)
     heads = find_heads(model, image_size)
     replace_head(model, heads, num_classes, "torch" if head_init == "torch" else "xavier")
     lines = [f"{name}: new output layer{'s' * (len(heads) > 1)} {', '.join(head.name for head in heads)}"]
-    if removed := [activation for head in heads for activation in head.activations]:
-        lines.append(f"taken out, so that logits have no bound: {', '.join(removed)}")
+    if activations := [activation for head in heads for activation in head.activations]:
+        lines.append(f"removed, because it would clip the logits: {', '.join(activations)}")
     source = "from scratch"
     if weights is not None:
         state, source = read_weights(name, weights, on_progress=on_progress)
         report = load_weights(model, heads, state, name=name, image_size=image_size, source=source)
         lines += report.lines()
-        if head_init == "source-labels" and labels is not None:
-            lines += init_head_from_source_classes(model, heads[0], state, labels, name=name, weights=weights)
+        if head_init == "source-labels" and class_mapping is not None:
+            lines += init_head_from_source_classes(
+                model, heads[0], state, class_mapping, name=name, weights=weights
+            )
     if dropout is not None:
         lines.append(set_dropout(model, name, dropout))
     if stochastic_depth is not None:

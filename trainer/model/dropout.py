@@ -1,4 +1,4 @@
-"""Dropout and stochastic depth of a model, set to other probabilities than its own."""
+"""Set the probabilities of dropout and stochastic depth in a model."""
 
 from collections.abc import Iterator
 
@@ -13,20 +13,20 @@ from trainer.errors import UserError
 
 
 def set_dropout(model: nn.Module, name: str, probability: float) -> str:
-    """Set the probability of the model's dropout layers, in place; returns a line for a person.
+    """Set the probability of the model's dropout layers in place; return a line for the console.
 
-    These are the ones that torchvision's own argument `dropout` (DenseNet: `drop_rate`) reaches, Srivastava et al.
-    2014: not the attention weights of transformers, nor the auxiliary classifiers of GoogLeNet.
+    These are the layers that torchvision's argument `dropout` (DenseNet: `drop_rate`) sets, without the attention
+    weights of transformers and the auxiliary classifiers of GoogLeNet.
 
     Raises:
-        UserError: the model has none.
+        UserError: the model has no dropout layers.
 
     """
     auxiliary = {
-        id(part)
+        id(layer)
         for module in model.modules()
         if isinstance(module, InceptionAux)
-        for part in module.modules()
+        for layer in module.modules()
     }
     count = 0
     for module in model.modules():
@@ -41,37 +41,37 @@ def set_dropout(model: nn.Module, name: str, probability: float) -> str:
         count += 1
     if not count:
         raise UserError(
-            f"model.dropout is {probability:g}, but {name} has no dropout layers: leave it null. Those with them are "
-            "AlexNet, DenseNet, EfficientNet, GoogLeNet, Inception, MaxViT, MNASNet, MobileNet, SqueezeNet, Swin, "
+            f"model.dropout is {probability:g}, but {name} has no dropout layers: set it to null. Models with dropout "
+            "are AlexNet, DenseNet, EfficientNet, GoogLeNet, Inception, MaxViT, MNASNet, MobileNet, SqueezeNet, Swin, "
             "VGG and ViT"
         )
     return f"dropout {probability:g} in {count} layers"
 
 
 def set_stochastic_depth(model: nn.Module, name: str, probability: float) -> str:
-    """Set the probability with which the last residual block is left out, in place; returns a line for a person.
+    """Set the probability with which the last residual block is skipped, in place; return a line for the console.
 
-    torchvision gives its models probabilities that grow with the depth (Huang et al. 2016, Deep Networks with
-    Stochastic Depth, eq. 4): they keep their proportions.
+    torchvision's probabilities grow with the depth (Huang et al. 2016, Deep Networks with Stochastic Depth, eq. 4).
+    They are all multiplied by the same factor.
 
     Raises:
-        UserError: the model has none.
+        UserError: the model has no stochastic depth.
 
     """
-    layers = list(_in_use(model))
+    layers = list(_active_stochastic_depth(model))
     greatest = max((layer.p for layer in layers), default=0.0)
     if not greatest:
         raise UserError(
-            f"model.stochastic_depth is {probability:g}, but {name} has no blocks that are left out: leave it null. "
-            "Those with them are ConvNeXt, EfficientNet, MaxViT and Swin"
+            f"model.stochastic_depth is {probability:g}, but {name} has no stochastic depth: set it to null. "
+            "Models with it are ConvNeXt, EfficientNet, MaxViT and Swin"
         )
     for layer in layers:
         layer.p *= probability / greatest
     return f"stochastic depth from {min(layer.p for layer in layers):.3g} to {probability:g} in {len(layers)} layers"
 
 
-def _in_use(model: nn.Module) -> Iterator[StochasticDepth]:
-    """Yield the layers that do anything: EfficientNet's blocks without a shortcut have one that they never call."""
+def _active_stochastic_depth(model: nn.Module) -> Iterator[StochasticDepth]:
+    """Yield the layers that are called: EfficientNet's blocks without a shortcut have one that they never call."""
     unused = {
         id(module.stochastic_depth)
         for module in model.modules()

@@ -1,7 +1,7 @@
-"""`model.safetensors`: weights, and in its header all that is needed to predict with them.
+"""Load a model file, `model.safetensors`: weights, and a header with all that is needed to predict with them.
 
-The header's entry `regraft` is JSON: format, version, architecture, classes, preprocessing, source, metrics.
-A file from elsewhere is hostile until checked: nothing in it is executed, every field is validated.
+A file may come from anywhere: nothing in it is executed, and every field and tensor is validated. See `metadata` for
+the header.
 """
 
 import os
@@ -25,33 +25,31 @@ from trainer.text import escape_unprintable, join_truncated
 
 
 class Preprocess:
-    """A picture -> the model's input, as in the run's evaluation."""
+    """Convert an image to the model's input, as the run's evaluation does."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
         self._transform = eval_transform(preprocessing)
         self._normalize = Normalize(preprocessing, torch.device("cpu"))
 
-    def __call__(self, picture: Image.Image | str | os.PathLike[str]) -> Tensor:
-        """Return float32 [3, image_size, image_size]; a PIL picture is read as its file would be.
+    def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Tensor:
+        """Return float32 [3, image_size, image_size] of a PIL image or of an image file.
 
         Raises:
-            UserError: not a readable image.
+            UserError: the image cannot be read.
 
         """
         try:
-            image = upright_rgb(picture) if isinstance(picture, Image.Image) else decode(picture)
+            decoded = upright_rgb(image) if isinstance(image, Image.Image) else decode(image)
         except UnreadableImage as error:
-            name = (
-                "the picture" if isinstance(picture, Image.Image) else escape_unprintable(os.fspath(picture))
-            )
+            name = "the image" if isinstance(image, Image.Image) else escape_unprintable(os.fspath(image))
             raise UserError(f"{name}: {error}; expected an image file") from None
-        array = torch.tensor(to_array(self._transform(image)))
+        array = torch.tensor(to_array(self._transform(decoded)))
         return self._normalize(array.permute(2, 0, 1)[None])[0]
 
 
 class LoadedModel(NamedTuple):
-    """A model file, ready to predict with."""
+    """A loaded model file, ready to predict with."""
 
     model: nn.Module
     preprocess: Preprocess
@@ -62,54 +60,53 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
     """Return the model (eval mode, CPU), its preprocessing and its classes; see `regraft.load`."""
     if not Path(path).is_file():
         raise UserError(f"{os.fspath(path)}: there is no such file; expected a run's model.safetensors")
-    found = read_metadata(path)
-    if found is None:
+    metadata = read_metadata(path)
+    if metadata is None:
         raise UserError(
-            f"{os.fspath(path)}: holds weights but not regraft's description; "
-            "expected a run's model.safetensors"
+            f"{os.fspath(path)}: holds weights but no regraft header; expected a run's model.safetensors"
         )
-    size = found.preprocessing.image_size
+    size = metadata.preprocessing.image_size
     try:
-        # Without memory or random numbers: the file's tensors become the model's once they are known to fit.
-        model = build(found.architecture, image_size=size, empty=True)
-        replace_head(model, find_heads(model, size), len(found.classes), "torch")
+        # On the meta device: the file's tensors become the model's after they were checked.
+        model = build(metadata.architecture, image_size=size, empty=True)
+        replace_head(model, find_heads(model, size), len(metadata.classes), "torch")
         state = read_state(path, model.state_dict())
     except UserError as error:
         raise UserError(f"{os.fspath(path)}: {error}") from None
     model.load_state_dict(state, assign=True)
-    return LoadedModel(model.eval(), Preprocess(found.preprocessing), found.classes)
+    return LoadedModel(model.eval(), Preprocess(metadata.preprocessing), metadata.classes)
 
 
-def read_state(path: str | os.PathLike[str], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the file's tensors, float32 and finite, if they are those of the model, by name and shape.
+def read_state(path: str | os.PathLike[str], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the file's tensors as float32; they must be finite and have the expected names and shapes.
 
     Raises:
-        UserError: they are not, or cannot be read.
+        UserError: the tensors differ from the expected ones, or cannot be read.
 
     """
     state: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            wrong = [f"{name} is missing" for name in wanted if name not in shapes]
-            wrong += [f"{name} is not of this model" for name in shapes if name not in wanted]
+            wrong = [f"{name} is missing" for name in expected if name not in shapes]
+            wrong += [f"{name} does not belong to this model" for name in shapes if name not in expected]
             wrong += [
                 f"{name} is {list(shapes[name])}, expected {list(tensor.shape)}"
-                for name, tensor in wanted.items()
+                for name, tensor in expected.items()
                 if name in shapes and shapes[name] != tuple(tensor.shape)
             ]
             for name in [] if wrong else shapes:
                 tensor = file.get_tensor(name)
                 dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-                # A copy: what is read may be a window on the file, which may change.
+                # A copy, because the tensor may be a memory map of the file, which may change.
                 state[name] = tensor.to(dtype, copy=True)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        raise UserError(f"not readable to its end ({error})") from None
+        raise UserError(f"cannot be read to its end ({error})") from None
     for name, tensor in state.items():
-        if not fits(name, wanted[name], tensor):
-            wrong.append(f"{name} holds {tensor.dtype}, or indices of another model")
+        if not fits(name, expected[name], tensor):
+            wrong.append(f"{name} holds {tensor.dtype}, or indices that differ from this model's")
         elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
             wrong.append(f"{name} holds NaN or infinite values")
     if wrong:
-        raise UserError(f"its weights do not fit its description: {join_truncated(wrong, limit=5)}")
+        raise UserError(f"its weights do not fit its header: {join_truncated(wrong, limit=5)}")
     return state

@@ -1,7 +1,7 @@
-"""What trains, in stages; and what that means for BatchNorm.
+"""Freeze and unfreeze parameters by stages, and BatchNorm statistics with them.
 
-Freezing the lower layers is the strongest regularisation there is (Yosinski et al. 2014); letting them loose one
-after the other keeps what they know from the first, large gradients of a new head (Howard & Ruder 2018, ULMFiT).
+Frozen early layers are a strong regularization (Yosinski et al. 2014). Gradual unfreezing protects pretrained layers
+from the first, large gradients of a new head (Howard & Ruder 2018, ULMFiT).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,42 +17,42 @@ BatchNormMode = Literal["frozen-with-weights", "frozen", "train", "sync"]
 
 
 def make_stages(
-    what: Mapping[int, str] | str, model: nn.Module, heads: Sequence[str], structure: LayerOrder
+    trainable: Mapping[int, str] | str, model: nn.Module, heads: Sequence[str], layer_order: LayerOrder
 ) -> tuple[UnfreezeStage, ...]:
-    """Return the stages of a run, in their order; what trains in one trains in all that follow.
+    """Return the stages of a run in order. What trains in a stage also trains in all later ones.
 
     Args:
-        what: what trains, as `blocks.trained` takes it; or epoch -> that, from 0 on.
+        trainable: a selection as for `blocks.trainable_parameters`, or first epoch of a stage -> selection.
         model: with its new output layers.
-        heads: their names, which train in every stage.
-        structure: of the model.
+        heads: names of the output layers, which train in every stage.
+        layer_order: of the model.
 
     Raises:
-        UserError: what trains means nothing in this model.
+        UserError: a selection that this model does not have.
 
     """
     stages: list[UnfreezeStage] = []
-    so_far: frozenset[str] = frozenset()
-    for begins, text in sorted(({0: what} if isinstance(what, str) else what).items()):
-        so_far |= trainable_parameters(text, model, heads, structure)
-        stages.append(UnfreezeStage(start_epoch=begins, trainable=so_far))
+    unfrozen: frozenset[str] = frozenset()
+    for epoch, selection in sorted(({0: trainable} if isinstance(trainable, str) else trainable).items()):
+        unfrozen |= trainable_parameters(selection, model, heads, layer_order)
+        stages.append(UnfreezeStage(start_epoch=epoch, trainable=unfrozen))
     return tuple(stages)
 
 
 def stage_at(stages: Sequence[UnfreezeStage], epoch: int) -> UnfreezeStage:
-    """Return the stage that an epoch (counted from 0) lies in."""
+    """Return the stage of an epoch (counted from 0)."""
     return [stage for stage in stages if stage.start_epoch <= epoch][-1]
 
 
-def apply_stage(model: nn.Module, stage: UnfreezeStage, policy: BatchNormMode) -> None:
-    """Have just the stage's parameters train, and BatchNorm's statistics by the policy.
+def apply_stage(model: nn.Module, stage: UnfreezeStage, mode: BatchNormMode) -> None:
+    """Unfreeze exactly the stage's parameters, and freeze BatchNorm statistics by the mode.
 
-    What does not train needs no gradient: nothing below the first layer that trains is kept for a backward pass.
-    A model that DDP has wrapped has to be wrapped again after it.
+    Frozen parameters need no gradient, so the backward pass ends at the first trainable layer. A model in DDP's wrapper
+    must be wrapped again afterwards.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in stage.trainable)
-    frozen = frozen_batch_norms(model, stage, policy)
+    frozen = frozen_batch_norms(model, stage, mode)
     for name, layer in named_batch_norms(model):
         if name in frozen:
             freeze_batch_norm(layer)
@@ -60,24 +60,24 @@ def apply_stage(model: nn.Module, stage: UnfreezeStage, policy: BatchNormMode) -
             unfreeze_batch_norm(layer, training=model.training)
 
 
-def frozen_batch_norms(model: nn.Module, stage: UnfreezeStage, policy: BatchNormMode) -> frozenset[str]:
-    """Return the BatchNorm layers that keep the source's statistics: the names of the modules.
+def frozen_batch_norms(model: nn.Module, stage: UnfreezeStage, mode: BatchNormMode) -> frozenset[str]:
+    """Return the names of the BatchNorm layers whose running statistics are frozen.
 
-    Statistics belong to the weights before them. A layer whose own weights do not train, but that went on to follow
-    the target's statistics, would shift the features of a part that is meant to stay as it is.
+    Statistics belong to the weights before them. If a layer whose weights are frozen followed the statistics of the new
+    data, it would shift features that are meant to stay unchanged.
     """
     names = [name for name, _ in named_batch_norms(model)]
-    if policy == "train":
+    if mode == "train":
         return frozenset()
-    if policy == "frozen":
+    if mode == "frozen":
         return frozenset(names)
 
-    def trains(name: str) -> bool:
+    def is_trainable(name: str) -> bool:
         own = [f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters(recurse=False)]
-        # One without weights goes with its neighbours.
-        around = f"{name.rpartition('.')[0]}.".lstrip(".")
-        return any(key in stage.trainable for key in own) or (
-            not own and any(key.startswith(around) for key in stage.trainable)
-        )
+        if own:
+            return any(key in stage.trainable for key in own)
+        # A layer without weights follows the parameters of its parent module.
+        parent = f"{name.rpartition('.')[0]}.".lstrip(".")
+        return any(key.startswith(parent) for key in stage.trainable)
 
-    return frozenset(name for name in names if not trains(name))
+    return frozenset(name for name in names if not is_trainable(name))

@@ -1,6 +1,6 @@
-"""Header of a model file: architecture, classes, preprocessing, source and metrics, next to the weights.
+"""Write and read the header of a model file: architecture, classes, preprocessing, source and metrics.
 
-The header's entry `regraft` is JSON. A file from elsewhere is not trusted: nothing in it is executed, every field is
+The header's entry `regraft` is JSON. A file may come from anywhere: nothing in it is executed, and every field is
 validated.
 """
 
@@ -28,33 +28,34 @@ HEADER_KEY = "regraft"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelMetadata:
-    """What a model file says of itself."""
+    """Header of a model file."""
 
     version: str
-    """regraft's version that wrote it."""
+    """Version of regraft that wrote the file."""
     architecture: str
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     source: str
     """Where the weights came from before fine-tuning."""
     metrics: Mapping[str, Any]
+    """Metrics of the saved epoch."""
 
 
-def write_model(path: Path, state: Mapping[str, Tensor], description: ModelMetadata) -> None:
-    """Write weights and description into one file, which is whole or absent."""
-    fields = {"format": FORMAT, **dataclasses.asdict(description)}
-    # In ASCII: a folder's name, so a class's, may hold bytes that no Unicode text has.
+def write_model(path: Path, state: Mapping[str, Tensor], metadata: ModelMetadata) -> None:
+    """Write weights and header into one file, which is complete or absent."""
+    fields = {"format": FORMAT, **dataclasses.asdict(metadata)}
+    # json.dumps escapes to ASCII: a class may be named after a folder whose name is not valid Unicode.
     header = {HEADER_KEY: json.dumps(fields), "format": "pt"}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    # Not by safetensors' own writing, which leaves a file of a random name where it is killed.
+    # safetensors' save_file would leave a file with a random name if it is killed.
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata=header)))
 
 
 def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata | None:
-    """Return what a safetensors file says of itself, or None for one that regraft did not write.
+    """Return the header of a model file, or None for a safetensors file that regraft did not write.
 
     Raises:
-        UserError: not a readable safetensors file, or a description that is damaged or of a later format.
+        UserError: the file is not readable, or its header is damaged or has a later format.
 
     """
     try:
@@ -69,7 +70,7 @@ def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata | None:
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"{os.fspath(path)}: its description is damaged ({escape_unprintable(reason)[:200]}); expected a run's "
+            f"{os.fspath(path)}: its header is damaged ({escape_unprintable(reason)[:200]}); expected a run's "
             "model.safetensors as it was written"
         ) from None
 

@@ -1,11 +1,11 @@
-"""Names of modules and patterns of parameter names, as options take them."""
+"""Match the modules and patterns of parameter names that options contain."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 
 def match_names(pattern: str, names: Iterable[str]) -> set[str]:
-    """Return the parameter names that a pattern means: those it matches, and all of the modules that it matches.
+    """Return the parameter names that match a pattern, or that belong to a module that matches it.
 
     `layer4` and `layer4.*` mean the same; `*.bias` means every bias.
     """

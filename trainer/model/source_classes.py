@@ -1,6 +1,7 @@
-"""A new output layer from the source's own: rows of classes that both know by name (the note's sixth step).
+"""Initialize the output layer with the source model's rows, for classes that both have (`head_init: source-labels`).
 
-Raghu et al. 2019 (Transfusion) and the note: what the source has learnt of a class need not be learnt again.
+The last step of the D2L recipe's exercises; what the source model has learned about a class need not be learned again
+(Raghu et al. 2019, Transfusion).
 """
 
 import difflib
@@ -14,172 +15,177 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
-from trainer.model.class_names import Matches, match_labels, normalize_name, torchvision_labels
+from trainer.model.class_names import Matches, match_classes, normalize_name
 from trainer.model.head import Head
 from trainer.model.weights import find_enum, is_file
+from trainer.text import escape_unprintable
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMapping:
-    """What classes are called, here and in the source."""
+    """Names of the target classes, and where the names of the source classes come from."""
 
     targets: tuple[str, ...]
-    """The new output layer's."""
+    """Names of the target classes, in the order of the new output layer."""
     sources: str = "auto"
-    """A text file with the source's names, one a line; auto: those of the weights."""
-    described: tuple[str, ...] | None = None
-    """What a model file of regraft says of itself."""
+    """Text file with one source class per line, or `auto`: the classes of the weights."""
+    in_weights_file: tuple[str, ...] | None = None
+    """Classes in the header of a regraft model file; None for other weights."""
     aliases: Mapping[str, str]
-    """Target's name -> source's, where they differ."""
+    """Target name -> source name, where they differ."""
 
 
-def source_names(labels: ClassMapping, *, name: str, weights: str, rows: int) -> tuple[tuple[str, ...], str]:
-    """Return (the names of the source's classes in the order of its rows, where they come from).
+def source_names(mapping: ClassMapping, *, name: str, weights: str, rows: int) -> tuple[tuple[str, ...], str]:
+    """Return (names of the source classes in the order of the rows, where they come from).
 
     Args:
-        labels: what is known.
-        name: the model.
+        mapping: as in `init_head_from_source_classes`.
+        name: architecture.
         weights: as in `weights.read_weights`.
-        rows: of the source's output layer.
+        rows: number of rows of the source's output layer.
 
     Raises:
-        UserError: nobody knows their names, or there are more or fewer of them than rows.
+        UserError: the names are unknown, or there is not one for each row.
 
     """
-    if labels.sources != "auto":
-        names, where = read_names(Path(labels.sources)), f"file {_shown(labels.sources)}"
-    elif labels.described is not None:
-        names, where = labels.described, f"what file {_shown(weights)} says of itself"
-    elif not is_file(weights):
-        entry = find_enum(name, weights)
-        names, where = torchvision_labels(entry), f"torchvision {entry!r}"
+    if mapping.sources != "auto":
+        names, origin = read_names(Path(mapping.sources)), f"file {escape_unprintable(mapping.sources)}"
+    elif mapping.in_weights_file is not None:
+        names, origin = mapping.in_weights_file, f"the header of file {escape_unprintable(weights)}"
     else:
-        entry = find_enum(name, "DEFAULT")
-        names = torchvision_labels(entry)
-        where = (
-            f"torchvision {entry!r}, SINCE file {_shown(weights)} NAMES NO CLASSES and has as many rows; if they are "
-            "others, name them by model.source_labels"
-        )
-        if len(names) != rows:
-            raise UserError(
-                f"{weights}: names no classes, and its output layer has {rows} rows, not the {len(names)} of "
-                f"{entry!r}: give their names, one a line in the order of the rows, as the file model.source_labels"
+        entry = find_enum(name, "DEFAULT" if is_file(weights) else weights)
+        names, origin = tuple(entry.meta["categories"]), f"torchvision {entry!r}"
+        if is_file(weights):
+            origin += (
+                f", SINCE file {escape_unprintable(weights)} NAMES NO CLASSES and has as many rows; "
+                "if its classes are others, set model.source_labels"
             )
+            if len(names) != rows:
+                raise UserError(
+                    f"{weights}: names no classes, and its output layer has {rows} rows, not the {len(names)} of "
+                    f"{entry!r}: set model.source_labels to a text file with their names, one per line in the order of "
+                    "the rows"
+                )
     if len(names) != rows:
         raise UserError(
-            f"the source's classes are {len(names)} by {where}, but the output layer of {weights} has {rows} rows: "
+            f"there are {len(names)} source classes ({origin}), but the output layer of {weights} has {rows} rows: "
             "expected one name for each row, in their order"
         )
-    return names, where
+    return names, origin
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """Return the names in a text file, one a line.
+    """Return the names in a text file, one per line.
 
     Raises:
-        UserError: not a readable text in UTF-8, no names, or an empty line between them.
+        UserError: the file is not readable UTF-8, holds no names, or has an empty line between names.
 
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a text in UTF-8"
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(
-            f"model.source_labels {path}: cannot be read ({reason}); expected a text file with a name a line, or auto"
+            f"model.source_labels {path}: cannot be read ({reason}); expected a text file with one name "
+            "per line, or auto"
         ) from None
     names = [line.strip() for line in text.rstrip().split("\n")]
     if names == [""]:
-        raise UserError(f"model.source_labels {path}: is empty; expected a name a line")
+        raise UserError(f"model.source_labels {path}: is empty; expected one name per line")
     if "" in names:
         raise UserError(
-            f"model.source_labels {path}: line {names.index('') + 1} is empty; expected a name in each, since the "
-            "first belongs to the first row"
+            f"model.source_labels {path}: line {names.index('') + 1} is empty; expected a name in every line: "
+            "line 1 belongs to the first row"
         )
     return tuple(names)
 
 
 def check_targets(aliases: Mapping[str, str], targets: Sequence[str]) -> None:
-    """Raise a UserError for an alias of a class that is not there, with those that were probably meant."""
+    """Raise a UserError, with close matches, for an alias of a class that is not a target class."""
     for target in aliases:
         if target not in targets:
             raise UserError(
-                f"model.aliases has {_shown(target)!r}, which is no class of yours. {_close(target, targets)}"
+                f"model.aliases has {target!r}, which is not one of your classes. {_suggest(target, targets)}"
             )
 
 
 def check_aliases(aliases: Mapping[str, str], targets: Sequence[str], sources: Sequence[str]) -> None:
-    """Raise a UserError for an alias whose names do not exist, with those that were probably meant."""
+    """Raise a UserError, with close matches, for an alias between classes that do not exist."""
     check_targets(aliases, targets)
-    known = {normalize_name(name) for name in sources}
+    spellings = {normalize_name(name) for name in sources}
     for target, source in aliases.items():
-        if normalize_name(source) not in known:
+        if normalize_name(source) not in spellings:
             raise UserError(
-                f"model.aliases has {_shown(target)} -> {_shown(source)}, but the source has no class "
-                f"{_shown(source)!r}. {_close(source, sources)}"
+                f"model.aliases maps {target!r} to {source!r}, but the source has no class {source!r}. "
+                f"{_suggest(source, sources)}"
             )
 
 
-def _close(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name.casefold(), [other.casefold() for other in known], n=3, cutoff=0.5)
-    meant = [other for other in known if other.casefold() in close][:3]
-    some = ", ".join(map(_shown, meant or known[:5]))
-    return f"Did you mean {some}?" if meant else f"Expected one of its {len(known)}, such as {some}"
-
-
-def _shown(name: str) -> str:
-    return name if name.isprintable() else repr(name)
+def _suggest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name.casefold(), [other.casefold() for other in names], n=3, cutoff=0.5)
+    suggested = [other for other in names if other.casefold() in close][:3]
+    listed = ", ".join(map(escape_unprintable, suggested or names[:5]))
+    return f"Did you mean {listed}?" if suggested else f"Expected one of its {len(names)}, such as {listed}"
 
 
 def init_head_from_source_classes(
     model: nn.Module,
     head: Head,
     state: Mapping[str, Tensor],
-    labels: ClassMapping,
+    mapping: ClassMapping,
     *,
     name: str,
     weights: str,
 ) -> list[str]:
-    """Start the grafted output layer from the source's rows, in place; returns what was done, for a person.
+    """Initialize the new output layer with the source's rows, in place. Return lines for the console.
 
-    A copied row is the source's less the mean of all the source's rows, its bias likewise: that changes no softmax of
-    the source, and brings the row level with new ones, whose mean is 0. A row without a match keeps the direction
-    that was drawn for it, in the mean length of the copied ones; its bias makes it stand for its part of the
-    source's classes that were not matched. Without any match the layer stays as it was drawn.
+    A matched row is the source's row minus the mean of all source rows, and its bias likewise. That changes no softmax
+    of the source, and makes the rows comparable with random ones, whose mean is 0. An unmatched row keeps its random
+    direction, scaled to the mean norm of the matched rows; its bias makes it stand for an equal part of the unmatched
+    source classes. If no class matches, the layer stays random.
+
+    Args:
+        model: with the new output layer.
+        head: the main output layer.
+        state: source weights.
+        mapping: class names.
+        name: architecture.
+        weights: as in `weights.read_weights`.
 
     Raises:
-        UserError: the source has no such layer, or one of another shape; its classes have no names; a wrong alias.
+        UserError: the source has no output layer of this shape, its class names are unknown, or an alias is wrong.
 
     """
     layer = cast(nn.Linear | nn.Conv2d, model.get_submodule(head.name))
     weight = _source_tensor(state, f"{head.name}.weight", tuple(layer.weight.shape[1:]), name, weights)
-    names, where = source_names(labels, name=name, weights=weights, rows=len(weight))
-    check_aliases(labels.aliases, labels.targets, names)
-    matches = match_labels(labels.targets, names, labels.aliases)
-    if matches.found:
-        at = [match.target for match in matches.found]
-        taken = [match.source for match in matches.found]
+    names, origin = source_names(mapping, name=name, weights=weights, rows=len(weight))
+    check_aliases(mapping.aliases, mapping.targets, names)
+    matches = match_classes(mapping.targets, names, mapping.aliases)
+    if matches.matched:
+        targets = [match.target for match in matches.matched]
+        sources = [match.source for match in matches.matched]
         with torch.no_grad():
-            rows = weight[taken] - weight.mean(0, keepdim=True)
-            length = rows.flatten(1).norm(dim=1).mean()
-            drawn = layer.weight / layer.weight.flatten(1).norm(dim=1).clamp(min=1e-12).view(
+            rows = weight[sources] - weight.mean(0, keepdim=True)
+            norm = rows.flatten(1).norm(dim=1).mean()
+            directions = layer.weight / layer.weight.flatten(1).norm(dim=1).clamp(min=1e-12).view(
                 -1, *[1] * (layer.weight.ndim - 1)
             )
-            layer.weight.copy_(drawn * length)
-            layer.weight[at] = rows
+            layer.weight.copy_(directions * norm)
+            layer.weight[targets] = rows
             if layer.bias is not None:
                 bias = _source_tensor(state, f"{head.name}.bias", (), name, weights)
                 layer.bias.fill_(
-                    _remainder_bias(len(weight) - len(set(taken)), len(labels.targets) - len(at))
+                    _remainder_bias(len(weight) - len(set(sources)), len(mapping.targets) - len(targets))
                 )
-                layer.bias[at] = bias[taken] - bias.mean()
-    return _report(matches, labels, names, where, has_bias=layer.bias is not None)
+                layer.bias[targets] = bias[sources] - bias.mean()
+    return _report(matches, mapping, names, origin, has_bias=layer.bias is not None)
 
 
 def _remainder_bias(sources: int, targets: int) -> float:
-    """Return the bias of each of `targets` classes that share what speaks for `sources` classes of the source.
+    """Return the bias of each of `targets` unmatched classes, which together stand for `sources` source classes.
 
-    Log of the sum of as many exponentials of 0, the mean logit: without it, a picture of nothing that was matched
-    would be taken for the matched class that is a little more like it than the average class is.
+    It is the log of the sum of that many exponentials of 0, the mean logit. Without it, an image of an unmatched class
+    would be assigned to whichever matched class it resembles a little more than the average class.
     """
     return math.log(max(1, sources) / targets) if targets else 0.0
 
@@ -187,52 +193,54 @@ def _remainder_bias(sources: int, targets: int) -> float:
 def _source_tensor(
     state: Mapping[str, Tensor], key: str, shape: tuple[int, ...], name: str, weights: str
 ) -> Tensor:
-    """Return the source's tensor of [rows, *shape]."""
-    instead = "set model.head_init to xavier, or model.weights to weights with their output layer"
+    """Return the source's tensor of shape [rows, *shape]."""
+    advice = "set model.head_init to xavier, or model.weights to weights with their output layer"
     if key not in state:
         raise UserError(
-            f"model.head_init is source-labels, but {weights} holds no {key}, the output layer of {name}: {instead}"
+            f"model.head_init is source-labels, but {weights} holds no {key}, the output layer of {name}: {advice}"
         )
     tensor = state[key]
     if tuple(tensor.shape[1:]) != shape or not len(tensor) or not tensor.is_floating_point():
         raise UserError(
             f"model.head_init is source-labels, but {key} of {weights} is {list(tensor.shape)}, expected "
-            f"[rows{''.join(f', {n}' for n in shape)}]: {instead}"
+            f"[rows{''.join(f', {n}' for n in shape)}]: {advice}"
         )
     return tensor
 
 
 def _report(
-    matches: Matches, labels: ClassMapping, names: Sequence[str], where: str, *, has_bias: bool
+    matches: Matches, mapping: ClassMapping, sources: Sequence[str], origin: str, *, has_bias: bool
 ) -> list[str]:
-    targets = labels.targets
-    lines = [f"output layer from the source's own: {len(matches.found)} of {len(targets)} classes ({where})"]
-    for match in matches.found:
-        row = f"  {_shown(targets[match.target])} <- {_shown(names[match.source])}, row {match.source}"
-        lines.append(f"{row} ({match.how})")
-        alias = labels.aliases.get(targets[match.target])
+    shown, names = (
+        [escape_unprintable(name) for name in mapping.targets],
+        list(map(escape_unprintable, sources)),
+    )
+    lines = [f"output layer from the source's own: {len(matches.matched)} of {len(shown)} classes ({origin})"]
+    for match in matches.matched:
+        lines.append(f"  {shown[match.target]} <- {names[match.source]}, row {match.source} ({match.kind})")
+        alias = mapping.aliases.get(mapping.targets[match.target])
         if (
             alias is not None
-            and match.how == "name"
-            and normalize_name(alias) != normalize_name(names[match.source])
+            and match.kind == "name"
+            and normalize_name(alias) != normalize_name(sources[match.source])
         ):
-            lines.append(f"    (not {_shown(alias)}: a class of the very same name goes before an alias)")
-    for target, sources in matches.ambiguous:
-        several = ", ".join(f"{_shown(names[row])} (row {row})" for row in sources)
+            lines.append(
+                f"    (not {escape_unprintable(alias)}: a class of the same name has priority over an alias)"
+            )
+    for target, rows in matches.ambiguous:
+        candidates = ", ".join(f"{names[row]} (row {row})" for row in rows)
+        lines.append(f"  {shown[target]}: AMBIGUOUS, left random: {candidates}; choose one in model.aliases")
+    matched = {match.target for match in matches.matched} | {target for target, _ in matches.ambiguous}
+    unmatched = [name for target, name in enumerate(shown) if target not in matched]
+    if unmatched:
+        lines.append(f"  left random, {len(unmatched)} that the source does not have: {', '.join(unmatched)}")
+    if unmatched and matches.matched and not has_bias:
         lines.append(
-            f"  {_shown(targets[target])}: AMBIGUOUS, left random: {several}; model.aliases may choose"
+            "  the output layer has no bias to stand for the source's other classes: their logits start low"
         )
-    known = {match.target for match in matches.found} | {target for target, _ in matches.ambiguous}
-    unknown = [_shown(name) for target, name in enumerate(targets) if target not in known]
-    if unknown:
-        lines.append(f"  left random, {len(unknown)} that the source does not know: {', '.join(unknown)}")
-    if unknown and matches.found and not has_bias:
+    if not matches.matched:
         lines.append(
-            "  the output layer has no bias, by which these could stand for the source's other classes: they start low"
-        )
-    if not matches.found:
-        lines.append(
-            "  NO CLASS OF YOURS IS THE SOURCE'S: the whole output layer is random, as under xavier; name the same "
+            "  NONE OF YOUR CLASSES IS ONE OF THE SOURCE'S: the whole output layer is random, as with xavier; map "
             "classes in model.aliases, or set model.head_init to linear-probe"
         )
     return lines

@@ -1,4 +1,4 @@
-"""Gradual unfreezing: other parameters train from one epoch to the next (Howard & Ruder 2018, ULMFiT)."""
+"""Gradual unfreezing: more parameters train from one stage to the next (Howard & Ruder 2018, ULMFiT)."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ from trainer.model.freeze import BatchNormMode, apply_stage, stage_at
 
 
 class GradualUnfreezing:
-    """Wraps the model for each stage. It holds the only reference to DDP's wrapper, so that old hooks are freed."""
+    """Wraps the model for each stage. It holds the only reference to DDP's wrapper, so that old hooks are removed."""
 
     def __init__(
         self,
@@ -23,15 +23,15 @@ class GradualUnfreezing:
         batch_norm: BatchNormMode,
         log: Callable[[str], object],
     ) -> None:
-        """Wrap a model that is in the first stage, and its optimizer.
+        """Wrap a model in its first stage, and the optimizer.
 
         Args:
             ctx: the processes.
-            model: not wrapped.
-            optimizer: over all parameters that train in any stage.
-            stages: in order; one stage alone for a run without gradual unfreezing.
+            model: unwrapped.
+            optimizer: for all parameters that train in any stage.
+            stages: in order; a single one for a run without gradual unfreezing.
             batch_norm: the option `transfer.batch_norm`.
-            log: told when a stage begins.
+            log: called with one line when a stage starts.
 
         """
         self.model, self.optimizer = ctx.prepare(model, optimizer)
@@ -40,11 +40,11 @@ class GradualUnfreezing:
         self._stage = stages[0]
 
     def restore_stage(self, epoch: int) -> None:
-        """Put the unwrapped model into the stage of an epoch (from 0), before a checkpoint is restored into it."""
+        """Apply the stage of an epoch (counted from 0) to the model, before a checkpoint is restored into it."""
         apply_stage(self.unwrapped, stage_at(self._stages, epoch), self._batch_norm)
 
     def start_epoch(self, epoch: int) -> nn.Module:
-        """Return the wrapped model for an epoch (from 0): another wrapper if a new stage begins with the epoch."""
+        """Return the wrapped model for an epoch (counted from 0). A new stage has a new wrapper."""
         stage = stage_at(self._stages, epoch)
         apply_stage(self.unwrapped, stage, self._batch_norm)
         if stage is not self._stage:

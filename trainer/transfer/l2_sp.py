@@ -10,7 +10,7 @@ from trainer.optim.param_groups import ParamGroup
 
 
 def backbone_parameters(model: nn.Module, heads: Sequence[str]) -> list[nn.Parameter]:
-    """Return the parameters that the pretrained model has: all but those of the new output layers (dotted names)."""
+    """Return the pretrained parameters: all but those of the new output layers (dotted names)."""
     in_heads = {id(p) for head in heads for p in model.get_submodule(head).parameters()}
     return [p for p in model.parameters() if id(p) not in in_heads]
 
@@ -18,32 +18,32 @@ def backbone_parameters(model: nn.Module, heads: Sequence[str]) -> list[nn.Param
 def without_weight_decay(
     groups: Iterable[ParamGroup], parameters: Iterable[nn.Parameter]
 ) -> tuple[ParamGroup, ...]:
-    """Return the groups with no weight decay on these parameters, which L2-SP decays instead."""
+    """Return the groups without weight decay on these parameters, since L2-SP decays them."""
     ids = {id(parameter) for parameter in parameters}
     result = []
     for group in groups:
-        decayed = {id(parameter) in ids for parameter in group.parameters}
-        if len(decayed) > 1:
+        pretrained = {id(parameter) in ids for parameter in group.parameters}
+        if len(pretrained) > 1:
             raise RuntimeError(f"the group {group.name} mixes output layers and pretrained parameters")
-        result.append(dataclasses.replace(group, weight_decay=0.0) if True in decayed else group)
+        result.append(dataclasses.replace(group, weight_decay=0.0) if True in pretrained else group)
     return tuple(result)
 
 
 class L2SP:
-    """Decay of parameters towards their initial values.
+    """Decay of parameters towards their initial values; it does nothing if its strength is 0.
 
-    The penalty is strength / 2 * |w - w0|^2 ("SP": starting point), its gradient strength * (w - w0). Biases and the
-    parameters of norms are decayed like all others.
+    The penalty is strength / 2 * |w - w0|^2 ("SP": starting point), and its gradient is strength * (w - w0). Biases and
+    the parameters of norms are decayed like all others.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], strength: float, *, decoupled: bool) -> None:
-        """Copy the parameters' current values.
+        """Copy the parameters' current values as the starting point.
 
         Args:
             parameters: on the device that they are trained on.
-            strength: the factor that weight decay would have; 0 turns L2-SP off.
-            decoupled: move the weights by lr * strength * (w0 - w), as AdamW decays weights, instead of adding to the
-                gradient.
+            strength: factor, as of weight decay; 0 turns L2-SP off.
+            decoupled: add lr * strength * (w0 - w) to the weights, as AdamW decays weights, instead of adding to the
+                gradients.
 
         """
         self.enabled = strength > 0
@@ -55,9 +55,9 @@ class L2SP:
 
     @torch.no_grad()
     def apply(self, optimizer: torch.optim.Optimizer) -> None:
-        """Decay the parameters that train now: call it before `optimizer.step`, on unscaled and clipped gradients.
+        """Decay the trainable parameters. Call it before `optimizer.step`, after gradients were unscaled and clipped.
 
-        An update that fp16's loss scaling skips does not skip a decoupled decay.
+        An update that fp16's loss scaling skips is still decayed if the decay is decoupled.
         """
         if not self.enabled:
             return

@@ -1,6 +1,7 @@
-"""The output layer by logistic regression, before training: one pass over the training images, then a convex problem.
+"""Linear probe: fit the output layer by logistic regression on the features of the pretrained model, before training.
 
-LP-FT: Kumar et al. 2022, Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution.
+One pass over the training images, then a convex problem. Fine-tuning starts from the solution (LP-FT): Kumar et al.
+2022, Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution.
 """
 
 import time
@@ -22,84 +23,84 @@ from trainer.seeds import derive_seed
 from trainer.transfer.logistic_regression import PENALTIES, CVResult, fit, fit_cv
 
 HELD_OUT = 0.2
-"""Share of each class's examples on which the penalty is chosen."""
-_UNCHOSEN = 1e-1
-"""Penalty where no class has two examples, so that none can be held out."""
+"""Share of each class's examples that the penalty is selected on."""
+_DEFAULT_PENALTY = 1e-1
+"""Penalty if no class has two examples, so that none can be held out."""
 _ROUNDING = 2e-3
-"""Greatest deviation of the model's logits from the layer's on its features, as a share of the sum of their terms'
-sizes: ten times what GPUs lose that multiply in TF32."""
-
-_COMPARED = 2
-"""Images on which that is looked at, twice: of a whole batch it would cost as much as the pass."""
+"""Greatest difference between the model's logits and the layer's on its features, as a share of the sum of absolute
+terms: ten times the error of a GPU that multiplies in TF32."""
+_CHECKED_IMAGES = 2
+"""Number of images on which that difference is checked."""
 
 
 def require_linear(model: nn.Module, head: str, image_size: int) -> None:
-    """Raise a UserError unless the output layer acts on one row of features a picture; tried without memory.
+    """Raise a UserError unless the output layer maps one row of features per image; checked by a trial forward.
 
-    Such are a Linear on [B, D], and a convolution of 1 x 1 whose outputs the model averages over the picture:
-    all of torchvision's classification models.
+    That is a Linear on [B, D], or a 1 x 1 convolution whose outputs the model averages over the image. All of
+    torchvision's classification models have one of the two.
     """
     layer = model.get_submodule(head)
-    with _inputs_of(layer) as seen:
+    with _record_inputs(layer) as inputs:
         trial_forward(model, image_size)
-    shape = list(seen[-1].shape)
-    is_point = isinstance(layer, nn.Conv2d) and (
+    shape = list(inputs[-1].shape)
+    is_pointwise = isinstance(layer, nn.Conv2d) and (
         set(layer.kernel_size) == set(layer.stride) == {1} and set(layer.padding) == {0}
     )
-    if len(seen) != 1 or not (is_point or (isinstance(layer, nn.Linear) and len(shape) == 2)):
+    if len(inputs) != 1 or not (is_pointwise or (isinstance(layer, nn.Linear) and len(shape) == 2)):
         raise UserError(
             f"model.head_init is linear-probe, but {head} is a {type(layer).__name__} on inputs {shape}: expected a "
-            "Linear layer on one row of features a picture, or a 1 x 1 convolution that is averaged. Choose xavier or "
+            "Linear layer on one row of features per image, or a 1 x 1 convolution that is averaged. Choose xavier or "
             "source-labels"
         )
 
 
 @contextmanager
-def _inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what reaches a layer within a block."""
-    seen: list[Tensor] = []
+def _record_inputs(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the inputs of a layer within a block."""
+    inputs: list[Tensor] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(args[0])
 
-    handle = layer.register_forward_pre_hook(note)
+    handle = layer.register_forward_pre_hook(record)
     try:
-        yield seen
+        yield inputs
     finally:
         handle.remove()
 
 
-def _features_and_logits(model: nn.Module, layer: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (features [B, D]: what the layer sees, averaged over places; logits [B, K]), in float32."""
-    with _inputs_of(layer) as seen:
-        logits = model(inputs)
-    return seen[0].float().flatten(2).mean(2) if seen[0].ndim > 2 else seen[0].float(), logits.float()
+def _features_and_logits(model: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (features [B, D]: the layer's input, averaged over positions; logits [B, K]), in float32."""
+    with _record_inputs(layer) as inputs:
+        logits = model(images)
+    features = inputs[0].float()
+    return features.flatten(2).mean(2) if features.ndim > 2 else features, logits.float()
 
 
-def _require_equal(model: nn.Module, head: str, inputs: Tensor) -> None:
-    """Raise a UserError unless the model's logits are the output layer's on its features."""
+def _check_logits(model: nn.Module, head: str, images: Tensor) -> None:
+    """Raise a UserError unless the model's logits are those of the output layer on its features."""
     layer = cast(nn.Linear | nn.Conv2d, model.get_submodule(head))
-    features, logits = _features_and_logits(model, layer, inputs)
+    features, logits = _features_and_logits(model, layer, images)
     weight = layer.weight.flatten(1).float()
     bias = weight.new_zeros(()) if layer.bias is None else layer.bias.float()
     terms = features.abs() @ weight.abs().T + bias.abs()
-    off = (logits - (features @ weight.T + bias)).abs()
-    if not bool((off <= _ROUNDING * terms).all()):
+    difference = (logits - (features @ weight.T + bias)).abs()
+    if not bool((difference <= _ROUNDING * terms).all()):
         raise UserError(
-            f"model.head_init is linear-probe, but the model's logits are not {head} on the mean of what reaches it "
-            f"(off by {off.max():.3g}): something follows that layer. Choose xavier or source-labels"
+            f"model.head_init is linear-probe, but the model's logits are not those of {head} on its mean input (they "
+            f"differ by {difference.max():.3g}): something follows that layer. Choose xavier or source-labels"
         )
 
 
 def held_out_mask(labels: Tensor, seed: int) -> Tensor:
-    """Return which examples are held out, bool [examples]: a fifth of each class, at least 1 of 2; none of 1."""
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    """Return which examples are held out, bool [examples]: a fifth of each class, at least 1 of 2, and none of 1."""
+    mask = torch.zeros(len(labels), dtype=torch.bool)
     generator = torch.Generator().manual_seed(derive_seed("probe", seed))
     for label in labels.unique().tolist():
-        where = (labels == label).nonzero().flatten()
-        count = max(1, int(HELD_OUT * len(where))) if len(where) > 1 else 0
-        chosen[where[torch.randperm(len(where), generator=generator)[:count]]] = True
-    return chosen
+        examples = (labels == label).nonzero().flatten()
+        count = max(1, int(HELD_OUT * len(examples))) if len(examples) > 1 else 0
+        mask[examples[torch.randperm(len(examples), generator=generator)[:count]]] = True
+    return mask
 
 
 def fit_head(
@@ -115,73 +116,72 @@ def fit_head(
     watchdog: Callable[[Heartbeat], AbstractContextManager[Heartbeat]],
     log: Callable[[str], object],
 ) -> float:
-    """Solve for the output layer, put it into the model, the same bit for bit on every process; returns the seconds.
+    """Fit the output layer, with bit-identical weights on every process. Return the seconds that it took.
 
-    All processes call it; rank 0 solves. Each holds all features meanwhile, 4 bytes x examples x features.
+    Every process must call it; rank 0 solves. Each process holds all features for that time: 4 bytes x examples x
+    features.
 
     Args:
-        model: bare, on its device; left in its mode.
+        model: unwrapped, on its device; keeps its mode.
         head: name of the output layer.
-        batches: this process's share (images uint8 [B, 3, H, W], labels, examples) of one pass over the training
-            images as they are evaluated.
+        batches: this process's part (images uint8 [B, 3, H, W], labels, examples) of one pass over the training images,
+            preprocessed as in evaluation.
         labels: of all training examples.
-        balanced: weigh each class alike, whatever the number of its examples.
-        seed: of the choice of the examples that are held out.
-        normalise: uint8 images -> the model's input.
-        machine: the processes.
-        watchdog: returns what watches over the pass.
-        say: hears what was done.
+        balanced: give all classes the same weight, whatever the number of their examples.
+        seed: selects the held-out examples.
+        normalize: uint8 images -> the model's input.
+        ctx: the processes.
+        watchdog: returns a context that watches over the pass.
+        log: called with lines for the console.
 
     Raises:
-        UserError: the model's logits are not linear in the features, or these are not finite.
+        UserError: the model's logits are not linear in the features, or the features are not finite.
 
     """
     log(f"linear probe: one pass over the {len(labels)} training images")
-    began = time.perf_counter()
+    start = time.perf_counter()
     layer = cast(nn.Linear | nn.Conv2d, model.get_submodule(head))
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), watchdog(Heartbeat()) as heartbeat:
-            features, first = _collect(
+            features = _extract_features(
                 model, head, batches, examples=len(labels), normalize=normalize, ctx=ctx, heartbeat=heartbeat
             )
-        passed = time.perf_counter()
-        choice = ctx.main_process_first(
-            lambda: (
-                _solve(
-                    features.to(ctx.accelerator.device),
-                    torch.tensor(labels),
-                    layer.weight.shape[0],
-                    balanced=balanced,
-                    seed=seed,
-                    intercept=layer.bias is not None,
-                )
-                if ctx.is_main_process
-                else None
-            ),
-        )
-        choice = ctx.broadcast(choice)
-        assert choice is not None  # for mypy: rank 0 has it
-        with torch.no_grad():
-            layer.weight.copy_(choice.solution.weight.view_as(layer.weight))
-            if layer.bias is not None:
-                layer.bias.copy_(choice.solution.bias)
-        solved = time.perf_counter()
-        with torch.inference_mode():
-            _agree_on_equality(model, head, first, normalize, ctx)
     finally:
         model.train(was_training)
+    pass_end = time.perf_counter()
+    result = ctx.main_process_first(
+        lambda: (
+            _solve(
+                features.to(ctx.device),
+                torch.tensor(labels),
+                layer.weight.shape[0],
+                balanced=balanced,
+                seed=seed,
+                intercept=layer.bias is not None,
+            )
+            if ctx.is_main_process
+            else None
+        ),
+    )
+    result = ctx.broadcast(result)
+    assert result is not None  # for mypy: rank 0 has it
+    with torch.no_grad():
+        layer.weight.copy_(result.solution.weight.view_as(layer.weight))
+        if layer.bias is not None:
+            layer.bias.copy_(result.solution.bias)
+    end = time.perf_counter()
     count = int(held_out_mask(torch.tensor(labels), seed).sum())
     size = " x ".join(map(str, features.shape))
     log(
-        f"linear probe: features {size} in {passed - began:.1f} s, output layer in {solved - passed:.1f} s; "
-        f"{_report(choice, count)}"
+        f"linear probe: features {size} in {pass_end - start:.1f} s, output layer in {end - pass_end:.1f} s; "
+        f"{_report(result, count)}"
     )
-    return time.perf_counter() - began
+    return end - start
 
 
-def _collect(
+def _extract_features(
     model: nn.Module,
     head: str,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
@@ -190,83 +190,73 @@ def _collect(
     normalize: Callable[[Tensor], Tensor],
     ctx: DistributedContext,
     heartbeat: Heartbeat,
-) -> tuple[Tensor, Tensor | None]:
-    """Return (features float32 [examples, D] on the CPU, in their order; some of this process's images, if it has any).
+) -> Tensor:
+    """Return the features of all examples, float32 [examples, D], on the CPU of every process.
 
-    Each row comes from one process: adding the others' zeros to it is exact.
+    Each row comes from one process, so the sum with the zeros of the others is exact.
     """
     layer = cast(nn.Linear | nn.Conv2d, model.get_submodule(head))
-    mine = iter(batches)
-    head_of = next(mine, None)
-    # Ahead of the pass, and again after it: whether the model is linear there does not depend on the weights.
-    first = None if head_of is None else head_of[0][:_COMPARED]
-    _agree_on_equality(model, head, first, normalize, ctx)
-    features = torch.zeros(examples, layer.weight.shape[1])
-    seen = torch.zeros(examples, dtype=torch.int64)
-    for images, _, places in chain(() if head_of is None else (head_of,), mine):
-        with ctx.accelerator.autocast():
-            found, _ = _features_and_logits(model, layer, normalize(images))
-        features[places.cpu()] = found.cpu()
-        seen[places.cpu()] += 1
-        heartbeat.tick(0)
-    if ctx.world_size > 1:
-        for tensor in (features, seen):
-            torch.distributed.all_reduce(tensor, group=ctx.control)
-    if not bool((seen == 1).all()):
-        raise RuntimeError(f"the features of {int((seen == 1).sum())} of {examples} examples were found once")
-    return features, first
-
-
-def _agree_on_equality(
-    model: nn.Module,
-    head: str,
-    images: Tensor | None,
-    normalize: Callable[[Tensor], Tensor],
-    ctx: DistributedContext,
-) -> None:
+    iterator = iter(batches)
+    first = next(iterator, None)  # None: this process has no images
     error = None
-    if images is not None:
+    if first is not None:
         try:
-            _require_equal(model, head, normalize(images))
+            _check_logits(model, head, normalize(first[0][:_CHECKED_IMAGES]))
         except UserError as caught:
             error = caught
     ctx.raise_on_all_ranks(error)
+    features = torch.zeros(examples, layer.weight.shape[1])
+    counts = torch.zeros(examples, dtype=torch.int64)
+    for images, _, indices in chain(() if first is None else (first,), iterator):
+        with ctx.accelerator.autocast():
+            batch_features, _ = _features_and_logits(model, layer, normalize(images))
+        features[indices.cpu()] = batch_features.cpu()
+        counts[indices.cpu()] += 1
+        heartbeat.tick(0)
+    if ctx.world_size > 1:
+        for tensor in (features, counts):
+            torch.distributed.all_reduce(tensor, group=ctx.control)
+    if not bool((counts == 1).all()):
+        raise RuntimeError(
+            f"features of {int((counts == 1).sum())} of {examples} examples were computed exactly once"
+        )
+    return features
 
 
 def _solve(
     features: Tensor, labels: Tensor, classes: int, *, balanced: bool, seed: int, intercept: bool
 ) -> CVResult:
-    """Return the solution, on the CPU; the penalty is chosen on a part of the examples that is held out."""
-    unusable = ~features.isfinite().all(1)
-    if bool(unusable.any()):
+    """Return the solution, on the CPU, with the penalty that is best on the held-out examples."""
+    not_finite = ~features.isfinite().all(1)
+    if bool(not_finite.any()):
         raise UserError(
-            f"model.head_init is linear-probe, but the source model's features of {int(unusable.sum())} training "
-            "images are not finite: see model.weights, data.mean and data.std, or try train.precision fp32"
+            f"model.head_init is linear-probe, but the source model's features of {int(not_finite.sum())} training "
+            "images are not finite: check model.weights, data.mean and data.std, or set train.precision to fp32"
         )
-    apart = held_out_mask(labels, seed).to(features.device)
+    held_out = held_out_mask(labels, seed).to(features.device)
     weights = None
     if balanced:
         weights = balanced_weights(labels.bincount(minlength=classes).tolist())[labels].to(features)
-    there = labels.to(features.device)
-    if bool(apart.any()):
-        found = fit_cv(features, there, classes, apart, weights=weights, intercept=intercept)
+    labels = labels.to(features.device)
+    if bool(held_out.any()):
+        result = fit_cv(features, labels, classes, held_out, weights=weights, intercept=intercept)
     else:
-        path = [penalty for penalty in PENALTIES if penalty >= _UNCHOSEN]
-        solution = fit(features, there, classes, path, weights=weights, intercept=intercept)[-1]
-        found = CVResult(solution, {}, 0)
-    solution = found.solution
-    return found._replace(solution=replace(solution, weight=solution.weight.cpu(), bias=solution.bias.cpu()))
+        path = [penalty for penalty in PENALTIES if penalty >= _DEFAULT_PENALTY]
+        solution = fit(features, labels, classes, path, weights=weights, intercept=intercept)[-1]
+        result = CVResult(solution, {}, 0)
+    solution = result.solution
+    return result._replace(solution=replace(solution, weight=solution.weight.cpu(), bias=solution.bias.cpu()))
 
 
-def _report(choice: CVResult, count: int) -> str:
-    """Return what was found, for a person; `count` examples were held out."""
-    solution = choice.solution
-    how = (
-        f"penalty {solution.penalty:g}, chosen on {count} images held out, {choice.correct} right "
-        f"({choice.correct / count:.3f})"
-        if count
-        else f"penalty {solution.penalty:g}, not chosen: no class has a second image to hold out"
+def _report(result: CVResult, held_out: int) -> str:
+    """Return the result in words; `held_out` is the number of held-out examples."""
+    solution = result.solution
+    selection = (
+        f"penalty {solution.penalty:g}, selected on {held_out} held-out images, {result.correct} correct "
+        f"({result.correct / held_out:.3f})"
+        if held_out
+        else f"penalty {solution.penalty:g} by default: no class has a second image to hold out"
     )
     if solution.converged:
-        return f"{how}; solved in {solution.iterations} steps of L-BFGS"
-    return f"{how}; NOT SOLVED to the end in {solution.iterations} steps of L-BFGS (slope {solution.max_grad:.1e})"
+        return f"{selection}; converged in {solution.iterations} steps of L-BFGS"
+    return f"{selection}; NOT CONVERGED in {solution.iterations} steps of L-BFGS (gradient {solution.max_grad:.1e})"

@@ -1,8 +1,4 @@
-"""Multinomial logistic regression on features, solved to convergence: the head that a linear probe ends in.
-
-Kumar et al. 2022, Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution (LP-FT): a head that
-is right already lets the backbone stay where it is good.
-"""
+"""Multinomial logistic regression on features, solved by L-BFGS to convergence: the output layer of a linear probe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,39 +9,42 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 PENALTIES = (1e2, 1e1, 1e0, 1e-1, 1e-2, 1e-3, 1e-4)
-"""Tried in this order, each from the solution before: the strongest is the easiest."""
-_MOST_ITERATIONS = 1000
-_FLAT = 1e-6
-"""Greatest slope at which the loss counts as solved, of features with variance 1."""
+"""L2 penalties in the order in which they are solved, each from the solution before: strong ones converge fastest."""
+_MAX_ITERATIONS = 1000
+_TOLERANCE = 1e-6
+"""Greatest entry of the gradient at which the solver has converged, for features with variance 1."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A linear layer: logits = features @ weight.T + bias, on features as they are."""
+    """A linear layer, logits = features @ weight.T + bias, for features that are not standardized."""
 
     weight: Tensor
     """float32 [classes, features]."""
     bias: Tensor
     """float32 [classes]."""
     penalty: float
+    """L2 penalty."""
     max_grad: float
-    """Greatest entry of the gradient where it ended; above 1e-6 it has not converged."""
+    """Greatest entry of the gradient at the end."""
     iterations: int
+    """Number of L-BFGS iterations."""
 
     @property
     def converged(self) -> bool:
-        """Return whether the loss was solved."""
-        return self.max_grad <= _FLAT
+        """Return whether the solver has converged."""
+        return self.max_grad <= _TOLERANCE
 
 
 class CVResult(NamedTuple):
-    """A solution under the penalty that did best on examples held out."""
+    """Result of a cross-validation over penalties on held-out examples."""
 
     solution: Solution
+    """Solution on all examples with the best penalty."""
     losses: dict[float, float]
-    """Penalty -> mean loss on the examples held out, weighted as in `solve`."""
+    """Penalty -> mean loss on the held-out examples, weighted as in `fit`."""
     correct: int
-    """Right answers on them, of the solution that had not seen them."""
+    """Number of correct answers on the held-out examples with the best penalty."""
 
 
 def fit(
@@ -59,29 +58,29 @@ def fit(
 ) -> list[Solution]:
     """Return the solution for each penalty, in their order.
 
-    It minimises mean cross-entropy + penalty / 2 * |W|^2 over weights W of features that are brought to mean 0 and
-    variance 1 (the bias is free), by L-BFGS in float64, and folds the scaling into the layer that it returns.
-    Without an intercept they are brought to mean square 1, and the bias is 0.
+    It minimizes mean cross-entropy + penalty / 2 * |W|^2 by L-BFGS in float64. W are weights for features standardized
+    to mean 0 and variance 1; the bias is not penalized. The returned layer includes the standardization. Without an
+    intercept, features are scaled to mean square 1, and the bias is 0.
 
     Args:
-        features: [examples, features] on any device; the work is done there.
+        features: [examples, features], on the device to compute on.
         labels: int64 [examples].
-        classes: how many there are, those without an example included.
+        classes: number of classes, including those without examples.
         penalties: above 0.
-        weights: [examples] of each one's loss, above 0, whose mean over them is divided by; None: all alike.
+        weights: [examples], weight of each example's loss, above 0; None: equal weights.
         intercept: whether the layer has a bias.
 
     """
     mean = features.mean(0, dtype=torch.float64) * intercept
     deviation = (features.to(torch.float64) - mean).pow(2).mean(0).sqrt()
     varies = deviation > 1e-6 * deviation.max().clamp(min=torch.finfo(torch.float64).tiny)
-    scale = torch.where(varies, 1 / deviation, 0.0)  # what never varies gets no weight
+    scale = torch.where(varies, 1 / deviation, 0.0)  # a constant feature gets no weight
     inputs = (features.to(torch.float64) - mean) * scale
     weight = torch.zeros(classes, features.shape[1], dtype=torch.float64, device=features.device)
     bias = torch.zeros(classes, dtype=torch.float64, device=features.device)
-    found = []
+    solutions = []
     for penalty in penalties:
-        slope, iterations = _minimize(
+        max_grad, iterations = _minimize(
             inputs,
             labels,
             weight=weight,
@@ -90,8 +89,10 @@ def fit(
             weights=weights,
         )
         folded = weight * scale
-        found.append(Solution(folded.float(), (bias - folded @ mean).float(), penalty, slope, iterations))
-    return found
+        solutions.append(
+            Solution(folded.float(), (bias - folded @ mean).float(), penalty, max_grad, iterations)
+        )
+    return solutions
 
 
 def _minimize(
@@ -103,13 +104,13 @@ def _minimize(
     penalty: float,
     weights: Tensor | None,
 ) -> tuple[float, int]:
-    """Bring weight and bias to the minimum, in place; returns (greatest slope, iterations)."""
+    """Minimize over weight and bias, in place. Return (greatest entry of the gradient, number of iterations)."""
     parameters = [tensor.requires_grad_() for tensor in (weight, bias) if tensor is not None]
     optimizer = torch.optim.LBFGS(
         parameters,
-        max_iter=_MOST_ITERATIONS,
+        max_iter=_MAX_ITERATIONS,
         history_size=20,
-        tolerance_grad=_FLAT,
+        tolerance_grad=_TOLERANCE,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
@@ -124,14 +125,14 @@ def _minimize(
     with torch.enable_grad():
         optimizer.step(loss)
         loss()
-    slope = max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)
+    max_grad = max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)
     for parameter in parameters:
         parameter.requires_grad_(False)
-    return slope, int(optimizer.state[weight]["n_iter"])
+    return max_grad, int(optimizer.state[weight]["n_iter"])
 
 
 def _loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the mean cross-entropy; of weighted examples, the weighted mean."""
+    """Return the mean cross-entropy, weighted by example if there are weights."""
     if weights is None:
         return cross_entropy(logits, labels)
     return (cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
@@ -147,27 +148,31 @@ def fit_cv(
     weights: Tensor | None = None,
     intercept: bool = True,
 ) -> CVResult:
-    """Return the solution on all examples under the penalty that is best on those held out.
+    """Return the solution on all examples with the penalty that has the lowest loss on the held-out examples.
 
     Args:
         features: [examples, features].
         labels: int64 [examples].
-        classes: how many there are.
-        held_out: bool [examples]; both kinds must exist.
-        penalties: those to choose from.
-        weights: as in `solve`.
-        intercept: as in `solve`.
+        classes: number of classes.
+        held_out: bool [examples]; some examples must be held out, and some not.
+        penalties: candidates, in descending order.
+        weights: as in `fit`.
+        intercept: as in `fit`.
 
     """
-    seen, unseen = (None if weights is None else weights[part] for part in (~held_out, held_out))
-    tried = fit(features[~held_out], labels[~held_out], classes, penalties, weights=seen, intercept=intercept)
+    fit_weights, held_out_weights = (
+        None if weights is None else weights[mask] for mask in (~held_out, held_out)
+    )
+    candidates = fit(
+        features[~held_out], labels[~held_out], classes, penalties, weights=fit_weights, intercept=intercept
+    )
     losses, correct = {}, {}
-    for solution in tried:
+    for solution in candidates:
         logits = features[held_out].float() @ solution.weight.T + solution.bias
-        losses[solution.penalty] = float(_loss(logits, labels[held_out], unseen))
+        losses[solution.penalty] = float(_loss(logits, labels[held_out], held_out_weights))
         correct[solution.penalty] = int((logits.argmax(1) == labels[held_out]).sum())
     best = min(losses, key=losses.__getitem__)
-    # Down to the best one from the strongest, as before: each begins where the one before ended.
+    # From the strongest penalty down to the best one, as before: each solution starts from the one before.
     path = [penalty for penalty in penalties if penalty >= best]
-    found = fit(features, labels, classes, path, weights=weights, intercept=intercept)[-1]
-    return CVResult(found, losses, correct[best])
+    solution = fit(features, labels, classes, path, weights=weights, intercept=intercept)[-1]
+    return CVResult(solution, losses, correct[best])

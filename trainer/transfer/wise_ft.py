@@ -1,10 +1,10 @@
 """WiSE-FT: average the initial and the fine-tuned weights (Wortsman et al. 2022, Robust fine-tuning of zero-shot
 models).
 
-The weights (1 - alpha) * initial + alpha * fine-tuned are evaluated for eleven values of alpha, and the best on the
-validation split become the run's model file. There is no training. A process that is killed repeats it from the same
-two files: `initial.safetensors`, and the best epoch's weights, which are moved to `fine-tuned.safetensors` before
-other weights take their place in `model.safetensors`.
+The weights (1 - alpha) * initial + alpha * fine-tuned are evaluated for eleven values of alpha. The best ones on the
+validation split are written into the run's model file. If the process is killed, the next start repeats this from the
+same two files: `initial.safetensors` and the best epoch's weights, which are saved as `fine-tuned.safetensors` before
+`model.safetensors` gets other weights.
 """
 
 import dataclasses
@@ -67,18 +67,18 @@ def best_alpha(results: Sequence[AlphaResult]) -> AlphaResult:
 
 
 class WiseFT:
-    """WiSE-FT of one run; it does nothing where transfer.wise_ft is off. Every process must call its methods."""
+    """WiSE-FT of one run; it does nothing if transfer.wise_ft is off. Every process must call its methods."""
 
     def __init__(self, run: OpenRun, split: str | None) -> None:
-        """Take the run, and the split to select alpha on; None turns WiSE-FT off."""
+        """Take the run and the split to select alpha on; None turns WiSE-FT off."""
         self._run = run
         self._split = split
 
     def save_initial_weights(self, model: nn.Module, metadata: ModelMetadata, *, resumed: bool) -> None:
-        """Save the model before its first update. A resumed run keeps its file, and gets its best epoch's model back.
+        """Save the model before its first update. If the run is resumed, restore its best epoch's model instead.
 
         Raises:
-            UserError: the run is resumed and its file of initial weights is gone; or a file cannot be written.
+            UserError: the file of initial weights of a resumed run is missing, or a file cannot be written.
 
         """
         if self._split is not None:
@@ -97,7 +97,7 @@ class WiseFT:
             else:
                 write_model(folder / INITIAL, new.state_dict(), metadata)
             (folder / WISE).unlink(missing_ok=True)
-            sync_folder(folder)  # before the rest: with that file, WiSE-FT would count as done
+            sync_folder(folder)  # first: if that file were left, WiSE-FT would count as done
             if new is None and _is_moved(folder):
                 (folder / FINE_TUNED).replace(folder / MODEL)
             (folder / FINE_TUNED).unlink(missing_ok=True)
@@ -106,10 +106,10 @@ class WiseFT:
     def select_alpha(
         self, make_model: Callable[[], nn.Module], evaluate: EvaluateSplits, *, step: int
     ) -> float:
-        """Write the best weights into the model file of a finished run, unless that is done; return their alpha.
+        """Write the best weights into the model file of a finished run, unless that is done. Return their alpha.
 
         Args:
-            make_model: returns the unwrapped model, on its device, prepared for its precision. Its weights are
+            make_model: returns the unwrapped model, on its device and prepared for its precision. Its weights are
                 overwritten.
             evaluate: evaluates splits.
             step: updates completed.
@@ -152,7 +152,7 @@ class WiseFT:
         return summary["alpha"]
 
     def load_for_eval(self, *, channels_last: bool) -> nn.Module:
-        """Return a finished run's model, to be evaluated: on its device, for its precision, in no process group."""
+        """Return a finished run's model for evaluation, on its device and prepared for its precision."""
         ctx = self._run.ctx
 
         def read() -> nn.Module:
@@ -166,7 +166,7 @@ class WiseFT:
         return prepared
 
     def _broadcast_state_dict(self, model: nn.Module, path: Path) -> StateDict:
-        """Return the tensors of a model file as rank 0 reads it: other machines may still see an earlier file."""
+        """Return the tensors of a model file that rank 0 reads: other machines may still see an earlier version."""
         ctx = self._run.ctx
 
         def read() -> StateDict | None:
@@ -197,14 +197,14 @@ class WiseFT:
         tuned: StateDict,
         tuned_path: Path,
     ) -> None:
-        """Write the best weights into the run's model file, and then the result; on rank 0 alone."""
+        """Write the best weights into the run's model file, and then the result, on rank 0."""
         if not self._run.is_writer:
             return
         folder, metadata = self._run.folder, read_metadata(tuned_path)
         if metadata is None:
             raise UserError(
-                f"{tuned_path}: is not what the run has written. Restore that file, or --run.resume never, which "
-                "archives the run"
+                f"{tuned_path}: was not written by this run. Restore that file, or start anew with --run.resume "
+                "never, which archives the run"
             )
         with saving_to(folder / MODEL):
             self._run.check_lock()
@@ -214,14 +214,14 @@ class WiseFT:
                 metrics = {**metadata.metrics, "wise_ft": dict(summary)}
                 best = interpolate(initial, tuned, summary["alpha"])
                 write_model(folder / MODEL, best, dataclasses.replace(metadata, metrics=metrics))
-            elif tuned_path.name != MODEL:  # evaluated again, with other rounding
+            elif tuned_path.name != MODEL:  # an earlier evaluation with other rounding selected another alpha
                 (folder / FINE_TUNED).replace(folder / MODEL)
             points = [dataclasses.asdict(result) for result in results]
             write_text_atomically(folder / WISE, json.dumps({**summary, "points": points}, indent=1) + "\n")
 
 
 def read_test_accuracy(folder: Path) -> float:
-    """Return the test accuracy of the weights that WiSE-FT put into a run's model file.
+    """Return the test accuracy of the weights that WiSE-FT wrote into a run's model file.
 
     Raises:
         UserError: the result cannot be read.
@@ -231,22 +231,22 @@ def read_test_accuracy(folder: Path) -> float:
         return float(json.loads((folder / WISE).read_text(encoding="utf-8"))["test_accuracy"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / WISE}: damaged, or gone ({error}): delete it, and the next start writes it again"
+            f"{folder / WISE}: damaged or missing ({error}): delete it, and the next start writes it again"
         ) from None
 
 
 def _require_initial(folder: Path) -> None:
     if not (folder / INITIAL).exists():
         raise UserError(
-            f"{folder / INITIAL} is gone, and transfer.wise_ft needs it: the model before its first update. Restore "
-            "that file, or --run.resume never, which archives the run"
+            f"{folder / INITIAL}: is missing, and transfer.wise_ft needs it: the model before its first update. "
+            "Restore that file, or start anew with --run.resume never, which archives the run"
         )
 
 
 def _read_result(folder: Path) -> tuple[float | None, Path]:
-    """Return the alpha of the model file, None if WiSE-FT is not done; and the path of the fine-tuned weights."""
+    """Return (alpha of the model file, or None if WiSE-FT is not done; path of the fine-tuned weights)."""
     tuned = folder / (FINE_TUNED if _is_moved(folder) else MODEL)
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # damaged: WiSE-FT is done again
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # damaged: WiSE-FT is repeated
         return float(json.loads((folder / WISE).read_text(encoding="utf-8"))["alpha"]), tuned
     return None, tuned
 
@@ -254,11 +254,11 @@ def _read_result(folder: Path) -> tuple[float | None, Path]:
 def _evaluate_alphas(
     evaluate: Callable[[float, str], Evaluation], split: str
 ) -> tuple[tuple[AlphaResult, ...], dict[str, float]]:
-    """Return the result of each alpha, and the summary that is written."""
+    """Return the result of each alpha on the split, and the summary of the selection."""
     evaluations = {alpha: evaluate(alpha, split) for alpha in ALPHAS}
     results = tuple(AlphaResult(alpha=a, accuracy=e.accuracy, loss=e.loss) for a, e in evaluations.items())
     best = best_alpha(results)
-    tuned = evaluate(1.0, "test")  # only now, so that nothing is selected by it
+    tuned = evaluate(1.0, "test")  # after the selection, which must not depend on it
     test = tuned if best.alpha == 1 else evaluate(best.alpha, "test")
     return results, {
         "alpha": best.alpha,
@@ -274,15 +274,15 @@ def _evaluate_alphas(
 
 
 def _table(results: Sequence[AlphaResult], summary: Mapping[str, float], split: str) -> Table:
-    """Return the results as a table, the best one marked."""
+    """Return the results as a table with the best alpha marked."""
     test, tuned = summary["test_accuracy"], summary["test_accuracy_of_fine_tuned"]
-    verdict = (
-        f"alpha {summary['alpha']:g} is the best on {split} and becomes {MODEL}; test accuracy {test:.3f}, {tuned:.3f} "
-        "for alpha 1"
+    selection = (
+        f"alpha {summary['alpha']:g} is the best on {split} and is written to {MODEL}; test accuracy {test:.3f}, "
+        f"{tuned:.3f} for alpha 1"
         if summary["alpha"] < 1
-        else f"alpha 1 is the best on {split}, and {MODEL} stays as it is; test accuracy {test:.3f}"
+        else f"alpha 1 is the best on {split}, and {MODEL} is not changed; test accuracy {test:.3f}"
     )
-    title = f"WiSE-FT, from the initial weights (alpha 0) to the fine-tuned ones (alpha 1): {verdict}"
+    title = f"WiSE-FT, from the initial weights (alpha 0) to the fine-tuned weights (alpha 1): {selection}"
     table = Table("alpha", title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in (f"{split} accuracy", f"{split} loss", ""):
         table.add_column(name, justify="right", no_wrap=True)
@@ -293,11 +293,11 @@ def _table(results: Sequence[AlphaResult], summary: Mapping[str, float], split: 
 
 
 def _is_moved(folder: Path) -> bool:
-    """Return whether `model.safetensors` holds interpolated weights, and `fine-tuned.safetensors` the best epoch's."""
+    """Return whether the best epoch's weights are in `fine-tuned.safetensors`, not in `model.safetensors`."""
     if not (folder / FINE_TUNED).exists():
         return False
     try:
         metadata = read_metadata(folder / MODEL)
-    except UserError:  # gone, or damaged
+    except UserError:  # missing or damaged
         return True
     return metadata is None or "wise_ft" in metadata.metrics

@@ -18,8 +18,8 @@ def resnet() -> tuple[nn.Module, LayerOrder]:
     return model, analyze_blocks(model, 64)
 
 
-class Backwards(nn.Module):
-    """Its modules are named in another order than that in which it calls them; `early` is called first."""
+class Reversed(nn.Module):
+    """Calls its modules in another order than it registers them; `early` is called first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ class Backwards(nn.Module):
         return logits
 
 
-def test_the_order_is_that_of_the_forward_pass() -> None:
-    order = execution_order(Backwards(), 8)
-    assert sorted((when, name) for name, when in order.items()) == [
+def test_the_execution_order_is_that_of_the_forward_pass() -> None:
+    order = execution_order(Reversed(), 8)
+    assert sorted((position, name) for name, position in order.items()) == [
         (0, "scale"), (1, "early.bias"), (1, "early.weight"), (2, "late.bias"), (2, "late.weight"),
         (3, "head.bias"), (3, "head.weight"),
     ]  # fmt: skip
-    assert [block.name for block in analyze_blocks(Backwards(), 8).blocks] == ["early", "late", "head"]
+    assert [block.name for block in analyze_blocks(Reversed(), 8).blocks] == ["early", "late", "head"]
 
 
 @pytest.mark.parametrize(
@@ -52,19 +52,19 @@ def test_the_order_is_that_of_the_forward_pass() -> None:
         ("vit_b_32", ["conv_proj", *(f"encoder.layers.encoder_layer_{i}" for i in range(12)), "heads"]),
     ],
 )
-def test_blocks_are_what_a_person_would_call_them(name: str, names: list[str]) -> None:
+def test_blocks_have_the_expected_names(name: str, names: list[str]) -> None:
     model = build(name, image_size=64, empty=True)
     assert [block.name for block in analyze_blocks(model, 64).blocks] == names
 
 
-def test_a_norm_belongs_to_the_block_before_it(resnet: tuple[nn.Module, LayerOrder]) -> None:
+def test_norms_belong_to_the_block_before(resnet: tuple[nn.Module, LayerOrder]) -> None:
     assert resnet[1].blocks[0].parameters == ("conv1.weight", "bn1.weight", "bn1.bias")
     assert resnet[1].depth["bn1.weight"] == 5
     assert resnet[1].depth["fc.weight"] == 0
 
 
 @pytest.mark.parametrize(
-    ("what", "blocks"),
+    ("selection", "blocks"),
     [
         ("all", RESNET),
         ("head", ["fc"]),
@@ -77,40 +77,42 @@ def test_a_norm_belongs_to_the_block_before_it(resnet: tuple[nn.Module, LayerOrd
         ("layer1, layer4.*", ["layer1", "layer4", "fc"]),
     ],
 )
-def test_what_trains(what: str, blocks: list[str], resnet: tuple[nn.Module, LayerOrder]) -> None:
-    model, structure = resnet
-    expected = {name for block in structure.blocks if block.name in blocks for name in block.parameters}
-    assert trainable_parameters(what, model, ["fc"], structure) == expected
+def test_a_selection_of_blocks(
+    selection: str, blocks: list[str], resnet: tuple[nn.Module, LayerOrder]
+) -> None:
+    model, layer_order = resnet
+    expected = {name for block in layer_order.blocks if block.name in blocks for name in block.parameters}
+    assert trainable_parameters(selection, model, ["fc"], layer_order) == expected
 
 
-def test_patterns_and_inner_modules(resnet: tuple[nn.Module, LayerOrder]) -> None:
-    model, structure = resnet
+def test_a_selection_of_patterns_and_inner_modules(resnet: tuple[nn.Module, LayerOrder]) -> None:
+    model, layer_order = resnet
     head = {"fc.weight", "fc.bias"}
-    biases = {name for name in structure.order if name.endswith(".bias")}
-    assert trainable_parameters("*.bias", model, ["fc"], structure) == biases | head
-    inner = trainable_parameters("from:layer4.1.conv2", model, ["fc"], structure)
+    biases = {name for name in layer_order.order if name.endswith(".bias")}
+    assert trainable_parameters("*.bias", model, ["fc"], layer_order) == biases | head
+    inner = trainable_parameters("from:layer4.1.conv2", model, ["fc"], layer_order)
     assert inner == {"layer4.1.conv2.weight", "layer4.1.bn2.weight", "layer4.1.bn2.bias"} | head
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("selection", "message"),
     [
         ("from:layer5", "no module 'layer5' with parameters. Did you mean layer4 or"),
         ("from:", "no module '' with parameters"),
         ("from:relu", "no module 'relu'"),
-        ("last:0", "expected last:1 to last:6, by the blocks of this model, conv1, layer1"),
+        ("last:0", "expected last:1 to last:6; the blocks of this model are conv1, layer1"),
         ("last:7", "expected last:1 to last:6"),
         ("last:two", "expected last:1 to last:6"),
         ("last:-1", "expected last:1 to last:6"),
-        ("lastly", "'lastly' matches none of this model's, such as conv1.weight, bn1.weight"),
-        ("layer1, layre2", "'layre2' matches none"),
-        ("layer1,", "'' matches none"),
+        ("lastly", "'lastly' matches no parameter of this model, such as conv1.weight, bn1.weight"),
+        ("layer1, layre2", "'layre2' matches no parameter"),
+        ("layer1,", "'' matches no parameter"),
     ],
 )
-def test_what_means_nothing_is_refused_with_what_there_is(
-    what: str, said: str, resnet: tuple[nn.Module, LayerOrder]
+def test_a_wrong_selection_is_an_error_with_alternatives(
+    selection: str, message: str, resnet: tuple[nn.Module, LayerOrder]
 ) -> None:
-    model, structure = resnet
-    with pytest.raises(UserError, match=re.escape(said)) as error:
-        trainable_parameters(what, model, ["fc"], structure)
-    assert f"transfer.trainable is '{what}'" in str(error.value)
+    model, layer_order = resnet
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        trainable_parameters(selection, model, ["fc"], layer_order)
+    assert f"transfer.trainable is '{selection}'" in str(error.value)

@@ -1,87 +1,72 @@
-import itertools
-import shutil
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models
 
-from tests.folders import image_folder
-from tests.trainer.test_train_run import back_to, equal, train
-from trainer.checkpoint import store
-from trainer.checkpoint.store import CheckpointId
-from trainer.config.schema import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    TransferConfig,
-)
-from trainer.pipeline import resolve
-from trainer.run.folder import CHECKPOINTS
+from trainer.distributed.context import DistributedContext
+from trainer.model.blocks import analyze_blocks
+from trainer.model.freeze import apply_stage, make_stages
+from trainer.transfer.gradual_unfreezing import GradualUnfreezing
 
-STAGES = {0: "head", 1: "layer4", 2: "layer1"}
-"""By epoch, of three epochs of two steps."""
+STAGES = {0: "head", 2: "layer4", 3: "layer1"}
+UPDATED = [{"fc"}, {"fc"}, {"layer4", "fc"}, {"layer1", "layer4", "fc"}]
+"""Children of ResNet-18 that change in each epoch."""
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
-    home = tmp_path_factory.mktemp("staged")
-    threads = torch.get_num_threads()
-    root = image_folder(home / "images", {"train": {"a": 4, "b": 3}, "test": {"a": 1, "b": 1}})
-    config = resolve(
-        Config(
-            run=RunConfig(dir=str(home / "run"), device="cpu"),
-            data=DataConfig(root=str(root), image_size=32, num_workers=0, cache=str(home / "cache")),
-            model=ModelConfig(name="resnet18", weights=None),
-            transfer=TransferConfig(trainable=STAGES),
-            optim=OptimConfig(name="adamw", lr=1e-3, weight_decay=0.1),
-            train=TrainConfig(epochs=3, batch_size=4, precision="fp32"),
-            checkpoint=CheckpointConfig(every="1 steps", keep_last=100),
-        )
+def make_unfreezing(ctx: DistributedContext, lines: list[str]) -> GradualUnfreezing:
+    torch.manual_seed(0)
+    model = models.resnet18(num_classes=2).train()
+    stages = make_stages(STAGES, model, ["fc"], analyze_blocks(model, 32))
+    apply_stage(model, stages[0], "frozen-with-weights")
+    trainable = [p for name, p in model.named_parameters() if name in stages[-1].trainable]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3)
+    return GradualUnfreezing(
+        ctx, model, optimizer, stages=stages, batch_norm="frozen-with-weights", log=lines.append
     )
-    _, seen = train(config)
-    assert "from epoch 2 on, 8,394,754 parameters train" in " ".join(seen.split())
-    yield config
-    torch.set_num_threads(threads)
 
 
-def at(config: Config, step: int, epoch: int, file: str = store.MODEL) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.run.dir) / CHECKPOINTS / CheckpointId(step, epoch).name / file)
+def train_epoch(unfreezing: GradualUnfreezing, epoch: int) -> set[str]:
+    """Make an update of an epoch; return the children of the model that changed, by parameters or statistics."""
+    model, images = unfreezing.start_epoch(epoch), torch.randn(4, 3, 32, 32)
+    before = {name: tensor.clone() for name, tensor in unfreezing.unwrapped.state_dict().items()}
+    model(images).square().sum().backward()
+    unfreezing.optimizer.step()
+    unfreezing.optimizer.zero_grad()
+    return _children(
+        name for name, value in unfreezing.unwrapped.state_dict().items() if _differs(value, before[name])
+    )
 
 
-def parts(names: set[str]) -> set[str]:
-    return {name.split(".")[0] for name in names}
+def _differs(one: Tensor, other: Tensor) -> bool:
+    return not torch.equal(one, other)
 
 
-def test_each_stage_moves_its_own_and_what_came_before_and_nothing_else(finished: Config) -> None:
-    places = [(1, 0), (2, 1), (4, 2), (6, 3)]
-    states = [at(finished, *place) for place in places]
-    changed = [
-        {name for name in after if not torch.equal(before[name], after[name])}
-        for before, after in itertools.pairwise(states)
+def _children(names: object) -> set[str]:
+    return {name.partition(".")[0] for name in names}  # type: ignore[attr-defined]
+
+
+def with_moments(unfreezing: GradualUnfreezing) -> set[str]:
+    names: dict[nn.Parameter, str] = {p: name for name, p in unfreezing.unwrapped.named_parameters()}
+    return _children(names[p] for p in unfreezing.optimizer.state)
+
+
+def test_each_stage_updates_its_own_and_earlier_parameters_only(ctx: DistributedContext) -> None:
+    lines: list[str] = []
+    unfreezing = make_unfreezing(ctx, lines)
+    for epoch, updated in enumerate(UPDATED):
+        assert train_epoch(unfreezing, epoch) == updated
+        assert with_moments(unfreezing) == updated
+    assert lines == [
+        "  from epoch 3 on, 8,394,754 parameters train",
+        "  from epoch 4 on, 8,542,722 parameters train",
     ]
-    assert [parts(names) for names in changed] == [{"fc"}, {"layer4", "fc"}, {"layer1", "layer4", "fc"}]
-    # Neither did BatchNorm drift below: every parameter and statistic of the other parts is as it was.
-    moments = [at(finished, *place, store.OPTIMIZER) for place in places]
-    assert [parts({name.split(".", 1)[1] for name in found}) for found in moments] == [
-        {"fc"}, {"fc"}, {"layer4", "fc"}, {"layer1", "layer4", "fc"},
-    ]  # fmt: skip
-    assert not torch.equal(states[1]["layer4.0.bn1.running_mean"], states[2]["layer4.0.bn1.running_mean"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", [(2, 1), (3, 1), (5, 2)], ids=str)
-def test_a_run_resumes_in_any_stage_and_ends_the_same(
-    place: tuple[int, int], finished: Config, tmp_path: Path
-) -> None:
-    shutil.copytree(finished.run.dir, tmp_path / "run")
-    copy = replace(finished, run=replace(finished.run, dir=str(tmp_path / "run")))
-    back_to(copy, *place)
-    train(copy)
-    assert equal(copy, finished)
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_resumed_run_starts_in_the_stage_of_its_epoch(epoch: int, ctx: DistributedContext) -> None:
+    lines: list[str] = []
+    unfreezing = make_unfreezing(ctx, lines)
+    unfreezing.restore_stage(epoch)
+    trainable = {name for name, p in unfreezing.unwrapped.named_parameters() if p.requires_grad}
+    assert _children(trainable) == UPDATED[epoch]
+    assert train_epoch(unfreezing, epoch) == UPDATED[epoch]

@@ -1,177 +1,172 @@
-"""L2-SP, in closed form."""
+"""L2-SP in closed form."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
-from tests.trainer.test_loop import PLAN, Kept, Net, Told, batches, normalize, unevaluated
-from trainer.distributed import context
-from trainer.loop import ResumePoint, fit, update
-from trainer.optim.param_groups import ParamGroup, group_parameters, make_optimizer, set_lr
+from tests.trainer.training import Batches, make_net, make_train_step
+from trainer.distributed.context import DistributedContext
+from trainer.optim.param_groups import ParamGroup, create_optimizer, group_parameters, set_lr
 from trainer.transfer.l2_sp import L2SP, backbone_parameters, without_weight_decay
 
 LR, STRENGTH = 0.5, 0.25
+Name = Literal["sgd", "adamw"]
 
 
-@pytest.fixture
-def accelerator() -> Accelerator:
-    return context.start(device="cpu", precision="fp32", threads=1).accelerator
-
-
-def away_from(source: nn.Module, by: float) -> None:
+def add_to_all(net: nn.Module, value: float) -> None:
     with torch.no_grad():
-        for parameter in source.parameters():
-            parameter.add_(by)
+        for parameter in net.parameters():
+            parameter.add_(value)
 
 
-def grouped(net: nn.Module, *, decay: float = 0.0) -> tuple[ParamGroup, ...]:
+def copy_parameters(net: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+
+
+def make_groups(net: nn.Module, *, decay: float = 0.0) -> tuple[ParamGroup, ...]:
     return group_parameters(net, ["fc"], lr=LR, head_lr_scale=1.0, weight_decay=decay)
 
 
-@pytest.mark.parametrize(("name", "factor"), [("sgd", 1.0), ("adamw", 1.0), ("sgd", 0.5), ("adamw", 0.5)])
-def test_without_a_gradient_of_the_loss_weights_come_back_by_the_same_share_each_step(
-    name: Any, factor: float
+def make_l2_sp(net: nn.Module, *, decoupled: bool = False) -> L2SP:
+    return L2SP(backbone_parameters(net, ["fc"]), STRENGTH, decoupled=decoupled)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("lr_factor", [1.0, 0.5])
+def test_without_gradients_parameters_decay_geometrically_to_their_initial_values(
+    name: Name, lr_factor: float
 ) -> None:
-    torch.manual_seed(0)
-    net = Net()
-    source = {key: p.detach().double() for key, p in net.named_parameters()}
-    l2_sp = L2SP(backbone_parameters(net, ["fc"]), STRENGTH, decoupled=name == "adamw")
-    away_from(net, 1.0)
-    optimizer = make_optimizer(name, grouped(net), momentum=0.0)
-    set_lr(optimizer, factor)  # a schedule's, which the pull follows
+    net = make_net()
+    initial = copy_parameters(net)
+    l2_sp = make_l2_sp(net, decoupled=name == "adamw")
+    add_to_all(net, 1.0)
+    optimizer = create_optimizer(name, make_groups(net), momentum=0.0)
+    set_lr(optimizer, lr_factor)
     for _ in range(5):
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         l2_sp.apply(optimizer)
         optimizer.step()
-    left = (1 - factor * LR * STRENGTH) ** 5
+    remaining = (1 - lr_factor * LR * STRENGTH) ** 5
     for key, parameter in net.named_parameters():
-        wanted = 1.0 if key.startswith("fc") else left  # biases come back like weights
-        torch.testing.assert_close(parameter.double(), source[key] + wanted, rtol=1e-5, atol=1e-6)
+        distance = 1.0 if key.startswith("fc") else remaining  # biases decay like weights
+        torch.testing.assert_close(parameter, initial[key] + distance, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_with_an_anchor_at_zero_it_is_weight_decay(name: Any, accelerator: Accelerator) -> None:
-    def train(*, pulled_parameters: bool) -> Net:
-        torch.manual_seed(0)
-        net = Net()
-        start = [p.detach().clone() for p in net.parameters()]
-        l2_sp = None
-        groups = grouped(net, decay=STRENGTH)
-        if pulled_parameters:
-            backbone = backbone_parameters(net, ["fc"])
-            with torch.no_grad():
-                for parameter in backbone:
-                    parameter.zero_()
-            l2_sp = L2SP(backbone, STRENGTH, decoupled=name == "adamw")
-            groups = without_weight_decay(groups, backbone)
-            with torch.no_grad():
-                for parameter, value in zip(net.parameters(), start, strict=True):
-                    parameter.copy_(value)
-        model, optimizer = accelerator.prepare(net, make_optimizer(name, groups, momentum=0.9))
-        fit(
-            model, optimizer, batches(), PLAN, ResumePoint(),
-            accelerator=accelerator, normalize=normalize, evaluate=unevaluated, keeper=Kept(), listener=Told(),
-            batch_paths=lambda epoch, step: [], l2_sp=l2_sp,
-        )  # fmt: skip
+def test_with_initial_values_of_zero_it_is_weight_decay(name: Name, ctx: DistributedContext) -> None:
+    def train(*, use_l2_sp: bool) -> nn.Module:
+        net = make_net()
+        groups = make_groups(net, decay=STRENGTH)
+        l2_sp = L2SP([], 0.0, decoupled=False)
+        if use_l2_sp:
+            initial = {key: value.clone() for key, value in net.state_dict().items()}
+            for parameter in net.parameters():
+                nn.init.zeros_(parameter)
+            l2_sp = make_l2_sp(net, decoupled=name == "adamw")
+            net.load_state_dict(initial)
+            groups = without_weight_decay(groups, backbone_parameters(net, ["fc"]))
+        model, optimizer = ctx.prepare(net, create_optimizer(name, groups, momentum=0.9))
+        train_step, batches = make_train_step(ctx, l2_sp=l2_sp), Batches()
+        for step in range(6):
+            train_step(model, optimizer, next(batches), step, 4)
         return net
 
-    for a, b in zip(
-        train(pulled_parameters=False).parameters(), train(pulled_parameters=True).parameters(), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    pairs = zip(train(use_l2_sp=False).parameters(), train(use_l2_sp=True).parameters(), strict=True)
+    for weight_decay, l2_sp in pairs:
+        torch.testing.assert_close(weight_decay, l2_sp, rtol=1e-5, atol=1e-7)
 
 
-def test_the_pull_is_the_gradient_of_the_penalty_and_is_not_clipped(accelerator: Accelerator) -> None:
-    torch.manual_seed(0)
-    net = Net()
-    l2_sp = L2SP(backbone_parameters(net, ["fc"]), STRENGTH, decoupled=False)
-    source = {key: p.detach().clone() for key, p in net.named_parameters()}
-    away_from(net, 2.0)
-    before = {key: p.detach().clone() for key, p in net.named_parameters()}
-    model, optimizer = accelerator.prepare(net, make_optimizer("sgd", grouped(net), momentum=0.0))
-    update(
-        model, optimizer, next(batches()), 1.0,
-        accelerator=accelerator, normalize=normalize, parts=1, max_grad_norm=1e-9, l2_sp=l2_sp,
-    )  # fmt: skip
+def test_it_adds_the_gradient_of_the_penalty_after_clipping(ctx: DistributedContext) -> None:
+    net = make_net()
+    initial = copy_parameters(net)
+    l2_sp = make_l2_sp(net)
+    add_to_all(net, 2.0)
+    before = copy_parameters(net)
+    model, optimizer = ctx.prepare(net, create_optimizer("sgd", make_groups(net), momentum=0.0))
+    make_train_step(ctx, l2_sp=l2_sp, max_grad_norm=1e-9)(model, optimizer, next(Batches()), 0, 4)
     for key, parameter in net.named_parameters():
-        moved = (before[key] - parameter) / LR
-        penalty = 0.0 if key.startswith("fc") else STRENGTH * (before[key] - source[key])
-        torch.testing.assert_close(moved, torch.zeros_like(moved) + penalty, rtol=1e-5, atol=1e-6)
+        gradient = (before[key] - parameter) / LR
+        penalty = (
+            torch.zeros_like(gradient) if key.startswith("fc") else STRENGTH * (before[key] - initial[key])
+        )
+        torch.testing.assert_close(gradient, penalty, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_frozen_or_has_no_gradient_is_not_pulled() -> None:
-    net = Net()
-    l2_sp = L2SP(backbone_parameters(net, ["fc"]), STRENGTH, decoupled=True)
-    away_from(net, 1.0)
-    optimizer = make_optimizer("adamw", grouped(net), momentum=0.0)
+def test_frozen_parameters_and_those_without_gradients_do_not_decay() -> None:
+    net = make_net()
+    l2_sp = make_l2_sp(net, decoupled=True)
+    add_to_all(net, 1.0)
+    optimizer = create_optimizer("adamw", make_groups(net), momentum=0.0)
     net.conv.weight.requires_grad_(False)
     net.conv.weight.grad = torch.zeros_like(net.conv.weight)  # left from before it was frozen
     net.conv.bias.grad = None
-    before = [p.detach().clone() for p in net.parameters()]
+    before = copy_parameters(net)
     l2_sp.apply(optimizer)
-    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert all(torch.equal(value, before[key]) for key, value in copy_parameters(net).items())
 
 
-def test_gradients_of_fp16_are_unscaled_before_the_pull_is_added() -> None:
-    """On the CPU's own loss scaling: fp16 training itself needs a GPU."""
+@pytest.mark.parametrize("max_grad_norm", [None, 1e3])
+def test_gradients_of_fp16_are_unscaled_first(
+    max_grad_norm: float | None, ctx: DistributedContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uses a loss scaler of the CPU, since training in fp16 needs a GPU."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
-    class Stepping:
-        """As accelerate wraps an optimizer."""
+    class ScaledOptimizer:
+        """Steps as accelerate's optimizer does."""
 
-        def __init__(self, of: torch.optim.Optimizer) -> None:
-            self.of, self.param_groups, self.zero_grad = of, of.param_groups, of.zero_grad
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+            self.zero_grad = optimizer.zero_grad
 
         def step(self) -> None:
-            scaler.step(self.of)
+            scaler.step(self.optimizer)
             scaler.update()
 
-    class Scaled:
-        """As accelerate under fp16."""
+    class ScaledAccelerator:
+        """Scales the loss as accelerate does in fp16."""
 
-        def __init__(self, optimizer: Stepping) -> None:
+        def __init__(self, optimizer: ScaledOptimizer) -> None:
             self.optimizer = optimizer
 
-        def backward(self, loss: torch.Tensor) -> None:
+        def backward(self, loss: Tensor) -> None:
             scaler.scale(loss).backward()
 
-        def unscale_gradients(self, optimizer: Stepping) -> None:
-            scaler.unscale_(optimizer.of)  # raises where it was done before
+        def unscale_gradients(self, optimizer: ScaledOptimizer) -> None:
+            scaler.unscale_(optimizer.optimizer)  # raises if called twice
 
         def clip_grad_norm_(self, parameters: Any, norm: float) -> None:
             self.unscale_gradients(self.optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, norm)
 
-    moved = {}
-    for scaled in (False, True):
-        for max_grad_norm in (None, 1e3):
-            torch.manual_seed(0)
-            net = Net()
-            l2_sp = L2SP(backbone_parameters(net, ["fc"]), STRENGTH, decoupled=False)
-            away_from(net, 0.5)
-            plain = make_optimizer("sgd", grouped(net), momentum=0.0)
-            plain_machine = context.start(device="cpu", precision="fp32", threads=1).accelerator
-            optimizer: Any = Stepping(plain) if scaled else plain
-            ctx: Any = Scaled(optimizer) if scaled else plain_machine
-            update(
-                net, optimizer, next(batches()), 1.0,
-                accelerator=ctx, normalize=normalize, parts=1, max_grad_norm=max_grad_norm, l2_sp=l2_sp,
-            )  # fmt: skip
-            moved[scaled, max_grad_norm] = net.conv.weight.detach().clone()
-    torch.testing.assert_close(moved[True, None], moved[False, None])
-    torch.testing.assert_close(moved[True, 1e3], moved[False, 1e3])
+    weights = []
+    for is_scaled in (False, True):
+        net = make_net()
+        l2_sp = make_l2_sp(net)
+        add_to_all(net, 0.5)
+        optimizer: Any = create_optimizer("sgd", make_groups(net), momentum=0.0)
+        step_ctx = ctx
+        if is_scaled:
+            optimizer = ScaledOptimizer(optimizer)
+            step_ctx = replace(ctx, accelerator=ScaledAccelerator(optimizer))  # type: ignore[arg-type]
+            monkeypatch.setattr(DistributedContext, "rank", 0)
+            monkeypatch.setattr(DistributedContext, "world_size", 1)
+        train_step = replace(make_train_step(ctx, l2_sp=l2_sp, max_grad_norm=max_grad_norm), ctx=step_ctx)
+        train_step(net, optimizer, next(Batches()), 0, 4)
+        weights.append(net.conv.weight.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1])
 
 
-def test_weight_decay_is_kept_for_the_new_output_layer_alone() -> None:
-    net = Net()
-    groups = grouped(net, decay=0.1)
-    spared = without_weight_decay(groups, backbone_parameters(net, ["fc"]))
-    assert [(g.name, g.weight_decay) for g in spared] == [("backbone", 0.0), ("head", 0.1)]
-    assert [g.parameters for g in spared] == [g.parameters for g in groups]
-    mixed = ParamGroup("all", tuple(net.parameters()), LR, 0.1)
+def test_weight_decay_is_left_to_the_output_layer() -> None:
+    net = make_net()
+    groups = make_groups(net, decay=0.1)
+    backbone = backbone_parameters(net, ["fc"])
+    changed = without_weight_decay(groups, backbone)
+    assert [(g.name, g.weight_decay) for g in changed] == [("backbone", 0.0), ("head", 0.1)]
+    assert [g.parameters for g in changed] == [g.parameters for g in groups]
     with pytest.raises(RuntimeError, match="the group all"):
-        without_weight_decay([mixed], backbone_parameters(net, ["fc"]))
+        without_weight_decay([ParamGroup("all", tuple(net.parameters()), LR, 0.1)], backbone)

@@ -1,32 +1,33 @@
-"""The line between two models: its points, its best one, and the files whatever kills the process between them."""
+"""WiSE-FT: interpolated weights, the selected alpha, and the run's files after a kill between any two of them."""
 
-import copy
+import io
 import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
+from regraft.contract import MODEL
 from trainer.data.augment import Preprocessing
-from trainer.distributed import context
+from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
-from trainer.evaluate import Evaluation, Interrupted
-from trainer.loop import Evaluations
+from trainer.evaluate import Evaluation, Evaluations, Interrupted
 from trainer.model.metadata import ModelMetadata, read_metadata, write_model
-from trainer.run.folder import FINE_TUNED, MODEL, START, WISE
+from trainer.run.folder import FINE_TUNED, INITIAL, WISE
 from trainer.run.lock import RunLock
-from trainer.transfer import wise_ft
+from trainer.run.session import OpenRun
+from trainer.transfer import wise_ft as wise_ft_module
 from trainer.transfer.wise_ft import ALPHAS, AlphaResult, WiseFT, best_alpha, interpolate
 
-DESCRIPTION = ModelMetadata(
+METADATA = ModelMetadata(
     version="0",
     architecture="resnet18",
     classes=("a", "b"),
@@ -35,43 +36,44 @@ DESCRIPTION = ModelMetadata(
         resize_size=8,
         resize="squash",
         interpolation="bilinear",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
     ),
     source="",
     metrics={},
 )
 
 
-def net(value: float, batches: int) -> nn.Module:
-    made = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+def make_net(value: float, num_batches: int = 9) -> nn.Module:
+    """Return a network with BatchNorm in which all weights and statistics have the same value."""
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
     with torch.no_grad():
-        for name, tensor in made.state_dict().items():
-            tensor.fill_(batches if name.endswith("num_batches_tracked") else value)
-    return made
+        for name, tensor in net.state_dict().items():
+            tensor.fill_(num_batches if name.endswith("num_batches_tracked") else value)
+    return net
 
 
-def test_the_line_is_straight_for_weights_and_statistics_and_exact_at_its_ends() -> None:
+def test_interpolation_is_linear_and_exact_at_both_ends() -> None:
     generator = torch.Generator().manual_seed(5)
-    start, tuned = net(0, 3).state_dict(), net(0, 9).state_dict()
-    for state in (start, tuned):
+    initial, tuned = make_net(0, 3).state_dict(), make_net(0, 9).state_dict()
+    for state in (initial, tuned):
         for name, tensor in state.items():
             if tensor.is_floating_point():
                 state[name] = torch.randn(tensor.shape, generator=generator)
     for alpha in ALPHAS:
-        for name, tensor in interpolate(start, tuned, alpha).items():
+        for name, tensor in interpolate(initial, tuned, alpha).items():
             if name.endswith("num_batches_tracked"):
-                assert tensor.item() == 9, "an integer lies on no line"
+                assert tensor.item() == 9, "integers are those of the fine-tuned model"
                 continue
-            wanted = (1 - alpha) * start[name].double() + alpha * tuned[name].double()
-            torch.testing.assert_close(tensor.double(), wanted, rtol=1e-6, atol=1e-7)
-    for alpha, end in ((0.0, start), (1.0, tuned)):
-        point = interpolate(start, tuned, alpha)
-        assert all(torch.equal(point[name], end[name]) for name in end if end[name].is_floating_point())
+            expected = (1 - alpha) * initial[name].double() + alpha * tuned[name].double()
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
+    for alpha, end in ((0.0, initial), (1.0, tuned)):
+        state = interpolate(initial, tuned, alpha)
+        assert all(torch.equal(state[name], end[name]) for name in end if end[name].is_floating_point())
 
 
 @pytest.mark.parametrize(
-    ("scores", "best"),
+    ("results", "expected"),
     [
         ([(0.5, 1.0), (0.9, 1.0), (0.8, 0.1)], 0.5),
         ([(0.9, 1.0), (0.9, 0.7), (0.9, 0.8)], 0.5),
@@ -79,101 +81,106 @@ def test_the_line_is_straight_for_weights_and_statistics_and_exact_at_its_ends()
         ([(0.9, 1.0), (0.9, 1.0), (0.8, 0.1)], 0.5),
     ],
 )
-def test_the_best_is_the_most_accurate_then_of_the_lowest_loss_then_the_fine_tuned(
-    scores: list[tuple[float, float]], best: float
+def test_the_best_alpha_has_the_highest_accuracy_then_the_lowest_loss_then_the_highest_alpha(
+    results: list[tuple[float, float]], expected: float
 ) -> None:
-    points = [AlphaResult(alpha=i / 2, accuracy=a, loss=loss) for i, (a, loss) in enumerate(scores)]
-    assert best_alpha(points).alpha == best
+    points = [AlphaResult(alpha=i / 2, accuracy=a, loss=loss) for i, (a, loss) in enumerate(results)]
+    assert best_alpha(points).alpha == expected
 
 
 @dataclass
-class Judge:
-    """Evaluates a model by the value of its weights: from 0 (the start) to 1 (fine-tuned)."""
+class Evaluator:
+    """Evaluates a network of `make_net` by its value: 0 for the initial weights, 1 for the fine-tuned weights."""
 
-    peak: float
-    """Where the accuracy on val is highest."""
-    asked: list[tuple[float, str]] = field(default_factory=list)
-    end_at: int | None = None
+    best: float
+    """Value at which the validation accuracy is highest."""
+    interrupt_after: int | None = None
+    calls: list[tuple[float, str]] = field(default_factory=list)
 
     def __call__(
-        self, model: nn.Module, interrupted: Callable[[], bool], parts: Sequence[str] | None = None
+        self, model: nn.Module, interrupted: Callable[[], bool], splits: Sequence[str] | None = None
     ) -> Evaluations:
         value = round(model[1].running_mean[0].item(), 3)  # type: ignore[index, union-attr, operator]
-        (part,) = parts or ()
-        if self.end_at == len(self.asked):
+        (split,) = splits or ()
+        if len(self.calls) == self.interrupt_after:
             assert interrupted()
             raise Interrupted
-        self.asked.append((value, part))
-        right = 100 - round(50 * abs(value - self.peak)) if part == "val" else round(10 * value)
-        return {part: Evaluation(loss_sum=1.0, correct=(right, 0), support=(100, 0), predicted=(100, 0))}
+        self.calls.append((value, split))
+        correct = 100 - round(50 * abs(value - self.best)) if split == "val" else round(10 * value)
+        return {split: Evaluation(loss_sum=1.0, correct=(correct, 0), support=(100, 0), predicted=(100, 0))}
 
 
 @dataclass
 class Run:
-    search: WiseFT
-    folder: Path
-    said: list[Any]
+    """A run with WiSE-FT. Its training is replaced by `train`."""
 
-    def settle(self, judge: Judge) -> float:
-        return self.search.select_alpha(lambda: net(7, 7), judge, step=4)
+    open_run: OpenRun
+    wise_ft: WiseFT
 
-    def held(self, name: str) -> float:
-        state = load_file(self.folder / name)
-        values = {round(t.flatten()[0].item(), 3) for key, t in state.items() if t.is_floating_point()}
-        (value,) = values
-        return value
+    @property
+    def folder(self) -> Path:
+        return self.open_run.folder
 
-    def metrics(self) -> Any:
-        described = read_metadata(self.folder / MODEL)
-        assert described is not None
-        return described.metrics
+    def start(self, value: float, *, resumed: bool) -> None:
+        self.wise_ft.save_initial_weights(make_net(value, 0), METADATA, resumed=resumed)
 
-    def begin(self, model: nn.Module, *, goes_on: bool) -> None:
-        self.search.save_initial_weights(model, DESCRIPTION, goes_on=goes_on)
-
-    def tune(self, value: float = 1.0, **metrics: Any) -> None:
-        """Stand for the training: the model file is the best epoch's."""
+    def train(self, value: float = 1.0, step: int = 4) -> None:
         write_model(
-            self.folder / MODEL,
-            net(value, 9).state_dict(),
-            ModelMetadata(**{**vars(DESCRIPTION), "metrics": {"step": 4, **metrics}}),
+            self.folder / MODEL, make_net(value).state_dict(), replace(METADATA, metrics={"step": step})
         )
 
+    def select(self, evaluator: Evaluator) -> float:
+        return self.wise_ft.select_alpha(lambda: make_net(7, 7), evaluator, step=4)
+
+    def values(self, *names: str) -> list[float]:
+        """Return the value of the weights in each model file."""
+        values = []
+        for name in names:
+            state = load_file(self.folder / name)
+            (value,) = {round(t.flatten()[0].item(), 3) for t in state.values() if t.is_floating_point()}
+            values.append(value)
+        return values
+
+    def metrics(self) -> Any:
+        metadata = read_metadata(self.folder / MODEL)
+        assert metadata is not None
+        return metadata.metrics
+
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
+
 
 @pytest.fixture
-def made(tmp_path: Path) -> Iterator[Run]:
-    threads, said = torch.get_num_threads(), list[Any]()
-    ctx = context.start(device="cpu", precision="fp32", threads=1)
-    attempt = RunLock.acquire(tmp_path, log=print)
-    search = WiseFT(
-        folder=tmp_path,
-        split="val",
+def new_run(tmp_path: Path, ctx: DistributedContext) -> Iterator[Run]:
+    lock = RunLock.acquire(tmp_path, log=print)
+    open_run = OpenRun(
         ctx=ctx,
-        attempt=attempt,
+        console=Console(file=io.StringIO()),
         signals=StopSignals(),
-        watch=nullcontext,
-        log=said.append,
+        root=tmp_path,
+        folder=tmp_path,
+        lock=lock,
+        attempt=1,
+        hang_timeout=None,
     )
-    yield Run(search, tmp_path, said)
-    attempt.end("done")
-    torch.set_num_threads(threads)
+    yield Run(open_run, WiseFT(open_run, "val"))
+    lock.end("done")
 
 
 @pytest.fixture
-def trained(made: Run) -> Run:
-    made.begin(net(0, 0), goes_on=False)
-    made.tune()
-    return made
+def run(new_run: Run) -> Run:
+    """Return a run after its training."""
+    new_run.start(0, resumed=False)
+    new_run.train()
+    return new_run
 
 
-def test_a_better_point_takes_the_model_files_place_and_the_fine_tuned_weights_are_set_aside(
-    trained: Run,
-) -> None:
-    judge = Judge(peak=0.6)
-    assert trained.settle(judge) == 0.6
-    assert (trained.held(START), trained.held(MODEL), trained.held(FINE_TUNED)) == (0.0, 0.6, 1.0)
-    assert load_file(trained.folder / MODEL)["1.num_batches_tracked"].item() == 9
-    figures = {
+def test_the_best_weights_become_the_model_file(run: Run) -> None:
+    evaluator = Evaluator(best=0.6)
+    assert run.select(evaluator) == 0.6
+    assert run.values(INITIAL, MODEL, FINE_TUNED) == [0.0, 0.6, 1.0]
+    assert load_file(run.folder / MODEL)["1.num_batches_tracked"].item() == 9
+    summary = {
         "alpha": 0.6,
         "val_accuracy": 1.0,
         "val_loss": 0.01,
@@ -184,111 +191,100 @@ def test_a_better_point_takes_the_model_files_place_and_the_fine_tuned_weights_a
         "test_accuracy_of_fine_tuned": 0.1,
         "test_loss_of_fine_tuned": 0.01,
     }
-    assert trained.metrics() == {"step": 4, "wise_ft": figures}
-    written = json.loads((trained.folder / WISE).read_text())
-    assert written.pop("points")[3] == {"alpha": 0.3, "accuracy": 0.85, "loss": 0.01}
-    assert written == figures
-    # Only two points are looked at on the images that are reported, after the choice.
-    assert judge.asked == [*((alpha, "val") for alpha in ALPHAS), (1.0, "test"), (0.6, "test")]
+    assert run.metrics() == {"step": 4, "wise_ft": summary}
+    result = json.loads((run.folder / WISE).read_text())
+    assert result.pop("points")[3] == {"alpha": 0.3, "accuracy": 0.85, "loss": 0.01}
+    assert result == summary
+    # The test split is evaluated after the selection, for two alphas.
+    assert evaluator.calls == [*((alpha, "val") for alpha in ALPHAS), (1.0, "test"), (0.6, "test")]
 
 
-def test_where_the_fine_tuned_weights_are_the_best_the_model_file_is_not_touched(trained: Run) -> None:
-    before = (trained.folder / MODEL).read_bytes()
-    judge = Judge(peak=1.0)
-    assert trained.settle(judge) == 1.0
-    assert (trained.folder / MODEL).read_bytes() == before
-    assert not (trained.folder / FINE_TUNED).exists()
-    assert judge.asked[-1] == (1.0, "test")
-    assert len(judge.asked) == 12
+def test_the_model_file_is_not_changed_if_alpha_1_is_the_best(run: Run) -> None:
+    before = run.files()
+    evaluator = Evaluator(best=1.0)
+    assert run.select(evaluator) == 1.0
+    assert evaluator.calls == [*((alpha, "val") for alpha in ALPHAS), (1.0, "test")]
+    after = run.files()
+    del after[WISE]
+    assert after == before
 
 
-def test_what_was_done_is_not_done_again(trained: Run) -> None:
-    trained.settle(Judge(peak=0.2))
-    judge = Judge(peak=0.8)
-    assert trained.settle(judge) == 0.2
-    assert judge.asked == []
+def test_a_finished_selection_is_not_repeated_unless_its_file_is_damaged(run: Run) -> None:
+    run.select(Evaluator(best=0.6))
+    evaluator = Evaluator(best=0.8)
+    assert run.select(evaluator) == 0.6
+    assert evaluator.calls == []
+    (run.folder / WISE).write_text("{")
+    assert run.select(Evaluator(best=0.6)) == 0.6
+    assert run.values(MODEL, FINE_TUNED) == [0.6, 1.0]
+    assert json.loads((run.folder / WISE).read_text())["alpha"] == 0.6
 
 
 class Killed(BaseException):
-    """As SIGKILL, but within the test's process."""
+    """Ends the code at once, as SIGKILL does."""
 
 
-@pytest.mark.parametrize("before", [1, 2, 3])
-def test_a_kill_between_any_two_files_is_harmless(
-    before: int, trained: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written = 0
+@pytest.mark.parametrize("write", [1, 2, 3])
+def test_a_kill_before_any_write_is_harmless(write: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
 
-    def dying(write: Callable[..., None]) -> Callable[..., None]:
-        def writing(*given: Any) -> None:
-            nonlocal written
-            written += 1
-            if written == before:
+    def killed_at(function: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(*args: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == write:
                 raise Killed
-            write(*given)
+            function(*args)
 
-        return writing
+        return wrapper
 
     with monkeypatch.context() as patch:
         for name in ("write_model", "write_text_atomically"):
-            patch.setattr(wise_ft, name, dying(getattr(wise_ft, name)))
+            patch.setattr(wise_ft_module, name, killed_at(getattr(wise_ft_module, name)))
         with pytest.raises(Killed):
-            trained.settle(Judge(peak=0.6))
-    assert not (trained.folder / WISE).exists()
-    assert trained.metrics()["step"] == 4
-    assert trained.settle(Judge(peak=0.6)) == 0.6
-    assert (trained.held(START), trained.held(MODEL), trained.held(FINE_TUNED)) == (0.0, 0.6, 1.0)
+            run.select(Evaluator(best=0.6))
+    assert not (run.folder / WISE).exists()
+    assert run.metrics()["step"] == 4
+    assert run.select(Evaluator(best=0.6)) == 0.6
+    assert run.values(INITIAL, MODEL, FINE_TUNED) == [0.0, 0.6, 1.0]
 
 
-def test_a_run_that_is_made_longer_goes_on_from_the_best_epochs_own_weights(trained: Run) -> None:
-    trained.settle(Judge(peak=0.6))
-    trained.begin(net(5, 5), goes_on=True)
-    assert (trained.held(START), trained.held(MODEL)) == (0.0, 1.0), "the start is that of the first start"
-    assert trained.metrics() == {"step": 4}
-    assert not (trained.folder / FINE_TUNED).exists()
-    assert not (trained.folder / WISE).exists()
-    trained.tune(3.0, step=8)
-    assert trained.settle(Judge(peak=1.5)) == 0.5
-    assert (trained.held(MODEL), trained.held(FINE_TUNED)) == (1.5, 3.0)
+def test_a_longer_run_resumes_from_the_fine_tuned_weights(run: Run) -> None:
+    run.select(Evaluator(best=0.6))
+    run.start(5, resumed=True)
+    assert run.values(INITIAL, MODEL) == [0.0, 1.0], "the initial weights are those of the first start"
+    assert run.metrics() == {"step": 4}
+    assert {FINE_TUNED, WISE}.isdisjoint(run.files())
+    run.train(3.0, step=8)
+    assert run.select(Evaluator(best=1.5)) == 0.5
+    assert run.values(MODEL, FINE_TUNED) == [1.5, 3.0]
 
 
-def test_a_damaged_finding_is_found_again(trained: Run) -> None:
-    trained.settle(Judge(peak=0.6))
-    (trained.folder / WISE).write_text("{")
-    assert trained.settle(Judge(peak=0.6)) == 0.6
-    assert (trained.held(MODEL), trained.held(FINE_TUNED)) == (0.6, 1.0)
-    assert json.loads((trained.folder / WISE).read_text())["alpha"] == 0.6
-
-
-def test_a_stop_while_the_line_is_evaluated_leaves_it_to_the_next_start(trained: Run) -> None:
-    before = {p.name: p.read_bytes() for p in trained.folder.iterdir() if p.is_file()}
-    trained.search.signals.received = signal.SIGTERM
+def test_a_stop_during_the_evaluation_changes_no_file(run: Run) -> None:
+    before = run.files()
+    run.open_run.signals.received = signal.SIGTERM
     with pytest.raises(Stopped, match="SIGTERM") as stopped:
-        trained.settle(Judge(peak=0.6, end_at=5))
-    assert "before the line of transfer.wise_ft was evaluated" in str(stopped.value.saved)
-    assert {p.name: p.read_bytes() for p in trained.folder.iterdir() if p.is_file()} == before
-    trained.search.signals.received = None
-    assert trained.settle(Judge(peak=0.6)) == 0.6
+        run.select(Evaluator(best=0.6, interrupt_after=5))
+    assert stopped.value.saved == "the end of training, before transfer.wise_ft was evaluated"
+    assert run.files() == before
+    run.open_run.signals.received = None
+    assert run.select(Evaluator(best=0.6)) == 0.6
 
 
-@pytest.mark.parametrize("gone", [START, MODEL])
-def test_an_end_that_is_gone_is_named(gone: str, trained: Run) -> None:
-    (trained.folder / gone).unlink()
-    with pytest.raises(UserError, match=gone):
-        trained.settle(Judge(peak=0.6))
+@pytest.mark.parametrize("name", [INITIAL, MODEL])
+def test_a_missing_or_foreign_file_is_an_error_with_its_name(name: str, run: Run) -> None:
+    write_model(run.folder / name, {"0.weight": torch.zeros(2, 3, 1, 1)}, METADATA)
+    with pytest.raises(UserError, match=rf"{name}: .*0\.bias is missing"):
+        run.select(Evaluator(best=0.6))
+    (run.folder / name).unlink()
+    with pytest.raises(UserError, match=name):
+        run.select(Evaluator(best=0.6))
 
 
-def test_an_end_of_another_model_is_refused(trained: Run) -> None:
-    other = copy.deepcopy(net(0, 0))
-    write_model(trained.folder / START, {"0.weight": other.state_dict()["0.weight"]}, DESCRIPTION)
-    with pytest.raises(UserError, match=r"start\.safetensors: .*0\.bias is missing"):
-        trained.settle(Judge(peak=0.6))
-
-
-def test_without_the_option_nothing_is_kept_and_nothing_evaluated(made: Run) -> None:
-    search = WiseFT(**{**vars(made.search), "part": None})
-    search.save_initial_weights(net(0, 0), DESCRIPTION, goes_on=False)
-    judge = Judge(peak=0.6)
-    assert search.select_alpha(lambda: net(7, 7), judge, step=4) == 1.0
-    assert judge.asked == []
-    assert not (made.folder / START).exists()
+def test_it_does_nothing_when_off(new_run: Run) -> None:
+    run = Run(new_run.open_run, WiseFT(new_run.open_run, None))
+    run.start(0, resumed=False)
+    evaluator = Evaluator(best=0.6)
+    assert run.select(evaluator) == 1.0
+    assert evaluator.calls == []
+    assert run.files() == {}
