@@ -134,8 +134,8 @@ def run(program: str, arguments: Sequence[str]) -> None:
     parse(options)
     if program == "trainer/commands/compare.py":
         strategies = arguments[arguments.index("--strategies") + 1]
-        common = ["runs/NAME/model.safetensors" if word == "WEIGHTS" else word for word in options]
-        variants.plan([*common, "--data.root=images"], variants.variants(strategies))
+        weights = SMALL_MODEL if "WEIGHTS" in options else []
+        variants.plan([*options, *weights, "--data.root=images"], variants.variants(strategies))
     if not arguments or NEEDS_MORE.search(" ".join(arguments)):
         for option in own_options(arguments):
             assert option in help_text(program), option
