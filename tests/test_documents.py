@@ -55,7 +55,7 @@ SMALL_OF_COMMAND = {
     "trainer/commands/compare.py": ["--seeds=1"],
 }
 DEVELOPER_TOOLS = {"python3", ".", "pip", "pytest", "pre-commit", "ruff", "mypy", ".ci/run"}
-"""Programs of a developer's set-up: `.ci/run` runs them all."""
+"""Programs of installation and development, which `.ci/run` runs."""
 NEEDS_MORE = re.compile(r"hotdog|hymenoptera|quickstart|runs/pretrain")
 """Real images or weights, or more than seconds (the quickstart, which tests/e2e/test_quickstart.py runs)."""
 
@@ -128,7 +128,7 @@ def help_text(*command: str) -> str:
     ).stdout
 
 
-def run(program: str, arguments: Sequence[str]) -> None:
+def run_trainer(program: str, arguments: Sequence[str]) -> None:
     """Run a program of the trainer on small data, or check its options if it needs more."""
     options = trainer_options(arguments)
     parse(options)
@@ -149,7 +149,7 @@ def run(program: str, arguments: Sequence[str]) -> None:
 def run_regraft(words: Sequence[str]) -> None:
     verb, arguments = words[0], words[1:]
     if verb in VERBS:
-        run(VERBS[verb], arguments)
+        run_trainer(VERBS[verb], arguments)
         return
     parse(trainer_options(arguments))
     for option in own_options(arguments):
@@ -163,20 +163,20 @@ def run_regraft(words: Sequence[str]) -> None:
         assert verb in ("train", "debug", "doctor", "render"), f"regraft {verb}"
 
 
-def treat(words: list[str]) -> None:
+def check_command(words: list[str]) -> None:
     """Run a command, or check what can be checked of it here."""
     program, *arguments = [str(REPOSITORY / word) if word.startswith("configs/") else word for word in words]
     if program == "regraft":
         run_regraft(arguments)
     elif program == "salloc":
-        treat(words[words.index("regraft") :])
+        check_command(words[words.index("regraft") :])
     elif program == "sbatch":
         script = next(word for word in arguments if word.startswith("slurm/"))
         assert (REPOSITORY / script).is_file(), script
         run_regraft(["submit", *(word for word in arguments if word != script)])
     elif words[:2] == ["accelerate", "launch"]:
         launched = launch_command_parser().parse_args(arguments[1:])
-        run(launched.training_script, launched.training_script_args)
+        run_trainer(launched.training_script, launched.training_script_args)
     elif program == "torchrun":
         launched = torchrun_parser().parse_args(arguments)
         assert (REPOSITORY / launched.training_script).is_file()
@@ -187,7 +187,7 @@ def treat(words: list[str]) -> None:
             assert Path(word).suffix or word in text, f"{arguments[0]} has no {word}"
     elif program == "python":
         module = arguments[1].replace(".", "/") + ".py" if arguments[0] == "-m" else arguments[0]
-        run(module, arguments[2:] if arguments[0] == "-m" else arguments[1:])
+        run_trainer(module, arguments[2:] if arguments[0] == "-m" else arguments[1:])
     else:
         assert program in DEVELOPER_TOOLS, f"this test does not know how to run {shlex.join(words)}"
 
@@ -212,7 +212,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     if not (workplace / "runs/NAME/model.safetensors").exists():
@@ -220,14 +220,16 @@ def _in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_in_workplace")
 @pytest.mark.parametrize("document", [*DOCUMENTS, *CONFIGS], ids=name)
 def test_every_command_runs(document: Path) -> None:
     for number, words in enumerate(commands(document)):
         own_folder = not {"--run.dir", "status"} & set(words) and bool(trainer_options(words))
-        treat([*words, f"--run.dir=runs/{document.stem}-{number}"] if own_folder else words)
+        check_command([*words, f"--run.dir=runs/{document.stem}-{number}"] if own_folder else words)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_in_workplace")
 @pytest.mark.parametrize(
     "command",
     [
@@ -256,6 +258,8 @@ def test_the_first_commands_of_the_readme_run_as_they_are_written(command: str) 
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("_in_workplace")
 def test_python_examples_run() -> None:
     examples = [code for document in DOCUMENTS for code in code_blocks(document, "python")]
     assert examples
@@ -280,7 +284,7 @@ def test_links_paths_and_options_exist(document: Path) -> None:
             or document.name == "CHANGELOG.md"
         ), option
     for verb in re.findall(r"`regraft ([a-z-]+)", text):
-        assert re.search(rf"^  (regraft )?{verb}\b", help_text("-m", "launch.cli"), flags=re.MULTILINE), (
+        assert re.search(rf"^  {verb}\b", help_text("-m", "launch.cli"), flags=re.MULTILINE), (
             f"regraft {verb}"
         )
 
