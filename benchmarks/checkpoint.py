@@ -1,12 +1,12 @@
-"""Measure the cost of checkpoints: one run that saves a checkpoint after every second epoch.
+"""What checkpoints cost: one run that writes one after every second epoch; each such epoch beside its neighbours.
 
-    python benchmarks/checkpoint.py                       # resnet18, bf16, synthetic images of 500 x 375
+    python benchmarks/checkpoint.py                       # resnet18, bf16, drawn pictures of 500 x 375
     python benchmarks/checkpoint.py --precision fp32 --images 512
 
-The time of an epoch is the difference between its row and the previous epoch's row in metrics.jsonl. It includes the copy
-of the state, the work of the writer thread, training and evaluation. The checkpoint after epoch 2 is written during epoch
-3. The time of epoch 3 is therefore divided by the mean of epochs 2 and 4, that of epoch 5 by the mean of epochs 4 and 6,
-and so on, which cancels slow changes of the machine's speed.
+An epoch's time is that from the row of the epoch before to its own row in metrics.jsonl: the copy of the state, what
+the writing thread takes from the training, the training and the evaluation. The checkpoint after epoch 2 falls into
+epoch 3, so that epoch 3 is compared with the mean of epochs 2 and 4, epoch 5 with that of 4 and 6, and so on: a
+machine's changing mood falls out. One epoch's time against another's is also what it costs to save after each.
 """
 
 import argparse

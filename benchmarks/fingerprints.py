@@ -1,12 +1,12 @@
-"""Check that a refactoring changes no result: compare fingerprints of seeded runs before and after.
+"""Show that a refactoring changes no result: fingerprints of seeded runs, before and after.
 
     python benchmarks/fingerprints.py record before.json [--checkout FOLDER] [--only NAME,...]
     python benchmarks/fingerprints.py compare before.json after.json
 
-`record` trains small models on the synthetic datasets, offline, once per configuration below. For each run it saves the
-metrics of every step (metrics.jsonl without its times) and the SHA-256 of every tensor in the run's model files.
-`compare` prints a table and exits with 1 unless everything is bit-identical. Record both on the same machine with the
-same versions, since another processor rounds differently. About 2 minutes on 2 cores.
+`record` trains small models on the drawn data sets, offline, once per configuration below. Of each run it keeps the
+figures of every step (metrics.jsonl without its times) and the SHA-256 of every tensor in the run's model files.
+`compare` prints a table and exits with 1 unless all of it is equal, bit for bit. Record both on the same machine,
+with the same versions: another processor rounds differently. About 2 minutes on 2 cores.
 
 For an older commit, use its own copy of this script, since options are renamed from time to time:
 

@@ -1,8 +1,8 @@
-"""Measure the upper limit of the training speed: train on one batch that stays in memory, in plain torch.
+"""Train one batch that lies in memory, again and again, in plain torch: how fast this machine can possibly train.
 
     python benchmarks/resident.py --precision bf16
 
-It imports nothing from regraft, so that the reference does not share what is measured. Prints images per second.
+Imports nothing of regraft: the yardstick must not share what it measures. Prints images a second.
 """
 
 import argparse

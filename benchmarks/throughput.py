@@ -1,12 +1,12 @@
-"""Measure the training speed of regraft from JPEG files, relative to plain torch on one batch in memory.
+"""regraft's training end to end, from JPEG files, beside one resident batch in plain torch: pairs, in turn.
 
-    python benchmarks/throughput.py                       # resnet18, fp32 and bf16, synthetic images of 500 x 375
+    python benchmarks/throughput.py                       # resnet18, fp32 and bf16, drawn pictures of 500 x 375
     python benchmarks/throughput.py --data-root FOLDER --precisions bf16 --pairs 5
 
-Both train the same model on batches of the same size, with the same memory layout, precision and number of threads.
-regraft's speed is `examples_per_sec` of its epochs except the first: it includes decoding and augmentation, but not
-evaluation. The reference is benchmarks/resident.py. The two runs of a pair follow each other directly, so that slow
-changes of the machine's speed cancel in the ratio.
+Both train the same model on batches of the same size, in the same layout, precision and number of threads.
+regraft's figure is `examples_per_sec` of its epochs but the first (decoding, augmentation and all; evaluation
+lies outside); the other's is that of benchmarks/resident.py. What counts is the ratio of each pair: these run
+one right after the other, so that a machine's changing mood falls out.
 """
 
 import argparse
