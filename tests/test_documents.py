@@ -1,22 +1,321 @@
-"""What the documents point at exists."""
+"""README, docs and configs: every command runs, every path and option exists, and the spelling is American.
+
+A command that can run on a CPU in seconds runs on a small dataset, with small options appended. Of a command that needs
+a GPU, Slurm, the network or real images, all options are checked, and the trainer's are parsed. A command that this
+module does not know how to treat fails the test.
+"""
 
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from PIL import Image
+from torch.distributed.run import get_args_parser as torchrun_parser
 
-from tests.launching import REPOSITORY
+import launch.cli
+from trainer.commands import compare, lr_find, preview, variants
+from trainer.config.parse import keys, parse
+from trainer.main import main as train
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
+CONFIGS = sorted(REPOSITORY.glob("configs/**/*.yaml"))
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "trainer/main.py": train,
+    "trainer/commands/preview.py": preview.main,
+    "trainer/commands/lr_find.py": lr_find.main,
+    "trainer/commands/compare.py": compare.main,
+}
+VERBS = {
+    "preview": "trainer/commands/preview.py",
+    "lr-find": "trainer/commands/lr_find.py",
+    "compare": "trainer/commands/compare.py",
+}
+"""Verb of `regraft` -> the program that it runs."""
+SMALL = [
+    "--data.root=images",
+    "--data.image_size=32",
+    "--data.num_workers=0",
+    "--train.epochs=1",
+    "--train.batch_size=8",
+    "--run.threads=1",
+    "--run.device=cpu",
+]
+SMALL_MODEL = ["--model.name=shufflenet_v2_x0_5", "--model.weights=runs/NAME/model.safetensors"]
+SMALL_OF_COMMAND = {
+    "trainer/commands/lr_find.py": ["--steps=10"],
+    "trainer/commands/compare.py": ["--seeds=1"],
+}
+DEVELOPER_TOOLS = {"python3", ".", "pip", "pytest", "pre-commit", "ruff", "mypy", ".ci/run"}
+"""Programs of installation and development, which `.ci/run` runs."""
+NEEDS_MORE = re.compile(r"hotdog|hymenoptera|quickstart|runs/pretrain")
+"""Real images or weights, or more than seconds (the quickstart, which tests/e2e/test_quickstart.py runs)."""
+
+BRITISH = re.compile(
+    r"(?:(?:general|initial|maxim|memor|minim|normal|optim|organ|parallel|penal|quant|random|real|recogn|regular"
+    r"|serial|special|stabil|standard|summar|synchron|token|util|vector|visual|capital|character|custom|emphas|final)"
+    r"is(?:e(?![.\"\'])|ing|ation)|analys(?:e[ds]?|ing)\b|colour|behaviour|centre(?!d)|neighbour|favour|honour|\bgrey|labell|"
+    r"modell|\blicence|\blearnt|spelt|spoilt|judgement|catalogue)",
+    re.IGNORECASE,
+)
+"""Stems in British spelling. `regularise.` begins an old option, which error messages name."""
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_link_and_every_path_leads_somewhere(document) -> None:  # type: ignore[no-untyped-def]
-    text = document.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        if "://" not in target:
-            assert (document.parent / target).exists(), target
-    for path in re.findall(r"`((?:tests|configs|benchmarks|docs)/[\w./-]+\.\w+)`", text):
-        assert (REPOSITORY / path).exists(), path
-    assert not re.search(r"\b(TODO|TUNE|SOAK|CITIME|TESTTIME|HYMEN|QUICKSTART)\b", text), (
-        "a gap that was left"
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def code_blocks(document: Path, language: str) -> list[str]:
+    """Return the fenced blocks of a language; "" stands for blocks without one."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", read(document), flags=re.DOTALL | re.MULTILINE)
+    return [text for other, text in blocks if other == language]
+
+
+def commands(document: Path) -> Iterator[list[str]]:
+    """Yield the words of each command: of shell blocks, or of the comment at the head of a config."""
+    if document.suffix == ".yaml":
+        lines = re.findall(r"^#   (.+)", read(document), flags=re.MULTILINE)
+    else:
+        lines = "\n".join(code_blocks(document, "sh")).replace("\\\n", " ").splitlines()
+    for line in lines:
+        words: list[str] = []
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            if word == "&&":
+                if words:
+                    yield words
+                words = []
+            else:
+                words.append(word)
+
+
+def trainer_options(words: Sequence[str]) -> list[str]:
+    """Return the options that the trainer parses, with their values."""
+    options = []
+    for word, following in pairwise([*words, "--"]):
+        if re.match(r"--(config|debug|\w+\.\w+)\b", word):
+            has_value = "=" not in word and not following.startswith("--")
+            options += [word, following] if has_value else [word]
+    return options
+
+
+def own_options(words: Sequence[str]) -> list[str]:
+    """Return the names of the options that are not the trainer's."""
+    names = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return [
+        option
+        for option in names
+        if option not in {word.partition("=")[0] for word in trainer_options(words)}
+    ]
+
+
+@cache
+def help_text(*command: str) -> str:
+    """Return what `python COMMAND --help` prints."""
+    return subprocess.run(
+        [sys.executable, *command, "--help"], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    ).stdout
+
+
+def run_trainer(program: str, arguments: Sequence[str]) -> None:
+    """Run a program of the trainer on small data, or check its options if it needs more."""
+    options = trainer_options(arguments)
+    parse(options)
+    if program == "trainer/commands/compare.py":
+        strategies = arguments[arguments.index("--strategies") + 1]
+        weights = SMALL_MODEL if "WEIGHTS" in options else []
+        variants.plan([*options, *weights, "--data.root=images"], variants.variants(strategies))
+        if "--config" in arguments:  # the README's command runs; it would take a minute for all of them
+            return
+    if not arguments or NEEDS_MORE.search(" ".join(arguments)):
+        for option in own_options(arguments):
+            assert option in help_text(program), option
+        return
+    model = ["--model.weights=null"] if "--model.name" in arguments else SMALL_MODEL
+    assert COMMANDS[program]([*arguments, *SMALL, *model, *SMALL_OF_COMMAND.get(program, [])]) == 0
+
+
+def run_regraft(words: Sequence[str]) -> None:
+    verb, arguments = words[0], words[1:]
+    if verb in VERBS:
+        run_trainer(VERBS[verb], arguments)
+        return
+    parse(trainer_options(arguments))
+    for option in own_options(arguments):
+        assert option in help_text("-m", "launch.cli", verb), f"regraft {verb} has no {option}"
+    # Training by `regraft train` and `--debug` is tested by the commands of the README.
+    if verb == "status":
+        assert launch.cli.main(["status", "runs/NAME", *arguments[1:]]) == 0
+    elif verb == "submit":  # all but the submission
+        assert launch.cli.main(["render", *arguments]) == 0
+    else:
+        assert verb in ("train", "debug", "doctor", "render"), f"regraft {verb}"
+
+
+def check_command(words: list[str]) -> None:
+    """Run a command, or check what can be checked of it here."""
+    program, *arguments = [str(REPOSITORY / word) if word.startswith("configs/") else word for word in words]
+    if program == "regraft":
+        run_regraft(arguments)
+    elif program == "salloc":
+        check_command(words[words.index("regraft") :])
+    elif program == "sbatch":
+        script = next(word for word in arguments if word.startswith("slurm/"))
+        assert (REPOSITORY / script).is_file(), script
+        run_regraft(["submit", *(word for word in arguments if word != script)])
+    elif words[:2] == ["accelerate", "launch"]:
+        launched = launch_command_parser().parse_args(arguments[1:])
+        run_trainer(launched.training_script, launched.training_script_args)
+    elif program == "torchrun":
+        launched = torchrun_parser().parse_args(arguments)
+        assert (REPOSITORY / launched.training_script).is_file()
+        parse(trainer_options(launched.training_script_args))
+    elif program == "python" and arguments[0].startswith("benchmarks/"):
+        text = help_text(arguments[0])
+        for word in arguments[1:]:
+            assert Path(word).suffix or word in text, f"{arguments[0]} has no {word}"
+    elif program == "python":
+        module = arguments[1].replace(".", "/") + ".py" if arguments[0] == "-m" else arguments[0]
+        run_trainer(module, arguments[2:] if arguments[0] == "-m" else arguments[1:])
+    else:
+        assert program in DEVELOPER_TOOLS, f"this test does not know how to run {shlex.join(words)}"
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a working folder with a small dataset, and what the documents call FOLDER, FILE and NAME."""
+    folder = tmp_path_factory.mktemp("documents")
+    for split, count in (("train", 6), ("val", 2)):
+        for label, color in (("one", "red"), ("two", "blue")):
+            (folder / "images" / split / label).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (40, 40 + number), color).save(
+                    folder / "images" / split / label / f"{number}.png"
+                )
+    for placeholder in ("FOLDER", "TARGET"):
+        (folder / placeholder).symlink_to("images")
+    for placeholder in ("FILE", "F"):
+        (folder / placeholder).write_text("train: {batch_size: 8}\n", encoding="utf-8")
+    (folder / "rates.txt").write_text("--optim.lr 1e-3\n--optim.lr 1e-4\n", encoding="utf-8")
+    Image.new("RGB", (40, 40), "red").save(folder / "image.jpg")
+    return folder
+
+
+@pytest.fixture
+def _in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    if not (workplace / "runs/NAME/model.safetensors").exists():
+        assert train([*SMALL, *SMALL_MODEL, "--model.weights=null", "--run.dir=runs/NAME"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_in_workplace")
+@pytest.mark.parametrize("document", [*DOCUMENTS, *CONFIGS], ids=name)
+def test_every_command_runs(document: Path) -> None:
+    for number, words in enumerate(commands(document)):
+        own_folder = not {"--run.dir", "status"} & set(words) and bool(trainer_options(words))
+        check_command([*words, f"--run.dir=runs/{document.stem}-{number}"] if own_folder else words)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_in_workplace")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "accelerate launch trainer/main.py --data.root FOLDER",
+        "regraft train --data.root FOLDER --transfer.strategy lp-ft",
+    ],
+)
+def test_the_first_commands_of_the_readme_run_as_they_are_written(command: str) -> None:
+    assert command.split() in [words[: len(command.split())] for words in commands(REPOSITORY / "README.md")]
+    start, _, options = command.partition(" --")
+    program = {
+        "accelerate launch trainer/main.py": [
+            "-m",
+            "accelerate.commands.launch",
+            str(REPOSITORY / "trainer/main.py"),
+        ],
+        "regraft train": ["-m", "launch.cli", "train"],
+    }[start]
+    small = [*SMALL, *SMALL_MODEL, f"--run.dir=runs/{start.split()[0]}"]
+    ended = subprocess.run(
+        [sys.executable, *program, *f"--{options}".split(), *small],
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_in_workplace")
+def test_python_examples_run() -> None:
+    examples = [code for document in DOCUMENTS for code in code_blocks(document, "python")]
+    assert examples
+    for example in examples:
+        exec(compile(example, "example", "exec"), {})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_links_paths_and_options_exist(document: Path) -> None:
+    text = read(document)
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert "://" in target or (document.parent / target).exists(), target
+    for path in re.findall(r"`((?:\w+/)+(?:[\w-]+\.\w+)?)`", text):
+        if (REPOSITORY / path.split("/")[0]).is_dir() and document.name != "CHANGELOG.md":
+            assert (REPOSITORY / path).exists(), path
+    options = set(keys())
+    sections = {key.split(".")[0] for key in options} - {"debug"}
+    for option in re.findall(rf"`(?:--)?((?:{'|'.join(sections)})\.\w+)", text):
+        assert (
+            option in options
+            or option.endswith((".safetensors", ".csv", ".py"))
+            or document.name == "CHANGELOG.md"
+        ), option
+    for verb in re.findall(r"`regraft ([a-z-]+)", text):
+        assert re.search(rf"^  {verb}\b", help_text("-m", "launch.cli"), flags=re.MULTILINE), (
+            f"regraft {verb}"
+        )
+
+
+def test_the_project_layout_in_the_readme_exists() -> None:
+    layout = next(block for block in code_blocks(REPOSITORY / "README.md", "") if "trainer/  " in block)
+    root = ""
+    for line in layout.splitlines():
+        files = re.split(r"\s{2,}", line.strip())[0].split()
+        if not line.startswith(" "):
+            root = files[0]
+            assert (REPOSITORY / root).is_dir(), root
+        else:
+            for file in files:
+                assert (REPOSITORY / root / file).exists(), f"{root}{file}"
+
+
+@pytest.mark.parametrize(
+    "folder", ["*", "benchmarks", "configs", "docs", "launch", "regraft", "slurm", "tests", "trainer"]
+)
+def test_spelling_is_american(folder: str) -> None:
+    pattern = folder if folder == "*" else f"{folder}/**/*"
+    files = [
+        path for path in REPOSITORY.glob(pattern) if path.suffix in (".md", ".py", ".yaml", ".toml", ".sh")
+    ]
+    british = [
+        f"{name(path)}:{number}: {match[0]}"
+        for path in files
+        if path != Path(__file__).resolve()
+        for number, line in enumerate(read(path).splitlines(), start=1)
+        # The changelog names old options and files.
+        for match in BRITISH.finditer(re.sub("`[^`]*`", "", line) if path.name == "CHANGELOG.md" else line)
+    ]
+    assert british == []
