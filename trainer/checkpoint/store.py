@@ -310,7 +310,7 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
     _require_kind(path / MANIFEST, stat.S_ISREG, "a file")
     content = json.loads(_read_limited(path / MANIFEST))
     if content["format"] != FORMAT:
-        raise CorruptCheckpoint(f"format {content['format']!r}, this version of regraft reads {FORMAT}")
+        raise ValueError(f"format {content['format']!r}, this version of regraft reads {FORMAT}")
     files = content["files"]
     if not isinstance(files, dict):
         raise CorruptCheckpoint(

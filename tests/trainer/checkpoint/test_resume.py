@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save
 from torch import nn
+from trainer.checkpoint.tensors import snapshot
 
 from trainer.checkpoint import store
 from trainer.checkpoint.resume import describe_resume, load_latest_checkpoint, restore_checkpoint
 from trainer.checkpoint.state import BestEpoch, CheckpointState, RunIdentity
 from trainer.checkpoint.store import CheckpointId, LoadedCheckpoint
-from trainer.checkpoint.tensors import snapshot
 from trainer.config.parse import dump
 from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, TransferConfig
 from trainer.data.index import DatasetIndex, Example
