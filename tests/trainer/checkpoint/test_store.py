@@ -89,6 +89,11 @@ def manifest_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.fixture(autouse=True)
+def _fast_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # no test cuts the power
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return the path of a run's checkpoints, which does not exist yet."""
@@ -501,8 +506,7 @@ DAMAGES: Mapping[str, Callable[[Path, random.Random], object]] = {
 }
 
 
-def test_200_damaged_checkpoints_are_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # no power is cut, and fsync is slow
+def test_200_damaged_checkpoints_are_never_loaded(tmp_path: Path) -> None:
     seed = int.from_bytes(os.urandom(4))
     print(f"seed {seed}")
     rng = random.Random(seed)
