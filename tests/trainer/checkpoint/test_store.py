@@ -89,11 +89,6 @@ def manifest_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.fixture(autouse=True)
-def _fast_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # no test cuts the power
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return the path of a run's checkpoints, which does not exist yet."""
