@@ -182,13 +182,7 @@ def make(tmp_path: Path, clock: SimpleNamespace, ctx: DistributedContext) -> Ite
             batch_sizes=(4, 3), epochs=epochs, logs_per_epoch=1, lr_multiplier=lambda step: 1.0
         )
         manager = CheckpointManager(
-            run,
-            state,
-            schedule,
-            saver=saver,
-            retention=retention,
-            early_stopping=early_stopping,
-            logger=log,
+            run, state, schedule, saver=saver, retention=retention, early_stopping=early_stopping, logger=log
         )
         return Training(run, state, log, saver, manager)
 
@@ -277,15 +271,12 @@ def test_stop_file_is_removed_once_the_run_has_stopped(make: Make, clock: Simple
         stop_by_file(training, clock)
     assert not (training.run.root / STOP).exists()
     assert training.checkpoints == [(1, 0)]
-
-
-def test_stop_file_after_the_last_epoch_stays_for_the_next_phase(make: Make, clock: SimpleNamespace) -> None:
     training = make(NEVER, epochs=1)
     with training.manager:
         (training.run.root / STOP).touch()
         clock.now += 2
         assert training.end_epoch(1, 0.5) == "the file STOP"
-    assert (training.run.root / STOP).exists()
+    assert (training.run.root / STOP).exists(), "the next phase has yet to stop"
 
 
 # --- failures
@@ -506,25 +497,21 @@ def test_the_best_epoch_is_the_model_file_whatever_is_saved(
 
 
 def test_of_equal_accuracies_the_lower_loss_then_the_first_is_the_best(make: Make) -> None:
-    training = make(split="val")
+    training = make(
+        split="val", epochs=6, epoch=1, step=2, best=BestEpoch(epoch=1, step=2, accuracy=0.8, loss=1.0)
+    )
     with training.manager:
-        for epoch, (loss, best) in enumerate([(1.0, 1), (0.5, 2), (0.5, 2), (0.9, 2)], start=1):
-            training.end_epoch(epoch, 0.7, loss=loss, split="val")
+        for epoch, (accuracy, loss, best) in enumerate(
+            [(0.7, 0.1, 1), (0.8, 1.0, 1), (0.8, 0.5, 4), (0.8, 0.5, 4), (0.8, 0.9, 4)], start=2
+        ):
+            training.end_epoch(epoch, accuracy, loss=loss, split="val")
+            training.saver.wait()
             assert training.state.best is not None
             assert training.state.best.epoch == best
+            assert (training.run.folder / MODEL).exists() == (epoch >= 4), "a worse epoch does not replace it"
     metadata = read_metadata(training.run.folder / MODEL)
     assert metadata is not None
     assert metadata.metrics["selected_on"] == "val"
-
-
-def test_a_resumed_run_keeps_its_best_epoch(make: Make) -> None:
-    best = BestEpoch(epoch=1, step=2, accuracy=0.8, loss=1.0)
-    training = make(epoch=1, step=2, best=best)
-    with training.manager:
-        training.end_epoch(2, 0.7)
-        training.end_epoch(3, 0.8)
-    assert not (training.run.folder / MODEL).exists(), "a worse epoch does not replace it"
-    assert training.read(6, 3).best == best
 
 
 def test_a_stop_at_the_end_of_an_epoch_saves_a_checkpoint(make: Make) -> None:

@@ -32,21 +32,11 @@ def test_checkpoint_name_round_trip(checkpoint: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "step-120-epoch-4",
-        "step-000000120-epoch-0004",
-        "step-00000120-epoch-00004",
-        "step-00000120-epoch-0004\n",
-        "step-00000120-epoch-0004.tmp",
-        " step-00000120-epoch-0004",
-        "step--0000120-epoch-0004",
-        "step-+0000120-epoch-0004",
-        "step-0000_120-epoch-0004",
-        "step-٠٠٠٠٠١٢٠-epoch-0004",
-        "damaged-1-step-00000120-epoch-0004",
-        ".writing-step-00000120-epoch-0004-ab",
-        f"step-{'9' * 5000}-epoch-0001",
-        "LATEST",
-        "",
+        *("step-120-epoch-4", "step-000000120-epoch-0004", "step-00000120-epoch-00004", "LATEST", ""),
+        *("step-00000120-epoch-0004\n", "step-00000120-epoch-0004.tmp", " step-00000120-epoch-0004"),
+        *("step--0000120-epoch-0004", "step-+0000120-epoch-0004", "step-0000_120-epoch-0004"),
+        *("step-٠٠٠٠٠١٢٠-epoch-0004", f"step-{'9' * 5000}-epoch-0001"),
+        *("damaged-1-step-00000120-epoch-0004", ".writing-step-00000120-epoch-0004-ab"),
     ],
 )
 def test_other_names_are_not_checkpoints(name: str) -> None:
@@ -81,25 +71,18 @@ def test_class_names_that_are_not_unicode_round_trip() -> None:
 def test_floats_round_trip_bit_for_bit() -> None:
     seed = int.from_bytes(os.urandom(4))
     print(f"seed {seed}")
-    generator = random.Random(seed)
-    values = [0.0, -0.0, 5e-324, -5e-324, 2.2250738585072014e-308, 1.7976931348623157e308, 0.1 + 0.2, 1 / 3]
-    while len(values) < 2000:
-        (value,) = struct.unpack("<d", generator.randbytes(8))
-        if math.isfinite(value):
-            values.append(value)
-    rows = tuple((value, 0, 0) for value in values)
-    sums = MetricState(rows=rows, seconds=values[8], compute_seconds=values[9])
-    best = BestEpoch(epoch=1, step=3, accuracy=values[10], loss=values[11])
-    state = make_state(metrics=sums, run=with_metadata(world_size=len(rows)), best=best)
-
-    def bits(state: CheckpointState) -> list[bytes]:
-        assert state.metrics is not None
-        assert state.best is not None
-        numbers = [row[0] for row in state.metrics.rows]
-        numbers += [state.metrics.seconds, state.metrics.compute_seconds, *state.best.score]
-        return [struct.pack("<d", number) for number in numbers]
-
-    assert bits(read(state)) == bits(state)
+    random_bytes = random.Random(seed).randbytes
+    values = [-0.0, 5e-324, -5e-324, 2.2250738585072014e-308, 1.7976931348623157e308, 0.1 + 0.2, 1 / 3]
+    values += filter(math.isfinite, struct.unpack("<2000d", random_bytes(16_000)))
+    sums = MetricState(rows=tuple((value, 0, 0) for value in values), seconds=values[3], compute_seconds=0.1)
+    best = BestEpoch(epoch=1, step=3, accuracy=values[8], loss=values[9])
+    state = make_state(metrics=sums, run=with_metadata(world_size=len(values)), best=best)
+    assert read(state).to_json() == state.to_json()
+    metrics = read(state).metrics
+    assert metrics is not None
+    assert [struct.pack("<d", row[0]) for row in metrics.rows] == [
+        struct.pack("<d", value) for value in values
+    ]
 
 
 def test_grad_scaler_state_round_trip() -> None:
@@ -274,6 +257,11 @@ ANT, CAT, LINES, BROKEN = IDENTITY.classes
     ("changes", "expected"),
     [
         ({"architecture": "vgg\x1b11"}, "model: vgg\\x1b11 there, resnet18 now"),
+        (
+            {"classes": tuple(map(str, range(1000))), "examples": (1,) * 1000},
+            "classes: 0, 1, 2, 3, 4 and 995 more only there, "
+            "ant, 猫 🐈, two\\nlines, broken \\xff bytes only now",
+        ),
         ({"classes": ("Ant", CAT, LINES, BROKEN)}, "classes: Ant only there, ant only now"),
         (
             {"classes": (*IDENTITY.classes, "wasp"), "examples": (4, 3, 2, 1, 9), "data": "more"},
@@ -299,11 +287,3 @@ ANT, CAT, LINES, BROKEN = IDENTITY.classes
 )
 def test_differences_of_identity_are_listed(changes: dict[str, Any], expected: str) -> None:
     assert difference(**changes) == expected
-
-
-def test_long_lists_of_classes_are_truncated() -> None:
-    classes = tuple(f"class {number}" for number in range(1000))
-    text = difference(classes=classes, examples=(1,) * 1000)
-    assert text.startswith(
-        "classes: class 0, class 1, class 2, class 3, class 4 and 995 more only there, ant"
-    )

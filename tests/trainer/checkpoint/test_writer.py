@@ -20,11 +20,6 @@ def fail(error: BaseException) -> None:
     raise error
 
 
-def test_a_writer_without_jobs_has_succeeded(writer: AsyncWriter) -> None:
-    assert writer.wait()
-    assert writer.failure is None
-
-
 @pytest.mark.parametrize("call", ["submit", "close"])
 def test_submit_and_close_wait_for_the_job_in_progress(call: str, writer: AsyncWriter) -> None:
     done: list[str] = []

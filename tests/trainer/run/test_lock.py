@@ -267,9 +267,7 @@ def test_a_process_that_ends_during_the_wait_is_followed(acquire: Acquire, tmp_p
     write_record(tmp_path, record)
     ended = dataclasses.replace(record, state="stopped")
     lock = acquire(
-        tmp_path,
-        timeout=30,
-        log=lambda line: threading.Timer(0.1, write_record, [tmp_path, ended]).start(),
+        tmp_path, timeout=30, log=lambda line: threading.Timer(0.1, write_record, [tmp_path, ended]).start()
     )
     assert lock.record.attempt == 2
 
