@@ -59,7 +59,6 @@ def test_record_round_trip(tmp_path: Path) -> None:
 DAMAGED: dict[str, str | bytes | dict[str, Any]] = {
     "empty": "",
     "half written": RECORD.to_json()[:50],
-    "a list": "[]",
     "null": "null",
     "not text": b"\xff\xfe",
     "deep": "[" * 100_000,
