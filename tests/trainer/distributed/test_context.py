@@ -1,5 +1,6 @@
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,14 +19,7 @@ from trainer.distributed.launch_checks import (
 from trainer.distributed.precision import choose_precision
 from trainer.errors import UserError
 
-GROUP = {
-    "WORLD_SIZE": "2",
-    "RANK": "1",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "1",
-}
+GROUP = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +30,10 @@ def _restore_threads() -> Iterator[None]:
 
 
 # --- init_distributed
+
+
+def refused(error: str | None) -> AbstractContextManager[object]:
+    return nullcontext() if error is None else pytest.raises(UserError, match=error)
 
 
 def test_a_cpu_run_uses_all_cores_unless_threads_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,22 +158,17 @@ def test_precision(
         ({"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "1"}, None),
         ({"SLURM_STEP_NUM_TASKS": "4"}, "4 tasks"),
         *(
-            (
-                {name: value for name, value in GROUP.items() if name != missing},
-                f"WORLD_SIZE is 2, but {missing} is not set",
-            )
-            for missing in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+            (GROUP | {missing: None}, f"WORLD_SIZE is 2, but {missing} is not set")
+            for missing in list(GROUP)[1:]
         ),
     ],
 )
 def test_processes_that_cannot_find_each_other_are_refused(
-    environment: dict[str, str], error: str | None
+    environment: dict[str, Any], error: str | None
 ) -> None:
-    if error is None:
+    environment = {name: value for name, value in environment.items() if value}
+    with refused(error):
         check_world_size_variables(environment)
-    else:
-        with pytest.raises(UserError, match=error):
-            check_world_size_variables(environment)
 
 
 @pytest.mark.parametrize(
@@ -206,11 +199,8 @@ def test_settings_of_accelerate_that_change_a_run_are_refused(
 def test_another_process_group_is_refused(world_size: str, kind: DistributedType, error: str | None) -> None:
     """Under torchrun, accelerate forms no group if it is not told that the device is a CPU."""
     accelerator: Any = SimpleNamespace(num_processes=1, distributed_type=kind)
-    if error is None:
+    with refused(error):
         check_process_group(accelerator, {"WORLD_SIZE": world_size})
-    else:
-        with pytest.raises(UserError, match=error):
-            check_process_group(accelerator, {"WORLD_SIZE": world_size})
 
 
 def test_only_rank_0_continues_without_the_process_group() -> None:
