@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_equal(
     said = finish(arguments, folder)
     assert f"(step {int(before.name.split('-')[1])})" in said
     assert f"{damaged} is damaged (optimizer.safetensors is not what was written" in said
-    assert f"quarantined as damaged-1-{damaged.name}" in said
+    assert f"set aside as damaged-1-{damaged.name}" in said
     assert (folder / "checkpoints" / f"damaged-1-{damaged.name}").is_dir()
     assert "Traceback" not in said
     require_each_once(folder)
