@@ -8,7 +8,7 @@ from tests.launch.test_failures import REPORT, failed
 from trainer.distributed import watchdog
 
 WAITED = (
-    f"Hang: no step for 300 s, the last one was 7; {watchdog.HANG_WAITING} in all_reduce "
+    f"Hang: no step for 300 s, the last one was 7; {watchdog.WAITS} in all_reduce "
     "(distributed/distributed_c10d.py:1)"
 )
 READ = "Hang: no step for 300 s, the last one was 7; it was in select (selectors.py:1); stacks in /gloo/hangs/x.txt"

@@ -152,11 +152,13 @@ def test_what_comes_before_and_after_the_updates_is_watched_too(
     )
     outcome, _ = train(config)
     probe, before, training, line = watched
-    assert probe.ticks == 1, "a batch"
-    assert (before.ticks, before.step) == (2, 0), "val and test"
-    assert training.ticks >= STEPS * EPOCHS
+    assert probe.passed == 1, "a batch"
+    assert (before.passed, before.step) == (2, 0), "val and test"
+    assert training.passed >= STEPS * EPOCHS
     tested = 1 if outcome.alpha == 1 else 2
-    assert (line.ticks, line.step) == (11 + tested, training.step), "eleven points on val, one or two on test"
+    assert (line.passed, line.step) == (11 + tested, training.step), (
+        "eleven points on val, one or two on test"
+    )
     assert not (Path(config.run.dir) / "hangs").exists()
 
 

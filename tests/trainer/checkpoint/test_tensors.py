@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
-from trainer.checkpoint.tensors import load_batch_norm_statistics, restore, snapshot
 
 from trainer.checkpoint.store import MODEL, OPTIMIZER, STATISTICS
+from trainer.checkpoint.tensors import load_batch_norm_statistics, restore, snapshot
 from trainer.errors import UserError
 from trainer.model.batch_norm import freeze_batch_norm, restore_batch_norm_statistics
 
