@@ -1,1 +1,1 @@
-"""Checkpoints: folders that are whole or absent, without pickle, written beside the training."""
+"""Checkpoints: written atomically in a background thread, verified when they are read, without pickle."""

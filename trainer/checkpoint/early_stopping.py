@@ -1,4 +1,4 @@
-"""Early stopping: end a run once its best epoch lies too far back."""
+"""Early stopping: end a run when no epoch has been better than the best one for too long."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from trainer.report.summary import best_row
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopping:
-    """Ends a run after `patience` epochs without a better one, as in Prechelt 1998, "Early Stopping - But When?".
+    """End a run after `patience` epochs without a better one, as in Prechelt 1998, "Early Stopping - But When?".
 
-    A better epoch has a higher accuracy, or the same at a lower loss: the same rule selects the best epoch.
+    An epoch is better if its accuracy is higher, or equal at a lower loss. The same rule selects the best epoch.
     """
 
     split: str | None
-    """Split that the best epoch is selected on; None: there is none, and the run never stops early."""
+    """Split that the best epoch is selected on; None: there is no such split, and the run never stops early."""
     patience: int | None
     """Number of epochs, 1 or more; None turns early stopping off."""
 
     @property
     def selected_on(self) -> str:
-        """Return the split that the best epoch is selected on; the reported one if there is no other."""
+        """Return the split that the best epoch is selected on; `test` if there is no other."""
         return self.split or "test"
 
     def should_stop(self, epochs: Sequence[Row]) -> bool:

@@ -1,7 +1,7 @@
-"""What happens between two updates: all processes agree whether to save, to stop, or that one of them has failed.
+"""The checkpoint manager: between two updates, all processes agree to save, to stop, or that one of them has failed.
 
-The training step pays for that agreement (one small all-reduce on the CPU) and, if a checkpoint is due, for a copy
-of the state. A thread of rank 0 writes the copy.
+The agreement costs one small all-reduce on the CPU for each update. A checkpoint costs the training loop a copy of the
+state; a thread of rank 0 writes the copy.
 """
 
 import signal
@@ -31,7 +31,7 @@ _SECONDS_BETWEEN_STOP_FILE_CHECKS = 1.0
 
 
 class MetricsLog(Protocol):
-    """Rank 0's metrics of the run; empty on the other ranks."""
+    """The metrics of the run on rank 0. They are empty on the other ranks."""
 
     @property
     def failure(self) -> UserError | None:
@@ -47,7 +47,7 @@ class MetricsLog(Protocol):
 
 
 class CheckpointManager:
-    """Saves checkpoints and the best model, and says when to stop: a context around the loop, on every process."""
+    """Saves checkpoints and the best model, and decides when to stop. A context manager around the training loop."""
 
     def __init__(
         self,
@@ -64,30 +64,30 @@ class CheckpointManager:
 
         Args:
             run: the open run folder.
-            state: of training; its best epoch is kept up to date here.
+            state: the training state. The manager updates its best epoch.
             schedule: the updates of the run.
             saver: writes the files.
-            retention: when a checkpoint is due.
-            early_stopping: when to end the run before its last epoch.
+            retention: decides when a checkpoint is due.
+            early_stopping: decides whether to end the run before its last epoch.
             logger: holds the metrics that are saved with each checkpoint.
 
         """
         self._run, self._state, self._schedule, self._saver = run, state, schedule, saver
         self._retention, self._early_stopping, self._logger = retention, early_stopping, logger
         self.stopped_early = False
-        """Whether early stopping has ended the run with the epoch that was completed last."""
+        """Whether early stopping has ended the run after the last completed epoch."""
         self.heartbeat = Heartbeat(step=state.step)
-        """Ticks between updates, for the watchdog."""
+        """For the watchdog: ticked between updates."""
         self._last_saved = CheckpointId(state.step, state.epoch) if state.step else None
         self._saved_at = time.monotonic()
         self._stop_file_checked_at = 0.0
         self._stop_file_found = False
 
     def sync_flags(self) -> StepDecision:
-        """Return what all processes do after the update that was completed last.
+        """Return what all processes do after the last completed update.
 
         Raises:
-            UserError: the error that one of them has met, on every process.
+            UserError: one of the processes has failed. Its error is raised on all of them.
 
         """
         ctx = self._run.ctx
@@ -102,12 +102,14 @@ class CheckpointManager:
         return StepDecision(save=bool(save_now), stop=reason)
 
     def _stop_flag(self) -> int:
-        """Return the number of the signal received, or that of the STOP file; 0 for none."""
+        """Return the number of the received signal, `_STOP_FILE_FLAG` for the file STOP, or 0."""
         if self._run.is_writer and not self._stop_file_found:
             now = time.monotonic()
             if now - self._stop_file_checked_at > _SECONDS_BETWEEN_STOP_FILE_CHECKS:
                 self._stop_file_checked_at = now
-                with suppress(OSError):  # a network file system may fail for a moment; it is asked again
+                with suppress(
+                    OSError
+                ):  # a network file system may fail for a moment; the next check tries again
                     self._stop_file_found = (self._run.root / STOP).exists()
         return _STOP_FILE_FLAG if self._stop_file_found else self._run.signals.received or 0
 
@@ -116,20 +118,20 @@ class CheckpointManager:
         self._save(is_best=False)
 
     def end_epoch(self, evaluations: Evaluations) -> str | None:
-        """Save the state at the end of an epoch: if a checkpoint is due, it is the best or the last, or on a stop.
+        """Save the state at the end of an epoch if it is due, the best epoch, the last epoch, or the run stops.
 
-        Returns why to stop, or None.
+        Return the reason to stop, or None.
         """
         state = self._state
         is_best = self._update_best(evaluations)
         decision = self.sync_flags()
         self.stopped_early = state.epoch < self._schedule.epochs and self._should_stop_early()
         is_last = state.epoch == self._schedule.epochs or self.stopped_early
-        self.heartbeat.extend_timeout()  # for rank 0, which may wait for its disk
+        self.heartbeat.extend_timeout()  # rank 0 may wait for the disk
         if decision.save or decision.stop or is_last or (is_best and self._retention.keep_best):
             self._save(is_best=is_best)
         elif is_best and self._run.is_writer and self._saver.wait():
-            # Without a checkpoint: a run that resumes from an earlier one comes to the same best epoch again.
+            # The model alone: a run that resumes from an earlier checkpoint repeats this epoch and its model file.
             self._saver.save_model(state.state_dict(), self._logger.epochs[-1])
         return decision.stop
 
@@ -144,7 +146,7 @@ class CheckpointManager:
         return is_best
 
     def _should_stop_early(self) -> bool:
-        """Return rank 0's decision: only rank 0 has the metrics."""
+        """Return rank 0's decision, since only rank 0 has the metrics."""
         if self._early_stopping.patience is None:
             return False
         should_stop = self._early_stopping.should_stop(self._logger.epochs)
@@ -162,7 +164,7 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for what is being written. After the last epoch or a stop, all processes learn whether it failed."""
+        """Wait for the writer thread. After the last epoch or a stop, raise its failure on all processes."""
         self.heartbeat.extend_timeout()
         try:
             if error is None or isinstance(error, Stopped):
@@ -175,8 +177,8 @@ class CheckpointManager:
             self._saver.wait()
         self.sync_flags()
         if stopped and self._stop_file_found and self._run.is_writer:
-            with suppress(OSError):  # the next start reports a file that cannot be removed
-                (self._run.root / STOP).unlink(missing_ok=True)  # obeyed: the same command resumes the run
+            with suppress(OSError):  # the next start reports it
+                (self._run.root / STOP).unlink(missing_ok=True)  # so that the same command resumes the run
 
     def _save(self, *, is_best: bool) -> None:
         state = self._state
@@ -197,12 +199,13 @@ class CheckpointManager:
         )
 
     def repair_best_model(self) -> None:
-        """Make sure that the run's model file is that of the best epoch that the checkpoint knows; before training.
+        """Restore the run's model file if it is not of the checkpoint's best epoch. Call it before training.
 
-        On another number of processes, an epoch that was lost need not turn out as good again.
+        A start that was killed may have written the model of a later epoch. On another number of processes, that epoch
+        may turn out worse when it is repeated. Every process must call this method.
 
         Raises:
-            UserError: neither the file nor that epoch's checkpoint exists, or the file could not be written.
+            UserError: neither the file nor the best epoch's checkpoint exists, or the file could not be written.
 
         """
         ctx = self._run.ctx
@@ -222,6 +225,6 @@ class CheckpointManager:
         except CorruptCheckpoint:
             self._state.best = None
             return (
-                f"{MODEL} is of an epoch that was lost with an earlier start, and the best epoch's checkpoint was not "
-                "kept: from here on, the best epoch is selected anew"
+                f"{MODEL} is of an epoch whose checkpoint was lost, and the best epoch's checkpoint was not kept. "
+                "From here on, the best epoch is selected anew"
             )

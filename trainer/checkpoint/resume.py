@@ -1,9 +1,8 @@
 """Resume: find the newest checkpoint of a run, check that it belongs to the run, and restore it."""
 
-import socket
 from collections.abc import Callable, Sequence
 
-from regraft.contract import ATTEMPTS, CHECKPOINTS, CONFIG, METRICS, MODEL
+from regraft.contract import ATTEMPTS, CHECKPOINTS, METRICS, MODEL
 from trainer.checkpoint import store
 from trainer.checkpoint.early_stopping import EarlyStopping
 from trainer.checkpoint.state import RunMetadata
@@ -13,7 +12,7 @@ from trainer.optim.schedule import TrainSchedule
 from trainer.report.metrics import Row, epoch_rows, parse_rows, restore_metrics
 from trainer.report.summary import best_row
 from trainer.run.atomic import remove_leftovers
-from trainer.run.folder import OUR_FILES, archive_results, check_resumable, write_config
+from trainer.run.folder import OUR_FILES, archive_results, check_resumable, check_visible, write_config
 from trainer.run.session import OpenRun
 from trainer.state import TrainState
 from trainer.text import escape_unprintable
@@ -32,13 +31,13 @@ class ResumePoint:
         config: str,
         order_digest: Callable[[int], str],
     ) -> None:
-        """Find and check the checkpoint, and write the run's config. Every process must call it.
+        """Find and check the newest checkpoint, and write the run's config. Every process must call it.
 
         Args:
             run: the open run folder.
             schedule: the updates of the run.
-            metadata: what this start says about the run.
-            early_stopping: the rule that may have ended the run.
+            metadata: what the checkpoints of this start say about the run.
+            early_stopping: decides whether the run has stopped early.
             config: the resolved config as YAML, with `run.resume auto`.
             order_digest: epoch, from 0 -> SHA-256 of the order of its examples.
 
@@ -61,12 +60,8 @@ class ResumePoint:
     def _find(self, config: str) -> LoadedCheckpoint | None:
         folder, checkpoints = self._run.folder, self._run.folder / CHECKPOINTS
         if not self._run.ctx.is_main_process:
-            if not (folder / CONFIG).exists():
-                raise UserError(
-                    f"run.dir {folder}: {socket.gethostname()} does not see what rank 0 has written there; expected "
-                    "one folder that every machine shares"
-                )
-            return None  # every rank takes rank 0's checkpoint
+            check_visible(folder)
+            return None  # every rank uses rank 0's checkpoint
         if folder != self._run.root:  # `open_run` has checked the run folder itself
             check_resumable(folder, config, resume="auto")
         try:
@@ -79,27 +74,27 @@ class ResumePoint:
                 self._check(checkpoint)
             elif (message := archive_results(folder)) is not None:
                 self._run.console.print(message)
-            write_config(folder, config)  # only now: a start that is refused leaves the config as it was
+            write_config(folder, config)  # last: a start that is refused does not change the config
         except OSError as error:
             raise UserError(
-                f"{checkpoints}: cannot be read and put in order ({error}); fix that, or choose another run.dir"
+                f"{checkpoints}: cannot be read or cleaned up ({error}); fix that, or choose another run.dir"
             ) from None
         return checkpoint
 
     def _check(self, checkpoint: LoadedCheckpoint) -> None:
         """Raise a UserError for a checkpoint of another run, or a finished run without its model file."""
-        state, now, where = checkpoint.state, self._metadata, checkpoint.path
-        then = state.run
-        then.identity.check_same(now.identity, str(where))
-        if then.seed != now.seed or state.order_digest != self._order_digest(state.epoch):
+        state, current, path = checkpoint.state, self._metadata, checkpoint.path
+        saved = state.run
+        saved.identity.check_same(current.identity, str(path))
+        if saved.seed != current.seed or state.order_digest != self._order_digest(state.epoch):
             raise UserError(
-                f"{where}: the examples are drawn in another order here than where it was written, by torch "
-                f"{escape_unprintable(then.versions.get('torch', '?'))}: resume with that version, or start anew with "
+                f"{path}: the examples are drawn in another order than when it was written, by torch "
+                f"{escape_unprintable(saved.versions.get('torch', '?'))}: resume with that version, or start anew with "
                 "--run.resume never, which archives the run"
             )
-        if state.epoch > self._schedule.epochs or then.steps_per_epoch != self._schedule.steps_per_epoch:
+        if state.epoch > self._schedule.epochs or saved.steps_per_epoch != self._schedule.steps_per_epoch:
             raise UserError(
-                f"{where}: after {state.epoch} epochs of {then.steps_per_epoch} steps, but this run is to have "
+                f"{path}: after {state.epoch} epochs of {saved.steps_per_epoch} steps, but this run has "
                 f"{self._schedule.epochs} of {self._schedule.steps_per_epoch}: choose another run.dir, or --run.resume "
                 "never"
             )
@@ -112,7 +107,7 @@ class ResumePoint:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether there is nothing left to train: the last epoch is done, or early stopping has ended the run.
+        """Return whether the run is finished: its last epoch is done, or early stopping has ended it.
 
         Raises:
             UserError: the checkpoint's metrics are damaged.
@@ -129,8 +124,8 @@ class ResumePoint:
         return self._early_stopping.should_stop(_epochs(checkpoint))
 
     def finish(self) -> tuple[Row, ...]:
-        """Say that the run is finished, restore its metrics.jsonl, and return the rows of its epochs."""
-        assert self.checkpoint is not None  # for mypy: `is_finished` comes first
+        """Print that the run is finished, restore its metrics.jsonl, and return the rows of its epochs."""
+        assert self.checkpoint is not None  # for mypy: the caller has checked `is_finished`
         checkpoint, run = self.checkpoint, self._run
         state, rows = checkpoint.state, _epochs(checkpoint)
         if state.epoch < self._schedule.epochs:
@@ -164,7 +159,7 @@ class ResumePoint:
     def restore(self, state: TrainState) -> None:
         """Restore the state from the checkpoint, if there is one. Every process must call it.
 
-        What trained when the checkpoint was written must require gradients.
+        Parameters that trained when the checkpoint was written must require gradients.
 
         Raises:
             UserError: the checkpoint does not fit the model or the optimizer.
@@ -186,29 +181,33 @@ class ResumePoint:
 
         `batch_norm` is the option transfer.batch_norm.
         """
-        assert self.checkpoint is not None  # for mypy: asked only if there is one
-        state, now, steps = self.checkpoint.state, self._metadata, self._schedule.steps_per_epoch
-        then = state.run
-        begun = state.step - state.epoch * steps
-        within = f", in epoch {state.epoch + 1} after {begun} of its {steps} steps" if begun else ""
-        lines = [f"resuming after epoch {state.epoch} of {self._schedule.epochs} (step {state.step}){within}"]
-        if then.world_size != now.world_size:
+        assert self.checkpoint is not None  # for mypy: the caller has checked it
+        state, current, steps = self.checkpoint.state, self._metadata, self._schedule.steps_per_epoch
+        saved = state.run
+        epoch_step = state.step - state.epoch * steps
+        position = (
+            f", in epoch {state.epoch + 1} after {epoch_step} of its {steps} steps" if epoch_step else ""
+        )
+        lines = [
+            f"resuming after epoch {state.epoch} of {self._schedule.epochs} (step {state.step}){position}"
+        ]
+        if saved.world_size != current.world_size:
             is_local = batch_norm in ("train", "frozen-with-weights")
-            differs = ", and BatchNorm, whose statistics are each process's own" if is_local else ""
+            exception = ", and BatchNorm, whose statistics are each process's own" if is_local else ""
             lines.append(
-                f"  on {now.world_size} processes instead of {then.world_size}: the same examples, crops and learning "
-                f"rates; equal except for the order of sums and the masks of dropout{differs}"
+                f"  on {current.world_size} processes instead of {saved.world_size}: the same examples, crops and "
+                f"learning rates; equal except for the order of sums and the masks of dropout{exception}"
             )
-        total = then.schedule.get("total_steps")
+        total = saved.schedule.get("total_steps")
         if total != self._schedule.total_steps:
             lines.append(
                 f"  for {self._schedule.total_steps} steps instead of {escape_unprintable(str(total))}: from here on, "
                 "the learning rate is that of the longer run"
             )
         changed = [
-            f"{name} {escape_unprintable(version)} then, {now.versions[name]} now"
-            for name, version in then.versions.items()
-            if name in now.versions and now.versions[name] != version
+            f"{name} {escape_unprintable(version)} then, {current.versions[name]} now"
+            for name, version in saved.versions.items()
+            if name in current.versions and current.versions[name] != version
         ]
         if changed:
             lines.append(f"  with other versions, which may change results: {', '.join(changed)}")

@@ -1,4 +1,4 @@
-"""When a checkpoint is due, and which are kept: pure functions."""
+"""Retention: when a checkpoint is due, and which checkpoints are kept. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,31 +8,38 @@ from trainer.checkpoint.state import CheckpointId
 
 @dataclass(frozen=True, kw_only=True)
 class RetentionPolicy:
-    """What the config asks for, in steps of the run and in seconds."""
+    """The options of section `checkpoint`, in steps and seconds."""
 
     every_steps: int | None
+    """Save every this many steps of the run."""
     every_seconds: float | None
+    """Save this many seconds after the last checkpoint."""
     keep_last: int
+    """Number of newest checkpoints to keep."""
     keep_best: bool
+    """Whether to keep the checkpoint of the best epoch."""
     keep_every: int | None
-    """In steps."""
+    """Keep the checkpoints at multiples of this many steps."""
 
     def should_save(self, step: int, seconds: float) -> bool:
         """Return whether to save after `step` updates, `seconds` after the last checkpoint."""
         by_step = self.every_steps is not None and step % self.every_steps == 0
         return by_step or (self.every_seconds is not None and seconds >= self.every_seconds)
 
-    def to_keep(self, places: Sequence[CheckpointId], best: CheckpointId | None) -> set[CheckpointId]:
-        """Return which of the checkpoints are kept.
+    def to_keep(self, checkpoints: Sequence[CheckpointId], best: CheckpointId | None) -> set[CheckpointId]:
+        """Return the checkpoints to keep.
 
         Args:
-            places: of all there are.
-            best: where the best epoch so far was saved, if it was.
+            checkpoints: all checkpoints of the run.
+            best: the checkpoint of the best epoch so far. It need not exist.
 
         """
-        newest = sorted(places, reverse=True)[: self.keep_last]
-        ends = {place.step: place for place in sorted(places)}  # of one step, that after its evaluation
+        newest = sorted(checkpoints, reverse=True)[: self.keep_last]
+        # Of two checkpoints at the same step, the one after the evaluation.
+        by_step = {checkpoint.step: checkpoint for checkpoint in sorted(checkpoints)}
         milestones = [
-            place for step, place in ends.items() if self.keep_every and step % self.keep_every == 0
+            checkpoint
+            for step, checkpoint in by_step.items()
+            if self.keep_every and step % self.keep_every == 0
         ]
         return {*newest, *milestones, *([best] if best is not None and self.keep_best else [])}

@@ -22,7 +22,7 @@ from trainer.run.session import OpenRun
 
 
 class CheckpointSaver:
-    """Writes what the checkpoint manager hands over. Rank 0 alone has one that writes."""
+    """Writes checkpoints and model files in a background thread. Only rank 0's writes."""
 
     def __init__(
         self,
@@ -34,13 +34,13 @@ class CheckpointSaver:
         selected_on: str,
         order_digest: Callable[[int], str],
     ) -> None:
-        """Take what every file of this start says.
+        """Start the writer thread.
 
         Args:
             run: the open run folder.
             retention: which checkpoints to keep.
             metadata: what every checkpoint says about the run.
-            model_metadata: header of the model file; its metrics are filled in for each file.
+            model_metadata: header of the model file. The metrics are replaced in each file.
             selected_on: split that the best epoch is selected on.
             order_digest: epoch, from 0 -> SHA-256 of the order of its examples.
 
@@ -52,15 +52,15 @@ class CheckpointSaver:
 
     @property
     def failure(self) -> UserError | None:
-        """Return why something could not be written, or None."""
+        """Return the error of a failed write, or None."""
         return self._writer.failure
 
     def wait(self) -> bool:
-        """Wait for what is being written; return whether it succeeded."""
+        """Wait for the write in progress; return whether it succeeded."""
         return self._writer.wait()
 
     def close(self) -> None:
-        """Finish what is being written."""
+        """Finish the write in progress, and end the thread."""
         self._writer.close()
 
     def save_position(self, **position: int) -> None:
@@ -80,10 +80,10 @@ class CheckpointSaver:
         """Write a checkpoint, and before it the model file if the checkpoint is of the best epoch.
 
         Args:
-            saved: a state dict; its tensors are not changed any more.
+            saved: a state dict that nothing changes any more.
             statistics: BatchNorm statistics of each process.
             metrics: text of metrics.jsonl.
-            best_row: row of the epoch, if it is the best one.
+            best_row: the epoch's row of metrics.jsonl, if it is the best epoch; else None.
             is_end: whether early stopping has ended the run with this checkpoint.
 
         """
@@ -102,17 +102,17 @@ class CheckpointSaver:
         self._writer.submit(partial(self._write_model, evaluated_weights(saved), row))
 
     def repair_model(self, best: BestEpoch, row: Callable[[], Row]) -> str | None:
-        """Make sure that the run's model file is that of the best epoch; return what was done, None if it was.
+        """Rewrite the run's model file unless it is of the best epoch. Return a line to print, or None.
 
-        A start that was killed may have written the model of a later epoch whose checkpoint was never finished.
+        A start that was killed may have written the model of a later epoch, whose checkpoint was never completed.
 
         Args:
             best: the best epoch of the checkpoint that the run resumes from.
             row: returns that epoch's row of metrics.jsonl.
 
         Raises:
-            store.CorruptCheckpoint: the file is of another epoch, and the best epoch's checkpoint was not kept.
-            UserError: the file is gone, and so is that checkpoint; or the file could not be written.
+            store.CorruptCheckpoint: the file is of another epoch, and the best epoch's checkpoint is not there.
+            UserError: neither the file nor that checkpoint is there, or the file could not be written.
 
         """
         folder = self._run.folder
@@ -124,15 +124,15 @@ class CheckpointSaver:
         except store.CorruptCheckpoint:
             if not (folder / MODEL).exists():
                 raise UserError(
-                    f"{folder}: {MODEL} is gone, which holds the best epoch ({best.epoch}), and so is its checkpoint. "
-                    "Restore that file, or --run.resume never, which archives the run"
+                    f"{folder}: {MODEL} of the best epoch ({best.epoch}) is gone, and so is that epoch's checkpoint. "
+                    "Restore the file, or --run.resume never, which archives the run"
                 ) from None
             raise
         self._write_model(evaluated_weights(checkpoint.state_dict()), row())
         return f"{MODEL} was not of the best epoch ({best.epoch}): restored from its checkpoint"
 
     def _model_step(self) -> int | None:
-        """Return the step after which the run's model file was written; None if there is no such file."""
+        """Return the step of the run's model file; None if there is no valid file."""
         try:
             metadata = read_metadata(self._run.folder / MODEL)
         except UserError:
@@ -179,16 +179,16 @@ class CheckpointSaver:
 
 
 def evaluated_weights(saved: Mapping[str, Any]) -> Tensors:
-    """Return the weights of a state dict that are evaluated: the moving average where there is one."""
+    """Return the weights of a state dict that are evaluated: the moving average, if there is one."""
     weights: Tensors = saved["ema"] or saved["model"]
     return weights
 
 
 def _require_finite(weights: Tensors, checkpoint: CheckpointId) -> None:
-    wrong = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if wrong:
+    nonfinite = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if nonfinite:
         raise UserError(
-            f"the update of step {checkpoint.step} has left values that are not finite in {wrong[0]}: training has "
-            "diverged. It was not saved; earlier checkpoints are as they were. Try a smaller optim.lr or "
+            f"the update of step {checkpoint.step} has left values that are not finite in {nonfinite[0]}: training has "
+            "diverged. This state was not saved; earlier checkpoints are unchanged. Try a smaller optim.lr or "
             "optim.head_lr_scale, a warm-up, optim.max_grad_norm, or train.precision fp32"
         )

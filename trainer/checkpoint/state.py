@@ -1,7 +1,7 @@
-"""`state.json` of a checkpoint: the position of the run, and what the run is. JSON, validated when it is read.
+"""`state.json` of a checkpoint: the position and the identity of the run, as JSON that is validated when it is read.
 
-No state of a random generator is saved: the order of the examples depends on (seed, epoch), a crop on (seed, epoch,
-example), the masks of dropout on (seed, step, rank). `order_digest` proves that the order is drawn the same again.
+No state of a random generator is saved. The order of the examples depends on (seed, epoch), a crop on (seed, epoch,
+example), and dropout masks on (seed, step, rank). `order_digest` proves that the same order is drawn again.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class CheckpointId(NamedTuple):
 
     @classmethod
     def of(cls, name: str) -> Self | None:
-        """Return the id that a folder's name gives, or None if it is not a checkpoint's name."""
+        """Return the id in a folder's name, or None if it is not the name of a checkpoint."""
         match = re.fullmatch(r"step-([0-9]{8,15})-epoch-([0-9]{4,15})", name, flags=re.ASCII)
         checkpoint = cls(int(match[1]), int(match[2])) if match else None
         return checkpoint if checkpoint and checkpoint.name == name else None
@@ -43,14 +43,14 @@ class CheckpointId(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What a run trains on what. A checkpoint with another identity cannot be resumed from."""
+    """The model and the data of a run. A run cannot resume from a checkpoint with another identity."""
 
     architecture: str
     classes: tuple[str, ...]
     examples: tuple[int, ...]
     """Number of training examples of each class."""
     data: str
-    """Fingerprint of the examples of all splits, in their order."""
+    """Fingerprint of the examples of all splits, in order."""
 
     def check_same(self, other: "RunIdentity", where: str) -> None:
         """Raise a UserError that says how this identity, a checkpoint's, differs from `other`, the run's."""
@@ -59,29 +59,26 @@ class RunIdentity:
         lines = []
         if self.architecture != other.architecture:
             lines.append(f"model: {escape_unprintable(self.architecture)} there, {other.architecture} now")
-        gone = [name for name in self.classes if name not in other.classes]
-        new = [name for name in other.classes if name not in self.classes]
-        if gone or new:
-            lines.append(f"classes: {_names(gone)} only there, {_names(new)} only now")
+        removed = [name for name in self.classes if name not in other.classes]
+        added = [name for name in other.classes if name not in self.classes]
+        if removed or added:
+            lines.append(f"classes: {_names(removed)} only there, {_names(added)} only now")
         elif self.classes != other.classes:
             lines.append("classes: in another order")
-        then, now = (dict(zip(s.classes, s.examples, strict=True)) for s in (self, other))
+        there, now = (dict(zip(one.classes, one.examples, strict=True)) for one in (self, other))
         counts = [
-            f"{escape_unprintable(name)} {then[name]} there, {now[name]} now"
-            for name in then
-            if name in now and then[name] != now[name]
+            f"{escape_unprintable(name)} {there[name]} there, {now[name]} now"
+            for name in there
+            if name in now and there[name] != now[name]
         ]
         if counts:
             lines.append(f"training images: {join_truncated(counts, limit=5)}")
         if not lines:
-            lines.append(
-                "images: the same number of each class to train on, but other files, or other images to evaluate "
-                "(names or split)"
-            )
-        listed = "".join(f"\n  {line}" for line in lines)
+            lines.append("images: the same number of each class, but other files or another split")
+        differences = "".join(f"\n  {line}" for line in lines)
         raise UserError(
-            f"{where}: a checkpoint of something else:{listed}\nRestore what it was trained on, choose another "
-            "run.dir, or --run.resume never, which archives the run"
+            f"{where}: a checkpoint of another run:{differences}\nRestore the data that it was trained on, choose "
+            "another run.dir, or --run.resume never, which archives the run"
         )
 
 
@@ -134,7 +131,7 @@ class CheckpointState:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Return the state that `to_json` wrote.
+        """Return the state in a text that `to_json` has written.
 
         Raises:
             ValueError, TypeError, KeyError, RecursionError: not a valid state.
@@ -144,8 +141,8 @@ class CheckpointState:
         fields = json.loads(text)
         if type(fields["format"]) is int and fields["format"] > FORMAT:
             raise UserError(
-                f"a checkpoint of format {fields['format']}, by a later regraft than this one, which reads {FORMAT}: "
-                "resume with the version that wrote it, or choose another run.dir"
+                f"a checkpoint of format {fields['format']}, written by a later version of regraft; this version reads "
+                f"{FORMAT}: resume with the version that wrote it, or choose another run.dir"
             )
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']!r}, this version of regraft reads {FORMAT}")
@@ -175,9 +172,9 @@ class CheckpointState:
         )
         _require(all(map(_is_count, counters)), "its counters")
         _require(run.world_size > 0 and run.steps_per_epoch > 0, "its counters")
-        begun = self.step - self.epoch * run.steps_per_epoch
-        _require(0 <= begun <= run.steps_per_epoch, f"step {self.step} with {self.epoch} whole epochs")
-        _require((self.metrics is not None) == (begun > 0), "the metric sums of the epoch in progress")
+        epoch_step = self.step - self.epoch * run.steps_per_epoch
+        _require(0 <= epoch_step <= run.steps_per_epoch, f"step {self.step} with {self.epoch} whole epochs")
+        _require((self.metrics is not None) == (epoch_step > 0), "the metric sums of the epoch in progress")
         if self.metrics is not None:
             rows = self.metrics.rows
             _require(

@@ -1,20 +1,19 @@
-"""`checkpoints/`: folders that are whole or absent, whatever kills the process that writes them. No pickle.
+"""The folder `checkpoints/`: checkpoints are written atomically and verified when they are read. No pickle.
 
 step-00000120-epoch-0004/   after 120 updates, of them 4 whole epochs
   model.safetensors           weights and buffers
-  optimizer.safetensors       moments
+  optimizer.safetensors       moments of the optimizer
   ema.safetensors             with regularization.ema: moving average of the weights
-  statistics.safetensors      BatchNorm statistics of each process, where they differ
-  state.json                  position of the run, and what the run is
+  statistics.safetensors      BatchNorm statistics of each process, if there are several
+  state.json                  position and identity of the run
   metrics.jsonl               the run's metrics up to here
   MANIFEST.json               size and SHA-256 of each of these files
-LATEST                      name of the checkpoint written last, for people and scripts
+LATEST                      name of the newest checkpoint, for people and scripts
 damaged-1-step-...          quarantined: it failed its check
 
-A checkpoint is written into a folder of another name, flushed to the disk with everything in it, and renamed. Then
-LATEST is replaced, and checkpoints that are no longer kept are renamed and removed. When a checkpoint is read, it
-counts only if it holds exactly the files that its manifest lists: names, sizes and sums are checked before any of them
-is parsed.
+A checkpoint is written into a temporary folder, flushed to the disk, and renamed. Then LATEST is replaced, and
+checkpoints that are no longer kept are renamed and removed. A checkpoint is read only if it holds exactly the files
+that its manifest lists: names, sizes and SHA-256 are checked before any of them is parsed.
 """
 
 import errno
@@ -47,14 +46,14 @@ FORMAT = 1
 _REQUIRED = {MODEL, OPTIMIZER, STATE, METRICS}
 _ALLOWED = _REQUIRED | {STATISTICS, EMA}
 _CHUNK = 1 << 22
-_MOST_JSON = 1 << 26
-"""Bytes of the largest manifest or state that is read: a class list takes some megabytes at most."""
+_MAX_JSON = 1 << 26
+"""Size limit of a manifest or state [bytes]. A long list of classes takes a few megabytes."""
 _ERRORS_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 _WRITING, _LEAVING, _DAMAGED = ".writing-", ".leaving-", "damaged-"
 
 
 class CorruptCheckpoint(Exception):
-    """A folder is not the checkpoint that its name promises; the text says why."""
+    """A folder is not a valid checkpoint; the message says why."""
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -93,12 +92,12 @@ def to_files(saved: Mapping[str, Any], statistics: Tensors) -> dict[str, bytes]:
     """Return the tensors of a state dict, and those of the BatchNorm statistics, as file name -> content."""
     tensors = {MODEL: saved["model"], OPTIMIZER: saved["optimizer"]}
     optional = {EMA: saved["ema"], STATISTICS: statistics}
-    tensors |= {name: held for name, held in optional.items() if held}
-    return {name: save(held) for name, held in tensors.items()}
+    tensors |= {name: entries for name, entries in optional.items() if entries}
+    return {name: save(entries) for name, entries in tensors.items()}
 
 
 def load_tensors(path: Path) -> Tensors:
-    """Return the tensors of a file of a checkpoint that was checked.
+    """Return the tensors of a file of a checkpoint that has passed its check.
 
     Raises:
         UserError: it cannot be read.
@@ -110,28 +109,28 @@ def load_tensors(path: Path) -> Tensors:
     except (OSError, SafetensorError, RuntimeError, TypeError) as error:  # torch's, of an impossible shape
         reason = escape_unprintable(str(error).partition("\n")[0])
         raise UserError(
-            f"{path}: could not be read ({reason}), although its check has passed; the same command tries again"
+            f"{path}: could not be read ({reason}), although it has passed its check; the same command tries again"
         ) from None
 
 
 def write(
-    folder: Path, place: CheckpointId, files: Mapping[str, bytes], *, check: Callable[[], None]
+    folder: Path, checkpoint: CheckpointId, files: Mapping[str, bytes], *, check: Callable[[], None]
 ) -> None:
-    """Write a checkpoint, and point LATEST at it.
+    """Write a checkpoint, and point LATEST to it.
 
     Args:
-        folder: of all checkpoints of the run.
-        place: where in the run it stands.
+        folder: the folder of all checkpoints of the run.
+        checkpoint: position of the checkpoint.
         files: name -> content.
-        check: raises where this process may no longer write; called last thing before anything is put in place.
+        check: raises if this process may no longer write. It is called just before the checkpoint is renamed.
 
     Raises:
-        OSError: the disk is full, or fails; the earlier checkpoints are as they were.
+        OSError: the disk is full or has failed. The earlier checkpoints are unchanged.
 
     """
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
-    temporary = folder / f"{_WRITING}{place.name}-{secrets.token_hex(4)}"
+    temporary = folder / f"{_WRITING}{checkpoint.name}-{secrets.token_hex(4)}"
     try:
         temporary.mkdir()
         manifest: dict[str, Any] = {"format": FORMAT, "files": {}}
@@ -144,12 +143,12 @@ def write(
         _write_file(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         sync_folder(temporary)
         check()
-        temporary.rename(folder / place.name)
+        temporary.rename(folder / checkpoint.name)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk has room again
+        shutil.rmtree(temporary, ignore_errors=True)  # makes room on a full disk
         raise
     sync_folder(folder)
-    _point_at(folder, place)
+    _update_latest(folder, checkpoint)
 
 
 def _write_file(path: Path, content: bytes) -> None:
@@ -161,19 +160,22 @@ def _write_file(path: Path, content: bytes) -> None:
 
 
 def prune(folder: Path, keep: Iterable[CheckpointId], *, check: Callable[[], None]) -> None:
-    """Remove the checkpoints that are not to be kept, except the newest; what is set aside stays."""
+    """Remove the checkpoints that are not in `keep`, except the newest. Quarantined checkpoints stay.
+
+    `check` raises if this process may no longer write. It is called before each removal.
+    """
     kept = set(keep)
-    for place in list_checkpoints(folder)[1:]:
-        if place not in kept:
+    for checkpoint in list_checkpoints(folder)[1:]:
+        if checkpoint not in kept:
             check()
-            leaving = folder / f"{_LEAVING}{place.name}"
-            (folder / place.name).rename(leaving)  # never a checkpoint that is half there
-            with suppress(OSError):  # what a network file system holds on to, the next start removes
+            leaving = folder / f"{_LEAVING}{checkpoint.name}"
+            (folder / checkpoint.name).rename(leaving)  # a kill leaves no partial checkpoint under this name
+            with suppress(OSError):  # a network file system may still use a file; the next start removes it
                 _remove(leaving)
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what an attempt that was killed has left half written or half removed."""
+    """Remove the partly written and partly removed checkpoints of a start that was killed."""
     for prefix in (_WRITING, _LEAVING):
         for path in folder.glob(f"{prefix}*"):
             _remove(path)
@@ -181,14 +183,14 @@ def clean_up(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():  # none of ours, under one of our names
+    if path.is_symlink() or not path.is_dir():  # not a checkpoint, but something under its name
         path.unlink()
     else:
         shutil.rmtree(path)
 
 
 def list_checkpoints(folder: Path) -> list[CheckpointId]:
-    """Return where there are checkpoints, by their names alone, the newest first."""
+    """Return the checkpoints in a folder, by name, newest first."""
     try:
         names = [path.name for path in folder.iterdir()]
     except FileNotFoundError:
@@ -196,70 +198,63 @@ def list_checkpoints(folder: Path) -> list[CheckpointId]:
     return sorted(filter(None, map(CheckpointId.of, names)), reverse=True)
 
 
-def has_any(folder: Path) -> bool:
-    """Return whether a checkpoint was ever finished here, be it damaged since."""
-    return bool(list_checkpoints(folder)) or any(folder.glob(f"{_DAMAGED}*"))
-
-
 def load_latest(folder: Path, *, log: Callable[[str], object]) -> LoadedCheckpoint | None:
-    """Return the newest checkpoint that is whole; those that are not are set aside, with a line for each.
+    """Return the newest valid checkpoint. Quarantine newer ones that are damaged, and log a line for each.
 
     Raises:
-        UserError: there were some, and none is whole.
+        UserError: all checkpoints are damaged.
 
     """
-    for place in list_checkpoints(folder):
-        path = folder / place.name
+    for checkpoint in list_checkpoints(folder):
+        path = folder / checkpoint.name
         try:
-            found = read(path)
-        except CorruptCheckpoint as damage:
-            aside = _quarantine(path)
-            log(f"{path} is damaged ({damage}): set aside as {aside.name}")
+            loaded = read(path)
+        except CorruptCheckpoint as error:
+            log(f"{path} is damaged ({error}): quarantined as {_quarantine(path).name}")
             continue
-        if not _points_at(folder, place):
-            _point_at(folder, place)
-        return found
+        if not _is_latest(folder, checkpoint):
+            _update_latest(folder, checkpoint)
+        return loaded
     damaged = sorted(path.name for path in folder.glob(f"{_DAMAGED}*"))
     if damaged:
         raise UserError(
-            f"{folder}: no checkpoint is whole; set aside: {join_truncated(damaged, limit=5)}. Restore one "
-            "under its name, or "
-            "start anew with --run.resume never, which moves the run aside"
+            f"{folder}: all checkpoints are damaged: {join_truncated(damaged, limit=5)}. Repair one and restore its "
+            "name, or start anew with --run.resume never, which archives the run"
         )
     return None
 
 
-def _points_at(folder: Path, place: CheckpointId) -> bool:
+def _is_latest(folder: Path, checkpoint: CheckpointId) -> bool:
     latest = folder / LATEST
     if latest.is_symlink() or not latest.is_file():
         return False
-    expected = f"{place.name}\n".encode()
+    expected = f"{checkpoint.name}\n".encode()
     with latest.open("rb") as file:
         return file.read(len(expected) + 1) == expected
 
 
-def _point_at(folder: Path, place: CheckpointId) -> None:
+def _update_latest(folder: Path, checkpoint: CheckpointId) -> None:
     if (folder / LATEST).is_dir() and not (folder / LATEST).is_symlink():
-        _quarantine(folder / LATEST)  # a folder gives way to no file
-    write_text_atomically(folder / LATEST, place.name + "\n")
+        _quarantine(folder / LATEST)  # a file cannot replace a folder
+    write_text_atomically(folder / LATEST, checkpoint.name + "\n")
 
 
 def _quarantine(path: Path) -> Path:
     number = 1
-    while os.path.lexists(aside := path.with_name(f"{_DAMAGED}{number}-{path.name}")):
+    while os.path.lexists(quarantined := path.with_name(f"{_DAMAGED}{number}-{path.name}")):
         number += 1
-    path.rename(aside)
+    path.rename(quarantined)
     sync_folder(path.parent)
-    return aside
+    return quarantined
 
 
 def read(path: Path) -> LoadedCheckpoint:
     """Return the checkpoint at `path` if it holds exactly what its manifest lists.
 
     Raises:
-        Damaged: it does not, or is none of ours.
-        OSError: it cannot be read here and now, as without permission: nothing against the checkpoint.
-        UserError: a later regraft wrote it.
+        CorruptCheckpoint: it is damaged, or not a checkpoint.
+        OSError: it cannot be read now, for example without permission. It may be valid.
+        UserError: a later version of regraft wrote it.
 
     """
     try:
@@ -273,8 +268,8 @@ def read(path: Path) -> LoadedCheckpoint:
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Say in which file an error was met."""
+def _report_damage(name: str) -> Iterator[None]:
+    """Raise CorruptCheckpoint with the file's name for an error in its content."""
     try:
         yield
     except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
@@ -284,12 +279,12 @@ def _naming(name: str) -> Iterator[None]:
 
 def _read(path: Path) -> LoadedCheckpoint:
     _require_kind(path, stat.S_ISDIR, "a folder")
-    with _naming(MANIFEST):
+    with _report_damage(MANIFEST):
         expected = _manifest(path)
-    there = set(os.listdir(path))  # noqa: PTH208 (names, not paths)
-    for name in sorted(there ^ {*expected, MANIFEST}):
+    names = set(os.listdir(path))  # noqa: PTH208 (names, not paths)
+    for name in sorted(names ^ {*expected, MANIFEST}):
         raise CorruptCheckpoint(
-            f"{name!r} is missing" if name in expected else f"{name!r} does not stand in its manifest"
+            f"{name!r} is missing" if name in expected else f"{name!r} is not in its manifest"
         )
     for name, (size, digest) in expected.items():
         _require_kind(path / name, stat.S_ISREG, "a file")
@@ -297,31 +292,29 @@ def _read(path: Path) -> LoadedCheckpoint:
         if actual != size:
             raise CorruptCheckpoint(f"{name} has {actual} bytes, its manifest says {size}")
         if _sha256(path / name) != digest:
-            raise CorruptCheckpoint(
-                f"{name} is not what was written: its SHA-256 differs from its manifest's"
-            )
+            raise CorruptCheckpoint(f"{name} was changed: its SHA-256 differs from its manifest's")
     for name in expected:
         if name.endswith(".safetensors"):
-            with _naming(name), safe_open(path / name, framework="pt"):
+            with _report_damage(name), safe_open(path / name, framework="pt"):
                 pass
-    with _naming(STATE):
-        state = CheckpointState.from_json(_small(path / STATE))
+    with _report_damage(STATE):
+        state = CheckpointState.from_json(_read_limited(path / STATE))
     if CheckpointId(state.step, state.epoch).name != path.name:
         raise CorruptCheckpoint(f"it holds the state after step {state.step} and {state.epoch} epochs")
-    with _naming(METRICS):
+    with _report_damage(METRICS):
         return LoadedCheckpoint(path, state, (path / METRICS).read_text(encoding="utf-8"))
 
 
 def _manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """Return name -> (bytes, SHA-256), with names that are ours and nothing else."""
+    """Return name -> (bytes, SHA-256) for the names that a checkpoint may have."""
     _require_kind(path / MANIFEST, stat.S_ISREG, "a file")
-    content = json.loads(_small(path / MANIFEST))
+    content = json.loads(_read_limited(path / MANIFEST))
     if content["format"] != FORMAT:
-        raise CorruptCheckpoint(f"format {content['format']!r}, this version of regraft reads {FORMAT}")
+        raise ValueError(f"format {content['format']!r}, this version of regraft reads {FORMAT}")
     files = content["files"]
     if not isinstance(files, dict):
         raise CorruptCheckpoint(
-            f"its manifest lists {type(files).__name__}, expected names with sizes and sums"
+            f"its manifest lists {type(files).__name__}, expected names with sizes and SHA-256"
         )
     unknown = files.keys() - _ALLOWED
     missing = _REQUIRED - files.keys()
@@ -334,15 +327,15 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def _require_kind(path: Path, is_kind: Callable[[int], bool], what: str) -> None:
-    # Without following links: a checkpoint holds its own files, and a pipe would be waited for.
+    # Links are not followed, since a checkpoint holds its own files. Opening a pipe would block.
     if not is_kind(path.lstat().st_mode):
         raise CorruptCheckpoint(f"{path.name} is not {what}")
 
 
-def _small(path: Path) -> str:
+def _read_limited(path: Path) -> str:
     size = path.stat().st_size
-    if size > _MOST_JSON:
-        raise CorruptCheckpoint(f"{path.name} has {size} bytes, expected at most {_MOST_JSON}")
+    if size > _MAX_JSON:
+        raise CorruptCheckpoint(f"{path.name} has {size} bytes, expected at most {_MAX_JSON}")
     return path.read_text(encoding="utf-8")
 
 

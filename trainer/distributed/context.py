@@ -1,12 +1,12 @@
-"""The machine side of a run: processes, device, threads and precision, checked before any work.
+"""The distributed context of a run: process group and collectives, device, precision and CPU threads.
 
-Accelerate and torch are quick to run N copies of a job by accident, or one thread where there are many
-cores (`accelerate launch` sets OMP_NUM_THREADS=1); what is chosen here is said.
+`init_distributed` overrides defaults that would slow a run down without a message: `accelerate launch` sets
+OMP_NUM_THREADS=1, for example. What it chooses is printed.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar, cast
@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
@@ -25,36 +24,48 @@ from accelerate.utils import (
 from torch import nn
 
 from regraft.contract import available_cores
+from trainer.distributed.launch_checks import (
+    check_accelerate_variables,
+    check_process_group,
+    check_world_size_variables,
+)
+from trainer.distributed.precision import Precision, choose_precision
 from trainer.distributed.rendezvous import join_process_group
 from trainer.errors import UserError
 
 T = TypeVar("T")
-Precision = Literal["fp32", "bf16", "fp16"]
 
-_AS_BEGUN = "as this run began with"
-_ACCELERATE_NAME = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-# One rank may draw, download or check images while the others wait at a barrier.
-_PATIENCE = timedelta(hours=2)
+_ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+# One rank may generate, download or check images while the others wait at a barrier.
+_TIMEOUT = timedelta(hours=2)
+_PROCESS_GROUP_VARIABLES = (
+    "WORLD_SIZE",
+    "RANK",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """What a run runs on."""
+    """The processes of a run, and the device and precision that they compute with."""
 
     accelerator: Accelerator
     precision: Precision
     threads: int
     """CPU threads of this process."""
     cores: int
-    """CPU cores open to each process of this machine."""
+    """CPU cores of this machine for each of its processes."""
     notes: tuple[str, ...]
-    """What was chosen, and why; one line each."""
+    """Lines to print: what was chosen, and why."""
     control: torch.distributed.ProcessGroup | None = None
-    """The group for agreements: on the CPU, so that no device is waited for; None: the default one."""
+    """A gloo group for flags, so that no GPU has to be waited for; None: use the default group."""
 
     @property
     def rank(self) -> int:
-        """Return this process's number among all, from 0."""
+        """Return the rank of this process, from 0."""
         return int(self.accelerator.process_index)
 
     @property
@@ -64,7 +75,7 @@ class DistributedContext:
 
     @property
     def is_main_process(self) -> bool:
-        """Return whether this process is the one that speaks and writes."""
+        """Return whether this process is rank 0, which prints and writes files."""
         return bool(self.accelerator.is_main_process)
 
     @property
@@ -87,22 +98,22 @@ class DistributedContext:
         return values[0]
 
     def main_process_first(self, function: Callable[[], T], *, local: bool = False) -> T:
-        """Return this process's `function()`. Rank 0 calls it first, so the others find what it made.
+        """Return this process's `function()`. Rank 0 calls it first, so the others find the files that it wrote.
 
         Every process must call it. A UserError on one process is raised on all of them: the run then ends with one
         clear message instead of the other processes' reports of a lost peer.
 
         Args:
-            function: the work.
-            local: the first process of each machine goes first, instead of rank 0 alone.
+            function: what to call.
+            local: let the first process of each machine go first, instead of rank 0 alone.
 
         """
         accelerator = self.accelerator
         is_first = accelerator.is_local_main_process if local else accelerator.is_main_process
         result: T | None = None
-        for first_round in (True, False):
+        for first_turn in (True, False):
             error: UserError | None = None
-            if is_first == first_round:
+            if is_first == first_turn:
                 try:
                     result = function()
                 except UserError as caught:
@@ -122,8 +133,8 @@ class DistributedContext:
         if any(other != values[0] for other in values):
             differing = [rank for rank, other in enumerate(values) if other != values[0]]
             raise UserError(
-                f"the processes do not agree: {what}, is another on rank {', '.join(map(str, differing))} than on rank "
-                "0. Expected the same run.dir and the same images on every machine"
+                f"the processes disagree on {what}: rank {', '.join(map(str, differing))} differs from rank 0. "
+                "Expected the same run.dir and the same images on every machine"
             )
 
     def prepare(
@@ -131,7 +142,7 @@ class DistributedContext:
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Return model and optimizer wrapped by accelerate."""
         with warnings.catch_warnings():
-            # Its replacement does not exist in the oldest torch that is supported.
+            # Its replacement does not exist in the oldest supported torch.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             prepared: tuple[nn.Module, torch.optim.Optimizer] = self.accelerator.prepare(model, optimizer)
         return prepared
@@ -177,157 +188,65 @@ def init_distributed(
     threads: int | None,
     saved_precision: Precision | None = None,
 ) -> DistributedContext:
-    """Join the process group, if there is one, and return what the run runs on.
+    """Join the process group, if there is one, and return the distributed context.
 
-    `kept` is the precision that an earlier start of the run had `auto` choose.
+    Args:
+        device: the option run.device.
+        precision: the option train.precision.
+        threads: the option run.threads; None uses all cores on a CPU, and half of them beside a GPU.
+        saved_precision: what `auto` chose when the run began, if this start resumes it.
 
     Raises:
-        UserError: a device or precision that this machine lacks, or processes that do not know of one another.
+        UserError: this machine lacks the device or the precision, or the processes cannot find each other.
 
     """
-    refuse_copies(os.environ)
-    refuse_launchers_settings(os.environ)
-    told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # accelerate obeys it whatever it is asked for here
-    if told_cpu and device == "cuda":
+    check_world_size_variables(os.environ)
+    check_accelerate_variables(os.environ)
+    forces_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # overrides the arguments of Accelerator
+    if forces_cpu and device == "cuda":
         raise UserError(
             "run.device is cuda, but accelerate is told to use the CPU (--cpu, or ACCELERATE_USE_CPU): drop one of them"
         )
-    on_cpu = device == "cpu" or told_cpu or (device == "auto" and not torch.cuda.is_available())
+    on_cpu = device == "cpu" or forces_cpu or (device == "auto" and not torch.cuda.is_available())
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "run.device is cuda, but torch finds no GPU here: install a driver and a CUDA build of torch, "
             "or set run.device to auto"
         )
-    chosen, why = choose_precision(
+    chosen, reason = choose_precision(
         precision, on_cpu=on_cpu, environment=os.environ, saved_precision=saved_precision
     )
-    _forget_earlier()
-    join_process_group(os.environ, "gloo" if on_cpu else "nccl", patience=_PATIENCE)
+    _reset_accelerate()
+    join_process_group(os.environ, "gloo" if on_cpu else "nccl", timeout=_TIMEOUT)
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=_ACCELERATE_NAME[chosen],
+        mixed_precision=_ACCELERATE_PRECISION[chosen],
         kwargs_handlers=[
-            # BatchNorm's statistics are averaged before they are used: no broadcast in every forward.
+            # BatchNorm statistics are averaged before each evaluation, so DDP need not broadcast them in every forward.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=_PATIENCE),
+            InitProcessGroupKwargs(timeout=_TIMEOUT),
         ],
     )
-    _check_group(accelerator)
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = max(1, available_cores() // local_world)
-    used = threads or (cores if on_cpu else max(1, cores // 2))
-    torch.set_num_threads(used)
+    check_process_group(accelerator, os.environ)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = max(1, available_cores() // local_world_size)
+    num_threads = threads or (cores if on_cpu else max(1, cores // 2))
+    torch.set_num_threads(num_threads)
     notes = (
-        f"device {accelerator.device} x {accelerator.num_processes}, {used} CPU thread{'s' * (used > 1)} each",
-        f"precision {chosen}: {why}",
+        f"device {accelerator.device} x {accelerator.num_processes}, {num_threads} CPU "
+        f"thread{'s' * (num_threads > 1)} each",
+        f"precision {chosen}: {reason}",
     )
     control = (
-        cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo", timeout=_PATIENCE))
+        cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT))
         if accelerator.num_processes > 1 and not on_cpu
         else None
     )
-    return DistributedContext(accelerator, chosen, used, cores, notes, control)
+    return DistributedContext(accelerator, chosen, num_threads, cores, notes, control)
 
 
-def choose_precision(
-    asked: Literal["auto", "fp32", "bf16", "fp16"],
-    *,
-    on_cpu: bool,
-    environment: Mapping[str, str],
-    saved_precision: Precision | None = None,
-) -> tuple[Precision, str]:
-    """Return the precision to use, and why; what `auto` chose when the run began (`kept`) is kept.
-
-    Raises:
-        UserError: fp16 on a CPU, which accelerate would silently run as fp32; bf16 on a GPU that lacks it, where
-            it would be emulated.
-
-    """
-    from_launcher = {"bf16": "bf16", "fp16": "fp16"}.get(environment.get("ACCELERATE_MIXED_PRECISION", ""))
-    if asked != "auto":
-        chosen, why = asked, "as train.precision asks"
-    elif saved_precision is not None:
-        chosen, why = saved_precision, _AS_BEGUN
-    elif from_launcher is not None:
-        chosen, why = from_launcher, "as accelerate launch --mixed_precision asks"  # type: ignore[assignment]
-    elif on_cpu:
-        chosen, why = "fp32", "the safe choice on a CPU; bf16 may be faster on one with AMX or AVX-512 BF16"
-    elif torch.cuda.is_bf16_supported(including_emulation=False):
-        chosen, why = "bf16", "this GPU computes in it, and it needs no loss scaling"
-    else:
-        chosen, why = "fp16", "this GPU has no bf16; the loss is scaled"
-    instead = "; it has to go on where that is at hand" if why == _AS_BEGUN else ": choose {}"
-    if chosen == "fp16" and on_cpu:
-        raise UserError(
-            f"precision fp16 ({why}) on a CPU, which has no fp16 training{instead.format('fp32 or bf16')}"
-        )
-    if chosen == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(
-            f"precision bf16 ({why}) on a GPU that would only emulate it{instead.format('fp16 or fp32')}"
-        )
-    return chosen, why
-
-
-def refuse_copies(environment: Mapping[str, str]) -> None:
-    """Raise a UserError where a launcher has started several processes that cannot find one another."""
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if "WORLD_SIZE" not in environment and tasks.isdigit() and int(tasks) > 1:
-        raise UserError(
-            f"srun has started {tasks} tasks and no WORLD_SIZE is set: each would train the whole job by itself. "
-            "Start one task a node, and in it torchrun (or accelerate launch), which starts the processes"
-        )
-    if environment.get("WORLD_SIZE", "1") != "1":
-        missing = [
-            name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment
-        ]
-        if missing:
-            raise UserError(
-                f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {', '.join(missing)} is not set: start the processes "
-                "by torchrun or accelerate launch, or unset WORLD_SIZE"
-            )
-
-
-def refuse_launchers_settings(environment: Mapping[str, str]) -> None:
-    """Raise a UserError for what `accelerate launch` or its config file sets behind the run's own config.
-
-    Accelerate takes these from the environment without a word: steps of accumulation would divide every
-    gradient, a compiled model would be saved under other names.
-    """
-    for variable, harmless, instead in (
-        (
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-            ("", "1"),
-            "train.grad_accum_steps cuts a batch into parts",
-        ),
-        ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "models are not compiled"),
-        ("ACCELERATE_MIXED_PRECISION", ("", "no", "bf16", "fp16"), "train.precision is fp32, bf16 or fp16"),
-    ):
-        value = environment.get(variable, "")
-        if value.lower() not in harmless:
-            raise UserError(
-                f"{variable} is {value!r}, set by accelerate launch or its config file: {instead} here. Leave that "
-                "option out, or name another file by accelerate launch --config_file"
-            )
-
-
-def _check_group(accelerator: Accelerator) -> None:
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        raise UserError(
-            f"WORLD_SIZE is {expected}, but accelerate has formed a group of {accelerator.num_processes}: "
-            f"{expected} copies of the same run would write into one folder. Launch with "
-            f"torchrun --nproc-per-node {expected} trainer/main.py"
-        )
-    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in known:
-        raise UserError(
-            f"accelerate is set to {accelerator.distributed_type}, expected plain data-parallel processes: "
-            "launch with torchrun, or choose another file by accelerate launch --config_file"
-        )
-
-
-def _forget_earlier() -> None:
-    """Drop the state that accelerate keeps for the process, so that several runs may follow one another in it."""
+def _reset_accelerate() -> None:
+    """Reset accelerate's state of this process, so that one process can make several runs."""
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state()
     if PartialState._shared_state and not torch.distributed.is_initialized():
@@ -335,15 +254,15 @@ def _forget_earlier() -> None:
 
 
 def leave_process_group_env(environment: MutableMapping[str, str]) -> bool:
-    """Leave the group that a launcher has started, and return whether this process is the one to go on alone."""
-    is_first = environment.get("RANK", "0") == "0"
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    """Remove the launcher's process group from the environment; return whether this process was its rank 0."""
+    is_rank_0 = environment.get("RANK", "0") == "0"
+    for name in _PROCESS_GROUP_VARIABLES:
         environment.pop(name, None)
-    return is_first
+    return is_rank_0
 
 
 def shut_down() -> None:
     """Leave the process group, if this process is in one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # nobody takes the group down while another is in its last exchange
+        torch.distributed.barrier()  # no process destroys the group while another is in its last collective
         torch.distributed.destroy_process_group()

@@ -1,7 +1,7 @@
-"""What a process leaves for its launcher when it fails: torchrun's error file, in torchrun's format.
+"""Write torchrun's error file: why this process fails.
 
-See ErrorHandler in torch.distributed.elastic; written here without importing torch, since a wrong option is
-answered without it too.
+The format is that of `ErrorHandler` in torch.distributed.elastic. The file is written without importing torch, because
+a wrong option is reported without it too.
 """
 
 import json
@@ -12,17 +12,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from regraft.contract import ERROR_FILE
 from trainer.errors import UserError
-
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def write_error_file(error: BaseException, environment: Mapping[str, str] = os.environ) -> None:
-    """Write down why this process fails, if a launcher has said where; a disk that is full must not hide the error."""
+    """Write the error to the file that torchrun has named, if any. A full disk does not hide the error."""
     path = environment.get(ERROR_FILE)
     if not path:
         return
-    # The user's own errors need no traceback. torchrun reads whole seconds; which process was first takes more.
+    # A UserError needs no traceback. torchrun reads `timestamp` in whole seconds; `time` tells which rank failed first.
     name = "error" if isinstance(error, UserError) else type(error).__name__
     stack = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
     now = time.time()
@@ -30,9 +29,9 @@ def write_error_file(error: BaseException, environment: Mapping[str, str] = os.e
         "py_callstack": stack,
         "timestamp": str(int(now)),
         "time": now,
-        "rank": environment.get("RANK", "0"),  # the folder is called after the rank on its machine
+        "rank": environment.get("RANK", "0"),  # torchrun names the folder after the local rank
     }
     content = {"message": {"message": f"{name}: {error}", "extraInfo": extra}}
-    # What was said first is the cause.
+    # Mode "x": the first error is the cause, later ones do not replace it.
     with suppress(OSError), Path(path).open("x", encoding="utf-8") as file:
         file.write(json.dumps(content))

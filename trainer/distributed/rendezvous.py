@@ -1,10 +1,10 @@
-"""How the processes of a start find one another, and nobody who is gone.
+"""Join the process group of a launcher, without the addresses of processes that have ended.
 
-torchrun keeps one store through all its restarts. In it still stand the addresses of the processes before, and
-torch reads whichever comes first: a restarted group then fails with refused connections, or waits for the dead
-(torch 2.14; pytorch issue 135712 is of an earlier form of it). Neither the number of restarts, which each agent
-counts for itself, nor anything else that torchrun tells is new and common to all. So they agree on a name first:
-everyone asks with a number that was never used, which only a living rank 0 can answer.
+torchrun keeps one store through all its restarts. The addresses of earlier processes stay in it, and torch reads
+whichever comes first. A restarted group then fails with refused connections, or waits for processes that are gone
+(torch 2.14; pytorch issue 135712 describes an earlier form). No number that torchrun passes on is both new and the same
+on all ranks; each agent counts its restarts for itself. So the ranks agree on a nonce first: each rank sends a random
+id that was never used, and only a living rank 0 can answer it. The nonce is the prefix of the group's keys.
 """
 
 import secrets
@@ -18,68 +18,70 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 
 from trainer.errors import UserError
 
-_SECONDS_BETWEEN_LOOKS = 0.05
+_POLL_SECONDS = 0.05
 
 
 def join_process_group(
-    environment: Mapping[str, str], backend: Literal["gloo", "nccl"], *, patience: timedelta
+    environment: Mapping[str, str], backend: Literal["gloo", "nccl"], *, timeout: timedelta
 ) -> None:
-    """Join the process group that a launcher has started, unless this process is alone or has joined.
+    """Join the process group that a launcher has started, unless this process is alone or has joined already.
 
-    Waits where Python sees signals, unlike torch's own waiting.
+    It polls in Python, so that signals are handled while it waits.
     """
     if environment.get("WORLD_SIZE", "1") == "1" or torch.distributed.is_initialized():
         return
-    store, rank, world_size = next(rendezvous("env://", timeout=patience))
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     torch.distributed.init_process_group(
         backend,
-        store=PrefixStore(rendezvous_nonce(store, rank, world_size, patience=patience), store),
+        store=PrefixStore(rendezvous_nonce(store, rank, world_size, timeout=timeout), store),
         rank=rank,
         world_size=world_size,
-        timeout=patience,
+        timeout=timeout,
     )
 
 
-def rendezvous_nonce(store: Any, rank: int, world_size: int, *, patience: timedelta) -> str:
-    """Return a name that all processes of this start, and no others, have in common.
+def rendezvous_nonce(store: Any, rank: int, world_size: int, *, timeout: timedelta) -> str:
+    """Return a random id that all processes of this start share, and no other start has.
 
     Args:
-        store: a torch.distributed.Store, which may hold what an earlier start has left.
-        rank: of this process.
-        world: number of processes.
-        patience: how long the others are waited for.
+        store: a torch.distributed.Store. It may hold keys of an earlier start.
+        rank: rank of this process.
+        world_size: number of processes.
+        timeout: how long to wait for the other processes.
 
     Raises:
-        UserError: one of them does not come.
+        UserError: a process did not join in time.
 
     """
-    until = time.monotonic() + patience.total_seconds()
-    mine = secrets.token_hex(8)
+    deadline = time.monotonic() + timeout.total_seconds()
+    own_id = secrets.token_hex(8)
     if rank > 0:
-        store.set(f"regraft/asks/{rank}", mine)
-        while not store.check([f"regraft/answer/{mine}"]):
-            _wait(until, [0])
-        name: str = store.get(f"regraft/answer/{mine}").decode()
-        store.set(f"regraft/heard/{name}/{rank}", "")
-        return name
+        store.set(f"regraft/request/{rank}", own_id)
+        while not store.check([f"regraft/reply/{own_id}"]):
+            _sleep_until(deadline, missing=[0])
+        nonce: str = store.get(f"regraft/reply/{own_id}").decode()
+        store.set(f"regraft/received/{nonce}/{rank}", "")
+        return nonce
     missing, answered = set(range(1, world_size)), set()
     while missing:
         for other in sorted(missing):
-            asks, heard = f"regraft/asks/{other}", f"regraft/heard/{mine}/{other}"
-            if store.check([asks]) and (asked := store.get(asks).decode()) not in answered:
-                store.set(f"regraft/answer/{asked}", mine)
-                answered.add(asked)
-            if store.check([heard]):
+            key = f"regraft/request/{other}"
+            # A restarted rank sends another id, which gets a reply of its own.
+            if store.check([key]) and (request := store.get(key).decode()) not in answered:
+                store.set(f"regraft/reply/{request}", own_id)
+                answered.add(request)
+            if store.check([f"regraft/received/{own_id}/{other}"]):
                 missing.discard(other)
         if missing:
-            _wait(until, sorted(missing))
-    return mine
+            _sleep_until(deadline, missing=sorted(missing))
+    return own_id
 
 
-def _wait(until: float, missing: Sequence[int]) -> None:
-    if time.monotonic() > until:
+def _sleep_until(deadline: float, *, missing: Sequence[int]) -> None:
+    """Sleep for one poll interval; raise a UserError after the deadline."""
+    if time.monotonic() > deadline:
         raise UserError(
-            f"rank {', '.join(map(str, missing))} has not come to the process group: expected all processes that "
-            "WORLD_SIZE tells of. See that each of them was started, and why it may have ended"
+            f"rank {', '.join(map(str, missing))} has not joined the process group: expected WORLD_SIZE processes. "
+            "Check that each of them was started, and whether one has failed"
         )
-    time.sleep(_SECONDS_BETWEEN_LOOKS)
+    time.sleep(_POLL_SECONDS)

@@ -1,8 +1,8 @@
-"""Signals set flags; the training loop looks at them between two updates.
+"""Signals set flags, which the training loop reads between two updates.
 
-TERM (a preemption, `scancel`, a launcher's end), INT (Ctrl-C), USR1 and USR2 (Slurm's warning before a time limit) and
-HUP (a closed terminal) ask a run to stop. While it trains they are only recorded: the state is saved between two
-updates. Before and after training there is nothing to save, and they end the run at once.
+TERM (a preemption, `scancel`, the end of a launcher), INT (Ctrl-C), USR1 and USR2 (Slurm's warning before a time limit)
+and HUP (a closed terminal) ask a run to stop. During training they are only recorded, and the state is saved between
+two updates. Before and after training there is nothing to save, and they end the run at once.
 """
 
 import os
@@ -18,9 +18,9 @@ from typing import Self
 from regraft.contract import signal_on_parent_death
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-SECONDS_TO_INSIST = 1.0
-"""A second Ctrl-C this long after the first ends the run at once; one that comes sooner is a launcher's echo."""
-SECONDS_TO_OUTLIVE = 30.0
+SECONDS_TO_SECOND_CTRL_C = 1.0
+"""A second Ctrl-C ends the run at once, but only this long after the first: a launcher may forward the first again."""
+SECONDS_AFTER_LAUNCHER = 30.0
 """How long a trainer whose launcher has died may take to save and exit."""
 
 
@@ -38,27 +38,27 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """A context that handles the stop signals; it restores the earlier handlers at its end."""
+    """Context manager that handles the stop signals, and restores the previous handlers at its end."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """Number of the first stop signal that came."""
+        """Number of the first stop signal received, or None."""
         self._deferred = False
         self._received_at = 0.0
-        self._earlier: dict[int, object] = {}
+        self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> Self:
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has HUP ignored
-                self._earlier[number] = signal.signal(number, self._handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
+                self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._earlier.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        self._earlier.clear()
+        self._previous_handlers.clear()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -72,7 +72,7 @@ class StopSignals:
     def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self.received is not None:
-            if number == signal.SIGINT and now - self._received_at > SECONDS_TO_INSIST:
+            if number == signal.SIGINT and now - self._received_at > SECONDS_TO_SECOND_CTRL_C:
                 raise KeyboardInterrupt
             return
         self.received, self._received_at = number, now
@@ -92,7 +92,7 @@ def exit_with_parent() -> None:
     def limit() -> None:
         while os.getppid() == launcher:
             time.sleep(1.0)
-        time.sleep(SECONDS_TO_OUTLIVE)
+        time.sleep(SECONDS_AFTER_LAUNCHER)
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=limit, name="launcher", daemon=True).start()

@@ -1,8 +1,8 @@
 """End a run that hangs: write the stacks of every process, exit, and let torchrun restart the processes.
 
-The main thread counts its progress (`Heartbeat`): it ticks between two updates, between two batches of an evaluation
-and between two batches of the linear probe's pass. A second thread reads that count every second. If it has not
-changed for too long (`StallDetector`), the thread writes every Python stack of the process to
+The main thread ticks a `Heartbeat` between two updates, between two batches of an evaluation and between two batches of
+the linear probe's pass. A second thread reads the number of ticks every second. If it has not changed for too long
+(`StallDetector`), that thread writes every Python stack of the process to
 `RUN/hangs/ATTEMPT-rank-RANK.txt`, reports the hang to the launcher and the console, and exits with code 1. torchrun
 then ends the other processes and restarts all of them if it may.
 
@@ -24,87 +24,93 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Literal, NoReturn
 
+from regraft.contract import HANG_WAITING, HANGS
 from trainer.distributed.error_file import write_error_file
 from trainer.errors import UserError
 from trainer.run.lock import RunLock
 from trainer.text import escape_unprintable
 
-HANGS = "hangs"
-LEAST, FACTOR, PATIENT, FIRST = 300.0, 10, 1800.0, 10
-"""The rule of `auto`: seconds; times the longest interval; seconds where it may take long; how many come first."""
-WAITS = "waiting for the other ranks"
-_SECONDS_BETWEEN_LOOKS = 1.0
-_SECONDS_FOR_THE_OTHERS = 15.0
-"""How long a process waits after its own stacks: its end would end the others before theirs are written."""
+MIN_TIMEOUT, INTERVAL_FACTOR, EXTENDED_TIMEOUT, WARMUP_TICKS = 300.0, 10, 1800.0, 10
+"""The timeout of `auto`: at least MIN_TIMEOUT seconds, and INTERVAL_FACTOR times the longest interval so far.
+
+EXTENDED_TIMEOUT seconds are the minimum for the first WARMUP_TICKS ticks, and after `Heartbeat.extend_timeout`.
+"""
+_POLL_SECONDS = 1.0
+_SECONDS_FOR_OTHER_RANKS = 15.0
+"""How long a process waits after it has written its stacks: torchrun ends the other ranks as soon as it exits."""
 _SECONDS_TO_WRITE = 60.0
 _EXIT_CODE = 1
 _ADVICE = """\
-The same command goes on from the newest checkpoint; torchrun --max-restarts gives it by itself.
-Look at the ranks that were not waiting for the others; one whose file here holds no stacks was stopped, or is out of
-reach. Was it only slow? --run.hang_timeout SECONDS. Below, the main thread comes last.
+The same command resumes from the newest checkpoint; torchrun --max-restarts restarts it automatically.
+Look at the ranks that were not waiting for the other ranks. A rank whose file holds no stacks was stopped, or its
+machine cannot be reached. If the run was only slow, set --run.hang_timeout SECONDS. The main thread is the last below.
 """
 _DEBUGGERS = ("bdb", "pdb", "code", "ipdb", "IPython", "pydevd", "debugpy", "_pydevd_bundle")
 
 
 class Hang(Exception):
-    """No step within the time allowed; its name and text are what the launcher is told."""
+    """No tick within the timeout. The launcher reads the name of this class and the message."""
 
 
 @dataclass
 class Heartbeat:
-    """Counts the boundaries that this process has passed; the main thread's side, which costs next to nothing."""
+    """Progress of the main thread, which ticks it; the watchdog's thread reads it."""
 
-    passed: int = 0
+    ticks: int = 0
     step: int = 0
-    """Updates made, as of the last boundary."""
-    extended: bool = False
-    """Whether something without a pace of its own lies before the next boundary."""
+    """Updates completed at the last tick."""
+    timeout_extended: bool = False
+    """Whether the next tick may take longer."""
 
     def tick(self, step: int) -> None:
-        """Pass a boundary, after `step` updates."""
-        self.extended = False
+        """Report progress, after `step` updates."""
+        self.timeout_extended = False
         self.step = max(self.step, step)
-        self.passed += 1
+        self.ticks += 1
 
     def extend_timeout(self) -> None:
-        """Expect the way to the next boundary to take longer: a checkpoint is being written, by rank 0 alone."""
-        self.extended = True
+        """Allow more time for the next tick, for example while rank 0 writes a checkpoint."""
+        self.timeout_extended = True
 
 
 @dataclass
 class StallDetector:
-    """How long the next boundary may take, by how long the others have: pure, moved on by ticks of a clock."""
+    """Decides whether the next tick is overdue. It reads no clock: `update` receives the time that has passed."""
 
-    timeout: float | None
-    """Seconds that the user allows; None: by the rule."""
-    quiet: float = 0.0
-    """Seconds since the last boundary."""
-    _longest: float = 0.0
-    _passed: int = 0
-    _waits: bool = False
+    fixed_timeout: float | None
+    """Seconds, from run.hang_timeout; None: derive the timeout from the longest interval between two ticks."""
+    idle_seconds: float = 0.0
+    """Seconds since the last tick."""
+    _longest_interval: float = 0.0
+    _ticks: int = 0
+    _is_extended: bool = False
 
     @property
-    def allowed(self) -> float:
-        """Return how many seconds the next boundary may take."""
-        if self.timeout is not None:
-            return self.timeout
-        usual = max(LEAST, FACTOR * self._longest)
-        return max(PATIENT, usual) if self._waits or self._passed < FIRST else usual
+    def timeout(self) -> float:
+        """Return how many seconds the next tick may take."""
+        if self.fixed_timeout is not None:
+            return self.fixed_timeout
+        timeout = max(MIN_TIMEOUT, INTERVAL_FACTOR * self._longest_interval)
+        is_long = self._is_extended or self._ticks < WARMUP_TICKS
+        return max(EXTENDED_TIMEOUT, timeout) if is_long else timeout
 
     def update(self, seconds: float, heartbeat: Heartbeat) -> bool:
-        """Hear that some seconds have passed; returns whether the next boundary is overdue."""
-        self.quiet += seconds
-        if heartbeat.passed == self._passed:
-            self._waits = self._waits or heartbeat.extended
-            return self.quiet > self.allowed
-        if self._passed and not self._waits:  # on the way to the first one, workers and kernels are started
-            self._longest = max(self._longest, self.quiet)
-        self.quiet, self._passed, self._waits = 0.0, heartbeat.passed, heartbeat.extended
+        """Add the seconds that have passed; return whether the next tick is overdue."""
+        self.idle_seconds += seconds
+        if heartbeat.ticks == self._ticks:
+            self._is_extended = self._is_extended or heartbeat.timeout_extended
+            return self.idle_seconds > self.timeout
+        if self._ticks and not self._is_extended:  # before the first tick, workers and kernels start
+            self._longest_interval = max(self._longest_interval, self.idle_seconds)
+        self.idle_seconds, self._ticks, self._is_extended = 0.0, heartbeat.ticks, heartbeat.timeout_extended
         return False
 
 
 class Watchdog:
-    """A context that watches over long work: a thread, and a file for the stacks that is gone if none were written."""
+    """Context manager that watches the main thread from a second thread.
+
+    The file for the stacks exists while the context is open, and is removed at its end if no stacks were written.
+    """
 
     def __init__(
         self,
@@ -120,151 +126,156 @@ class Watchdog:
         """Open the file for the stacks.
 
         Args:
-            timeout: seconds, or by the rule; None: nothing is watched.
-            beats: what the main thread counts.
+            timeout: the option run.hang_timeout: seconds, or `auto`; None turns the watchdog off.
+            heartbeat: ticked by the main thread.
             folder: the run folder.
-            number: of the attempt.
-            rank: of this process.
-            world: number of processes.
-            attempt: rank 0's; None elsewhere.
+            attempt: number of this start.
+            rank: rank of this process.
+            world_size: number of processes.
+            lock: rank 0's lock, to record the hang; None on the other ranks.
 
         Raises:
-            UserError: the file cannot be made.
+            UserError: the file cannot be created.
 
         """
-        self._beats, self._rank, self._world, self._attempt = heartbeat, rank, world_size, lock
-        self._pace = None if timeout is None else StallDetector(None if timeout == "auto" else timeout)
+        self._heartbeat, self._rank, self._world_size, self._lock = heartbeat, rank, world_size, lock
+        self._detector = None if timeout is None else StallDetector(None if timeout == "auto" else timeout)
         self.path = folder / HANGS / f"{attempt:04}-rank-{rank}.txt"
-        self._main = threading.get_ident()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
-        if self._pace is None:
+        self._main_thread = threading.get_ident()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        if self._detector is None:
             return
-        begun = f"attempt {attempt}, rank {rank} of {world_size}, host {socket.gethostname()}, process {os.getpid()}\n"
+        header = f"attempt {attempt}, rank {rank} of {world_size}, host {socket.gethostname()}, process {os.getpid()}\n"
         try:
             self.path.parent.mkdir(exist_ok=True)
             if rank == 0:
                 _remove_empty(self.path.parent, before=attempt)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
-            self._empty = os.write(self._file, begun.encode())
+            self._header_size = os.write(self._file, header.encode())
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); expected a run folder that every rank may write to"
             ) from None
 
     def __enter__(self) -> Heartbeat:
-        if self._pace is not None:
+        if self._detector is not None:
             self._thread.start()
-        return self._beats
+        return self._heartbeat
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pace is None:
+        if self._detector is None:
             return
-        self._over.set()
+        self._closed.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        is_empty = os.fstat(self._file).st_size == self._empty
+        is_empty = os.fstat(self._file).st_size == self._header_size
         os.close(self._file)
-        with suppress(OSError):  # what is left of it says no more than that the run was here
+        with suppress(OSError):  # a leftover file does no harm
             if is_empty:
                 self.path.unlink()
-                self.path.parent.rmdir()  # refused while there is another's
+                self.path.parent.rmdir()  # fails while another rank's file is there
 
     def _watch(self) -> None:
-        assert self._pace is not None  # for mypy: else it is not started
-        pace, last, gap = self._pace, time.monotonic(), 0.0
+        assert self._detector is not None  # for mypy: the thread is not started without it
+        detector, last_poll, gap = self._detector, time.monotonic(), 0.0
         while True:
-            between = min(_SECONDS_BETWEEN_LOOKS, pace.allowed / 20)
-            # Comes to its end only if this thread, too, gets nothing done for so long.
-            faulthandler.dump_traceback_later(pace.allowed, file=self._file)
-            if gap > pace.allowed:
-                os.ftruncate(self._file, self._empty)  # it has, and was a sleep after all
-            if self._over.wait(between):
+            poll_seconds = min(_POLL_SECONDS, detector.timeout / 20)
+            # Restarted at every poll: it writes the stacks only if this thread, too, cannot run for so long.
+            faulthandler.dump_traceback_later(detector.timeout, file=self._file)
+            if gap > detector.timeout:
+                os.ftruncate(self._file, self._header_size)  # it did, but the process was only suspended
+            if self._closed.wait(poll_seconds):
                 return
             now = time.monotonic()
-            gap, last = now - last, now
-            if pace.update(min(gap, 2 * between), self._beats):
-                stack = frames(self._main)
-                if is_debugged(stack):  # a person reads
-                    pace.quiet = 0.0
+            gap, last_poll = now - last_poll, now
+            # A longer gap means that the process was suspended: those seconds do not count.
+            if detector.update(min(gap, 2 * poll_seconds), self._heartbeat):
+                stack = stack_of(self._main_thread)
+                if is_debugged(stack):
+                    detector.idle_seconds = 0.0
                 else:
-                    self._end(pace, stack)
+                    self._end(detector, stack)
 
-    def _end(self, pace: StallDetector, stack: list[FrameType]) -> NoReturn:
-        """Write the stacks, tell of them, and end the process, even if the disk is what hangs."""
-        threading.Thread(target=_end_in, args=(_SECONDS_TO_WRITE,), name="hang limit", daemon=True).start()
+    def _end(self, detector: StallDetector, stack: list[FrameType]) -> NoReturn:
+        """Write the stacks, report the hang, and end the process, even if the disk is what hangs."""
+        threading.Thread(
+            target=_exit_after, args=(_SECONDS_TO_WRITE,), name="watchdog limit", daemon=True
+        ).start()
         faulthandler.cancel_dump_traceback_later()
-        what = (
-            f"no step for {pace.quiet:.0f} s, the last one was {self._beats.step}; "
-            f"{describe_stack(stack, world_size=self._world)}; stacks in {escape_unprintable(str(self.path))}"
+        message = (
+            f"no step for {detector.idle_seconds:.0f} s, the last one was {self._heartbeat.step}; "
+            f"{describe_stack(stack, world_size=self._world_size)}; stacks in {escape_unprintable(str(self.path))}"
         )
-        text = f"{what}\n{pace.allowed:.0f} s were allowed (run.hang_timeout)\n{_ADVICE}\n"
+        text = f"{message}\n{detector.timeout:.0f} s were allowed (run.hang_timeout)\n{_ADVICE}\n"
         file = self._file
         try:
             os.write(file, text.encode())
-        except OSError:  # a full disk
+        except OSError:  # the disk is full
             file = sys.stderr.fileno()
         faulthandler.dump_traceback(file=file, all_threads=True)
-        write_error_file(Hang(what))
-        tell = f"[rank {self._rank}] error: {what}\n" if self._world > 1 else f"error: {what}\n"
+        write_error_file(Hang(message))
+        prefix = f"[rank {self._rank}] " if self._world_size > 1 else ""
         if os.isatty(1):
-            os.write(1, b"\x1b[?25h\n")  # the progress has hidden the cursor
-        with suppress(OSError):  # a terminal that is gone
-            os.write(2, tell.encode())
-        if self._attempt is not None:
-            with suppress(UserError):  # taken over, or a full disk: this process has no more to say
-                self._attempt.end("failed", what)
-        if self._world > 1:
-            time.sleep(min(_SECONDS_FOR_THE_OTHERS, pace.allowed / 4))
+            os.write(1, b"\x1b[?25h\n")  # show the cursor, which the progress bar has hidden
+        with suppress(OSError):  # the terminal is closed
+            os.write(2, f"{prefix}error: {message}\n".encode())
+        if self._lock is not None:
+            with suppress(UserError):  # another attempt has taken over, or the disk is full
+                self._lock.end("failed", message)
+        if self._world_size > 1:
+            time.sleep(min(_SECONDS_FOR_OTHER_RANKS, detector.timeout / 4))
         os._exit(_EXIT_CODE)
 
 
 def _remove_empty(folder: Path, *, before: int) -> None:
-    """Remove what earlier attempts that were killed have left: files without stacks."""
+    """Remove the files without stacks that killed processes of earlier attempts have left."""
     for path in folder.glob("*-rank-*.txt"):
-        number = path.name.partition("-")[0]
-        if number.isdigit() and int(number) < before and path.read_bytes().count(b"\n") == 1:
+        attempt = path.name.partition("-")[0]
+        if attempt.isdigit() and int(attempt) < before and path.read_bytes().count(b"\n") == 1:
             path.unlink(missing_ok=True)
 
 
-def _end_in(seconds: float) -> None:
+def _exit_after(seconds: float) -> None:
     time.sleep(seconds)
     os._exit(_EXIT_CODE)
 
 
-def frames(thread: int | None) -> list[FrameType]:
+def stack_of(thread: int | None) -> list[FrameType]:
     """Return a thread's stack, the innermost call first."""
-    found = []
+    stack = []
     frame = sys._current_frames().get(thread or 0)
     while frame is not None:
-        found.append(frame)
+        stack.append(frame)
         frame = frame.f_back
-    return found
+    return stack
 
 
 def is_debugged(stack: list[FrameType]) -> bool:
-    """Return whether a stack lies in a debugger that waits for its user."""
+    """Return whether a debugger waits for its user in this stack."""
     return any(str(frame.f_globals.get("__name__")).split(".")[0] in _DEBUGGERS for frame in stack)
 
 
 def describe_stack(stack: list[FrameType], *, world_size: int) -> str:
-    """Return what a process was doing, as far as its innermost Python call tells; in a few words."""
+    """Return in a few words what a process was doing, from its innermost Python calls."""
     if not stack:
         return "without a main thread"
     innermost = stack[0].f_code.co_filename
-    if world_size > 1 and any(part in innermost for part in ("/torch/distributed/", "/torch/autograd/")):
-        return f"{WAITS} in {_place(stack[0])}"
-    ours = next((frame for frame in stack if _is_ours(frame)), None)
-    called = f", called from {_place(ours)}" if ours is not None and ours is not stack[0] else ""
-    return f"it was in {_place(stack[0])}{called}"
+    if world_size > 1 and any(folder in innermost for folder in ("/torch/distributed/", "/torch/autograd/")):
+        return f"{HANG_WAITING} in {_describe_frame(stack[0])}"
+    caller = next((frame for frame in stack if _is_in_trainer(frame)), None)
+    called_from = (
+        f", called from {_describe_frame(caller)}" if caller is not None and caller is not stack[0] else ""
+    )
+    return f"it was in {_describe_frame(stack[0])}{called_from}"
 
 
-def _is_ours(frame: FrameType) -> bool:
+def _is_in_trainer(frame: FrameType) -> bool:
     return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1])
 
 
-def _place(frame: FrameType) -> str:
+def _describe_frame(frame: FrameType) -> str:
     path = Path(frame.f_code.co_filename)
     return f"{frame.f_code.co_name} ({'/'.join(path.parts[-2:])}:{frame.f_lineno})"

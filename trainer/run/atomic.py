@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, whatever kills the process."""
+"""Write files atomically: after a kill or a power cut, a file is complete or absent."""
 
 import os
 import secrets
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, and put it in place once it is on the disk."""
-    # Not by its process's number: in containers, two machines' processes have the same.
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it to `path`."""
+    # A random name, not the pid: processes in two containers may have the same pid.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
@@ -21,18 +21,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text that is whole or absent."""
+    """Write text as UTF-8, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove what a process that was killed while it wrote a file atomically has left; `name` may be a pattern."""
+    """Remove the temporary files that killed processes have left of file `name`, which may be a glob pattern."""
     for temporary in folder.glob(f".{name}.*.tmp"):
         temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk: what was made, renamed or removed in it."""
+    """Flush a folder's entries to the disk: what was created, renamed or removed in it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

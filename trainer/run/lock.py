@@ -1,9 +1,9 @@
-"""`attempts/`: one run folder, one run. Which process may write into a run folder, and which processes did.
+"""The lock of a run folder: the numbered files in `attempts/` decide which process may write.
 
-A start that writes takes the next number by creating `attempts/NNNN.json`, which only one process can. The file
-records who the process is, what it does and how it ended; its modification time is a heartbeat. A later number
-ends the rights of an earlier one: `RunLock.check` looks for one before anything is put in place, so a process that
-was presumed dead and comes back writes nothing more.
+A start takes the next number by creating `attempts/NNNN.json`, which only one process can do. The file records the
+process, the position of the run and how the start ended; its modification time is a heartbeat. A later number fences
+off an earlier one: `RunLock.check` looks for one before any file is put in place. So a process that was presumed dead,
+and continues, writes nothing more.
 """
 
 import dataclasses
@@ -32,32 +32,37 @@ from trainer.run.atomic import write_text_atomically
 from trainer.text import escape_unprintable
 
 HEARTBEAT_SECONDS = 10.0
-PATIENCE = 45.0
-"""Seconds without a heartbeat after which a process that cannot be looked up is presumed dead."""
+HEARTBEAT_TIMEOUT = 45.0
+"""Seconds without a heartbeat after which a process of another machine is presumed dead."""
 
 
 class RunLock:
-    """This process's right to write into a run folder, with a thread that keeps up its heartbeat."""
+    """The right of this process to write into a run folder. A thread sends its heartbeat."""
 
     def __init__(self, folder: Path, record: AttemptRecord) -> None:
         self.folder, self.record = folder, record
         self._path = attempt_path(folder, record.attempt)
         self._write_lock = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep_up_heartbeat, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True)
         self._thread.start()
 
     @classmethod
     def acquire(
-        cls, folder: Path, *, log: Callable[[str], object], patience: float = PATIENCE, released: int = 0
+        cls,
+        folder: Path,
+        *,
+        log: Callable[[str], object],
+        timeout: float = HEARTBEAT_TIMEOUT,
+        released: int = 0,
     ) -> Self:
         """Take the next number in a run folder, which is created if it does not exist.
 
         Args:
             folder: the run folder.
-            log: told that it is waited for an earlier process.
-            patience: seconds to wait for the heartbeat of a process that cannot be looked up.
-            released: number of an attempt that is known to have ended.
+            log: prints that this process waits for a heartbeat of an earlier one.
+            timeout: seconds to wait for that heartbeat.
+            released: number of an attempt that is known to have ended; 0 for none.
 
         Raises:
             UserError: another process works on the run, or the folder cannot be written to.
@@ -68,7 +73,7 @@ class RunLock:
             while True:
                 number = latest_attempt_number(folder)
                 if number != released or number == 0:
-                    number = wait_until_released(folder, log=log, patience=patience)
+                    number = wait_until_released(folder, log=log, timeout=timeout)
                 record = _own_record(number + 1)
                 with suppress(FileExistsError):
                     _create(attempt_path(folder, number + 1), record.to_json())
@@ -109,26 +114,28 @@ class RunLock:
             ) from None
 
     def end(self, state: AttemptState, reason: str | None = None) -> None:
-        """Record how the attempt ended, and stop its heartbeat. Later calls do nothing: they may be echoes."""
+        """Record how the attempt ended, and stop its heartbeat. Later calls do nothing: the first cause counts."""
         if self._ended.is_set():
             return
         self._ended.set()
         self._thread.join()
         self.update(state=state, reason=reason and escape_unprintable(reason)[:2000], ended=_now())
 
-    def _keep_up_heartbeat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # the folder may be gone for a while; whoever writes next reports it
+            with suppress(OSError):  # the folder may be away for a while; the next write reports it
                 os.utime(self._path)
 
 
-def wait_until_released(folder: Path, *, log: Callable[[str], object], patience: float = PATIENCE) -> int:
-    """Return the number of the last attempt in a run folder, which has ended; 0 if there was none.
+def wait_until_released(
+    folder: Path, *, log: Callable[[str], object], timeout: float = HEARTBEAT_TIMEOUT
+) -> int:
+    """Wait until the last attempt in a run folder is known to have ended; return its number, or 0 if there is none.
 
-    A process of this machine is looked up by its pid. For one that cannot be looked up, a heartbeat is waited for.
+    A process of this machine is looked up by its pid. For other processes, wait for a heartbeat.
 
     Raises:
-        UserError: it is still running.
+        UserError: the last attempt is still running.
 
     """
     number = latest_attempt_number(folder)
@@ -140,13 +147,11 @@ def wait_until_released(folder: Path, *, log: Callable[[str], object], patience:
     else:
         where = f"ran on {latest.host}" if latest else "has left no readable record"
         log(
-            f"attempt {number} of this run {where} and did not record how it ended: waiting {patience:.0f} s for a "
+            f"attempt {number} of this run {where} and did not record how it ended: waiting {timeout:.0f} s for a "
             "heartbeat"
         )
-        is_alive = _has_heartbeat(attempt_path(folder, number), patience)
-        latest = read_attempt(
-            attempt_path(folder, number)
-        )  # by now it may be written to its end, or have ended
+        is_alive = _has_heartbeat(attempt_path(folder, number), timeout)
+        latest = read_attempt(attempt_path(folder, number))  # it may have ended meanwhile
         is_alive = is_alive and (latest is None or latest.state == "running")
     if is_alive:
         who = f"process {latest.pid} on {latest.host}, since {latest.began}" if latest else "a process"
@@ -157,15 +162,15 @@ def wait_until_released(folder: Path, *, log: Callable[[str], object], patience:
     return number
 
 
-def _has_heartbeat(path: Path, patience: float) -> bool:
+def _has_heartbeat(path: Path, timeout: float) -> bool:
     def modified() -> int:
-        with path.open("rb") as file:  # opening it makes a network file system ask its server
+        with path.open("rb") as file:  # open: a network file system then asks its server
             return os.fstat(file.fileno()).st_mtime_ns
 
     first = modified()
-    until = time.monotonic() + patience
-    while time.monotonic() < until:
-        time.sleep(min(1.0, patience / 4))
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, timeout / 4))
         if modified() != first:
             return True
     return False
@@ -188,7 +193,7 @@ def _own_record(attempt: int) -> AttemptRecord:
 
 
 def is_torchrun_restart(folder: Path, environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether torchrun has restarted the processes that made the last attempt."""
+    """Return whether torchrun has restarted the processes of the last attempt."""
     if int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         return True
     latest = latest_attempt(folder)
@@ -203,7 +208,7 @@ def _launcher(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def _process_start(pid: int) -> int | None:
-    """Return when a living process started, in clock ticks since boot; see proc(5), /proc/pid/stat."""
+    """Return the start of a running process in clock ticks since boot, None if it has ended; see proc(5)."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -214,16 +219,16 @@ def _process_start(pid: int) -> int | None:
 
 def _pid_namespace() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 (not a path, but a name)
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 (not a path)
 
 
 def _create(path: Path, text: str) -> None:
-    """Create a file; raises FileExistsError if there is one."""
+    """Create a file; raise FileExistsError if it exists."""
     with path.open("x", encoding="ascii") as file:
         try:
             file.write(text)
             file.flush()
-        except OSError:  # a full disk: nobody takes the number
+        except OSError:  # the disk is full: do not take the number
             path.unlink()
             raise
 

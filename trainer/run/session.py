@@ -1,4 +1,4 @@
-"""An open run folder: its lock, the requests to stop, and the watchdog, for one start of the trainer."""
+"""Open the run folder for one start of the trainer: lock, stop signals, watchdog, and the record of how it ended."""
 
 import signal
 from dataclasses import dataclass, replace
@@ -19,11 +19,11 @@ from trainer.run.lock import RunLock, is_torchrun_restart, wait_until_released
 
 @dataclass(frozen=True, kw_only=True)
 class OpenRun:
-    """A run folder that this start of the trainer has opened, on every process."""
+    """The run folder that this start of the trainer has opened. Every process has one."""
 
     ctx: DistributedContext
     console: Console
-    """Rank 0's prints; the others' are quiet."""
+    """Prints on rank 0 only."""
     signals: StopSignals
     root: Path
     """The run folder: it holds `attempts/`, `environment/` and the file STOP."""
@@ -41,19 +41,19 @@ class OpenRun:
         return self.lock is not None
 
     def check_lock(self) -> None:
-        """Raise a UserError if another attempt has taken over the run; do nothing on ranks that do not write."""
+        """Raise a UserError if another attempt has taken over the run. Ranks without the lock do nothing."""
         if self.lock is not None:
             self.lock.check()
 
     def start_phase(self, name: str, *, epochs: int) -> Self:
-        """Return the run at the start of a phase. Every process must call it.
+        """Return the run at the start of a phase, and record the phase. Every process must call it.
 
         Args:
             name: the phase's folder below the run folder; empty for the fine-tuning itself.
-            epochs: of the phase.
+            epochs: number of epochs of the phase.
 
         Raises:
-            Stopped: a signal came while the phase before ended.
+            Stopped: a signal was received since the phase before ended.
 
         """
         self.raise_if_signaled()
@@ -66,22 +66,25 @@ class OpenRun:
         return replace(self, folder=self.root / name)
 
     def signal_received(self) -> int:
-        """Return the number of a stop signal that some process received, or 0. Every process must call it."""
+        """Return the number of a stop signal that any process received, or 0. Every process must call it."""
         return self.ctx.all_reduce_max([self.signals.received or 0])[0]
 
     def raise_if_signaled(self, saved: str | None = None) -> None:
-        """Raise Stopped on every process if one of them received a stop signal. Every process must call it.
+        """Raise Stopped on every process if any of them received a stop signal. Every process must call it.
 
-        `saved` says what the run folder holds.
+        `saved` is the position at which the state was saved, for the message.
         """
         if number := self.signal_received():
             raise Stopped(signal.Signals(number).name, saved=saved)
 
     def watchdog(self, heartbeat: Heartbeat | None = None) -> Watchdog:
-        """Return the watchdog of this process, by default with a heartbeat of its own. Every process must call it.
+        """Return the watchdog of this process. Every process must call it.
+
+        Args:
+            heartbeat: ticked by the main thread; a new one by default.
 
         Raises:
-            UserError: one of them cannot write its file of stacks.
+            UserError: a process cannot write its file for the stacks.
 
         """
         return self.ctx.main_process_first(
@@ -97,12 +100,12 @@ class OpenRun:
         )
 
     def end(self, state: Literal["done", "stopped", "failed"], reason: str | None = None) -> None:
-        """Record how this start ended."""
+        """Record how this start ended. Ranks without the lock do nothing."""
         if self.lock is not None:
             self.lock.end(state, reason)
 
     def end_with_error(self, error: BaseException) -> None:
-        """Record the error, or the stop, that ended this start; a failure to do so does not hide it."""
+        """Record the error or the stop that ended this start. A failure to record it does not hide the error."""
         if self.lock is not None:
             _record_error(self.lock, error)
 
@@ -117,25 +120,25 @@ def open_run(
     signals: StopSignals,
     hang_timeout: float | Literal["auto"] | None,
 ) -> OpenRun:
-    """Open the run folder for this start: compare the config, take the lock, and write the config of a new run.
+    """Open the run folder for this start: compare the config, acquire the lock, and write the config of a new run.
 
-    Every process must call it. The checkpoint is looked for once the data are known, by `load_latest_checkpoint`.
+    Every process must call it. `ResumePoint` looks for the checkpoint later, when the data are known.
 
     Args:
         folder: the run folder; created if it does not exist.
         config: the resolved config as YAML.
-        resume: the option `run.resume`.
-        ctx: the processes.
-        console: prints what was found.
-        signals: requests to stop.
-        hang_timeout: the option `run.hang_timeout`.
+        resume: the option run.resume.
+        ctx: the distributed context.
+        console: prints what was done with an earlier run.
+        signals: the stop signals.
+        hang_timeout: the option run.hang_timeout.
 
     Raises:
         UserError: the folder holds another run, another process works on it, or it cannot be written.
 
     """
     lock = ctx.main_process_first(
-        lambda: _lock(folder, config, resume, console, signals) if ctx.is_main_process else None
+        lambda: _acquire_lock(folder, config, resume, console, signals) if ctx.is_main_process else None
     )
     return OpenRun(
         ctx=ctx,
@@ -149,31 +152,31 @@ def open_run(
     )
 
 
-def _lock(
+def _acquire_lock(
     folder: Path,
     config: str,
     resume: Literal["auto", "never", "must"],
     console: Console,
     signals: StopSignals,
 ) -> RunLock:
-    # torchrun restarts its processes with their first command line.
+    # torchrun restarts the processes with the same command line, which must not archive the run again.
     if resume == "never" and is_torchrun_restart(folder):
         resume = "auto"
-    note = check_resumable(folder, config, resume=resume)
+    message = check_resumable(folder, config, resume=resume)
     previous = latest_attempt(folder)
     released = wait_until_released(folder, log=console.print)
-    with signals.deferred():  # a signal here would leave an attempt without a record of how it ended
+    with signals.deferred():  # an attempt must not end without a record of how it ended
         lock = RunLock.acquire(folder, log=console.print, released=released)
         try:
             if resume == "never" and holds_run(folder):
                 lock.end("stopped", "archived")
-                note = archive_run(folder)
+                message = archive_run(folder)
                 lock, previous = RunLock.acquire(folder, log=console.print), None
-            if note is not None:
-                console.print(note)
+            if message is not None:
+                console.print(message)
             _remove_old_stop_file(folder, previous, console)
             if not holds_run(folder):
-                write_config(folder, config)  # the other ranks look for it
+                write_config(folder, config)  # the other ranks check that they see it
         except BaseException as error:
             _record_error(lock, error)
             raise
@@ -181,19 +184,19 @@ def _lock(
 
 
 def _remove_old_stop_file(folder: Path, previous: AttemptRecord | None, console: Console) -> None:
-    """Remove a STOP file left from an earlier start. One made after that start was killed still counts."""
+    """Remove a STOP file of an earlier start, unless it was created after that start began and it did not stop."""
     path = folder / STOP
     try:
-        made = path.lstat().st_mtime
+        created = path.lstat().st_mtime
         if previous is not None and previous.state in ("running", "failed"):
             began = datetime.fromisoformat(previous.began).timestamp()
-            if made > began:
+            if created > began:
                 return
         path.unlink()
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: asks the run to stop, and cannot be removed ({error}): remove it") from None
+        raise UserError(f"{path} asks the run to stop, and cannot be removed ({error}): remove it") from None
     console.print(f"{path}: from before this start, removed")
 
 
@@ -202,4 +205,4 @@ def _record_error(lock: RunLock, error: BaseException) -> None:
     try:
         lock.end(state, str(error) or type(error).__name__)
     except UserError as record_error:
-        error.add_note(f"(nor could the end be recorded in {lock.folder}: {record_error})")
+        error.add_note(f"(the end could not be recorded in {lock.folder} either: {record_error})")

@@ -1,4 +1,4 @@
-"""Versions of regraft and of whatever has a say in what a run computes."""
+"""Versions of regraft, Python and the packages that affect the results of a run."""
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,7 @@ _PACKAGES = ("torch", "torchvision", "accelerate", "safetensors", "numpy", "pill
 
 
 def own_version() -> str:
-    """Return regraft's version; a checkout that is not installed has none."""
+    """Return regraft's version, or `uninstalled` for a checkout that is not installed."""
     try:
         return version("regraft")
     except PackageNotFoundError:
@@ -15,7 +15,7 @@ def own_version() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return name -> version."""
+    """Return package -> version."""
     python = sys.version.split()[0]
     return {"regraft": own_version(), "python": python, **{name: version(name) for name in _PACKAGES}}
 

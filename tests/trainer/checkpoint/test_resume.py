@@ -1,433 +1,354 @@
+"""`ResumePoint`: find, check, restore and describe the newest checkpoint of a run."""
+
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
 from torch import nn
 
+from regraft.contract import CHECKPOINTS, CONFIG, METRICS, MODEL, read_attempt
+from tests.trainer.checkpoint.checkpoints import METADATA, SCALER, make_state
+from tests.trainer.runs import make_run, printed, stop_heartbeat
 from trainer.checkpoint import store
-from trainer.checkpoint.resume import describe_resume, load_latest_checkpoint, restore_checkpoint
-from trainer.checkpoint.state import BestEpoch, CheckpointState, RunIdentity
-from trainer.checkpoint.store import CheckpointId, LoadedCheckpoint
-from trainer.checkpoint.tensors import snapshot
-from trainer.config.parse import dump
-from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, TransferConfig
-from trainer.data.index import DatasetIndex, Example
-from trainer.data.loader import EpochOrder
-from trainer.data.prepare import Prepared
+from trainer.checkpoint.early_stopping import EarlyStopping
+from trainer.checkpoint.resume import ResumePoint
+from trainer.checkpoint.state import CheckpointId, RunMetadata
+from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
-from trainer.metrics import MetricState
-from trainer.run.folder import CHECKPOINTS, CONFIG, METRICS, MODEL, SPLIT, write_config
+from trainer.metrics import BestEpoch
+from trainer.optim.ema import ModelEma
+from trainer.optim.schedule import TrainSchedule
+from trainer.run.folder import write_config
+from trainer.run.lock import RunLock
+from trainer.run.session import OpenRun
 from trainer.run.versions import versions
+from trainer.state import TrainState
 
-ORDER = EpochOrder(examples=7, batch_size=4, seed=3)  # 2 steps an epoch
-SUBJECT = RunIdentity(
-    architecture="resnet18", classes=("a", "b", "图"), examples=(3, 2, 2), data="these images"
+STEPS = 2
+SAVED = dataclasses.replace(
+    METADATA, steps_per_epoch=STEPS, schedule={"total_steps": 8}, versions=versions(), seed=3
 )
-NEVER = "--run.resume never, which moves the run aside"
+CONFIG_TEXT = "run:\n  seed: 3\ntrain:\n  epochs: 4\n"
 
 
-def prepared(*, split_made: bool = False) -> Prepared:
-    index = DatasetIndex(
-        root=Path("/data"),
-        classes=SUBJECT.classes,
-        train=tuple(Example(f"/data/{i}.png", 0) for i in range(7)),
-        val=(),
-        test=(Example("/data/t.png", 1),),
-        reported="",
-        split_made=split_made,
-        notes=(),
+def digest(epoch: int) -> str:
+    return f"order of epoch {epoch}"
+
+
+def make_training_state(seed: int, *, width: int = 2, scaler: bool = False) -> TrainState:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width))
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    for _ in range(2):
+        model(torch.randn(2, 3, 2, 2)).square().sum().backward()
+        optimizer.step()
+    return TrainState(
+        model=model,
+        optimizer=optimizer,
+        ema=ModelEma(model, None),
+        scaler=torch.amp.GradScaler("cpu") if scaler else None,
     )
-    return Prepared(index, ())
 
 
-class Net(nn.Sequential):
-    def __init__(self, seed: int, *, width: int = 2) -> None:
-        torch.manual_seed(seed)
-        super().__init__(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width))
-        self.optimizer = torch.optim.SGD(self.parameters(), momentum=0.9)
-        for _ in range(2):
-            self(torch.randn(2, 3, 2, 2)).square().sum().backward()
-            self.optimizer.step()
+class Saved:
+    """A run folder with checkpoints, and the open run of another start."""
 
+    def __init__(self, run: OpenRun) -> None:
+        self.run, self.folder = run, run.folder
+        write_config(self.folder, CONFIG_TEXT)
 
-@dataclass
-class Run:
-    """A run folder, and who looks into it."""
-
-    folder: Path
-    said: list[str] = field(default_factory=list)
-
-    def config(self, **train: Any) -> Config:
-        return Config(
-            run=RunConfig(dir=str(self.folder), seed=3),
-            data=DataConfig(root="/data"),
-            model=ModelConfig(name="resnet18", weights=None),
-            train=TrainConfig(**{"epochs": 4, "batch_size": 4, **train}),
-        )
-
-    def save(self, step: int, epoch: int, *, net: nn.Module | None = None, **changes: Any) -> Path:
-        """Leave a checkpoint, whose state is changed at will."""
-        write_config(self.folder, dump(self.config()))
+    def save(
+        self, step: int, epoch: int, *, state: TrainState | None = None, metrics: str = "", **changes: Any
+    ) -> Path:
+        """Write a checkpoint; `changes` are fields of its state."""
         (self.folder / MODEL).write_text("the best")
-        fields: dict[str, Any] = {
-            "epoch": epoch,
-            "step": step,
-            "sums": MetricState(rows=((1.0, 1, 4),), seconds=1.0, compute_seconds=1.0)
-            if step > 2 * epoch
-            else None,
-            "best": BestEpoch(epoch=1, step=2, accuracy=0.5, loss=1.0) if epoch else None,
-            "subject": SUBJECT,
-            "seed": 3,
-            "order": ORDER.digest(epoch),
-            "steps_per_epoch": 2,
-            "schedule": {"kind": "cosine", "warmup_steps": 0, "total_steps": 8, "lr_factor": 1.0},
-            "scaler": {},
-            "chosen": {"precision": "fp32", "channels_last": True},
-            "world": 1,
-            "threads": 1,
-            "attempt": 1,
-            "versions": versions(),
-        }
-        state = CheckpointState(**{**fields, **changes})
-        net = net or Net(0)
-        files = {name: save(held) for name, held in snapshot(net, net.optimizer).items()}  # type: ignore[arg-type]
-        files |= {store.STATE: state.to_json(), store.METRICS: f"rows up to {step}\n".encode()}
-        store.write(self.folder / CHECKPOINTS, CheckpointId(step, epoch), files, check=lambda: None)
-        return self.folder / CHECKPOINTS / CheckpointId(step, epoch).name
+        fields = {"run": SAVED, "order_digest": digest(epoch), "scaler": {}} | changes
+        saved = (state or make_training_state(0)).state_dict()
+        files = store.to_files(saved, {})
+        files |= {store.STATE: make_state(step, epoch, **fields).to_json(), store.METRICS: metrics.encode()}
+        checkpoint = CheckpointId(step, epoch)
+        store.write(self.folder / CHECKPOINTS, checkpoint, files, check=lambda: None)
+        return self.folder / CHECKPOINTS / checkpoint.name
 
-    def find(
+    def resume_point(
         self,
         *,
-        config: Config | None = None,
-        subject: RunIdentity = SUBJECT,
-        order: EpochOrder = ORDER,
-        split_made: bool = False,
-        writes: bool = True,
-    ) -> LoadedCheckpoint | None:
-        return load_latest_checkpoint(
-            config or self.config(),
-            prepared(split_made=split_made),
-            subject,
-            order,
-            log=self.said.append,
-            writes=writes,
+        epochs: int = 4,
+        steps: int = STEPS,
+        patience: int | None = None,
+        config: str = CONFIG_TEXT,
+        metadata: RunMetadata = SAVED,
+    ) -> ResumePoint:
+        schedule = TrainSchedule(
+            batch_sizes=(4,) * steps, epochs=epochs, logs_per_epoch=1, lr_multiplier=lambda step: 1.0
+        )
+        return ResumePoint(
+            self.run,
+            schedule,
+            metadata=metadata,
+            early_stopping=EarlyStopping(split="val", patience=patience),
+            config=config,
+            order_digest=digest,
         )
 
     def refusal(self, **options: Any) -> str:
-        """Return why there is no going on; nothing is lost."""
-        before = {p: p.read_bytes() for p in self.folder.rglob("*") if p.is_file() and p.name != CONFIG}
+        """Return why the run cannot be resumed. Nothing in its folder may change."""
+        before = {path: path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
         with pytest.raises(UserError) as caught:
-            self.find(**options)
-        assert {
-            p: p.read_bytes() for p in self.folder.rglob("*") if p.is_file() and p.name != CONFIG
-        } == before
+            self.resume_point(**options)
+        assert before == {path: path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
         return str(caught.value)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path / "run")
+def saved(tmp_path: Path, ctx: DistributedContext) -> Iterator[Saved]:
+    lock = RunLock.acquire(tmp_path, log=print)
+    yield Saved(make_run(tmp_path, ctx, lock))
+    stop_heartbeat(lock)
 
 
-# --- where it goes on
+# --- find
 
 
-def test_a_new_run_begins_and_leaves_its_config_and_its_split(run: Run) -> None:
-    assert run.find(split_made=True) is None
-    assert {path.name for path in run.folder.iterdir()} == {CONFIG, SPLIT}
-    assert run.said == []
+def test_a_new_run_has_no_checkpoint_and_writes_its_config(saved: Saved) -> None:
+    point = saved.resume_point(config="run:\n  seed: 4\n")
+    assert point.checkpoint is None
+    assert not point.is_finished
+    point.restore(state := make_training_state(1))
+    assert state.step == 0
+    assert "seed: 4" in (saved.folder / CONFIG).read_text()
+    assert printed(saved.run) == ""
 
 
-def test_the_newest_checkpoint_is_found_whether_between_epochs_or_within_one(run: Run) -> None:
+def test_the_newest_checkpoint_is_found(saved: Saved) -> None:
     for step, epoch in ((2, 1), (3, 1), (4, 1), (4, 2)):
-        run.save(step, epoch)
-        found = run.find()
-        assert found is not None
-        assert (found.state.step, found.state.epoch, found.metrics) == (step, epoch, f"rows up to {step}\n")
-        assert found.path.name == CheckpointId(step, epoch).name
-    assert not (run.folder / SPLIT).exists()
-    assert run.said == []
+        path = saved.save(step, epoch)
+        checkpoint = saved.resume_point().checkpoint
+        assert checkpoint is not None
+        assert (checkpoint.path, checkpoint.state.step, checkpoint.state.epoch) == (path, step, epoch)
 
 
-def test_a_damaged_checkpoint_is_set_aside_with_a_line_and_the_one_before_it_is_used(run: Run) -> None:
-    run.save(2, 1)
-    damaged = run.save(4, 2)
-    (damaged / store.MODEL).write_bytes((damaged / store.MODEL).read_bytes()[:-1])
-    found = run.find()
-    assert found is not None
-    assert found.state.step == 2
-    (line,) = run.said
-    assert line.startswith(f"{damaged} is damaged (model.safetensors has ")
-    assert line.endswith(f"set aside as damaged-1-{damaged.name}")
-
-
-def test_where_none_is_whole_the_run_is_not_started_anew(run: Run) -> None:
-    (run.save(2, 1) / store.STATE).unlink()
-    with pytest.raises(
-        UserError, match=r"no checkpoint is whole; set aside: damaged-1-step-00000002-epoch-0001"
-    ):
-        run.find()
-    with pytest.raises(UserError, match="no checkpoint is whole"):
-        run.find()
-
-
-def test_what_a_killed_start_has_left_half_done_is_cleared_away(run: Run) -> None:
-    run.save(2, 1)
-    halves = [
-        run.folder / CHECKPOINTS / ".writing-step-00000004-epoch-0002-9",
-        run.folder / CHECKPOINTS / ".leaving-step-00000001-epoch-0000",
+def test_leftovers_of_a_killed_start_are_removed(saved: Saved) -> None:
+    saved.save(2, 1)
+    leftovers = [
+        saved.folder / CHECKPOINTS / ".writing-step-00000004-epoch-0002-9",
+        saved.folder / CHECKPOINTS / ".leaving-step-00000001-epoch-0000",
+        saved.folder / ".config.yaml.12ab.tmp",
+        saved.folder / f".{MODEL}.12ab.tmp",
+        saved.folder / "attempts" / ".0001.json.12ab.tmp",
     ]
-    for half in halves:
-        half.mkdir()
-        (half / store.MODEL).touch()
-    tmp = [run.folder / ".config.yaml.12ab.tmp", run.folder / f".{MODEL}.12ab.tmp"]
-    for path in tmp:
+    for path in leftovers:
         path.touch()
-    (run.folder / ".notes.tmp").touch()
-    found = run.find()
-    assert found is not None
-    assert found.state.step == 2
-    assert not [path for path in [*halves, *tmp] if path.exists()]
-    assert (run.folder / ".notes.tmp").exists()
+    (saved.folder / ".notes.tmp").touch()
+    assert saved.resume_point().checkpoint is not None
+    assert not [path for path in leftovers if path.exists()]
+    assert (saved.folder / ".notes.tmp").exists()
 
 
-def test_another_rank_looks_whether_it_sees_the_folder_and_leaves_the_choice_to_rank_0(run: Run) -> None:
-    with pytest.raises(UserError, match="one folder that every machine shares"):
-        run.find(writes=False)
-    assert not run.folder.exists()
-    (run.save(2, 1) / store.STATE).unlink()
-    before = sorted(run.folder.rglob("*"))
-    assert run.find(writes=False) is None
-    assert sorted(run.folder.rglob("*")) == before
+def test_other_ranks_check_only_that_they_see_the_folder(saved: Saved) -> None:
+    """A single process stands in for rank 1: rank 0's checkpoint reaches it by broadcast."""
+    ctx = SimpleNamespace(
+        is_main_process=False, main_process_first=lambda function: function(), broadcast=lambda value: value
+    )
+    (saved.save(2, 1) / store.STATE).unlink()
+    before = sorted(saved.folder.rglob("*"))
+    other = Saved.__new__(Saved)
+    other.run, other.folder = dataclasses.replace(saved.run, ctx=ctx), saved.folder  # type: ignore[arg-type]
+    assert other.resume_point().checkpoint is None
+    assert sorted(saved.folder.rglob("*")) == before
+    (saved.folder / CONFIG).unlink()
+    assert "expected one folder that every machine shares" in other.refusal()
 
 
-# --- what is refused, with the difference shown
-
-OTHERS = {
-    "model": (replace(SUBJECT, architecture="resnet34"), "model: resnet18 there, resnet34 now"),
-    "classes": (
-        replace(SUBJECT, classes=("a", "c", "图")),
-        "classes: b only there, c only now",
-    ),
-    "fewer classes": (
-        replace(SUBJECT, classes=("a", "b"), examples=(3, 2)),
-        "classes: 图 only there, none only now",
-    ),
-    "their order": (
-        replace(SUBJECT, classes=("b", "a", "图"), examples=(2, 3, 2)),
-        "classes: in another order",
-    ),
-    "counts": (replace(SUBJECT, examples=(3, 4, 0)), "training images: b 2 there, 4 now, 图 2 there, 0 now"),
-    "images": (
-        replace(SUBJECT, data="others"),
-        "images: as many to train on in each class, but not the same, or others to evaluate (names or split)",
-    ),
-    "everything": (
-        RunIdentity(architecture="vgg11", classes=("a", "x"), examples=(1, 1), data="y"),
-        "model: resnet18 there, vgg11 now\n  classes: b, 图 only there, x only now\n"
-        "  training images: a 3 there, 1 now",
-    ),
-}
+def test_results_without_a_checkpoint_are_archived(saved: Saved) -> None:
+    for number in (1, 2):
+        (saved.folder / MODEL).write_text(f"model {number}")
+        (saved.folder / METRICS).write_text(f"rows {number}")
+        assert saved.resume_point().checkpoint is None
+        assert printed(saved.run).endswith(f"archived as earlier-{number}-{MODEL}\n")
+        assert (saved.folder / f"earlier-{number}-{MODEL}").read_text() == f"model {number}"
+        assert (saved.folder / f"earlier-{number}-{METRICS}").read_text() == f"rows {number}"
+        assert not (saved.folder / MODEL).exists()
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_a_checkpoint_of_something_else_is_refused(what: str, run: Run) -> None:
-    subject, difference = OTHERS[what]
-    path = run.save(2, 1)
-    assert run.refusal(subject=subject) == (
-        f"{path}: a checkpoint of something else:\n  {difference}\nBring back what it was trained on, choose another "
-        "run.dir, or --run.resume never, which moves that run aside"
+def test_a_folder_that_cannot_be_read_is_a_user_error(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(store, "load_latest", denied)
+    assert "cannot be read or cleaned up ([Errno 13] Permission denied)" in saved.refusal()
+
+
+# --- check
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_the_config_kept(saved: Saved) -> None:
+    path = saved.save(2, 1)
+    identity = dataclasses.replace(SAVED.identity, architecture="resnet34")
+    text = saved.refusal(metadata=dataclasses.replace(SAVED, identity=identity), config="other: 1\n")
+    assert text.startswith(f"{path}: a checkpoint of another run:\n  model: resnet18 there, resnet34 now\n")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"order_digest": "0" * 64}, {"order_digest": digest(0)}, {"run": dataclasses.replace(SAVED, seed=4)}],
+)
+def test_another_order_of_the_examples_is_refused(changes: dict[str, Any], saved: Saved) -> None:
+    run = dataclasses.replace(changes.get("run", SAVED), versions={"torch": "2.0\x1b[31m"})
+    path = saved.save(3, 1, **changes | {"run": run})
+    text = saved.refusal()
+    assert text.startswith(
+        f"{path}: the examples are drawn in another order than when it was written, by torch"
+    )
+    assert "torch 2.0\\x1b[31m: resume with that version" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "now"), [({"epochs": 2}, "2 of 2"), ({"steps": 1}, "4 of 1")], ids=["shorter", "wider"]
+)
+def test_a_checkpoint_beyond_the_run_is_refused(options: dict[str, int], now: str, saved: Saved) -> None:
+    path = saved.save(6, 3)
+    assert saved.refusal(**options) == (
+        f"{path}: after 3 epochs of 2 steps, but this run has {now}: choose another run.dir, or --run.resume never"
     )
 
 
-@pytest.mark.parametrize("changes", [{"order": "0" * 64}, {"seed": 4}, {"order": ORDER.digest(0)}])
-def test_another_order_of_the_examples_is_refused(changes: dict[str, Any], run: Run) -> None:
-    path = run.save(3, 1, versions={"torch": "2.0\x1b[31m"}, **changes)
-    text = run.refusal()
-    assert text.startswith(f"{path}: the examples are drawn in another order here than where it was written")
-    assert "by torch 2.0\\x1b[31m: go on with that version" in text
-    assert text.endswith(NEVER)
+def test_a_finished_run_without_its_model_file_is_refused(saved: Saved) -> None:
+    saved.save(3, 1)
+    (saved.folder / MODEL).unlink()
+    assert saved.resume_point().checkpoint is not None, "training restores it from the best checkpoint"
+    saved.save(8, 4)
+    (saved.folder / MODEL).unlink()
+    assert saved.refusal().startswith(f"{saved.folder / MODEL} is gone, and the run is finished.")
 
 
-def test_the_model_file_of_the_best_epoch_is_not_done_without(run: Run) -> None:
-    run.save(3, 1)
-    (run.folder / MODEL).unlink()
-    assert run.find() is not None, "training may go on: it is made anew from the best epoch's checkpoint"
+# --- finished runs
 
 
-def test_a_checkpoint_beyond_the_run_is_refused(run: Run) -> None:
-    # The config that was kept says nothing of it, as one that somebody has edited.
-    path = run.save(6, 3)
-    shorter = run.config(epochs=2)
-    write_config(run.folder, dump(shorter))
-    assert run.refusal(config=shorter) == (
-        f"{path}: after 3 epochs of 2 steps, but this run is to have 2 of 2: choose another run.dir, or "
-        "--run.resume never"
-    )
-    wider = run.config(batch_size=7)
-    write_config(run.folder, dump(wider))
-    text = run.refusal(config=wider, order=replace(ORDER, batch_size=7))
-    assert "after 3 epochs of 2 steps, but this run is to have 4 of 1" in text
-
-
-def test_a_run_may_be_extended_and_not_cut_short(run: Run) -> None:
-    run.save(6, 3)
-    assert run.find(config=run.config(epochs=9)) is not None
-    with pytest.raises(UserError, match=r"train\.epochs: 9 there, 4 now"):
-        run.find()
-
-
-# --- putting everything back
-
-
-def ctx(rank: int = 0, world_size: int = 1) -> Any:
-    return SimpleNamespace(rank=rank, world_size=world_size)
-
-
-ALONE = ctx()
-
-
-def equal(one: nn.Module, other: nn.Module) -> bool:
-    captured = [snapshot(net, net.optimizer) for net in (one, other)]  # type: ignore[arg-type]
-    return all(
-        captured[0][file].keys() == captured[1][file].keys()
-        and all(torch.equal(captured[0][file][name], captured[1][file][name]) for name in captured[0][file])
-        for file in captured[0]
+def metrics(*accuracies: float) -> str:
+    return "".join(
+        f'{{"kind": "epoch", "epoch": {epoch}, "val_accuracy": {accuracy}, "val_loss": 1.0}}\n'
+        for epoch, accuracy in enumerate(accuracies, start=1)
     )
 
 
-def back(run: Run, net: nn.Module, scaler: Any = None, ctx: Any = ALONE) -> UserError | None:
-    found = run.find()
-    assert found is not None
-    return restore_checkpoint(found, net, net.optimizer, scaler, ctx=ctx)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("epoch", "epochs", "patience", "line"),
+    [
+        (
+            4,
+            4,
+            None,
+            "finished already, after epoch 4: nothing to train. A larger train.epochs resumes from here",
+        ),
+        (
+            3,
+            4,
+            2,
+            "finished already: stopped early, after epoch 3 of 4: none of the last 2 was better on val than",
+        ),
+        (3, 4, 3, None),
+        (3, 4, None, None),
+        (4, 5, None, None),
+    ],
+)
+def test_a_finished_run_restores_its_metrics_and_position(
+    epoch: int, epochs: int, patience: int | None, line: str | None, saved: Saved
+) -> None:
+    text = metrics(*[0.6, 0.5, 0.5, 0.5][:epoch])
+    saved.save(STEPS * epoch, epoch, metrics=text)
+    point = saved.resume_point(epochs=epochs, patience=patience)
+    assert point.is_finished == (line is not None)
+    if line is None:
+        return
+    assert [row["epoch"] for row in point.finish()] == list(range(1, epoch + 1))
+    assert line in printed(saved.run)
+    assert (saved.folder / METRICS).read_text() == text
+    record = read_attempt(saved.folder / "attempts" / "0001.json")
+    assert record is not None
+    assert (record.step, record.steps, record.epoch, record.epochs) == (2 * epoch, 2 * epoch, epoch, epoch)
 
 
-def test_model_and_moments_are_put_back(run: Run) -> None:
-    saved, net = Net(1), Net(2)
-    run.save(3, 1, net=saved)
-    assert not equal(saved, net)
-    assert back(run, net) is None
-    assert equal(saved, net)
+def test_within_an_epoch_a_run_is_not_finished(saved: Saved) -> None:
+    saved.save(5, 2, metrics=metrics(0.6, 0.5))
+    assert not saved.resume_point(patience=1).is_finished
 
 
-def test_a_checkpoint_that_does_not_fit_is_an_error_for_all_to_raise(run: Run) -> None:
-    run.save(3, 1, net=Net(1, width=5))
-    net = Net(2)
-    error = back(run, net)
-    assert error is not None
-    assert "does not fit this run" in str(error)
-    assert equal(net, Net(2)), "nothing was changed"
+# --- restore
 
 
-SCALER = {
-    "scale": 512.0,
-    "growth_factor": 2.0,
-    "backoff_factor": 0.5,
-    "growth_interval": 2000,
-    "_growth_tracker": 17,
-}
+def test_the_whole_state_is_restored(saved: Saved) -> None:
+    before, state = make_training_state(1, scaler=True), make_training_state(2, scaler=True)
+    assert before.scaler is not None
+    before.scaler.load_state_dict(SCALER)
+    best = BestEpoch(epoch=1, step=2, accuracy=0.5, loss=1.0)
+    before.step, before.epoch, before.best = 3, 1, best
+    saved.save(3, 1, state=before, best=best, scaler=SCALER)
+    saved.resume_point().restore(state)
+    expected, restored = before.state_dict(), state.state_dict()
+    for key in ("model", "optimizer"):
+        assert expected[key].keys() == restored[key].keys()
+        assert all(torch.equal(expected[key][name], restored[key][name]) for name in expected[key])
+    for key in ("scaler", "epoch", "step", "best"):
+        assert expected[key] == restored[key]
+    assert state.metrics is not None
 
 
-def test_loss_scaling_goes_on_where_there_was_some(run: Run) -> None:
-    run.save(3, 1, scaler=SCALER)
-    scaler = torch.amp.GradScaler("cpu")
-    assert back(run, Net(2), scaler) is None
-    assert scaler.state_dict() == SCALER
-    assert back(run, Net(2)) is None, "and is left where there is none now"
-    run.save(4, 2)
-    assert back(run, Net(2), scaler) is None
-    assert scaler.state_dict() == SCALER, "or was none then"
+def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(saved: Saved) -> None:
+    saved.save(3, 1, state=make_training_state(1, width=5))
+    state = make_training_state(2)
+    with pytest.raises(UserError, match="does not fit this run"):
+        saved.resume_point().restore(state)
+    expected = make_training_state(2).state_dict()["model"]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.model.state_dict().items())
 
 
-# --- what is said of it
+# --- describe
 
-
-def state(run: Run, step: int, epoch: int, **changes: Any) -> CheckpointState:
-    run.save(step, epoch, **changes)
-    found = run.find()
-    assert found is not None
-    return found.state
-
-
-Said = Callable[..., list[str]]
+Describe = Callable[..., list[str]]
 
 
 @pytest.fixture
-def said(run: Run) -> Said:
-    def said(
-        step: int,
-        epoch: int,
-        *,
-        config: Config | None = None,
-        ctx: Any = ALONE,
-        **changes: Any,
+def describe(saved: Saved) -> Describe:
+    def describe(
+        step: int, epoch: int, *, batch_norm: str = "train", epochs: int = 4, **run: Any
     ) -> list[str]:
-        return describe_resume(state(run, step, epoch, **changes), config or run.config(), ORDER, ctx)
+        saved.save(step, epoch, run=dataclasses.replace(SAVED, **run))
+        return saved.resume_point(epochs=epochs).describe(batch_norm=batch_norm).split("\n")
 
-    return said
-
-
-def test_where_it_goes_on_is_said(said: Said) -> None:
-    assert said(2, 1) == ["going on after epoch 1 of 4 (step 2)"]
-    assert said(3, 1) == ["going on after epoch 1 of 4 (step 3), in epoch 2 after 1 of its 2 steps"]
-    assert said(6, 2) == ["going on after epoch 2 of 4 (step 6), in epoch 3 after 2 of its 2 steps"]
+    return describe
 
 
-@pytest.mark.parametrize(("batch_norm", "differs"), [("train", True), ("frozen", False), ("sync", False)])
-def test_another_number_of_processes_is_said_with_what_it_changes(
-    batch_norm: Any, differs: bool, said: Said, run: Run
-) -> None:
-    config = dataclasses.replace(run.config(), transfer=TransferConfig(batch_norm=batch_norm))
-    sums = MetricState(rows=((1.0, 1, 2),) * 3, seconds=1.0, compute_seconds=1.0)
-    _, line = said(3, 1, config=config, ctx=ctx(world_size=2), world_size=3, sums=sums)
+def test_the_position_is_described(describe: Describe) -> None:
+    assert describe(2, 1) == ["resuming after epoch 1 of 4 (step 2)"]
+    assert describe(3, 1) == ["resuming after epoch 1 of 4 (step 3), in epoch 2 after 1 of its 2 steps"]
+    assert describe(6, 2) == ["resuming after epoch 2 of 4 (step 6), in epoch 3 after 2 of its 2 steps"]
+
+
+@pytest.mark.parametrize(
+    ("batch_norm", "is_local"),
+    [("train", True), ("frozen-with-weights", True), ("frozen", False), ("sync", False)],
+)
+def test_another_world_size_is_described(batch_norm: str, is_local: bool, describe: Describe) -> None:
+    _, line = describe(3, 1, batch_norm=batch_norm, world_size=3)
     assert line == (
-        "  on 2 processes instead of 3: the same examples, crops and learning rates; equal but for the "
-        "order of sums, and the masks of dropout"
-        + (", and BatchNorm, whose statistics belong to each process" if differs else "")
+        "  on 1 processes instead of 3: the same examples, crops and learning rates; equal except for the order of "
+        "sums and the masks of dropout"
+        + (", and BatchNorm, whose statistics are each process's own" if is_local else "")
     )
 
 
-def test_a_longer_schedule_is_said(said: Said, run: Run) -> None:
-    _, line = said(2, 1, config=run.config(epochs=6))
-    assert line == ("  for 12 steps instead of 8: from here on, the learning rate is that of the longer run")
-
-
-def test_other_versions_are_said(said: Said) -> None:
+def test_a_longer_schedule_and_other_versions_are_described(describe: Describe) -> None:
     now = versions()
-    _, line = said(2, 1, versions={**now, "torch": "2.0\n", "numpy": "1.0", "unheard-of": "3"})
-    assert line == (
-        "  with other versions, so equal but for what they changed: "
+    _, longer, changed = describe(
+        2, 1, epochs=6, versions={**now, "torch": "2.0\n", "numpy": "1.0", "unknown": "3"}
+    )
+    assert longer == "  for 12 steps instead of 8: from here on, the learning rate is that of the longer run"
+    assert changed == (
+        "  with other versions, which may change results: "
         f"torch 2.0\\n then, {now['torch']} now, numpy 1.0 then, {now['numpy']} now"
     )
-
-
-def test_a_start_that_is_refused_leaves_the_config_as_it_was(run: Run) -> None:
-    run.save(3, 1, subject=replace(SUBJECT, data="others"))
-    before = (run.folder / CONFIG).read_bytes()
-    assert "a checkpoint of something else" in run.refusal(config=run.config(epochs=9))
-    assert (run.folder / CONFIG).read_bytes() == before
-
-
-def test_the_config_in_the_folder_goes_on_when_it_is_run_again(run: Run) -> None:
-    config = run.config()
-    run.find(config=replace(config, run=replace(config.run, resume="never")))
-    assert "resume: auto" in (run.folder / CONFIG).read_text()
-
-
-def test_results_without_a_checkpoint_are_kept_under_another_name(run: Run) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    for number in (1, 2):
-        write_config(run.folder, dump(run.config()))
-        (run.folder / MODEL).write_text(f"model {number}")
-        (run.folder / METRICS).write_text(f"rows {number}")
-        assert run.find() is None
-        assert run.said[-1].endswith(f"kept as earlier-{number}-{MODEL}")
-        assert (run.folder / f"earlier-{number}-{MODEL}").read_text() == f"model {number}"
-        assert (run.folder / f"earlier-{number}-{METRICS}").read_text() == f"rows {number}"
-        assert not (run.folder / MODEL).exists()

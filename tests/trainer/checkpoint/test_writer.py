@@ -1,12 +1,12 @@
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from trainer.checkpoint.writer import AsyncWriter
 from trainer.errors import UserError
 
-PATIENCE = 30.0
+TIMEOUT = 30.0
 
 
 @pytest.fixture
@@ -20,59 +20,43 @@ def fail(error: BaseException) -> None:
     raise error
 
 
-def test_a_job_is_done_in_another_thread_while_this_one_goes_on(writer: AsyncWriter) -> None:
-    go, done_by = threading.Event(), []
+@pytest.mark.parametrize("call", ["submit", "close"])
+def test_submit_and_close_wait_for_the_job_in_progress(call: str, writer: AsyncWriter) -> None:
+    done: list[str] = []
+    started, proceed, returned = threading.Event(), threading.Event(), threading.Event()
 
     def job() -> None:
-        assert go.wait(PATIENCE)
-        done_by.append(threading.current_thread().name)
+        started.set()
+        assert proceed.wait(TIMEOUT)
+        done.append(threading.current_thread().name)
 
+    calls: dict[str, Callable[[], None]] = {
+        "submit": lambda: writer.submit(lambda: done.append("second")),
+        "close": writer.close,
+    }
     writer.submit(job)
-    assert not done_by
-    assert writer.failure is None, "asked while it works"
-    go.set()
-    assert writer.wait()
-    (name,) = done_by
-    assert name.startswith("checkpoint")
-    assert name != threading.current_thread().name
-
-
-def test_two_jobs_are_never_under_way(writer: AsyncWriter) -> None:
-    done: list[str] = []
-    begun, go = threading.Event(), threading.Event()
-
-    def first() -> None:
-        begun.set()
-        assert go.wait(PATIENCE)
-        done.append("first")
-
-    writer.submit(first)
-    assert begun.wait(PATIENCE)
-    given = threading.Event()
-
-    def give_another() -> None:
-        writer.submit(lambda: done.append("second"))
-        given.set()
-
-    other = threading.Thread(target=give_another)
+    assert started.wait(TIMEOUT)
+    assert writer.failure is None, "read while the job is in progress"
+    other = threading.Thread(target=lambda: (calls[call](), returned.set()))
     other.start()
-    assert not given.wait(0.2), "it waits to be taken"
+    assert not returned.wait(0.2)
     assert not done
-    go.set()
-    other.join(PATIENCE)
-    assert given.is_set()
+    proceed.set()
+    other.join(TIMEOUT)
+    assert returned.is_set()
     assert writer.wait()
-    assert done == ["first", "second"]
+    assert done[0].startswith("checkpoint"), "in a thread of its own"
+    assert done[1:] == (["second"] if call == "submit" else [])
 
 
-def test_many_jobs_are_done_in_their_order(writer: AsyncWriter) -> None:
+def test_jobs_run_one_after_the_other_in_order(writer: AsyncWriter) -> None:
     done: list[int] = []
-    under_way = threading.Semaphore(1)
+    running = threading.Lock()
 
     def job(number: int) -> None:
-        assert under_way.acquire(blocking=False)
+        assert running.acquire(blocking=False)
         done.append(number)
-        under_way.release()
+        running.release()
 
     for number in range(200):
         writer.submit(lambda number=number: job(number))
@@ -80,8 +64,8 @@ def test_many_jobs_are_done_in_their_order(writer: AsyncWriter) -> None:
     assert done == list(range(200))
 
 
-def test_what_the_user_has_to_hear_is_kept_and_nothing_more_is_begun(writer: AsyncWriter) -> None:
-    error, done = UserError("the disk is full"), []
+def test_jobs_after_a_failure_are_dropped(writer: AsyncWriter) -> None:
+    error, done = UserError("the disk is full"), list[int]()
     writer.submit(lambda: fail(error))
     for number in range(3):
         assert not writer.wait()
@@ -89,48 +73,13 @@ def test_what_the_user_has_to_hear_is_kept_and_nothing_more_is_begun(writer: Asy
         writer.submit(lambda number=number: done.append(number))
     assert not writer.wait()
     assert not done
-    writer.close()
-    assert writer.failure is error
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), OSError(28, "full"), KeyboardInterrupt()])
-def test_any_other_error_is_raised_where_failures_are_asked_for(
-    writer: AsyncWriter, error: BaseException
-) -> None:
+def test_other_errors_are_raised_by_failure(writer: AsyncWriter, error: BaseException) -> None:
     writer.submit(lambda: fail(error))
     assert not writer.wait()
     for _ in range(2):
         with pytest.raises(type(error)) as caught:
             _ = writer.failure
         assert caught.value is error
-
-
-def test_closing_waits_for_what_was_begun() -> None:
-    writer, done = AsyncWriter(), []
-    begun, go = threading.Event(), threading.Event()
-
-    def job() -> None:
-        begun.set()
-        assert go.wait(PATIENCE)
-        done.append("written")
-
-    writer.submit(job)
-    assert begun.wait(PATIENCE)
-    closed = threading.Event()
-    other = threading.Thread(target=lambda: (writer.close(), closed.set()))
-    other.start()
-    assert not closed.wait(0.2)
-    go.set()
-    other.join(PATIENCE)
-    assert closed.is_set()
-    assert done == ["written"]
-    assert writer.failure is None
-    assert writer.wait()
-
-
-def test_before_the_first_job_all_is_well() -> None:
-    writer = AsyncWriter()
-    assert writer.wait()
-    assert writer.failure is None
-    writer.close()
-    writer.close()

@@ -1,5 +1,3 @@
-"""A name in common: of all processes of one start, and of no other."""
-
 import threading
 from collections.abc import Collection
 from datetime import timedelta
@@ -11,42 +9,42 @@ from trainer.distributed.rendezvous import rendezvous_nonce
 from trainer.errors import UserError
 
 
-def names(
-    store: HashStore, world_size: int, *, present: Collection[int], patience: float = 10
+def start(
+    store: HashStore, world_size: int, *, ranks: Collection[int], timeout: float = 10
 ) -> dict[int, str]:
-    """Return what each process of a start takes for its name, or hears because it has waited in vain."""
-    found: dict[int, str] = {}
+    """Return the nonce, or the error, of each rank that takes part in a start."""
+    results: dict[int, str] = {}
 
     def join(rank: int) -> None:
         try:
-            found[rank] = rendezvous_nonce(store, rank, world_size, patience=timedelta(seconds=patience))
+            results[rank] = rendezvous_nonce(store, rank, world_size, timeout=timedelta(seconds=timeout))
         except UserError as error:
-            found[rank] = str(error)
+            results[rank] = str(error)
 
-    processes = [threading.Thread(target=join, args=(rank,)) for rank in present]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return found
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
 
 
-def test_a_start_has_one_name_and_the_next_another_whoever_was_in_the_store() -> None:
-    store, seen = HashStore(), set()
+def test_each_start_has_a_nonce_of_its_own_in_the_same_store() -> None:
+    store, nonces = HashStore(), set()
     for world_size in (3, 2, 4, 1, 3):
-        found = names(store, world_size, present=range(world_size))
-        assert sorted(found) == list(range(world_size))
-        (name,) = set(found.values())
-        assert "process group" not in name
-        seen.add(name)
-    assert len(seen) == 5
+        results = start(store, world_size, ranks=range(world_size))
+        assert sorted(results) == list(range(world_size))
+        (nonce,) = set(results.values())
+        assert "process group" not in nonce
+        nonces.add(nonce)
+    assert len(nonces) == 5
 
 
-@pytest.mark.parametrize(("present", "missing"), [((1, 2), 0), ((0, 1), 2)])
-def test_nobody_goes_on_with_a_partner_who_is_only_remembered(present: tuple[int, int], missing: int) -> None:
+@pytest.mark.parametrize(("ranks", "missing"), [((1, 2), 0), ((0, 1), 2)])
+def test_a_missing_rank_is_not_replaced_by_an_earlier_start(ranks: tuple[int, int], missing: int) -> None:
     store = HashStore()
-    names(store, 3, present=range(3))
-    found = names(store, 3, present=present, patience=0.3)
-    waiting = [rank for rank in present if f"rank {missing} has not come" in found[rank]]
-    # Without rank 0 nobody has a name; rank 0 itself waits for all.
-    assert waiting == ([1, 2] if missing == 0 else [0])
+    start(store, 3, ranks=range(3))
+    results = start(store, 3, ranks=ranks, timeout=0.3)
+    timed_out = [rank for rank in ranks if f"rank {missing} has not joined" in results[rank]]
+    # Without rank 0 no rank has a nonce; rank 0 itself waits for all ranks.
+    assert timed_out == ([1, 2] if missing == 0 else [0])

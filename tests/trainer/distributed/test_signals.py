@@ -1,4 +1,4 @@
-"""Signals, sent for real: to this process, and to processes of their own."""
+"""Stop signals, sent to this process and to processes of their own."""
 
 import os
 import signal
@@ -13,73 +13,61 @@ from types import SimpleNamespace
 import pytest
 
 from tests.launching import REPOSITORY
-from trainer.distributed import signals as module
+from trainer.distributed import signals as signals_module
 from trainer.distributed.signals import STOP_SIGNALS, Stopped, StopSignals, has_launcher
 
 NAMES = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
 
 
+def handlers() -> dict[signal.Signals, object]:
+    return {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+
 @pytest.fixture(autouse=True)
 def _handlers_are_restored() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = handlers()
     yield
-    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+    assert handlers() == before
 
 
 def send(name: str) -> None:
     os.kill(os.getpid(), getattr(signal, name))
 
 
-def test_these_are_the_signals_that_ask_a_run_to_stop() -> None:
-    assert [number.name for number in STOP_SIGNALS] == NAMES
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_while_training_a_signal_is_only_remembered(name: str) -> None:
+def test_a_deferred_signal_is_recorded_and_others_raise(name: str) -> None:
+    assert [number.name for number in STOP_SIGNALS] == NAMES
     with StopSignals() as signals:
         with signals.deferred():
             assert signals.received is None
             send(name)
-            assert signals.received == getattr(signal, name)
-        assert signals.received == getattr(signal, name), "and is not forgotten"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_before_and_after_training_a_signal_ends_the_run_at_once(name: str) -> None:
+        assert signals.received == getattr(signal, name)
     with StopSignals() as signals:
-        with signals.deferred():
-            pass
         with pytest.raises(Stopped) as stopped:
             send(name)
         assert (stopped.value.reason, stopped.value.saved) == (name, None)
+        send("SIGTERM")  # does not interrupt what the first signal has started
+        send("SIGINT")
+        assert signals.received == getattr(signal, name)
 
 
-def test_an_error_while_training_ends_the_remembering() -> None:
+def test_an_error_ends_the_deferral_and_restores_the_handlers() -> None:
+    before = handlers()
+
     def fail(signals: StopSignals) -> None:
         with signals.deferred():
             raise RuntimeError
 
     with StopSignals() as signals:
+        assert handlers() != before
         with pytest.raises(RuntimeError):
             fail(signals)
         with pytest.raises(Stopped, match="SIGTERM"):
             send("SIGTERM")
+    assert handlers() == before
 
 
-def test_handlers_are_restored_after_an_error_too() -> None:
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
-    def fail() -> None:
-        with StopSignals():
-            assert {number: signal.getsignal(number) for number in STOP_SIGNALS} != before
-            raise Stopped("x")
-
-    with pytest.raises(Stopped):
-        fail()
-    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
-
-
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
+def test_an_ignored_signal_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignals() as signals:
@@ -93,59 +81,48 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(signals_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
-def test_a_second_ctrl_c_of_a_person_who_will_not_wait_interrupts(clock: SimpleNamespace) -> None:
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_ctrl_c_interrupts_a_stopping_run_after_a_second(first: str, clock: SimpleNamespace) -> None:
     with StopSignals() as signals, signals.deferred():
-        send("SIGINT")
-        for _ in range(3):
-            clock.now += 0.33  # a launcher's echo, a key held down
-            send("SIGINT")
+        send(first)
+        for name in (first, "SIGTERM", "SIGINT"):
+            clock.now += 0.33  # a launcher forwards it again, or the key is held down
+            send(name)
         clock.now += 0.02
+        for name in ("SIGTERM", "SIGHUP"):
+            send(name)
         with pytest.raises(KeyboardInterrupt):
             send("SIGINT")
-        assert signals.received == signal.SIGINT
+        assert signals.received == getattr(signal, first)
 
 
-@pytest.mark.parametrize("first", ["SIGTERM", "SIGUSR1"])
-def test_other_signals_never_insist(first: str, clock: SimpleNamespace) -> None:
-    with StopSignals() as signals, signals.deferred():
-        for name in (first, first, "SIGTERM", "SIGHUP"):
-            send(name)
-            clock.now += 100
-        assert signals.received == getattr(signal, first), "the first one is told"
+# --- other processes
 
-
-def test_a_second_signal_does_not_cut_short_what_the_first_began() -> None:
-    with StopSignals() as signals:
-        with pytest.raises(Stopped, match="SIGTERM"):
-            send("SIGTERM")
-        send("SIGTERM")
-        send("SIGINT")
-        assert signals.received == signal.SIGTERM
-
-
-# --- processes of their own
-
-PROGRAM_HEAD = """
-import os, signal, subprocess, sys, threading, time
-from trainer.distributed import signals as module
-from trainer.distributed.signals import *
-from trainer.distributed.signals import end_with_parent, exit_with_parent, has_launcher
+HEAD = """
+import os, signal, subprocess, sys, time
+from regraft.contract import signal_on_parent_death
+from trainer.distributed import signals as signals_module
+from trainer.distributed.signals import STOP_SIGNALS, Stopped, StopSignals, exit_with_parent
+"""
+WAIT_FOR_SIGNAL = """
+with StopSignals() as signals, signals.deferred():
+    print("ready", flush=True)
+    while signals.received is None:
+        time.sleep(0.01)
+    print("saved after", signal.Signals(signals.received).name, flush=True)
 """
 
 
 @contextmanager
-def running(
-    program: str, *before: str, environment: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """Run a program in a session of its own, which is killed at the end, whoever is left of it."""
+def running(program: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a program in a session of its own; kill the whole session at the end."""
     process = subprocess.Popen(
-        [*before, sys.executable, "-c", PROGRAM_HEAD + program],
+        [sys.executable, "-c", HEAD + program],
         cwd=REPOSITORY,
-        env={**os.environ, **(environment or {})},
         text=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -155,9 +132,9 @@ def running(
     try:
         yield process
     finally:
-        for line in Path("/proc").glob("[0-9]*/stat"):
+        for path in Path("/proc").glob("[0-9]*/stat"):
             try:
-                pid, _, rest = line.read_text().partition(" (")
+                pid, _, rest = path.read_text().partition(" (")
                 session = int(rest.rpartition(")")[2].split()[3])
             except (OSError, ValueError):
                 continue
@@ -166,23 +143,23 @@ def running(
         process.communicate()
 
 
-def line_of(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().rstrip("\n")
 
 
-def test_another_process_is_stopped_by_each_signal_as_a_flag_and_at_once() -> None:
+def test_another_process_is_stopped_by_each_signal() -> None:
     program = """
-for flags in (True, False):
+for deferred in (True, False):
     for _ in STOP_SIGNALS:
         with StopSignals() as signals:
             try:
-                if flags:
-                    with signals.as_flags():
+                if deferred:
+                    with signals.deferred():
                         print("training", flush=True)
-                        while signals.asked is None:
+                        while signals.received is None:
                             time.sleep(0.01)
-                        print("boundary", signal.Signals(signals.asked).name, flush=True)
+                        print("received", signal.Signals(signals.received).name, flush=True)
                 else:
                     print("preparing", flush=True)
                     time.sleep(60)
@@ -190,104 +167,71 @@ for flags in (True, False):
                 print("stopped", stopped.reason, flush=True)
 """
     with running(program) as process:
-        for doing, answer in (("training", "boundary"), ("preparing", "stopped")):
+        for phase, answer in (("training", "received"), ("preparing", "stopped")):
             for name in NAMES:
-                assert line_of(process) == doing
+                assert read_line(process) == phase
                 process.send_signal(getattr(signal, name))
-                assert line_of(process) == f"{answer} {name}"
+                assert read_line(process) == f"{answer} {name}"
         assert process.wait(timeout=30) == 0
 
 
-def test_what_nohup_started_outlives_its_terminal() -> None:
-    program = """
-with StopSignals() as signals, signals.as_flags():
-    os.kill(os.getpid(), signal.SIGHUP)
-    print(signals.asked, flush=True)
-"""
-    with running(program, "nohup") as process:
-        said, _ = process.communicate(timeout=30)
-    assert said.splitlines()[-1] == "None"
-
-
-CHILD_OF = """
-child = subprocess.Popen([sys.executable, "-c", {child!r}])
-child.wait()
-"""
-
-
-def test_a_process_gets_its_signal_when_its_parent_is_killed() -> None:
-    child = PROGRAM_HEAD + (
-        "signal.signal(signal.SIGUSR1, lambda number, frame: (print('told', flush=True), os._exit(0)))\n"
-        "end_with_parent(signal.SIGUSR1)\n"
-        "print('ready', os.getpid(), flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    with running(CHILD_OF.format(child=child)) as parent:
-        ready, pid = line_of(parent).split()
-        assert ready == "ready"
-        assert Path(f"/proc/{pid}").exists()
-        parent.kill()
-        assert line_of(parent) == "told"
-
-
-def test_a_trainer_whose_launcher_is_killed_is_asked_to_stop() -> None:
-    child = PROGRAM_HEAD + (
-        "with StopSignals() as signals, signals.as_flags():\n"
-        "    follow_launcher()\n"
-        "    print('ready', flush=True)\n"
-        "    while signals.asked is None:\n"
-        "        time.sleep(0.01)\n"
-        "    print('saved after', signal.Signals(signals.asked).name, flush=True)\n"
-    )
-    with running(CHILD_OF.format(child=child)) as parent:
-        assert line_of(parent) == "ready"
-        parent.kill()
-        assert line_of(parent) == "saved after SIGTERM"
-
-
-def test_a_trainer_that_hangs_does_not_outlive_its_launcher_for_long() -> None:
-    child = PROGRAM_HEAD + (
-        "module.SECONDS_TO_OUTLIVE = 0.2\n"
-        "with StopSignals() as signals, signals.as_flags():\n"
-        "    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as in code that lets no handler run\n"
-        "    follow_launcher()\n"
-        "    print('ready', flush=True)\n"
-        "    time.sleep(600)\n"
-        "    print('slept', flush=True)\n"
-    )
-    with running(CHILD_OF.format(child=child)) as parent:
-        assert line_of(parent) == "ready"
-        began = time.monotonic()
-        parent.kill()
-        assert line_of(parent) == "", "the end: nobody holds its output any more"
-        assert time.monotonic() - began < 30
+@pytest.mark.parametrize(
+    ("child", "last_line"),
+    [
+        (
+            "signal.signal(signal.SIGUSR1, lambda *_: (print('signaled', flush=True), os._exit(0)))\n"
+            "signal_on_parent_death(signal.SIGUSR1)\n"
+            "print('ready', flush=True)\n"
+            "time.sleep(60)\n",
+            "signaled",
+        ),
+        ("exit_with_parent()" + WAIT_FOR_SIGNAL, "saved after SIGTERM"),
+        (
+            "signals_module.SECONDS_AFTER_LAUNCHER = 0.2\n"
+            "signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as in code that runs no handler\n"
+            "exit_with_parent()\n"
+            "print('ready', flush=True)\n"
+            "time.sleep(600)\n",
+            "",  # it ends: no process holds the pipe any more
+        ),
+    ],
+    ids=["signal_on_parent_death", "exit_with_parent", "a trainer that hangs"],
+)
+def test_a_child_ends_when_its_parent_is_killed(child: str, last_line: str) -> None:
+    parent = f"subprocess.Popen([sys.executable, '-c', {HEAD + child!r}]).wait()"
+    with running(parent) as process:
+        assert read_line(process) == "ready"
+        start = time.monotonic()
+        process.kill()
+        assert read_line(process) == last_line
+        assert time.monotonic() - start < 30
 
 
 def test_a_launcher_is_told_from_a_shell(tmp_path_factory: pytest.TempPathFactory) -> None:
-    # Neither folder nor command of the shell may say what is looked for.
+    # Neither folder nor command of the shell may contain "accelerate".
     folder = tmp_path_factory.mktemp("parents")
     assert "accelerate" not in str(folder)
-    asks = folder / "asks.py"
-    asks.write_text(
+    child = folder / "child.py"
+    child.write_text(
         f"import os, sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
         "from trainer.distributed.signals import has_launcher; print(has_launcher(os.environ))"
     )
-    for name in ("accelerate", "launches"):
+    for name in ("accelerate", "other"):
         (folder / name).write_text(
-            f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, {str(asks)!r}]).returncode)"
+            f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, {str(child)!r}]).returncode)"
         )
     launched = {"ACCELERATE_MIXED_PRECISION": "no"}
-    python, shell = sys.executable, ["sh", "-c", f"{sys.executable} {asks}; true"]
-    alone = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
+    python, shell = sys.executable, ["sh", "-c", f"{sys.executable} {child}; true"]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
     for command, environment, expected in (
         ([python, str(folder / "accelerate")], launched, True),
-        ([python, str(folder / "accelerate")], {}, False),  # a script of that name, which launches nothing
-        ([python, str(folder / "launches")], launched, False),
-        (shell, launched, False),  # exported by somebody
+        ([python, str(folder / "accelerate")], {}, False),  # a script of that name that launches nothing
+        ([python, str(folder / "other")], launched, False),
+        (shell, launched, False),  # exported in a shell
         (shell, {"TORCHELASTIC_RUN_ID": "x"}, True),
     ):
-        said = subprocess.run(
-            command, env={**alone, **environment}, text=True, capture_output=True, check=True, timeout=60
+        done = subprocess.run(
+            command, env={**clean, **environment}, text=True, capture_output=True, check=True, timeout=60
         )
-        assert said.stdout == f"{expected}\n", (command, environment)
+        assert done.stdout == f"{expected}\n", (command, environment)
     assert not has_launcher({})

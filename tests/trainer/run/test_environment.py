@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from regraft.contract import read_attempts
 from tests.folders import image_folder
+from tests.trainer.runs import stop_heartbeat
 from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from trainer.distributed.signals import StopSignals
 from trainer.pipeline import run
@@ -26,7 +28,7 @@ from trainer.run.environment import (
     redact_argv,
     select_variables,
 )
-from trainer.run.lock import RunLock, read_attempts
+from trainer.run.lock import RunLock
 from trainer.run.versions import versions
 
 SECRET = "hunter2-correct-horse"
@@ -40,7 +42,7 @@ def context(world_size: int = 1) -> Any:
 def attempt(tmp_path: Path) -> Iterator[RunLock]:
     attempt = RunLock.acquire(tmp_path / "run", log=print)
     yield attempt
-    attempt._over.set()
+    stop_heartbeat(attempt)
 
 
 def read_record(attempt: RunLock) -> Any:
@@ -171,7 +173,7 @@ def test_rank_0_writes_the_hosts_of_all_ranks(attempt: RunLock, monkeypatch: pyt
 
 def test_superseded_attempt_writes_nothing(attempt: RunLock) -> None:
     attempt.end("stopped", "SIGTERM")
-    RunLock.acquire(attempt.folder, log=print)._over.set()
+    stop_heartbeat(RunLock.acquire(attempt.folder, log=print))
     message = record_environment(attempt.folder, attempt, context())
     assert message is not None
     assert "attempt 2 on" in message
@@ -184,7 +186,7 @@ def test_failures_are_one_line_and_do_not_end_the_run(
     root = image_folder(tmp_path / "images", {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1}})
     config = Config(
         run=RunConfig(dir=str(tmp_path / "run"), device="cpu", threads=1),
-        data=DataConfig(root=str(root), image_size=32, workers=0, cache=str(tmp_path / "cache")),
+        data=DataConfig(root=str(root), image_size=32, num_workers=0, cache=str(tmp_path / "cache")),
         model=ModelConfig(name="squeezenet1_1", weights=None),
         train=TrainConfig(epochs=1, batch_size=4),
     )

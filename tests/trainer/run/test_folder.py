@@ -1,74 +1,77 @@
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 
-from trainer.checkpoint.store import CheckpointId
-from trainer.config.parse import dump, keys
-from trainer.config.schema import Config, DataConfig, RegularizationConfig, RunConfig
-from trainer.errors import UserError
-from trainer.run import folder as module
-from trainer.run.folder import (
+from regraft.contract import (
+    ATTEMPTS,
     CHECKPOINTS,
     CONFIG,
     CURVES,
-    FINE_TUNED,
-    MARK,
+    LOG_FOLDER,
     METRICS,
     MODEL,
     SPLIT,
-    START,
+    AttemptRecord,
+    attempt_path,
+)
+from trainer.config.parse import dump, keys
+from trainer.config.schema import Config, DataConfig
+from trainer.errors import UserError
+from trainer.run import folder as folder_module
+from trainer.run.folder import (
+    FINE_TUNED,
+    HEADER,
+    INITIAL,
     WISE,
     archive_results,
     archive_run,
     check_resumable,
-    check_seen,
+    check_visible,
     holds_run,
     saved_precision,
+    saving_to,
     write_config,
 )
-from trainer.run.lock import ATTEMPTS, AttemptRecord
 
 FIRST = "run:\n  dir: here\noptim:\n  lr: 0.1\n  name: sgd\ndebug: false\n"
 OTHER = "run:\n  dir: here\noptim:\n  lr: 0.2\n  momentum: 0.5\ndebug: false\n"
 FILES = (MODEL, METRICS, CURVES, SPLIT)
-CHECKPOINT = f"{CHECKPOINTS}/{CheckpointId(step=6, epoch=2).name}"
-NOT_BEGUN = "an earlier start in this folder had not come to a checkpoint: starting anew"
+CHECKPOINT = f"{CHECKPOINTS}/step-00000006-epoch-0002"
+NO_CHECKPOINT = "an earlier start in this folder has saved no checkpoint: starting anew"
+DEFAULT = dump(Config(data=DataConfig(root="/data")))
 
 Resume = Literal["auto", "never", "must"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return everything below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def opened(folder: Path, config: str = FIRST, resume: Resume = "auto") -> str | None:
-    """Do what a start does with its run folder, and return what it says of it."""
-    note = check_resumable(folder, config, resume=resume)
+def start(folder: Path, config: str = FIRST, resume: Resume = "auto") -> str | None:
+    """Check, archive and write, as a start does; return the line to print."""
+    message = check_resumable(folder, config, resume=resume)
     if resume == "never" and holds_run(folder):
-        note = archive_run(folder)
+        message = archive_run(folder)
     write_config(folder, config)
-    return note
+    return message
 
 
-def finished(folder: Path, config: str = FIRST) -> dict[str, bytes]:
-    """Leave a run that has saved, and return its files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(MARK + config)
-    for name in FILES:
-        (folder / name).write_text(f"what {name} held")
+def make_finished_run(folder: Path, config: str = FIRST) -> dict[str, bytes]:
+    """Create a run with results and a checkpoint, and return its files."""
     (folder / CHECKPOINT).mkdir(parents=True)
     (folder / CHECKPOINT / "state.json").write_text("a state")
-    noted(folder)
+    (folder / CONFIG).write_text(HEADER + config)
+    for name in FILES:
+        (folder / name).write_text(f"content of {name}")
+    write_attempt(folder)
     return contents(folder)
 
 
-def noted(folder: Path, number: int = 1, **changes: Any) -> None:
-    """Leave the record of an attempt that has ended."""
+def write_attempt(folder: Path, number: int = 1, **changes: Any) -> None:
     record = AttemptRecord(
         attempt=number,
         state="done",
@@ -81,20 +84,19 @@ def noted(folder: Path, number: int = 1, **changes: Any) -> None:
         lease_id="y",
     )
     (folder / ATTEMPTS).mkdir(parents=True, exist_ok=True)
-    record = dataclasses.replace(record, **changes)
-    (folder / ATTEMPTS / f"{number:04}.json").write_text(json.dumps(dataclasses.asdict(record)))
+    attempt_path(folder, number).write_text(dataclasses.replace(record, **changes).to_json())
 
 
-def lose_checkpoints(folder: Path) -> None:
+def remove_checkpoints(folder: Path) -> None:
     (folder / CHECKPOINT / "state.json").unlink()
     (folder / CHECKPOINT).rmdir()
 
 
 def refusal(folder: Path, config: str = FIRST, resume: Resume = "auto") -> str:
-    """Return why a folder is refused; nothing around it has changed."""
+    """Return why a start is refused. No file may change."""
     before = contents(folder.parent)
     with pytest.raises(UserError) as caught:
-        opened(folder, config, resume)
+        start(folder, config, resume)
     assert contents(folder.parent) == before
     return str(caught.value)
 
@@ -104,407 +106,259 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "图 1"
 
 
-# --- nothing there yet
+# --- folders without a run
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_new_folder_is_made_and_holds_the_config(resume: Resume, folder: Path) -> None:
-    assert opened(folder, FIRST, resume=resume) is None
-    assert contents(folder) == {CONFIG: (MARK + FIRST).encode()}
-
-
-def test_must_goes_on_with_nothing_and_leaves_nothing(folder: Path) -> None:
-    text = f"run.resume is must, but {folder} holds no run to go on from"
-    folder.parent.mkdir()
-    assert refusal(folder, resume="must") == text
-    assert not folder.exists()
-    folder.mkdir()
-    assert refusal(folder, resume="must") == text
-
-
-@pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_folder_with_other_things_is_used_and_they_stay(resume: Resume, folder: Path) -> None:
+def test_a_new_run_leaves_other_files_alone(resume: Resume, folder: Path) -> None:
     (folder / "notes").mkdir(parents=True)
     (folder / "notes" / "a.txt").write_text("mine")
-    assert opened(folder, FIRST, resume=resume) is None
-    assert contents(folder) == {CONFIG: (MARK + FIRST).encode(), "notes/a.txt": b"mine"}
+    write_attempt(folder, state="running", step=0)  # killed before it had written its config
+    before = contents(folder)
+    assert start(folder, resume=resume) is None
+    assert contents(folder) == {CONFIG: (HEADER + FIRST).encode(), **before}
+    assert start(folder.parent / "new", resume=resume) is None
+
+
+def test_must_refuses_a_folder_without_a_run(folder: Path) -> None:
+    folder.parent.mkdir()
+    expected = f"run.resume is must, but {folder} holds no run to resume"
+    assert refusal(folder, resume="must") == expected
+    assert not folder.exists()
+    folder.mkdir()
+    assert refusal(folder, resume="must") == expected
+    (folder / CONFIG).write_text(HEADER + "[damaged")
+    (folder / METRICS).write_text("a few rows")
+    assert (
+        refusal(folder, resume="must") == f"run.resume is must, but the run in {folder} has no checkpoint yet"
+    )
+    assert start(folder, OTHER) == NO_CHECKPOINT
+    assert (folder / CONFIG).read_text() == HEADER + OTHER
 
 
 @pytest.mark.parametrize("resume", ["auto", "never", "must"])
-@pytest.mark.parametrize("name", [*FILES, CHECKPOINTS])
-def test_results_without_a_config_are_never_written_over(name: str, resume: Resume, folder: Path) -> None:
+def test_files_of_the_user_are_never_overwritten(resume: Resume, folder: Path) -> None:
     folder.mkdir(parents=True)
-    (folder / name).write_text("somebody's")
-    assert f"holds {name} but no {CONFIG}" in refusal(folder, resume=resume)
-
-
-@pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_start_that_was_killed_before_it_wrote_its_config_is_no_hindrance(
-    resume: Resume, folder: Path
-) -> None:
-    noted(folder, state="running", step=0)
-    assert opened(folder, resume=resume) is None
-    assert (folder / CONFIG).exists()
+    for name in (*FILES, CHECKPOINTS):
+        (folder / name).write_text("somebody's")
+        assert f"holds {name} but no {CONFIG}" in refusal(folder, resume=resume)
+        (folder / name).unlink()
+    (folder / CONFIG).write_text("# my own, with remarks\ntrain:\n  precision: bf16\n")
+    assert f"holds a {CONFIG} that no run has written" in refusal(folder, resume=resume)
+    (folder / CHECKPOINT).mkdir(parents=True)
+    assert saved_precision(folder) is None
 
 
 # --- never
 
 
-def test_never_moves_the_earlier_runs_aside_and_loses_nothing(folder: Path) -> None:
+def test_never_archives_earlier_runs(folder: Path) -> None:
     runs = []
     for number in (1, 2):
         (folder / "pretrain" / CHECKPOINT).mkdir(parents=True)
-        (folder / "pretrain" / CHECKPOINT / "state.json").write_text(f"source {number}")
+        (folder / "pretrain" / CHECKPOINT / "state.json").write_text(f"pretrained {number}")
         (folder / "my notes.txt").write_text(f"of run {number}")
-        runs.append(finished(folder))
-        note = opened(folder, OTHER, resume="never")
-        assert note == f"the earlier run was moved to {folder}.earlier-{number}"
-        assert contents(folder) == {CONFIG: (MARK + OTHER).encode()}
+        runs.append(make_finished_run(folder, config="\0 : [damaged"))
+        message = start(folder, OTHER, resume="never")
+        assert message == f"the earlier run was archived as {folder}.earlier-{number}"
+        assert contents(folder) == {CONFIG: (HEADER + OTHER).encode()}
     for number, run in enumerate(runs, start=1):
         assert contents(folder.with_name(f"{folder.name}.earlier-{number}")) == run
-        assert run["my notes.txt"] == f"of run {number}".encode()
     assert len(list(folder.parent.iterdir())) == 3
 
 
-def test_never_asks_nothing_of_what_it_moves_aside(folder: Path) -> None:
-    finished(folder, config="\0 : [damaged")
-    lose_checkpoints(folder)
-    assert opened(folder, FIRST, resume="never") is not None
-    assert (folder.parent / f"{folder.name}.earlier-1" / MODEL).exists()
+def test_archiving_keeps_the_logs_of_this_start(folder: Path) -> None:
+    make_finished_run(folder)
+    for number in ("0001", "0002"):
+        (folder / "logs" / number).mkdir(parents=True)
+        (folder / "logs" / number / "log").write_text(number)
+    archive_run(folder, {LOG_FOLDER: str(folder / "logs" / "0002")})
+    assert contents(folder) == {"logs/0002/log": b"0002"}
+    archive = folder.with_name(f"{folder.name}.earlier-1")
+    assert contents(archive / "logs") == {"0001/log": b"0001"}
 
 
-def test_never_moves_a_link_and_not_what_it_leads_to(folder: Path, tmp_path: Path) -> None:
-    run = finished(tmp_path / "disk" / "run")
+def test_never_archives_a_link_and_not_its_target(folder: Path, tmp_path: Path) -> None:
+    run = make_finished_run(tmp_path / "disk" / "run")
     folder.parent.mkdir()
     folder.symlink_to(tmp_path / "disk" / "run")
-    opened(folder, OTHER, resume="never")
+    start(folder, OTHER, resume="never")
     assert contents(tmp_path / "disk" / "run") == run
-    assert contents(folder) == {CONFIG: (MARK + OTHER).encode()}
+    assert contents(folder) == {CONFIG: (HEADER + OTHER).encode()}
     assert (folder.parent / f"{folder.name}.earlier-1" / MODEL).exists()
+
+
+def test_results_without_checkpoints_are_archived(tmp_path: Path) -> None:
+    assert archive_results(tmp_path) is None
+    for name in (MODEL, METRICS, FINE_TUNED, WISE, INITIAL):
+        (tmp_path / name).write_text(name)
+    assert str(archive_results(tmp_path)).endswith(f"archived as earlier-1-{MODEL}")
+    archived = [f"earlier-1-{name}" for name in (MODEL, METRICS, FINE_TUNED, WISE)]
+    assert {path.name for path in tmp_path.iterdir()} == {INITIAL, *archived}
 
 
 # --- auto and must
 
 
 @pytest.mark.parametrize("resume", ["auto", "must"])
-def test_a_run_of_the_same_config_is_gone_on_with(resume: Resume, folder: Path) -> None:
-    run = finished(folder)
-    assert opened(folder, FIRST, resume=resume) is None
+def test_a_run_resumes_with_the_same_config_only(resume: Resume, folder: Path) -> None:
+    with pytest.raises(UserError, match="one folder that every machine shares"):
+        check_visible(folder)
+    run = make_finished_run(folder)
+    check_visible(folder)
+    assert start(folder, resume=resume) is None
     assert contents(folder) == run
-
-
-@pytest.mark.parametrize("resume", ["auto", "must"])
-def test_a_run_of_another_config_is_refused_with_the_differences(resume: Resume, folder: Path) -> None:
-    finished(folder)
-    assert refusal(folder, OTHER, resume) == (
+    expected = (
         f"run.dir {folder}: holds a run of another config:\n"
         "  optim.lr: 0.1 there, 0.2 now\n"
         "  optim.momentum: None there, 0.5 now\n"
         "  optim.name: 'sgd' there, None now\n"
-        "Choose another run.dir, or --run.resume never, which moves that run aside"
+        "Choose another run.dir, or --run.resume never, which archives that run"
     )
-
-
-def test_a_run_whose_source_model_is_trained_has_begun(folder: Path) -> None:
+    assert refusal(folder, OTHER, resume) == expected
+    (folder / CHECKPOINT).rename(folder / "elsewhere")
     (folder / "pretrain" / CHECKPOINT).mkdir(parents=True)
-    (folder / CONFIG).write_text(MARK + FIRST)
-    assert opened(folder, FIRST, resume="must") is None
-    assert "optim.lr: 0.1 there, 0.2 now" in refusal(folder, OTHER)
-
-
-def test_a_start_that_got_nowhere_may_be_followed_by_another(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    (folder / CONFIG).write_text(MARK + "[damaged")
-    (folder / METRICS).write_text("a few rows")
-    assert refusal(folder, resume="must") == (
-        f"run.resume is must, but the run in {folder} has not come to its first checkpoint"
-    )
-    assert opened(folder, OTHER, resume="auto") == NOT_BEGUN
-    assert (folder / CONFIG).read_text() == MARK + OTHER
-
-
-def test_a_model_without_its_state_is_not_given_up_for_another_config(folder: Path) -> None:
-    finished(folder)
-    lose_checkpoints(folder)
-    noted(folder, state="running", step=0)
-    assert "optim.lr: 0.1 there, 0.2 now" in refusal(folder, OTHER)
-    # A kill between the best epoch's model and the first checkpoint leaves the same.
-    assert opened(folder, FIRST, resume="auto") == NOT_BEGUN
+    write_attempt(folder, step=0)
+    assert refusal(folder, OTHER, resume) == expected, "a checkpoint of pretraining is enough"
+    (folder / "pretrain" / CHECKPOINT).rmdir()
+    # A kill between the best epoch's model and the first checkpoint leaves a model without checkpoints.
+    if resume == "auto":
+        assert refusal(folder, OTHER) == expected
+        assert start(folder) == NO_CHECKPOINT
 
 
 @pytest.mark.parametrize("resume", ["auto", "must"])
-def test_the_figures_of_a_run_that_has_lost_its_checkpoints_are_not_written_over(
-    resume: Resume, folder: Path
-) -> None:
-    finished(folder)
-    lose_checkpoints(folder)
-    noted(folder, 2, state="running", step=0)
+def test_metrics_whose_checkpoints_are_gone_are_not_overwritten(resume: Resume, folder: Path) -> None:
+    make_finished_run(folder)
+    remove_checkpoints(folder)
+    write_attempt(folder, 2, state="running", step=0)
     assert refusal(folder, FIRST, resume) == (
-        f"{folder / CHECKPOINTS}: attempt 1 has saved step 6 of this run, but no checkpoint is there any more. "
-        "Restore one, or --run.resume never, which moves the run aside"
+        f"{folder / CHECKPOINTS}: attempt 1 has saved step 6 of this run, but its checkpoints are gone. Restore one, "
+        "or --run.resume never, which archives the run"
     )
-    assert opened(folder, FIRST, resume="never") is not None
+    attempt_path(folder, 1).write_text("{")
+    if resume == "auto":
+        assert start(folder) == NO_CHECKPOINT, "a damaged record says nothing"
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "baseline"])
-def test_nor_are_those_of_its_parts(stage: str, folder: Path) -> None:
-    finished(folder)
-    noted(folder, 2, stage=stage, step=3)
-    assert opened(folder) is None, "somebody has removed the whole of it, to make it again"
-    (folder / stage).mkdir()
-    (folder / stage / METRICS).write_text("rows")
-    assert str(folder / stage / CHECKPOINTS) in refusal(folder)
-    (folder / stage / CHECKPOINTS / f"damaged-1-{CheckpointId(step=3, epoch=1).name}").mkdir(parents=True)
-    assert opened(folder) is None, "a checkpoint that was set aside can be restored"
+@pytest.mark.parametrize("phase", ["pretrain", "baseline"])
+def test_metrics_of_a_phase_whose_checkpoints_are_gone_are_not_overwritten(phase: str, folder: Path) -> None:
+    make_finished_run(folder)
+    write_attempt(folder, 2, stage=phase, step=3)
+    assert start(folder) is None, "the whole phase was removed, to repeat it"
+    (folder / phase).mkdir()
+    (folder / phase / METRICS).write_text("rows")
+    assert str(folder / phase / CHECKPOINTS) in refusal(folder)
+    (folder / phase / CHECKPOINTS / "damaged-1-step-00000003-epoch-0001").mkdir(parents=True)
+    assert start(folder) is None, "a quarantined checkpoint can be restored"
 
 
-def test_records_that_are_damaged_are_no_hindrance(folder: Path) -> None:
-    finished(folder)
-    lose_checkpoints(folder)
-    (folder / ATTEMPTS / "0001.json").write_text("{")
-    noted(folder, 2, stage="a\0/../b", step=0)
-    assert opened(folder) == NOT_BEGUN
+# --- the config
 
 
-def config(**changes: object) -> str:
-    return dump(Config(data=DataConfig(root="/data", **changes)))  # type: ignore[arg-type]
-
-
-def changed(text: str, key: str) -> str:
+def edited(key: str, value: object = "another", config: str = DEFAULT) -> str:
     """Return a config with another value at a dotted key."""
-    values = module.yaml.safe_load(text)
+    values = yaml.safe_load(config)
     *sections, last = key.split(".")
-    place = values
+    parent = values
     for section in sections:
-        place = place[section]
-    place[last] = "another"
-    return str(module.yaml.safe_dump(values))
-
-
-FREE = {
-    "run.dir",
-    "run.resume",
-    "run.device",
-    "run.threads",
-    "run.hang_timeout",
-    "run.audit",
-    "data.root",
-    "data.num_workers",
-    "data.cache",
-    "data.on_unreadable",
-    "transfer.strategy",
-    "train.grad_accum_steps",
-    "train.logs_per_epoch",
-    "checkpoint.every",
-    "checkpoint.keep_last",
-    "checkpoint.keep_best",
-    "checkpoint.keep_every",
-}
+        parent = parent[section]
+    parent[last] = value
+    return yaml.safe_dump(values, allow_unicode=True)
 
 
 @pytest.mark.parametrize("key", list(keys()))
-def test_only_where_and_how_fast_may_change(key: str, folder: Path) -> None:
-    finished(folder, config())
-    now = changed(config(), key)
-    if key in FREE:
-        assert opened(folder, now, resume="auto") is None
-        assert (folder / CONFIG).read_text() == MARK + now
+def test_a_resumed_run_may_change_where_and_how_fast_it_runs(key: str, folder: Path) -> None:
+    make_finished_run(folder, DEFAULT)
+    if key in folder_module._MAY_CHANGE:
+        assert start(folder, edited(key)) is None
+        assert (folder / CONFIG).read_text() == HEADER + edited(key)
     else:
-        text = refusal(folder, now)
+        text = refusal(folder, edited(key))
         assert f"\n  {key}: " in text
         assert text.count(" there, ") == 1
 
 
-def test_what_may_change_exists() -> None:
-    assert set(keys()) >= FREE
-    assert module._FREE == FREE
+def test_options_that_change_results_may_not_change() -> None:
+    assert set(keys()) >= folder_module._MAY_CHANGE
+    assert not {"run.seed", "train.batch_size", "train.precision", "optim.lr"} & folder_module._MAY_CHANGE
 
 
-def test_a_run_may_become_longer(folder: Path) -> None:
-    finished(folder, config())
-    longer = config().replace("epochs: 5", "epochs: 6", 1)
-    assert longer != config()
-    assert opened(folder, longer) is None
-    assert (folder / CONFIG).read_text() == MARK + longer
-    assert refusal(folder, config()) == (
-        f"run.dir {folder}: holds a run of another config:\n"
-        "  train.epochs: 6 there, 5 now\n"
-        "Choose another run.dir, or --run.resume never, which moves that run aside"
-    ), "and is longer from then on"
-
-
-@pytest.mark.parametrize("there", ["'7'", "null", "[5]", "4.0"])
-def test_a_number_of_epochs_that_is_none_is_not_exceeded(there: str, folder: Path) -> None:
-    finished(folder, config().replace("epochs: 5", f"epochs: {there}", 1))
-    assert "\n  train.epochs: " in refusal(folder, config())
-
-
-def test_a_run_written_before_an_option_was_thought_of_is_another(folder: Path) -> None:
-    values = module.yaml.safe_load(config())
-    del values["checkpoint"], values["optim"]["max_grad_norm"]
-    finished(folder, module.yaml.safe_dump(values))
-    assert opened(folder, config()) is None, "as without it: not clipped"
-    now = changed(config(), "optim.max_grad_norm")
-    del values["optim"]["momentum"]
-    (folder / CONFIG).write_text(MARK + module.yaml.safe_dump(values))
-    assert "optim.max_grad_norm: None there, 'another' now\n  optim.momentum: None there, 0.9 now" in refusal(
-        folder, now
-    )
-
-
-def test_a_config_is_the_same_after_it_was_written(folder: Path) -> None:
-    text = dump(Config(run=RunConfig(dir="runs/é"), data=DataConfig(root="图 片", crop_scale=(0.3, 0.9))))
-    finished(folder, text)
-    assert opened(folder, text, resume="must") is None
+@pytest.mark.parametrize(
+    ("key", "before", "after", "allowed"),
+    [
+        ("train.epochs", 5, 6, True),
+        ("train.epochs", 6, 5, False),
+        *(("train.epochs", before, 5, False) for before in ("7", None, [5], 4.0)),
+        ("regularization.early_stopping", 2, 3, True),
+        ("regularization.early_stopping", 2, None, True),
+        ("regularization.early_stopping", 3, 2, False),
+        ("regularization.early_stopping", None, 2, False),
+    ],
+)
+def test_a_run_may_become_longer_and_more_patient(
+    key: str, before: object, after: object, allowed: bool, folder: Path
+) -> None:
+    make_finished_run(folder, edited(key, before))
+    if allowed:
+        assert start(folder, edited(key, after)) is None
+        assert f"{key}: {after} there" in refusal(folder, edited(key, before)), "longer from then on"
+    else:
+        assert f"\n  {key}: {before!r} there, {after!r} now" in refusal(folder, edited(key, after))
 
 
 @pytest.mark.parametrize(
     "content",
     [b"", b"- a list", b"a word", b"a: [1", b"\xff\xfe\xfa", b"a: !!python/name:os.system", b"&a {b: *a}"],
 )
-@pytest.mark.parametrize("resume", ["auto", "must"])
-def test_a_damaged_config_is_refused(content: bytes, resume: Resume, folder: Path) -> None:
-    finished(folder)
-    (folder / CONFIG).write_bytes(MARK.encode() + content)
-    text = refusal(folder, resume=resume)
-    assert text.startswith(f"{folder / CONFIG}: damaged (")
-    assert text.endswith("Restore the file, or --run.resume never, which moves the run aside")
-    assert "\n" not in text
+def test_a_damaged_config_is_refused(content: bytes, folder: Path) -> None:
+    make_finished_run(folder)
+    (folder / CONFIG).write_bytes(HEADER.encode() + content)
+    assert saved_precision(folder) is None
+    for resume in ("auto", "must"):
+        text = refusal(folder, resume=resume)  # type: ignore[arg-type]
+        assert text.startswith(f"{folder / CONFIG}: damaged (")
+        assert text.endswith("Restore the file, or --run.resume never, which archives the run")
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_precision_of_a_run_with_a_checkpoint_is_saved(precision: str, folder: Path) -> None:
+    assert saved_precision(folder) is None
+    make_finished_run(folder, edited("train.precision", precision))
+    assert saved_precision(folder) == precision
+    remove_checkpoints(folder)
+    assert saved_precision(folder) is None
+    (folder / "pretrain" / CHECKPOINT).mkdir(parents=True)
+    assert saved_precision(folder) == precision
+    for value in ("tf32", ["bf16"]):
+        (folder / CONFIG).write_text(HEADER + edited("train.precision", value))
+        assert saved_precision(folder) is None
 
 
 # --- folders that cannot be used
 
 
-@pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_file_is_not_a_folder(resume: Resume, folder: Path) -> None:
+def test_a_file_is_not_a_run_folder(folder: Path) -> None:
     folder.parent.mkdir()
     folder.write_text("mine")
-    assert refusal(folder, resume=resume) == (
-        f"run.dir {folder}: cannot be written to (File exists); choose another folder"
-    )
-    assert "cannot be written to (Not a directory)" in refusal(folder / "below", resume=resume)
+    for resume in ("auto", "never"):
+        text = refusal(folder, resume=resume)  # type: ignore[arg-type]
+        assert text == f"run.dir {folder}: cannot be written to (File exists); choose another folder"
+    assert "cannot be written to (Not a directory)" in refusal(folder / "below")
 
 
 @pytest.mark.parametrize("resume", ["auto", "never", "must"])
-def test_a_folder_that_may_not_be_written_is_refused(resume: Resume, folder: Path) -> None:
-    finished(folder)
-    for path in (folder, folder.parent):
-        path.chmod(0o555)
-    folder.parent.parent.chmod(0o755)
-    nobody, me = 65534, os.geteuid()
-    above = [p for p in folder.parents if p.stat().st_uid == me and not p.stat().st_mode & 0o001]
-    modes = {p: p.stat().st_mode for p in above}
-    try:
-        if me == 0:  # root may write anywhere: be somebody else for a moment
-            for path in above:
-                path.chmod(0o755)
-            os.seteuid(nobody)
-        text = refusal(folder, resume=resume)
-    finally:
-        os.seteuid(me)
-        for path, mode in modes.items():
-            path.chmod(mode)
-        for path in (folder, folder.parent):
-            path.chmod(0o755)
-    what = "moved aside" if resume == "never" else "written to"
-    assert text == f"run.dir {folder}: cannot be {what} (Permission denied); choose another folder"
+def test_a_read_only_folder_is_refused(resume: Resume, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_finished_run(folder)
 
+    def denied(*_: object) -> None:
+        raise PermissionError(13, os.strerror(13))
 
-def test_a_config_that_cannot_be_written_leaves_the_earlier_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    finished(folder, config())
-
-    def full(path: Path, text: str) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module, "write_text_atomically", full)
-    text = refusal(folder, changed(config(), "run.threads"))
-    assert "cannot be written to (No space left on device)" in text
-
-
-# --- what the first start chose
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_precision_that_a_run_began_with_is_kept(precision: str, folder: Path) -> None:
-    text = config().replace("precision: auto", f"precision: {precision}")
-    assert text != config()
-    assert saved_precision(folder) is None
-    finished(folder, text)
-    assert saved_precision(folder) == precision
-    lose_checkpoints(folder)
-    assert saved_precision(folder) is None, "a start that got nowhere binds nobody"
-    (folder / "pretrain" / CHECKPOINT).mkdir(parents=True)
-    assert saved_precision(folder) == precision, "the source model was trained in it"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"- a list",
-        b"train: 3",
-        b"train: {precision: tf32}",
-        b"train: {precision: [bf16]}",
-        b"a: [1",
-        b"\xff",
-    ],
-)
-def test_a_damaged_config_has_no_precision_to_keep(content: bytes, folder: Path) -> None:
-    finished(folder)
-    (folder / CONFIG).write_bytes(MARK.encode() + content)
-    assert saved_precision(folder) is None
-
-
-def test_a_config_of_the_users_own_has_no_precision_to_keep(folder: Path) -> None:
-    finished(folder)
-    (folder / CONFIG).write_text("train:\n  precision: bf16\n")
-    assert saved_precision(folder) is None
-
-
-# --- whose folder it is
-
-
-@pytest.mark.parametrize("resume", ["auto", "never", "must"])
-def test_a_config_of_the_users_own_is_neither_overwritten_nor_moved(resume: Resume, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    (folder / CONFIG).write_text("# my own, with remarks\n" + FIRST)
-    (folder / "thesis.tex").write_text("years of work")
-    before = contents(folder)
-    with pytest.raises(UserError, match=r"holds a config\.yaml that no run has written"):
-        opened(folder, FIRST, resume=resume)
-    assert contents(folder) == before
-
-
-def test_a_folder_that_another_machine_does_not_see_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="one folder that every machine shares"):
-        check_seen(folder)
-    opened(folder)
-    check_seen(folder)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "allowed"), [(2, 3, True), (2, None, True), (3, 2, False), (None, 2, False)]
-)
-def test_a_run_may_become_more_patient_and_not_less(
-    before: int | None, after: int | None, allowed: bool, tmp_path: Path
-) -> None:
-    def config(patience: int | None) -> str:
-        return dump(Config(regularization=RegularizationConfig(early_stopping=patience)))
-
-    finished(tmp_path / "run", config(before))
-    if allowed:
-        assert opened(tmp_path / "run", config(after)) is None
-    else:
-        assert f"regularization.early_stopping: {before} there, {after} now" in refusal(
-            tmp_path / "run", config(after)
-        )
-
-
-def test_results_without_checkpoints_are_set_aside_with_what_belongs_to_them(tmp_path: Path) -> None:
-    for name in (MODEL, METRICS, FINE_TUNED, WISE, START):
-        (tmp_path / name).write_text(name)
-    assert archive_results(tmp_path) is not None
-    kept = sorted(path.name for path in tmp_path.iterdir())
-    assert kept == sorted([START, *(f"earlier-1-{name}" for name in (MODEL, METRICS, FINE_TUNED, WISE))])
+    monkeypatch.setattr(folder_module, "write_text_atomically", denied)
+    monkeypatch.setattr(Path, "rename", denied)
+    action = "archived" if resume == "never" else "written to"
+    expected = f"run.dir {folder}: cannot be {action} (Permission denied); choose another folder"
+    assert refusal(folder, resume=resume) == expected
+    with pytest.raises(UserError, match=r"could not be saved .*resumes from there"), saving_to(folder):
+        denied()

@@ -1,0 +1,71 @@
+"""Checkpoint states and files for tests."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from trainer.checkpoint.state import CheckpointId, CheckpointState, RunIdentity, RunMetadata
+from trainer.checkpoint.store import METRICS, MODEL, OPTIMIZER, STATE, STATISTICS
+from trainer.metrics import BestEpoch, MetricState
+
+IDENTITY = RunIdentity(
+    architecture="resnet18",
+    classes=("ant", "猫 🐈", "two\nlines", "broken \udcff bytes"),
+    examples=(4, 3, 2, 1),
+    data="5e3a",
+)
+SCALER = {
+    "scale": 1024.0,
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 2000,
+    "_growth_tracker": 3,
+}
+METADATA = RunMetadata(
+    identity=IDENTITY,
+    seed=2**63 - 1,
+    steps_per_epoch=3,
+    schedule={"kind": "cosine", "warmup_steps": 1, "total_steps": 9},
+    auto_resolved={"precision": "fp16", "channels_last": True},
+    world_size=1,
+    threads=2,
+    attempt=1,
+    versions={"torch": "2.11"},
+)
+
+
+def make_state(
+    step: int = 4, epoch: int = 1, *, run: RunMetadata = METADATA, **changes: Any
+) -> CheckpointState:
+    """Return a state; within an epoch it has metric sums."""
+    within_epoch = step > epoch * run.steps_per_epoch
+    sums = MetricState(rows=((0.1 * step, 1, 4),) * run.world_size, seconds=1.5, compute_seconds=0.7)
+    fields: dict[str, Any] = {
+        "epoch": epoch,
+        "step": step,
+        "metrics": sums if within_epoch else None,
+        "best": BestEpoch(epoch=1, step=3, accuracy=0.1 + 0.2, loss=1 / 3),
+        "scaler": SCALER,
+        "order_digest": "0f" * 32,
+        "run": run,
+    }
+    return CheckpointState(**fields | changes)
+
+
+def with_metadata(**changes: Any) -> RunMetadata:
+    return dataclasses.replace(METADATA, **changes)
+
+
+def make_files(checkpoint: CheckpointId) -> dict[str, bytes]:
+    """Return the files of a checkpoint. No two have the same content, nor do those of two checkpoints."""
+    generator = torch.Generator().manual_seed(checkpoint.step)
+    model, moments, statistics = (torch.randn(size, generator=generator) for size in (300, 200, 100))
+    return {
+        MODEL: save({"weight": model, "batches": torch.tensor(checkpoint.step)}),
+        OPTIMIZER: save({"momentum_buffer.weight": moments}),
+        STATISTICS: save({"0.running_mean": statistics}),
+        STATE: make_state(*checkpoint).to_json(),
+        METRICS: "".join(f'{{"kind": "train", "epoch": {n}}}\n' for n in range(checkpoint.step)).encode(),
+    }
