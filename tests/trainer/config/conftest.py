@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 
-WriteYaml = Callable[..., str]
-
 
 @pytest.fixture
-def write_yaml(tmp_path: Path) -> WriteYaml:
+def write_yaml(tmp_path: Path) -> Callable[..., str]:
     """Return a function that writes a YAML file and returns its path."""
 
     def write(text: str, name: str = "run.yaml") -> str:

@@ -17,7 +17,7 @@ DESCRIPTIONS = {
 } | field_docstrings(Config)
 
 
-@pytest.fixture(params=[70, 100])
+@pytest.fixture(params=[80, 100])
 def help_text(
     request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> str:

@@ -1,16 +1,16 @@
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.trainer.config.conftest import WriteYaml
 from trainer.config.options import CONFIGS, OPTIONS, RENAMED
 from trainer.config.parse import QUICKSTART, dump, parse
 from trainer.config.schema import Config
 from trainer.errors import UserError
 
 
-def test_later_options_win(write_yaml: WriteYaml) -> None:
+def test_later_options_win(write_yaml: Callable[..., str]) -> None:
     one = write_yaml("optim: {lr: 0.5, weight_decay: 0.25, lr_mult: {layer1: 2}}", "one.yaml")
     two = write_yaml("optim: {lr: 0.75, momentum: 0.5}\ntrain: {epochs: 7}", "two.yaml")
     optim = parse([f"--config={one}", "--config", two, "--optim.momentum", "0.25"]).optim
@@ -26,7 +26,7 @@ def test_quickstart_is_the_default_config() -> None:
     assert parse(["--data.root", "x"]).pretrain.root is None
 
 
-def test_dumped_config_is_parsed_to_the_same_config(write_yaml: WriteYaml) -> None:
+def test_dumped_config_is_parsed_to_the_same_config(write_yaml: Callable[..., str]) -> None:
     config = parse(
         ["--data.root", "päth mit 图片", "--data.mean", "[0.1, 0.2, 0.3]", "--data.std", "[1, 1, 1]"]
     )
@@ -153,7 +153,7 @@ def test_invalid_config_file_is_reported(text: str | bytes, words: list[str], tm
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_old_name_is_refused_with_the_new_name(old: str, new: str, write_yaml: WriteYaml) -> None:
+def test_old_name_is_refused_with_the_new_name(old: str, new: str, write_yaml: Callable[..., str]) -> None:
     key, _, value = old.partition(" ")
     if "." not in key:  # a section
         new = next(option for option in sorted(OPTIONS) if option.startswith(f"{new}."))
@@ -173,7 +173,7 @@ def test_old_name_is_refused_with_the_new_name(old: str, new: str, write_yaml: W
 
 
 def test_printed_config_is_parsed_to_the_same_config(
-    write_yaml: WriteYaml, capsys: pytest.CaptureFixture[str]
+    write_yaml: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--data.root", "x", "--optim.lr", "0.125", "--transfer.strategy=head-only"]
     with pytest.raises(SystemExit) as exit_:

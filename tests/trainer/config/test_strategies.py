@@ -1,9 +1,9 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.trainer.config.conftest import WriteYaml
 from trainer.config.parse import QUICKSTART, dump, parse
 from trainer.config.strategies import FOLDER, known, path_of
 from trainer.errors import UserError
@@ -13,7 +13,7 @@ NAMES = ("d2l", "from-scratch", "gradual-unfreezing", "head-only", "lp-ft", "str
 
 
 @pytest.fixture
-def file(write_yaml: WriteYaml) -> str:
+def file(write_yaml: Callable[..., str]) -> str:
     """Return a config that names a strategy and overrides one of its options."""
     return write_yaml("data: {root: x}\ntransfer: {strategy: d2l}\noptim: {lr: 1, max_grad_norm: 7}")
 
@@ -39,7 +39,9 @@ def test_precedence_of_strategies_files_and_options(file: str) -> None:
     assert (config.transfer.strategy, config.model.head_init) == ("lp-ft", "linear-probe")
 
 
-def test_strategy_of_the_command_line_comes_after_the_last_file(file: str, write_yaml: WriteYaml) -> None:
+def test_strategy_of_the_command_line_comes_after_the_last_file(
+    file: str, write_yaml: Callable[..., str]
+) -> None:
     other = write_yaml("optim: {lr: 2, momentum: 0.5}", "other.yaml")
     optim = parse(["--config", file, "--transfer.strategy", "d2l", "--config", other]).optim
     assert (optim.lr, optim.momentum) == (5e-5, 0)
@@ -83,7 +85,9 @@ def test_unknown_strategy_lists_the_known_ones(strategy: str) -> None:
         ("optim: {lr: fast}", ["optim.lr", "fast"]),
     ],
 )
-def test_invalid_strategy_file_is_reported(text: str, words: list[str], write_yaml: WriteYaml) -> None:
+def test_invalid_strategy_file_is_reported(
+    text: str, words: list[str], write_yaml: Callable[..., str]
+) -> None:
     own = write_yaml(text, "own.yaml")
     for argv in (
         ["--data.root=x", "--transfer.strategy", own],
@@ -96,7 +100,9 @@ def test_invalid_strategy_file_is_reported(text: str, words: list[str], write_ya
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_strategy_is_documented_and_leaves_the_budget_unchanged(name: str, write_yaml: WriteYaml) -> None:
+def test_strategy_is_documented_and_leaves_the_budget_unchanged(
+    name: str, write_yaml: Callable[..., str]
+) -> None:
     assert known() == NAMES
     text = path_of(name).read_text(encoding="utf-8")
     assert text.startswith("# ")
@@ -111,7 +117,7 @@ def test_strategy_is_documented_and_leaves_the_budget_unchanged(name: str, write
     assert parse(["--config", write_yaml(dump(config))]) == config
 
 
-def test_config_of_a_run_does_not_need_its_strategy(write_yaml: WriteYaml) -> None:
+def test_config_of_a_run_does_not_need_its_strategy(write_yaml: Callable[..., str]) -> None:
     own = write_yaml("optim: {lr: 0.125, lr_mult: {layer1: 0.5}}", "own.yaml")
     config = parse(["--data.root=x", f"--transfer.strategy={own}", "--optim.lr_mult={}"])
     assert (config.optim.lr, config.transfer.strategy) == (0.125, own)
