@@ -177,9 +177,7 @@ def test_without_a_terminal_and_total_size_a_download_prints_a_line_per_50_mb() 
 
 
 @pytest.mark.parametrize("make", [plain, terminal])
-def test_cached_download_shows_nothing(
-    make: Callable[[], tuple[Console, io.StringIO]],
-) -> None:
+def test_cached_download_shows_nothing(make: Callable[[], tuple[Console, io.StringIO]]) -> None:
     console, file = make()
     with downloading(console, "hotdog"):
         pass
@@ -187,9 +185,7 @@ def test_cached_download_shows_nothing(
 
 
 @pytest.mark.parametrize("make", [plain, terminal])
-def test_quiet_console_shows_no_progress(
-    make: Callable[[], tuple[Console, io.StringIO]],
-) -> None:
+def test_quiet_console_shows_no_progress(make: Callable[[], tuple[Console, io.StringIO]]) -> None:
     console, file = make()
     console.quiet = True
     with downloading(console, "hotdog") as on_progress, checking(console) as on_checked:
