@@ -58,7 +58,7 @@ def resolve(config: Config) -> ResolvedConfig:
     """
     data = config.data
     if data.root is None or not data.root.strip():
-        raise UserError("data.root is not set: expected a folder of images, a CSV file or a dataset name")
+        raise UserError("data.root is not set: give the folder of your images, a CSV file or a dataset name")
     weights = config.model.weights
     if weights is not None and Path(path := _absolute("model.weights", weights)).is_file():
         weights = path
