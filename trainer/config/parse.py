@@ -6,7 +6,8 @@ jsonargparse converts and checks the types. Options are checked before, to sugge
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -33,8 +34,7 @@ def parse(argv: Sequence[str]) -> Config:
 
     """
     if {"--help", "-h"} & set(argv):
-        print(help_text(f"configs/{QUICKSTART.name}"))
-        raise SystemExit(0)
+        _print_and_exit(help_text(f"configs/{QUICKSTART.name}"))
     words = [word for word in _join_values(argv) if word != "--print_config"]
     _check_options(words)
     if not any(word.startswith(("--config=", "--data.root=")) for word in words):
@@ -48,9 +48,14 @@ def parse(argv: Sequence[str]) -> Config:
         raise UserError(_rephrase(str(error))) from None
     config = Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
     if "--print_config" in argv:
-        print(dump(config), end="")
-        raise SystemExit(0)
+        _print_and_exit(dump(config).rstrip())
     return config
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    with suppress(BrokenPipeError):  # of `| head`
+        print(text, flush=True)
+    raise SystemExit(0)
 
 
 def dump(config: Config) -> str:

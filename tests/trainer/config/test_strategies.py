@@ -7,7 +7,6 @@ import yaml
 from trainer.config.parse import QUICKSTART, dump, parse
 from trainer.config.strategies import FOLDER, known, path_of
 from trainer.errors import UserError
-from trainer.run.folder import HEADER, check_resumable
 
 NAMES = ("d2l", "from-scratch", "gradual-unfreezing", "head-only", "lp-ft", "strong-regularization")
 
@@ -123,18 +122,3 @@ def test_config_of_a_run_does_not_need_its_strategy(write_yaml: Callable[..., st
     assert (config.optim.lr, config.transfer.strategy) == (0.125, own)
     Path(own).unlink()
     assert parse(["--config", write_yaml(dump(config))]) == config
-
-
-def test_run_resumes_with_the_options_of_its_strategy_instead_of_its_name(tmp_path: Path) -> None:
-    named = parse(["--data.root=x", "--transfer.strategy=head-only"])
-    (tmp_path / "config.yaml").write_text(HEADER + dump(named))
-    (tmp_path / "model.safetensors").touch()
-    content = yaml.safe_load((FOLDER / "head-only.yaml").read_text(encoding="utf-8"))
-    options = [
-        f"--{section}.{key}={value}" for section, values in content.items() for key, value in values.items()
-    ]
-    same = parse(["--data.root=x", *options])
-    assert same.transfer.strategy is None
-    check_resumable(tmp_path, dump(same), resume="auto")
-    with pytest.raises(UserError, match=r"optim\.lr: 0\.01 there, 3e-05 now"):
-        check_resumable(tmp_path, dump(parse(["--data.root=x", "--transfer.strategy=lp-ft"])), resume="auto")
