@@ -161,7 +161,7 @@ class TransferConfig:
     trainable: dict[int, str] | str = "all"
     """Trainable parameters: all, head, from:MODULE, last:N, names and patterns ('layer4, *.bias'), or unfreezing stages by epoch ({0: head, 2: all})."""
     batch_norm: Literal["frozen-with-weights", "frozen", "train", "sync"] = "frozen-with-weights"
-    """BatchNorm statistics: frozen everywhere, only in frozen layers (frozen-with-weights), nowhere (train), or over the global batch on GPUs (sync)."""
+    """BatchNorm mode: statistics frozen everywhere (frozen) or in frozen layers only (frozen-with-weights), of each process (train), or of the global batch on GPUs (sync)."""
     l2_sp: float = 0.0
     """L2-SP strength: penalty on the distance to the pretrained weights, which replaces weight decay outside the head; 0 is off."""
     wise_ft: bool = False
@@ -189,7 +189,7 @@ class OptimConfig:
     head_lr_scale: float = 10.0
     """Learning rate of the head as a multiple of optim.lr."""
     weight_decay: float = 1e-4
-    """Weight decay, added to the gradient (sgd) or decoupled from it (adamw)."""
+    """Weight decay: its product with the weight is added to the gradient (sgd), or decoupled from it (adamw)."""
     decay_norm_and_bias: bool = True
     """Weight decay on biases, normalization layers and other one-dimensional parameters too."""
     layer_decay: float = 1.0
@@ -286,11 +286,11 @@ class CheckpointConfig:
     """Checkpoint interval and retention."""
 
     every: str | None = "1 epoch"
-    """Checkpoint interval: '100 steps', '1 epoch', '10%', '10 min' or '2 h'; null saves only at the end and at best epochs."""
+    """Checkpoint interval: '100 steps', '1 epoch', '10%', '10 min' or '2 h'; null saves only at the end, when stopped and at best epochs."""
     keep_last: int = 2
     """Number of newest checkpoints to keep."""
     keep_best: bool = True
-    """Best epochs: save a checkpoint at each new best epoch and keep the latest of these."""
+    """Best epoch: save a checkpoint at each new best epoch, and keep that of the best."""
     keep_every: str | None = None
     """Permanent checkpoints: keep those at multiples of '10 epochs' or '1000 steps'; null keeps none permanently."""
 
