@@ -42,7 +42,7 @@ def test_several_runs_are_checked_in_one_process(
         ("--data.root=/nowhere", "there is no such folder"),
         ("--model.weights=no.safetensors", "no.safetensors"),
         ("--model.name=resnet19", "resnet19"),
-        ("--transfer.trainable=layer9", "'layer9' matches none of this model's"),
+        ("--transfer.trainable=layer9", "'layer9' matches no"),
         ("--regularization.early_stopping=2", "set data.val_fraction 0.1"),
         ("--optim.warmup=1000 steps", "the peak learning rate"),
     ],
