@@ -1,7 +1,7 @@
-"""Compare strategies: `regraft compare --config F --strategies d2l,lp-ft --seeds 3` (or through torchrun).
+"""Compare strategies: `regraft compare --config FILE --strategies d2l,lp-ft --seeds 3`, or through torchrun.
 
-Each strategy is run with each seed on the same data and budget, in RUN/STRATEGY/seed-K. A run that is finished is not
-run again. The result is a table, and compare.md, compare.json and compare.png in RUN.
+Each strategy runs with each seed on the same data and budget, in RUN/STRATEGY/seed-K. A finished run is not repeated.
+The results are a table, and compare.md, compare.json and compare.png in RUN.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 if not __package__:
-    # Run by path, as main.py may be too.
+    # Run by path: see main.py.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from rich.console import Console
@@ -33,24 +33,26 @@ from trainer.run.versions import describe_versions
 from trainer.transfer.wise_ft import read_test_accuracy
 
 NAME = "compare"
-_MOST_SEEDS = 100
+_MAX_SEEDS = 100
 
 
 def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | None:
-    """Run the comparison that the command line asks for; return it on rank 0, None on other ranks.
+    """Run a comparison; return the summaries on rank 0 and None on other ranks.
+
+    A run that fails with a UserError is a row of the table, unless all runs fail.
 
     Raises:
-        UserError: something that the user can fix. A run that fails with one is a row of the table, unless all fail.
+        UserError: something that the user can fix.
         Stopped: a run was asked to stop, and its state is saved.
 
     """
     own, rest = _parser().parse_known_args(argv)
-    if not 1 <= own.seeds <= _MOST_SEEDS:
-        raise UserError(f"--seeds {own.seeds}: expected 1 to {_MOST_SEEDS}")
+    if not 1 <= own.seeds <= _MAX_SEEDS:
+        raise UserError(f"--seeds {own.seeds}: expected 1 to {_MAX_SEEDS}")
     plain, configs, messages = plan(rest, variants(own.strategies))
     base, ctx, console = start(next(iter(configs.values())))
     folder = Path(base.run.dir)
-    data = load_run_data(base, ctx, console)  # an error here would be every run's
+    data = load_run_data(base, ctx, console)  # an error here would end every run
     for message in messages:
         console.print(message)
     for text, config in configs.items():
@@ -60,17 +62,17 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
             raise UserError(f"strategy {text}: {error}") from None
     configs = _with_pretraining(configs, plain, folder, console, signals)
     seeds = [base.run.seed + k for k in range(own.seeds)]
-    todo = {
+    runs = {
         (text, seed): _run_config(configs[text], text, seed, folder) for seed in seeds for text in configs
     }
-    _, ctx, _ = start(base)  # pretraining has left the process group
+    _, ctx, _ = start(base)  # pretraining may have left the process group
 
     def check_folders() -> None:
-        for config in todo.values() if ctx.is_main_process else ():
+        for config in runs.values() if ctx.is_main_process else ():
             check_run_folder(config, ctx)
 
     ctx.main_process_first(check_folders)
-    trials, failures = _run_all(todo, console, signals, is_main_process=ctx.is_main_process)
+    trials, failures = _run_all(runs, console, signals, is_main_process=ctx.is_main_process)
     if not ctx.is_main_process:
         return None
     summaries = summarize(trials, failures)
@@ -94,37 +96,37 @@ def _run_config(config: Config, text: str, seed: int, folder: Path) -> ResolvedC
 
 
 def _run_all(
-    todo: dict[tuple[str, int], ResolvedConfig],
+    runs: dict[tuple[str, int], ResolvedConfig],
     console: Console,
     signals: StopSignals,
     *,
     is_main_process: bool,
 ) -> tuple[dict[str, list[Trial]], dict[str, dict[int, str]]]:
-    """Return the trials of each strategy, and the errors of its runs that failed, by seed.
+    """Return the trials of each strategy, and the error messages of its failed runs by seed.
 
     Raises:
         UserError: all runs have failed.
 
     """
-    trials: dict[str, list[Trial]] = {text: [] for text, _ in todo}
-    failures: dict[str, dict[int, str]] = {text: {} for text, _ in todo}
-    for number, ((text, seed), config) in enumerate(todo.items(), start=1):
-        console.rule(f"{text}, seed {seed} ({number} of {len(todo)})", align="left")
+    trials: dict[str, list[Trial]] = {text: [] for text, _ in runs}
+    failures: dict[str, dict[int, str]] = {text: {} for text, _ in runs}
+    for number, ((text, seed), config) in enumerate(runs.items(), start=1):
+        console.rule(f"{text}, seed {seed} ({number} of {len(runs)})", align="left")
         try:
             trial = _run_trial(config, signals, is_main_process=is_main_process)
         except UserError as error:
             if (
                 type(error) is not UserError
-            ):  # one process alone has met it: the others are not at the next run
+            ):  # raised on one process only: the others do not start the next run
                 raise
             failures[text][seed] = str(error)
             console.print(f"failed: {error}")
         else:
             if trial is not None:
                 trials[text].append(trial)
-    if len(todo) == sum(map(len, failures.values())):
-        first = next(iter(failures[next(iter(todo))[0]].values()))
-        raise UserError(f"all {len(todo)} runs have failed; the first: {first}")
+    if len(runs) == sum(map(len, failures.values())):
+        first = next(iter(failures[next(iter(runs))[0]].values()))
+        raise UserError(f"all {len(runs)} runs have failed; the first: {first}")
     return trials, failures
 
 
@@ -132,23 +134,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regraft compare",
         allow_abbrev=False,
-        description="Run strategies under one budget, with several seeds; the same command goes on where it stopped.",
-        epilog="All other options are those of trainer/main.py: --config FILE, --section.key VALUE. They are common "
-        "to all; what a strategy sets wins over them here, and what stands behind its @ over that.",
+        description="Compare strategies with several seeds under one budget; the same command resumes the comparison.",
+        epilog="All other options are those of regraft train: --config FILE, --section.key VALUE. They apply to all "
+        "strategies. A strategy wins over them, and its options after @ win over the strategy.",
     )
     parser.add_argument(
         "--strategies",
         required=True,
         metavar="NAME[@key=value...],...",
-        help="what is compared, as in d2l@optim.lr=5e-6,lp-ft,from-scratch; the first is what the others are "
-        "measured by",
+        help="strategies to compare, such as d2l@optim.lr=5e-6,lp-ft,from-scratch; the first one is the reference",
     )
     parser.add_argument(
         "--seeds",
         type=int,
         default=3,
         metavar="N",
-        help="runs of each, with run.seed, run.seed + 1, ... (default: %(default)s)",
+        help="number of runs of each strategy, with run.seed, run.seed + 1, ... (default: %(default)s)",
     )
     return parser
 
@@ -156,9 +157,9 @@ def _parser() -> argparse.ArgumentParser:
 def _with_pretraining(
     configs: dict[str, Config], plain: Config, folder: Path, console: Console, signals: StopSignals
 ) -> dict[str, Config]:
-    """Run the pretraining phase once for all strategies that start from it, if the config has one.
+    """Run the pretraining phase once for all strategies that use it.
 
-    `plain` is the config without a strategy: no strategy influences the pretraining.
+    `plain` is the config without a strategy, so that no strategy influences the pretraining.
     """
     if not any(config.pretrain.root for config in configs.values()):
         return configs
@@ -172,24 +173,24 @@ def _with_pretraining(
 
 
 def _run_trial(config: ResolvedConfig, signals: StopSignals, *, is_main_process: bool) -> Trial | None:
-    """Run, or find the run finished, and return its result; None on ranks that do not have its metrics."""
+    """Run, unless the run is finished, and return its result on rank 0 and None on other ranks."""
     result = run(config, signals)
     if not is_main_process:
         return None
     trial = trial_of(read_rows(result.folder), seed=config.run.seed, selection=result.val_split)
     if (
         result.alpha < 1
-    ):  # the rows are of the fine-tuned weights, the model file of those that WiSE-FT selected
+    ):  # the rows are of the fine-tuned weights, the model file is of those that WiSE-FT selected
         trial = replace(trial, accuracy=read_test_accuracy(result.folder))
     return trial
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and return the exit code."""
+    """Run the command, and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
     return run_cli(
         lambda signals: compare(words, signals),
-        on_restart="The same command (without --run.resume never) resumes the comparison from there",
+        on_restart="The same command (without --run.resume never) resumes the comparison",
     )
 
 

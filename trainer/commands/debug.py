@@ -1,7 +1,7 @@
-"""`--debug`: one process, no workers, a handful of batches; each stage shown with its shapes and its time.
+"""Debug mode (`--debug`): run every step on a few batches in one process, and show shapes and times.
 
-Nothing is written to the run folder. Batches are read in this very process, so that `breakpoint()` works
-anywhere; with a terminal, an unexpected error opens the debugger where it happened.
+Nothing is written to the run folder. There are no worker processes, so that `breakpoint()` works anywhere. On a
+terminal, an unexpected error opens the debugger where it was raised.
 """
 
 import itertools
@@ -31,16 +31,16 @@ from trainer.model.head import split_outputs
 from trainer.report.block_table import block_table
 from trainer.report.debug_console import ConsoleLogger, describe_tensor, print_layers
 
-BATCHES = 3
-EVALUATED = 32
-SHOWN_EVERY = 5
+TRAIN_BATCHES = 3
+EVAL_EXAMPLES = 32
+STEPS_PER_LINE = 5
 
 
 def debug(config: Config) -> None:
-    """Run all steps of a run on a little of its data, and say whether the model can overfit one batch.
+    """Run every step of a run on a few batches, and report whether the model can overfit one batch.
 
     Raises:
-        UserError: an error that the run itself would end with.
+        UserError: an error that would end the run too.
 
     """
     try:
@@ -52,7 +52,7 @@ def debug(config: Config) -> None:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise
         traceback.print_exc()
-        print("the debugger is open where this happened: p NAME shows a value, u goes up, q quits")
+        print("debugger opened at the error: p NAME prints a value, u goes up one frame, q quits")
         pdb.post_mortem(error.__traceback__)
         raise
 
@@ -70,11 +70,11 @@ def _run_steps(options: Config) -> None:
         console.print(f"{name}: {1000 * (time.perf_counter() - began):,.1f} ms")
 
     with timed("data"):
-        # The few images that are used are read later. All are checked, as in a run, only if some may be skipped.
+        # Only a few images are read later. All are checked, as in a run, only if unreadable ones are skipped.
         data = load_run_data(config, ctx, console, check=config.data.on_unreadable == "skip")
         check_run_data(config, data, ctx)
     with timed("model"):
-        for line in _left_out(config):
+        for line in _skipped(config):
             console.print(line)
         config = _without_options(config)
         built = make_model(config, data.index.classes, config.model.weights, on_progress=console.print)
@@ -86,7 +86,9 @@ def _run_steps(options: Config) -> None:
         state, unfreezing = make_train_state(built, optimizer, config, ctx, console)
     train_step = make_train_step(config, data.examples_per_class, ctx, make_l2_sp(built, config))
     schedule = make_schedule(config, data.order)
-    schedule = replace(schedule, batch_sizes=schedule.batch_sizes[:BATCHES], epochs=1, logs_per_epoch=BATCHES)
+    schedule = replace(
+        schedule, batch_sizes=schedule.batch_sizes[:TRAIN_BATCHES], epochs=1, logs_per_epoch=TRAIN_BATCHES
+    )
     batches = make_batches(config, data.index, data.order, ctx, epochs=1)
     with timed("first batch: read, decode, augment"):
         first = next(batches)
@@ -105,7 +107,7 @@ def _run_steps(options: Config) -> None:
             schedule,
             train_step,
             start_epoch=unfreezing.start_epoch,
-            evaluate=Evaluator(data.index.with_few_to_evaluate(EVALUATED), config, ctx),
+            evaluate=Evaluator(data.index.with_few_to_evaluate(EVAL_EXAMPLES), config, ctx),
             checkpoints=NullCheckpoints(),
             logger=ConsoleLogger(console),
         )
@@ -113,21 +115,21 @@ def _run_steps(options: Config) -> None:
         losses: list[float] = []
         for loss in overfit(unfreezing.model, state, train_step.plain(), first):
             losses.append(loss)
-            if len(losses) % SHOWN_EVERY == 1:
+            if len(losses) % STEPS_PER_LINE == 1:
                 console.print(f"update {len(losses)}: loss {loss:.4f}")
         console.print(verdict(losses))
 
 
-def _left_out(config: ResolvedConfig) -> Iterator[str]:
-    """Yield what the run does before it trains and debug mode does not."""
+def _skipped(config: ResolvedConfig) -> Iterator[str]:
+    """Yield a line for each step of the run that debug mode skips."""
     if config.pretrain.root:
-        yield f"pretraining ({config.pretrain.root}) is left out: random weights take the place of its own"
+        yield f"skipped: pretraining on {config.pretrain.root}; the weights are random instead"
     if config.regularization.ema or config.transfer.l2_sp:
-        yield "regularization.ema and transfer.l2_sp are left out"
+        yield "skipped: regularization.ema and transfer.l2_sp"
     if isinstance(config.transfer.trainable, dict):
-        yield "of the stages of transfer.trainable, the first one is run"
+        yield "skipped: all stages of transfer.trainable but the first"
     if config.model.head_init == "linear-probe":
-        yield "the linear probe is left out: a random output layer takes the place of its own"
+        yield "skipped: the linear probe; the output layer is random instead"
 
 
 def _without_options(config: ResolvedConfig) -> ResolvedConfig:

@@ -1,8 +1,8 @@
-"""Fetch what runs will need, where there is a network: `python -m trainer.commands.fetch OPTIONS [--next OPTIONS ...]`.
+"""Download what runs need: `python -m trainer.commands.fetch OPTIONS [--next OPTIONS ...]`.
 
-Checks the options as a run does, downloads or draws data sets known by name, reads the index of the images, and
-downloads the weights. On a cluster, a login node does this before the job is submitted (`regraft submit`), for all
-runs of a sweep together: torch takes seconds to import.
+Checks the options as a run does, downloads or generates named datasets, lists the images and downloads the weights.
+`regraft submit` runs this on the login node of a cluster, which has a network. One process does it for all runs of a
+sweep, since torch takes seconds to import.
 """
 
 import sys
@@ -11,26 +11,26 @@ from itertools import groupby
 from pathlib import Path
 
 if not __package__:
-    # As in main.py: this folder's modules must not pass for others.
+    # Run by path: see main.py.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from trainer.config.parse import parse
 from trainer.errors import UserError
 
 NEXT = "--next"
-"""The word between two runs' options."""
+"""The word between the options of two runs."""
 
 
 def fetch(argv: Sequence[str]) -> None:
-    """Check and fetch; what is found is printed.
+    """Check the options of a run, download its dataset and weights, and print a summary.
 
     Raises:
-        UserError: whatever a run would end with before it trains, but for images that cannot be read and for what
-            depends on the machine, or on names of the source's classes.
+        UserError: an error that would end the run before it trains. Unreadable images, errors that depend on the
+            machine, and class names of the pretrained model are not checked.
 
     """
     config = parse(argv)
-    # torch takes seconds to import: a wrong option is answered without it.
+    # torch takes seconds to import: a wrong option is reported without it.
     from trainer.config.build_data import RunData, dataset_summary, make_epoch_order  # noqa: PLC0415
     from trainer.config.preflight import preflight  # noqa: PLC0415
     from trainer.config.resolve import pretrain_config, resolve  # noqa: PLC0415
@@ -41,11 +41,11 @@ def fetch(argv: Sequence[str]) -> None:
 
     console = make_console(speaks=True)
     config = resolve(config)
-    stages = [config, pretrain_config(config)] if config.pretrain.root else [config]
-    for stage in stages:
-        prepared = prepare(stage.data, workers=1, displays=progress_hooks(console), check=False)
+    phases = [config, pretrain_config(config)] if config.pretrain.root else [config]
+    for phase in phases:
+        prepared = prepare(phase.data, workers=1, displays=progress_hooks(console), check=False)
         console.print(dataset_summary(prepared))
-        if stage is config:
+        if phase is config:
             preflight(config, RunData(prepared=prepared, order=make_epoch_order(config, prepared.index)))
     if config.model.weights is not None:
         _, source = read_weights(config.model.name, config.model.weights, on_progress=console.print)
@@ -53,7 +53,7 @@ def fetch(argv: Sequence[str]) -> None:
 
 
 def runs(words: Sequence[str]) -> Iterator[list[str]]:
-    """Yield each run's options; without any word there is one run, without options."""
+    """Yield the options of each run; no words are one run without options."""
     if not words:
         yield []
     for is_next, options in groupby(words, key=NEXT.__eq__):
@@ -62,7 +62,7 @@ def runs(words: Sequence[str]) -> Iterator[list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and return the exit code."""
+    """Run the command, and return the exit code."""
     try:
         for options in runs(sys.argv[1:] if argv is None else argv):
             fetch(options)

@@ -1,7 +1,7 @@
-"""Find a learning rate: `regraft lr-find --config F [--from A --to B --steps N]` (or through torchrun).
+"""Find a learning rate: `regraft lr-find --config FILE [--from LR --to LR --steps N]`, or through torchrun.
 
-A learning-rate range test (Smith 2017): the run's own model, groups and batches, each update at a higher rate than
-the one before. Writes lr-find.png and lr-find.json into the run folder, and nothing else: it is no run.
+A learning-rate range test (Smith 2017) trains with the model, parameter groups and batches of the run, and raises the
+learning rate at each update. It writes lr-find.png and lr-find.json into the run folder, and does not start a run.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    # Run by path, as main.py may be too.
+    # Run by path: see main.py.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from regraft.contract import MODEL, PRETRAIN
@@ -32,16 +32,17 @@ from trainer.run.atomic import write_text_atomically
 
 NAME = "lr-find"
 STEPS = 100
+_MIN_STEPS = 10
 _SPAN = 1e4
-_FEWEST = 10
+"""The default range is from optim.lr / _SPAN to optim.lr * _SPAN."""
 
 
 def lr_find(argv: Sequence[str], signals: StopSignals) -> RangeTest:
-    """Run the range test that the command line asks for, write its files and print the suggestion.
+    """Run a range test, write its files and print the suggested learning rate.
 
     Raises:
         UserError: an error of the config, of the range, or of the number of steps.
-        Stopped: it was asked to stop; nothing was written.
+        Stopped: the test was asked to stop; nothing is written.
 
     """
     own, rest = _parser().parse_known_args(argv)
@@ -50,12 +51,12 @@ def lr_find(argv: Sequence[str], signals: StopSignals) -> RangeTest:
     highest = parsed.optim.lr * _SPAN if own.highest is None else own.highest
     if not 0 < lowest < highest < float("inf"):
         raise UserError(
-            f"--from {lowest:g}, --to {highest:g}: expected two learning rates, the first above 0 and below the second"
+            f"--from {lowest:g}, --to {highest:g}: expected two learning rates above 0, the first below the second"
         )
-    if own.steps < _FEWEST:
-        raise UserError(f"--steps {own.steps}: expected {_FEWEST} or more")
+    if own.steps < _MIN_STEPS:
+        raise UserError(f"--steps {own.steps}: expected {_MIN_STEPS} or more")
     if parsed.debug:
-        raise UserError("--debug is a command of its own: leave it out here")
+        raise UserError("--debug cannot be combined with lr-find; leave it out")
     config, ctx, console = start(parsed)
     config = with_pretrained_weights(config)
     result = run_range_test(config, ctx, console, signals, rates(lowest, highest, own.steps))
@@ -80,30 +81,38 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regraft lr-find",
         allow_abbrev=False,
-        description="Learning-rate range test: rising rates until the loss diverges, and the rate that they suggest.",
-        epilog="All other options are those of trainer/main.py: --config FILE, --section.key VALUE.",
+        description="Learning-rate range test: raise the learning rate until the loss diverges, and suggest one.",
+        epilog="All other options are those of regraft train: --config FILE, --section.key VALUE.",
     )
     parser.add_argument(
         "--from",
         dest="lowest",
         type=float,
         metavar="LR",
-        help=f"first learning rate, in the units of optim.lr (default: optim.lr / {_SPAN:g})",
+        help=f"first learning rate, as optim.lr (default: optim.lr / {_SPAN:g})",
     )
     parser.add_argument(
-        "--to", dest="highest", type=float, metavar="LR", help=f"last one (default: optim.lr x {_SPAN:g})"
+        "--to",
+        dest="highest",
+        type=float,
+        metavar="LR",
+        help=f"last learning rate, as optim.lr (default: optim.lr x {_SPAN:g})",
     )
     parser.add_argument(
-        "--steps", type=int, default=STEPS, metavar="N", help="updates at most (default: %(default)s)"
+        "--steps",
+        type=int,
+        default=STEPS,
+        metavar="N",
+        help="maximum number of updates (default: %(default)s)",
     )
     return parser
 
 
 def with_pretrained_weights(config: ResolvedConfig) -> ResolvedConfig:
-    """Return the config with the weights that its fine-tuning starts from: those of a pretraining phase done before.
+    """Return the config with the weights of its pretraining phase, if it has one.
 
     Raises:
-        UserError: the config has such a phase, and it was not run yet.
+        UserError: the pretraining phase is not finished.
 
     """
     if not config.pretrain.root:
@@ -111,8 +120,8 @@ def with_pretrained_weights(config: ResolvedConfig) -> ResolvedConfig:
     model = Path(config.run.dir) / PRETRAIN / MODEL
     if not model.is_file():
         raise UserError(
-            f"this run pretrains a model first, and {model} does not exist yet: train it (regraft train with the same "
-            "options), or name the weights to start from: --pretrain.root null --model.weights FILE"
+            f"this run starts from a pretraining phase, but {model} does not exist yet: run regraft train with the "
+            "same options, or set other weights: --pretrain.root null --model.weights FILE"
         )
     return with_pretrained(config, model)
 
@@ -132,7 +141,8 @@ def _write(folder: Path, result: RangeTest, config: ResolvedConfig, ctx: Distrib
         "loss": list(result.losses),
         "smoothed": smoothed(result.losses),
     }
-    of = "the batch's summed loss" if config.optim.loss_reduction == "sum" else "the mean loss"
+    name, batch_size = config.optim.name, config.train.batch_size
+    loss = "summed loss" if config.optim.loss_reduction == "sum" else "mean loss"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(folder / f"{NAME}.json", json.dumps(content, indent=1) + "\n")
@@ -141,7 +151,7 @@ def _write(folder: Path, result: RangeTest, config: ResolvedConfig, ctx: Distrib
             result.losses,
             result.suggestion,
             folder / f"{NAME}.png",
-            title=f"{config.model.name}, {config.optim.name}, batches of {config.train.batch_size}; rates for {of}",
+            title=f"{config.model.name}, {name}, batches of {batch_size}; rates for the {loss}",
         )
     except OSError as error:
         raise UserError(
@@ -152,21 +162,21 @@ def _write(folder: Path, result: RangeTest, config: ResolvedConfig, ctx: Distrib
 def _conclusion(result: RangeTest, config: ResolvedConfig, options: Sequence[str]) -> str:
     suggestion = result.suggestion
     if suggestion.lr is None:
-        return f"no suggestion: {suggestion.why}"
+        return f"no suggestion: {suggestion.reason}"
     unit = (
-        f"of the summed loss, as optim.loss_reduction sum has it: {suggestion.lr * config.train.batch_size:.2g} of a "
-        f"mean over {config.train.batch_size}"
+        f"for the summed loss of optim.loss_reduction sum; {suggestion.lr * config.train.batch_size:.2g} for the mean "
+        f"loss of {config.train.batch_size} examples"
         if config.optim.loss_reduction == "sum"
-        else "of the mean loss"
+        else "for the mean loss"
     )
     command = shlex.join(["regraft", "train", *options, "--optim.lr", f"{suggestion.lr:.2g}"])
-    return f"suggested: optim.lr {suggestion.lr:.2g} ({unit}): {suggestion.why}\n\n  {command}\n"
+    return f"suggested: optim.lr {suggestion.lr:.2g} ({unit}): {suggestion.reason}\n\n  {command}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and return the exit code."""
+    """Run the command, and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    return run_cli(lambda signals: lr_find(words, signals), on_restart="The same command starts anew")
+    return run_cli(lambda signals: lr_find(words, signals), on_restart="The same command starts over")
 
 
 if __name__ == "__main__":

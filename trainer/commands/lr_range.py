@@ -1,6 +1,6 @@
-"""The learning-rate range test (Smith 2017, Cyclical learning rates, section 3.3): its rates, and what its losses say.
+"""Learning-rate range test (Smith 2017, Cyclical learning rates, section 3.3): its rates, and a suggestion.
 
-Pure functions; lr_find.py makes the updates.
+These are pure functions; range_test.py makes the updates.
 """
 
 import math
@@ -10,16 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 
 SMOOTHING = 0.8
-"""Decay of the moving average of the losses. More of it (fastai has 0.98) lags by half a decade of rates and more."""
+"""Decay of the moving average of the losses. A higher one (fastai: 0.98) lags by half a decade of rates or more."""
 DIVERGED = 4.0
-"""A smoothed loss above this many times the best so far ends the test."""
-_TURNED = 1.5
-"""A smoothed loss above this many times the best so far has passed the minimum that counts: what explodes once may fall
-again, to the loss of a model that has forgotten everything."""
-_MARGIN = 3.0
-"""How far below the rate at the minimum a rate is held safe: right before it, the next batch may explode."""
-_FALLS = 0.95
-"""The least smoothed loss over the first one, above which no rate has taught the model anything."""
+"""The test ends if the smoothed loss exceeds its best value so far by this factor."""
+_PAST_MINIMUM = 1.5
+"""Losses count until the smoothed loss exceeds its best value so far by this factor.
+
+A loss that exploded may fall again, to that of a model that has forgotten everything.
+"""
+_SAFETY = 3.0
+"""Factor between the rate at the minimum and the highest safe rate: closer to the minimum, the loss may explode."""
+_MAX_FALL = 0.95
+"""Ratio of the lowest to the first smoothed loss above which the loss does not fall at any rate."""
 
 
 def rates(lowest: float, highest: float, steps: int) -> list[float]:
@@ -28,17 +30,17 @@ def rates(lowest: float, highest: float, steps: int) -> list[float]:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Return the exponential moving average after each loss, its bias towards 0 corrected (Kingma & Ba 2015)."""
-    found: list[float] = []
+    """Return the exponential moving average after each loss, with bias correction (Kingma & Ba 2015)."""
+    averages: list[float] = []
     average = 0.0
     for count, loss in enumerate(losses, start=1):
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
-        found.append(average / (1 - SMOOTHING**count))
-    return found
+        averages.append(average / (1 - SMOOTHING**count))
+    return averages
 
 
 def has_diverged(losses: Sequence[float]) -> bool:
-    """Return whether the test ends with the last of these losses: it is not finite, or far above the best."""
+    """Return whether the last loss is not finite, or the smoothed loss is far above its best value."""
     if not math.isfinite(losses[-1]):
         return True
     averages = smoothed(losses)
@@ -47,59 +49,59 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """What a range test says; rates in the units of `optim.lr`."""
+    """Learning rates that a range test suggests, as `optim.lr`."""
 
     lr: float | None
-    """The larger of the two below; None: the loss fell nowhere."""
+    """Suggested learning rate: the larger of `steepest` and `tenth`; None if the loss did not fall."""
     steepest: float | None
-    """Where the smoothed loss falls fastest over the log of the rate, up to a third of the rate at its minimum."""
+    """Rate at which the smoothed loss falls fastest over the log of the rate, at most a third of the minimum's."""
     tenth: float | None
-    """A tenth of the rate at which the smoothed loss is lowest."""
-    why: str
+    """A tenth of the rate at the minimum of the smoothed loss."""
+    reason: str
 
 
 def suggest(tried: Sequence[float], losses: Sequence[float]) -> Suggestion:
-    """Return the learning rate to train with, from the rates tried and the (finite) losses before each update.
+    """Return the suggested learning rate for the rates that were tried and the finite loss before each update.
 
-    The loss may fall fastest long before the minimum, where the batches are uneven, and right before it, where the
-    next update may explode: a tenth of the minimum's rate is the least that is suggested, a third the most.
+    With uneven batches, the loss may fall fastest long before its minimum. Close to the minimum, the next update may
+    explode. The suggestion is therefore between a tenth and a third of the rate at the minimum.
     """
     averages = _before_turn(smoothed(losses))
     lowest = int(np.argmin(averages)) if averages else 0
-    if not averages or averages[lowest] > _FALLS * averages[0]:
+    if not averages or averages[lowest] > _MAX_FALL * averages[0]:
         return Suggestion(
             lr=None,
             steepest=None,
             tenth=None,
-            why="the loss falls at none of these rates by more than a twentieth: try other ones (--from, --to), more "
-            "--steps, or see whether a batch can be learnt at all (regraft debug)",
+            reason="the loss does not fall by more than a twentieth at any rate: try other rates (--from, --to), more "
+            "--steps, or check whether the model can overfit one batch (regraft debug)",
         )
     tenth = tried[lowest] / 10
     slopes = list(_slopes(tried[: lowest + 1], averages[: lowest + 1]))
-    safe = [i for i in range(lowest + 1) if tried[i] <= tried[lowest] / _MARGIN] or [0]
+    safe = [i for i in range(lowest + 1) if tried[i] <= tried[lowest] / _SAFETY] or [0]
     steepest = tried[min(safe, key=slopes.__getitem__)]
     if steepest >= tenth:
-        why = "where the loss falls fastest, a third of the rate at its minimum or less"
+        reason = "the loss falls fastest at this rate, which is at most a third of the rate at the minimum"
     else:
-        why = "a tenth of the rate at the lowest loss: where it falls fastest lies lower still"
-    return Suggestion(lr=max(steepest, tenth), steepest=steepest, tenth=tenth, why=why)
+        reason = "a tenth of the rate at the minimum; the loss falls fastest at a lower rate"
+    return Suggestion(lr=max(steepest, tenth), steepest=steepest, tenth=tenth, reason=reason)
 
 
 def _before_turn(averages: list[float]) -> list[float]:
     best = math.inf
     for i, average in enumerate(averages):
-        if average > _TURNED * best:
+        if average > _PAST_MINIMUM * best:
             return averages[:i]
         best = min(best, average)
     return averages
 
 
 def _slopes(tried: Sequence[float], averages: Sequence[float]) -> Iterator[float]:
-    """Yield the slope at each rate [loss per decade]: of the line through its neighbours within half a one."""
-    places = np.log10(tried)
-    for place, (i, _) in zip(places, enumerate(averages), strict=True):
-        near = np.abs(places - place) <= 0.5
+    """Yield the slope [loss per decade] at each rate: of a linear fit to the losses within half a decade."""
+    logs = np.log10(tried)
+    for i, log in enumerate(logs):
+        near = np.abs(logs - log) <= 0.5
         near[max(0, i - 1) : i + 2] = True
-        x, y = places[near], np.asarray(averages)[near]
+        x, y = logs[near], np.asarray(averages)[near]
         spread = ((x - x.mean()) ** 2).sum()
         yield float(((x - x.mean()) * (y - y.mean())).sum() / spread) if spread > 0 else 0.0

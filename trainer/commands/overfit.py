@@ -22,11 +22,11 @@ def overfit(model: nn.Module, state: TrainState, train_step: TrainStep, batch: B
 
 
 def verdict(losses: Sequence[float]) -> str:
-    """Return whether the loss of one batch, seen again and again, goes down."""
-    path = f"loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last"
+    """Return a line that says whether the loss of the batch goes down."""
+    change = f"loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last"
     if losses[-1] < 0.9 * losses[0]:
-        return f"{path}: it goes down, the model can learn this batch by heart"
+        return f"{change}: it goes down, so the model can overfit this batch"
     return (
-        f"{path}: it does NOT go down; look at optim.lr (too small, or so large that it diverges), the labels, "
-        "and data.mean and data.std"
+        f"{change}: it does NOT go down; check optim.lr (too small, or so large that it diverges), the labels, "
+        "data.mean and data.std"
     )

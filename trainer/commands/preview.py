@@ -1,7 +1,7 @@
-"""Look at the data: `python -m trainer.commands.preview --config F [--output FILE]`.
+"""Preview the data: `python -m trainer.commands.preview --config FILE [--output FILE]`.
 
-Draws the note's 2 x 8 grid (the first 8 training pictures of the first class over the last 8 of the last),
-and below it the same pictures augmented, as the model will see them.
+Draws the first 8 training images of the first class and the last 8 of the last class, as the D2L recipe does, and the
+same images with the augmentation of epoch 1.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:
-    # Run by path, as main.py may be too.
+    # Run by path: see main.py.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from matplotlib.figure import Figure
@@ -36,14 +36,14 @@ from trainer.text import escape_unprintable
 COLUMNS = 8
 
 
-def chosen(index: DatasetIndex) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Return the first 8 training examples of the first class, and the last 8 of the last."""
+def first_and_last(index: DatasetIndex) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Return the first 8 training examples of the first class, and the last 8 of the last class."""
     first = tuple(example for example in index.train if example.label == 0)
     last = tuple(example for example in index.train if example.label == len(index.classes) - 1)
     return first[:COLUMNS], last[-COLUMNS:]
 
 
-def _picture(path: str) -> Image.Image:
+def _read_image(path: str) -> Image.Image:
     try:
         return decode(path)
     except UnreadableImage as error:
@@ -51,34 +51,34 @@ def _picture(path: str) -> Image.Image:
 
 
 def draw(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:
-    """Write rows of up to 8 pictures, each under its caption, to one PNG."""
+    """Write rows of up to 8 images, each row under its caption, to a PNG file."""
     figure = Figure(figsize=(1.45 * COLUMNS, 1.7 * len(rows)), layout="constrained")
     strips = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
-    for strip, (caption, pictures) in zip(strips, rows, strict=True):
+    for strip, (caption, images) in zip(strips, rows, strict=True):
         strip.suptitle(caption, x=0.005, ha="left", fontsize=9, fontfamily=fonts(), parse_math=False)
         grid = strip.subplots(1, COLUMNS, squeeze=False)[0]
-        for axes, picture in itertools.zip_longest(grid, pictures):
+        for axes, image in itertools.zip_longest(grid, images):
             axes.axis("off")
-            if picture is not None:
-                axes.imshow(picture)
+            if image is not None:
+                axes.imshow(image)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, dpi=120)
 
 
 def preview(argv: Sequence[str]) -> Path:
-    """Draw the preview that the command line asks for, and return its path.
+    """Draw a preview, and return its path.
 
     Raises:
-        UserError: as a run of the same config would, or a picture that cannot be read.
+        UserError: an error of the config or the dataset, or an unreadable image.
 
     """
     parser = argparse.ArgumentParser(
         prog="python -m trainer.commands.preview",
-        description="Draw the data, and the same pictures augmented as the model will see them, to one PNG.",
-        epilog="All other options are those of trainer/main.py: --config FILE, --section.key VALUE.",
+        description="Draw training images, and the same images augmented as the model sees them, to a PNG file.",
+        epilog="All other options are those of regraft train: --config FILE, --section.key VALUE.",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the PNG to write (default: RUN.DIR/preview.png)"
+        "--output", type=Path, metavar="FILE", help="PNG file to write (default: RUN_DIR/preview.png)"
     )
     own, rest = parser.parse_known_args(argv)
     config = resolve(parse(rest))
@@ -92,27 +92,24 @@ def preview(argv: Sequence[str]) -> Path:
     )
     index, preprocessing = prepared.index, config.data.preprocessing
     transform = make_train_transform(config.data)
-    augmented_by = config.data.augment + (", random erasing" if config.data.random_erasing else "")
-    places = {example: number for number, example in enumerate(index.train)}
-    seen: list[tuple[str, list[Image.Image]]] = []
+    augmentation = config.data.augment + (", random erasing" if config.data.random_erasing else "")
+    positions = {example: number for number, example in enumerate(index.train)}
+    originals: list[tuple[str, list[Image.Image]]] = []
     augmented: list[tuple[str, list[Image.Image]]] = []
-    for examples in chosen(index):
-        pictures = [_picture(example.path) for example in examples]
+    for examples in first_and_last(index):
+        images = [_read_image(example.path) for example in examples]
         name = index.classes[examples[0].label]
-        # Epoch 0 of this run: exactly what it will train on first.
-        seeds = [derive_seed("crop", config.run.seed, 0, places[example]) for example in examples]
-        seen.append((name, pictures))
+        # The seeds of epoch 1: the run trains on exactly these images.
+        seeds = [derive_seed("crop", config.run.seed, 0, positions[example]) for example in examples]
+        originals.append((name, images))
         augmented.append(
             (
-                f"{name}, as seen in epoch 1 ({augmented_by}, {preprocessing.image_size} px)",
-                [
-                    apply_seeded(transform, picture, seed)
-                    for picture, seed in zip(pictures, seeds, strict=True)
-                ],
+                f"{name}, as seen in epoch 1 ({augmentation}, {preprocessing.image_size} px)",
+                [apply_seeded(transform, image, seed) for image, seed in zip(images, seeds, strict=True)],
             )
         )
     try:
-        draw([*seen, *augmented], output)
+        draw([*originals, *augmented], output)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
     print(dataset_summary(prepared))
@@ -121,7 +118,7 @@ def preview(argv: Sequence[str]) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and return the exit code."""
+    """Run the command, and return the exit code."""
     try:
         preview(sys.argv[1:] if argv is None else argv)
     except UserError as error:

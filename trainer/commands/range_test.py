@@ -1,4 +1,4 @@
-"""Learning-rate range test (Smith 2017): one update at each of some rising rates, until the loss diverges."""
+"""Learning-rate range test (Smith 2017): raise the learning rate at each update until the loss diverges."""
 
 import signal
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ class RangeTest:
     """Result of a learning-rate range test."""
 
     rates: tuple[float, ...]
-    """Learning rate of each update, in the units of optim.lr; every group's own rate is in proportion."""
+    """Learning rate of each update, as optim.lr; the rates of all parameter groups are scaled by the same factor."""
     losses: tuple[float, ...]
-    """Mean loss of each global batch before its update; all finite."""
+    """Mean loss of each global batch before its update; all values are finite."""
     diverged: bool
     """Whether the loss diverged before the last rate."""
     suggestion: Suggestion
@@ -46,20 +46,20 @@ def run_range_test(
     ctx: DistributedContext,
     console: Console,
     signals: StopSignals,
-    tried: Sequence[float],
+    rates: Sequence[float],
 ) -> RangeTest:
-    """Make one update at each of these rates until the loss diverges. Every process must call it.
+    """Make one update at each learning rate until the loss diverges. Every process must call it.
 
     Args:
-        config: the run's; its weights are those to start from.
+        config: config of the run; the test starts from its weights.
         ctx: the processes.
-        console: rank 0's prints.
+        console: prints on rank 0 only.
         signals: requests to stop.
-        tried: rising learning rates, in the units of optim.lr.
+        rates: rising learning rates, as optim.lr.
 
     Raises:
         UserError: something that the user can fix.
-        Stopped: it was asked to stop.
+        Stopped: the test was asked to stop.
 
     """
     data = load_run_data(config, ctx, console)
@@ -83,7 +83,7 @@ def run_range_test(
         fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=nullcontext)
     if len(built.unfreeze_stages) > 1:
         console.print(
-            "transfer.trainable has stages: the last one is tested, with all parameters that ever train"
+            "transfer.trainable has stages: the test uses the last one, in which the most parameters train"
         )
         apply_stage(built.model, built.unfreeze_stages[-1], config.transfer.batch_norm)
     groups = make_param_groups(built, config)
@@ -91,24 +91,24 @@ def run_range_test(
     model, optimizer = ctx.prepare(built.model, make_optimizer(groups, config))
     train_step = make_train_step(config, data.examples_per_class, ctx, l2_sp)
     sizes = data.order.batch_sizes
-    batches = make_batches(config, data.index, data.order, ctx, epochs=-(-len(tried) // len(sizes)))
+    batches = make_batches(config, data.index, data.order, ctx, epochs=-(-len(rates) // len(sizes)))
     losses: list[float] = []
     diverged = False
     model.train()
-    with signals.deferred(), lr_range_progress(console, len(tried)) as show:
-        for step, (rate, batch) in enumerate(zip(tried, batches, strict=False)):
+    with signals.deferred(), lr_range_progress(console, len(rates)) as show:
+        for step, (rate, batch) in enumerate(zip(rates, batches, strict=False)):
             (received,) = ctx.all_reduce_max([signals.received or 0])
             if received:
                 raise Stopped(signal.Signals(received).name)
             set_lr(optimizer, rate / config.optim.lr)
             size = sizes[step % len(sizes)]
             loss_sum, _ = train_step(model, optimizer, batch, step, size)
-            # Gathered and summed in one order, so that all ranks get the same number and end together.
+            # Summed in the same order on all ranks, so that they get the same loss and stop together.
             losses.append(float(ctx.accelerator.gather(loss_sum.view(1)).sum()) / size)
             show(rate, losses[-1])
             if has_diverged(losses):
                 diverged = True
                 break
     finite = losses[:-1] if diverged else losses
-    used = tuple(tried[: len(finite)])
+    used = tuple(rates[: len(finite)])
     return RangeTest(used, tuple(finite), diverged, suggest(used, finite))

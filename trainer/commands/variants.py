@@ -1,9 +1,10 @@
-"""Strategies to compare: `--strategies NAME[@key=value...],...` -> the config of each one's runs."""
+"""Strategies to compare: `--strategies NAME[@key=value...],...` -> the config of the runs of each strategy."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from trainer.config.options import check_option
 from trainer.config.parse import QUICKSTART, parse
 from trainer.config.resolve import resolve
 from trainer.config.schema import BaselineConfig, Config
@@ -12,21 +13,21 @@ from trainer.errors import UserError
 
 PRETRAINED = "pretrained-model"
 """Folder of the pretraining that all strategies share."""
+_DATA_OPTIONS = ("root", "seed", "val_fraction", "test_fraction", "extensions", "on_unreadable")
 _COMMON = (
-    "run", "debug", "pretrain", "baseline", "data.root", "data.seed", "data.val_fraction", "data.test_fraction",
-    "data.extensions", "data.on_unreadable", "transfer.strategy",
+    "run", "debug", "pretrain", "baseline", "transfer.strategy", *(f"data.{key}" for key in _DATA_OPTIONS)
 )  # fmt: skip
-"""Options that a variant may not set, since its result could not be compared with the others'."""
+"""Sections and options that all strategies share, since their results could not be compared otherwise."""
 
 
 @dataclass(frozen=True)
 class StrategyVariant:
-    """A strategy, as named on the command line: NAME, or NAME@key=value@key=value."""
+    """A strategy as written on the command line: NAME, or NAME@key=value@key=value."""
 
     text: str
     strategy: str
     options: tuple[str, ...]
-    """Its own, as words of the command line."""
+    """Options of the variant, as words of a command line."""
 
     @property
     def folder(self) -> str:
@@ -40,41 +41,37 @@ def folder_name(text: str) -> str:
 
 
 def variants(text: str) -> tuple[StrategyVariant, ...]:
-    """Return the strategies of a list like `d2l@optim.lr=5e-6,lp-ft`; commas and @ within brackets are values' own.
+    """Return the strategies of a list like `d2l@optim.lr=5e-6,lp-ft`; values in brackets may contain commas and @.
 
     Raises:
-        UserError: one is empty, comes twice or sets what must be common to all.
+        UserError: a strategy is empty, occurs twice, or sets an option that all strategies share.
 
     """
-    found = [_variant(part.strip()) for part in _split(text, ",")]
-    folders = [variant.folder for variant in found]
-    twice = sorted({variant.text for variant in found if folders.count(variant.folder) > 1})
-    if twice or PRETRAINED in folders:
-        raise UserError(
-            f"--strategies {text}: {' and '.join(twice) or PRETRAINED} would share a folder: expected each name once"
-        )
-    return tuple(found)
+    result = [_variant(part.strip()) for part in _split(text, ",")]
+    folders = [variant.folder for variant in result]
+    duplicates = sorted({variant.text for variant in result if folders.count(variant.folder) > 1})
+    if duplicates or PRETRAINED in folders:
+        names = " and ".join(duplicates) or PRETRAINED
+        raise UserError(f"--strategies {text}: {names} would share a folder; expected each name once")
+    return tuple(result)
 
 
 def _variant(text: str) -> StrategyVariant:
     strategy, *options = _split(text, "@")
-    wrong = [option for option in options if "=" not in option]
-    if not strategy or wrong:
+    if not strategy or not all("=" in option for option in options):
         raise UserError(
-            f"--strategies holds {text!r}: expected names, or NAME@key=value, as in d2l@optim.lr=5e-6,lp-ft"
+            f"--strategies contains {text!r}: expected NAME or NAME@key=value, such as d2l@optim.lr=5e-6,lp-ft"
         )
+    check_option("transfer.strategy", strategy, "--strategies")
     for option in options:
-        key = option.partition("=")[0].removesuffix("+")
+        key = option.partition("=")[0]
         if any(key == common or key.startswith(f"{common}.") for common in _COMMON):
-            raise UserError(
-                f"--strategies {text}: {key} is common to all that are compared: give it as an option of its own, "
-                f"--{key}"
-            )
+            raise UserError(f"--strategies {text}: {key} is the same for all strategies: set --{key} instead")
     return StrategyVariant(text, strategy, tuple(f"--{option}" for option in options))
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Split at a separator that stands outside of brackets."""
+    """Split a text at the separators outside of brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")
@@ -88,62 +85,55 @@ def _split(text: str, separator: str) -> list[str]:
 def plan(
     options: Sequence[str], chosen: Sequence[StrategyVariant]
 ) -> tuple[Config, dict[str, Config], list[str]]:
-    """Return the config without a strategy, text of the variant -> the config of its runs, and what is to be said.
+    """Return the config without a strategy, the config of each variant by its text, and messages for the user.
 
-    Here a strategy wins over the options of the command line, which are common to all as the file's are: from-scratch
-    is from scratch though weights are named for the others. A variant's own options come last.
+    A strategy wins over the options of the command line, which apply to all strategies: from-scratch trains from
+    scratch even if the other strategies have weights. The options of a variant win over its strategy.
 
     Raises:
-        UserError: what is wrong with one of them, or they are not to be compared.
+        UserError: an error of one of the configs, or they are not comparable.
 
     """
     if any(word.partition("=")[0] == "--transfer.strategy" for word in options):
-        raise UserError("--transfer.strategy: compare takes the strategies by --strategies; leave it out")
+        raise UserError("--transfer.strategy: compare takes strategies from --strategies; leave it out")
     plain = parse([*options, "--transfer.strategy=null"])
     if plain.debug:
-        raise UserError("--debug is a run of its own: leave it out here")
+        raise UserError("--debug cannot be compared; leave it out")
     if not any(word.partition("=")[0] in ("--config", "--data.root") for word in options):
         options = [f"--config={QUICKSTART}", *options]
-    found: dict[str, Config] = {}
-    said: list[str] = []
+    configs: dict[str, Config] = {}
+    messages: list[str] = []
     for variant in chosen:
         try:
-            layer = f"--config={path_of(variant.strategy)}"
-            words = [*options, layer, f"--transfer.strategy={variant.strategy}", *variant.options]
-            config = parse(words)
+            strategy = [f"--config={path_of(variant.strategy)}", f"--transfer.strategy={variant.strategy}"]
+            config = parse([*options, *strategy, *variant.options])
             resolve(config)
         except UserError as error:
             raise UserError(f"strategy {variant.text}: {error}") from None
-        found[variant.text] = replace(config, baseline=BaselineConfig())
-        said += _overruled(options, variant, plain, config)
-    data = {text: _yardstick(config) for text, config in found.items()}
-    one, *others = data
+        configs[variant.text] = replace(config, baseline=BaselineConfig())
+        messages += _overridden(options, variant, plain, config)
+    first, *others = ((text, _data_options(config)) for text, config in configs.items())
     for other in others:
-        if data[other] != data[one]:
+        if other[1] != first[1]:
             raise UserError(
-                f"strategies {one} and {other} have other data ({data[one]}, {data[other]}): a strategy that is "
-                "compared may set nothing of that"
+                f"strategies {first[0]} and {other[0]} have different data ({first[1]}, {other[1]}): strategies are "
+                "compared on the same data"
             )
-    return plain, found, said
+    return plain, configs, messages
 
 
-def _overruled(options: Sequence[str], variant: StrategyVariant, plain: Config, config: Config) -> list[str]:
-    """Return a line for each option of the command line that a strategy sets otherwise."""
+def _overridden(
+    options: Sequence[str], variant: StrategyVariant, plain: Config, config: Config
+) -> Iterator[str]:
+    """Yield a line for each option of the command line that a strategy overrides."""
     own = {option.partition("=")[0] for option in variant.options}
-    lines = []
     for option in dict.fromkeys(word.partition("=")[0] for word in options if word.startswith("--")):
-        section, dot, key = option.removeprefix("--").removesuffix("+").partition(".")
+        section, dot, key = option.removeprefix("--").partition(".")
         if dot and option not in own:
-            asked, has = (getattr(getattr(c, section), key) for c in (plain, config))
-            if asked != has:
-                lines.append(
-                    f"strategy {variant.text}: {section}.{key} is {has}, not {asked} as on the command line"
-                )
-    return lines
+            common, value = (getattr(getattr(c, section), key) for c in (plain, config))
+            if common != value:
+                yield f"strategy {variant.text}: {section}.{key} is {value}, not {common} as on the command line"
 
 
-def _yardstick(config: Config) -> dict[str, object]:
-    """Return what all runs must have in common."""
-    data = config.data
-    keys = ("root", "seed", "val_fraction", "test_fraction", "extensions", "on_unreadable")
-    return {key: getattr(data, key) for key in keys}
+def _data_options(config: Config) -> dict[str, object]:
+    return {key: getattr(config.data, key) for key in _DATA_OPTIONS}

@@ -1,4 +1,4 @@
-"""Checks before the long work: what can be known to fail is reported before images are decoded or a job is queued."""
+"""Checks before the long work: report errors before images are decoded or a job is queued."""
 
 from trainer.config.build_data import RunData, make_schedule
 from trainer.config.build_model import make_model, make_param_groups
@@ -13,12 +13,12 @@ from trainer.transfer.linear_probe import require_linear
 
 
 def preflight(config: ResolvedConfig, data: RunData, ctx: DistributedContext | None = None) -> None:
-    """Raise a UserError for what the run would fail with before its first step, whatever its pretrained weights are.
+    """Raise a UserError for an error that would end the run before its first step. Pretrained weights are not read.
 
     Args:
-        config: the run's.
-        data: the images to fine-tune on.
-        ctx: the processes; None if the run will start elsewhere, which leaves out what depends on them.
+        config: config of the run.
+        data: examples of the fine-tuning phase.
+        ctx: the processes; None if the run starts elsewhere, which skips the checks that depend on them.
 
     """
     check_run_data(config, data, ctx)
@@ -33,42 +33,42 @@ def preflight(config: ResolvedConfig, data: RunData, ctx: DistributedContext | N
 
 
 def check_run_data(config: ResolvedConfig, data: RunData, ctx: DistributedContext | None) -> None:
-    """Raise a UserError for options that these examples, or this number of processes, do not allow."""
+    """Raise a UserError for options that do not fit the examples or the number of processes."""
     if ctx is not None:
         _check_sync_batch_norm(config, data.order, ctx)
     _check_val_split(config, data.index)
 
 
 def _check_sync_batch_norm(config: ResolvedConfig, order: EpochOrder, ctx: DistributedContext) -> None:
-    """Raise a UserError if transfer.batch_norm is sync where it cannot work.
+    """Raise a UserError if transfer.batch_norm is sync and SyncBatchNorm cannot work.
 
-    torch's SyncBatchNorm refuses CPU tensors, and takes part in every forward of every process: no local batch may be
-    empty, or be split into another number of micro-batches.
+    PyTorch's SyncBatchNorm does not support CPU tensors. Its collectives need the same number of forward passes on
+    every process, so no local batch may be empty.
     """
     if config.transfer.batch_norm != "sync":
         return
     option = "transfer.batch_norm is sync"
     if config.train.grad_accum_steps > 1:
         raise UserError(
-            f"{option}, but train.grad_accum_steps {config.train.grad_accum_steps} shows the layers one part of the "
-            "batch at a time: set it to 1, or batch_norm to frozen"
+            f"{option}, but train.grad_accum_steps {config.train.grad_accum_steps} splits the batch, so that the "
+            "layers do not see all of it at once: set it to 1, or batch_norm to frozen"
         )
     if ctx.world_size == 1:
         return  # the local batch is the global batch
     if ctx.device.type != "cuda":
         raise UserError(
-            f"{option}, which needs GPUs: torch has no such layer for CPUs. Choose frozen, which gives equal results "
-            "on any number of processes, or run one process"
+            f"{option}, which needs GPUs: PyTorch has no SyncBatchNorm for CPUs. Choose frozen, which gives equal "
+            "results on any number of processes, or run one process"
         )
     if min(order.batch_sizes) < ctx.world_size:
         raise UserError(
-            f"{option}, but the last of {order.examples} examples make a batch of {min(order.batch_sizes)}, fewer than "
+            f"{option}, but {order.examples} examples leave a batch of {min(order.batch_sizes)}, fewer than "
             f"the {ctx.world_size} processes: choose another train.batch_size"
         )
 
 
 def _check_val_split(config: ResolvedConfig, index: DatasetIndex) -> None:
-    """Raise a UserError for options that select by accuracy, if there is no split to select on."""
+    """Raise a UserError for options that need a validation split, if there is none."""
     options = {
         f"regularization.early_stopping {config.regularization.early_stopping}": config.regularization.early_stopping,
         "transfer.wise_ft": config.transfer.wise_ft,
@@ -76,7 +76,7 @@ def _check_val_split(config: ResolvedConfig, index: DatasetIndex) -> None:
     on = [option for option, value in options.items() if value]
     if on and index.val_split is None:
         raise UserError(
-            f"{' and '.join(on)} select{'s' * (len(on) == 1)} by an accuracy, and "
-            f"{escape_unprintable(str(index.root))} has no images to select on besides those reported, which must "
-            "not be selected on: set data.val_fraction 0.1, which takes some of the training images for that"
+            f"{' and '.join(on)} need{'s' * (len(on) == 1)} a validation split, which "
+            f"{escape_unprintable(str(index.root))} does not have: set data.val_fraction 0.1 to hold out some of the "
+            "training images"
         )

@@ -1,4 +1,4 @@
-"""From a parsed config to a `ResolvedConfig`: absolute paths, and the preprocessing that the weights ask for."""
+"""Resolve a config: make its paths absolute, and choose the preprocessing of its weights."""
 
 import dataclasses
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ _ConfigT = TypeVar("_ConfigT", bound=Config)
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedDataConfig(DataConfig):
-    """The section `data` with every value chosen."""
+    """The section `data` without null values, except for `num_workers`."""
 
     root: str
     image_size: int
@@ -31,7 +31,7 @@ class ResolvedDataConfig(DataConfig):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Return how an image becomes the model's input."""
+        """Return the conversion of an image to the model's input."""
         return Preprocessing(
             image_size=self.image_size,
             resize_size=self.resize_size,
@@ -44,7 +44,7 @@ class ResolvedDataConfig(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(Config):
-    """A config with every value chosen that does not depend on the device."""
+    """A config whose values are all chosen, except for those that depend on the device."""
 
     data: ResolvedDataConfig
 
@@ -58,7 +58,7 @@ def resolve(config: Config) -> ResolvedConfig:
     """
     data = config.data
     if data.root is None or not data.root.strip():
-        raise UserError("data.root is not set: give the folder of your images, a CSV, or a known name")
+        raise UserError("data.root is not set: give the folder of your images, a CSV file or a dataset name")
     weights = config.model.weights
     if weights is not None and Path(path := _absolute("model.weights", weights)).is_file():
         weights = path
@@ -71,8 +71,8 @@ def resolve(config: Config) -> ResolvedConfig:
     in_proportion = round(preprocessing.resize_size * size / preprocessing.image_size)
     if data.resize_size is not None and data.resize_size < size:
         raise UserError(
-            f"data.resize_size is {data.resize_size}, data.image_size {size}: the central crop cannot be larger than "
-            "the image it is cut from"
+            f"data.resize_size is {data.resize_size}, data.image_size {size}: expected a resize size of at least the "
+            "image size, since the image is cropped after the resize"
         )
     pretrain = config.pretrain
     if pretrain.root and not is_known(pretrain.root):
@@ -118,15 +118,15 @@ def _preprocessing(name: str, weights: str | None) -> Preprocessing:
         if metadata is not None:
             if metadata.architecture != name:
                 raise UserError(
-                    f"model.weights {weights} is a {metadata.architecture}, but model.name is {name}: set model.name "
-                    "to what the file holds"
+                    f"model.weights {weights} contains a {metadata.architecture}, but model.name is {name}: set "
+                    f"model.name to {metadata.architecture}"
                 )
             return metadata.preprocessing
     return Preprocessing(resize="squash", **dataclasses.asdict(default))
 
 
 def pretrain_config(config: ResolvedConfig) -> ResolvedConfig:
-    """Return the config of the pretraining phase: from scratch, one learning rate, in `pretrain/`."""
+    """Return the config of the pretraining phase: from scratch, with one learning rate."""
     assert config.pretrain.root is not None  # for mypy: the phase runs only if it is set
     return replace(
         _from_scratch(config, PRETRAIN, lr=config.pretrain.lr),
@@ -137,7 +137,7 @@ def pretrain_config(config: ResolvedConfig) -> ResolvedConfig:
 
 
 def baseline_config(config: ResolvedConfig) -> ResolvedConfig:
-    """Return the config of the baseline phase: the same network, data and budget, from scratch, in `baseline/`."""
+    """Return the config of the baseline phase: the same network, data and budget, trained from scratch."""
     assert config.baseline.lr is not None  # for mypy: the phase runs only if it is set
     return _from_scratch(config, BASELINE, lr=config.baseline.lr)
 
@@ -152,7 +152,7 @@ def with_pretrained(config: _ConfigT, file: Path) -> _ConfigT:
 
 
 def without_weights(config: ResolvedConfig) -> ResolvedConfig:
-    """Return the config of a model of the same design with random weights: nothing has to be downloaded for it."""
+    """Return the config with random weights instead of pretrained ones, which need a download."""
     return replace(
         config,
         model=replace(config.model, weights=None, head_init="xavier"),

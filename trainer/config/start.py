@@ -1,4 +1,4 @@
-"""Start of every command that trains: resolve the config, join the process group, open the console."""
+"""Start every command that trains: resolve the config, join the process group, open the console."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +14,21 @@ from trainer.run.folder import check_resumable, saved_precision
 
 
 def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
-    """Resolve the config, join the process group, and print what was chosen for this machine.
+    """Resolve the config, join the process group, and print the notes on the device.
 
-    A run that resumes keeps the precision that `train.precision auto` chose when it began.
+    A resumed run keeps the precision that `train.precision auto` chose at its first start.
 
     Raises:
         UserError: see `resolve` and `init_distributed`.
 
     """
     resolved = resolve(config)
-    keeps = resolved.run.resume != "never" and not resolved.debug
+    may_resume = resolved.run.resume != "never" and not resolved.debug
     ctx = init_distributed(
         device=resolved.run.device,
         precision=resolved.train.precision,
         threads=resolved.run.threads,
-        saved_precision=saved_precision(Path(resolved.run.dir)) if keeps else None,
+        saved_precision=saved_precision(Path(resolved.run.dir)) if may_resume else None,
     )
     console = make_console(speaks=ctx.is_main_process)
     for note in ctx.notes:
@@ -37,7 +37,7 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
 
 
 def check_run_folder(config: ResolvedConfig, ctx: DistributedContext) -> None:
-    """Raise a UserError if the run folder holds a run of other options, before any long work."""
+    """Raise a UserError if the run folder contains a run with other options, before any long work."""
     folder = Path(config.run.dir)
     precision = saved_precision(folder) or ctx.precision
     resumed = replace(config, train=replace(config.train, precision=precision))

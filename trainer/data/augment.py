@@ -1,9 +1,8 @@
-"""From a decoded picture to the model's input: the recipe's transforms, and torchvision v2's.
+"""Transforms from a decoded image to the model's input.
 
-Every random choice comes from the example: torch's generator is seeded from (seed, epoch, example) while
-a transform runs, so an example's crop is the same in whichever process, worker or attempt it is made.
-Transforms work on PIL images, whose resize is the recipe's own (antialiased), and end in uint8; the
-conversion to normalised floats is done in batches on the device (`normalize`).
+The randomness of a transform belongs to the example: PyTorch's generator is seeded from (seed, epoch, example) while
+it runs, so the crop is the same in every process and worker. Transforms take and return PIL images, whose resize is
+antialiased, as in the D2L recipe. Batches are converted to floats and normalized on the device (`Normalize`).
 """
 
 import math
@@ -29,24 +28,24 @@ _POLICIES: dict[str, Callable[[InterpolationMode], torch.nn.Module]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How a picture becomes the model's input; a model file carries it, so that one file is enough."""
+    """Resize, crop and normalization of an image; part of the metadata of a model file."""
 
     image_size: int
-    """Side of the model's input [pixels]."""
+    """Height and width of the model's input [pixels]."""
     resize_size: int
-    """Size before the central crop [pixels]."""
+    """Size of the resized image, before the central crop [pixels]."""
     resize: Literal["squash", "shorter"]
-    """Both sides to `resize_size`, or the shorter one."""
+    """Whether both sides are resized to `resize_size`, or the shorter one."""
     interpolation: Literal["bilinear", "bicubic"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Preprocessing":
-        """Return the preprocessing that a file describes.
+        """Return the preprocessing of a file's metadata.
 
         Raises:
-            ValueError, TypeError, KeyError: a field is missing, of the wrong type, or out of its range.
+            ValueError, TypeError, KeyError: a field is missing, has the wrong type, or is out of range.
 
         """
         for key in ("image_size", "resize_size"):
@@ -54,12 +53,10 @@ class Preprocessing:
                 raise ValueError(f"{key} is {fields[key]!r}, expected 1 to 8192 pixels")
         if fields["resize"] not in ("squash", "shorter"):
             raise ValueError(f"resize is {fields['resize']!r}, expected squash or shorter")
-        red_green_blue = {key: tuple(float(value) for value in fields[key]) for key in ("mean", "std")}
-        if not all(
-            len(values) == 3 and all(map(math.isfinite, values)) for values in red_green_blue.values()
-        ):
+        rgb = {key: tuple(float(value) for value in fields[key]) for key in ("mean", "std")}
+        if not all(len(values) == 3 and all(map(math.isfinite, values)) for values in rgb.values()):
             raise ValueError("mean and std are not three finite numbers each")
-        if min(red_green_blue["std"]) <= 0:
+        if min(rgb["std"]) <= 0:
             raise ValueError("std is not above 0")
         if fields["interpolation"] not in ("bilinear", "bicubic"):
             raise ValueError(f"interpolation is {fields['interpolation']!r}, expected bilinear or bicubic")
@@ -68,17 +65,17 @@ class Preprocessing:
             resize_size=fields["resize_size"],
             resize=fields["resize"],
             interpolation=fields["interpolation"],
-            **red_green_blue,  # type: ignore[arg-type]
+            **rgb,  # type: ignore[arg-type]
         )
 
     @property
     def mode(self) -> InterpolationMode:
-        """Return torchvision's name for the interpolation."""
+        """Return the interpolation as torchvision's enum."""
         return InterpolationMode(self.interpolation)
 
 
 def eval_transform(preprocessing: Preprocessing) -> Transform:
-    """Return resize and central crop: RGB picture of any size -> [image_size, image_size]."""
+    """Return the transform for evaluation: resize and central crop to [image_size, image_size]."""
     size = preprocessing.resize_size
     target = [size, size] if preprocessing.resize == "squash" else [size]
     return v2.Compose(
@@ -96,19 +93,19 @@ def train_transform(
     *,
     random_erasing: float = 0.0,
 ) -> Transform:
-    """Return the random transform of training: RGB picture of any size -> [image_size, image_size].
+    """Return the random transform for training, to [image_size, image_size].
 
-    `random_erasing` is the probability that a rectangle of it is made the mean colour, the model's 0.
+    `random_erasing` is the probability that a rectangle is set to the mean, which normalization maps to 0.
     """
-    transform = _augmenting(preprocessing, augment, crop_scale)
+    transform = _augment(preprocessing, augment, crop_scale)
     if not random_erasing:
         return transform
     mean = [min(255, max(0, round(255 * value))) for value in preprocessing.mean]
-    # By torchvision's defaults, those of Zhong et al. 2020 but for the largest area, 1/3 of the picture for their 0.4.
+    # torchvision's defaults are those of Zhong et al. 2020, except for the largest area: 1/3 of the image, not 0.4.
     return v2.Compose([transform, v2.RandomErasing(random_erasing, value=mean)])  # type: ignore[arg-type]
 
 
-def _augmenting(
+def _augment(
     preprocessing: Preprocessing, augment: Augmentation, crop_scale: tuple[float, float]
 ) -> Transform:
     if augment == "none":
@@ -125,22 +122,21 @@ def _augmenting(
 
 
 def apply_seeded(transform: Transform, image: Image.Image, seed: int) -> Image.Image:
-    """Return `transform(image)` with its randomness taken from `seed`; torch's own state is left as it was."""
+    """Return `transform(image)` with randomness from `seed`; the state of PyTorch's generator is preserved."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return transform(image)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """Return an RGB picture as uint8 [height, width, 3]."""
+    """Return an RGB image as uint8 [height, width, 3]."""
     return np.asarray(image)
 
 
 class Normalize:
-    """Images [B, 3, H, W], uint8 or float up to 255 -> float32, scaled to [0, 1], less the mean, over the deviation.
+    """Normalize images [B, 3, H, W], uint8 or float in [0, 255], to float32: (image / 255 - mean) / std.
 
-    The constants lie on the device from the start, so that no batch waits for their copy; the memory layout
-    of the images is kept.
+    The constants are copied to the device once. The memory format of the images is preserved.
     """
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:

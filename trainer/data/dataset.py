@@ -1,4 +1,4 @@
-"""`ImageDataset`: decoded and transformed images, each with randomness of its own."""
+"""Dataset of decoded and transformed images, each with its own randomness."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +15,14 @@ from trainer.seeds import derive_seed
 from trainer.text import escape_unprintable
 
 Item = tuple[np.ndarray, int, int]
-"""Image uint8 [H, W, 3], label, and the example's position in the list of examples."""
+"""Image uint8 [H, W, 3], label, and index of the example."""
 
 
 class ImageReadError(UserError):
-    """An image that cannot be read now, although it could be when it was checked.
+    """An image that cannot be read during training.
 
-    DataLoader raises a worker's exception again in the main process, with its type and the text of the worker's
-    traceback. Only the end of that text is the message.
+    DataLoader re-raises the exception of a worker with the worker's traceback as its text. The message is the end of
+    that text.
     """
 
     def __init__(self, text: str) -> None:
@@ -30,18 +30,18 @@ class ImageReadError(UserError):
 
 
 class ImageDataset(Dataset[Item]):
-    """The images of a split. Reading them is all that a worker process does."""
+    """Images of a split, indexed by `SampleKey`."""
 
     def __init__(
         self, examples: Sequence[tuple[str, int]], transform: Transform, *, seed: int, threads: int = 1
     ) -> None:
-        """Take the examples of a split.
+        """Create the dataset.
 
         Args:
             examples: (path, label) pairs.
-            transform: RGB image -> RGB image of the model's size.
-            seed: the run's seed.
-            threads: number of images that are decoded at once, where there are no worker processes.
+            transform: maps an RGB image to an RGB image of the model's size.
+            seed: seed of the run.
+            threads: number of images that are decoded at once.
 
         """
         self.paths = [path for path, _ in examples]
@@ -54,22 +54,22 @@ class ImageDataset(Dataset[Item]):
         return len(self.paths)
 
     def __getitem__(self, key: SampleKey) -> Item:
-        """Return the image, its label and its position; raises ImageReadError."""
+        """Return the image, its label and its index; raises ImageReadError."""
         return self._transform(key, self._decode(key))
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[Item]:
-        """Return a local batch: torch's loader asks for all of it at once.
+        """Return the items of a local batch; DataLoader calls this if it exists.
 
-        Pillow releases the GIL while it decodes. The transforms use the process's one generator, so they run one
-        after the other. At most `threads` decoded images are held at once, since some are large.
+        Pillow releases the GIL while it decodes. Transforms run one after the other, since they share PyTorch's
+        generator. At most `threads` decoded images are in memory at once, since some are large.
         """
         if self.threads == 1:
             return [self[key] for key in keys]
         items: list[Item] = []
         with ThreadPoolExecutor(self.threads) as pool:
             for start in range(0, len(keys), self.threads):
-                some = keys[start : start + self.threads]
-                items += map(self._transform, some, pool.map(self._decode, some))
+                chunk = keys[start : start + self.threads]
+                items += map(self._transform, chunk, pool.map(self._decode, chunk))
         return items
 
     def _decode(self, key: SampleKey) -> Image.Image:
@@ -78,8 +78,8 @@ class ImageDataset(Dataset[Item]):
             return decode(path)
         except UnreadableImage as error:
             raise ImageReadError(
-                f"{escape_unprintable(path)}: this image cannot be read: {error}. If it could be when training began, "
-                "it has changed since: restore it, and the same command resumes from the last checkpoint"
+                f"{escape_unprintable(path)}: this image cannot be read: {error}. If it was readable before "
+                "training, it has changed since: restore it, and the same command resumes from the last checkpoint"
             ) from None
 
     def _transform(self, key: SampleKey, image: Image.Image) -> Item:

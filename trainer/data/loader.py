@@ -1,4 +1,4 @@
-"""The data loader: local batches on the device, decoded ahead by worker processes."""
+"""Data loader: local batches on the device, prefetched by worker processes."""
 
 import os
 import signal
@@ -23,38 +23,38 @@ from trainer.text import escape_unprintable
 
 
 class Batch(NamedTuple):
-    """One process's part of a global batch; B may be 0."""
+    """Local batch: the part of a global batch on one process. B may be 0."""
 
     images: Tensor
     """uint8 [B, 3, H, W]."""
     labels: Tensor
     """int64 [B]."""
     examples: Tensor
-    """int64 [B]: positions in the list of the split's examples."""
+    """int64 [B]: indices into the examples of the split."""
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Stacks items into a batch; no items become tensors of length 0."""
+    """Stacks items into a batch. An empty list gives tensors of length 0."""
 
     image_size: int
     channels_last: bool
 
     def __call__(self, items: list[Item]) -> Batch:
-        """Return the batch of (image uint8 [H, W, 3], label, example) items."""
+        """Return a batch of (image uint8 [H, W, 3], label, example) items."""
         if items:
             stacked = torch.from_numpy(np.stack([image for image, _, _ in items]))
         else:
             stacked = torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
         labels = torch.tensor([label for _, label, _ in items], dtype=torch.int64)
         examples = torch.tensor([example for _, _, example in items], dtype=torch.int64)
-        # Images are stored as [H, W, 3]; viewed as [3, H, W], that is channels_last already.
+        # Images are stored as [H, W, 3]; permuted to [3, H, W] they are in channels_last format already.
         images = stacked.permute(0, 3, 1, 2)
         return Batch(images if self.channels_last else images.contiguous(), labels, examples)
 
 
 class TrainBatches:
-    """The local batches of every update from a position of the run on, over all epochs."""
+    """Iterator over the local batches of a run, from one of its steps to the last epoch."""
 
     def __init__(self, batches: Iterator[Batch], dataset: ImageDataset, order: EpochOrder) -> None:
         self._batches, self._dataset, self._order = batches, dataset, order
@@ -66,11 +66,11 @@ class TrainBatches:
         return next(self._batches)
 
     def through(self, function: Callable[[Iterator[Batch]], Iterator[Batch]]) -> Self:
-        """Return these batches after a function of their iterator."""
+        """Return the batches with a function applied to their iterator."""
         return type(self)(function(self._batches), self._dataset, self._order)
 
     def paths(self, epoch: int, step: int) -> Sequence[str]:
-        """Return the files of a global batch, fit to be printed; epoch and step of the epoch are counted from 0."""
+        """Return the printable paths of a global batch; epoch and step within the epoch count from 0."""
         return [
             escape_unprintable(self._dataset.paths[example]) for example in self._order.batch(epoch, step)
         ]
@@ -94,11 +94,11 @@ def make_dataloader(
         prefetch_factor=4 if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
-        # On a CPU the workers share the cores with training. With a low priority they use what it leaves idle.
+        # On a CPU the workers share the cores with training. At low priority they use only idle time.
         worker_init_fn=partial(_init_worker, low_priority=accelerator.device.type == "cpu"),
     )
-    # The sampler has split the batches among the ranks already. accelerate is told of one process, so that it moves
-    # batches to the device and neither shards nor pads them.
+    # The sampler already splits the batches among the ranks. With one process, accelerate moves batches to the device
+    # and neither shards nor pads them.
     return prepare_data_loader(
         loader,
         device=accelerator.device,
@@ -111,7 +111,7 @@ def make_dataloader(
 
 
 def _init_worker(_: int, *, low_priority: bool) -> None:
-    for number in STOP_SIGNALS:  # they are sent to whole process groups, and the trainer handles them
+    for number in STOP_SIGNALS:  # sent to whole process groups; the trainer handles them
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_on_sigterm, args=(os.getppid(),), daemon=True).start()
@@ -121,7 +121,7 @@ def _init_worker(_: int, *, low_priority: bool) -> None:
 
 
 def _exit_on_sigterm(trainer: int) -> None:
-    """Exit at a SIGTERM of the trainer: at its own end, Python terminates the workers so and waits for them."""
+    """Exit at a SIGTERM from the trainer. Python sends it to its workers when it exits, and waits for them."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from trainer.config.schema import DataConfig
 from trainer.data.index import DatasetIndex, read_index, without_images
-from trainer.data.progress import NOWHERE, ProgressHooks
+from trainer.data.progress import NO_PROGRESS, ProgressHooks
 from trainer.data.registry import cache_folder, resolve_root
 from trainer.data.validation import check_images, unreadable_error
 from trainer.text import escape_unprintable
@@ -37,7 +37,7 @@ class Prepared:
 
 
 def prepare(
-    data: DataConfig, *, workers: int, displays: ProgressHooks = NOWHERE, check: bool = True
+    data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROGRESS, check: bool = True
 ) -> Prepared:
     """List and validate the images of a dataset; download or generate a named dataset first.
 
@@ -51,7 +51,7 @@ def prepare(
         UserError: no such dataset, an unknown layout, or unreadable images.
 
     """
-    assert data.root is not None  # for mypy; main has checked it
+    assert data.root is not None  # for mypy: `resolve` has checked it
     cache = cache_folder(data.cache)
     with displays.downloading(data.root) as on_progress:
         folder = resolve_root(data.root, cache=cache, seed=data.seed, on_progress=on_progress)

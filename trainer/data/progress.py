@@ -1,4 +1,4 @@
-"""Hooks that display the progress of the data's preparation; by default nothing is displayed."""
+"""Hooks for progress displays while the data is prepared."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,4 +17,4 @@ class ProgressHooks:
     """Opens a display; it yields a callback for (images checked, total images)."""
 
 
-NOWHERE = ProgressHooks()
+NO_PROGRESS = ProgressHooks()

@@ -1,9 +1,9 @@
-"""The order of the examples: which examples make which update, and which of them a rank gets.
+"""Samplers: the examples of each global batch, and the local batches of each rank.
 
-The order is a pure function of (seed, epoch). Step s of an epoch updates on `order[s * B : (s + 1) * B]`, for any
-number of processes: rank r of w takes every w-th of those. Nothing is padded or repeated (except by balanced
-sampling, whose epochs have the same length), so local batches may differ in size, and may be empty in the last step
-of an epoch.
+The order of an epoch is a pure function of (seed, epoch). Step s updates on `order[s * B : (s + 1) * B]` for any number
+of processes: rank r of w takes every w-th of these examples, from the r-th on. Nothing is padded. Only balanced
+sampling repeats examples, within an epoch of the same length. Local batches may therefore differ in size, and may be
+empty in the last step of an epoch.
 """
 
 import hashlib
@@ -20,45 +20,45 @@ from trainer.seeds import derive_seed
 
 
 class SampleKey(NamedTuple):
-    """One example in one epoch: together with the run's seed, it determines the crop."""
+    """Key of a sample: with the seed of the run, it determines the augmentation."""
 
     epoch: int
     example: int
     repeat: int = 0
-    """How often the epoch had the example before (balanced sampling): each time it is cropped differently."""
+    """Number of earlier occurrences in the epoch (balanced sampling); each one is augmented differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochOrder:
-    """The order of the training examples in each epoch, split into global batches."""
+    """Order of the training examples in each epoch, and its global batches."""
 
     examples: int
     """Number of training examples."""
     batch_size: int
     """Size of the global batch."""
     seed: int
-    """The run's seed."""
+    """Seed of the run."""
     labels: tuple[int, ...] | None = field(default=None, repr=False)
-    """Labels of the examples for balanced sampling; None: each epoch has each example once."""
+    """Labels of the examples for balanced sampling; None for each example once per epoch."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return the number of updates of an epoch; the last batch may be smaller."""
+        """Return the number of updates per epoch; the last batch may be smaller."""
         return -(-self.examples // self.batch_size)
 
     def permutation(self, epoch: int) -> Tensor:
-        """Return the order of an epoch (from 0), int64 [examples]; balanced sampling repeats some examples."""
+        """Return the order of an epoch, counted from 0: int64 [examples]. Balanced sampling repeats some examples."""
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
         if self.labels is not None:
             return balanced(torch.tensor(self.labels), generator)
         return torch.randperm(self.examples, generator=generator)
 
     def batch(self, epoch: int, step: int) -> list[int]:
-        """Return the examples of a global batch; epoch and step of the epoch are counted from 0."""
+        """Return the examples of a global batch; epoch and step within the epoch count from 0."""
         return self.permutation(epoch)[step * self.batch_size : (step + 1) * self.batch_size].tolist()
 
     def digest(self, epoch: int) -> str:
-        """Return the SHA-256 of an epoch's order: another digest is another order."""
+        """Return the SHA-256 of the order of an epoch."""
         return hashlib.sha256(self.permutation(epoch).numpy().tobytes()).hexdigest()
 
     @property
@@ -69,12 +69,12 @@ class EpochOrder:
 
 
 class DistributedBatchSampler:
-    """One rank's local batches, from update `start_step` of the run to its end.
+    """Local batches of one rank, from step `start_step` of the run to its end.
 
-    It goes through the epochs without a pause, so that workers decode ahead while the model is evaluated.
+    It iterates over all epochs, so that workers prefetch the next epoch while the model is evaluated.
     """
 
-    batch_size = 1  # accelerate reads it; the real sizes are those of the lists
+    batch_size = 1  # accelerate reads this attribute; the lists have the real sizes
 
     def __init__(
         self, order: EpochOrder, *, epochs: int, start_step: int = 0, rank: int = 0, world_size: int = 1
@@ -99,7 +99,7 @@ class DistributedBatchSampler:
 
 
 class EvalBatchSampler:
-    """One rank's batches for evaluation: every world_size-th example, each once."""
+    """Batches of one rank for evaluation: every world_size-th example, each once."""
 
     def __init__(self, examples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         self.local = range(rank, examples, world_size)

@@ -49,7 +49,7 @@ class BrokenPipeSafeStream:
 
 
 def make_console(*, speaks: bool) -> Console:
-    """Return the console of this process, which prints nothing unless it `speaks`: only rank 0 does.
+    """Return the console of this process; it prints only if `speaks` is true, as on rank 0.
 
     Long lines are wrapped on a terminal, but not in a file.
     """
@@ -155,13 +155,13 @@ class ProgressBar:
 
     def show_metrics(self, progress: Progress) -> None:
         """Show the metrics of the epoch so far: in the bar, or as a line every few seconds."""
-        figures, step, steps = progress.metrics, progress.epoch_step, self.steps_per_epoch
-        text = f"loss {figures.loss:.3f} acc {figures.accuracy:.3f} {format_rate(figures.rate)} ex/s"
+        metrics, step, steps = progress.metrics, progress.epoch_step, self.steps_per_epoch
+        text = f"loss {metrics.loss:.3f} acc {metrics.accuracy:.3f} {format_rate(metrics.rate)} ex/s"
         self._bar.update(self._task, metrics=text)
         is_due = time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES and step < steps
         if is_due and not self.console.is_terminal:
             self._last_line = time.monotonic()
-            eta = (self.epochs * steps - progress.step) * figures.seconds / step
+            eta = (self.epochs * steps - progress.step) * metrics.seconds / step
             self.console.print(
                 f"  epoch {progress.epoch}/{self.epochs} step {step}/{steps}  {text}  ETA {format_duration(eta)}"
             )

@@ -13,41 +13,42 @@ from trainer.metrics import Progress
 
 
 class ConsoleLogger:
-    """Prints what the loop reports."""
+    """Logger that prints the metrics of each batch."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def log_progress(self, epoch: int, epoch_step: int) -> None:
-        """Say nothing: the figures follow."""
+        """Do nothing."""
 
     def log_step(self, progress: Progress) -> None:
-        """Print the figures so far."""
-        figures = progress.metrics
+        """Print the metrics of the epoch so far."""
+        metrics = progress.metrics
         self._console.print(
-            f"batch {progress.epoch_step}: loss so far {figures.loss:.4f}, accuracy {figures.accuracy:.3f}, "
-            f"{1000 * figures.compute_seconds:,.0f} ms computing of {1000 * figures.seconds:,.0f} ms"
+            f"batch {progress.epoch_step}: loss so far {metrics.loss:.4f}, accuracy {metrics.accuracy:.3f}, "
+            f"{1000 * metrics.compute_seconds:,.0f} ms computing of {1000 * metrics.seconds:,.0f} ms"
         )
 
     def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
         """Print the evaluations."""
-        for part, found in evaluations.items():
-            self._console.print(f"evaluated {found.seen} images of {part}: {sum(found.correct)} right")
+        for split, evaluation in evaluations.items():
+            correct = sum(evaluation.correct)
+            self._console.print(f"evaluated {evaluation.seen} images of {split}: {correct} correct")
 
 
 def describe_tensor(console: Console, name: str, tensor: Tensor) -> None:
-    """Print a tensor's type, shape, device and range."""
-    shown = tensor.detach().float()
+    """Print the type, shape, device and range of a tensor."""
+    values = tensor.detach().float()
     console.print(
         f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}, "
-        f"from {shown.min():.3g} to {shown.max():.3g}, mean {shown.mean():.3g}"
+        f"from {values.min():.3g} to {values.max():.3g}, mean {values.mean():.3g}"
     )
 
 
 @contextmanager
 def print_layers(model: nn.Module, console: Console, device: torch.device) -> Iterator[None]:
-    """Print each direct child's output shape and time, for the forward passes within the block."""
-    began: dict[str, float] = {}
+    """Print output shape and time of each child module, for the forward passes inside a `with` block."""
+    start_times: dict[str, float] = {}
 
     def clock() -> float:
         if device.type == "cuda":
@@ -55,11 +56,11 @@ def print_layers(model: nn.Module, console: Console, device: torch.device) -> It
         return time.perf_counter()
 
     def enter(name: str) -> None:
-        began[name] = clock()
+        start_times[name] = clock()
 
     def leave(name: str, output: object) -> None:
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        console.print(f"  {name:<16} {shape!s:<24} {1000 * (clock() - began[name]):8.1f} ms")
+        console.print(f"  {name:<16} {shape!s:<24} {1000 * (clock() - start_times[name]):8.1f} ms")
 
     handles = []
     for name, child in model.named_children():

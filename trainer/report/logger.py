@@ -20,9 +20,9 @@ _SECONDS_BETWEEN_CURVES = 20.0  # drawing must not slow down short epochs
 
 
 class RunLogger:
-    """Rank 0's logger.
+    """Logger of rank 0.
 
-    A failure to write is kept in `failure`: only rank 0 knows of it, and all processes have to stop for it together.
+    A write error is stored in `failure` and not raised: only rank 0 knows of it, and all ranks must stop together.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class RunLogger:
         """Start with the metrics of a checkpoint.
 
         Args:
-            progress_bar: on the console.
-            folder: of the run.
-            title: of the curves.
-            device: whose peak memory is logged.
-            text: metrics.jsonl so far; empty for a new run.
+            progress_bar: progress bar on the console.
+            folder: folder of the run.
+            title: title of the curves.
+            device: device whose peak memory is logged.
+            text: content of metrics.jsonl so far; empty for a new run.
             check: raises a UserError if this process may no longer write into the folder.
 
         Raises:
@@ -54,9 +54,11 @@ class RunLogger:
         self._folder, self._title, self._device = folder, title, device
         self._drawn_at = 0.0
         self._check = check
-        with self._keep_failure():
+        with self._store_failure():
             self._metrics = MetricsFile(folder / METRICS, text)
-        if self.failure is not None:  # before training, all processes learn of it at once
+        if (
+            self.failure is not None
+        ):  # before training, an error may be raised: make_logger raises it on all ranks
             raise self.failure
 
     @property
@@ -71,13 +73,13 @@ class RunLogger:
 
     @property
     def text(self) -> str:
-        """Return metrics.jsonl so far."""
+        """Return the content of metrics.jsonl so far."""
         return self._metrics.text
 
     def log_start(self, evaluations: Evaluations, seconds: float) -> None:
-        """Log the evaluation before the first step; `seconds` is the time that fitting the output layer took."""
+        """Log the evaluation before the first step; `seconds` is the time to fit the output layer."""
         row = start_row(evaluations, seconds)
-        with self._keep_failure():
+        with self._store_failure():
             self._metrics.append(row)
         self._progress_bar.print_start(row, tuple(evaluations))
 
@@ -86,15 +88,15 @@ class RunLogger:
         self._progress_bar.advance(epoch, epoch_step)
 
     def log_step(self, progress: Progress) -> None:
-        """Log the metrics within an epoch."""
+        """Log a step within an epoch."""
         self._progress_bar.show_metrics(progress)
-        with self._keep_failure():
+        with self._store_failure():
             self._metrics.append(train_row(progress, self._progress_bar.steps_per_epoch))
 
     def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
-        """Log an epoch, and draw the curves again."""
+        """Log an epoch, and redraw the curves unless they were drawn a moment ago."""
         row = epoch_row(progress, evaluations, peak_memory(self._device))
-        with self._keep_failure():
+        with self._store_failure():
             self._metrics.append(row)
         self._progress_bar.print_epoch(row, tuple(evaluations))
         if time.monotonic() - self._drawn_at > _SECONDS_BETWEEN_CURVES:
@@ -105,12 +107,12 @@ class RunLogger:
         self._drawn_at = time.monotonic()
         try:
             self._check()
-        except UserError as error:  # the checkpoint manager meets it as well
+        except UserError as error:  # the checkpoint manager raises it too
             self.failure = error
             return
         from trainer.report.figures import draw_curves  # noqa: PLC0415 (matplotlib takes seconds, on one rank only)
 
-        with self._keep_failure():
+        with self._store_failure():
             draw_curves(self.rows, self._folder / CURVES, title=self._title)
 
     def close(self) -> None:
@@ -119,19 +121,19 @@ class RunLogger:
         self._metrics.close()
 
     @contextmanager
-    def _keep_failure(self) -> Iterator[None]:
-        """Keep a full disk, or a folder that is gone, as one clear message."""
+    def _store_failure(self) -> Iterator[None]:
+        """Store an OSError, such as a full disk, as a UserError in `failure`."""
         try:
             yield
         except OSError as error:
             self.failure = UserError(
-                f"{self._folder}: the metrics could not be written ({error.strerror or error}). What was saved before "
-                "is whole: make room, and the same command resumes from there"
+                f"{self._folder}: the metrics could not be written ({error.strerror or error}). Earlier "
+                "checkpoints are complete: free some disk space, and the same command resumes from the newest one"
             )
 
 
 class NullLogger:
-    """The other ranks' logger: it logs nothing."""
+    """Logger of the other ranks, which logs nothing."""
 
     failure = None
     text = ""
@@ -141,32 +143,32 @@ class NullLogger:
         self.epochs: list[Row] = []
 
     def log_start(self, evaluations: Evaluations, seconds: float) -> None:
-        """Log nothing."""
+        """Do nothing."""
 
     def log_progress(self, epoch: int, epoch_step: int) -> None:
-        """Log nothing."""
+        """Do nothing."""
 
     def log_step(self, progress: Progress) -> None:
-        """Log nothing."""
+        """Do nothing."""
 
     def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
-        """Log nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Close nothing."""
+        """Do nothing."""
 
 
 def make_logger(
     run: OpenRun, schedule: TrainSchedule, *, title: str, done_steps: int, metrics: str
 ) -> tuple[RunLogger | NullLogger, ProgressBar]:
-    """Return this process's logger and progress bar. Every process must call it.
+    """Return the logger and the progress bar of this process. Every process must call it.
 
     Args:
         run: the open run folder.
-        schedule: the updates of the run.
-        title: of the curves.
-        done_steps: updates completed.
-        metrics: metrics.jsonl of the checkpoint; empty for a new run.
+        schedule: schedule of the run.
+        title: title of the curves.
+        done_steps: number of updates completed.
+        metrics: content of metrics.jsonl in the checkpoint; empty for a new run.
 
     Raises:
         UserError: metrics.jsonl cannot be written.

@@ -26,19 +26,19 @@ def lr_range_progress(console: Console, steps: int) -> Iterator[Callable[[float,
         TextColumn("learning rates"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[metrics]}"),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
-    task = progress.add_task("", total=steps, figures="")
+    task = progress.add_task("", total=steps, metrics="")
     last_line, step = time.monotonic(), 0
 
     def show(rate: float, loss: float) -> None:
         nonlocal last_line, step
         step += 1
         text = f"lr {rate:.2g} loss {loss:.3f}"
-        progress.update(task, advance=1, figures=text)
+        progress.update(task, advance=1, metrics=text)
         if not console.is_terminal and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
             console.print(f"  {step}/{steps}  {text}")

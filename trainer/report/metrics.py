@@ -117,17 +117,17 @@ def train_row(progress: Progress, steps_per_epoch: int) -> Row:
 
 def epoch_row(progress: Progress, evaluations: Evaluations, memory: int) -> Row:
     """Return the row of an epoch; `memory` is the peak memory of rank 0 [bytes]."""
-    figures = progress.metrics
+    metrics = progress.metrics
     row: Row = {
         "kind": "epoch",
         "epoch": progress.epoch,
         "step": progress.step,
-        "train_loss": figures.loss,
-        "train_accuracy": figures.accuracy,
-        "train_seen": figures.seen,
-        "examples_per_sec": figures.rate,
-        "examples_per_sec_compute": figures.compute_rate,
-        "seconds": figures.seconds,
+        "train_loss": metrics.loss,
+        "train_accuracy": metrics.accuracy,
+        "train_seen": metrics.seen,
+        "examples_per_sec": metrics.rate,
+        "examples_per_sec_compute": metrics.compute_rate,
+        "seconds": metrics.seconds,
         **{f"lr_{name}": lr for name, lr in progress.lr.items()},
         "memory_bytes": memory,
     }

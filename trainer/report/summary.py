@@ -21,13 +21,13 @@ class TrainResult:
     examples: tuple[int, int]
     """Number of training and of test examples."""
     val_split: str | None
-    """Split that the best epoch was selected on, or None if there is only the reported split."""
+    """Split that selects the best epoch; None if there is only the reported split."""
     rows: Sequence[Row] = ()
-    """Rows of its epochs in metrics.jsonl; empty on other ranks than 0."""
+    """Rows of the epochs in metrics.jsonl; empty on ranks other than 0."""
     alpha: float = 1.0
-    """Weight of the fine-tuned model in the model file; below 1 if WiSE-FT selected another."""
+    """WiSE-FT coefficient of the model file: 1 for the fine-tuned weights, lower if interpolated."""
     seconds: float = 0.0
-    """Wall-clock seconds of this start, from the data to the last save."""
+    """Wall-clock seconds of this process, from loading the data to the last save."""
 
     @property
     def model_file(self) -> Path:

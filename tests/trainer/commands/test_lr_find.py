@@ -1,181 +1,136 @@
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.folders import image_folder
-from trainer.commands import lr_find as verb
-from trainer.commands.lr_find import lr_find
+from trainer.commands.lr_find import lr_find, with_pretrained_weights
 from trainer.config.parse import parse
+from trainer.config.resolve import resolve
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
+from trainer.optim.train_step import TrainStep
 from trainer.pipeline import run
 
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    parts = {"train": {"a": 3, "b": 3}, "test": {"a": 1, "b": 1}}
-    return image_folder(tmp_path_factory.mktemp("images"), parts)
+Options = Callable[..., list[str]]
 
 
 @pytest.fixture
-def options(root: Path, tmp_path: Path) -> list[str]:
-    settings = {
-        "run.dir": tmp_path / "run", "run.device": "cpu", "run.threads": 1, "data.root": root, "data.image_size": 32,
-        "data.num_workers": 0, "data.cache": tmp_path / "cache", "model.name": "squeezenet1_1", "model.weights": "null",
-        "train.epochs": 1, "train.batch_size": 4,
-    }  # fmt: skip
-    return [f"--{key}={value}" for key, value in settings.items()]
+def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[float], list[int]]]:
+    """Return a list that each update extends by the rates of the groups and the examples of the batch."""
+    recorded: list[tuple[list[float], list[int]]] = []
+    original = TrainStep.__call__
+
+    def record(self: TrainStep, model: Any, optimizer: Any, batch: Any, step: int, size: int) -> Any:
+        recorded.append(([group["lr"] for group in optimizer.param_groups], batch.examples.tolist()))
+        return original(self, model, optimizer, batch, step, size)
+
+    monkeypatch.setattr(TrainStep, "__call__", record)
+    return recorded
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, each: Callable[[int, Any], None] = lambda *_: None) -> list[Any]:
-    """Return what will hold, for each update, the groups' rates and the examples of its share."""
-    seen: list[Any] = []
-
-    def update(model: Any, optimizer: Any, share: Any, scale: float, **keywords: Any) -> Any:
-        each(len(seen), model)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        seen.append((rates, share[2].tolist(), scale))
-        return verb_update(model, optimizer, share, scale, **keywords)
-
-    verb_update = verb.update
-    monkeypatch.setattr(verb, "update", update)
-    return seen
-
-
-def test_every_group_is_multiplied_alike_on_the_runs_own_batches(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen = watched(monkeypatch)
-    words = [*options, "--optim.lr=0.01", "--optim.head_lr_scale=3", "--optim.loss_reduction=sum"]
-    found = lr_find(["--from=1e-6", "--to=1e-4", "--steps=11", *words], StopSignals())
-    assert len(found.losses) == 11, "six epochs of two batches, the last of the sixth left out"
-    for (backbone, head), rate in zip((rates for rates, _, _ in seen), found.rates, strict=True):
-        assert (backbone, head) == (pytest.approx(rate), pytest.approx(3 * rate))
-    assert found.rates[0] == pytest.approx(1e-6)
-    assert found.rates[-1] == pytest.approx(1e-4)
-    examples = [examples for _, examples, _ in seen]
-    assert [len(some) for some in examples] == [4, 2] * 5 + [4], "ragged as the run's"
+def test_range_test_scales_every_group_on_the_batches_of_the_run(
+    options: Options, tmp_path: Path, updates: list[tuple[list[float], list[int]]], capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").write_text("of a run")
+    words = options(optim__lr=0.01, optim__head_lr_scale=3, optim__loss_reduction="sum")
+    result = lr_find(["--from=1e-6", "--to=1e-4", "--steps=11", *words], StopSignals())
+    assert len(result.losses) == 11, "five epochs of two batches, and one batch of the sixth"
+    for (rates, _), rate in zip(updates, result.rates, strict=True):
+        assert rates == [pytest.approx(rate), pytest.approx(3 * rate)]
+    assert (result.rates[0], result.rates[-1]) == (pytest.approx(1e-6), pytest.approx(1e-4))
+    batches = [examples for _, examples in updates]
+    assert [len(batch) for batch in batches] == [4, 2] * 5 + [4]
     for epoch in range(5):
-        assert sorted(examples[2 * epoch] + examples[2 * epoch + 1]) == list(range(6))
-    assert {scale for _, _, scale in seen} == {1.0}, "of the summed loss"
+        assert sorted(batches[2 * epoch] + batches[2 * epoch + 1]) == list(range(6))
     written = json.loads((tmp_path / "run" / "lr-find.json").read_text())
-    assert (written["lr"], written["loss"]) == (list(found.rates), list(found.losses))
+    assert (written["lr"], written["loss"]) == (list(result.rates), list(result.losses))
     assert written["loss_reduction"] == "sum"
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lr-find.json", "lr-find.png"]
-    assert "--steps" not in capsys.readouterr().out.split("regraft train")[-1], "not the run's option"
-
-
-def test_the_first_loss_is_that_of_the_runs_first_batch(options: list[str], tmp_path: Path) -> None:
-    found = lr_find(["--from=1e-9", "--to=2e-9", "--steps=10", *options], StopSignals())
-    run(parse([*options, "--optim.lr=1e-9", "--train.logs_per_epoch=2"]), StopSignals())
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    first, second = (json.loads(line) for line in lines[:2])
-    assert found.losses[0] == pytest.approx(first["train_loss"], rel=1e-6), (
-        "the same model, batch, crops and masks"
+    files = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert files == ["lr-find.json", "lr-find.png", "model.safetensors"], (
+        "the run in this folder is not changed"
     )
-    assert (4 * found.losses[0] + 2 * found.losses[1]) / 6 == pytest.approx(second["train_loss"], rel=1e-5)
+    assert (tmp_path / "run" / "model.safetensors").read_text() == "of a run"
+    assert "--steps" not in capsys.readouterr().out.split("regraft train")[-1]
 
 
-def test_it_stops_where_it_diverges_and_suggests_a_rate_that_does_not(
-    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_first_losses_are_those_of_the_run(options: Options, tmp_path: Path) -> None:
+    result = lr_find(["--from=1e-9", "--to=2e-9", "--steps=10", *options()], StopSignals())
+    run(parse(options(optim__lr=1e-9, train__logs_per_epoch=2)), StopSignals())
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    first, second = (json.loads(line)["train_loss"] for line in lines[:2])
+    assert result.losses[0] == pytest.approx(first, rel=1e-6)
+    assert (4 * result.losses[0] + 2 * result.losses[1]) / 6 == pytest.approx(second, rel=1e-5)
+
+
+def test_range_test_stops_when_the_loss_diverges(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = lr_find(["--from=1e-6", "--to=1e6", "--steps=60", *options, "--optim.momentum=0"], StopSignals())
-    assert found.diverged
-    assert len(found.losses) < 60
+    words = ["--from=1e-6", "--to=1e6", "--steps=60", *options(optim__momentum=0)]
+    result = lr_find(words, StopSignals())
+    assert result.diverged
+    assert len(result.losses) < 60
     written = json.loads((tmp_path / "run" / "lr-find.json").read_text())
     assert written["diverged"] is True
     assert max(written["loss"]) < float("inf")
-    said = capsys.readouterr().out
-    assert "diverged" in said
-    lr = found.suggestion.lr
-    assert ("no suggestion" in said) == (lr is None)
+    printed = capsys.readouterr().out
+    assert "diverged" in printed
+    lr = result.suggestion.lr
+    assert ("no suggestion" in printed) == (lr is None)
     if lr is not None:
-        assert lr < found.rates[-1]
-        assert f"--optim.lr {lr:.2g}" in said
+        assert lr < result.rates[-1]
+        assert f"--optim.lr {lr:.2g}" in printed
 
 
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {
-        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-@pytest.mark.slow
-def test_a_run_that_is_there_is_not_touched_and_one_that_comes_is_not_hindered(
-    options: list[str], tmp_path: Path
-) -> None:
-    words = ["--from=1e-6", "--to=1e-5", "--steps=10", *options]
-    lr_find(words, StopSignals())
-    run(parse(options), StopSignals())
-    before = contents(tmp_path / "run")
-    lr_find([*words, "--optim.lr=0.3"], StopSignals())
-    after = contents(tmp_path / "run")
-    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed == {"lr-find.json", "lr-find.png"}
-
-
-def test_a_signal_ends_it_between_two_updates_and_nothing_is_written(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_signal_stops_the_test_between_updates_and_nothing_is_written(
+    options: Options, tmp_path: Path, updates: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signals = StopSignals()
+    original = TrainStep.__call__
 
-    def asked(step: int, _: object) -> None:
-        if step == 3:
+    def stop_in_fourth_update(*arguments: Any) -> Any:
+        if len(updates) == 3:
             signals.received = signal.SIGTERM
+        return original(*arguments)
 
-    seen = watched(monkeypatch, asked)
+    monkeypatch.setattr(TrainStep, "__call__", stop_in_fourth_update)
     with pytest.raises(Stopped, match="SIGTERM"):
-        lr_find([*options, "--steps=10"], signals)
-    assert len(seen) == 4
+        lr_find([*options(), "--steps=10"], signals)
+    assert len(updates) == 4
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "message"),
     [
         (["--from=1", "--to=0.1"], "--from 1, --to 0.1: expected two learning rates"),
         (["--from=0"], "--from 0"),
         (["--to=inf"], "--to inf"),
         (["--from=nan"], "--from nan"),
         (["--steps=9"], "--steps 9: expected 10 or more"),
-        (["--debug"], "--debug is a run of its own"),
+        (["--debug"], "--debug cannot be combined"),
         (["--optim.lrr=1"], "Did you mean optim.lr"),
         (["--data.root=nowhere/at-all"], "nowhere/at-all"),
     ],
 )
-def test_what_is_wrong_is_said_before_any_update(
-    words: list[str], expected: str, options: list[str], tmp_path: Path
+def test_invalid_options_are_reported_before_any_update(
+    words: list[str], message: str, options: Options, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError) as caught:
-        lr_find([*options, *words], StopSignals())
-    assert expected in str(caught.value)
+    with pytest.raises(UserError) as error:
+        lr_find([*options(), *words], StopSignals())
+    assert message in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_a_source_model_of_ones_own_has_to_be_trained_first(
-    options: list[str], tmp_path: Path, root: Path
-) -> None:
-    words = [*options, f"--pretrain.root={root}", "--pretrain.epochs=1", "--optim.name=adamw"]
-    with pytest.raises(UserError, match=r"source/model\.safetensors is not there yet: train it"):
+def test_range_test_starts_from_the_pretrained_model(options: Options, images: Path, tmp_path: Path) -> None:
+    words = options(pretrain__root=images)
+    with pytest.raises(UserError, match=r"pretrain/model\.safetensors does not exist yet"):
         lr_find(words, StopSignals())
-    run(parse(words), StopSignals())
-    found = lr_find([*words, "--from=1e-6", "--to=1e-5", "--steps=10"], StopSignals())
-    scratch = lr_find([*options, "--from=1e-6", "--to=1e-5", "--steps=10"], StopSignals())
-    assert found.losses[0] != pytest.approx(scratch.losses[0], rel=1e-3), (
-        "it starts from the source's weights"
-    )
+    model_file = tmp_path / "run" / "pretrain" / "model.safetensors"
+    model_file.parent.mkdir(parents=True)
+    model_file.touch()
+    config = with_pretrained_weights(resolve(parse(words)))
+    assert (config.model.weights, config.pretrain.root) == (str(model_file), None)

@@ -1,49 +1,44 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from trainer.config.parse import QUICKSTART, dump, keys, parse
+from trainer.config.options import CONFIGS, OPTIONS, RENAMED
+from trainer.config.parse import QUICKSTART, dump, parse
 from trainer.errors import UserError
 
 
-def write(folder: Path, text: str) -> str:
-    path = folder / "run.yaml"
-    path.write_text(text, encoding="utf-8")
-    return str(path)
+def test_later_options_win(write_yaml: Callable[..., str]) -> None:
+    one = write_yaml("optim: {lr: 0.5, weight_decay: 0.25, lr_mult: {layer1: 2}}", "one.yaml")
+    two = write_yaml("optim: {lr: 0.75, momentum: 0.5}\ntrain: {epochs: 7}", "two.yaml")
+    optim = parse([f"--config={one}", "--config", two, "--optim.momentum", "0.25"]).optim
+    assert (optim.lr, optim.weight_decay, optim.momentum) == (0.75, 0.25, 0.25)
+    assert (optim.lr_mult, optim.head_lr_scale) == ({"layer1": 2}, 10), "the first file and the default"
+    assert parse([f"--config={two}", f"--config={one}"]).optim.lr == 0.5
+    assert parse(["--optim.lr=0.125", f"--config={one}"]).optim.lr == 0.5, "a file after an option"
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
-    file = write(tmp_path, "optim: {lr: 0.5, weight_decay: 0.25}")
-    config = parse(["--config", file, "--optim.lr", "0.125"])
-    assert (config.optim.lr, config.optim.weight_decay, config.optim.head_lr_scale) == (0.125, 0.25, 10)
-
-
-def test_a_command_line_before_the_file_wins_too(tmp_path: Path) -> None:
-    file = write(tmp_path, "optim: {lr: 0.5}")
-    assert parse(["--config", file, "--optim.lr=0.125"]).optim.lr == 0.125
-
-
-def test_without_config_and_data_it_is_the_quickstart() -> None:
+def test_quickstart_is_the_default_config() -> None:
     assert parse([]) == parse(["--config", str(QUICKSTART)])
+    assert parse(["--train.epochs=1"]).pretrain.root == "synthetic-source"
     assert parse(["--data.root", "x"]).pretrain.root is None
 
 
-def test_what_is_dumped_is_read_again_to_the_same(tmp_path: Path) -> None:
+def test_dumped_config_is_parsed_to_the_same_config(write_yaml: Callable[..., str]) -> None:
     config = parse(
         ["--data.root", "päth mit 图片", "--data.mean", "[0.1, 0.2, 0.3]", "--data.std", "[1, 1, 1]"]
     )
-    assert parse(["--config", write(tmp_path, dump(config))]) == config
+    assert parse(["--config", write_yaml(dump(config))]) == config
 
 
-@pytest.mark.parametrize("basic", sorted(QUICKSTART.parent.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_loads(recipe: Path) -> None:
-    config = parse(["--config", str(recipe)])
-    assert config.run.dir == f"runs/{recipe.stem}"
-    assert f"--config configs/{recipe.name}" in recipe.read_text(encoding="utf-8"), "headed by its command"
+@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_recipe_is_valid_and_headed_by_its_command(recipe: Path) -> None:
+    assert parse(["--config", str(recipe)]).run.dir == f"runs/{recipe.stem}"
+    assert f"--config configs/{recipe.name}" in recipe.read_text(encoding="utf-8")
 
 
-def test_the_hotdog_recipe_is_the_notes() -> None:
-    config = parse(["--config", str(QUICKSTART.with_name("hotdog.yaml"))])
+def test_hotdog_recipe_has_the_values_of_the_d2l_recipe() -> None:
+    config = parse(["--config", str(CONFIGS / "hotdog.yaml")])
     assert (config.model.name, config.optim.loss_reduction, config.optim.name) == ("resnet18", "sum", "sgd")
     assert (config.optim.lr, config.optim.head_lr_scale, config.optim.weight_decay) == (5e-5, 10, 1e-3)
     assert (config.optim.momentum, config.optim.schedule, config.model.head_init) == (0, "constant", "xavier")
@@ -52,40 +47,73 @@ def test_the_hotdog_recipe_is_the_notes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("options", "words"),
     [
-        (["--optim.lrr", "1"], ["optim.lrr", "Did you mean optim.lr", "optim.head_lr_scale"]),
-        (["--lr", "1"], ["'lr'", "optim.lr"]),
-        (["--optim.lr", "fast"], ["optim.lr", "fast"]),
-        (["--optim.lr", "-1"], ["optim.lr", "above 0"]),
-        (["--optim.lr", ".nan"], ["optim.lr", "above 0"]),
-        (["--data.mean", "[0, .nan, 0]", "--data.std", "[1, 1, 1]"], ["data.mean", "finite"]),
-        (["--data.mean", "[0, 0, 0]", "--data.std", "[1, .inf, 1]"], ["data.std", "finite"]),
-        (["--pretrain.lr", ".inf"], ["pretrain.lr", "above 0"]),
-        (["--optim.name", "adam"], ["optim.name", "sgd", "adamw"]),
-        (["--train.epochs", "0"], ["train.epochs", "1 or more"]),
-        (["--train.epochs", "1.5"], ["train.epochs"]),
-        (["--train.grad_accum_steps", "64"], ["train.grad_accum_steps", "train.batch_size"]),
-        (["--data.mean", "[0, 0, 0]"], ["data.mean", "data.std"]),
-        (["--data.mean", "[0, 0]", "--data.std", "[1, 1]"], ["data.mean"]),
-        (["--data.val_fraction", "1"], ["data.val_fraction"]),
-        (["--data.crop_scale", "[0.5, 0.2]"], ["data.crop_scale"]),
-        (["--data.extensions", "[jpg]"], ["data.extensions", "dot"]),
-        (["--optim.warmup", "5 minutes"], ["optim.warmup", "5 minutes", "steps"]),
-        (["--train.precision", "fp16", "--run.device", "cpu"], ["train.precision", "run.device"]),
-        (["--pretrain.root", "x"], ["pretrain.root", "model.weights"]),
-        (["--model.weights", "null", "--baseline.lr", "0.1"], ["baseline.lr"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml", "quickstart.yaml"]),
-        (["stray"], ["stray"]),
+        ("--optim.lrr 1", ["optim.lrr", "Did you mean optim.lr", "optim.head_lr_scale"]),
+        ("--lr 1", ["'lr'", "optim.lr"]),
+        ("--optim {}", ["'optim'", "optim.lr"]),
+        ("--optim.lr", ["optim.lr", "expected one argument"]),
+        ("--optim.lr fast", ["optim.lr", "fast"]),
+        ("--optim.lr -1", ["optim.lr is -1.0", "above 0"]),
+        ("--optim.lr .nan", ["optim.lr", "above 0"]),
+        ("--optim.lr_mult {fc:0}", ["optim.lr_mult", "fc"]),
+        ("--optim.name adam", ["optim.name", "sgd", "adamw"]),
+        ("--optim.warmup 5minutes", ["optim.warmup", "5minutes", "steps"]),
+        ("--data.mean [0,.nan,0] --data.std [1,1,1]", ["data.mean", "finite"]),
+        ("--data.mean [0,0,0] --data.std [1,.inf,1]", ["data.std", "finite"]),
+        ("--data.mean [0,0,0] --data.std [1,0,1]", ["data.std", "above 0"]),
+        ("--data.mean [0,0,0]", ["data.mean", "data.std"]),
+        ("--data.mean [0,0] --data.std [1,1]", ["data.mean"]),
+        ("--data.val_fraction 1", ["data.val_fraction", "below 1"]),
+        ("--data.crop_scale [0.5,0.2]", ["data.crop_scale", "smallest <= largest"]),
+        ("--data.extensions [jpg]", ["data.extensions", "dot"]),
+        ("--data.random_erasing 1.1", ["data.random_erasing is 1.1", "a probability"]),
+        ("--pretrain.lr .inf", ["pretrain.lr", "above 0"]),
+        ("--regularization.label_smoothing 1", ["regularization.label_smoothing is 1.0", "0 to below 1"]),
+        ("--regularization.label_smoothing .nan", ["regularization.label_smoothing is nan"]),
+        ("--regularization.mixup -0.1", ["regularization.mixup is -0.1", "0 or more"]),
+        ("--regularization.cutmix .inf", ["regularization.cutmix is inf", "0 or more"]),
+        ("--train.epochs 0", ["train.epochs", "1 or more"]),
+        ("--train.epochs 1.5", ["train.epochs"]),
+        ("--checkpoint.every often", ["checkpoint.every is 'often'", "expected an interval"]),
+        ("--checkpoint.every 0steps", ["checkpoint.every is '0steps'", "expected more than"]),
+        ("--checkpoint.keep_every 10min", ["checkpoint.keep_every is '10min'", "steps, epochs or a percentage"]),
+        ("--checkpoint.keep_last 0 --checkpoint.every null", ["checkpoint.keep_last is 0", "1 or more"]),
+        ("--transfer.trainable {'1':all}", ["transfer.trainable", "start with epoch 0"]),
+        ("--train.grad_accum_steps 64", ["train.grad_accum_steps is 64", "train.batch_size is 32"]),
+        ("--train.precision fp16 --run.device cpu", ["train.precision", "run.device"]),
+        ("--pretrain.root x", ["pretrain.root", "model.weights"]),
+        ("--model.weights null --baseline.lr 0.1", ["baseline.lr"]),
+        ("--model.weights null --transfer.l2_sp 0.1", ["transfer.l2_sp is 0.1", "pretrained weights"]),
+        ("--model.weights null --transfer.wise_ft true", ["transfer.wise_ft is True", "pretrained weights"]),
+        ("--model.weights null --model.head_init linear-probe", ["model.head_init", "pretrained weights"]),
+        ("--data.sampling balanced --regularization.class_weights balanced", ["data.sampling", "class_weights"]),
+        ("--regularization.mixup 0.2 --train.batch_size 1", ["regularization.mixup", "train.batch_size is 1"]),
+        ("--regularization.cutmix 1 --train.batch_size 1", ["regularization.mixup", "train.batch_size is 1"]),
+        ("--config nowhere.yaml", ["nowhere.yaml", "quickstart.yaml"]),
+        ("stray", ["stray"]),
+    ],
+)  # fmt: skip
+def test_invalid_option_is_named(options: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        parse(["--data.root", "images", *options.split()])
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--checkpoint.every null --checkpoint.keep_best false --checkpoint.keep_last 1",
+        "--checkpoint.every 10min --checkpoint.keep_every 10epochs",
+        "--checkpoint.every 3steps --checkpoint.keep_every 25%",
+        "--model.weights null --pretrain.root images --transfer.l2_sp 0.1 --transfer.wise_ft true",
+        "--regularization.mixup 0.2",
+        "--data.sampling balanced --data.extensions [.gif]",
     ],
 )
-def test_what_is_wrong_is_named_before_any_work(argv: list[str], words: list[str]) -> None:
-    if "--config" not in argv:
-        argv = ["--data.root", "images", *argv]
-    with pytest.raises(UserError) as caught:
-        parse(argv)
-    for word in words:
-        assert word in str(caught.value)
+def test_valid_combination_is_accepted(options: str) -> None:
+    parse(["--data.root", "images", *options.split()])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +122,7 @@ def test_what_is_wrong_is_named_before_any_work(argv: list[str], words: list[str
         ("optim: {lrr: 1}", ["optim.lrr", "optim.lr"]),
         ("optimizer: {lr: 1}", ["optimizer", "Valid"]),
         ("optim: 5", ["optim", "5"]),
-        ("optim: {lr: 1, lr: 2}", ["lr", "twice"]),
+        ("optim: {lr: 1, lr: 2}", ["line 1", "duplicate keys: lr"]),
         ("- a list", ["sections"]),
         ("", ["sections"]),
         ("optim: {lr: [", ["not a readable YAML"]),
@@ -103,37 +131,45 @@ def test_what_is_wrong_is_named_before_any_work(argv: list[str], words: list[str
         ("run: {dir: 2024-13-45}", ["not a readable YAML"]),
         ("run: {dir: 0x_}", ["not a readable YAML"]),
         ("[" * 2000, ["not a readable YAML"]),
+        (b"\xff\xfe\x00\x81", ["run.yaml", "not a readable YAML"]),
     ],
 )
-def test_a_wrong_file_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        parse(["--config", write(tmp_path, text)])
+def test_invalid_config_file_is_reported(text: str | bytes, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        parse(["--config", str(tmp_path / "run.yaml")])
     for word in words:
-        assert word in str(caught.value)
+        assert word in str(error.value)
 
 
-def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(UserError, match=r"x\.yaml"):
-        parse(["--config", str(tmp_path / "x.yaml")])
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_name_is_refused_with_the_new_name(old: str, new: str, write_yaml: Callable[..., str]) -> None:
+    key, _, value = old.partition(" ")
+    if "." not in key:  # a section
+        new = next(option for option in sorted(OPTIONS) if option.startswith(f"{new}."))
+        key = f"{key}.{new.partition('.')[2]}"
+    section, _, name = key.partition(".")
+    assert new.partition(" ")[0] in OPTIONS
+    file = write_yaml(
+        f"data: {{root: x}}\n{section}: {{{name}: {value or 1}}}".replace("data: {root: x}\ndata", "data")
+    )
+    for words in (
+        ["--config", file],
+        ["--data.root=x", f"--{key}", value or "1"],
+        ["--data.root=x", f"--{key}={value or 1}"],
+    ):
+        with pytest.raises(UserError, match=f"was renamed to {new}"):
+            parse(words)
 
 
-def test_help_shows_every_key_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse(["--help"])
-    assert caught.value.code == 0
-    shown = capsys.readouterr().out
-    for key in keys():
-        assert f"--{key}" in shown
-    assert "pixels" in " ".join(shown.split())
-
-
-def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse(["--data.root", "x", "--optim.lr", "0.125", "--print_config"])
-    assert caught.value.code == 0
-    printed = capsys.readouterr().out
-    assert parse(["--config", write(tmp_path, printed)]).optim.lr == 0.125
+def test_printed_config_is_parsed_to_the_same_config(
+    write_yaml: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data.root", "x", "--optim.lr", "0.125", "--transfer.strategy=head-only"]
+    with pytest.raises(SystemExit) as exit_:
+        parse([*options, "--print_config"])
+    assert exit_.value.code == 0
+    assert parse(["--config", write_yaml(capsys.readouterr().out)]) == parse(options)
 
 
 def test_debug_needs_no_value() -> None:

@@ -158,17 +158,6 @@ def test_without_a_network_the_error_says_how_to_continue(server: Server, cache:
     )
 
 
-def test_unresolved_host_name_is_reported(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def getaddrinfo(*args: object, **kwargs: object) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    message = fetch_error(server, cache, url="http://data.example/set.zip")
-    assert "from http://data.example/set.zip: [Errno -2] Name or service not known.\n" in message
-
-
 # --- the cache folder
 
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from tests.folders import image_folder, picture
 from trainer.config.schema import DataConfig
-from trainer.data import registry, validation
+from trainer.data import validation
 from trainer.data.decode import decode
-from trainer.data.index import read_index, write_split
+from trainer.data.index import read_index
 from trainer.data.prepare import Prepared, ProgressHooks, prepare
 from trainer.errors import UserError
 
@@ -113,28 +113,6 @@ def test_each_image_of_a_dirty_folder_is_decoded_or_listed(tmp_path: Path) -> No
     assert "\n".join(prepared.notes).encode("utf-8")
 
 
-def test_split_of_a_dirty_folder_is_read_unchanged(tmp_path: Path) -> None:
-    make_dirty_folder(tmp_path / "data")
-    index = prepare(config(tmp_path / "data", on_unreadable="skip"), workers=1).index
-    write_split(index, tmp_path / "split.csv")
-    again = prepare(config(tmp_path / "split.csv"), workers=1).index
-    assert (again.classes, again.train, again.test) == (index.classes, index.train, index.test)
-
-
-def test_clean_dataset_has_no_notes(tmp_path: Path) -> None:
-    prepared = prepare(config(make_small_folder(tmp_path)), workers=1)
-    assert prepared.notes == ()
-    assert (len(prepared.index.train), len(prepared.index.test)) == (8, 4)
-
-
-def test_class_without_readable_images_is_an_error(tmp_path: Path) -> None:
-    make_small_folder(tmp_path)
-    for path in (tmp_path / "train" / "b").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match="no training image of these classes can be read: b"):
-        prepare(config(tmp_path, on_unreadable="skip"), workers=1)
-
-
 def test_images_are_not_decoded_without_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: str) -> None:
         pytest.fail(f"{path} was decoded")
@@ -164,27 +142,6 @@ def test_progress_is_reported_while_images_are_checked(tmp_path: Path) -> None:
     assert events[-2:] == [(12, 12), "closed"]
 
 
-def test_progress_is_reported_during_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[object] = []
-
-    @contextmanager
-    def show(name: str) -> Iterator[Callable[[int, int | None], None]]:
-        events.append(name)
-        yield lambda done, total: events.append((done, total))
-        events.append("closed")
-
-    def fetch_dataset(
-        dataset: object, cache: Path, *, on_progress: Callable[[int, int | None], None]
-    ) -> Path:
-        on_progress(1, 2)
-        return make_small_folder(tmp_path)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "fetch_dataset", fetch_dataset)
-    prepare(config(Path("hotdog")), workers=1, displays=ProgressHooks(downloading=show))
-    assert events == ["hotdog", (1, 2), "closed"]
-
-
 def test_options_are_passed_to_the_index(tmp_path: Path) -> None:
     image_folder(tmp_path, {"": {"a": 10, "b": 10}})
     data = config(tmp_path, val_fraction=0.25, test_fraction=0.2, seed=3, extensions=(".png",))
@@ -208,10 +165,10 @@ def test_fingerprint_depends_on_the_examples_but_not_on_the_folder(
     assert first == fingerprint(tmp_path / "other") == fingerprint("one")
     monkeypatch.chdir(tmp_path / "one")
     assert first == fingerprint(".")
-    picture = tmp_path / "other" / "train" / "a" / "000.png"
-    picture.rename(picture.with_name("9.png"))
+    image = tmp_path / "other" / "train" / "a" / "000.png"
+    image.rename(image.with_name("9.png"))
     assert first != fingerprint(tmp_path / "other")
-    picture.with_name("9.png").rename(picture)
+    image.with_name("9.png").rename(image)
     assert first == fingerprint(tmp_path / "other")
     (tmp_path / "other" / "val" / "a" / "000.png").unlink()
     assert first != fingerprint(tmp_path / "other"), "the best epoch is selected on these"

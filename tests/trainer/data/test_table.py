@@ -36,11 +36,8 @@ ROWS = ["a1.jpg,a,train", "b1.jpg,b,train", "a2.jpg,a,{}", "b2.jpg,b,{}", "a3.jp
 def test_splits_are_those_of_the_csv(tmp_path: Path, word: str) -> None:
     index = read(make_csv(tmp_path, HEADER + "\n".join(ROWS).format(word, word)))
     assert index.classes == ("a", "b")
-    assert [names(split) for split in (index.train, index.val, index.test)] == [
-        ["a1", "b1"],
-        ["a2", "b2"],
-        ["a3", "b3"],
-    ]
+    splits = [names(split) for split in (index.train, index.val, index.test)]
+    assert splits == [["a1", "b1"], ["a2", "b2"], ["a3", "b3"]]
     assert (index.val_split, index.reported, index.split_made) == ("val", "the CSV's test rows", False)
     assert index.root == tmp_path
     assert index.notes == ("6 images listed in list.csv",)
@@ -76,11 +73,8 @@ def test_paths_are_absolute_or_relative_to_the_csv_with_any_extension(
     text = f"path,label\ndeep/猫 1.jpg,a\n../beside,a\n{folder / 'x.dat'},b\n"
     rows, _ = read_table(make_csv(folder, text))
     monkeypatch.chdir(folder)
-    assert [Path(row.path).resolve() for row in rows] == [
-        folder / "deep/猫 1.jpg",
-        tmp_path / "beside",
-        folder / "x.dat",
-    ]
+    paths = [folder / "deep/猫 1.jpg", tmp_path / "beside", folder / "x.dat"]
+    assert [Path(row.path).resolve() for row in rows] == paths
     assert [row.split for row in rows] == [None] * 3
 
 
@@ -112,17 +106,10 @@ def test_invalid_rows_are_listed_by_line(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     text = (
         HEADER
-        + "a1.jpg,a,train\n"
-        + "gone.jpg,a,train\n"
-        + "a2.jpg,,train\n"
+        + "a1.jpg,a,train\ngone.jpg,a,train\na2.jpg,,train\n"
         + '"b\n1.jpg",b,train\n'  # one row on two lines
-        + "b1.jpg,b,dev\n"
-        + "./a1.jpg,a,test\n"
-        + f"{tmp_path}/folder.jpg,b,train\n"
-        + "b2.jpg,b\n"
-        + ",b,train\n"
-        + "link.jpg,b,train\n"
-        + "pipe.jpg,b,train\n"
+        + f"b1.jpg,b,dev\n./a1.jpg,a,test\n{tmp_path}/folder.jpg,b,train\nb2.jpg,b\n"
+        + ",b,train\nlink.jpg,b,train\npipe.jpg,b,train\n"
     )
     with pytest.raises(UserError) as caught:
         read_table(make_csv(tmp_path, text))

@@ -125,19 +125,6 @@ def test_temporary_failures_are_not_cached(tmp_path: Path, cache: Path, decoder:
     assert check([*paths, gone], cache) == {}
 
 
-def test_each_dataset_has_its_own_cache_file(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
-    one, other = images(tmp_path / "one", 4), images(tmp_path / "other", 4)
-    check(one, cache)
-    first = files(cache)[0].read_bytes()
-    check(other, cache)
-    assert len(files(cache)) == 2
-    assert first in [file.read_bytes() for file in files(cache)]
-    decoder.pop_names()
-    check(one, cache)
-    check(other, cache)
-    assert decoder.pop_names() == []
-
-
 def test_results_of_other_images_are_kept_while_their_files_exist(
     tmp_path: Path, cache: Path, decoder: Decoder
 ) -> None:
@@ -242,17 +229,6 @@ def test_progress_includes_cached_results_and_reaches_the_total(tmp_path: Path, 
     assert seen == sorted(seen)
 
 
-def test_image_listed_twice_is_decoded_once(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
-    paths = images(tmp_path / "data", 2)
-    check(paths * 3, cache)
-    assert decoder.pop_names() == ["000.png", "001.png"]
-
-
-def test_no_cache_is_created_without_images(tmp_path: Path, cache: Path) -> None:
-    assert check([], cache) == {}
-    assert not cache.exists()
-
-
 @pytest.fixture
 def read_only(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a cache folder that appears read-only; the root user could write to a real one."""
@@ -270,13 +246,6 @@ def test_read_only_cache_is_an_error_before_decoding(
 ) -> None:
     with pytest.raises(UserError, match=r"^data\.cache: .*Read-only file system.*Set data\.cache"):
         check(images(tmp_path / "data", 2), read_only)
-    assert decoder.pop_names() == []
-
-
-def test_cache_path_that_is_a_file_is_an_error(tmp_path: Path, decoder: Decoder) -> None:
-    (tmp_path / "cache").touch()
-    with pytest.raises(UserError, match=r"^data\.cache"):
-        check(images(tmp_path / "data", 2), tmp_path / "cache")
     assert decoder.pop_names() == []
 
 

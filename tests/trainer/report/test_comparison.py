@@ -106,8 +106,8 @@ def test_no_times_are_measured_if_the_first_strategy_failed() -> None:
 
 SUMMARIES = summarize(
     {
-        "note@optim.lr=[5e-6]|x": [trial(0, 0.5, 0.8), trial(1, 0.6, 0.9)],
-        "strong-regularisation": [trial(0, 0.9, 0.95), trial(1, 0.9, 0.95)],
+        "d2l@optim.lr=[5e-6]|x": [trial(0, 0.5, 0.8), trial(1, 0.6, 0.9)],
+        "strong-regularization": [trial(0, 0.9, 0.95), trial(1, 0.9, 0.95)],
         "failing": [],
     },
     {"failing": {0: "the loss is not finite: training has diverged.\n  a.png", 1: "the same"}},
@@ -118,11 +118,11 @@ def test_table_fits_80_columns_with_complete_names() -> None:
     console = Console(width=80, markup=False, highlight=False, record=True)
     console.print(table(SUMMARIES))
     output = console.export_text()
-    for text in ("note@optim.lr=[5e-6]|x", "strong-regularisation", "0.850 ± 0.635", "0.950 ± 0.000"):
+    for text in ("d2l@optim.lr=[5e-6]|x", "strong-regularization", "0.850 ± 0.635", "0.950 ± 0.000"):
         assert text in output
     lines = {line.split()[0]: line.split() for line in output.splitlines() if line.split()}
     assert lines["strategy"] == ["strategy", "accuracy", "time", "[s]", "ex/s", "to", "first", "share"]
-    assert lines["strong-regularisation"][-2:] == ["10.0", "0.50"]
+    assert lines["strong-regularization"][-2:] == ["10.0", "0.50"]
     assert lines["failing"] == ["failing", "failed", "-", "-", "-", "-"]
 
 
@@ -138,7 +138,7 @@ def test_markdown_contains_command_facts_rows_and_error_messages() -> None:
     text = markdown(SUMMARIES, command="regraft compare --strategies x", facts=["two cores"])
     assert "regraft compare --strategies x" in text
     assert "- two cores" in text
-    assert "| note@optim.lr=[5e-6]\\|x | 0.850 ± 0.635 | 2 | 20.0 | 8.0 | - (1 of 2) | - |" in text
+    assert "| d2l@optim.lr=[5e-6]\\|x | 0.850 ± 0.635 | 2 | 20.0 | 8.0 | - (1 of 2) | - |" in text
     assert "| failing | failed: the loss is not finite | - | - | - | - | - |" in text
     assert "- failing, seed 0 failed: the loss is not finite: training has diverged." in text
     assert "a.png" not in text

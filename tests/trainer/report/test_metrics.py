@@ -5,50 +5,32 @@ import pytest
 
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation
-from trainer.loop import Progress
-from trainer.metrics import Metrics
+from trainer.metrics import Progress
 from trainer.report.metrics import MetricsFile, Row, epoch_row, epoch_rows, parse_rows, start_row, train_row
 
-FIGURES = Metrics(
-    loss_sum=6.0, correct=3, seen=4, seconds=2.0, compute_seconds=1.0, first_nonfinite_step=None
-)
-PROGRESS = Progress(epoch=2, epoch_step=3, step=7, metrics=FIGURES, lr={"backbone": 0.1, "head": 1.0})
-TEST = Evaluation(loss_sum=5.0, correct=(2, 1), support=(3, 2), predicted=(4, 1))
 
-
-def test_epoch_row_has_the_documented_keys() -> None:
-    row = epoch_row(PROGRESS, {"test": TEST}, memory=1000)
+def test_epoch_row_has_the_documented_keys(progress: Progress, evaluation: Evaluation) -> None:
+    row = epoch_row(progress, {"test": evaluation}, memory=1000)
     expected = {
-        "epoch": 2,
-        "step": 7,
-        "train_loss": 1.5,
-        "train_accuracy": 0.75,
-        "test_accuracy": 0.6,
-        "test_seen": 5,
-        "examples_per_sec": 2.0,
-        "examples_per_sec_compute": 4.0,
-    }
+        "epoch": 2, "step": 7, "train_loss": 1.5, "train_accuracy": 0.75, "test_accuracy": 0.6, "test_seen": 5,
+        "examples_per_sec": 2.0, "examples_per_sec_compute": 4.0,
+    }  # fmt: skip
     assert row.items() >= expected.items()
     assert row["kind"] == "epoch"
     assert row["lr_head"] == 1.0
     assert json.loads(json.dumps(row, allow_nan=False)) == row
 
 
-def test_train_row_has_its_kind_and_a_fractional_epoch() -> None:
-    row = train_row(PROGRESS, steps_per_epoch=4)
+def test_train_row_has_its_kind_and_a_fractional_epoch(progress: Progress) -> None:
+    row = train_row(progress, steps_per_epoch=4)
     assert (row["kind"], row["epoch"], row["step"], row["train_seen"]) == ("train", 1.75, 7, 4)
 
 
-def test_start_row_is_at_epoch_0_and_is_not_an_epoch_row() -> None:
-    row = start_row({"test": TEST, "val": TEST}, 4.5)
+def test_start_row_is_at_epoch_0_and_is_not_an_epoch_row(evaluation: Evaluation) -> None:
+    row = start_row({"test": evaluation, "val": evaluation}, 4.5)
     expected = {
-        "kind": "start",
-        "epoch": 0,
-        "step": 0,
-        "seconds": 4.5,
-        "test_accuracy": 0.6,
-        "val_accuracy": 0.6,
-    }
+        "kind": "start", "epoch": 0, "step": 0, "seconds": 4.5, "test_accuracy": 0.6, "val_accuracy": 0.6,
+    }  # fmt: skip
     assert row.items() >= expected.items()
     low, high = row["test_interval"]
     assert low == pytest.approx(0.2307, abs=1e-3)

@@ -1,34 +1,21 @@
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from trainer.report.summary import best_row, comparison, reported_row, summary
+from trainer.report.summary import TrainResult, best_row, comparison, reported_row, summary
 
 
-@dataclass
-class Run:
-    rows: list[dict[str, Any]]
-    selection: str | None = None
-    folder: Path = Path("runs/x")
-    seconds: float = 75.0
-    examples: tuple[int, int] = (40, 20)
+def result(rows: list[dict[str, Any]], *, val_split: str | None = None) -> TrainResult:
+    return TrainResult(folder=Path("runs/x"), rows=rows, val_split=val_split, examples=(40, 20), seconds=75.0)
 
 
 def row(epoch: int, test: float, *, test_loss: float = 1.0, val: float | None = None) -> dict[str, Any]:
     columns = {
-        "epoch": epoch,
-        "train_loss": 0.25,
-        "train_seen": 40,
-        "test_accuracy": test,
-        "test_loss": test_loss,
-        "test_correct": round(test * 20),
-        "test_seen": 20,
-        "test_interval": [test - 0.1, test + 0.1],
-        "seconds": 10.0,
-    }
+        "epoch": epoch, "train_loss": 0.25, "train_seen": 40, "test_accuracy": test, "test_loss": test_loss,
+        "test_correct": round(test * 20), "test_seen": 20, "test_interval": [test - 0.1, test + 0.1], "seconds": 10.0,
+    }  # fmt: skip
     return columns if val is None else columns | {"val_accuracy": val, "val_loss": 1.0, "val_seen": 10}
 
 
@@ -36,7 +23,7 @@ def test_without_selection_split_the_last_epoch_is_reported() -> None:
     rows = [row(1, 0.6), row(2, 0.9), row(3, 0.8)]
     assert reported_row(rows, None) is rows[2]
     assert best_row(rows, None) is rows[1]
-    text = summary(Run(rows))
+    text = summary(result(rows))
     assert text.startswith(
         "test accuracy 0.800 (95 % interval 0.700 to 0.900; 16 of 20 correct) after epoch 3, the last epoch"
     )
@@ -48,7 +35,7 @@ def test_without_selection_split_the_last_epoch_is_reported() -> None:
 def test_with_selection_split_its_best_epoch_is_reported() -> None:
     rows = [row(1, 0.9, val=0.5), row(2, 0.6, val=0.8), row(3, 0.95, val=0.7)]
     assert reported_row(rows, "val") is rows[1]
-    text = summary(Run(rows, selection="val"))
+    text = summary(result(rows, val_split="val"))
     assert text.startswith("test accuracy 0.600")
     assert "after epoch 2, the best of 3 epochs on val (0.800)" in text
     assert "selected on the test images" not in text
@@ -61,7 +48,7 @@ def test_ties_in_accuracy_go_to_the_lower_loss_then_to_the_first() -> None:
 
 def test_comparison_fits_80_columns() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(comparison(Run([row(1, 0.9)]), Run([row(1, 0.6)])))
+    console.print(comparison(result([row(1, 0.9)]), result([row(1, 0.6)])))
     lines = [line for line in console.export_text().splitlines() if "0." in line]
     assert len(lines) == 2
     assert lines[0].split()[:5] == ["fine-tuned", "0.900", "0.800", "to", "1.000"]
@@ -69,7 +56,7 @@ def test_comparison_fits_80_columns() -> None:
 
 
 def test_summary_says_if_the_model_file_is_interpolated() -> None:
-    run = Run([row(1, 0.9, val=0.5)], selection="val")
+    run = result([row(1, 0.9, val=0.5)], val_split="val")
     assert "the best epoch (1); regraft.load" in summary(run)
     assert (
         "the best epoch (1), interpolated with the initial weights at alpha 0.4 (wise.json); regraft.load"
