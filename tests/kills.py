@@ -1,7 +1,7 @@
-"""Runs that are killed, stopped and started again: what is left of their processes, and of their figures.
+"""Runs in real processes that tests interrupt, and the comparison of two runs.
 
-A run is compared with one that nobody disturbed, by all that it leaves: the tensors of its newest checkpoint and
-of its model file, its figures without times, its best epoch, and what each update was made of (`run.audit`).
+Two runs are compared by everything they leave: the tensors of the newest checkpoint and of the model files, the
+metrics without times, the best epoch, and the audit of every update (`run.audit`).
 """
 
 import json
@@ -16,48 +16,72 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torchvision import models
 
 from tests.folders import image_folder
-from tests.launching import MAIN, accelerate_launch, torchrun
+from tests.launching import MAIN, accelerate_launch, once, torchrun
 
-EXAMPLES = 22
-STEPS = 6
-"""Updates of an epoch: 22 examples in batches of 4, the last one ragged."""
-EPOCHS = 3
-SAME_ANYWHERE = {
+EXAMPLES, STEPS, EPOCHS = 22, 6, 3
+"""An epoch has 6 updates: 22 examples in batches of 4, the last one of 2."""
+MODELS = ("mobilenet_v3_small", "shufflenet_v2_x0_5")
+ALL_FEATURES = {
+    "data__random_erasing": 0.25,
+    "transfer__trainable": "{0: head, 1: last:3, 2: all}",
+    "transfer__batch_norm": "train",
+    "transfer__l2_sp": 0.01,
+    "transfer__wise_ft": "true",
+    "optim__schedule": "one-cycle",
+    "optim__warmup": "4 steps",
+    "optim__max_grad_norm": 1.0,
+    "optim__layer_decay": 0.9,
+    "regularization__label_smoothing": 0.1,
+    "regularization__mixup": 0.2,
+    "regularization__cutmix": 1.0,
+    "regularization__class_weights": "balanced",
+    "regularization__ema": 0.9,
+    "regularization__early_stopping": 99,
+    "train__grad_accum_steps": 2,
+}
+"""Every feature that has a state or randomness of its own; the model has BatchNorm and dropout."""
+WORLD_SIZE_INDEPENDENT = {
     "model__name": "shufflenet_v2_x0_5",
     "transfer__batch_norm": "frozen",
     "data__image_size": 32,
     "optim__lr": 3e-5,
 }
-"""Without BatchNorm's statistics and without dropout, processes differ by the order of sums alone; and at a small
-learning rate that stays as small as it is: with the usual one, 48 updates make 5e-3 of a loss out of 1e-7."""
-TIMED = {"seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes"}
+"""Without batch statistics and dropout, runs on other world sizes differ by the order of sums alone. The learning rate is
+small, so that training does not amplify the difference."""
+LOSSES, WEIGHTS = 1e-5, 1e-5
+"""Tolerances between world sizes. Measured: at most 2e-6 of a loss, and 3e-7 in a weight."""
+TIMES = {"seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes"}
+"""Keys of metrics.jsonl that differ from run to run."""
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "PYTHONDONTWRITEBYTECODE": "1"}
 _MARK = "REGRAFT_TESTED_RUN"
-_PATIENCE = 120.0
+_TIMEOUT = 120.0
 
 
-def pictures(factory: pytest.TempPathFactory) -> Path:
-    """Return the data set of these tests, the same one for a whole session."""
-    folder = factory.getbasetemp() / "pictures"
-    if not folder.exists():
-        parts = {"train": {"a": 9, "b": 7, "c": 6}, "val": {"a": 10, "b": 8, "c": 6}}
-        image_folder(folder, parts, seed=7)
-    return folder
+def make_images(factory: pytest.TempPathFactory) -> Path:
+    """Return the data set of these tests; pretrained weights of `MODELS` lie beside it."""
+
+    def make(folder: Path) -> None:
+        splits = {name: {"a": 9, "b": 7, "c": 6} for name in ("train", "test")}
+        image_folder(folder / "data", {**splits, "val": {"a": 4, "b": 3, "c": 3}}, seed=7)
+        for name in MODELS:
+            torch.manual_seed(11)
+            save_file(models.get_model(name).state_dict(), folder / f"{name}.safetensors")
+
+    return once(factory, "images", make) / "data"
 
 
 def options(root: Path, folder: Path, **changes: object) -> list[str]:
-    """Return the command line of a run that training's order, crops, masks, statistics and moments all matter to.
-
-    Its model has BatchNorm and dropout. Keywords change it, dots written as double underscores.
-    """
+    """Return the options of a short run; keywords change them, dots written as double underscores."""
     settings: dict[str, object] = {
         "run.dir": folder,
         "run.threads": 1,
@@ -66,120 +90,120 @@ def options(root: Path, folder: Path, **changes: object) -> list[str]:
         "data.image_size": 64,
         "data.num_workers": 1,
         "data.cache": root.parent / "cache",
-        "model.name": "mobilenet_v3_small",
-        "model.weights": "null",
+        "model.name": MODELS[0],
         "train.epochs": EPOCHS,
         "train.batch_size": 4,
         "train.logs_per_epoch": 99,
         "checkpoint.every": "2 steps",
     }
     settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    settings.setdefault("model.weights", root.parent / f"{settings['model.name']}.safetensors")
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
 def command(launcher: str | int, *arguments: str, restarts: int = 0) -> list[str]:
-    """Return a command that starts the trainer: by `python`, `accelerate`, or torchrun with so many processes."""
+    """Return a command that starts the trainer by `python`, `accelerate`, or torchrun with a number of processes."""
     if launcher == "python":
         return [sys.executable, str(MAIN), *arguments]
     if launcher == "accelerate":
-        # The single process that it starts; without the option, it asks for a config file of the user's.
-        return accelerate_launch("--num_processes", "1", "--num_machines", "1", MAIN, *arguments)
+        # Without these options it would look for a config file of the user's.
+        return accelerate_launch("--num_processes", 1, "--num_machines", 1, MAIN, *arguments)
     assert isinstance(launcher, int)
     return torchrun(launcher, f"--max-restarts={restarts}", MAIN, *arguments)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A start of a run, by its public command."""
+    """One start of the trainer by its public command."""
 
     process: subprocess.Popen[bytes]
-    """What was started: the trainer itself, or its launcher."""
+    """The trainer, or its launcher."""
     folder: Path
     """The run folder."""
     log: Path
     mark: str
+    """Environment variable that all processes of this start inherit."""
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def alive(self) -> list[int]:
-        """Return all living processes that come from this start, whoever is their parent now."""
-        return [pid for pid in _pids() if self.mark in _read(pid, "environ") and state_of(pid) not in "ZX"]
+        """Return all living processes of this start, whatever their parent is now."""
+        return [pid for pid in _pids() if self.mark in _read(pid, "environ") and process_state(pid) not in "ZX"]
 
     def trainers(self) -> list[int]:
-        """Return the trainer's processes: not its launcher, nor those that load its data."""
+        """Return the trainer's processes, without launcher and loader workers."""
         if "torch.distributed.run" in self.process.args or "accelerate.commands.launch" in self.process.args:
             return [pid for pid in children(self.process.pid) if str(MAIN) in _read(pid, "cmdline")]
         return [self.process.pid]
 
-    def wait(self, condition: Callable[[], object], what: str, *, seconds: float = _PATIENCE) -> float:
-        """Wait until something holds while the run goes on; returns how long it took."""
-        began = time.monotonic()
+    def wait(self, condition: Callable[[], object], what: str, *, seconds: float = _TIMEOUT) -> None:
+        """Wait for a condition; fail if the run ends before."""
+        deadline = time.monotonic() + seconds
         while not condition():
-            taken = time.monotonic() - began
             if self.process.poll() is not None and not condition():
-                raise AssertionError(f"{what}: the run has ended ({self.process.returncode}):\n{self.said}")
-            if taken > seconds:
-                raise AssertionError(f"{what}: not within {seconds:.0f} s:\n{self.said}")
+                raise AssertionError(f"{what}: the run has ended ({self.process.returncode}):\n{self.output}")
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{what}: not within {seconds:.0f} s:\n{self.output}")
             time.sleep(0.005)
-        return time.monotonic() - began
 
     def wait_for_step(self, step: int, *, after: int = 0) -> None:
-        """Wait until the run has made `step` updates, and this by an attempt later than `after`."""
-        self.wait(lambda: trained_by(self.folder) > after and last_step(self.folder) >= step, f"step {step}")
+        """Wait until an attempt later than `after` trains and the run has logged `step`."""
+        self.wait(
+            lambda: training_attempt(self.folder) > after and last_step(self.folder) >= step, f"step {step}"
+        )
 
-    def end(self, *, code: int, seconds: float = _PATIENCE) -> str:
-        """Wait for the end, check the exit code and that no process is left; returns what was said."""
+    def end(self, *, code: int, seconds: float = _TIMEOUT) -> str:
+        """Wait for the end, check the exit code and that no process is left; return the output."""
         try:
-            found = self.process.wait(seconds)
+            returned = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"it still runs after {seconds:.0f} s:\n{self.said}") from None
-        self.require_gone(10)
-        assert found == code, f"exit code {found}, expected {code}:\n{self.said}"
-        return self.said
+            raise AssertionError(f"it still runs after {seconds:.0f} s:\n{self.output}") from None
+        self.assert_gone(10)
+        assert returned == code, f"exit code {returned}, expected {code}:\n{self.output}"
+        return self.output
 
-    def require_gone(self, seconds: float) -> float:
-        """Check that all processes of this start are gone within some seconds; returns how long it took."""
-        began = time.monotonic()
+    def assert_gone(self, seconds: float) -> None:
+        """Check that all processes of this start end within some seconds."""
+        deadline = time.monotonic() + seconds
         while left := self.alive():
-            if time.monotonic() - began > seconds:
+            if time.monotonic() > deadline:
                 shown = [_read(pid, "cmdline").replace("\0", " ")[:200] for pid in left]
-                raise AssertionError(f"processes {left} outlive their launcher: {shown}\n{self.said}")
+                raise AssertionError(f"processes {left} outlive their launcher: {shown}\n{self.output}")
             time.sleep(0.02)
-        return time.monotonic() - began
 
 
 @contextmanager
-def started(
+def start_run(
     arguments: Sequence[str],
     folder: Path,
     *,
     environment: Mapping[str, str] = ON_CPU,
     logs: Path | None = None,
 ) -> Iterator[Run]:
-    """Start a run, in a session of its own; whatever is left of it in the end is killed.
+    """Start a command in a session of its own; kill what is left of it at the end of the block.
 
     Args:
         arguments: the command.
         folder: the run folder that it names.
-        environment: what is set beside that of the tests.
-        logs: where to keep what it says; None: beside the run folder.
+        environment: variables added to those of the tests.
+        logs: folder of the output; by default the run folder's parent.
 
     """
-    mark = f"{_MARK}={uuid.uuid4()}"
-    log = (logs or folder.parent) / f"said-{mark[-8:]}.txt"
+    identifier = str(uuid.uuid4())
+    log = (logs or folder.parent) / f"output-{identifier[:8]}.txt"
     with log.open("wb") as out:
         process = subprocess.Popen(
             arguments,
             cwd=log.parent,
-            env={**os.environ, **environment, **dict([mark.split("=")])},
+            env={**os.environ, **environment, _MARK: identifier},
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    run = Run(process, folder, log, mark)
+    run = Run(process, folder, log, f"{_MARK}={identifier}")
     try:
         yield run
     finally:
@@ -190,26 +214,24 @@ def started(
 
 
 def finish(arguments: Sequence[str], folder: Path, *, code: int = 0, logs: Path | None = None) -> str:
-    """Run a command to its end; returns what it said."""
-    with started(arguments, folder, logs=logs) as run:
+    """Run a command to its end; return its output."""
+    with start_run(arguments, folder, logs=logs) as run:
         return run.end(code=code)
 
 
-_WHOLE: dict[str, Path] = {}
-
-
-def whole_run(factory: pytest.TempPathFactory, launcher: str | int, **changes: object) -> Path:
-    """Return the folder of a run that nobody has disturbed, made once a session."""
+def uninterrupted_run(factory: pytest.TempPathFactory, launcher: str | int, **changes: object) -> Path:
+    """Return the folder of a run that was not interrupted; each is run once per session."""
     key = repr((launcher, sorted(changes.items())))
-    if key not in _WHOLE:
-        folder = factory.mktemp("whole") / "run"
-        finish(command(launcher, *options(pictures(factory), folder, **changes)), folder)
-        require_each_once(folder, epochs=int(str(changes.get("train__epochs", EPOCHS))))
-        _WHOLE[key] = folder
-    return _WHOLE[key]
+
+    def make(parent: Path) -> None:
+        folder = parent / "run"
+        finish(command(launcher, *options(make_images(factory), folder, **changes)), folder)
+        assert_each_example_once(folder, epochs=int(str(changes.get("train__epochs", EPOCHS))))
+
+    return once(factory, f"uninterrupted-{sha256(key.encode()).hexdigest()[:12]}", make) / "run"
 
 
-# Processes.
+# Processes
 
 
 def _pids() -> list[int]:
@@ -223,197 +245,181 @@ def _read(pid: int, name: str) -> str:
         return ""
 
 
-def state_of(pid: int) -> str:
-    """Return a process's state as in proc(5), X if there is none."""
+def process_state(pid: int) -> str:
+    """Return a process's state as in proc(5); X if it has ended."""
     return (_read(pid, "stat").rpartition(") ")[2] or "X")[0]
 
 
-def catches(pid: int, number: int) -> bool:
-    """Return whether a process has a handler of its own for a signal."""
+def handles_signal(pid: int, number: int) -> bool:
+    """Return whether a process has installed a handler for a signal."""
     masks = dict(line.split(":\t", 1) for line in _read(pid, "status").splitlines() if ":\t" in line)
     return bool(int(masks.get("SigCgt", "0"), 16) >> (number - 1) & 1)
 
 
 def children(pid: int) -> list[int]:
-    """Return the children of a process."""
     parents = {child: _read(child, "stat").rpartition(") ")[2].split()[1:2] for child in _pids()}
     return [child for child, parent in parents.items() if parent == [str(pid)]]
 
 
-def require_dead(pids: Sequence[int], seconds: float) -> None:
-    """Check that these processes end within some seconds."""
-    until = time.monotonic() + seconds
-    while left := [pid for pid in pids if state_of(pid) not in "ZX"]:
-        assert time.monotonic() < until, f"still alive: {[(pid, _read(pid, 'cmdline')) for pid in left]}"
-        time.sleep(0.02)
-
-
-def kill_a_trainer(run: Run, step: int, random_: random.Random, *, after: int) -> None:
-    """Kill one of the trainer's processes once an attempt later than `after` has made `step` updates."""
-    run.wait_for_step(step, after=after)
+def kill_trainer(run: Run, random_: random.Random) -> None:
+    """Send SIGKILL to one of the trainer's processes; check that its loader workers end with it."""
     victim = random_.choice(sorted(run.trainers()))
-    loaders = children(victim)
-    print(
-        f"step {last_step(run.folder)} of attempt {trained_by(run.folder)}: SIGKILL to {victim}", flush=True
-    )
+    workers = children(victim)
+    print(f"attempt {training_attempt(run.folder)}, step {last_step(run.folder)}: SIGKILL to {victim}", flush=True)
     os.kill(victim, signal.SIGKILL)
     if victim != run.process.pid:
-        require_dead([victim, *loaders], 10)
+        deadline = time.monotonic() + 10
+        while left := [pid for pid in (victim, *workers) if process_state(pid) not in "ZX"]:
+            assert time.monotonic() < deadline, f"still alive: {[(pid, _read(pid, 'cmdline')) for pid in left]}"
+            time.sleep(0.02)
 
 
-# What a run folder says while the run goes on.
+# State of a run folder, while the run goes on or after it
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the whole lines of a file that may not be there, or not to its end."""
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the complete rows of a file that may be missing or half written."""
     try:
-        return path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     except FileNotFoundError:
         return []
 
 
 def last_step(folder: Path) -> int:
-    """Return how many updates the run has told of."""
-    found = [
-        row["step"] for row in map(json.loads, _lines(folder / "metrics.jsonl")) if row["kind"] == "train"
-    ]
-    return max(found, default=0)
+    """Return the last update that the run has logged."""
+    rows = _json_lines(folder / "metrics.jsonl")
+    return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
 
 
-def trained_by(folder: Path) -> int:
-    """Return the latest attempt that has come to an update."""
-    return max((json.loads(line)["attempt"] for line in _lines(folder / "audit" / "rank-0.jsonl")), default=0)
+def completed_epochs(folder: Path) -> list[int]:
+    return [row["epoch"] for row in _json_lines(folder / "metrics.jsonl") if row["kind"] == "epoch"]
+
+
+def training_attempt(folder: Path) -> int:
+    """Return the latest attempt that has made an update; 0 before the first."""
+    return max((row["attempt"] for row in _json_lines(folder / "audit" / "rank-0.jsonl")), default=0)
+
+
+def is_training(folder: Path, *, world_size: int, after: int) -> bool:
+    """Return whether an attempt later than `after` has made an update on `world_size` processes."""
+    rows = _json_lines(folder / "audit" / f"rank-{world_size - 1}.jsonl")
+    return any(row["world_size"] == world_size and row["attempt"] > after for row in rows)
 
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of all attempts, in their order."""
+    """Return the records of all attempts in order."""
     paths = sorted((folder / "attempts").glob("*.json"))
     return [json.loads(path.read_text(encoding="ascii")) for path in paths]
 
 
-def newest(folder: Path) -> Path:
-    """Return the newest checkpoint by its name; a folder that is not whole never has such a name."""
+def latest_checkpoint(folder: Path) -> Path:
     return max((folder / "checkpoints").glob("step-*"), key=lambda path: path.name)
 
 
 def saved_step(folder: Path) -> int:
-    """Return the step of the newest checkpoint, 0 where there is none."""
+    """Return the step of the newest checkpoint; 0 if there is none."""
     return max((int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("step-*")), default=0)
 
 
-# What a run has done.
+# What a run has computed
 
 
 def _audit(folder: Path) -> list[list[dict[str, Any]]]:
-    """Return the rows of every update, one for each process that made it.
-
-    Of a step's rows those of the latest attempt count: the earlier ones were lost, and made again.
-    """
+    """Return the audit rows of every update, one per rank; those of lost updates are left out."""
     latest: dict[int, list[dict[str, Any]]] = {}
-    paths = sorted((folder / "audit").glob("rank-*.jsonl"))
-    for row in (json.loads(line) for path in paths for line in path.read_text(encoding="ascii").splitlines()):
-        kept = latest.setdefault(row["step"], [])
-        if not kept or row["attempt"] > kept[0]["attempt"]:
-            latest[row["step"]] = [row]
-        elif row["attempt"] == kept[0]["attempt"]:
-            kept.append(row)
-    assert sorted(latest) == list(range(len(latest))), "no update is missing"
-    for step, shares in latest.items():
-        assert len(shares) == shares[0]["world"], f"step {step}: a share of every process"
+    for row in (row for path in sorted((folder / "audit").glob("rank-*.jsonl")) for row in _json_lines(path)):
+        rows = latest.setdefault(row["step"], [])
+        if rows and row["attempt"] > rows[0]["attempt"]:
+            rows.clear()
+        if not rows or row["attempt"] == rows[0]["attempt"]:
+            rows.append(row)
+    assert sorted(latest) == list(range(len(latest))), "an update is missing"
+    for step, rows in latest.items():
+        assert len(rows) == rows[0]["world_size"], f"step {step}: a rank is missing"
     return [latest[step] for step in range(len(latest))]
 
 
 def updates(folder: Path) -> list[tuple[int, float, dict[int, int]]]:
-    """Return (epoch, share of the peak learning rate, {example: checksum of its pixels}) of every update."""
-    found = []
-    for step, shares in enumerate(_audit(folder)):
-        pixels = [pair for row in shares for pair in zip(row["examples"], row["pixels"], strict=True)]
-        assert len(dict(pixels)) == len(pixels), f"step {step}: no example twice"
-        found.append((shares[0]["epoch"], shares[0]["lr_factor"], dict(pixels)))
-    return found
+    """Return (epoch, learning-rate multiplier, {example: checksum of its pixels}) of every update."""
+    result = []
+    for step, rows in enumerate(_audit(folder)):
+        pixels = [pair for row in rows for pair in zip(row["examples"], row["pixels"], strict=True)]
+        assert len(dict(pixels)) == len(pixels), f"step {step}: an example came twice"
+        result.append((rows[0]["epoch"], rows[0]["lr_multiplier"], dict(pixels)))
+    return result
 
 
-def worlds(folder: Path) -> list[int]:
-    """Return how many processes have made each update."""
-    return [len(shares) for shares in _audit(folder)]
+def world_sizes(folder: Path) -> list[int]:
+    """Return the number of processes of every update."""
+    return [len(rows) for rows in _audit(folder)]
 
 
-def require_each_once(folder: Path, *, epochs: int = EPOCHS) -> None:
-    """Check that every epoch has seen each training example exactly once."""
-    seen: Counter[tuple[int, int]] = Counter()
-    for epoch, _, pixels in updates(folder):
-        seen.update((epoch, example) for example in pixels)
+def assert_each_example_once(folder: Path, *, epochs: int = EPOCHS) -> None:
+    """Check that every epoch has trained on each example exactly once."""
+    seen = Counter((epoch, example) for epoch, _, pixels in updates(folder) for example in pixels)
     assert seen == {(epoch, example): 1 for epoch in range(epochs) for example in range(EXAMPLES)}
 
 
-def figures(folder: Path) -> list[dict[str, Any]]:
-    """Return all rows of a run's metrics without what is a matter of time."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
+def metrics_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return all rows of metrics.jsonl without times."""
+    return [
+        {key: value for key, value in row.items() if key not in TIMES}
+        for row in _json_lines(folder / "metrics.jsonl")
+    ]
 
 
-def assert_equal_runs(found: Path, expected: Path) -> None:
-    """Check that two runs have done and left the same, bit for bit."""
-    assert updates(found) == updates(expected), "the same examples, crops and learning rates"
-    assert figures(found) == figures(expected), "no hole, no repetition, the same figures"
-    assert newest(found).name == newest(expected).name
-    for name in ("model", "optimizer", "statistics"):
-        _require_equal_tensors(*(newest(folder) / f"{name}.safetensors" for folder in (found, expected)))
-    _require_equal_tensors(*(folder / "model.safetensors" for folder in (found, expected)))
-    assert state(found)["best"] == state(expected)["best"]
+def assert_equal_runs(actual: Path, expected: Path) -> None:
+    """Check that two runs have computed the same, bit for bit."""
+    assert updates(actual) == updates(expected), "examples, pixels or learning rates differ"
+    assert metrics_rows(actual) == metrics_rows(expected)
+    assert latest_checkpoint(actual).name == latest_checkpoint(expected).name
+    tensors, expected_tensors = (
+        {
+            f"{path.name}: {name}": tensor
+            for path in sorted([*run.glob("*.safetensors"), *latest_checkpoint(run).glob("*.safetensors")])
+            for name, tensor in load_file(path).items()
+        }
+        for run in (actual, expected)
+    )
+    assert tensors.keys() == expected_tensors.keys()
+    differing = [name for name, tensor in tensors.items() if not torch.equal(tensor, expected_tensors[name])]
+    assert not differing, f"{actual}: {differing} differ"
+    assert _best(actual) == _best(expected)
 
 
-def _require_equal_tensors(found: Path, expected: Path) -> None:
-    assert found.exists() == expected.exists(), found.name
-    if not found.exists():
-        return
-    one, other = load_file(found), load_file(expected)
-    assert one.keys() == other.keys()
-    differing = [key for key in one if not torch.equal(one[key], other[key])]
-    assert not differing, f"{found}: {differing} differ"
-
-
-def require_close(found: Path, expected: Path, *, losses: float, weights: float) -> None:
-    """Check that two runs have seen the same, and that their results differ only by the order of sums.
+def assert_close_runs(actual: Path, expected: Path, *, losses: float = LOSSES, weights: float = WEIGHTS) -> None:
+    """Check that two runs saw the same examples, and that their results differ by the order of sums alone.
 
     Args:
-        found: a run folder.
-        expected: that of another run.
-        losses: how far the losses of every point and epoch may be apart, as a share of them.
-        weights: how far any weight of the last model may be.
+        actual: a run folder.
+        expected: another run folder.
+        losses: largest relative difference of any logged loss.
+        weights: largest difference of any weight of the last checkpoint.
 
     """
-    measured = differences(found, expected)
-    print(f"apart by at most {measured[0]:.1e} of a loss, and {measured[1]:.1e} in any weight")
-    assert measured[0] <= losses
-    assert measured[1] <= weights
+    assert updates(actual) == updates(expected), "examples, pixels or learning rates differ"
+    rows, expected_rows = metrics_rows(actual), metrics_rows(expected)
+
+    def exact(row: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in row.items() if k in ("kind", "epoch", "step") or "lr" in k or "seen" in k}
+
+    assert [exact(row) for row in rows] == [exact(row) for row in expected_rows]
+    pairs = [(a[k], b[k]) for a, b in zip(rows, expected_rows, strict=True) for k in a if k.endswith("_loss")]
+    loss_difference = max(abs(a - b) / abs(b) for a, b in pairs)
+    difference = 0.0
+    for name in ("model.safetensors", "ema.safetensors"):
+        paths = [latest_checkpoint(folder) / name for folder in (actual, expected)]
+        assert paths[0].exists() == paths[1].exists()
+        if paths[0].exists():
+            a, b = map(load_file, paths)
+            assert a.keys() == b.keys()
+            difference = max(difference, *((a[key].double() - b[key].double()).abs().max().item() for key in a))
+    print(f"differ by at most {loss_difference:.1e} of a loss, and {difference:.1e} in any weight")
+    assert loss_difference <= losses
+    assert difference <= weights
 
 
-def differences(found: Path, expected: Path) -> tuple[float, float]:
-    """Return the greatest relative difference of a loss, and the greatest difference of a weight."""
-    assert updates(found) == updates(expected), "the same examples, crops and learning rates"
-    one, other = figures(found), figures(expected)
-    names = [(row["kind"], row["epoch"], row["step"]) for row in one]
-    assert names == [(row["kind"], row["epoch"], row["step"]) for row in other], "no hole, no repetition"
-    for a, b in zip(one, other, strict=True):
-        assert {k: v for k, v in a.items() if "lr" in k or "seen" in k} == {
-            k: v for k, v in b.items() if "lr" in k or "seen" in k
-        }
-    pairs = [(a[k], b[k]) for a, b in zip(one, other, strict=True) for k in a if k.endswith("_loss")]
-    a, b = (load_file(newest(folder) / "model.safetensors") for folder in (found, expected))
-    assert a.keys() == b.keys()
-    apart = max((a[key].double() - b[key].double()).abs().max().item() for key in a)
-    return max(abs(x - y) / abs(y) for x, y in pairs), apart
-
-
-def state(folder: Path) -> dict[str, Any]:
-    """Return the state of the newest checkpoint."""
-    found: dict[str, Any] = json.loads((newest(folder) / "state.json").read_text(encoding="ascii"))
-    return found
-
-
-def epochs_of(folder: Path) -> list[int]:
-    """Return the epochs that the figures tell of."""
-    return [
-        row["epoch"] for row in map(json.loads, _lines(folder / "metrics.jsonl")) if row["kind"] == "epoch"
-    ]
+def _best(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((latest_checkpoint(folder) / "state.json").read_text(encoding="ascii"))
+    best: dict[str, Any] = state["best"]
+    return best
