@@ -56,7 +56,7 @@ WORLD_SIZE_INDEPENDENT = {
     "data__image_size": 32,
     "optim__lr": 3e-5,
 }
-"""Without batch statistics and dropout, runs on other world sizes differ by the order of sums alone. The learning rate is
+"""Without batch statistics and dropout, world sizes differ by the order of sums alone. The learning rate is
 small, so that training does not amplify the difference."""
 LOSSES, WEIGHTS = 1e-5, 1e-5
 """Tolerances between world sizes. Measured: at most 2e-6 of a loss, and 3e-7 in a weight."""
@@ -130,7 +130,9 @@ class Run:
 
     def alive(self) -> list[int]:
         """Return all living processes of this start, whatever their parent is now."""
-        return [pid for pid in _pids() if self.mark in _read(pid, "environ") and process_state(pid) not in "ZX"]
+        return [
+            pid for pid in _pids() if self.mark in _read(pid, "environ") and process_state(pid) not in "ZX"
+        ]
 
     def trainers(self) -> list[int]:
         """Return the trainer's processes, without launcher and loader workers."""
@@ -265,12 +267,17 @@ def kill_trainer(run: Run, random_: random.Random) -> None:
     """Send SIGKILL to one of the trainer's processes; check that its loader workers end with it."""
     victim = random_.choice(sorted(run.trainers()))
     workers = children(victim)
-    print(f"attempt {training_attempt(run.folder)}, step {last_step(run.folder)}: SIGKILL to {victim}", flush=True)
+    print(
+        f"attempt {training_attempt(run.folder)}, step {last_step(run.folder)}: SIGKILL to {victim}",
+        flush=True,
+    )
     os.kill(victim, signal.SIGKILL)
     if victim != run.process.pid:
         deadline = time.monotonic() + 10
         while left := [pid for pid in (victim, *workers) if process_state(pid) not in "ZX"]:
-            assert time.monotonic() < deadline, f"still alive: {[(pid, _read(pid, 'cmdline')) for pid in left]}"
+            assert time.monotonic() < deadline, (
+                f"still alive: {[(pid, _read(pid, 'cmdline')) for pid in left]}"
+            )
             time.sleep(0.02)
 
 
@@ -387,7 +394,9 @@ def assert_equal_runs(actual: Path, expected: Path) -> None:
     assert _best(actual) == _best(expected)
 
 
-def assert_close_runs(actual: Path, expected: Path, *, losses: float = LOSSES, weights: float = WEIGHTS) -> None:
+def assert_close_runs(
+    actual: Path, expected: Path, *, losses: float = LOSSES, weights: float = WEIGHTS
+) -> None:
     """Check that two runs saw the same examples, and that their results differ by the order of sums alone.
 
     Args:
@@ -413,7 +422,9 @@ def assert_close_runs(actual: Path, expected: Path, *, losses: float = LOSSES, w
         if paths[0].exists():
             a, b = map(load_file, paths)
             assert a.keys() == b.keys()
-            difference = max(difference, *((a[key].double() - b[key].double()).abs().max().item() for key in a))
+            difference = max(
+                difference, *((a[key].double() - b[key].double()).abs().max().item() for key in a)
+            )
     print(f"differ by at most {loss_difference:.1e} of a loss, and {difference:.1e} in any weight")
     assert loss_difference <= losses
     assert difference <= weights
