@@ -13,7 +13,7 @@ from torchvision import models
 
 from tests.distributed.d2l_recipe import COUNTS
 from tests.folders import image_folder
-from tests.launching import once, run, torchrun
+from tests.launching import REPOSITORY, once, run, torchrun
 
 RankResults = Callable[[int], list[dict[str, Any]]]
 
@@ -45,13 +45,9 @@ def rank_results(rank_inputs: Path, tmp_path_factory: pytest.TempPathFactory) ->
             torch.manual_seed(7)
             save_file(models.squeezenet1_1(num_classes=2).state_dict(), folder / "source.safetensors")
             (folder / "out").mkdir()
-            program = [
-                str(Path(__file__).with_name("ranks.py")),
-                str(rank_inputs / "images"),
-                str(folder / "out"),
-            ]
+            program = ["-m", "tests.distributed.ranks", rank_inputs / "images", folder / "out"]
             launched = [sys.executable, *program] if world_size == 1 else torchrun(world_size, *program)
-            run(launched, cwd=folder, timeout=500)
+            run(launched, cwd=REPOSITORY, timeout=500)
 
         out = once(tmp_path_factory, f"ranks-{world_size}", make) / "out"
         return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(world_size)]

@@ -1,4 +1,4 @@
-"""Checks that run in each of several processes: `ranks.py IMAGES OUT`; results are `OUT/rank-N.json`.
+"""Checks that run in each of several processes: `-m tests.distributed.ranks IMAGES OUT` writes `OUT/rank-N.json`.
 
 One start makes all checks of a number of processes, since the start takes longest. test_ranks.py and test_parity.py
 compare the results.
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 import torch
 from torch import Tensor, nn
