@@ -1,39 +1,20 @@
 """A network that is cut without a word to either side: both notice, and the side with the rendezvous goes on."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import runs
 from tests.distributed.networks import DEVICE, Host, two_hosts
-from tests.kills import (
-    ALL_FEATURES,
-    ON_CPU,
-    WORLD_SIZE_INDEPENDENT,
-    assert_close_runs,
-    assert_each_example_once,
-    attempts,
-    is_training,
-    last_step,
-    make_images,
-    options,
-    start_run,
-    uninterrupted_run,
-    world_sizes,
-)
-from tests.launching import MAIN
 
 PORT = 29400
 HANG_TIMEOUT = 12
 
 
 def agent(host: Host, head: Host, arguments: list[str]) -> list[str]:
-    """Return the command of one of 1 to 2 machines, with one process each."""
-    settings = f"is_host={host is head},last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=15"
-    launcher = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
-    launcher += [f"--rdzv-endpoint={head.address}:{PORT}", "--rdzv-id=cut", f"--rdzv-conf={settings}"]
-    launcher += [f"--local-addr={host.address}", str(MAIN), *arguments]
-    return host.command(sys.executable, "-m", "torch.distributed.run", *launcher)
+    """Return the command that trains on a host; the head serves the rendezvous."""
+    endpoint = f"{head.address}:{PORT}"
+    return host.command(*runs.elastic_agent(host.address, endpoint, arguments, is_host=host is head))
 
 
 def ranks_with_stacks(folder: Path) -> int:
@@ -48,27 +29,28 @@ def test_the_side_with_the_rendezvous_goes_on_and_the_other_ends(
     head: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Rank 0, which writes, is on the first host; with `head` 1 it is the one that is cut off."""
-    folder, changes = tmp_path / "run", ALL_FEATURES | WORLD_SIZE_INDEPENDENT
-    arguments = options(make_images(tmp_path_factory), folder, **changes, run__hang_timeout=HANG_TIMEOUT)
-    environment = {**ON_CPU, "GLOO_SOCKET_IFNAME": DEVICE}
+    folder, changes = tmp_path / "run", runs.ALL_FEATURES | runs.WORLD_SIZE_INDEPENDENT
+    arguments = runs.options(tmp_path_factory, folder, **changes, run__hang_timeout=HANG_TIMEOUT)
+    environment = {**runs.ON_CPU, "GLOO_SOCKET_IFNAME": DEVICE}
     with two_hosts() as hosts:
         stays, goes = hosts[head], hosts[1 - head]
         goes.limit_tcp_retries(6)  # 25 s
         with (
-            start_run(agent(stays, stays, arguments), folder, environment=environment) as here,
-            start_run(agent(goes, stays, arguments), folder, environment=environment) as there,
+            runs.start(agent(stays, stays, arguments), folder, environment=environment) as here,
+            runs.start(agent(goes, stays, arguments), folder, environment=environment) as there,
         ):
             here.wait(
-                lambda: is_training(folder, world_size=2, after=0) and last_step(folder) >= 5, "two processes"
+                lambda: runs.is_training(folder, world_size=2, after=0) and runs.last_step(folder) >= 5,
+                "two processes",
             )
             goes.cut()
             here.wait(lambda: ranks_with_stacks(folder) == 2, "stacks of both ranks")
             there.wait(lambda: len(there.alive()) <= 1, "none but torchrun where the cable is cut")
-            here.wait(lambda: is_training(folder, world_size=1, after=1), "one process again")
+            here.wait(lambda: runs.is_training(folder, world_size=1, after=1), "one process again")
             there.end(code=1)
             here.end(code=0)
-    assert [record["state"] for record in attempts(folder)] == ["failed", "done"]
-    assert "no step for" in attempts(folder)[0]["reason"]
-    assert set(world_sizes(folder)) == {1, 2}, "the side that is cut off must not train on its own"
-    assert_each_example_once(folder)
-    assert_close_runs(folder, uninterrupted_run(tmp_path_factory, "python", **changes))
+    assert [record["state"] for record in runs.attempts(folder)] == ["failed", "done"]
+    assert "no step for" in runs.attempts(folder)[0]["reason"]
+    assert set(runs.world_sizes(folder)) == {1, 2}, "the side that is cut off must not train on its own"
+    runs.assert_each_example_once(folder)
+    runs.assert_close(folder, runs.uninterrupted(tmp_path_factory, "python", **changes))

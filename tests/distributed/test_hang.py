@@ -10,27 +10,14 @@ from pathlib import Path
 import pytest
 
 from launch.failures import first_failure, restart_dirs
-from tests.kills import (
-    ALL_FEATURES,
-    EPOCHS,
-    STEPS,
-    Run,
-    assert_each_example_once,
-    assert_equal_runs,
-    attempts,
-    children,
-    make_images,
-    options,
-    start_run,
-    uninterrupted_run,
-)
+from tests import runs
 from tests.launching import MAIN, torchrun
 
 HANG_TIMEOUT = 12
 """Seconds: more than any step takes on a busy machine, the first one included."""
 
 
-def trainer(run: Run, rank: int) -> int:
+def trainer(run: runs.Run, rank: int) -> int:
     """Return the process id of a rank."""
     (pid,) = (
         pid
@@ -51,22 +38,22 @@ def test_a_rank_whose_loader_hangs_is_reported_and_the_run_restarted(
 ) -> None:
     print(f"seed {(seed := random.randrange(1 << 30))}")
     random_ = random.Random(seed)
-    step, rank = random_.randrange(1, STEPS * EPOCHS - 4), random_.randrange(2)
+    step, rank = random_.randrange(1, runs.STEPS * runs.EPOCHS - 4), random_.randrange(2)
     folder, logs = tmp_path / "run", tmp_path / "logs"
-    changes = ALL_FEATURES | {"run__hang_timeout": HANG_TIMEOUT}
-    arguments = options(make_images(tmp_path_factory), folder, **changes)
-    with start_run(torchrun(2, "--max-restarts=1", f"--log-dir={logs}", MAIN, *arguments), folder) as run:
+    changes = runs.ALL_FEATURES | {"run__hang_timeout": HANG_TIMEOUT}
+    arguments = runs.options(tmp_path_factory, folder, **changes)
+    with runs.start(torchrun(2, "--max-restarts=1", f"--log-dir={logs}", MAIN, *arguments), folder) as run:
         run.wait_for_step(step)
-        for pid in children(trainer(run, rank)):
+        for pid in runs.children(trainer(run, rank)):
             os.kill(pid, signal.SIGSTOP)
         run.wait(
             lambda: all("Thread 0x" in stacks(folder, other) for other in range(2)), "stacks of both ranks"
         )
         run.end(code=0)
 
-    assert [record["state"] for record in attempts(folder)] == ["failed", "done"]
-    assert_each_example_once(folder)
-    assert_equal_runs(folder, uninterrupted_run(tmp_path_factory, 2, **ALL_FEATURES))
+    assert [record["state"] for record in runs.attempts(folder)] == ["failed", "done"]
+    runs.assert_each_example_once(folder)
+    runs.assert_equal(folder, runs.uninterrupted(tmp_path_factory, 2, **runs.ALL_FEATURES))
 
     failure = first_failure(logs, host=socket.gethostname(), restart_dir=restart_dirs(logs)[0])
     assert failure.rank == rank, "the rank that waited for it is reported instead"

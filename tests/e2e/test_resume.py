@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import runs
 from tests.e2e.conftest import Options, Train
 from tests.folders import image_folder
-from tests.kills import assert_equal_runs, latest_checkpoint
 from tests.launching import MAIN, rows, run
 
 
@@ -48,7 +48,7 @@ def test_a_finished_run_is_extended_and_refuses_other_images(
     output = train(0, options(train__epochs=2, run__resume="must", **changes))
     assert "resuming after epoch 1 of 2 (step 3)" in output
     train(0, options(train__epochs=2, run__dir=tmp_path / "whole", **changes))
-    assert_equal_runs(folder, tmp_path / "whole")
+    runs.assert_equal(folder, tmp_path / "whole")
 
     before, others = contents(folder), tmp_path / "other images"
     shutil.copytree(images, others)
@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_run_ends_equal(
     folder, changes = tmp_path / "run", {"run__audit": "true", "checkpoint__every": "1 steps"}
     train(0, options(**changes))
     shutil.copytree(folder, tmp_path / "whole")
-    damaged = latest_checkpoint(folder)
+    damaged = runs.latest_checkpoint(folder)
     content = bytearray((damaged / "optimizer.safetensors").read_bytes())
     content[-1] ^= 1
     (damaged / "optimizer.safetensors").write_bytes(content)
@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_run_ends_equal(
     assert f"set aside as damaged-1-{damaged.name}" in output
     assert "(step 5), in epoch 2 after 2 of its 3 steps" in output
     assert (folder / "checkpoints" / f"damaged-1-{damaged.name}").is_dir()
-    assert_equal_runs(folder, tmp_path / "whole")
+    runs.assert_equal(folder, tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -83,4 +83,4 @@ def test_config_yaml_runs_the_same_again(options: Options, tmp_path: Path, train
     train(0, options(run__audit="true"))
     again = ["--config", tmp_path / "run" / "config.yaml", "--run.dir", tmp_path / "again"]
     run([sys.executable, MAIN, *again], cwd=tmp_path)
-    assert_equal_runs(tmp_path / "again", tmp_path / "run")
+    runs.assert_equal(tmp_path / "again", tmp_path / "run")
