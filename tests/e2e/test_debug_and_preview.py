@@ -9,15 +9,17 @@ from PIL import Image
 
 from tests.e2e.conftest import Options
 from tests.folders import image_folder
-from tests.launching import MAIN, REPOSITORY, accelerate_launch, run, torchrun
+from tests.launching import MAIN, REPOSITORY, run, torchrun
 from trainer.commands.preview import preview
 from trainer.errors import UserError
+
+REGRAFT = [sys.executable, "-m", "launch.cli"]
 
 
 @pytest.mark.slow
 def test_debug_prints_every_step_and_writes_nothing(options: Options, tmp_path: Path) -> None:
     arguments = options(optim__lr=0.05, data__num_workers=2)
-    output = run([*accelerate_launch("--num_processes", 1, MAIN), "--debug", *arguments], cwd=tmp_path)
+    output = run([*REGRAFT, "debug", *arguments], cwd=tmp_path)
     for step in (
         "data",
         "model",
@@ -36,16 +38,13 @@ def test_debug_prints_every_step_and_writes_nothing(options: Options, tmp_path: 
 
 
 @pytest.mark.slow
-def test_debug_reports_if_the_loss_does_not_decrease(options: Options, tmp_path: Path) -> None:
-    output = run([sys.executable, "-m", "launch.cli", "debug", *options(optim__lr=1e-12)], cwd=tmp_path)
-    assert "NOT" in output
-
-
-@pytest.mark.slow
-def test_debug_runs_in_one_of_several_processes(options: Options, tmp_path: Path) -> None:
-    output = run([*torchrun(2, MAIN), "--debug", *options(optim__lr=0.05)], cwd=tmp_path)
+def test_debug_runs_in_one_of_several_processes_and_reports_if_the_loss_does_not_decrease(
+    options: Options, tmp_path: Path
+) -> None:
+    output = run([*torchrun(2, MAIN), "--debug", *options(optim__lr=1e-12)], cwd=tmp_path)
     assert output.count("evaluated 8 images of test") == 1
     assert "device cpu x 1" in output
+    assert "NOT" in output
 
 
 @pytest.mark.slow
@@ -77,8 +76,7 @@ def read_rgb(path: Path) -> Image.Image:
 @pytest.mark.slow
 def test_preview_draws_a_grid_of_original_and_augmented_images(options: Options, tmp_path: Path) -> None:
     path = tmp_path / "new" / "preview.png"
-    command = [sys.executable, "-m", "launch.cli", "preview", *options(), "--output", path]
-    output = run(command, cwd=REPOSITORY)
+    output = run([*REGRAFT, "preview", *options(), "--output", path], cwd=REPOSITORY)
     assert str(path) in output
     assert "3 classes" in output
     drawn = np.asarray(read_rgb(path))
