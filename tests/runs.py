@@ -43,8 +43,8 @@ ALL_FEATURES = {
 WORLD_SIZE_INDEPENDENT = {
     "model__name": MODELS[1], "transfer__batch_norm": "frozen", "data__image_size": 32, "optim__lr": 3e-5,
 }  # fmt: skip
-"""Without batch statistics and dropout, world sizes differ by the order of sums alone. Training at a small learning rate
-does not amplify the difference."""
+"""Without batch statistics and dropout, world sizes differ by the order of sums alone. A small learning rate does not
+amplify the difference."""
 LOSSES, WEIGHTS = 1e-5, 1e-5
 """Tolerances between world sizes. Measured: at most 2e-6 of a loss, and 3e-7 in a weight."""
 TIMES = {"seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes"}
