@@ -12,7 +12,7 @@ from tests.launching import REPOSITORY, run
 
 @pytest.mark.slow
 def test_sigkill_while_writing_leaves_complete_checkpoints(tmp_path: Path) -> None:
-    run([sys.executable, "-m", "tests.distributed.die_while_writing", tmp_path], cwd=REPOSITORY, timeout=120)
+    run([sys.executable, "-m", "tests.distributed.die_while_writing", tmp_path], cwd=REPOSITORY, timeout=400)
     result = json.loads((tmp_path / "result.json").read_text())
     calls = Counter(call.partition(" ")[0] for call in result["calls"])
     assert len(result["calls"]) > 30

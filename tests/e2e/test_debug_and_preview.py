@@ -18,7 +18,7 @@ REGRAFT = [sys.executable, "-m", "launch.cli"]
 
 @pytest.mark.slow
 def test_debug_prints_every_step_and_writes_nothing(options: Options, tmp_path: Path) -> None:
-    arguments = options(optim__lr=0.05, data__num_workers=2)
+    arguments = options(optim__lr=0.002, data__num_workers=2)
     output = run([*REGRAFT, "debug", *arguments], cwd=tmp_path)
     for step in (
         "data",
