@@ -163,14 +163,15 @@ class Run:
         assert returned == code, f"exit code {returned}, expected {code}:\n{self.output}"
         return self.output
 
-    def assert_gone(self, seconds: float) -> None:
-        """Check that all processes of this start end within some seconds."""
-        deadline = time.monotonic() + seconds
+    def assert_gone(self, seconds: float) -> float:
+        """Check that all processes of this start end within some seconds; return how long it took."""
+        began = time.monotonic()
         while left := self.alive():
-            if time.monotonic() > deadline:
+            if time.monotonic() - began > seconds:
                 shown = [_read(pid, "cmdline").replace("\0", " ")[:200] for pid in left]
                 raise AssertionError(f"processes {left} outlive their launcher: {shown}\n{self.output}")
             time.sleep(0.02)
+        return time.monotonic() - began
 
 
 @contextmanager
