@@ -1,12 +1,12 @@
-"""What checkpoints cost: one run that writes one after every second epoch; each such epoch beside its neighbours.
+"""Overhead of checkpoints: a run saves one after every second epoch; these epochs are compared with their neighbors.
 
-    python benchmarks/checkpoint.py                       # resnet18, bf16, drawn pictures of 500 x 375
+    python benchmarks/checkpoint.py                       # resnet18, bf16, synthetic images of 500 x 375
     python benchmarks/checkpoint.py --precision fp32 --images 512
 
-An epoch's time is that from the row of the epoch before to its own row in metrics.jsonl: the copy of the state, what
-the writing thread takes from the training, the training and the evaluation. The checkpoint after epoch 2 falls into
-epoch 3, so that epoch 3 is compared with the mean of epochs 2 and 4, epoch 5 with that of 4 and 6, and so on: a
-machine's changing mood falls out. One epoch's time against another's is also what it costs to save after each.
+The time of an epoch is measured between two rows of metrics.jsonl. It includes training, evaluation, the copy of the
+state, and what the writing thread takes from training. The checkpoint after epoch 2 is written during epoch 3, so epoch
+3 is compared with the mean of epochs 2 and 4, epoch 5 with that of 4 and 6, and so on, which cancels slow changes of
+the machine's speed. The ratio is also the overhead of saving after every epoch.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 import torchvision
-from throughput import REPOSITORY, draw_photographs
+from throughput import REPOSITORY, write_photographs
 
-_SECONDS_BETWEEN_LOOKS = 0.02
+_SECONDS_BETWEEN_READS = 0.02
 
 
-def epochs_end(data: Path, arguments: argparse.Namespace) -> list[float]:
-    """Train; return when the row of each epoch came, in seconds."""
+def epoch_ends(data: Path, arguments: argparse.Namespace) -> list[float]:
+    """Train; return the time at which each epoch ended, in seconds."""
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         options = {
             "run.dir": folder,
@@ -49,29 +49,29 @@ def epochs_end(data: Path, arguments: argparse.Namespace) -> list[float]:
         ends: list[float] = []
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             while process.poll() is None:
-                found = epochs_in(Path(folder) / "metrics.jsonl")
-                ends += [time.monotonic()] * (found - len(ends))
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                count = count_epochs(Path(folder) / "metrics.jsonl")
+                ends += [time.monotonic()] * (count - len(ends))
+                time.sleep(_SECONDS_BETWEEN_READS)
         if process.returncode:
             raise SystemExit(process.returncode)
         return ends
 
 
-def epochs_in(metrics: Path) -> int:
-    """Return how many epochs have their row."""
+def count_epochs(metrics: Path) -> int:
+    """Return the number of complete epoch rows."""
     rows = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
     return sum(json.loads(row)["kind"] == "epoch" for row in rows if row.endswith("\n"))
 
 
 def main() -> None:
-    """Measure, and print the ratios."""
-    parser = argparse.ArgumentParser(description="What checkpoints cost a training run.")
+    """Measure and print the ratios."""
+    parser = argparse.ArgumentParser(description="Overhead of checkpoints in a training run.")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--images", type=int, default=512, help="pictures drawn, so an epoch's length")
+    parser.add_argument("--images", type=int, default=512, help="number of synthetic images of an epoch")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--folder", help="where the run is written; default: the system's temporary folder")
+    parser.add_argument("--folder", help="parent of the run folder; default: the system's temporary folder")
     arguments = parser.parse_args()
 
     print(
@@ -80,18 +80,18 @@ def main() -> None:
         f"torchvision {torchvision.__version__}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        ends = epochs_end(draw_photographs(Path(folder), train=arguments.images), arguments)
+        ends = epoch_ends(write_photographs(Path(folder), train=arguments.images), arguments)
     seconds = [after - before for before, after in pairwise(ends)]  # epochs 2, 3, 4, ...
     ratios = []
     for before, saved, after in zip(seconds[::2], seconds[1::2], seconds[2::2], strict=False):
         ratios.append(2 * saved / (before + after))
         print(
-            f"{saved:6.2f} s beside a checkpoint's writing, {before:6.2f} and {after:6.2f} s before and after, "
+            f"{saved:6.2f} s with a checkpoint, {before:6.2f} and {after:6.2f} s for the epochs before and after, "
             f"ratio {ratios[-1]:.3f}"
         )
     print(
-        f"ratio {statistics.median(ratios):.3f} in the median of {len(ratios)} ({min(ratios):.3f} to "
-        f"{max(ratios):.3f}), {statistics.mean(ratios):.3f} in the mean "
+        f"median ratio {statistics.median(ratios):.3f} of {len(ratios)} ({min(ratios):.3f} to "
+        f"{max(ratios):.3f}), mean {statistics.mean(ratios):.3f} "
         f"(standard error {statistics.stdev(ratios) / len(ratios) ** 0.5:.3f})"
     )
 

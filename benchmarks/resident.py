@@ -1,8 +1,8 @@
-"""Train one batch that lies in memory, again and again, in plain torch: how fast this machine can possibly train.
+"""Train repeatedly on one batch in memory, in plain torch: the upper limit of a machine's training throughput.
 
     python benchmarks/resident.py --precision bf16
 
-Imports nothing of regraft: the yardstick must not share what it measures. Prints images a second.
+It imports nothing of regraft, and prints images per second.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from torchvision import models
 
 
 def main() -> None:
-    """Measure, and print one number."""
-    parser = argparse.ArgumentParser(description="Images a second of training one resident batch.")
+    """Measure and print the throughput."""
+    parser = argparse.ArgumentParser(description="Images per second of training on one resident batch.")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--classes", type=int, default=2)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--warmup", type=int, default=2, help="updates not counted")
+    parser.add_argument("--warmup", type=int, default=2, help="number of updates that are not counted")
     parser.add_argument("--updates", type=int, default=8)
     arguments = parser.parse_args()
 

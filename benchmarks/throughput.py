@@ -1,12 +1,12 @@
-"""regraft's training end to end, from JPEG files, beside one resident batch in plain torch: pairs, in turn.
+"""Throughput of training from JPEG files, compared with plain torch on one batch in memory.
 
-    python benchmarks/throughput.py                       # resnet18, fp32 and bf16, drawn pictures of 500 x 375
+    python benchmarks/throughput.py                       # resnet18, fp32 and bf16, synthetic images of 500 x 375
     python benchmarks/throughput.py --data-root FOLDER --precisions bf16 --pairs 5
 
-Both train the same model on batches of the same size, in the same layout, precision and number of threads.
-regraft's figure is `examples_per_sec` of its epochs but the first (decoding, augmentation and all; evaluation
-lies outside); the other's is that of benchmarks/resident.py. What counts is the ratio of each pair: these run
-one right after the other, so that a machine's changing mood falls out.
+Both train the same model with the same batch size, memory layout, precision and number of threads. regraft's
+throughput includes decoding and augmentation, and excludes evaluation and the first epoch. benchmarks/resident.py
+measures the other one. The two run in turn, and the ratio of each pair is reported, which cancels slow changes of the
+machine's speed.
 """
 
 import argparse
@@ -27,32 +27,32 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def draw_photographs(folder: Path, *, train: int, seed: int = 0) -> Path:
-    """Write JPEG files of 500 x 375 pixels with detail at every scale, about as hard to decode as photographs."""
+def write_photographs(folder: Path, *, train: int, seed: int = 0) -> Path:
+    """Write JPEG files of 500 x 375 pixels with detail at every scale; they take as long to decode as photographs."""
     random = np.random.default_rng(seed)
-    for part, count in (("train", train), ("val", 4)):
+    for split, count in (("train", train), ("val", 4)):
         for name in ("a", "b"):
-            (folder / part / name).mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for i in range(count // 2):
-                picture = np.zeros((375, 500, 3))
+                pixels = np.zeros((375, 500, 3))
                 for side in (4, 16, 64, 375):
                     noise = random.normal(0, 45 * (4 / side) ** 0.3, (side, side, 3))
-                    shown = Image.fromarray(np.clip(noise + 128, 0, 255).astype(np.uint8)).resize((500, 375))
-                    picture += np.asarray(shown, dtype=float) - 128
-                image = Image.fromarray(np.clip(picture + 128, 0, 255).astype(np.uint8))
-                image.save(folder / part / name / f"{i:03}.jpg", quality=85)
+                    scaled = Image.fromarray(np.clip(noise + 128, 0, 255).astype(np.uint8)).resize((500, 375))
+                    pixels += np.asarray(scaled, dtype=float) - 128
+                image = Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8))
+                image.save(folder / split / name / f"{i:03}.jpg", quality=85)
     return folder
 
 
 def train(data: Path, arguments: argparse.Namespace, precision: str) -> float:
-    """Return regraft's images a second."""
+    """Return regraft's throughput in images per second."""
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "run.dir": folder,
             "run.threads": arguments.threads,
             "data.root": data,
             "data.image_size": 224,
-            "data.num_workers": "null" if arguments.workers is None else arguments.workers,
+            "data.num_workers": "null" if arguments.num_workers is None else arguments.num_workers,
             "model.name": arguments.model,
             "model.weights": "null",
             "train.precision": precision,
@@ -68,7 +68,7 @@ def train(data: Path, arguments: argparse.Namespace, precision: str) -> float:
 
 
 def resident(arguments: argparse.Namespace, precision: str, updates: int) -> float:
-    """Return images a second of the resident batch."""
+    """Return the throughput of the resident batch in images per second."""
     options = {
         "--model": arguments.model,
         "--batch-size": arguments.batch_size,
@@ -77,20 +77,20 @@ def resident(arguments: argparse.Namespace, precision: str, updates: int) -> flo
         "--updates": updates,
     }
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "resident.py")]
-    command += [str(part) for option in options.items() for part in option]
+    command += [str(word) for option in options.items() for word in option]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
-    """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description="regraft end to end beside one resident batch.")
-    parser.add_argument("--data-root", type=Path, help="image folder; default: pictures drawn for this run")
+    """Measure and print the ratios."""
+    parser = argparse.ArgumentParser(description="Throughput of regraft compared with one resident batch.")
+    parser.add_argument("--data-root", type=Path, help="image folder; default: synthetic images")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--images", type=int, default=192, help="pictures drawn")
-    parser.add_argument("--epochs", type=int, default=3, help="the first is not counted")
+    parser.add_argument("--images", type=int, default=192, help="number of synthetic images")
+    parser.add_argument("--epochs", type=int, default=3, help="number of epochs; the first is not counted")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--workers", type=int, help="as data.num_workers; default: as regraft chooses")
+    parser.add_argument("--num-workers", type=int, help="option data.num_workers; default: chosen by regraft")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     arguments = parser.parse_args()
@@ -100,18 +100,18 @@ def main() -> None:
         f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        data = arguments.data_root or draw_photographs(Path(folder), train=arguments.images)
+        data = arguments.data_root or write_photographs(Path(folder), train=arguments.images)
         updates = max(4, (arguments.epochs - 1) * arguments.images // arguments.batch_size)
         for precision in arguments.precisions:
             ratios = []
             for _ in range(arguments.pairs):
-                ours, best = train(data, arguments, precision), resident(arguments, precision, updates)
-                ratios.append(ours / best)
+                ours, reference = train(data, arguments, precision), resident(arguments, precision, updates)
+                ratios.append(ours / reference)
                 print(
-                    f"{precision}: {ours:6.1f} images/s end to end, {best:6.1f} resident, ratio {ratios[-1]:.3f}"
+                    f"{precision}: {ours:6.1f} images/s end to end, {reference:6.1f} resident, ratio {ratios[-1]:.3f}"
                 )
             print(
-                f"{precision}: ratio {statistics.median(ratios):.3f} in the median of {len(ratios)} pairs "
+                f"{precision}: median ratio {statistics.median(ratios):.3f} of {len(ratios)} pairs "
                 f"({min(ratios):.3f} to {max(ratios):.3f})",
                 flush=True,
             )

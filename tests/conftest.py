@@ -1,7 +1,8 @@
-"""Fixtures shared by the whole suite."""
+"""Fixtures of the whole suite."""
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,14 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("REGRAFT_SHARED", REPOSITORY.parent / "shared")).resolve()
+WATCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_", "OMP_NUM_THREADS")
 
 
 def pytest_configure() -> None:
-    """Make the tests the same however they were started, and leave each of several workers (`pytest -n 2`) a core.
+    """Restore the signal handlers' defaults, and give each worker of pytest-xdist one thread.
 
-    In the background of a script Ctrl-C is ignored, under nohup a hang-up, and every process inherits that.
-    Threads that wait for each other's cores are slow: one here, and those of the processes that the tests start wait
-    asleep, which changes no result.
+    A background job ignores Ctrl-C, nohup ignores SIGHUP, and child processes inherit that. Threads that spin for each
+    other's cores are slow; those of the started processes wait passively instead, which changes no result.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -26,20 +27,18 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with a sentence, what needs the shared data where there is none (`.ci/run` fails if any was)."""
+    """Skip tests that need the shared data if it is missing; `.ci/run` fails if a test was skipped."""
     if (SHARED / "data").is_dir():
         return
-    skip = pytest.mark.skip(
-        reason=f"no shared data and weights at {SHARED}: set REGRAFT_SHARED to their folder"
-    )
+    reason = f"no shared data and weights at {SHARED}: set REGRAFT_SHARED to their folder"
     for item in items:
         if item.get_closest_marker("shared"):
-            item.add_marker(skip)
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Return the folder of real images and weights; mark tests that use it with `pytest.mark.shared`."""
+    """Return the folder of real images and weights; tests that use it are marked `pytest.mark.shared`."""
     return SHARED
 
 
@@ -50,28 +49,18 @@ def repository() -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep every test out of the user's cache and home."""
+    """Keep every test out of the user's cache."""
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(autouse=True)
-def _no_leaks() -> object:
+def _no_leaks() -> Iterator[None]:
     """Fail a test that leaves environment variables of the launcher or of torch behind."""
-    watched = (
-        "WORLD_SIZE",
-        "RANK",
-        "LOCAL_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "ACCELERATE_",
-        "OMP_NUM_THREADS",
-    )
 
-    def seen() -> dict[str, str]:
-        return {k: v for k, v in os.environ.items() if k.startswith(watched)}
+    def watched() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith(WATCHED)}
 
-    before = seen()
+    before = watched()
     yield
-    after = seen()
-    if after != before:
+    if (after := watched()) != before:
         pytest.fail(f"the test leaked environment variables: {sorted(after.items() ^ before.items())}")

@@ -1,4 +1,4 @@
-"""A disk of a test's own, small enough to be filled."""
+"""A small file system that a test may fill."""
 
 import subprocess
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ import pytest
 
 @contextmanager
 def disk(root: Path, size: str) -> Iterator[Path]:
-    """Mount a file system of that size (`256k`, `32m`) for a block.
+    """Mount a tmpfs of a size such as `256k` or `32m` for a block.
 
-    Who may mount none has the test skipped, which .ci/run takes for a failure.
+    Skips the test if mounting is not permitted; .ci/run counts that as a failure.
     """
     root.mkdir()
     mounted = _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(root))
     if mounted.returncode:
         pytest.skip(
-            f"this test fills a disk of its own, but may mount none ({mounted.stderr.strip()}): run the tests as root, "
-            "in a container with CAP_SYS_ADMIN"
+            f"this test mounts a small disk, which failed ({mounted.stderr.strip()}): run it as root, in a container "
+            "with CAP_SYS_ADMIN"
         )
     try:
         yield root

@@ -1,29 +1,32 @@
 """A small data set, and the options of a run on it that takes a few seconds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.folders import image_folder
 
 Options = Callable[..., list[str]]
+Train = Callable[[int, Sequence[str]], str]
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    parts = {"train": {"a b": 9, "图片": 7, "c": 6}, "val": {"a b": 3, "图片": 3, "c": 2}}
-    return image_folder(tmp_path_factory.mktemp("images"), parts)
+    splits = {"train": {"a b": 9, "图片": 7, "c": 6}, "val": {"a b": 3, "图片": 3, "c": 2}}
+    return image_folder(tmp_path_factory.mktemp("images"), splits)
 
 
 @pytest.fixture
 def options(images: Path, tmp_path: Path) -> Options:
-    """Return the command line of a small run; keywords change it, dots written as double underscores."""
+    """Return a function: changes, dots written as double underscores -> the options of a small run."""
 
-    def command_line(**changes: object) -> list[str]:
+    def make(**changes: object) -> list[str]:
         settings: dict[str, object] = {
             "run.dir": tmp_path / "run",
             "run.threads": 1,
+            "run.device": "cpu",
             "data.root": images,
             "data.image_size": 32,
             "data.num_workers": 0,
@@ -35,4 +38,22 @@ def options(images: Path, tmp_path: Path) -> Options:
         settings |= {key.replace("__", "."): value for key, value in changes.items()}
         return [f"--{key}={value}" for key, value in settings.items()]
 
-    return command_line
+    return make
+
+
+@pytest.fixture
+def train(capsys: pytest.CaptureFixture[str]) -> Iterator[Train]:
+    """Return a function that trains in this process, checks the exit code, and returns the output."""
+    from trainer.main import main
+
+    def train(code: int, arguments: Sequence[str]) -> str:
+        returned = main(arguments)
+        printed = capsys.readouterr()
+        output = printed.out + printed.err
+        assert returned == code, output
+        assert "Traceback" not in output
+        return output
+
+    threads = torch.get_num_threads()
+    yield train
+    torch.set_num_threads(threads)

@@ -1,86 +1,86 @@
-"""What a start does with the run that it finds; tests/e2e/test_commands.py has the rest of it."""
+"""What a start does with the run that it finds in its folder."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests import runs
+from tests.e2e.conftest import Options, Train
 from tests.folders import image_folder
-from tests.kills import (
-    EPOCHS,
-    STEPS,
-    assert_equal_runs,
-    command,
-    finish,
-    newest,
-    options,
-    pictures,
-    require_each_once,
-    started,
-    whole_run,
-)
-
-
-def python(root: Path, folder: Path, **changes: object) -> list[str]:
-    return command("python", *options(root, folder, **changes))
+from tests.launching import MAIN, rows, run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return all that counts of a run: whatever a start that does nothing may not change."""
-    kept = [
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and path.parent.name not in ("attempts", "environment")
-    ]
+    """Return the files of a run, without the records of its starts."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    kept = [path for path in files if path.parent.name not in ("attempts", "environment")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
-@pytest.mark.slow
-def test_a_finished_run_is_extended_and_guarded_against_other_pictures(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+def test_a_finished_run_is_reported_and_refuses_other_options(
+    options: Options, tmp_path: Path, train: Train
 ) -> None:
-    root, folder = pictures(tmp_path_factory), tmp_path / "run"
-    constant = {"optim__schedule": "constant"}
-    finish(python(root, folder, **constant, train__epochs=2), folder)
-    said = finish([*python(root, folder, **constant), "--run.resume=must"], folder)
-    assert f"going on after epoch 2 of {EPOCHS} (step {2 * STEPS})" in said
-    require_each_once(folder)
-    assert_equal_runs(folder, whole_run(tmp_path_factory, "python", **constant))
-    before = contents(folder)
+    folder = tmp_path / "run"
+    train(0, options())
+    metrics = (folder / "metrics.jsonl").read_bytes()
 
-    others = tmp_path / "other pictures"
-    shutil.copytree(root, others)
-    (others / "train" / "b" / "003.png").unlink()
+    output = train(0, options())
+    assert "finished already, after epoch 2" in output
+    assert "test accuracy" in output, "the result is reported again"
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+    assert "optim.lr: 0.001 there, 0.5 now" in train(2, options(optim__lr=0.5))
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+    output = train(0, options(run__resume="never"))
+    assert str(tmp_path / "run.earlier-1") in output
+    assert (tmp_path / "run.earlier-1" / "metrics.jsonl").read_bytes() == metrics
+    assert len(rows(folder, "epoch")) == 2
+
+
+def test_a_finished_run_is_extended_and_refuses_other_images(
+    options: Options, images: Path, tmp_path: Path, train: Train
+) -> None:
+    folder, changes = tmp_path / "run", {"optim__schedule": "constant", "run__audit": "true"}
+    train(0, options(train__epochs=1, **changes))
+    output = train(0, options(train__epochs=2, run__resume="must", **changes))
+    assert "resuming after epoch 1 of 2 (step 3)" in output
+    train(0, options(train__epochs=2, run__dir=tmp_path / "whole", **changes))
+    runs.assert_equal(folder, tmp_path / "whole")
+
+    before, others = contents(folder), tmp_path / "other images"
+    shutil.copytree(images, others)
+    (others / "train" / "c" / "003.png").unlink()
     image_folder(others, {"train": {"d": 2}}, seed=8)
-    said = finish(python(others, folder, **constant), folder, code=2)
-    assert "training images: b 7 there, 6 now" in said
-    assert "classes: none only there, d only now" in said
-    assert "Traceback" not in said
+    output = train(2, options(data__root=others, **changes))
+    assert "training images: c 6 there, 5 now" in output
+    assert "classes: none only there, d only now" in output
     assert contents(folder) == before
 
 
-@pytest.mark.soak
-def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_equal(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+def test_a_damaged_checkpoint_is_quarantined_and_the_run_ends_equal(
+    options: Options, tmp_path: Path, train: Train
 ) -> None:
-    folder = tmp_path / "run"
-    arguments = python(pictures(tmp_path_factory), folder)
-    with started(arguments, folder) as run:
-        run.wait_for_step(9)
-        run.process.terminate()
-        run.end(code=75)
-    damaged = newest(folder)
-    with (damaged / "optimizer.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
-        last = file.read(1)
-        file.seek(-1, 2)
-        file.write(bytes([last[0] ^ 1]))
-    (_, before) = sorted((folder / "checkpoints").glob("step-*"), reverse=True)[:2]
-    said = finish(arguments, folder)
-    assert f"(step {int(before.name.split('-')[1])})" in said
-    assert f"{damaged} is damaged (optimizer.safetensors is not what was written" in said
-    assert f"set aside as damaged-1-{damaged.name}" in said
+    folder, changes = tmp_path / "run", {"run__audit": "true", "checkpoint__every": "1 steps"}
+    train(0, options(**changes))
+    shutil.copytree(folder, tmp_path / "whole")
+    damaged = runs.latest_checkpoint(folder)
+    content = bytearray((damaged / "optimizer.safetensors").read_bytes())
+    content[-1] ^= 1
+    (damaged / "optimizer.safetensors").write_bytes(content)
+    output = train(0, options(**changes))
+    assert f"{damaged} is damaged (optimizer.safetensors is not what was written" in output
+    assert f"as damaged-1-{damaged.name}" in output
+    assert "(step 5), in epoch 2 after 2 of its 3 steps" in output
     assert (folder / "checkpoints" / f"damaged-1-{damaged.name}").is_dir()
-    assert "Traceback" not in said
-    require_each_once(folder)
-    assert_equal_runs(folder, whole_run(tmp_path_factory, "python"))
+    runs.assert_equal(folder, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_config_yaml_runs_the_same_again(options: Options, tmp_path: Path, train: Train) -> None:
+    train(0, options(run__audit="true"))
+    again = ["--config", tmp_path / "run" / "config.yaml", "--run.dir", tmp_path / "again"]
+    run([sys.executable, MAIN, *again], cwd=tmp_path)
+    runs.assert_equal(tmp_path / "again", tmp_path / "run")

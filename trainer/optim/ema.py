@@ -39,30 +39,22 @@ class ModelEma:
         self.enabled = decay is not None
         self.model = model
         """The model to evaluate. It belongs to no process group: every process averages the same weights."""
-        self._averaged: list[tuple[Tensor, Tensor]] = []
-        self._copied: list[tuple[Tensor, Tensor]] = []
-        if not self.enabled:
-            return
-        self.model = copy.deepcopy(model).requires_grad_(requires_grad=False).eval()
-        pairs = [
-            *zip(self.model.parameters(), model.parameters(), strict=True),
-            *zip(self.model.buffers(), model.buffers(), strict=True),
-        ]
-        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        if self.enabled:
+            self.model = copy.deepcopy(model).requires_grad_(requires_grad=False).eval()
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Update the average after update `step` (counted from 1), without waiting for the device."""
         if not self.enabled:
             return
-        averages, weights = (
-            [pair[0] for pair in self._averaged],
-            [pair[1].detach() for pair in self._averaged],
-        )
+        # Looked up in every update: DDP, which wraps the model again when parameters are unfrozen, replaces buffers.
+        pairs = list(zip(_tensors(self.model), _tensors(self._trained), strict=True))
+        averages = [average for average, _ in pairs if average.is_floating_point()]
+        weights = [tensor for average, tensor in pairs if average.is_floating_point()]
         torch._foreach_lerp_(averages, weights, 1 - get_decay(step, self._decay))
-        for copied, tensor in self._copied:
-            copied.copy_(tensor)
+        for copied, tensor in pairs:
+            if not copied.is_floating_point():
+                copied.copy_(tensor)
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return the averaged weights and buffers; empty if averaging is off."""
@@ -82,3 +74,7 @@ class ModelEma:
             return self._trained
         copy_frozen_flags(self.model, self._trained)
         return nn.ModuleDict({"model": self._trained, "average": self.model})
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*(parameter.detach() for parameter in model.parameters()), *model.buffers()]
