@@ -26,6 +26,3 @@ def image_folder(root: Path, splits: Mapping[str, Mapping[str, int]], *, seed: i
                 number += 1
                 noise_image(number).save(folder / f"{i:03}.png")
     return root
-
-
-picture = noise_image  # old name

@@ -14,18 +14,7 @@ import pytest
 
 from launch.local import run as local_run
 from launch.local.torchrun import TorchrunConfig, TorchrunResult
-from tests.kills import (
-    EXAMPLES,
-    Run,
-    attempts,
-    catches,
-    children,
-    options,
-    pictures,
-    require_each_once,
-    saved_step,
-    started,
-)
+from tests import runs
 from tests.launching import MAIN, REPOSITORY
 from trainer.distributed.error_file import ERROR_FILE, write_error_file
 from trainer.run.lock import RunLock
@@ -47,18 +36,22 @@ def command_line(pid: int) -> str:
         return ""
 
 
-def ranks(run: Run) -> list[int]:
+def ranks(run: runs.Run) -> list[int]:
     """Return the process ids of the trainer's processes."""
-    (torchrun,) = (pid for pid in children(run.process.pid) if "torch.distributed.run" in command_line(pid))
-    return sorted(pid for pid in children(torchrun) if str(MAIN) in command_line(pid))
+    (torchrun,) = (
+        pid for pid in runs.children(run.process.pid) if "torch.distributed.run" in command_line(pid)
+    )
+    return sorted(pid for pid in runs.children(torchrun) if str(MAIN) in command_line(pid))
 
 
 @contextmanager
-def training(factory: pytest.TempPathFactory, *arguments: str, epochs: int = MANY_EPOCHS) -> Iterator[Run]:
+def training(
+    factory: pytest.TempPathFactory, *arguments: str, epochs: int = MANY_EPOCHS
+) -> Iterator[runs.Run]:
     """Start two ranks with `regraft train`, and wait until they have made two updates."""
     folder = factory.mktemp("local") / "run"
-    trainer_options = options(pictures(factory), folder, data__workers=0, train__epochs=epochs)
-    with started(regraft("train", "--nproc", "2", *arguments, *trainer_options), folder) as run:
+    trainer_options = runs.options(factory, folder, data__num_workers=0, train__epochs=epochs)
+    with runs.start(regraft("train", "--nproc", "2", *arguments, *trainer_options), folder) as run:
         run.wait_for_step(2)
         yield run
 
@@ -67,12 +60,12 @@ def test_output_of_rank_0_is_shown_and_that_of_all_ranks_is_logged(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.mktemp("local") / "run"
-    trainer_options = options(pictures(tmp_path_factory), folder, data__workers=0, train__epochs=1)
-    with started(regraft("train", "--nproc", "2", *trainer_options), folder) as run:
+    trainer_options = runs.options(tmp_path_factory, folder, data__num_workers=0, train__epochs=1)
+    with runs.start(regraft("train", "--nproc", "2", *trainer_options), folder) as run:
         output = run.end(code=0)
-    assert output.count(f"{EXAMPLES} of {EXAMPLES} trained on") == 1
+    assert output.count(f"{runs.EXAMPLES} of {runs.EXAMPLES} trained on") == 1
     assert "W1" not in output, "messages of torchrun are only in its log"
-    require_each_once(folder, epochs=1)
+    runs.assert_each_example_once(folder, epochs=1)
     logs = folder / "logs" / "0001"
     assert "trained on" in (logs / "rank-0.log").read_text()
     assert [path.parent.name for path in sorted(logs.glob("*/attempt_0/*/stdout.log"))] == ["1"]
@@ -83,7 +76,7 @@ def test_output_of_rank_0_is_shown_and_that_of_all_ranks_is_logged(
     assert "step 6 of 6, epoch 1 of 1" in status
 
     # With --run.resume=never the run is archived; the logs of the new launch stay in place.
-    with started(regraft("train", *trainer_options, "--run.resume=never"), folder) as run:
+    with runs.start(regraft("train", *trainer_options, "--run.resume=never"), folder) as run:
         run.end(code=0)
     archived = folder.with_name("run.earlier-1")
     assert (archived / "logs" / "0001" / "rank-0.log").exists()
@@ -97,9 +90,9 @@ def test_signal_is_forwarded_and_the_run_saved(
     with training(tmp_path_factory) as run:
         os.kill(run.process.pid, number)
         output = run.end(code=75)
-    (record,) = attempts(run.folder)
+    (record,) = runs.attempts(run.folder)
     assert (record["state"], record["reason"]) == ("stopped", "SIGTERM")
-    assert record["step"] == saved_step(run.folder)
+    assert record["step"] == runs.saved_step(run.folder)
     assert f"stopped by {number.name}: saved after step {record['step']} of" in output
     assert "Traceback" not in output
 
@@ -119,8 +112,8 @@ def test_no_process_survives_a_killed_launcher(tmp_path_factory: pytest.TempPath
         run.process.kill()
         seconds = run.require_gone(40)
     print(f"all processes gone {seconds:.1f} s after SIGKILL to the launcher")
-    (record,) = attempts(run.folder)
-    assert (record["state"], record["step"]) == ("stopped", saved_step(run.folder))
+    (record,) = runs.attempts(run.folder)
+    assert (record["state"], record["step"]) == ("stopped", runs.saved_step(run.folder))
 
 
 def test_killed_rank_is_reported_and_restarted(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -133,7 +126,7 @@ def test_killed_rank_is_reported_and_restarted(tmp_path_factory: pytest.TempPath
     assert output.count("\nrestarted\n") == 1
     first_failure = output.partition("\nrestarted\n")[0]
     assert "gloo" not in first_failure, "secondary errors are only in the logs"
-    assert len(attempts(run.folder)) == 2
+    assert len(runs.attempts(run.folder)) == 2
     logs = [Path(log) for log in re.findall(r"^log: (.*)$", output, flags=re.M)]
     assert len(logs) == 2
     assert all(log.is_relative_to(run.folder / "logs" / "0001") and log.is_file() for log in logs)
@@ -142,17 +135,17 @@ def test_killed_rank_is_reported_and_restarted(tmp_path_factory: pytest.TempPath
 
 def test_user_error_is_not_restarted(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("local") / "run"
-    trainer_options = options(pictures(tmp_path_factory), folder, data__root="/nowhere", data__workers=0)
-    with started(regraft("train", "--nproc", "2", "--max-restarts", "3", *trainer_options), folder) as run:
+    trainer_options = runs.options(tmp_path_factory, folder, data__root="/nowhere", data__num_workers=0)
+    with runs.start(regraft("train", "--nproc", "2", "--max-restarts", "3", *trainer_options), folder) as run:
         output = run.end(code=2)
     errors = [line for line in output.splitlines() if "error" in line]
     assert errors
     assert all(line.startswith("error: data.root is '/nowhere'") for line in errors)
     assert "restarted" not in output
-    assert len(attempts(folder)) == 1
+    assert len(runs.attempts(folder)) == 1
 
     other = folder.with_name("other")
-    with started(regraft("train", f"--run.dir={other}", "--optim.lrr=1"), other) as run:
+    with runs.start(regraft("train", f"--run.dir={other}", "--optim.lrr=1"), other) as run:
         output = run.end(code=2)
     assert output.startswith("error: command line: there is no option 'optim.lrr'")
     assert not other.exists(), "a wrong command leaves no run folder behind"
@@ -162,17 +155,17 @@ def test_two_runs_are_independent_and_one_folder_has_one_run(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     with training(tmp_path_factory) as first, training(tmp_path_factory) as second:
-        same_run = options(
-            pictures(tmp_path_factory), first.folder, data__workers=0, train__epochs=MANY_EPOCHS
+        same_run = runs.options(
+            tmp_path_factory, first.folder, data__num_workers=0, train__epochs=MANY_EPOCHS
         )
-        with started(regraft("train", *same_run), first.folder) as third:
+        with runs.start(regraft("train", *same_run), first.folder) as third:
             assert "is going on" in third.end(code=2)
         for run in (first, second):
-            assert all(catches(pid, signal.SIGTERM) for pid in ranks(run))
+            assert all(runs.handles_signal(pid, signal.SIGTERM) for pid in ranks(run))
             run.process.terminate()
         for run in (first, second):
             run.end(code=75)
-            assert [row["state"] for row in attempts(run.folder)] == ["stopped"]
+            assert [row["state"] for row in runs.attempts(run.folder)] == ["stopped"]
 
 
 def test_stop_caused_by_another_ranks_failure_is_a_failure(

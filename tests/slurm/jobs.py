@@ -6,22 +6,11 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.kills import (
-    SAME_ANYWHERE,
-    attempts,
-    last_step,
-    options,
-    pictures,
-    require_close,
-    require_each_once,
-    trained_by,
-    whole_run,
-)
+from tests import runs
 from tests.launching import MAIN, REPOSITORY
 from tests.slurm.cluster import Cluster
 
 FINETUNE, ARRAY = REPOSITORY / "slurm" / "finetune.sh", REPOSITORY / "slurm" / "array.sh"
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-5
 SLOW_UPDATES = """\
 import os
 if "RANK" in os.environ:
@@ -35,7 +24,9 @@ if "RANK" in os.environ:
 
 def run_options(factory: pytest.TempPathFactory, folder: Path, **changes: object) -> list[str]:
     """Return the trainer's options of a tiny run whose result does not depend on the number of processes."""
-    return options(pictures(factory), folder, **SAME_ANYWHERE, run__device="cpu", data__workers=0, **changes)
+    return runs.options(
+        factory, folder, **runs.WORLD_SIZE_INDEPENDENT, run__device="cpu", data__num_workers=0, **changes
+    )
 
 
 def with_sitecustomize(folder: Path, code: str) -> dict[str, str]:
@@ -47,15 +38,17 @@ def with_sitecustomize(folder: Path, code: str) -> dict[str, str]:
 
 def wait_for_step(cluster: Cluster, job: str, folder: Path, step: int, *, after: int = 0) -> int:
     """Wait until an attempt later than `after` has made the update `step`, and return the last update."""
-    cluster.wait(job, lambda: trained_by(folder) > after and last_step(folder) >= step, f"step {step}")
-    return last_step(folder)
+    cluster.wait(
+        job, lambda: runs.training_attempt(folder) > after and runs.last_step(folder) >= step, f"step {step}"
+    )
+    return runs.last_step(folder)
 
 
 def wait_for_checkpoint(cluster: Cluster, job: str, folder: Path, *, start: int) -> int:
     """Wait until a start of a job (from 0, with one attempt each) has saved a new step, and return the step."""
 
     def saved_steps() -> list[int]:
-        return [0, *(attempt["step"] for attempt in attempts(folder))]
+        return [0, *(attempt["step"] for attempt in runs.attempts(folder))]
 
     def has_new_step() -> bool:
         *earlier, last = saved_steps()
@@ -105,6 +98,6 @@ def _command_line(pid: int) -> str:
 
 def require_result_of_one_process(folder: Path, factory: pytest.TempPathFactory) -> None:
     """Check that each epoch has seen each example once, and that the result is that of a run with one process."""
-    require_each_once(folder)
-    reference = whole_run(factory, "python", **SAME_ANYWHERE)
-    require_close(folder, reference, losses=LOSS_TOLERANCE, weights=WEIGHT_TOLERANCE)
+    runs.assert_each_example_once(folder)
+    reference = runs.uninterrupted(factory, "python", **runs.WORLD_SIZE_INDEPENDENT)
+    runs.assert_close(folder, reference)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.kills import attempts, require_each_once, saved_step, worlds
+from tests import runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import (
     ARRAY,
@@ -26,8 +26,8 @@ def test_job_of_two_nodes_has_the_result_of_one_process_and_is_not_started_again
     job = cluster.submit("--nodes=2", FINETUNE, *run_options(tmp_path_factory, folder), cwd=tmp_path)
     record = cluster.wait_for(job, "COMPLETED")
     assert (record["NumNodes"], record["ExitCode"], record["Restarts"]) == ("2", "0:0", "0")
-    assert [attempt["state"] for attempt in attempts(folder)] == ["done"]
-    assert set(worlds(folder)) == {2}
+    assert [attempt["state"] for attempt in runs.attempts(folder)] == ["done"]
+    assert set(runs.world_sizes(folder)) == {2}
     output = cluster.output(job)
     assert output.count("24 of 24 evaluated") == 1, output
 
@@ -36,7 +36,7 @@ def test_job_of_two_nodes_has_the_result_of_one_process_and_is_not_started_again
     cluster.wait(job, lambda: cluster.restarts(job) == 1, "requeued", also_after_end=True)
     record = cluster.wait_for(job, "COMPLETED")
     assert (record["ExitCode"], record["Restarts"]) == ("0:0", "1")
-    assert len(attempts(folder)) == 1, "no process was started"
+    assert len(runs.attempts(folder)) == 1, "no process was started"
     assert "is already done" in cluster.output(job).removeprefix(output)
 
 
@@ -84,9 +84,9 @@ def test_job_with_an_error_that_occurs_each_time_is_not_requeued_forever(
         output = cluster.output(job)
         assert (int(record["Restarts"]), record["ExitCode"]) == (restarts, f"{code}:0"), output
         assert output.count(message) == restarts + 1, output
-    assert not attempts(tmp_path / "option")
-    assert [(row["state"], row["step"]) for row in attempts(tmp_path / "update")] == [("failed", 4)] * 2
-    assert saved_step(tmp_path / "update") == 4
+    assert not runs.attempts(tmp_path / "option")
+    assert [(row["state"], row["step"]) for row in runs.attempts(tmp_path / "update")] == [("failed", 4)] * 2
+    assert runs.saved_step(tmp_path / "update") == 4
 
 
 def test_each_task_of_an_array_has_its_own_folder_and_seed(
@@ -102,8 +102,8 @@ def test_each_task_of_an_array_has_its_own_folder_and_seed(
     assert sorted(sweep.iterdir()) == folders
     seeds, results = [], set()
     for folder in folders:
-        assert [attempt["state"] for attempt in attempts(folder)] == ["done"]
-        require_each_once(folder, epochs=1)
+        assert [attempt["state"] for attempt in runs.attempts(folder)] == ["done"]
+        runs.assert_each_example_once(folder, epochs=1)
         seeds.append(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["run"]["seed"])
         results.add((folder / "model.safetensors").read_bytes())
     assert seeds == [0, 1, 2]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kills import attempts, last_step, saved_step, worlds
+from tests import runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import (
     FINETUNE,
@@ -50,13 +50,13 @@ def test_job_saves_and_resumes_after_its_time_limit_and_after_a_preemption(
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     wait_for_restart(cluster, job, 1)
 
-    wait_for_step(cluster, job, folder, saved_step(folder) + 2, after=1)
+    wait_for_step(cluster, job, folder, runs.saved_step(folder) + 2, after=1)
     other = preempt(cluster, tmp_path)
     wait_for_restart(cluster, job, 2)
     cluster.wait_for(other, "COMPLETED")
 
     record = cluster.wait_for(job, "COMPLETED")
-    history = attempts(folder)
+    history = runs.attempts(folder)
     output = cluster.output(job)
     print(f"stopped after the steps {[attempt['step'] for attempt in history[:-1]]}")
     assert [attempt["state"] for attempt in history] == ["stopped", "stopped", "done"], output
@@ -65,7 +65,7 @@ def test_job_saves_and_resumes_after_its_time_limit_and_after_a_preemption(
     assert steps_made(folder) == list(range(history[2]["step"])), "no update was lost, or made twice"
     assert f"stopped by SIGUSR1, saved after step {history[0]['step']}" in output, output
     assert f"stopped by SIGTERM, saved after step {history[1]['step']}" in output, output
-    assert set(worlds(folder)) == {2}
+    assert set(runs.world_sizes(folder)) == {2}
     require_result_of_one_process(folder, tmp_path_factory)
 
 
@@ -78,7 +78,7 @@ def test_job_that_is_preempted_before_training_is_requeued(
     cluster.wait(job, lambda: [*folder.glob("logs/*/node-0/torchrun.log")], "torchrun is started")
     preempt(cluster, tmp_path)  # Slurm signals the tasks on the nodes, but not the batch script
     wait_for_restart(cluster, job, 1)
-    assert not attempts(folder), "it came too late"
+    assert not runs.attempts(folder), "it came too late"
     assert "stopped by SIGTERM before training started" in cluster.output(job), cluster.output(job)
 
 
@@ -105,9 +105,9 @@ def test_job_that_a_person_stops_saves_and_is_not_requeued(
         wait_for_exit(cluster, jobs[folder])
         record = cluster.record(jobs[folder])
         assert (record["JobState"], record["ExitCode"], record["Restarts"]) == (state, "75:0", "0")
-        (attempt,) = attempts(folder)
+        (attempt,) = runs.attempts(folder)
         assert (attempt["state"], attempt["reason"]) == ("stopped", reason), cluster.output(jobs[folder])
-        assert 3 <= attempt["step"] == saved_step(folder) == last_step(folder)
+        assert 3 <= attempt["step"] == runs.saved_step(folder) == runs.last_step(folder)
 
 
 @pytest.mark.slow
@@ -126,7 +126,7 @@ def test_job_resumes_after_a_killed_process_and_after_a_lost_node(
     wait_for_restart(cluster, job, 1)
     output = cluster.output(job)
     assert f" on {victim.node}: killed by SIGKILL" in output, output
-    step = attempts(folder)[0]["step"]  # or a later one, saved meanwhile
+    step = runs.attempts(folder)[0]["step"]  # or a later one, saved meanwhile
     assert f"this start saved a new step ({step}); 1 of 100 attempts are used: requeued" in output, output
 
     step = wait_for_checkpoint(cluster, job, folder, start=1)
@@ -140,7 +140,7 @@ def test_job_resumes_after_a_killed_process_and_after_a_lost_node(
 
     record = cluster.wait_for(job, "COMPLETED")
     assert record["Restarts"] == "2"
-    history = attempts(folder)
+    history = runs.attempts(folder)
     print(f"attempts: {[(attempt['state'], attempt['step']) for attempt in history]}")
     assert len(history) == 3
     assert history[-1]["state"] == "done"
@@ -165,5 +165,5 @@ def test_job_resumes_after_its_first_node_was_lost(
     wait_for_restart(cluster, job, 1)
     print(f"restarted after {time.monotonic() - start:.1f} s", flush=True)
     cluster.wait_for(job, "COMPLETED")
-    assert attempts(folder)[-1]["state"] == "done"
+    assert runs.attempts(folder)[-1]["state"] == "done"
     require_result_of_one_process(folder, tmp_path_factory)

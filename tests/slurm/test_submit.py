@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kills import attempts, pictures, require_each_once
+from tests import runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import FINETUNE, run_options, wait_for_step
 
@@ -20,7 +20,7 @@ def test_names_are_not_interpreted_by_submit_and_sbatch(
 ) -> None:
     folder = tmp_path / f"a run {HOSTILE}"
     images = tmp_path / f"pictures {HOSTILE}"
-    images.symlink_to(pictures(tmp_path_factory))
+    images.symlink_to(runs.images(tmp_path_factory))
     options = run_options(tmp_path_factory, folder, train__epochs=1, data__root=images)
     site = tmp_path / "site.yaml"
     site.write_text("partition: normal\nenv: {NOTE: '$(touch pwned)'}\n")
@@ -51,8 +51,8 @@ def test_names_are_not_interpreted_by_submit_and_sbatch(
     (own,) = (tmp_path / "runs").iterdir()
     assert own.name.endswith(f"-{by_hand}")
     for run in (folder, own):
-        assert [attempt["state"] for attempt in attempts(run)] == ["done"]
-        require_each_once(run, epochs=1)
+        assert [attempt["state"] for attempt in runs.attempts(run)] == ["done"]
+        runs.assert_each_example_once(run, epochs=1)
     assert not [path for root in (tmp_path, cluster.folder) for path in root.rglob("pwned")]
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode
 
-from tests.folders import picture
+from tests.folders import noise_image
 from trainer.data.augment import (
     Augmentation,
     Normalize,
@@ -38,7 +38,7 @@ def augmented(
 
 @pytest.mark.parametrize("size", SIZES)
 def test_eval_transform_is_that_of_the_d2l_recipe(size: tuple[int, int]) -> None:
-    image = picture(1, size=size)
+    image = noise_image(1, size=size)
     reference = v1.Compose([v1.Resize([256, 256]), v1.CenterCrop(224)])
     assert np.array_equal(eval_transform(D2L)(image), reference(image))
 
@@ -54,7 +54,7 @@ def test_eval_transform_of_photographs_is_that_of_the_d2l_recipe(shared: Path) -
 @pytest.mark.parametrize("size", SIZES[:4])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_resize_shorter_keeps_the_aspect_ratio(size: tuple[int, int], interpolation: str) -> None:
-    image = picture(2, size=size)
+    image = noise_image(2, size=size)
     mode = InterpolationMode(interpolation)
     reference = v1.Compose([v1.Resize(40, interpolation=mode), v1.CenterCrop(32)])
     shorter = replace(SMALL, resize_size=40, resize="shorter", interpolation=interpolation)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def test_resize_shorter_keeps_the_aspect_ratio(size: tuple[int, int], interpolat
 
 @pytest.mark.parametrize("size", SIZES)
 def test_train_transform_is_that_of_the_d2l_recipe(size: tuple[int, int]) -> None:
-    image = picture(3, size=size)
+    image = noise_image(3, size=size)
     reference = v1.Compose([v1.RandomResizedCrop(224), v1.RandomHorizontalFlip()])
     transform = train_transform(D2L, "basic", (0.08, 1.0))
     for seed in range(10):
@@ -74,7 +74,7 @@ def test_train_transform_is_that_of_the_d2l_recipe(size: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize("augment", ["basic", *POLICIES])
 def test_augmentation_depends_on_the_seed_only(augment: Augmentation) -> None:
-    image = picture(4, size=(120, 90))
+    image = noise_image(4, size=(120, 90))
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first = augmented(SMALL, augment, image, 12)
@@ -90,7 +90,7 @@ def test_augmentation_depends_on_the_seed_only(augment: Augmentation) -> None:
 
 
 def test_without_augmentation_training_images_equal_evaluation_images() -> None:
-    image = picture(5, size=(80, 60))
+    image = noise_image(5, size=(80, 60))
     (result,) = augmented(D2L, "none", image, 1)
     assert np.array_equal(result, eval_transform(D2L)(image))
 
@@ -103,7 +103,7 @@ def test_crop_scale_of_1_crops_the_whole_width() -> None:
 
 @pytest.mark.parametrize("augment", ["none", "basic", "augmix"])
 def test_random_erasing_sets_a_rectangle_to_the_mean(augment: Augmentation) -> None:
-    image = picture(6, size=(120, 90))
+    image = noise_image(6, size=(120, 90))
     rectangles = set()
     erased = augmented(SMALL, augment, image, 20, random_erasing=1.0)
     for before, after in zip(augmented(SMALL, augment, image, 20), erased, strict=True):
@@ -130,7 +130,7 @@ def test_random_erasing_has_its_probability_and_clips_the_mean() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_normalize_equals_to_tensor_and_normalize_of_torchvision(channels_last: bool) -> None:
-    images = [eval_transform(D2L)(picture(seed, size=(300, 200))) for seed in range(3)]
+    images = [eval_transform(D2L)(noise_image(seed, size=(300, 200))) for seed in range(3)]
     reference = torch.stack([v1.Compose([v1.ToTensor(), v1.Normalize(MEAN, STD)])(image) for image in images])
     batch = torch.from_numpy(np.stack([to_array(image) for image in images])).permute(0, 3, 1, 2)
     result = Normalize(D2L, torch.device("cpu"))(batch if channels_last else batch.contiguous())

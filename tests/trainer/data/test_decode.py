@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from tests.folders import picture
+from tests.folders import noise_image
 from trainer.data.decode import UnreachableImage, UnreadableImage, decode
 
 ORIENTATION = 0x0112
@@ -74,7 +74,7 @@ def as_rgb(gray: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(1, 1), (640, 480)])
 def test_jpeg_is_decoded_as_by_pillow(tmp_path: Path, size: tuple[int, int]) -> None:
-    picture(1, size=size).save(tmp_path / "x.jpg", quality=90)
+    noise_image(1, size=size).save(tmp_path / "x.jpg", quality=90)
     assert np.array_equal(decode_array(tmp_path / "x.jpg"), Image.open(tmp_path / "x.jpg").convert("RGB"))
     assert np.array_equal(decode(tmp_path / "x.jpg"), Image.open(tmp_path / "x.jpg").convert("RGB"))
 
@@ -94,7 +94,7 @@ def test_jpeg_is_decoded_as_by_pillow(tmp_path: Path, size: tuple[int, int]) -> 
     ],
 )
 def test_lossless_formats_keep_every_pixel(tmp_path: Path, name: str, options: dict[str, object]) -> None:
-    original = np.asarray(picture(2))
+    original = np.asarray(noise_image(2))
     assert np.array_equal(decode_array(save(tmp_path / name, original, **options)), original)
 
 
@@ -110,7 +110,7 @@ def test_gray_and_bilevel_images_become_rgb(tmp_path: Path) -> None:
 
 
 def test_palette_image_becomes_rgb(tmp_path: Path) -> None:
-    image = picture(4).quantize(16)
+    image = noise_image(4).quantize(16)
     image.save(tmp_path / "x.png")
     image.save(tmp_path / "x.gif")
     for name in ("x.png", "x.gif"):
@@ -119,7 +119,7 @@ def test_palette_image_becomes_rgb(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparent_pixels_are_composited_over_white(tmp_path: Path, mode: str) -> None:
-    color = np.asarray(picture(5, size=(3, 8)).convert("RGB" if mode == "RGBA" else "L"))
+    color = np.asarray(noise_image(5, size=(3, 8)).convert("RGB" if mode == "RGBA" else "L"))
     color = color.reshape(8, 3, -1)
     alpha = np.array([0, 128, 255], dtype=np.uint8)[None, :, None].repeat(8, 0)
     Image.fromarray(np.concatenate([color, alpha], axis=2), mode).save(tmp_path / "x.png")
@@ -242,8 +242,8 @@ def test_every_exif_orientation_is_made_upright(tmp_path: Path, name: str, orien
 def test_damaged_metadata_is_ignored(
     tmp_path: Path, exif: bytes, recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    picture(6).save(tmp_path / "x.jpg", exif=exif)
-    picture(6).save(tmp_path / "y.jpg")
+    noise_image(6).save(tmp_path / "x.jpg", exif=exif)
+    noise_image(6).save(tmp_path / "y.jpg")
     assert np.array_equal(decode_array(tmp_path / "x.jpg"), decode_array(tmp_path / "y.jpg"))
     assert not recwarn.list
     assert capfd.readouterr() == ("", "")
@@ -271,7 +271,7 @@ def open_files() -> int:
 
 def encoded(format_: str, **options: object) -> bytes:
     file = io.BytesIO()
-    picture(9, size=(80, 60)).save(file, format_, **options)  # type: ignore[arg-type]
+    noise_image(9, size=(80, 60)).save(file, format_, **options)  # type: ignore[arg-type]
     return file.getvalue()
 
 
@@ -323,7 +323,7 @@ def test_ghostscript_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("subprocess.Popen", start)
     monkeypatch.setattr("os.posix_spawn", start)
     for name in ("x.eps", "x.jpg"):
-        picture(1).save(tmp_path / name, format="EPS")
+        noise_image(1).save(tmp_path / name, format="EPS")
         with pytest.raises(UnreadableImage, match="PostScript"):
             decode(str(tmp_path / name))
 
@@ -366,7 +366,7 @@ def test_anything_but_a_regular_file_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_file_without_read_permission_is_unreachable(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
-    picture(1).save(path)
+    noise_image(1).save(path)
     with (
         without_permission(path),
         pytest.raises(UnreachableImage, match=r"cannot be opened \(Permission denied\)"),
@@ -378,7 +378,7 @@ def test_file_without_read_permission_is_unreachable(tmp_path: Path) -> None:
 def test_image_beyond_pillows_limit_is_refused_and_a_large_one_gives_no_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    picture(1, size=(40, 30)).save(tmp_path / "x.png")
+    noise_image(1, size=(40, 30)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
     with pytest.raises(UnreadableImage, match="more than 1,198 pixels: rejected"):
         decode(str(tmp_path / "x.png"))
@@ -396,7 +396,7 @@ def test_image_beyond_pillows_limit_is_refused_and_a_large_one_gives_no_warning(
 def test_decompression_bomb_in_a_text_chunk_is_refused(tmp_path: Path) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("bomb", "x" * 80_000_000, zip=True)
-    picture(1).save(tmp_path / "x.png", pnginfo=info)
+    noise_image(1).save(tmp_path / "x.png", pnginfo=info)
     with pytest.raises(UnreadableImage, match=r"damaged: .*[Dd]ecompressed|too large|truncated"):
         decode(str(tmp_path / "x.png"))
 

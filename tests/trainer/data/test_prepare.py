@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.folders import image_folder, picture
+from tests.folders import image_folder, noise_image
 from trainer.config.schema import DataConfig
 from trainer.data import validation
 from trainer.data.decode import decode
@@ -39,7 +39,7 @@ def make_dirty_folder(root: Path) -> tuple[dict[str, Image.Image], dict[str, str
     def new_image() -> Image.Image:
         nonlocal number
         number += 1
-        return picture(number, size=(48, 32))
+        return noise_image(number, size=(48, 32))
 
     for part in ("train", "val"):
         put(f"{part}/猫 猫/照片 1.png", new_image())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.folders import picture
+from tests.folders import noise_image
 from trainer.data import validation
 from trainer.data.decode import decode
 from trainer.data.validation import check_images, unreadable_error
@@ -52,7 +52,7 @@ def images(folder: Path, count: int, *, bad: int = 0) -> list[str]:
     paths = [folder / f"{i:03}.png" for i in range(count + bad)]
     for i, path in enumerate(paths):
         if i < count:
-            picture(i, size=(4, 3)).save(path)
+            noise_image(i, size=(4, 3)).save(path)
         else:
             path.write_bytes(b"not an image")
     return [str(path) for path in paths]
@@ -121,7 +121,7 @@ def test_temporary_failures_are_not_cached(tmp_path: Path, cache: Path, decoder:
     for _ in range(2):
         assert check([*paths, gone], cache) == {gone: "a broken symbolic link"}
     assert decoder.pop_names() == ["000.png", "gone.png", "gone.png"]
-    picture(0).save(tmp_path / "target.png")
+    noise_image(0).save(tmp_path / "target.png")
     assert check([*paths, gone], cache) == {}
 
 
