@@ -3,12 +3,11 @@ from pathlib import Path
 import pytest
 
 from launch.failures import find_user_error, first_failure, format_failure, restart_dirs
-from regraft.contract import HANGS
+from regraft.contract import HANG_WAITING, HANGS
 from tests.launch.helpers import write_failure, write_report
-from trainer.distributed import watchdog
 
 WAITING = (
-    f"Hang: no step for 300 s, the last one was 7; {watchdog.WAITS} in all_reduce (distributed_c10d.py:1)"
+    f"Hang: no step for 300 s, the last one was 7; {HANG_WAITING} in all_reduce (distributed_c10d.py:1)"
 )
 READING = "Hang: no step for 300 s, the last one was 7; it was in select (selectors.py:1); stacks in /gloo/hangs/x.txt"
 
