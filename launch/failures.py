@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.contract import STOP_FILE, AttemptRecord
+from regraft.contract import HANG_WAITING, STOP_FILE, AttemptRecord
 
 _SECONDARY_ERRORS = re.compile(
     r"Connection (?:closed|reset|refused)|Broken pipe|\bgloo\b|\bNCCL|DistBackendError|DistNetworkError|ProcessGroup|"
@@ -20,12 +20,12 @@ _FINAL_REPORT = re.compile(r"rank\s*: (\d+) \(local_rank: (\d+)\)\s+exitcode\s*:
 """Logged by torchrun at the end, for each failed process; see ChildFailedError in torch.distributed.elastic."""
 _USER_ERROR = "error: "
 """Prefix of the trainer's errors that the user can fix."""
-_HANG, _WAITING = "Hang: ", "waiting for the other ranks"
-"""Prefix of the trainer's error for a rank that made no progress, and the note of a rank that waited for it."""
+_HANG = "Hang: "
+"""Prefix of the trainer's error for a rank that made no progress."""
 _LAST_LINES = 15
 _REMEDIES: tuple[tuple[str, str], ...] = (
     (
-        rf"^{_HANG}.*{_WAITING}",
+        rf"^{_HANG}.*{HANG_WAITING}",
         "a rank that left no stack traces beside these was suspended, or its machine is unreachable",
     ),
     (
@@ -220,7 +220,7 @@ def _exit_codes(torchrun_log: str, restart: int, restarts: int) -> list[tuple[in
 def _is_secondary(error: str) -> bool:
     if error.startswith(_USER_ERROR):
         return False
-    return _WAITING in error if error.startswith(_HANG) else _SECONDARY_ERRORS.search(error) is not None
+    return HANG_WAITING in error if error.startswith(_HANG) else _SECONDARY_ERRORS.search(error) is not None
 
 
 def _remedy(error: str, lines: list[str]) -> str | None:
