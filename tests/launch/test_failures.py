@@ -4,8 +4,8 @@ import pytest
 
 from launch.failures import find_user_error, first_failure, format_failure, restart_dirs
 from regraft.contract import HANG_WAITING
-from trainer.distributed.watchdog import Hang
 from tests.launch.helpers import write_failure, write_report
+from trainer.distributed.watchdog import Hang
 
 WAITING = f"Hang: no step for 300 s, the last one was 7; {HANG_WAITING} in all_reduce (distributed_c10d.py:1)"
 READING = "Hang: no step for 300 s, the last one was 7; it was in select (selectors.py:1); stacks in /gloo/hangs/x.txt"
