@@ -110,7 +110,7 @@ def test_second_ctrl_c_kills_ranks_that_do_not_react(tmp_path_factory: pytest.Te
 def test_no_process_survives_a_killed_launcher(tmp_path_factory: pytest.TempPathFactory) -> None:
     with training(tmp_path_factory) as run:
         run.process.kill()
-        seconds = run.require_gone(40)
+        seconds = run.assert_gone(40)
     print(f"all processes gone {seconds:.1f} s after SIGKILL to the launcher")
     (record,) = runs.attempts(run.folder)
     assert (record["state"], record["step"]) == ("stopped", runs.saved_step(run.folder))
