@@ -96,7 +96,7 @@ def test_images_of_other_classes_are_not_taken_for_the_matched_class(shared: Pat
         num_classes=2,
         weights=str(shared / "weights" / WEIGHTS),
         head_init="source-labels",
-        labels=ClassMapping(targets=("hotdog", "not-hotdog"), aliases={}),
+        class_mapping=ClassMapping(targets=("hotdog", "not-hotdog"), aliases={}),
     )
     assert "  hotdog <- hotdog, row 934 (name)" in built.summary
     assert any("not-hotdog" in line for line in built.summary)

@@ -90,7 +90,7 @@ def test_all_phases_are_one_attempt_that_ends_done(small: Config, folder: Path) 
         ),
         (
             {"model": replace(MODEL, head_init="source-labels", aliases={"c": "d"})},
-            "'c', which is no class of yours",
+            "'c', which is not one of your classes",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
