@@ -60,13 +60,13 @@ NEEDS_MORE = re.compile(r"hotdog|hymenoptera|quickstart|runs/pretrain")
 """Real images or weights, or more than seconds (the quickstart, which tests/e2e/test_quickstart.py runs)."""
 
 BRITISH = re.compile(
-    r"(?:(?:general|initial|maxim|memor|minim|normal|optim|organ|parallel|penal|quant|random|real|recogn|regular"
+    r"(?:(?<!strong-)(?:general|initial|maxim|memor|minim|normal|optim|organ|parallel|penal|quant|random|real|recogn|regular"
     r"|serial|special|stabil|standard|summar|synchron|token|util|vector|visual|capital|character|custom|emphas|final)"
     r"is(?:e(?![.\"\'])|ing|ation)|analys(?:e[ds]?|ing)\b|colour|behaviour|centre(?!d)|neighbour|favour|honour|\bgrey|labell|"
     r"modell|\blicence|\blearnt|spelt|spoilt|judgement|catalogue)",
     re.IGNORECASE,
 )
-"""Stems in British spelling. `regularise.` begins an old option, which error messages name."""
+"""Stems in British spelling. Error messages name old options: `regularise.` and `strong-regularisation`."""
 
 
 def read(path: Path) -> str:

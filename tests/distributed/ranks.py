@@ -345,7 +345,9 @@ def heads(ctx: DistributedContext, out: Path) -> dict[str, Any]:
             num_classes=3,
             weights=str(out.parent / "source.safetensors"),
             head_init=init,
-            class_mapping=ClassMapping(targets=("x", "bees", "ants"), in_weights_file=("ant", "bee"), aliases={}),
+            class_mapping=ClassMapping(
+                targets=("x", "bees", "ants"), in_weights_file=("ant", "bee"), aliases={}
+            ),
             dropout=0.25,
         ).model
 

@@ -63,9 +63,9 @@ def test_without_user_error_the_last_restart_counts(tmp_path: Path) -> None:
 
 
 def test_without_any_process_torchruns_log_is_shown(tmp_path: Path) -> None:
-    (tmp_path / "torchrun.log").write_text("torchrun: error: unrecognised\n")
+    (tmp_path / "torchrun.log").write_text("torchrun: error: unrecognized\n")
     failure = first_failure(tmp_path, host="h")
-    assert (failure.error, failure.log) == ("torchrun: error: unrecognised", tmp_path / "torchrun.log")
+    assert (failure.error, failure.log) == ("torchrun: error: unrecognized", tmp_path / "torchrun.log")
 
 
 def test_rank_of_a_killed_process_is_global(tmp_path: Path) -> None:
