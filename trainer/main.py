@@ -15,10 +15,10 @@ run                        pipeline.py: pretraining, fine-tuning, baseline
     report                     report/
 """
 
-import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 if not __package__:
@@ -37,17 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(sys.argv[1:] if argv is None else argv)
         # torch takes seconds to import: a wrong option is reported without it. Signals are deferred, since an
         # interrupted import would leave half a module behind.
+        work: Callable[[], object]
         with signals.deferred(), without_gc():
-            from trainer.commands.debug import debug  # noqa: PLC0415
-            from trainer.distributed.context import leave_process_group_env  # noqa: PLC0415
-            from trainer.pipeline import run  # noqa: PLC0415
+            if config.debug:
+                from trainer.commands.debug import debug  # noqa: PLC0415
+
+                work = partial(debug, config)
+            else:
+                from trainer.pipeline import run  # noqa: PLC0415
+
+                work = partial(run, config, signals)
         if signals.received:
             raise Stopped(signal.Signals(signals.received).name)
-        if config.debug:
-            if leave_process_group_env(os.environ):  # of several processes, rank 0 alone goes on
-                debug(config)
-        else:
-            run(config, signals)
+        work()
 
     return run_cli(train)
 

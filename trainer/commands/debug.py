@@ -5,6 +5,7 @@ terminal, an unexpected error opens the debugger where it was raised.
 """
 
 import itertools
+import os
 import pdb
 import sys
 import time
@@ -25,6 +26,7 @@ from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
 from trainer.config.schema import Config
 from trainer.config.start import start
+from trainer.distributed.context import leave_process_group_env
 from trainer.errors import UserError
 from trainer.loop import NullCheckpoints, fit
 from trainer.model.head import split_outputs
@@ -37,12 +39,16 @@ STEPS_PER_LINE = 5
 
 
 def debug(config: Config) -> None:
-    """Run every step of a run on a few batches, and report whether the model can overfit one batch.
+    """Run all steps of a run on a little of its data, and say whether the model can overfit one batch.
+
+    Of several processes that a launcher has started, rank 0 alone does this.
 
     Raises:
-        UserError: an error that would end the run too.
+        UserError: an error that the run itself would end with.
 
     """
+    if not leave_process_group_env(os.environ):
+        return
     try:
         with torch.autograd.set_detect_anomaly(True):
             _run_steps(replace(config, data=replace(config.data, num_workers=0)))
