@@ -80,7 +80,7 @@ def test_output_of_rank_0_is_shown_and_that_of_all_ranks_is_logged(
         run.end(code=0)
     archived = folder.with_name("run.earlier-1")
     assert (archived / "logs" / "0001" / "rank-0.log").exists()
-    assert "moved to" in (folder / "logs" / "0002" / "rank-0.log").read_text()
+    assert "was archived as" in (folder / "logs" / "0002" / "rank-0.log").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
