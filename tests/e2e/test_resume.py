@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_run_ends_equal(
     content[-1] ^= 1
     (damaged / "optimizer.safetensors").write_bytes(content)
     output = train(0, options(**changes))
-    assert f"{damaged} is damaged (optimizer.safetensors is not what was written" in output
+    assert f"{damaged} is damaged (optimizer.safetensors was changed: its SHA-256 differs" in output
     assert f"as damaged-1-{damaged.name}" in output
     assert "(step 5), in epoch 2 after 2 of its 3 steps" in output
     assert (folder / "checkpoints" / f"damaged-1-{damaged.name}").is_dir()

@@ -159,7 +159,7 @@ def test_two_runs_are_independent_and_one_folder_has_one_run(
             tmp_path_factory, first.folder, data__num_workers=0, train__epochs=MANY_EPOCHS
         )
         with runs.start(regraft("train", *same_run), first.folder) as third:
-            assert "is going on" in third.end(code=2)
+            assert "is still running" in third.end(code=2)
         for run in (first, second):
             assert all(runs.handles_signal(pid, signal.SIGTERM) for pid in ranks(run))
             run.process.terminate()
