@@ -29,7 +29,7 @@ def test_job_of_two_nodes_has_the_result_of_one_process_and_is_not_started_again
     assert [attempt["state"] for attempt in runs.attempts(folder)] == ["done"]
     assert set(runs.world_sizes(folder)) == {2}
     output = cluster.output(job)
-    assert output.count("24 of 24 evaluated") == 1, output
+    assert output.count(f"{runs.EXAMPLES} of {runs.EXAMPLES} evaluated") == 1, output
 
     cluster.call("scontrol", "requeue", job)  # as Slurm does when a node fails while the job ends
     require_result_of_one_process(folder, tmp_path_factory)
