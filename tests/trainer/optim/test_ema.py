@@ -40,6 +40,14 @@ def test_the_average_is_the_weighted_sum_of_the_weights_so_far() -> None:
     assert net[0].weight.tolist() == [[4.0, 4.0]], "the model itself is not changed"
 
 
+def test_the_average_follows_buffers_that_were_replaced() -> None:
+    net = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1))
+    ema = ModelEma(net, 0.5)
+    net[1].running_mean = torch.full((1,), 8.0)  # as DDP does when it wraps the model again
+    ema.update(1)
+    torch.testing.assert_close(ema.model[1].running_mean, torch.full((1,), 8 * 9 / 11))
+
+
 def test_frozen_tensors_stay_equal_to_the_models_bit_for_bit() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 5))
