@@ -61,28 +61,17 @@ def option_value(options: Sequence[str], section: str, key: str) -> str | None:
         following = value if equals else (options[i + 1] if i + 1 < len(options) else "")
         if name == f"--{section}.{key}":
             result = following
-        elif name == f"--{section}":  # a whole section, as YAML
-            result = _inner(_loaded(following), key) or result
         elif name == "--config":
             result = _value(Path(following), section, key) or result
     return result
 
 
 def _value(config: Path, section: str, key: str) -> str | None:
+    """Return the value of an option in a config file, or None."""
     try:
-        values = _loaded(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
-    return _inner(values.get(section), key) if isinstance(values, dict) else None
-
-
-def _loaded(text: str) -> object:
-    try:
-        return yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError):
-        return None
-
-
-def _inner(section: object, key: str) -> str | None:
-    value = section.get(key) if isinstance(section, dict) else None
+    options = values.get(section) if isinstance(values, dict) else None
+    value = options.get(key) if isinstance(options, dict) else None
     return value if isinstance(value, str) else None

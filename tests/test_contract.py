@@ -56,8 +56,6 @@ def test_each_launch_has_a_log_folder_of_its_own(tmp_path: Path) -> None:
         ["--run.dir=here", "--config=F"],  # from left to right: the file's wins
         ["--config=F", "--data.root=x"],
         ["--run.dir=~/x", "--data.root=x"],
-        ["--run", '{"dir": "by/section"}', "--data.root=x"],
-        ['--run={"dir": "by/section"}', "--data.root=x", "--run.seed=3"],
     ],
     ids=" ".join,
 )

@@ -31,7 +31,7 @@ for name, attribute in {{"pipeline": "run", "commands.debug": "debug"}}.items():
     sys.modules[stub.__name__] = stub
 sys.argv = [{main!r}, "--data.root=x"]
 runpy.run_path({main!r}, run_name="__main__")
-"""  # noqa: E501
+"""
 SECOND_CTRL_C = """
 with signals.deferred():
     print("training", flush=True)
