@@ -215,9 +215,9 @@ def compare(before: Path, after: Path) -> int:
         differing = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
         steps = sum(len(value) for key, value in one.items() if key.startswith("metrics"))
         files = [value for key, value in one.items() if key.startswith("weights")]
-        verdict = f"NO: {', '.join(differing)}" if differing else "yes"
+        equal = f"NO: {', '.join(differing)}" if differing else "yes"
         code = code or int(bool(differing) or not files)
-        print(f"| {name} | {steps} | {len(files)} | {files[0][:12] if files else '-'} | {verdict} |")
+        print(f"| {name} | {steps} | {len(files)} | {files[0][:12] if files else '-'} | {equal} |")
     return code
 
 

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from trainer.commands.overfit import OVERFIT_STEPS, overfit, verdict
+from trainer.commands.overfit import OVERFIT_STEPS, overfit, describe_losses
 from trainer.config.build_data import load_run_data, make_schedule
 from trainer.config.build_loaders import Evaluator, make_batches
 from trainer.config.build_model import make_l2_sp, make_model, make_optimizer, make_param_groups
@@ -123,7 +123,7 @@ def _run_steps(options: Config) -> None:
             losses.append(loss)
             if len(losses) % STEPS_PER_LINE == 1:
                 console.print(f"update {len(losses)}: loss {loss:.4f}")
-        console.print(verdict(losses))
+        console.print(describe_losses(losses))
 
 
 def _skipped(config: ResolvedConfig) -> Iterator[str]:

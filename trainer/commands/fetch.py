@@ -39,7 +39,7 @@ def fetch(argv: Sequence[str]) -> None:
     from trainer.report.console import make_console  # noqa: PLC0415
     from trainer.report.progress import progress_hooks  # noqa: PLC0415
 
-    console = make_console(speaks=True)
+    console = make_console(enabled=True)
     config = resolve(config)
     phases = [config, pretrain_config(config)] if config.pretrain.root else [config]
     for phase in phases:

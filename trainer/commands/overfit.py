@@ -21,12 +21,12 @@ def overfit(model: nn.Module, state: TrainState, train_step: TrainStep, batch: B
         yield loss_sum.item() / size
 
 
-def verdict(losses: Sequence[float]) -> str:
-    """Return a line that says whether the loss of the batch goes down."""
-    change = f"loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last"
+def describe_losses(losses: Sequence[float]) -> str:
+    """Return a line that says whether the loss of the batch decreased."""
+    change = f"loss {losses[0]:.4f} before the first update, {losses[-1]:.4f} before the last"
     if losses[-1] < 0.9 * losses[0]:
-        return f"{change}: it goes down, so the model can overfit this batch"
+        return f"{change}: it decreases, so the model can overfit this batch"
     return (
-        f"{change}: it does NOT go down; check optim.lr (too small, or so large that it diverges), the labels, "
+        f"{change}: it does NOT decrease; check optim.lr (too small, or so large that it diverges), the labels, "
         "data.mean and data.std"
     )

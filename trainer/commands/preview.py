@@ -87,7 +87,7 @@ def preview(argv: Sequence[str]) -> Path:
     prepared = prepare(
         config.data,
         workers=available_cores(),
-        displays=progress_hooks(make_console(speaks=True)),
+        displays=progress_hooks(make_console(enabled=True)),
         check=config.data.on_unreadable == "skip",
     )
     index, preprocessing = prepared.index, config.data.preprocessing

@@ -30,7 +30,7 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
         threads=resolved.run.threads,
         saved_precision=saved_precision(Path(resolved.run.dir)) if may_resume else None,
     )
-    console = make_console(speaks=ctx.is_main_process)
+    console = make_console(enabled=ctx.is_main_process)
     for note in ctx.notes:
         console.print(note)
     return replace(resolved, train=replace(resolved.train, precision=ctx.precision)), ctx, console

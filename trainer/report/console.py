@@ -48,13 +48,13 @@ class BrokenPipeSafeStream:
         return getattr(self._stream, name)
 
 
-def make_console(*, speaks: bool) -> Console:
-    """Return the console of this process; it prints only if `speaks` is true, as on rank 0.
+def make_console(*, enabled: bool) -> Console:
+    """Return the console of this process; it prints only if `enabled` is true, as on rank 0.
 
     Long lines are wrapped on a terminal, but not in a file.
     """
     stream = cast(IO[str], BrokenPipeSafeStream(sys.stdout))
-    console = Console(quiet=not speaks, highlight=False, markup=False, emoji=False, file=stream)
+    console = Console(quiet=not enabled, highlight=False, markup=False, emoji=False, file=stream)
     console.soft_wrap = not console.is_terminal
     return console
 

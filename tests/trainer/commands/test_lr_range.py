@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trainer.commands.lr_range import SMOOTHING, has_diverged, rates, smoothed, suggest
-from trainer.commands.overfit import verdict
+from trainer.commands.overfit import describe_losses
 
 
 def test_rates_are_a_geometric_sequence() -> None:
@@ -62,8 +62,8 @@ def test_no_suggestion_if_the_loss_does_not_fall(losses: list[float]) -> None:
     assert "--from" in suggestion.reason
 
 
-def test_overfit_verdict_says_whether_the_loss_goes_down() -> None:
-    assert "it goes down" in verdict([1.0, 0.9, 0.5])
+def test_overfit_says_whether_the_loss_decreases() -> None:
+    assert "it decreases" in describe_losses([1.0, 0.9, 0.5])
     for losses in ([1.0, 1.0, 0.99], [1.0, 3.0, 9.0], [1.0, float("nan")]):
-        assert "does NOT go down" in verdict(losses)
-        assert "optim.lr" in verdict(losses)
+        assert "does NOT decrease" in describe_losses(losses)
+        assert "optim.lr" in describe_losses(losses)

@@ -102,8 +102,8 @@ def test_on_a_terminal_progress_is_a_bar_from_the_resumed_step(terminal: Console
 
 
 def test_only_the_console_of_rank_0_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    make_console(speaks=False).print("no")
-    make_console(speaks=True).print("[bold]no markup[/bold] :smile:")
+    make_console(enabled=False).print("no")
+    make_console(enabled=True).print("[bold]no markup[/bold] :smile:")
     assert capsys.readouterr().out == "[bold]no markup[/bold] :smile:\n"
 
 
