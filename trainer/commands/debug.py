@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from trainer.commands.overfit import OVERFIT_STEPS, overfit, describe_losses
+from trainer.commands.overfit import OVERFIT_STEPS, describe_losses, overfit
 from trainer.config.build_data import load_run_data, make_schedule
 from trainer.config.build_loaders import Evaluator, make_batches
 from trainer.config.build_model import make_l2_sp, make_model, make_optimizer, make_param_groups
