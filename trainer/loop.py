@@ -145,9 +145,8 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
 
     while state.epoch < schedule.epochs:
         start_step = state.step - state.epoch * steps
-        model = (
-            None  # the old wrapper must be freed before the new one is made, or its DDP hooks stay registered
-        )
+        # The old wrapper must be freed before the new one is made, or its DDP hooks stay registered.
+        model = None
         model = start_epoch(state.epoch)
         meter = Meter(ctx.accelerator, state.metrics)
         for epoch_step in range(start_step, steps):

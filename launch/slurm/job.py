@@ -51,9 +51,7 @@ class SignalForwarder:
 
     def _forward(self) -> None:
         if self._step is not None:
-            self._step.send_signal(
-                signal.SIGUSR1
-            )  # srun reacts to other signals itself; it forwards this one
+            self._step.send_signal(signal.SIGUSR1)  # the one signal that srun forwards and does not react to
 
 
 def resolve_run_dir(

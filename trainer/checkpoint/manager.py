@@ -107,9 +107,7 @@ class CheckpointManager:
             now = time.monotonic()
             if now - self._stop_file_checked_at > _SECONDS_BETWEEN_STOP_FILE_CHECKS:
                 self._stop_file_checked_at = now
-                with suppress(
-                    OSError
-                ):  # a network file system may fail for a moment; the next check tries again
+                with suppress(OSError):  # of a network file system for a moment; the next check tries again
                     self._stop_file_found = (self._run.root / STOP).exists()
         return _STOP_FILE_FLAG if self._stop_file_found else self._run.signals.received or 0
 

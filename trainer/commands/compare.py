@@ -115,9 +115,8 @@ def _run_all(
         try:
             trial = _run_trial(config, signals, is_main_process=is_main_process)
         except UserError as error:
-            if (
-                type(error) is not UserError
-            ):  # raised on one process only: the others do not start the next run
+            # A subclass is raised on one process only: the others do not start the next run.
+            if type(error) is not UserError:
                 raise
             failures[text][seed] = str(error)
             console.print(f"failed: {error}")
@@ -178,9 +177,8 @@ def _run_trial(config: ResolvedConfig, signals: StopSignals, *, is_main_process:
     if not is_main_process:
         return None
     trial = trial_of(read_rows(result.folder), seed=config.run.seed, selection=result.val_split)
-    if (
-        result.alpha < 1
-    ):  # the rows are of the fine-tuned weights, the model file is of those that WiSE-FT selected
+    # The rows are of the fine-tuned weights, the model file is of those that WiSE-FT selected.
+    if result.alpha < 1:
         trial = replace(trial, accuracy=read_test_accuracy(result.folder))
     return trial
 

@@ -46,9 +46,8 @@ def read_folder(root: str, extensions: tuple[str, ...]) -> Listing:
     if split_folders:
         sources = {split: f"{folder}/" for split, folder in split_folders.items()}
         splits = {}
-        for split, folder in sorted(
-            split_folders.items(), key=lambda item: item[0] != "train"
-        ):  # train first
+        train_first = sorted(split_folders.items(), key=lambda item: item[0] != "train")
+        for split, folder in train_first:
             path = os.path.join(root, folder)
             entries = scan.scan_parent(path)
             if not entries.folders:

@@ -90,13 +90,11 @@ def build(name: str, *, image_size: int, num_classes: int = _NUM_CLASSES, empty:
 def _on_meta_device(name: str) -> Iterator[None]:
     """Construct models with parameters on the meta device within a block; the random state is restored at its end."""
     with ExitStack() as stack:
-        stack.enter_context(
-            torch.random.fork_rng(devices=[])
-        )  # some layers draw before their parameters are moved
+        # Some layers draw random numbers before their parameters are moved.
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(init_empty_weights())
-        if name.startswith(
-            "vit_"
-        ):  # its position embedding may be large; RegNets cannot be constructed in this context
+        # The position embedding may be large. RegNets cannot be constructed in this context.
+        if name.startswith("vit_"):
             stack.enter_context(torch.device("meta"))
         yield
 

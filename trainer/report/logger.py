@@ -56,9 +56,8 @@ class RunLogger:
         self._check = check
         with self._store_failure():
             self._metrics = MetricsFile(folder / METRICS, text)
-        if (
-            self.failure is not None
-        ):  # before training, an error may be raised: make_logger raises it on all ranks
+        # Before training, an error may be raised: make_logger raises it on all ranks.
+        if self.failure is not None:
             raise self.failure
 
     @property
