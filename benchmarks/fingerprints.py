@@ -207,9 +207,7 @@ def compare(before: Path, after: Path) -> int:
     """Print a table of two recordings; returns 1 if anything differs, else 0."""
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
     code = 0
-    print(
-        "| configuration | logged steps | model files | first SHA-256 | equal |\n| --- | --- | --- | --- | --- |"
-    )
+    print("| configuration | logged steps | model files | first SHA-256 | equal |\n| --- | --- | --- | --- | --- |")
     for name in sorted({*old, *new}, key=list(CONFIGURATIONS).index):
         one, other = old.get(name, {}), new.get(name, {})
         differing = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
@@ -223,9 +221,7 @@ def compare(before: Path, after: Path) -> int:
 
 def main() -> int:
     """Do what the command line asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     recording = verbs.add_parser("record")
     recording.add_argument("output", type=Path)

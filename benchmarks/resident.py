@@ -33,14 +33,10 @@ def main() -> None:
     model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
     size = arguments.image_size
-    images = torch.randn(arguments.batch_size, 3, size, size, device=device).to(
-        memory_format=torch.channels_last
-    )
+    images = torch.randn(arguments.batch_size, 3, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(arguments.classes, (arguments.batch_size,), device=device)
     autocast = (
-        torch.autocast(device.type, torch.bfloat16)
-        if arguments.precision == "bf16"
-        else contextlib.nullcontext()
+        torch.autocast(device.type, torch.bfloat16) if arguments.precision == "bf16" else contextlib.nullcontext()
     )
 
     def update() -> None:

@@ -65,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> int:
     own, options = split_options(argv, ("--nproc", "--max-restarts"))
-    if any(
-        word in ("-h", "--help", "--print_config") or word.startswith("--print_config=") for word in options
-    ):
+    if any(word in ("-h", "--help", "--print_config") or word.startswith("--print_config=") for word in options):
         if "-h" in options or "--help" in options:
             print(_train_parser().format_help())
         return _exec_trainer("main.py", options)

@@ -57,9 +57,7 @@ def render_script(shell: str, options: Mapping[str, Sequence[str]]) -> str:
 
 def parser_options(parser: argparse.ArgumentParser) -> list[str]:
     """Return the long options of a parser."""
-    return [
-        option for action in parser._actions for option in action.option_strings if option.startswith("--")
-    ]
+    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
 
 
 def trainer_options() -> list[str]:

@@ -166,10 +166,7 @@ def find_user_error(logs: Path, folders: Sequence[Path]) -> Path | None:
 
     """
     for folder in folders:
-        if (
-            any(folder.glob("*/error.json"))
-            and first_failure(logs, host="", restart_dir=folder).is_user_error
-        ):
+        if any(folder.glob("*/error.json")) and first_failure(logs, host="", restart_dir=folder).is_user_error:
             return folder
     return None
 

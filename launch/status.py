@@ -42,9 +42,7 @@ def show(run: Path, *, watch: bool, say: Callable[[str], object] = print) -> int
     """
     lines_shown = 0
     while True:
-        text, code, ended = describe(
-            run, now=time.time(), query=_query_slurm if shutil.which("squeue") else None
-        )
+        text, code, ended = describe(run, now=time.time(), query=_query_slurm if shutil.which("squeue") else None)
         if lines_shown and sys.stdout.isatty():
             say(f"\x1b[{lines_shown}A\x1b[J{text}")
         else:

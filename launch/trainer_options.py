@@ -19,9 +19,7 @@ def trainer_folder() -> Path:
     """
     spec = find_spec("trainer")
     if spec is None or not spec.submodule_search_locations:
-        raise LaunchError(
-            "the package `trainer` is not installed in this Python: pip install -e . in regraft's folder"
-        )
+        raise LaunchError("the package `trainer` is not installed in this Python: pip install -e . in regraft's folder")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -44,9 +42,7 @@ def absolute_path(key: str, path: str) -> Path:
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError:
-        raise LaunchError(
-            f"{key} is {path}, and there is no such home folder here: give the whole path"
-        ) from None
+        raise LaunchError(f"{key} is {path}, and there is no such home folder here: give the whole path") from None
 
 
 def option_value(options: Sequence[str], section: str, key: str) -> str | None:

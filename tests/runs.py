@@ -127,9 +127,7 @@ class Run:
 
     def alive(self) -> list[int]:
         """Return all living processes of this start, whatever their parent is now."""
-        return [
-            pid for pid in _pids() if self.mark in _read(pid, "environ") and process_state(pid) not in "ZX"
-        ]
+        return [pid for pid in _pids() if self.mark in _read(pid, "environ") and process_state(pid) not in "ZX"]
 
     def trainers(self) -> list[int]:
         """Return the trainer's processes, without launcher and loader workers."""
@@ -149,9 +147,7 @@ class Run:
 
     def wait_for_step(self, step: int, *, after: int = 0) -> None:
         """Wait until an attempt later than `after` trains and the run has logged `step`."""
-        self.wait(
-            lambda: training_attempt(self.folder) > after and last_step(self.folder) >= step, f"step {step}"
-        )
+        self.wait(lambda: training_attempt(self.folder) > after and last_step(self.folder) >= step, f"step {step}")
 
     def end(self, *, code: int, seconds: float = _TIMEOUT) -> str:
         """Wait for the end, check the exit code and that no process is left; return the output."""
@@ -273,9 +269,7 @@ def kill_trainer(run: Run, random_: random.Random) -> None:
     if victim != run.process.pid:
         deadline = time.monotonic() + 10
         while left := [pid for pid in (victim, *workers) if process_state(pid) not in "ZX"]:
-            assert time.monotonic() < deadline, (
-                f"still alive: {[(pid, _read(pid, 'cmdline')) for pid in left]}"
-            )
+            assert time.monotonic() < deadline, f"still alive: {[(pid, _read(pid, 'cmdline')) for pid in left]}"
             time.sleep(0.02)
 
 
@@ -368,8 +362,7 @@ def assert_each_example_once(folder: Path, *, epochs: int = EPOCHS) -> None:
 def metrics_rows(folder: Path) -> list[dict[str, Any]]:
     """Return all rows of metrics.jsonl without times."""
     return [
-        {key: value for key, value in row.items() if key not in TIMES}
-        for row in _json_lines(folder / "metrics.jsonl")
+        {key: value for key, value in row.items() if key not in TIMES} for row in _json_lines(folder / "metrics.jsonl")
     ]
 
 
@@ -418,9 +411,7 @@ def assert_close(actual: Path, expected: Path, *, losses: float = LOSSES, weight
         if paths[0].exists():
             a, b = map(load_file, paths)
             assert a.keys() == b.keys()
-            difference = max(
-                difference, *((a[key].double() - b[key].double()).abs().max().item() for key in a)
-            )
+            difference = max(difference, *((a[key].double() - b[key].double()).abs().max().item() for key in a))
     print(f"differ by at most {loss_difference:.1e} of a loss, and {difference:.1e} in any weight")
     assert loss_difference <= losses
     assert difference <= weights

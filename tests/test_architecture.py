@@ -84,14 +84,10 @@ def test_only_assembly_sees_a_whole_config() -> None:
     """Law 6: everything else takes its own section, or plain arguments."""
     may = {"trainer.main", "trainer.pipeline", "trainer.train_run"}
     for module, path in MODULES.items():
-        if module in may or module.startswith(
-            ("trainer.config.", "trainer.commands.", "launch.", "regraft.")
-        ):
+        if module in may or module.startswith(("trainer.config.", "trainer.commands.", "launch.", "regraft.")):
             continue
         names = {
-            node.id
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Name)
+            node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)
         }
         assert not {"Config", "ResolvedConfig"} & names, module
 

@@ -113,11 +113,7 @@ def trainer_options(words: Sequence[str]) -> list[str]:
 def own_options(words: Sequence[str]) -> list[str]:
     """Return the names of the options that are not the trainer's."""
     names = [word.partition("=")[0] for word in words if word.startswith("--")]
-    return [
-        option
-        for option in names
-        if option not in {word.partition("=")[0] for word in trainer_options(words)}
-    ]
+    return [option for option in names if option not in {word.partition("=")[0] for word in trainer_options(words)}]
 
 
 @cache
@@ -200,9 +196,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for label, color in (("one", "red"), ("two", "blue")):
             (folder / "images" / split / label).mkdir(parents=True)
             for number in range(count):
-                Image.new("RGB", (40, 40 + number), color).save(
-                    folder / "images" / split / label / f"{number}.png"
-                )
+                Image.new("RGB", (40, 40 + number), color).save(folder / "images" / split / label / f"{number}.png")
     for placeholder in ("FOLDER", "TARGET"):
         (folder / placeholder).symlink_to("images")
     for placeholder in ("FILE", "F"):
@@ -279,14 +273,10 @@ def test_links_paths_and_options_exist(document: Path) -> None:
     sections = {key.split(".")[0] for key in options} - {"debug"}
     for option in re.findall(rf"`(?:--)?((?:{'|'.join(sections)})\.\w+)", text):
         assert (
-            option in options
-            or option.endswith((".safetensors", ".csv", ".py"))
-            or document.name == "CHANGELOG.md"
+            option in options or option.endswith((".safetensors", ".csv", ".py")) or document.name == "CHANGELOG.md"
         ), option
     for verb in re.findall(r"`regraft ([a-z-]+)", text):
-        assert re.search(rf"^  {verb}\b", help_text("-m", "launch.cli"), flags=re.MULTILINE), (
-            f"regraft {verb}"
-        )
+        assert re.search(rf"^  {verb}\b", help_text("-m", "launch.cli"), flags=re.MULTILINE), f"regraft {verb}"
 
 
 def test_the_project_layout_in_the_readme_exists() -> None:
@@ -307,9 +297,7 @@ def test_the_project_layout_in_the_readme_exists() -> None:
 )
 def test_spelling_is_american(folder: str) -> None:
     pattern = folder if folder == "*" else f"{folder}/**/*"
-    files = [
-        path for path in REPOSITORY.glob(pattern) if path.suffix in (".md", ".py", ".yaml", ".toml", ".sh")
-    ]
+    files = [path for path in REPOSITORY.glob(pattern) if path.suffix in (".md", ".py", ".yaml", ".toml", ".sh")]
     british = [
         f"{name(path)}:{number}: {match[0]}"
         for path in files

@@ -75,9 +75,7 @@ class TrainState:
             *tensor_differences(saved["optimizer"], moments),
         ]
         if differences:
-            raise UserError(
-                f"{where}: does not fit this run: {join_truncated(differences, limit=5)}. {_ADVICE}"
-            )
+            raise UserError(f"{where}: does not fit this run: {join_truncated(differences, limit=5)}. {_ADVICE}")
         self.ema.load_state_dict(saved["ema"])
         self.model.load_state_dict(saved["model"])
         self._load_moments(saved["optimizer"], moments)

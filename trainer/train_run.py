@@ -72,9 +72,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
 
     # 3. The model with random weights from `run.seed`; its output layer replaced; pretrained weights copied in.
     built = ctx.main_process_first(
-        lambda: make_model(
-            config, index.classes, weights, world_size=ctx.world_size, on_progress=console.print
-        ),
+        lambda: make_model(config, index.classes, weights, world_size=ctx.world_size, on_progress=console.print),
         local=True,
     )
     console.print("\n".join(built.summary))

@@ -53,9 +53,7 @@ def srun_command(context: DoctorContext, folder: Path, *, in_job: bool) -> list[
     ]
 
 
-def check_reports(
-    results: Mapping[str, Mapping[str, Any]], *, nodes: int, failure: str | None
-) -> list[Finding]:
+def check_reports(results: Mapping[str, Mapping[str, Any]], *, nodes: int, failure: str | None) -> list[Finding]:
     """Check the reports of all nodes; `failure` says why srun failed, if it did."""
     reports = [results[f"node {node}"] for node in range(nodes) if f"node {node}" in results]
     hosts = ", ".join(str(report["host"]) for report in reports)

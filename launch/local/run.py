@@ -57,9 +57,7 @@ def run(config: TorchrunConfig, run_folder: Path) -> int:
             keep_running=monitor.keep_running,
         )
     except OSError as error:
-        raise LaunchError(
-            f"run.dir {run_folder}: cannot be written to ({error}); choose another folder"
-        ) from None
+        raise LaunchError(f"run.dir {run_folder}: cannot be written to ({error}); choose another folder") from None
     attempt = latest_attempt(run_folder)
     if attempt is not None and attempt.attempt <= last_number:
         attempt = None
@@ -80,9 +78,7 @@ def _report(result: TorchrunResult, attempt: AttemptRecord | None, logs: Path) -
     elif attempt is not None and was_requested_stop(attempt, signaled=signaled, succeeded=succeeded):
         cause = signal.Signals(result.signal).name if result.signal is not None else attempt.reason
         saved = (
-            f"saved after step {attempt.step} of {attempt.steps}"
-            if attempt.step
-            else "there was nothing new to save"
+            f"saved after step {attempt.step} of {attempt.steps}" if attempt.step else "there was nothing new to save"
         )
         message, code = f"stopped by {cause}: {saved}. Run the same command to resume", STOPPED
     elif succeeded:  # the run was complete before

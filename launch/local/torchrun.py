@@ -57,9 +57,7 @@ class TorchrunConfig:
     """Log folder of this launch."""
 
 
-def torchrun_command(
-    config: TorchrunConfig, rendezvous: Sequence[str] = ("--standalone", "--nnodes=1")
-) -> list[str]:
+def torchrun_command(config: TorchrunConfig, rendezvous: Sequence[str] = ("--standalone", "--nnodes=1")) -> list[str]:
     """Return torchrun's command line; by default, one machine that picks a free port and a unique id."""
     # The output of rank 0 stays on the console, everything else goes to files. On several nodes, the rendezvous
     # decides which node gets rank 0, so that each node shows its first process.
@@ -205,9 +203,7 @@ class _SignalForwarder:
             if self._process is not None:
                 self._process.terminate()  # SIGUSR1 and SIGUSR2 would kill torchrun, so all become SIGTERM
         elif (
-            number == signal.SIGINT
-            and now - self._signal_time > SECOND_INTERRUPT_SECONDS
-            and self._process is not None
+            number == signal.SIGINT and now - self._signal_time > SECOND_INTERRUPT_SECONDS and self._process is not None
         ):
             self.killed = True
             for pid in [*descendants(self._process.pid), self._process.pid]:

@@ -111,9 +111,7 @@ def resolve_node_addresses(
     known: dict[str, list[str]] = {}
     for line in scontrol_output.splitlines():
         fields = dict(part.partition("=")[::2] for part in line.split() if "=" in part)
-        known[fields.get("NodeName", "")] = [
-            fields[key] for key in ("NodeAddr", "NodeHostName") if key in fields
-        ]
+        known[fields.get("NodeName", "")] = [fields[key] for key in ("NodeAddr", "NodeHostName") if key in fields]
     addresses = []
     for name in names:
         candidates = [*known.get(name, []), name]
@@ -141,9 +139,7 @@ def choose_port(job_id: str, is_free: Callable[[int], bool]) -> int:
     candidates = (_FIRST_PORT + (offset + i) % _PORT_COUNT for i in range(100))
     port = next(filter(is_free, candidates), None)
     if port is None:
-        raise LaunchError(
-            f"no port from {_FIRST_PORT + offset} on is free on this node: start the job on another one"
-        )
+        raise LaunchError(f"no port from {_FIRST_PORT + offset} on is free on this node: start the job on another one")
     return port
 
 

@@ -79,9 +79,7 @@ def resolve_run_dir(
     try:
         run = workdir / run.expanduser()
     except RuntimeError:
-        raise LaunchError(
-            f"run.dir is {run}, but this home folder does not exist: give an absolute path"
-        ) from None
+        raise LaunchError(f"run.dir is {run}, but this home folder does not exist: give an absolute path") from None
     argv.append(f"--run.dir={run}")
     if job.restarts and option_value(argv, "run", "resume") == "never":
         argv.append("--run.resume=auto")  # `never` applies to the first start of the job
@@ -136,13 +134,9 @@ def run(argv: Sequence[str], forwarder: SignalForwarder) -> int:
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LaunchError(
-            f"run.dir {folder}: cannot be written to ({error}); choose another folder"
-        ) from None
+        raise LaunchError(f"run.dir {folder}: cannot be written to ({error}); choose another folder") from None
     _print(job, f"start {job.restarts + 1} on {', '.join(hosts)}; run folder {folder}")
-    code = _run_step(
-        job, settings, _node_task(job, settings, hosts, logs, trainer_options), folder, forwarder
-    )
+    code = _run_step(job, settings, _node_task(job, settings, hosts, logs, trainer_options), folder, forwarder)
 
     failure = _first_failure(logs, hosts)
     outcome = JobOutcome(
@@ -206,9 +200,7 @@ def _run_step(
     try:
         step = subprocess.Popen(command, env=step_environment(job, os.environ), stdin=subprocess.DEVNULL)
     except OSError as error:
-        raise LaunchError(
-            f"srun cannot be started ({error}): it is part of Slurm, and must be in PATH"
-        ) from None
+        raise LaunchError(f"srun cannot be started ({error}): it is part of Slurm, and must be in PATH") from None
     forwarder.forward_to(step)
     return step.wait()
 

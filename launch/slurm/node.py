@@ -81,9 +81,7 @@ class NodeTask:
 def parse(argv: Sequence[str]) -> NodeTask:
     """Parse the arguments of `NodeTask.to_argv`."""
     own = list(argv[: argv.index("--")]) if "--" in argv else list(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.slurm.node", allow_abbrev=False, description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m launch.slurm.node", allow_abbrev=False, description=__doc__)
     parser.add_argument("--addresses", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--rdzv-id", required=True)

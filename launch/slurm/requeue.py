@@ -84,13 +84,9 @@ def decide(outcome: JobOutcome) -> RequeueDecision:
     if not useful:
         return RequeueDecision(requeue=False, code=code, reason=reason)
     if outcome.owner is JobOwner.SLURM:
-        return RequeueDecision(
-            requeue=False, code=code, reason=f"{reason}; Slurm has already requeued the job"
-        )
+        return RequeueDecision(requeue=False, code=code, reason=f"{reason}; Slurm has already requeued the job")
     if outcome.owner is JobOwner.NOBODY:
-        return RequeueDecision(
-            requeue=False, code=code, reason=f"{reason}; the job was cancelled, or ended by Slurm"
-        )
+        return RequeueDecision(requeue=False, code=code, reason=f"{reason}; the job was cancelled, or ended by Slurm")
     # A start that ended before its first attempt counts as well.
     if max(attempts, outcome.restarts + 1) >= outcome.max_attempts:
         return RequeueDecision(
@@ -107,9 +103,7 @@ def _assess(outcome: JobOutcome) -> tuple[bool, int, str]:
     last = new[-1] if new else None
     if last is not None and last.state == "done":
         return False, DONE, "done"
-    if last is not None and was_requested_stop(
-        last, signaled=outcome.signal is not None, succeeded=outcome.succeeded
-    ):
+    if last is not None and was_requested_stop(last, signaled=outcome.signal is not None, succeeded=outcome.succeeded):
         saved = f"saved after step {last.step} of {last.steps}" if last.step else "with nothing to save"
         if last.reason == STOP_FILE:
             return False, STOPPED, f"stopped by {STOP_FILE}, {saved}: a person requested it"

@@ -206,9 +206,7 @@ def _split(command: str) -> Sequence[str]:
     try:
         return shlex.split(command)
     except ValueError as error:
-        raise LaunchError(
-            f"site: activate {command!r}: {error}; expected a command and its arguments"
-        ) from None
+        raise LaunchError(f"site: activate {command!r}: {error}; expected a command and its arguments") from None
 
 
 def _quote_home(word: str) -> str:

@@ -131,9 +131,7 @@ def make_settings(arguments: argparse.Namespace, environment: Mapping[str, str])
         LaunchError: a value is invalid.
 
     """
-    numbers = {
-        name: getattr(arguments, name) or environment.get(variable) for name, variable in _VARIABLES.items()
-    }
+    numbers = {name: getattr(arguments, name) or environment.get(variable) for name, variable in _VARIABLES.items()}
     if numbers["nproc"] == "auto":
         numbers["nproc"] = None
     for name, text in numbers.items():
@@ -176,9 +174,7 @@ def read_sweep(path: Path) -> list[list[str]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise LaunchError(
-            f"--sweep {path}: cannot be read ({error}); expected a file of options, or {SEEDS}"
-        ) from None
+        raise LaunchError(f"--sweep {path}: cannot be read ({error}); expected a file of options, or {SEEDS}") from None
     options = []
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):

@@ -68,9 +68,7 @@ def read_site(path: Path) -> Site:
         return Site()
     valid = [item.name for item in fields(Site)]
     if not isinstance(content, dict):
-        raise LaunchError(
-            f"site {path}: expected settings, as in `partition: gpu`; valid: {', '.join(valid)}"
-        )
+        raise LaunchError(f"site {path}: expected settings, as in `partition: gpu`; valid: {', '.join(valid)}")
     for key in content:
         if key not in valid:
             similar = difflib.get_close_matches(str(key), valid, n=1)
@@ -82,12 +80,8 @@ def read_site(path: Path) -> Site:
 def _convert(path: Path, key: str, value: Any) -> Any:
     if key == "env":
         if not isinstance(value, dict):
-            raise LaunchError(
-                f"site {path}: env is {value!r}, expected names with values, as in `NCCL_DEBUG: WARN`"
-            )
-        return tuple(
-            (_variable_name(path, name), _text(path, f"env.{name}", text)) for name, text in value.items()
-        )
+            raise LaunchError(f"site {path}: env is {value!r}, expected names with values, as in `NCCL_DEBUG: WARN`")
+        return tuple((_variable_name(path, name), _text(path, f"env.{name}", text)) for name, text in value.items())
     if key in ("modules", "activate"):
         return tuple(_text(path, key, item) for item in (value if isinstance(value, list) else [value]))
     return _text(path, key, value)
@@ -95,17 +89,13 @@ def _convert(path: Path, key: str, value: Any) -> Any:
 
 def _variable_name(path: Path, name: Any) -> str:
     if not (isinstance(name, str) and _VARIABLE_NAME.fullmatch(name)):
-        raise LaunchError(
-            f"site {path}: env has {name!r}, expected the name of a variable: letters, digits and _"
-        )
+        raise LaunchError(f"site {path}: env has {name!r}, expected the name of a variable: letters, digits and _")
     return name
 
 
 def _text(path: Path, key: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise LaunchError(
-            f"site {path}: {key} is {value!r}, expected text; quote it if YAML reads it as another type"
-        )
+        raise LaunchError(f"site {path}: {key} is {value!r}, expected text; quote it if YAML reads it as another type")
     text = str(value)
     if not (text.strip() and text.isprintable()):
         raise LaunchError(f"site {path}: {key} is {text!r}, expected text on one line, not empty")

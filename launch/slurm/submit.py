@@ -122,8 +122,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
     descriptions = {
         "submit": "Submit a run to Slurm. The options are checked first, and weights and data are downloaded here, "
         "since compute nodes often have no network.",
-        "render": "Print the batch script that `regraft submit` would submit. Without options it is "
-        "slurm/finetune.sh.",
+        "render": "Print the batch script that `regraft submit` would submit. Without options it is slurm/finetune.sh.",
     }
     parser = argparse.ArgumentParser(
         prog=f"regraft {verb}",
@@ -145,9 +144,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         help=f"settings of the cluster (default: ${SITE_VARIABLE}, else {DEFAULT_FILE})",
     )
     no_fetch = "submit without checking the options and downloading weights and data"
-    group.add_argument(
-        "--no-fetch", action="store_true", help=no_fetch if verb == "submit" else argparse.SUPPRESS
-    )
+    group.add_argument("--no-fetch", action="store_true", help=no_fetch if verb == "submit" else argparse.SUPPRESS)
     return parser
 
 
@@ -160,9 +157,7 @@ def _fetch(runs: Sequence[Sequence[str]]) -> int:
 
 def _check_script(script: str) -> None:
     """Raise a LaunchError if bash cannot parse the script."""
-    done = subprocess.run(
-        ["bash", "-n"], input=os.fsencode(script), capture_output=True, check=False, timeout=60
-    )
+    done = subprocess.run(["bash", "-n"], input=os.fsencode(script), capture_output=True, check=False, timeout=60)
     if done.returncode != 0:
         message = done.stderr.decode(errors="replace").strip()
         raise LaunchError(f"bash cannot parse the batch script, so it was not submitted: {message}")
@@ -171,9 +166,7 @@ def _check_script(script: str) -> None:
 def _submit(spec: JobSpec, run: Path, environment: Mapping[str, str]) -> str:
     """Submit RUN/job.sh, and return the job's id."""
     if not str(run).isprintable() or "\\" in str(run):
-        raise LaunchError(
-            f"run.dir {str(run)!r}: Slurm cannot write to a folder with this name; choose another one"
-        )
+        raise LaunchError(f"run.dir {str(run)!r}: Slurm cannot write to a folder with this name; choose another one")
     # In the name of the output file, Slurm replaces `%j` and so on.
     job_id = "%A_%a" if spec.array is not None else "%j"
     output = f"{run}/{LOGS}/slurm-".replace("%", "%%") + job_id

@@ -29,9 +29,7 @@ def rank_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             for _ in range(20):  # BatchNorm statistics that differ from a new model's
                 resnet(torch.randn(16, 3, 32, 32))
-        save_file(
-            {k: v.contiguous() for k, v in resnet.state_dict().items()}, folder / "resnet18.safetensors"
-        )
+        save_file({k: v.contiguous() for k, v in resnet.state_dict().items()}, folder / "resnet18.safetensors")
 
     return once(tmp_path_factory, "rank-inputs", make)
 

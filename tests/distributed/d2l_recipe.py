@@ -26,9 +26,7 @@ class SmallModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2), nn.GELU()
-        )
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2), nn.GELU())
         self.last = nn.Linear(16, 3)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -39,9 +37,7 @@ class SmallModel(nn.Module):
 def train_examples(folder: Path) -> list[tuple[str, int]]:
     """Return (path, label) of the training images in an image folder."""
     return [
-        (str(path), label)
-        for label, name in enumerate(COUNTS)
-        for path in sorted((folder / "train" / name).iterdir())
+        (str(path), label) for label, name in enumerate(COUNTS) for path in sorted((folder / "train" / name).iterdir())
     ]
 
 

@@ -47,9 +47,7 @@ PIECE = 512
 EPOCHS = 10
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir")
 ORDER = EpochOrder(examples=4, batch_size=4, seed=0)
-SCHEDULE = TrainSchedule(
-    batch_sizes=ORDER.batch_sizes, epochs=EPOCHS, logs_per_epoch=1, lr_multiplier=lambda step: 1.0
-)
+SCHEDULE = TrainSchedule(batch_sizes=ORDER.batch_sizes, epochs=EPOCHS, logs_per_epoch=1, lr_multiplier=lambda step: 1.0)
 PREPROCESSING = Preprocessing(
     image_size=8, resize_size=8, resize="squash", interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
 )  # fmt: skip
@@ -69,9 +67,7 @@ def make_state(epoch: int) -> TrainState:
     for parameter in model.parameters():
         optimizer.state[parameter] = {"momentum_buffer": torch.randn(parameter.shape, generator=generator)}
     best = BestEpoch(epoch=epoch, step=epoch, accuracy=epoch / EPOCHS, loss=1 / EPOCHS) if epoch else None
-    return TrainState(
-        model=model, optimizer=optimizer, ema=ModelEma(model, None), epoch=epoch, step=epoch, best=best
-    )
+    return TrainState(model=model, optimizer=optimizer, ema=ModelEma(model, None), epoch=epoch, step=epoch, best=best)
 
 
 def metrics(epoch: int) -> str:
@@ -90,9 +86,7 @@ def save_epoch(folder: Path, lock: RunLock, epoch: int) -> None:
         ctx=ctx, console=console, signals=StopSignals(), root=folder, folder=folder, lock=lock, attempt=1,
         hang_timeout=None,
     )  # fmt: skip
-    retention = RetentionPolicy(
-        every_steps=1, every_seconds=None, keep_last=2, keep_best=False, keep_every=None
-    )
+    retention = RetentionPolicy(every_steps=1, every_seconds=None, keep_last=2, keep_best=False, keep_every=None)
     saver = CheckpointSaver(
         run,
         retention=retention,
@@ -242,9 +236,7 @@ def check_content(loaded: LoadedCheckpoint) -> None:
     state.load_state_dict(loaded.state_dict(), where="checkpoint")
     actual = state.state_dict()
     assert all(equal(actual[name], expected[name]) for name in ("model", "optimizer", "ema"))
-    assert [actual[k] for k in ("epoch", "step", "metrics")] == [
-        expected[k] for k in ("epoch", "step", "metrics")
-    ]
+    assert [actual[k] for k in ("epoch", "step", "metrics")] == [expected[k] for k in ("epoch", "step", "metrics")]
     assert actual["best"].epoch == loaded.state.epoch
     assert loaded.metrics == metrics(loaded.state.epoch)
 

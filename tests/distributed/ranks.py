@@ -153,18 +153,14 @@ def fit_case(case: Case, grad_accum_steps: int, images: Tensor, ctx: Distributed
     if case.l2_sp:
         groups = without_weight_decay(groups, backbone)
     model, optimizer = ctx.prepare(bare, create_optimizer("sgd", groups, momentum=0))
-    order = EpochOrder(
-        examples=len(LABELS), batch_size=BATCH_SIZE, seed=SEED, labels=LABELS if case.balanced else None
-    )
+    order = EpochOrder(examples=len(LABELS), batch_size=BATCH_SIZE, seed=SEED, labels=LABELS if case.balanced else None)
     state = TrainState(model=bare, optimizer=optimizer, ema=ModelEma(bare, case.ema))
     recorder = Recorder()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (PREPROCESSING.mean, PREPROCESSING.std))
     fit(
         state,
         Batches(images, order, ctx),
-        TrainSchedule(
-            batch_sizes=order.batch_sizes, epochs=EPOCHS, logs_per_epoch=100, lr_multiplier=lambda step: 1.0
-        ),
+        TrainSchedule(batch_sizes=order.batch_sizes, epochs=EPOCHS, logs_per_epoch=100, lr_multiplier=lambda step: 1.0),
         TrainStep(
             ctx=ctx,
             normalize=lambda images: (images.float() / 255 - mean) / std,
@@ -345,9 +341,7 @@ def heads(ctx: DistributedContext, out: Path) -> dict[str, Any]:
             num_classes=3,
             weights=str(out.parent / "source.safetensors"),
             head_init=init,
-            class_mapping=ClassMapping(
-                targets=("x", "bees", "ants"), in_weights_file=("ant", "bee"), aliases={}
-            ),
+            class_mapping=ClassMapping(targets=("x", "bees", "ants"), in_weights_file=("ant", "bee"), aliases={}),
             dropout=0.25,
         ).model
 

@@ -22,9 +22,7 @@ def ranks_with_stacks(folder: Path) -> int:
     return sum("Thread 0x" in path.read_text() for path in (folder / "hangs").glob("0001-*.txt"))
 
 
-@pytest.mark.parametrize(
-    "head", [pytest.param(0, marks=pytest.mark.soak), pytest.param(1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("head", [pytest.param(0, marks=pytest.mark.soak), pytest.param(1, marks=pytest.mark.slow)])
 def test_the_side_with_the_rendezvous_goes_on_and_the_other_ends(
     head: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

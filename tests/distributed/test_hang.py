@@ -19,11 +19,7 @@ HANG_TIMEOUT = 12
 
 def trainer(run: runs.Run, rank: int) -> int:
     """Return the process id of a rank."""
-    (pid,) = (
-        pid
-        for pid in run.trainers()
-        if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0")
-    )
+    (pid,) = (pid for pid in run.trainers() if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"))
     return pid
 
 
@@ -46,9 +42,7 @@ def test_a_rank_whose_loader_hangs_is_reported_and_the_run_restarted(
         run.wait_for_step(step)
         for pid in runs.children(trainer(run, rank)):
             os.kill(pid, signal.SIGSTOP)
-        run.wait(
-            lambda: all("Thread 0x" in stacks(folder, other) for other in range(2)), "stacks of both ranks"
-        )
+        run.wait(lambda: all("Thread 0x" in stacks(folder, other) for other in range(2)), "stacks of both ranks")
         run.end(code=0)
 
     assert [record["state"] for record in runs.attempts(folder)] == ["failed", "done"]

@@ -13,9 +13,7 @@ from tests import runs
 def kill_in_mid_epoch(run: runs.Run, random_: random.Random) -> None:
     """Kill one process in the second epoch, after an update that no checkpoint has."""
     folder = run.folder
-    run.wait(
-        lambda: runs.STEPS < runs.saved_step(folder) < runs.last_step(folder), "an update after a checkpoint"
-    )
+    run.wait(lambda: runs.STEPS < runs.saved_step(folder) < runs.last_step(folder), "an update after a checkpoint")
     runs.kill_trainer(run, random_)
     assert runs.saved_step(run.folder) in (runs.STEPS + 2, runs.STEPS + 4)
 
@@ -101,9 +99,7 @@ def test_resume_after_twenty_kills(
     assert len(runs.attempts(folder)) == len(steps) + 1
     assert runs.attempts(folder)[-1]["state"] == "done"
     runs.assert_each_example_once(folder)
-    expected = runs.uninterrupted(
-        tmp_path_factory, "python" if launcher == "accelerate" else launcher, **changes
-    )
+    expected = runs.uninterrupted(tmp_path_factory, "python" if launcher == "accelerate" else launcher, **changes)
     if launcher == 3:
         runs.assert_close(folder, expected)
     else:

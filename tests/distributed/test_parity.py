@@ -29,9 +29,7 @@ def resnet_losses(rank_inputs: Path) -> dict[str, list[float]]:
         )
         model = built.model.eval()  # frozen BatchNorm is BatchNorm in eval mode; there is no dropout
         head = list(model.get_submodule(built.heads[0]).parameters())
-        losses[reduction] = list(
-            recipe_losses(model, head, train_examples(rank_inputs / "images"), reduction)
-        )
+        losses[reduction] = list(recipe_losses(model, head, train_examples(rank_inputs / "images"), reduction))
     return losses
 
 

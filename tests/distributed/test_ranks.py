@@ -33,12 +33,8 @@ def test_every_world_size_makes_the_same_updates(processes: int, rank_results: R
         expected = alone["fits"][name]
         assert fit["parameters"] == pytest.approx(expected["parameters"], abs=2e-6), name
         assert fit["ema"] == pytest.approx(expected["ema"], abs=2e-6), name
-        assert (fit["ema"] != fit["parameters"]) == (
-            "EMA" in name or name.startswith(("all, 1 ", "all, 2 "))
-        ), name
-        for (loss, *counts), (expected_loss, *expected_counts) in zip(
-            fit["epochs"], expected["epochs"], strict=True
-        ):
+        assert (fit["ema"] != fit["parameters"]) == ("EMA" in name or name.startswith(("all, 1 ", "all, 2 "))), name
+        for (loss, *counts), (expected_loss, *expected_counts) in zip(fit["epochs"], expected["epochs"], strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5), name
             assert counts == expected_counts, name
 
@@ -64,9 +60,7 @@ def test_collectives_return_the_same_on_every_rank(rank_results: RankResults) ->
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_batch_norm_statistics_are_averaged_and_restored_per_rank(
-    processes: int, rank_results: RankResults
-) -> None:
+def test_batch_norm_statistics_are_averaged_and_restored_per_rank(processes: int, rank_results: RankResults) -> None:
     results = [result["batch_norm"] for result in rank_results(processes)]
     mean = torch.tensor([result["local"][0] for result in results]).mean(0).tolist()
     keys = ("running_mean", "running_var", "num_batches_tracked")
@@ -77,9 +71,7 @@ def test_batch_norm_statistics_are_averaged_and_restored_per_rank(
         for average, other in zip(result["averaged"][:2], result["on another world size"][:2], strict=True):
             assert other == pytest.approx(average, rel=1e-6), "another world size starts with the average"
         assert all(result[name][2] == result["local"][2] for name in ("averaged", "restored")), "it is frozen"
-        assert result["gathered"] == sorted(
-            f"{r}.{n}.{k}" for r in range(processes) for n in (0, 1) for k in keys
-        )
+        assert result["gathered"] == sorted(f"{r}.{n}.{k}" for r in range(processes) for n in (0, 1) for k in keys)
     assert results[0]["local"] != results[1]["local"]
 
 
@@ -91,9 +83,7 @@ def test_every_example_is_evaluated_once(processes: int, rank_results: RankResul
     for result in results:
         assert result["counts"] == alone["counts"]
         assert result["loss"] == pytest.approx(alone["loss"], rel=1e-6)
-        assert result["interrupted"] == [True, 2, True], (
-            "all ranks stop at the second batch, in train mode again"
-        )
+        assert result["interrupted"] == [True, 2, True], "all ranks stop at the second batch, in train mode again"
 
 
 def test_every_rank_starts_with_the_same_output_layer(rank_results: RankResults) -> None:
@@ -101,9 +91,7 @@ def test_every_rank_starts_with_the_same_output_layer(rank_results: RankResults)
     results = [result["heads"] for result in rank_results(2)]
     for result in results:
         assert result["source-labels"] == alone["source-labels"]
-        assert result["norms"] == pytest.approx([result["norms"][1]] * 3), (
-            "new rows have the norm of copied ones"
-        )
+        assert result["norms"] == pytest.approx([result["norms"][1]] * 3), "new rows have the norm of copied ones"
         for count in ("of 7", "of 1"):
             assert result[count]["model"] == results[0][count]["model"], "bit for bit"
             # Features of other batches are rounded differently, which moves the solution a little.

@@ -9,9 +9,7 @@ from tests import runs
 
 
 @pytest.mark.slow
-def test_resume_on_two_then_three_then_one_process(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_resume_on_two_then_three_then_one_process(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Every start but the last is stopped by SIGTERM; one of the three processes is killed on the way."""
     folder, random_, expected = tmp_path / "run", random.Random(5), list[int]()
     changes = runs.ALL_FEATURES | runs.WORLD_SIZE_INDEPENDENT
@@ -37,9 +35,7 @@ def test_resume_on_two_then_three_then_one_process(
             if not is_last:
                 run.wait_for_step(before + 2, after=attempt)
                 run.process.terminate()
-            output = run.end(
-                code=0 if is_last else 1 if processes > 1 else 75
-            )  # torchrun's own code, or ours
+            output = run.end(code=0 if is_last else 1 if processes > 1 else 75)  # torchrun's own code, or ours
         if number > 1:
             assert f"(step {before})" in output
             assert f"on {processes} processes instead of {starts[number - 2][0]}: the same examples" in output
@@ -65,6 +61,4 @@ def test_a_resume_on_another_world_size_reports_that_batch_norm_differs(
     assert "on 1 processes instead of 2" in output
     assert "and BatchNorm, whose statistics are each process's own" in output
     runs.assert_each_example_once(folder)
-    assert runs.updates(folder) == runs.updates(
-        runs.uninterrupted(tmp_path_factory, "python", **runs.ALL_FEATURES)
-    )
+    assert runs.updates(folder) == runs.updates(runs.uninterrupted(tmp_path_factory, "python", **runs.ALL_FEATURES))

@@ -105,25 +105,19 @@ def test_a_failed_download_names_the_file_and_its_folder(options: Options, tmp_p
 
 
 @pytest.mark.slow
-def test_an_error_among_several_processes_is_printed_once(
-    images: Path, options: Options, tmp_path: Path
-) -> None:
+def test_an_error_among_several_processes_is_printed_once(images: Path, options: Options, tmp_path: Path) -> None:
     broken, table = tmp_path / "broken.jpg", tmp_path / "data.csv"
     broken.write_bytes(b"no image")
     lines = ["path,label,split", f"{broken},c,train"]
     for split in ("train", "val"):
         lines += [f"{path},{path.parent.name},{split}" for path in sorted((images / split).rglob("*.png"))]
     table.write_text("\n".join(lines), encoding="utf-8")
-    output = run(
-        [*torchrun(2, MAIN), *options(data__root=table)], cwd=tmp_path, code=1
-    )  # torchrun's own code
+    output = run([*torchrun(2, MAIN), *options(data__root=table)], cwd=tmp_path, code=1)  # torchrun's own code
     assert output.count("broken.jpg") == 1
     assert "Connection" not in output, "the other process must not report a lost peer"
 
 
-def test_diverged_training_ends_with_the_step_and_the_files(
-    options: Options, tmp_path: Path, train: Train
-) -> None:
+def test_diverged_training_ends_with_the_step_and_the_files(options: Options, tmp_path: Path, train: Train) -> None:
     output = train(2, options(optim__lr=1e30, optim__loss_reduction="sum", transfer__batch_norm="frozen"))
     assert "the loss is not finite since step" in output
     assert output.count(".png") >= 8

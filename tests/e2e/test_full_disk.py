@@ -44,9 +44,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing_that_was_saved(
 ) -> None:
     folder, logs = small_disk / "run", small_disk.parent
     arguments = runs.options(tmp_path_factory, folder, **runs.ALL_FEATURES)
-    output = runs.finish(
-        runs.command(launcher, *arguments), folder, code=2 if launcher == "python" else 1, logs=logs
-    )
+    output = runs.finish(runs.command(launcher, *arguments), folder, code=2 if launcher == "python" else 1, logs=logs)
     assert output.count("could not be saved") == 1
     assert "No space left on device" in output
     if launcher == "python":
@@ -63,9 +61,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing_that_was_saved(
 
 
 @pytest.mark.slow
-def test_metrics_that_cannot_be_written_end_the_run(
-    small_disk: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_metrics_that_cannot_be_written_end_the_run(small_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = small_disk / "run"
     # Without checkpoints, the metrics are the first to need another page of the disk, at their 20th row.
     changes = {"run__audit": "false", "checkpoint__every": "null", "train__batch_size": 1, "train__epochs": 1}

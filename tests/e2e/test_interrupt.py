@@ -150,9 +150,7 @@ def stop_and_resume(
         *(pytest.param(n, marks=pytest.mark.soak) for n in range(30, 60)),
     ],
 )
-def test_a_starting_run_stops_at_any_time(
-    seed: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_starting_run_stops_at_any_time(seed: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder, random_ = tmp_path / "run", random.Random(seed)
     arguments = runs.command("python", *runs.options(tmp_path_factory, folder, **runs.ALL_FEATURES))
     name, delay = random_.choice(["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]), random_.uniform(0, 4)
@@ -168,9 +166,7 @@ def test_a_starting_run_stops_at_any_time(
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_does_not_wait_for_the_update(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_second_ctrl_c_does_not_wait_for_the_update(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path / "run"
     slow = {
         "data__image_size": 256,

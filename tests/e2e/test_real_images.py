@@ -100,9 +100,7 @@ def test_images_of_other_classes_are_not_taken_for_the_matched_class(shared: Pat
     )
     assert "  hotdog <- hotdog, row 934 (name)" in built.summary
     assert any("not-hotdog" in line for line in built.summary)
-    preprocess = Preprocess(
-        Preprocessing(resize="squash", **dataclasses.asdict(preset("squeezenet1_1", None)))
-    )
+    preprocess = Preprocess(Preprocessing(resize="squash", **dataclasses.asdict(preset("squeezenet1_1", None))))
     paths = [
         path
         for name in ("ants", "bees")

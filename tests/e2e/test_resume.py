@@ -19,9 +19,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
-def test_a_finished_run_is_reported_and_refuses_other_options(
-    options: Options, tmp_path: Path, train: Train
-) -> None:
+def test_a_finished_run_is_reported_and_refuses_other_options(options: Options, tmp_path: Path, train: Train) -> None:
     folder = tmp_path / "run"
     train(0, options())
     metrics = (folder / "metrics.jsonl").read_bytes()

@@ -48,9 +48,7 @@ def write_report(logs: Path, *, code: int, rank: int = 1) -> None:
     (logs / "torchrun.log").write_text(TORCHRUN_REPORT.format(code=code, rank=rank))
 
 
-def attempt(
-    number: int, state: str, *, step: int = 0, reason: str | None = None, stage: str = ""
-) -> AttemptRecord:
+def attempt(number: int, state: str, *, step: int = 0, reason: str | None = None, stage: str = "") -> AttemptRecord:
     return AttemptRecord(
         attempt=number,
         state=state,

@@ -226,9 +226,7 @@ VARIABLES = {
 @pytest.mark.parametrize(
     ("level", "variable"), [(level, variable) for level in VARIABLES for variable in VARIABLES[level]]
 )
-def test_variables(
-    level: str, variable: str, context: DoctorContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variables(level: str, variable: str, context: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
     name, _, value = variable.partition("=")
     Machine(environment={name: value}).apply(context, monkeypatch)
     (finding,) = host.check_variables(context)
@@ -288,9 +286,7 @@ def test_all_reduce(changes: dict[str, Any] | None, level: str, message: str) ->
     assert message in finding.message
 
 
-@pytest.mark.parametrize(
-    ("count", "text"), [(12, "12 bytes"), (1500, "1.5 kB"), (999e9, "999 GB"), (5e15, "5,000 TB")]
-)
+@pytest.mark.parametrize(("count", "text"), [(12, "12 bytes"), (1500, "1.5 kB"), (999e9, "999 GB"), (5e15, "5,000 TB")])
 def test_format_bytes(count: float, text: str) -> None:
     assert format_bytes(count) == text
 
@@ -412,9 +408,7 @@ def test_exit_code_is_1_only_if_a_finding_is_red(
     monkeypatch.setenv("PET_NNODES", "2")
     assert doctor.main([]) == 0
     output = capsys.readouterr().out
-    assert re.search(
-        r"^yellow variables: PET_NNODES=2: .*\n       try: unset PET_NNODES$", output, flags=re.M
-    )
+    assert re.search(r"^yellow variables: PET_NNODES=2: .*\n       try: unset PET_NNODES$", output, flags=re.M)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nosuch0")
     assert doctor.main(["--json"]) == 1
     assert json.loads(capsys.readouterr().out)["level"] == "red"

@@ -56,9 +56,7 @@ WORKDIR = Path("/home/u/my project")
         ),
     ],
 )
-def test_run_folder_is_the_same_for_all_starts(
-    options: list[str], allocation: Allocation, expected: str
-) -> None:
+def test_run_folder_is_the_same_for_all_starts(options: list[str], allocation: Allocation, expected: str) -> None:
     folder, argv = resolve_run_dir(options, JobSettings(), allocation, WORKDIR)
     assert folder == Path(expected)
     assert argv == (*options, f"--run.dir={expected}")
@@ -72,10 +70,7 @@ def test_run_options_of_a_config_file(tmp_path: Path) -> None:
     folder, argv = resolve_run_dir(options, JobSettings(), JOB, WORKDIR)
     assert folder == WORKDIR / "runs/from config"
     assert "--run.resume=auto" not in argv, "the first start does not resume"
-    assert (
-        resolve_run_dir(options, JobSettings(), replace(JOB, restarts=1), WORKDIR)[1][-1]
-        == "--run.resume=auto"
-    )
+    assert resolve_run_dir(options, JobSettings(), replace(JOB, restarts=1), WORKDIR)[1][-1] == "--run.resume=auto"
 
 
 def test_sweep_over_seeds_uses_the_task_index() -> None:
@@ -223,9 +218,7 @@ APPTAINER_ARGV = [
         (JobSettings(), True, [], []),
     ],
 )
-def test_container_arguments(
-    settings: JobSettings, gpus: bool, before_node: list[str], srun: list[str]
-) -> None:
+def test_container_arguments(settings: JobSettings, gpus: bool, before_node: list[str], srun: list[str]) -> None:
     mounts = [WORKDIR, Path("/data")]
     assert apptainer_argv(settings, mounts, WORKDIR, gpus=gpus) == before_node
     assert pyxis_options(settings, mounts, WORKDIR) == srun

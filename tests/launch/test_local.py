@@ -38,16 +38,12 @@ def command_line(pid: int) -> str:
 
 def ranks(run: runs.Run) -> list[int]:
     """Return the process ids of the trainer's processes."""
-    (torchrun,) = (
-        pid for pid in runs.children(run.process.pid) if "torch.distributed.run" in command_line(pid)
-    )
+    (torchrun,) = (pid for pid in runs.children(run.process.pid) if "torch.distributed.run" in command_line(pid))
     return sorted(pid for pid in runs.children(torchrun) if str(MAIN) in command_line(pid))
 
 
 @contextmanager
-def training(
-    factory: pytest.TempPathFactory, *arguments: str, epochs: int = MANY_EPOCHS
-) -> Iterator[runs.Run]:
+def training(factory: pytest.TempPathFactory, *arguments: str, epochs: int = MANY_EPOCHS) -> Iterator[runs.Run]:
     """Start two ranks with `regraft train`, and wait until they have made two updates."""
     folder = factory.mktemp("local") / "run"
     trainer_options = runs.options(factory, folder, data__num_workers=0, train__epochs=epochs)
@@ -155,9 +151,7 @@ def test_two_runs_are_independent_and_one_folder_has_one_run(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     with training(tmp_path_factory) as first, training(tmp_path_factory) as second:
-        same_run = runs.options(
-            tmp_path_factory, first.folder, data__num_workers=0, train__epochs=MANY_EPOCHS
-        )
+        same_run = runs.options(tmp_path_factory, first.folder, data__num_workers=0, train__epochs=MANY_EPOCHS)
         with runs.start(regraft("train", *same_run), first.folder) as third:
             assert "is still running" in third.end(code=2)
         for run in (first, second):

@@ -51,12 +51,8 @@ SPECS = {
     ),
     "cpu": JobSpec(cpus_per_task=32, settings=JobSettings(nproc=4), options=("--run.device=cpu",)),
     "array": JobSpec(array="0-2", settings=JobSettings(sweep="seeds")),
-    "array-of-lines": JobSpec(
-        array="0-9%2", settings=JobSettings(sweep="my sweep.txt"), options=("--data.root", "x")
-    ),
-    "site": JobSpec(
-        nodes=2, gpus_per_node=4, partition="debug", site=SITE, settings=JobSettings(stage="$TMPDIR")
-    ),
+    "array-of-lines": JobSpec(array="0-9%2", settings=JobSettings(sweep="my sweep.txt"), options=("--data.root", "x")),
+    "site": JobSpec(nodes=2, gpus_per_node=4, partition="debug", site=SITE, settings=JobSettings(stage="$TMPDIR")),
     "site-with-venv": JobSpec(site=Site(activate=("/opt/regraft's venv/",))),
     "apptainer": JobSpec(
         gpus_per_node=1, settings=JobSettings(container="/images/regraft.sif", mounts=("/scratch/u",))
@@ -83,9 +79,7 @@ def test_each_golden_file_has_a_test() -> None:
     assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(f"{name}.sh" for name in SPECS)
 
 
-@pytest.mark.parametrize(
-    ("name", "argv"), [("finetune", []), ("array", ["--sweep", "seeds", "--array", "0-2"])]
-)
+@pytest.mark.parametrize(("name", "argv"), [("finetune", []), ("array", ["--sweep", "seeds", "--array", "0-2"])])
 def test_scripts_in_slurm_folder_are_the_output_of_render(
     name: str,
     argv: list[str],

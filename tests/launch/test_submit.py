@@ -99,9 +99,7 @@ def test_submit_without_slurm_names_the_login_node(
 
 
 @pytest.mark.parametrize("code", [2, 1])
-def test_run_that_the_trainer_refuses_is_not_submitted(
-    code: int, login: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_that_the_trainer_refuses_is_not_submitted(code: int, login: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[list[str]] = []
 
     def refuse(runs: list[list[str]]) -> int:

@@ -121,9 +121,7 @@ def test_the_latest_attempt_has_the_highest_number(tmp_path: Path) -> None:
     assert last_heartbeat(tmp_path, 2) == 7
 
 
-@pytest.mark.parametrize(
-    ("quota", "cores"), [("150000 100000\n", 1), ("400000 100000", 4), ("max 100000\n", 16)]
-)
+@pytest.mark.parametrize(("quota", "cores"), [("150000 100000\n", 1), ("400000 100000", 4), ("max 100000\n", 16)])
 def test_available_cores_are_limited_by_the_containers_quota(
     quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,9 +133,7 @@ class Cluster:
         path = Path(self.record(job)["StdOut"])
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
-    def wait(
-        self, job: str, condition: Callable[[], object], what: str, *, also_after_end: bool = False
-    ) -> None:
+    def wait(self, job: str, condition: Callable[[], object], what: str, *, also_after_end: bool = False) -> None:
         """Wait until a condition holds, while the job is active or even after its end."""
         deadline = time.monotonic() + _TIMEOUT
         while True:
@@ -165,8 +163,7 @@ class Cluster:
 
     def _logs(self) -> str:
         return "\n".join(
-            f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
-            for path in sorted(self.folder.glob("*.log"))
+            f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(self.folder.glob("*.log"))
         )
 
     # Commands of an administrator, and accidents.
@@ -297,9 +294,7 @@ def cluster(*, cpus: int) -> Iterator[Cluster]:
     """Start a cluster whose nodes pretend to have this number of CPUs, and remove it at the end."""
     with ExitStack() as stack:
         # Not in pytest's folder: the path of a Unix socket is limited to about 100 characters.
-        folder = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True))
-        )
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True)))
         (folder / "state").mkdir()
         ports = free_ports(3)
         (folder / "site.yaml").touch()  # instead of the user's own

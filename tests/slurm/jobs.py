@@ -38,9 +38,7 @@ def with_sitecustomize(folder: Path, code: str) -> dict[str, str]:
 
 def wait_for_step(cluster: Cluster, job: str, folder: Path, step: int, *, after: int = 0) -> int:
     """Wait until an attempt later than `after` has made the update `step`, and return the last update."""
-    cluster.wait(
-        job, lambda: runs.training_attempt(folder) > after and runs.last_step(folder) >= step, f"step {step}"
-    )
+    cluster.wait(job, lambda: runs.training_attempt(folder) > after and runs.last_step(folder) >= step, f"step {step}")
     return runs.last_step(folder)
 
 

@@ -39,9 +39,7 @@ def test_names_are_not_interpreted_by_submit_and_sbatch(
     record = cluster.wait_for(submitted, "COMPLETED")
     assert (record["JobName"], record["Partition"], record["TimeLimit"]) == (HOSTILE, "normal", "00:20:00")
     # Not record["StdOut"]: scontrol shows a `%` in the folder's name differently.
-    assert f"job {submitted}: done" in (folder / "logs" / f"slurm-{submitted}.out").read_text(
-        encoding="utf-8"
-    )
+    assert f"job {submitted}: done" in (folder / "logs" / f"slurm-{submitted}.out").read_text(encoding="utf-8")
     status = cluster.call(*REGRAFT, "status", folder)
     assert status.startswith(f"{folder}: done\n"), status
     assert "step 6 of 6, epoch 1 of 1" in status

@@ -28,9 +28,7 @@ TIMES = ("seconds", "examples_per_sec", "examples_per_sec_compute", "memory_byte
 _ConfigT = TypeVar("_ConfigT", bound=Config)
 
 
-def train(
-    config: ResolvedConfig, *, before: Callable[[OpenRun], object] = lambda run: None
-) -> tuple[TrainResult, str]:
+def train(config: ResolvedConfig, *, before: Callable[[OpenRun], object] = lambda run: None) -> tuple[TrainResult, str]:
     """Run one phase as the pipeline does; return its result, and what it printed.
 
     Args:

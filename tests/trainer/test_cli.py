@@ -52,9 +52,7 @@ print(gc.isenabled(), id(own) in tracked, id(imported) in tracked, file=sys.stde
 def running(run: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """Start the program, and wait until it calls `run`, whose body is given."""
     without_launcher = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))
+        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))
     }
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(run=run.replace("\n", "\n    "), main=str(MAIN))],

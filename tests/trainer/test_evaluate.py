@@ -115,9 +115,7 @@ def test_an_interrupted_evaluation_stops_at_once_and_restores_the_models_mode(at
     ("successes", "trials", "low", "high"),
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
-def test_wilson_interval_equals_published_values(
-    successes: int, trials: int, low: float, high: float
-) -> None:
+def test_wilson_interval_equals_published_values(successes: int, trials: int, low: float, high: float) -> None:
     # Newcombe 1998, table I, method 3 (score interval without continuity correction).
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
 

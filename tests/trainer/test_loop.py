@@ -57,9 +57,7 @@ def test_progress_counts_epochs_steps_and_examples(ctx: DistributedContext) -> N
     ]  # fmt: skip
     assert [p.metrics.seen for p in log.epochs] == [11, 11]
     assert (checkpoints.epochs, checkpoints.saved) == ([1, 2], [])
-    assert checkpoints.synced == [1, 2, 4, 5], (
-        "the evaluation after an epoch's last step syncs the flags itself"
-    )
+    assert checkpoints.synced == [1, 2, 4, 5], "the evaluation after an epoch's last step syncs the flags itself"
     for group, lr in (("backbone", 0.05), ("head", 0.1)):
         assert [p.lr[group] for p in log.steps] == pytest.approx([lr / (step + 1) for step in range(6)])
     images, labels, _ = next(Batches())
@@ -79,9 +77,7 @@ def test_a_missing_example_raises(ctx: DistributedContext) -> None:
 def test_a_nonfinite_loss_stops_with_its_first_step_and_its_files(ctx: DistributedContext) -> None:
     schedule = replace(SCHEDULE, logs_per_epoch=1)  # metrics are read at the ends of epochs only
     with pytest.raises(UserError) as caught:
-        run_fit(
-            make_state(make_net(), ctx), make_train_step(ctx), schedule, batches=Batches(change=nan_at(4))
-        )
+        run_fit(make_state(make_net(), ctx), make_train_step(ctx), schedule, batches=Batches(change=nan_at(4)))
     for text in ("step 5 (epoch 2, batch 2)", "epoch1-batch1.jpg", "optim.lr"):
         assert text in str(caught.value)
 
@@ -179,14 +175,10 @@ def test_resume_from_any_position_is_bit_identical(
     )
     first = RecordingLogger()
     with pytest.raises(Stopped) as stopped:
-        run_fit(
-            state, train_step, schedule, evaluate=evaluate_all_tensors, checkpoints=checkpoints, logger=first
-        )
+        run_fit(state, train_step, schedule, evaluate=evaluate_all_tensors, checkpoints=checkpoints, logger=first)
     assert stopped.value.reason == "SIGTERM"
     assert stopped.value.saved == (
-        f"the end of epoch {epoch} of 3"
-        if is_end_of_epoch
-        else f"step {step} of 9, in epoch {epoch + 1} of 3"
+        f"the end of epoch {epoch} of 3" if is_end_of_epoch else f"step {step} of 9, in epoch {epoch + 1} of 3"
     )
     assert checkpoints.epochs == list(range(1, epoch + 1))
     (saved,) = checkpoints.saved
@@ -209,9 +201,7 @@ def test_averaged_batch_norm_statistics_are_not_averaged_again_after_a_resume(
     x = torch.tensor(1.3333337306976318)
     assert (x + x + x) / 3 != x
     averaged: list[int] = []
-    monkeypatch.setattr(
-        loop, "average_batch_norm_statistics", lambda model, world_size: averaged.append(world_size)
-    )
+    monkeypatch.setattr(loop, "average_batch_norm_statistics", lambda model, world_size: averaged.append(world_size))
     for step, seen, expected in ((6, 11, []), (5, 8, [1])):
         state = make_state(make_net(), ctx)
         state.epoch, state.step = 1, step

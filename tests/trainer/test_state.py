@@ -120,9 +120,7 @@ def test_a_state_dict_is_a_copy_that_training_does_not_change(
 ) -> None:
     state = make_state(make_optimizer, make_net(channels_last=channels_last), ema=0.9, steps=2)
     saved = state.state_dict()
-    before = {
-        key: {name: t.clone() for name, t in saved[key].items()} for key in ("model", "optimizer", "ema")
-    }
+    before = {key: {name: t.clone() for name, t in saved[key].items()} for key in ("model", "optimizer", "ema")}
     train(state, 2)
     for key, tensors in before.items():
         assert_same_tensors(saved[key], tensors)
@@ -255,9 +253,7 @@ def test_a_state_of_another_model_is_refused(model: nn.Module, difference: str) 
         (sgd, head_sgd, "momentum_buffer.0.weight does not belong to it"),
     ],
 )
-def test_a_state_of_another_optimizer_is_refused(
-    saved: MakeOptimizer, own: MakeOptimizer, difference: str
-) -> None:
+def test_a_state_of_another_optimizer_is_refused(saved: MakeOptimizer, own: MakeOptimizer, difference: str) -> None:
     assert difference in differences(make_state(saved, steps=2).state_dict(), make_state(own, make_net(1)))
 
 

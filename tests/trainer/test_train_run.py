@@ -78,9 +78,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ResolvedConfi
             model=ModelConfig(name="mobilenet_v3_small", weights=str(folder / "source.safetensors")),
             transfer=TransferConfig(l2_sp=0.5, wise_ft=True, batch_norm="train"),
             optim=OptimConfig(lr=0.02, head_lr_scale=1.0, schedule="constant"),
-            regularization=RegularizationConfig(
-                ema=0.9, early_stopping=9, label_smoothing=SMOOTHING, **ALPHAS
-            ),
+            regularization=RegularizationConfig(ema=0.9, early_stopping=9, label_smoothing=SMOOTHING, **ALPHAS),
             train=TrainConfig(epochs=EPOCHS, batch_size=4, precision="fp32", logs_per_epoch=2),
             checkpoint=CheckpointConfig(every="1 steps", keep_last=100),
         )
@@ -142,18 +140,14 @@ def test_the_first_loss_is_that_of_balanced_augmented_erased_and_mixed_images(
         mixed, lam = apply_cutmix(batch, others, params.box)
     torch.manual_seed(derive_seed("masks", 0, 0, 0))
     logits = model(Normalize(finished.data.preprocessing, torch.device("cpu"))(mixed))
-    own, other = (
-        cross_entropy(logits, target, label_smoothing=SMOOTHING).item() for target in (labels, other_labels)
-    )
+    own, other = (cross_entropy(logits, target, label_smoothing=SMOOTHING).item() for target in (labels, other_labels))
     first = rows(finished, "train")[0]
     assert first["train_loss"] == pytest.approx((1 - lam) * own + lam * other, rel=1e-4)
     assert first["train_seen"] == 4
     assert [row["train_seen"] for row in rows(finished, "epoch")] == [7] * EPOCHS
 
 
-def test_balanced_class_weights_count_the_training_images(
-    finished: ResolvedConfig, ctx: DistributedContext
-) -> None:
+def test_balanced_class_weights_count_the_training_images(finished: ResolvedConfig, ctx: DistributedContext) -> None:
     config = replace(
         finished,
         data=replace(finished.data, sampling="shuffled"),
@@ -246,9 +240,7 @@ def test_a_killed_run_resumes_bit_identically(
     assert [row["epoch"] for row in result.rows] == [1, 2, 3]
     assert_equal_runs(copy, finished)
     audit = {row["step"]: row for row in audit_rows(copy)}
-    assert [row["step"] for row in audit_rows(copy) if row["attempt"] == 2] == list(
-        range(step, EPOCHS * STEPS)
-    )
+    assert [row["step"] for row in audit_rows(copy) if row["attempt"] == 2] == list(range(step, EPOCHS * STEPS))
     for row in audit_rows(finished):
         assert {**row, "attempt": audit[row["step"]]["attempt"]} == audit[row["step"]]
 

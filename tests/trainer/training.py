@@ -92,9 +92,7 @@ def make_state(
     return TrainState(model=model, optimizer=prepared_optimizer, ema=ModelEma(model, ema))
 
 
-def make_train_step(
-    ctx: DistributedContext, *, mixup: tuple[float, float] = (0, 0), **options: Any
-) -> TrainStep:
+def make_train_step(ctx: DistributedContext, *, mixup: tuple[float, float] = (0, 0), **options: Any) -> TrainStep:
     """Return an update with cross-entropy alone; `mixup` holds the alphas of mixup and CutMix."""
     step = TrainStep(
         ctx=ctx,

@@ -185,12 +185,8 @@ class ResumePoint:
         state, current, steps = self.checkpoint.state, self._metadata, self._schedule.steps_per_epoch
         saved = state.run
         epoch_step = state.step - state.epoch * steps
-        position = (
-            f", in epoch {state.epoch + 1} after {epoch_step} of its {steps} steps" if epoch_step else ""
-        )
-        lines = [
-            f"resuming after epoch {state.epoch} of {self._schedule.epochs} (step {state.step}){position}"
-        ]
+        position = f", in epoch {state.epoch + 1} after {epoch_step} of its {steps} steps" if epoch_step else ""
+        lines = [f"resuming after epoch {state.epoch} of {self._schedule.epochs} (step {state.step}){position}"]
         if saved.world_size != current.world_size:
             is_local = batch_norm in ("train", "frozen-with-weights")
             exception = ", and BatchNorm, whose statistics are each process's own" if is_local else ""

@@ -38,8 +38,6 @@ class RetentionPolicy:
         # Of two checkpoints at the same step, the one after the evaluation.
         by_step = {checkpoint.step: checkpoint for checkpoint in sorted(checkpoints)}
         milestones = [
-            checkpoint
-            for step, checkpoint in by_step.items()
-            if self.keep_every and step % self.keep_every == 0
+            checkpoint for step, checkpoint in by_step.items() if self.keep_every and step % self.keep_every == 0
         ]
         return {*newest, *milestones, *([best] if best is not None and self.keep_best else [])}

@@ -201,8 +201,7 @@ class CheckpointState:
         mappings = (run.schedule, self.scaler, run.auto_resolved, run.versions)
         _require(all(isinstance(value, dict) for value in mappings), "its entries")
         _require(
-            not self.scaler
-            or (set(self.scaler) == _SCALER_KEYS and all(map(_is_number, self.scaler.values()))),
+            not self.scaler or (set(self.scaler) == _SCALER_KEYS and all(map(_is_number, self.scaler.values()))),
             "the loss scaling",
         )
         _require(all(isinstance(text, str) for text in run.versions.values()), "its versions")

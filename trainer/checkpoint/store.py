@@ -113,9 +113,7 @@ def load_tensors(path: Path) -> Tensors:
         ) from None
 
 
-def write(
-    folder: Path, checkpoint: CheckpointId, files: Mapping[str, bytes], *, check: Callable[[], None]
-) -> None:
+def write(folder: Path, checkpoint: CheckpointId, files: Mapping[str, bytes], *, check: Callable[[], None]) -> None:
     """Write a checkpoint, and point LATEST to it.
 
     Args:
@@ -283,9 +281,7 @@ def _read(path: Path) -> LoadedCheckpoint:
         expected = _manifest(path)
     names = set(os.listdir(path))  # noqa: PTH208 (names, not paths)
     for name in sorted(names ^ {*expected, MANIFEST}):
-        raise CorruptCheckpoint(
-            f"{name!r} is missing" if name in expected else f"{name!r} is not in its manifest"
-        )
+        raise CorruptCheckpoint(f"{name!r} is missing" if name in expected else f"{name!r} is not in its manifest")
     for name, (size, digest) in expected.items():
         _require_kind(path / name, stat.S_ISREG, "a file")
         actual = (path / name).stat().st_size
@@ -313,9 +309,7 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise ValueError(f"format {content['format']!r}, this version of regraft reads {FORMAT}")
     files = content["files"]
     if not isinstance(files, dict):
-        raise CorruptCheckpoint(
-            f"its manifest lists {type(files).__name__}, expected names with sizes and SHA-256"
-        )
+        raise CorruptCheckpoint(f"its manifest lists {type(files).__name__}, expected names with sizes and SHA-256")
     unknown = files.keys() - _ALLOWED
     missing = _REQUIRED - files.keys()
     if unknown or missing:

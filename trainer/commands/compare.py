@@ -62,9 +62,7 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
             raise UserError(f"strategy {text}: {error}") from None
     configs = _with_pretraining(configs, plain, folder, console, signals)
     seeds = [base.run.seed + k for k in range(own.seeds)]
-    runs = {
-        (text, seed): _run_config(configs[text], text, seed, folder) for seed in seeds for text in configs
-    }
+    runs = {(text, seed): _run_config(configs[text], text, seed, folder) for seed in seeds for text in configs}
     _, ctx, _ = start(base)  # pretraining may have left the process group
 
     def check_folders() -> None:
@@ -77,9 +75,7 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
         return None
     summaries = summarize(trials, failures)
     seeds_text = f"{own.seeds} seed{'s' * (own.seeds > 1)} from {base.run.seed}"
-    title = (
-        f"{base.model.name}, {base.train.epochs} epochs in batches of {base.train.batch_size}, {seeds_text}"
-    )
+    title = f"{base.model.name}, {base.train.epochs} epochs in batches of {base.train.batch_size}, {seeds_text}"
     facts = [*dataset_summary(data.prepared).split("\n"), title, *ctx.notes, describe_versions()]
     command = shlex.join(["regraft", NAME, *argv])
     write_comparison(folder / NAME, summaries, command=command, facts=facts, title=title)

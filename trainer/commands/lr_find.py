@@ -154,9 +154,7 @@ def _write(folder: Path, result: RangeTest, config: ResolvedConfig, ctx: Distrib
             title=f"{config.model.name}, {name}, batches of {batch_size}; rates for the {loss}",
         )
     except OSError as error:
-        raise UserError(
-            f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder"
-        ) from None
+        raise UserError(f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder") from None
 
 
 def _conclusion(result: RangeTest, config: ResolvedConfig, options: Sequence[str]) -> str:

@@ -77,9 +77,7 @@ def preview(argv: Sequence[str]) -> Path:
         description="Draw training images, and the same images augmented as the model sees them, to a PNG file.",
         epilog="All other options are those of regraft train: --config FILE, --section.key VALUE.",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="PNG file to write (default: RUN_DIR/preview.png)"
-    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="PNG file to write (default: RUN_DIR/preview.png)")
     own, rest = parser.parse_known_args(argv)
     config = resolve(parse(rest))
     output: Path = own.output or Path(config.run.dir) / "preview.png"

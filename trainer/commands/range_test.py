@@ -82,9 +82,7 @@ def run_range_test(
         labels = [label for _, label in data.index.train]
         fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=nullcontext)
     if len(built.unfreeze_stages) > 1:
-        console.print(
-            "transfer.trainable has stages: the test uses the last one, in which the most parameters train"
-        )
+        console.print("transfer.trainable has stages: the test uses the last one, in which the most parameters train")
         apply_stage(built.model, built.unfreeze_stages[-1], config.transfer.batch_norm)
     groups = make_param_groups(built, config)
     console.print(block_table(built, groups))

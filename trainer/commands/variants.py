@@ -82,9 +82,7 @@ def _split(text: str, separator: str) -> list[str]:
     return parts
 
 
-def plan(
-    options: Sequence[str], chosen: Sequence[StrategyVariant]
-) -> tuple[Config, dict[str, Config], list[str]]:
+def plan(options: Sequence[str], chosen: Sequence[StrategyVariant]) -> tuple[Config, dict[str, Config], list[str]]:
     """Return the config without a strategy, the config of each variant by its text, and messages for the user.
 
     A strategy wins over the options of the command line, which apply to all strategies: from-scratch trains from
@@ -122,9 +120,7 @@ def plan(
     return plain, configs, messages
 
 
-def _overridden(
-    options: Sequence[str], variant: StrategyVariant, plain: Config, config: Config
-) -> Iterator[str]:
+def _overridden(options: Sequence[str], variant: StrategyVariant, plain: Config, config: Config) -> Iterator[str]:
     """Yield a line for each option of the command line that a strategy overrides."""
     own = {option.partition("=")[0] for option in variant.options}
     for option in dict.fromkeys(word.partition("=")[0] for word in options if word.startswith("--")):

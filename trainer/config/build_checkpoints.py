@@ -73,9 +73,7 @@ def make_run_metadata(config: ResolvedConfig, data: RunData, run: OpenRun) -> Ru
     )
 
 
-def find_resume_point(
-    config: ResolvedConfig, data: RunData, run: OpenRun, schedule: TrainSchedule
-) -> ResumePoint:
+def find_resume_point(config: ResolvedConfig, data: RunData, run: OpenRun, schedule: TrainSchedule) -> ResumePoint:
     """Return the newest checkpoint of the run, if there is one. Every process must call it.
 
     Raises:

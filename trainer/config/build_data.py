@@ -39,9 +39,7 @@ class RunData:
         return tuple(counts[label] for label in range(len(self.index.classes)))
 
 
-def load_run_data(
-    config: ResolvedConfig, ctx: DistributedContext, console: Console, *, check: bool = True
-) -> RunData:
+def load_run_data(config: ResolvedConfig, ctx: DistributedContext, console: Console, *, check: bool = True) -> RunData:
     """Return the checked examples. One process of each machine downloads and checks them; the others find them.
 
     Every process must call it. `check` decodes every image once, unless an earlier start did.
@@ -67,9 +65,7 @@ def dataset_summary(prepared: Prepared) -> str:
         counts.append(f"{len(index.val)} to select the best epoch on")
     counts.append(f"{len(index.test)} to report on ({index.reported})")
     names = join_truncated(index.classes, limit=8)
-    head = (
-        f"{escape_unprintable(str(index.root))}: {len(index.classes)} classes ({names}); {', '.join(counts)}"
-    )
+    head = f"{escape_unprintable(str(index.root))}: {len(index.classes)} classes ({names}); {', '.join(counts)}"
     return "\n".join([head, *prepared.notes])
 
 
@@ -103,9 +99,7 @@ def make_schedule(config: ResolvedConfig, order: EpochOrder) -> TrainSchedule:
         batch_sizes=order.batch_sizes,
         epochs=config.train.epochs,
         logs_per_epoch=config.train.logs_per_epoch,
-        lr_multiplier=partial(
-            get_lr_multiplier, total_steps=total, warmup_steps=warmup, kind=config.optim.schedule
-        ),
+        lr_multiplier=partial(get_lr_multiplier, total_steps=total, warmup_steps=warmup, kind=config.optim.schedule),
     )
 
 

@@ -24,9 +24,7 @@ from trainer.run.session import OpenRun
 
 def make_train_transform(data: ResolvedDataConfig) -> Transform:
     """Return the random transform of a training image."""
-    return train_transform(
-        data.preprocessing, data.augment, data.crop_scale, random_erasing=data.random_erasing
-    )
+    return train_transform(data.preprocessing, data.augment, data.crop_scale, random_erasing=data.random_erasing)
 
 
 def make_dataset(
@@ -54,9 +52,7 @@ def make_loader(
     )
 
 
-def make_eval_loader(
-    examples: Sequence[Example], config: ResolvedConfig, ctx: DistributedContext
-) -> DataLoader[Batch]:
+def make_eval_loader(examples: Sequence[Example], config: ResolvedConfig, ctx: DistributedContext) -> DataLoader[Batch]:
     """Return this process's batches of one pass over examples, as they are evaluated."""
     dataset = make_dataset(examples, eval_transform(config.data.preprocessing), config, ctx)
     sampler = EvalBatchSampler(

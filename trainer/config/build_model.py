@@ -81,9 +81,7 @@ def make_model(
     return replace(built, unfreeze_stages=stages, summary=(*built.summary, *notes))
 
 
-def _class_mapping(
-    config: ResolvedConfig, classes: Sequence[str], weights: str | None
-) -> ClassMapping | None:
+def _class_mapping(config: ResolvedConfig, classes: Sequence[str], weights: str | None) -> ClassMapping | None:
     """Return the class names that head_init source-labels matches; None for other kinds of start."""
     if config.model.head_init != "source-labels" or weights is None:
         return None
@@ -143,9 +141,7 @@ def _lr_mult(built: BuiltModel, config: ResolvedConfig) -> dict[str, float]:
         names = match_names(pattern, depth)
         if not names:
             blocks = ", ".join(block.name for block in built.layer_order.blocks)
-            raise UserError(
-                f"optim.lr_mult: {pattern!r} matches no parameter of this model; its blocks are {blocks}"
-            )
+            raise UserError(f"optim.lr_mult: {pattern!r} matches no parameter of this model; its blocks are {blocks}")
         by_pattern |= dict.fromkeys(names, multiple)
     return {name: multiple * by_pattern.get(name, 1.0) for name, multiple in by_depth.items()}
 

@@ -84,7 +84,5 @@ def _format_type(hint: Any) -> str:
     if origin is dict:
         return "{{{}: {}}}".format(*map(_format_type, arguments))
     if origin is tuple:
-        return (
-            f"[{', '.join('...' if argument is ... else _format_type(argument) for argument in arguments)}]"
-        )
+        return f"[{', '.join('...' if argument is ... else _format_type(argument) for argument in arguments)}]"
     return _TYPES[hint]

@@ -104,15 +104,11 @@ def read_config_file(path: Path, where: str) -> Content:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # PyYAML raises all of them
         raise UserError(f"{where}: not a readable YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(
-            f"{where}: expected sections with options, such as 'optim:' and below it '  lr: 0.001'"
-        )
+        raise UserError(f"{where}: expected sections with options, such as 'optim:' and below it '  lr: 0.001'")
     sections = {key.partition(".")[0] for key in OPTIONS if "." in key}
     for section in sections & content.keys():
         if not isinstance(content[section], dict):
-            raise UserError(
-                f"{where}: section {section!r} is {content[section]!r}: expected options below it"
-            )
+            raise UserError(f"{where}: section {section!r} is {content[section]!r}: expected options below it")
     for key, value in options_of(content):
         check_option(key, value, where)
     return content

@@ -106,9 +106,7 @@ def _absolute(key: str, path: str) -> str:
     try:
         return str(Path(path).expanduser().absolute())
     except RuntimeError:  # a misspelled ~user, or a container's user without a name
-        raise UserError(
-            f"{key} is {path}, and there is no such home folder here: give the whole path"
-        ) from None
+        raise UserError(f"{key} is {path}, and there is no such home folder here: give the whole path") from None
 
 
 def _preprocessing(name: str, weights: str | None) -> Preprocessing:

@@ -104,9 +104,7 @@ class DataConfig:
             rgb: tuple[float, ...] = getattr(self, key) or (1.0,)
             _check(f"data.{key}", rgb, all(map(math.isfinite, rgb)), "three finite numbers")
         _check("data.std", self.std, self.std is None or min(self.std) > 0, "three numbers above 0")
-        _check(
-            "data.random_erasing", self.random_erasing, 0 <= self.random_erasing <= 1, "a probability, 0 to 1"
-        )
+        _check("data.random_erasing", self.random_erasing, 0 <= self.random_erasing <= 1, "a probability, 0 to 1")
         low, high = self.crop_scale
         _check("data.crop_scale", self.crop_scale, 0 < low <= high <= 1, "0 < smallest <= largest <= 1")
         for key in ("val_fraction", "test_fraction"):
@@ -147,9 +145,7 @@ class ModelConfig:
             valid = probability is None or 0 <= probability < 1
             _check(f"model.{key}", probability, valid, "0 to below 1, or null")
         if not self.source_labels.strip():
-            raise UserError(
-                "model.source_labels is empty: expected auto, or a text file with one name per line"
-            )
+            raise UserError("model.source_labels is empty: expected auto, or a text file with one name per line")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +166,7 @@ class TransferConfig:
     def __post_init__(self) -> None:
         _check("transfer.l2_sp", self.l2_sp, 0 <= self.l2_sp < math.inf, "0 or more")
         if self.trainable == "":
-            raise UserError(
-                "transfer.trainable is empty: expected all, head, from:MODULE, last:N, patterns, or stages"
-            )
+            raise UserError("transfer.trainable is empty: expected all, head, from:MODULE, last:N, patterns, or stages")
         if isinstance(self.trainable, dict):
             expected = "stages that start with epoch 0, such as {0: head, 1: layer4, 3: all}"
             _check("transfer.trainable", self.trainable, min(self.trainable, default=-1) == 0, expected)
@@ -209,9 +203,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check("optim.lr", self.lr, _is_positive(self.lr), "a number above 0")
-        _check(
-            "optim.head_lr_scale", self.head_lr_scale, _is_positive(self.head_lr_scale), "a number above 0"
-        )
+        _check("optim.head_lr_scale", self.head_lr_scale, _is_positive(self.head_lr_scale), "a number above 0")
         _check("optim.weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
         _check("optim.layer_decay", self.layer_decay, 0 < self.layer_decay <= 1, "above 0, up to 1")
         wrong = {name: factor for name, factor in self.lr_mult.items() if not _is_positive(factor)}

@@ -105,9 +105,7 @@ def train_transform(
     return v2.Compose([transform, v2.RandomErasing(random_erasing, value=mean)])  # type: ignore[arg-type]
 
 
-def _augment(
-    preprocessing: Preprocessing, augment: Augmentation, crop_scale: tuple[float, float]
-) -> Transform:
+def _augment(preprocessing: Preprocessing, augment: Augmentation, crop_scale: tuple[float, float]) -> Transform:
     if augment == "none":
         return eval_transform(preprocessing)
     steps: list[torch.nn.Module] = [

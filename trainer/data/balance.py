@@ -15,9 +15,7 @@ def balanced(labels: Tensor, generator: torch.Generator) -> Tensor:
     quotas = torch.full_like(counts, len(labels) // len(counts))
     quotas[torch.randperm(len(counts), generator=generator)[: len(labels) % len(counts)]] += 1
     parts = []
-    for members, count in zip(
-        labels.argsort(stable=True).split(counts.tolist()), quotas.tolist(), strict=True
-    ):
+    for members, count in zip(labels.argsort(stable=True).split(counts.tolist()), quotas.tolist(), strict=True):
         times, rest = divmod(count, len(members))
         extra = torch.randperm(len(members), generator=generator)[:rest]
         parts += [members.repeat(times), members[extra]]

@@ -64,9 +64,7 @@ def fetch_dataset(dataset: RemoteDataset, cache: Path, *, on_progress: OnProgres
             with (cache / f".{dataset.name}.lock").open("ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not extracted.is_dir():  # another process may have extracted it in the meantime
-                    _download_and_extract(
-                        dataset, cache, extracted, on_progress or (lambda done, total: None)
-                    )
+                    _download_and_extract(dataset, cache, extracted, on_progress or (lambda done, total: None))
     except OSError as error:
         raise cache_error(error, cache) from error
     return extracted / dataset.folder
@@ -118,9 +116,7 @@ def _find_unsafe(entries: list[zipfile.ZipInfo]) -> str | None:
     return None
 
 
-def _download_and_extract(
-    dataset: RemoteDataset, cache: Path, extracted: Path, on_progress: OnProgress
-) -> None:
+def _download_and_extract(dataset: RemoteDataset, cache: Path, extracted: Path, on_progress: OnProgress) -> None:
     """Create the folder `extracted`; work in a temporary folder, so that it is complete or absent."""
     archive = cache / f"{dataset.name}.zip"
     partial = cache / f".{dataset.name}.partial"

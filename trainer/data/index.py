@@ -95,13 +95,9 @@ def read_index(
         raise UserError(f"{where}: neither a folder nor a CSV file")
     classes = tuple(sorted(listing.splits["train"]))
     _check_classes(listing, classes, where)
-    listing, split_made = _add_splits(
-        listing, where, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed
-    )
+    listing, split_made = _add_splits(listing, where, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
     splits = {
-        split: tuple(
-            Example(path, label) for label, name in enumerate(classes) for path in images.get(name, ())
-        )
+        split: tuple(Example(path, label) for label, name in enumerate(classes) for path in images.get(name, ()))
         for split, images in listing.splits.items()
     }
     notes = list(listing.notes)
@@ -147,9 +143,7 @@ def without_images(index: DatasetIndex, unreadable: Mapping[str, str]) -> Datase
     notes = list(index.notes)
     for before, after, purpose in ((index.val, val, _PURPOSE["val"]), (index.test, test, _PURPOSE["test"])):
         if before and not after:
-            raise UserError(
-                f"none of the {len(before)} images to {purpose} can be read: repair or replace them"
-            )
+            raise UserError(f"none of the {len(before)} images to {purpose} can be read: repair or replace them")
         old_notes = set(_note_absent_classes(index.classes, before, purpose, "the readable images"))
         new_notes = _note_absent_classes(index.classes, after, purpose, "the readable images")
         notes += [note for note in new_notes if note not in old_notes]
@@ -166,11 +160,7 @@ def write_split(index: DatasetIndex, path: Path) -> None:
     splits = (("train", index.train), ("val", index.val), ("test", index.test))
     write_table(
         path,
-        (
-            (example.path, index.classes[example.label], name)
-            for name, examples in splits
-            for example in examples
-        ),
+        ((example.path, index.classes[example.label], name) for name, examples in splits for example in examples),
     )
 
 

@@ -58,11 +58,7 @@ def read_folder(root: str, extensions: tuple[str, ...]) -> Listing:
             splits[split] = _read_classes(path, entries, scan, training=split == "train")
             notes += _note_stray_files(sources[split], entries)
         others = [f"{name}/" for name in top.folders if name not in split_folders.values()]
-        notes += (
-            [f"folders beside {sources['train']} that are ignored: {join_truncated(others)}"]
-            if others
-            else []
-        )
+        notes += [f"folders beside {sources['train']} that are ignored: {join_truncated(others)}"] if others else []
     else:
         _check_class_folders(root, top, scan)
         sources = {"train": "the folder"}
@@ -81,16 +77,11 @@ def _find_split_folders(root: str, top: DirEntries, scan: Scan) -> dict[str, str
     for name in top.folders:
         if name.lower() in SPLIT_NAMES:
             folders.setdefault(SPLIT_NAMES[name.lower()], []).append(name)
-    entries = {
-        split: [scan_dir(os.path.join(root, name)) for name in names] for split, names in folders.items()
-    }
-    eval_classes = {
-        name for split in ("val", "test") for inner in entries.get(split, []) for name in inner.folders
-    }
+    entries = {split: [scan_dir(os.path.join(root, name)) for name in names] for split, names in folders.items()}
+    eval_classes = {name for split in ("val", "test") for inner in entries.get(split, []) for name in inner.folders}
     only_splits = all(name.lower() in SPLIT_NAMES for name in top.folders)
     if not any(
-        inner.folders
-        and (only_splits or not _count_images(inner, scan) or not eval_classes.isdisjoint(inner.folders))
+        inner.folders and (only_splits or not _count_images(inner, scan) or not eval_classes.isdisjoint(inner.folders))
         for inner in entries.get("train", [])
     ):
         return {}
@@ -132,9 +123,7 @@ def _check_class_folders(root: str, top: DirEntries, scan: Scan) -> None:
     if not top.folders:
         count = _count_images(top, scan)
         found = f"{count} images and no folders" if count else "no folders and no images"
-        others = _format_counts(
-            Counter(file_extension(name) for name in top.files if not scan.is_image(name))
-        )
+        others = _format_counts(Counter(file_extension(name) for name in top.files if not scan.is_image(name)))
         raise UserError(f"{where}: holds {found}" + (f" ({others})" if others else "") + f". {_EXPECTED}")
     likely_splits = [name for name in top.folders if name.lower() in _LIKELY_SPLITS]
     if (

@@ -71,9 +71,7 @@ class TrainBatches:
 
     def paths(self, epoch: int, step: int) -> Sequence[str]:
         """Return the printable paths of a global batch; epoch and step within the epoch count from 0."""
-        return [
-            escape_unprintable(self._dataset.paths[example]) for example in self._order.batch(epoch, step)
-        ]
+        return [escape_unprintable(self._dataset.paths[example]) for example in self._order.batch(epoch, step)]
 
 
 def make_dataloader(

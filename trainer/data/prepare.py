@@ -36,9 +36,7 @@ class Prepared:
         return digest.hexdigest()[:32]
 
 
-def prepare(
-    data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROGRESS, check: bool = True
-) -> Prepared:
+def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROGRESS, check: bool = True) -> Prepared:
     """List and validate the images of a dataset; download or generate a named dataset first.
 
     Args:
@@ -72,9 +70,7 @@ def prepare(
     if data.on_unreadable == "stop":
         raise unreadable_error(unreadable, len(paths))
     index = without_images(index, unreadable)
-    skipped = "".join(
-        f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items())
-    )
+    skipped = "".join(f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items()))
     return Prepared(
         index,
         (*index.notes, f"{len(unreadable)} of {len(paths)} images cannot be read and are skipped:{skipped}"),

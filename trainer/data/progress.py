@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class ProgressHooks:
     """Progress displays of long operations; by default nothing is shown."""
 
-    downloading: Callable[[str], AbstractContextManager[Callable[[int, int | None], None] | None]] = (
-        lambda name: nullcontext()
+    downloading: Callable[[str], AbstractContextManager[Callable[[int, int | None], None] | None]] = lambda name: (
+        nullcontext()
     )
     """Opens a display for the dataset `name`; it yields a callback for (bytes downloaded, total bytes or None)."""
     checking: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext

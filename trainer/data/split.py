@@ -38,9 +38,7 @@ def split_counts(counts: Mapping[str, int], fraction: float, *, seed: int) -> di
     Ties are broken in a seeded order. No class holds out its last image.
     """
     quotas = {name: count * fraction for name, count in counts.items()}
-    held_out = {
-        name: min(max(int(quota), int(quota >= 0.5)), counts[name] - 1) for name, quota in quotas.items()
-    }
+    held_out = {name: min(max(int(quota), int(quota >= 0.5)), counts[name] - 1) for name, quota in quotas.items()}
     order = sorted(counts)
     random.Random(derive_seed("split turns", seed)).shuffle(order)
     order.sort(key=lambda name: held_out[name] - quotas[name])

@@ -74,9 +74,7 @@ def write_table(file: Path, rows: Iterable[tuple[str, str, str]]) -> None:
     try:
         write_atomically(file, write)
     except OSError as error:
-        raise UserError(
-            f"{escape_unprintable(str(file))}: the split cannot be written ({error.strerror})"
-        ) from None
+        raise UserError(f"{escape_unprintable(str(file))}: the split cannot be written ({error.strerror})") from None
 
 
 def _read_rows(file: Path, stream: TextIO) -> tuple[list[Row], list[str]]:
@@ -201,11 +199,7 @@ def _find_columns(file: Path, header: list[str]) -> tuple[dict[str, int], list[s
             + (f"; duplicate columns: {', '.join(duplicates)}" if duplicates else "")
         )
     others = [name for name in names if name not in found]
-    notes = (
-        [f"columns of {escape_unprintable(file.name)} that are ignored: {join_truncated(others)}"]
-        if others
-        else []
-    )
+    notes = [f"columns of {escape_unprintable(file.name)} that are ignored: {join_truncated(others)}"] if others else []
     return found, notes
 
 
@@ -224,9 +218,7 @@ class _Problems:
         """Raise a UserError that lists the problems."""
         if not self._count:
             return
-        more = (
-            f"\n  and {self._count - _MAX_PROBLEMS_SHOWN} more" if self._count > _MAX_PROBLEMS_SHOWN else ""
-        )
+        more = f"\n  and {self._count - _MAX_PROBLEMS_SHOWN} more" if self._count > _MAX_PROBLEMS_SHOWN else ""
         raise UserError(
             f"{_location(file)}: {self._count} problem{'s' * (self._count > 1)} in the rows:"
             f"{''.join(self._first)}{more}\nEach row needs the path of an image (absolute, or relative to "

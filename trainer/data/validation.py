@@ -85,17 +85,13 @@ def check_images(
                 if on_progress is not None:
                     on_progress(done, len(images))
         finally:
-            _write_cache(
-                file, folder, results, current={absolute[len(folder) :] for absolute in images.values()}
-            )
+            _write_cache(file, folder, results, current={absolute[len(folder) :] for absolute in images.values()})
     return unreadable
 
 
 def unreadable_error(unreadable: Mapping[str, str], total: int) -> UserError:
     """Return the error that lists all unreadable images (path -> reason) out of `total`."""
-    listed = "".join(
-        f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items())
-    )
+    listed = "".join(f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items()))
     return UserError(
         f"{len(unreadable)} of {total} images cannot be read:{listed}\nRepair, replace or remove them, or "
         "skip them with --data.on_unreadable skip"
@@ -108,9 +104,7 @@ def _common_folder(paths: Collection[str]) -> str:
     return os.path.commonprefix([min(paths), max(paths)]).rpartition("/")[0] + "/"  # noqa: RUF071
 
 
-def _validate_batches(
-    paths: Sequence[str], workers: int
-) -> Generator[list[tuple[str, str | None, bool]], None, None]:
+def _validate_batches(paths: Sequence[str], workers: int) -> Generator[list[tuple[str, str | None, bool]], None, None]:
     """Yield batches of (path, reason why it cannot be read or None, whether the result is permanent)."""
     stop = threading.Event()
 
@@ -175,15 +169,11 @@ def _parse_result(entry: Any) -> ValidationResult:
     return ValidationResult(size, mtime_ns, reason)
 
 
-def _write_cache(
-    file: Path, folder: str, results: Mapping[str, ValidationResult], *, current: Set[str]
-) -> None:
+def _write_cache(file: Path, folder: str, results: Mapping[str, ValidationResult], *, current: Set[str]) -> None:
     """Write the results; those of images outside `current` are kept if their files exist."""
     kept = {name: r for name, r in results.items() if name in current or os.path.lexists(folder + name)}
     try:
-        write_text_atomically(
-            file, json.dumps({"rules": _decoder_version(), "folder": folder, "images": kept})
-        )
+        write_text_atomically(file, json.dumps({"rules": _decoder_version(), "folder": folder, "images": kept}))
     except OSError as error:
         raise _unwritable(file.parent, error) from None
 

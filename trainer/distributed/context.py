@@ -137,9 +137,7 @@ class DistributedContext:
                 "Expected the same run.dir and the same images on every machine"
             )
 
-    def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Return model and optimizer wrapped by accelerate."""
         with warnings.catch_warnings():
             # Its replacement does not exist in the oldest supported torch.
@@ -213,9 +211,7 @@ def init_distributed(
             "run.device is cuda, but torch finds no GPU here: install a driver and a CUDA build of torch, "
             "or set run.device to auto"
         )
-    chosen, reason = choose_precision(
-        precision, on_cpu=on_cpu, environment=os.environ, saved_precision=saved_precision
-    )
+    chosen, reason = choose_precision(precision, on_cpu=on_cpu, environment=os.environ, saved_precision=saved_precision)
     _reset_accelerate()
     join_process_group(os.environ, "gloo" if on_cpu else "nccl", timeout=_TIMEOUT)
     accelerator = Accelerator(

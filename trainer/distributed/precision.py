@@ -49,7 +49,5 @@ def choose_precision(
             f"precision fp16 ({reason}) on a CPU, which has no fp16 training{advice.format('fp32 or bf16')}"
         )
     if chosen == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(
-            f"precision bf16 ({reason}) on a GPU that would only emulate it{advice.format('fp16 or fp32')}"
-        )
+        raise UserError(f"precision bf16 ({reason}) on a GPU that would only emulate it{advice.format('fp16 or fp32')}")
     return chosen, reason

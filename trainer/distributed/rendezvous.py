@@ -21,9 +21,7 @@ from trainer.errors import UserError
 _POLL_SECONDS = 0.05
 
 
-def join_process_group(
-    environment: Mapping[str, str], backend: Literal["gloo", "nccl"], *, timeout: timedelta
-) -> None:
+def join_process_group(environment: Mapping[str, str], backend: Literal["gloo", "nccl"], *, timeout: timedelta) -> None:
     """Join the process group that a launcher has started, unless this process is alone or has joined already.
 
     It polls in Python, so that signals are handled while it waits.

@@ -201,9 +201,7 @@ class Watchdog:
 
     def _end(self, detector: StallDetector, stack: list[FrameType]) -> NoReturn:
         """Write the stacks, report the hang, and end the process, even if the disk is what hangs."""
-        threading.Thread(
-            target=_exit_after, args=(_SECONDS_TO_WRITE,), name="watchdog limit", daemon=True
-        ).start()
+        threading.Thread(target=_exit_after, args=(_SECONDS_TO_WRITE,), name="watchdog limit", daemon=True).start()
         faulthandler.cancel_dump_traceback_later()
         message = (
             f"no step for {detector.idle_seconds:.0f} s, the last one was {self._heartbeat.step}; "
@@ -266,9 +264,7 @@ def describe_stack(stack: list[FrameType], *, world_size: int) -> str:
     if world_size > 1 and any(folder in innermost for folder in ("/torch/distributed/", "/torch/autograd/")):
         return f"{HANG_WAITING} in {_describe_frame(stack[0])}"
     caller = next((frame for frame in stack if _is_in_trainer(frame)), None)
-    called_from = (
-        f", called from {_describe_frame(caller)}" if caller is not None and caller is not stack[0] else ""
-    )
+    called_from = f", called from {_describe_frame(caller)}" if caller is not None and caller is not stack[0] else ""
     return f"it was in {_describe_frame(stack[0])}{called_from}"
 
 

@@ -128,9 +128,7 @@ def gather_batch_norm_statistics(model: nn.Module, world_size: int) -> dict[str,
 
 
 @torch.no_grad()
-def restore_batch_norm_statistics(
-    model: nn.Module, gathered: dict[str, Tensor], *, rank: int, world_size: int
-) -> None:
+def restore_batch_norm_statistics(model: nn.Module, gathered: dict[str, Tensor], *, rank: int, world_size: int) -> None:
     """Restore what `gather_batch_norm_statistics` returned. Another number of processes gets the mean over all of them.
 
     Raises:

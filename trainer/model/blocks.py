@@ -103,9 +103,7 @@ def split_into_blocks(model: nn.Module, order: Mapping[str, int]) -> tuple[Block
     blocks = _child_blocks(model, "", order)
     while True:
         largest = max((block for block in blocks if _can_split(model, block)), key=size, default=None)
-        if largest is None or (
-            len(blocks) >= _MIN_BLOCKS and size(largest) <= _MAX_SHARE * sum(sizes.values())
-        ):
+        if largest is None or (len(blocks) >= _MIN_BLOCKS and size(largest) <= _MAX_SHARE * sum(sizes.values())):
             break
         blocks = [block for block in blocks if block is not largest]
         blocks += _child_blocks(model, largest.name, order)

@@ -33,9 +33,7 @@ class Matches:
     """(target class, the several source classes that match it); none of them is chosen."""
 
 
-def match_classes(
-    targets: Sequence[str], sources: Sequence[str], aliases: Mapping[str, str] | None = None
-) -> Matches:
+def match_classes(targets: Sequence[str], sources: Sequence[str], aliases: Mapping[str, str] | None = None) -> Matches:
     """Match each target class by the same name, else by its alias, else by spelling, else as a plural.
 
     Spellings differ in case, spaces, hyphens and underscores.

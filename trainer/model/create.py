@@ -55,9 +55,7 @@ def build_model(
         report = load_weights(model, heads, state, name=name, image_size=image_size, source=source)
         lines += report.lines()
         if head_init == "source-labels" and class_mapping is not None:
-            lines += init_head_from_source_classes(
-                model, heads[0], state, class_mapping, name=name, weights=weights
-            )
+            lines += init_head_from_source_classes(model, heads[0], state, class_mapping, name=name, weights=weights)
     if dropout is not None:
         lines.append(set_dropout(model, name, dropout))
     if stochastic_depth is not None:

@@ -23,10 +23,7 @@ def set_dropout(model: nn.Module, name: str, probability: float) -> str:
 
     """
     auxiliary = {
-        id(layer)
-        for module in model.modules()
-        if isinstance(module, InceptionAux)
-        for layer in module.modules()
+        id(layer) for module in model.modules() if isinstance(module, InceptionAux) for layer in module.modules()
     }
     count = 0
     for module in model.modules():

@@ -62,9 +62,7 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
         raise UserError(f"{os.fspath(path)}: there is no such file; expected a run's model.safetensors")
     metadata = read_metadata(path)
     if metadata is None:
-        raise UserError(
-            f"{os.fspath(path)}: holds weights but no regraft header; expected a run's model.safetensors"
-        )
+        raise UserError(f"{os.fspath(path)}: holds weights but no regraft header; expected a run's model.safetensors")
     size = metadata.preprocessing.image_size
     try:
         # On the meta device: the file's tensors become the model's after they were checked.

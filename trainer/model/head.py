@@ -33,9 +33,7 @@ class Head:
     """Names of ReLU modules between the layer and the output, as SqueezeNet has one: logits must not be clipped."""
 
 
-def trial_forward(
-    model: nn.Module, image_size: int, *, shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> Any:
+def trial_forward(model: nn.Module, image_size: int, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Any:
     """Return a model's outputs for float [2, 3, image_size, image_size] in training mode, on the meta device.
 
     Args:
@@ -149,9 +147,7 @@ def _all_outputs(outputs: Any) -> list[Tensor]:
     return [logits, *(other for _, other in auxiliary)]
 
 
-def replace_head(
-    model: nn.Module, heads: Sequence[Head], num_classes: int, init: Literal["xavier", "torch"]
-) -> None:
+def replace_head(model: nn.Module, heads: Sequence[Head], num_classes: int, init: Literal["xavier", "torch"]) -> None:
     """Replace each head, in place, by a new layer of the same kind with `num_classes` outputs.
 
     Activations between a head and the output become identities. `xavier` draws the weight Xavier-uniformly

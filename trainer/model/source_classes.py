@@ -174,9 +174,7 @@ def init_head_from_source_classes(
             layer.weight[targets] = rows
             if layer.bias is not None:
                 bias = _source_tensor(state, f"{head.name}.bias", (), name, weights)
-                layer.bias.fill_(
-                    _remainder_bias(len(weight) - len(set(sources)), len(mapping.targets) - len(targets))
-                )
+                layer.bias.fill_(_remainder_bias(len(weight) - len(set(sources)), len(mapping.targets) - len(targets)))
                 layer.bias[targets] = bias[sources] - bias.mean()
     return _report(matches, mapping, names, origin, has_bias=layer.bias is not None)
 
@@ -190,9 +188,7 @@ def _remainder_bias(sources: int, targets: int) -> float:
     return math.log(max(1, sources) / targets) if targets else 0.0
 
 
-def _source_tensor(
-    state: Mapping[str, Tensor], key: str, shape: tuple[int, ...], name: str, weights: str
-) -> Tensor:
+def _source_tensor(state: Mapping[str, Tensor], key: str, shape: tuple[int, ...], name: str, weights: str) -> Tensor:
     """Return the source's tensor of shape [rows, *shape]."""
     advice = "set model.head_init to xavier, or model.weights to weights with their output layer"
     if key not in state:
@@ -224,9 +220,7 @@ def _report(
             and match.kind == "name"
             and normalize_name(alias) != normalize_name(sources[match.source])
         ):
-            lines.append(
-                f"    (not {escape_unprintable(alias)}: a class of the same name has priority over an alias)"
-            )
+            lines.append(f"    (not {escape_unprintable(alias)}: a class of the same name has priority over an alias)")
     for target, rows in matches.ambiguous:
         candidates = ", ".join(f"{names[row]} (row {row})" for row in rows)
         lines.append(f"  {shown[target]}: AMBIGUOUS, left random: {candidates}; choose one in model.aliases")
@@ -235,9 +229,7 @@ def _report(
     if unmatched:
         lines.append(f"  left random, {len(unmatched)} that the source does not have: {', '.join(unmatched)}")
     if unmatched and matches.matched and not has_bias:
-        lines.append(
-            "  the output layer has no bias to stand for the source's other classes: their logits start low"
-        )
+        lines.append("  the output layer has no bias to stand for the source's other classes: their logits start low")
     if not matches.matched:
         lines.append(
             "  NONE OF YOUR CLASSES IS ONE OF THE SOURCE'S: the whole output layer is random, as with xavier; map "

@@ -80,9 +80,7 @@ def read_weights(
         path = Path(weights).expanduser()
         return _extract_state(_read_file(path), str(path)), f"file {weights}"
     entry = find_enum(name, weights)
-    return _extract_state(
-        _download(name, entry, on_progress), str(cache_path(entry))
-    ), f"torchvision {entry!r}"
+    return _extract_state(_download(name, entry, on_progress), str(cache_path(entry))), f"torchvision {entry!r}"
 
 
 def cache_path(entry: WeightsEnum) -> Path:
@@ -114,9 +112,7 @@ def _download(name: str, entry: WeightsEnum, on_progress: Callable[[str], None] 
 
 def _read_file(path: Path, *, advice: str = "download or save it again") -> Any:
     if not path.is_file():
-        raise UserError(
-            f"{path}: there is no such weights file; expected a file ending in {', '.join(SUFFIXES)}"
-        )
+        raise UserError(f"{path}: there is no such weights file; expected a file ending in {', '.join(SUFFIXES)}")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -181,9 +177,7 @@ def _extract_state(loaded: Any, path: str) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         plain = re.sub(r"^(?:(?:module|_orig_mod)\.)+", "", key)
         if plain in state:
-            raise UserError(
-                f"{path}: contains {plain} twice, with and without a wrapper's prefix: save one model only"
-            )
+            raise UserError(f"{path}: contains {plain} twice, with and without a wrapper's prefix: save one model only")
         state[plain] = _plain_tensor(tensor, plain, path)
     return state
 
@@ -211,9 +205,7 @@ def _plain_tensor(tensor: Tensor, key: str, path: str) -> Tensor:
         return tensor
     tensor = tensor.detach().to(torch.float32)
     if not torch.isfinite(tensor).all():
-        raise UserError(
-            f"{path}: {key} contains NaN or infinite values: the file is damaged, or its training diverged"
-        )
+        raise UserError(f"{path}: {key} contains NaN or infinite values: the file is damaged, or its training diverged")
     return tensor
 
 
@@ -236,9 +228,7 @@ class LoadReport:
     def lines(self) -> list[str]:
         """Return the report as lines for the console."""
         total = self.copied + len(self.missing) + len(self.mismatched)
-        lines = [
-            f"{self.copied} of the backbone's {total} tensors from {self.source}; the output layer is new"
-        ]
+        lines = [f"{self.copied} of the backbone's {total} tensors from {self.source}; the output layer is new"]
         if self.interpolated:
             lines.append(self.interpolated)
         for problem, keys in (
@@ -291,9 +281,7 @@ def load_weights(
         interpolated=interpolated,
     )
     if not any(not k.endswith("num_batches_tracked") for k in fitting):
-        shapes = [
-            f"{k} {list(loaded[k].shape)}, expected {list(expected[k].shape)}" for k in report.mismatched
-        ]
+        shapes = [f"{k} {list(loaded[k].shape)}, expected {list(expected[k].shape)}" for k in report.mismatched]
         raise UserError(
             f"no tensor in {source} fits {name}.\n"
             f"  it contains: {join_truncated(loaded, limit=4)}\n"
@@ -317,9 +305,7 @@ def fits(key: str, expected: Tensor, loaded: Tensor) -> bool:
         return False
     if expected.is_floating_point():
         return loaded.is_floating_point()
-    return expected.dtype == loaded.dtype and (
-        key.endswith("num_batches_tracked") or torch.equal(expected, loaded)
-    )
+    return expected.dtype == loaded.dtype and (key.endswith("num_batches_tracked") or torch.equal(expected, loaded))
 
 
 def _interpolate_positions(

@@ -102,9 +102,7 @@ class Mixup:
             return mixed, other_labels, MixedTarget(labels, 1 - lam)
         return mixed, labels, MixedTarget(other_labels, lam)
 
-    def _permuted(
-        self, images: Tensor, labels: Tensor, permutation: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
+    def _permuted(self, images: Tensor, labels: Tensor, permutation: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return the images and labels that the local batch is mixed with, from whichever process holds them."""
         local = permutation[self.rank :: self.world_size]
         if self.world_size > 1:
@@ -115,9 +113,7 @@ class Mixup:
         return images[index], labels[index]
 
 
-def apply_cutmix(
-    images: Tensor, others: Tensor, box: tuple[float, float, float, float]
-) -> tuple[Tensor, float]:
+def apply_cutmix(images: Tensor, others: Tensor, box: tuple[float, float, float, float]) -> tuple[Tensor, float]:
     """Return `images` [B, 3, H, W] with the box of `others` pasted in, and the fraction of the area it covers."""
     height, width = images.shape[-2:]
     top, bottom = (round(edge * height) for edge in (box[0], box[2]))

@@ -52,9 +52,7 @@ def _titles_and_parameters(built: BuiltModel) -> list[tuple[str, list[str]]]:
 
 def _format_trainable(names: Iterable[str], stages: Sequence[UnfreezeStage]) -> str:
     """Return when these parameters start to train: `yes`, `frozen`, `from epoch N`, or `in part` if they differ."""
-    first_epochs = {
-        next((stage.start_epoch for stage in stages if name in stage.trainable), None) for name in names
-    }
+    first_epochs = {next((stage.start_epoch for stage in stages if name in stage.trainable), None) for name in names}
     if not stages or first_epochs == {0}:
         return "yes"
     if len(first_epochs) > 1:

@@ -106,9 +106,7 @@ def confidence_half_width(values: Sequence[float]) -> float | None:
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def summarize(
-    trials: Mapping[str, Sequence[Trial]], failures: Mapping[str, Mapping[int, str]]
-) -> tuple[Summary, ...]:
+def summarize(trials: Mapping[str, Sequence[Trial]], failures: Mapping[str, Mapping[int, str]]) -> tuple[Summary, ...]:
     """Return one summary per strategy, in order; the first strategy is the reference for the others."""
     reference = next(iter(trials.values()))
     target = statistics.fmean(trial.accuracy for trial in reference) if reference else None
@@ -140,9 +138,7 @@ def _format_cells(summary: Summary) -> tuple[str, ...]:
     if summary.accuracy is None or summary.seconds is None or summary.rate is None:
         return ("failed", *["-"] * (len(_COLUMNS) - 1))
     seeds = len(summary.trials)
-    accuracy = f"{summary.accuracy:.3f}" + (
-        f" ± {summary.half_width:.3f}" if summary.half_width is not None else ""
-    )
+    accuracy = f"{summary.accuracy:.3f}" + (f" ± {summary.half_width:.3f}" if summary.half_width is not None else "")
     if summary.failures:
         accuracy += f" ({seeds} of {seeds + len(summary.failures)})"
     return (
@@ -179,9 +175,7 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
     """Return lines that explain the columns, and one line per failed run."""
     first = summaries[0]
     seeds = max(len(summary.trials) for summary in summaries)
-    of_what = (
-        "mean over seeds ± 95 % confidence interval (Student's t)" if seeds > 1 else "one seed, no interval"
-    )
+    of_what = "mean over seeds ± 95 % confidence interval (Student's t)" if seeds > 1 else "one seed, no interval"
     lines = [
         f"accuracy: test accuracy, {of_what}; "
         "time: training seconds, with the fit of a linear probe, without evaluation and checkpoints",

@@ -62,9 +62,7 @@ def restore_metrics(path: Path, text: str) -> None:
         if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
             write_text_atomically(path, text)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free some disk space"
-        ) from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some disk space") from None
 
 
 def parse_rows(text: str, where: str) -> list[Row]:

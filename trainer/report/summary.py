@@ -76,9 +76,7 @@ def summary(run: TrainResult, *, alpha: float = 1.0) -> str:
     best = best_row(run.rows, run.val_split)
     last = run.rows[-1]
     train_examples, test_examples = run.examples
-    interpolation = (
-        "" if alpha == 1 else f", interpolated with the initial weights at alpha {alpha:g} (wise.json)"
-    )
+    interpolation = "" if alpha == 1 else f", interpolated with the initial weights at alpha {alpha:g} (wise.json)"
     training_seconds = sum(row["seconds"] for row in run.rows)
     lines = [
         headline(run),

@@ -83,6 +83,4 @@ def _report_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"run.audit: {path} cannot be written ({error.strerror}): make room, or turn it off"
-        ) from None
+        raise UserError(f"run.audit: {path} cannot be written ({error.strerror}): make room, or turn it off") from None

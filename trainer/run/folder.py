@@ -109,9 +109,7 @@ def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never
     if resume == "must" and not can_resume:
         raise UserError(f"run.resume is must, but the run in {folder} has no checkpoint yet")
     # A start without results may be followed by one with another config.
-    differences = (
-        list(_differences(folder / CONFIG, config)) if can_resume or (folder / MODEL).exists() else []
-    )
+    differences = list(_differences(folder / CONFIG, config)) if can_resume or (folder / MODEL).exists() else []
     if differences:
         listed = "".join(f"\n  {line}" for line in differences)
         raise UserError(
@@ -157,9 +155,7 @@ def archive_run(folder: Path, environment: Mapping[str, str] = os.environ) -> st
             logs.parent.mkdir(parents=True)
             (archive / logs.relative_to(folder)).rename(logs)
     except OSError as error:
-        raise UserError(
-            f"run.dir {folder}: cannot be archived ({error.strerror}); choose another folder"
-        ) from None
+        raise UserError(f"run.dir {folder}: cannot be archived ({error.strerror}); choose another folder") from None
     return f"the earlier run was archived as {archive}"
 
 
@@ -190,9 +186,7 @@ def write_config(folder: Path, config: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(folder / CONFIG, HEADER + config)
     except OSError as error:
-        raise UserError(
-            f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder"
-        ) from None
+        raise UserError(f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder") from None
 
 
 def saved_precision(folder: Path) -> Literal["fp32", "bf16", "fp16"] | None:

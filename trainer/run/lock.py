@@ -127,9 +127,7 @@ class RunLock:
                 os.utime(self._path)
 
 
-def wait_until_released(
-    folder: Path, *, log: Callable[[str], object], timeout: float = HEARTBEAT_TIMEOUT
-) -> int:
+def wait_until_released(folder: Path, *, log: Callable[[str], object], timeout: float = HEARTBEAT_TIMEOUT) -> int:
     """Wait until the last attempt in a run folder is known to have ended; return its number, or 0 if there is none.
 
     A process of this machine is looked up by its pid. For other processes, wait for a heartbeat.

@@ -15,9 +15,7 @@ def backbone_parameters(model: nn.Module, heads: Sequence[str]) -> list[nn.Param
     return [p for p in model.parameters() if id(p) not in in_heads]
 
 
-def without_weight_decay(
-    groups: Iterable[ParamGroup], parameters: Iterable[nn.Parameter]
-) -> tuple[ParamGroup, ...]:
+def without_weight_decay(groups: Iterable[ParamGroup], parameters: Iterable[nn.Parameter]) -> tuple[ParamGroup, ...]:
     """Return the groups without weight decay on these parameters, since L2-SP decays them."""
     ids = {id(parameter) for parameter in parameters}
     result = []
@@ -47,9 +45,7 @@ class L2SP:
 
         """
         self.enabled = strength > 0
-        self._initial: dict[nn.Parameter, Tensor] = (
-            {p: p.detach().clone() for p in parameters} if self.enabled else {}
-        )
+        self._initial: dict[nn.Parameter, Tensor] = {p: p.detach().clone() for p in parameters} if self.enabled else {}
         self._strength = strength
         self._decoupled = decoupled
 
@@ -62,9 +58,7 @@ class L2SP:
         if not self.enabled:
             return
         for group in optimizer.param_groups:
-            parameters = [
-                p for p in group["params"] if p in self._initial and p.requires_grad and p.grad is not None
-            ]
+            parameters = [p for p in group["params"] if p in self._initial and p.requires_grad and p.grad is not None]
             if not parameters:
                 continue
             initial = [self._initial[p] for p in parameters]

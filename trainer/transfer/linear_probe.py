@@ -217,15 +217,11 @@ def _extract_features(
         for tensor in (features, counts):
             torch.distributed.all_reduce(tensor, group=ctx.control)
     if not bool((counts == 1).all()):
-        raise RuntimeError(
-            f"features of {int((counts == 1).sum())} of {examples} examples were computed exactly once"
-        )
+        raise RuntimeError(f"features of {int((counts == 1).sum())} of {examples} examples were computed exactly once")
     return features
 
 
-def _solve(
-    features: Tensor, labels: Tensor, classes: int, *, balanced: bool, seed: int, intercept: bool
-) -> CVResult:
+def _solve(features: Tensor, labels: Tensor, classes: int, *, balanced: bool, seed: int, intercept: bool) -> CVResult:
     """Return the solution, on the CPU, with the penalty that is best on the held-out examples."""
     not_finite = ~features.isfinite().all(1)
     if bool(not_finite.any()):

@@ -89,9 +89,7 @@ def fit(
             weights=weights,
         )
         folded = weight * scale
-        solutions.append(
-            Solution(folded.float(), (bias - folded @ mean).float(), penalty, max_grad, iterations)
-        )
+        solutions.append(Solution(folded.float(), (bias - folded @ mean).float(), penalty, max_grad, iterations))
     return solutions
 
 
@@ -160,9 +158,7 @@ def fit_cv(
         intercept: as in `fit`.
 
     """
-    fit_weights, held_out_weights = (
-        None if weights is None else weights[mask] for mask in (~held_out, held_out)
-    )
+    fit_weights, held_out_weights = (None if weights is None else weights[mask] for mask in (~held_out, held_out))
     candidates = fit(
         features[~held_out], labels[~held_out], classes, penalties, weights=fit_weights, intercept=intercept
     )

@@ -82,9 +82,7 @@ class WiseFT:
 
         """
         if self._split is not None:
-            self._run.ctx.main_process_first(
-                lambda: self._save_initial_weights(None if resumed else model, metadata)
-            )
+            self._run.ctx.main_process_first(lambda: self._save_initial_weights(None if resumed else model, metadata))
 
     def _save_initial_weights(self, new: nn.Module | None, metadata: ModelMetadata) -> None:
         if not self._run.is_writer:
@@ -103,9 +101,7 @@ class WiseFT:
             (folder / FINE_TUNED).unlink(missing_ok=True)
             sync_folder(folder)
 
-    def select_alpha(
-        self, make_model: Callable[[], nn.Module], evaluate: EvaluateSplits, *, step: int
-    ) -> float:
+    def select_alpha(self, make_model: Callable[[], nn.Module], evaluate: EvaluateSplits, *, step: int) -> float:
         """Write the best weights into the model file of a finished run, unless that is done. Return their alpha.
 
         Args:
@@ -122,9 +118,7 @@ class WiseFT:
         if self._split is None:
             return 1.0
         run, split = self._run, self._split
-        alpha, tuned_path = run.ctx.broadcast(
-            _read_result(run.folder) if run.ctx.is_main_process else (None, Path())
-        )
+        alpha, tuned_path = run.ctx.broadcast(_read_result(run.folder) if run.ctx.is_main_process else (None, Path()))
         if alpha is not None:
             return alpha
         model = make_model()
@@ -145,9 +139,7 @@ class WiseFT:
             except Interrupted:
                 run.raise_if_signaled(saved="the end of training, before transfer.wise_ft was evaluated")
                 raise
-            run.ctx.main_process_first(
-                lambda: self._write_result(summary, results, initial, tuned, tuned_path)
-            )
+            run.ctx.main_process_first(lambda: self._write_result(summary, results, initial, tuned, tuned_path))
         run.console.print(_table(results, summary, split))
         return summary["alpha"]
 

@@ -36,9 +36,7 @@ METADATA = RunMetadata(
 )
 
 
-def make_state(
-    step: int = 4, epoch: int = 1, *, run: RunMetadata = METADATA, **changes: Any
-) -> CheckpointState:
+def make_state(step: int = 4, epoch: int = 1, *, run: RunMetadata = METADATA, **changes: Any) -> CheckpointState:
     """Return a state; within an epoch it has metric sums."""
     within_epoch = step > epoch * run.steps_per_epoch
     sums = MetricState(rows=((0.1 * step, 1, 4),) * run.world_size, seconds=1.5, compute_seconds=0.7)

@@ -163,9 +163,7 @@ def make(tmp_path: Path, clock: SimpleNamespace, ctx: DistributedContext) -> Ite
         optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
         model(torch.zeros(2, 3, 1, 1)).sum().backward()
         optimizer.step()
-        state = TrainState(
-            model=model, optimizer=optimizer, ema=ModelEma(model, 0.9 if ema else None), **position
-        )
+        state = TrainState(model=model, optimizer=optimizer, ema=ModelEma(model, 0.9 if ema else None), **position)
         if ema:
             for parameter in state.ema.model.parameters():
                 parameter.data.fill_(77)  # no test updates the average
@@ -178,9 +176,7 @@ def make(tmp_path: Path, clock: SimpleNamespace, ctx: DistributedContext) -> Ite
             selected_on=early_stopping.selected_on,
             order_digest=lambda epoch: f"order of epoch {epoch}",
         )
-        schedule = TrainSchedule(
-            batch_sizes=(4, 3), epochs=epochs, logs_per_epoch=1, lr_multiplier=lambda step: 1.0
-        )
+        schedule = TrainSchedule(batch_sizes=(4, 3), epochs=epochs, logs_per_epoch=1, lr_multiplier=lambda step: 1.0)
         manager = CheckpointManager(
             run, state, schedule, saver=saver, retention=retention, early_stopping=early_stopping, logger=log
         )
@@ -215,9 +211,7 @@ def test_heartbeat_ticks_at_each_update_and_allows_more_time_to_save(is_writer: 
     assert (heartbeat.ticks, heartbeat.step) == (5, 6)
 
 
-def test_save_is_due_by_steps_and_by_seconds_since_the_last_checkpoint(
-    make: Make, clock: SimpleNamespace
-) -> None:
+def test_save_is_due_by_steps_and_by_seconds_since_the_last_checkpoint(make: Make, clock: SimpleNamespace) -> None:
     training = make(dataclasses.replace(NEVER, every_steps=3))
     with training.manager:
         assert [training.sync(step).save for step in range(1, 8)] == [step % 3 == 0 for step in range(1, 8)]
@@ -287,9 +281,7 @@ def full(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("fails", ["checkpoint", "model"])
-def test_a_full_disk_is_raised_after_the_next_update(
-    fails: str, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_raised_after_the_next_update(fails: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     training, before = make(), dict[str, bytes]()
 
     def train() -> None:
@@ -303,9 +295,7 @@ def test_a_full_disk_is_raised_after_the_next_update(
             training.saver.wait()
             training.sync(5)
 
-    with pytest.raises(
-        UserError, match=r"the state of the run could not be saved .*No space left.*make room"
-    ):
+    with pytest.raises(UserError, match=r"the state of the run could not be saved .*No space left.*make room"):
         train()
     assert contents(training.run.folder) == before
     assert training.checkpoints == [(2, 1)]
@@ -497,9 +487,7 @@ def test_the_best_epoch_is_the_model_file_whatever_is_saved(
 
 
 def test_of_equal_accuracies_the_lower_loss_then_the_first_is_the_best(make: Make) -> None:
-    training = make(
-        split="val", epochs=6, epoch=1, step=2, best=BestEpoch(epoch=1, step=2, accuracy=0.8, loss=1.0)
-    )
+    training = make(split="val", epochs=6, epoch=1, step=2, best=BestEpoch(epoch=1, step=2, accuracy=0.8, loss=1.0))
     with training.manager:
         for epoch, (accuracy, loss, best) in enumerate(
             [(0.7, 0.1, 1), (0.8, 1.0, 1), (0.8, 0.5, 4), (0.8, 0.5, 4), (0.8, 0.9, 4)], start=2
@@ -548,9 +536,7 @@ def test_other_ranks_write_nothing(make: Make) -> None:
 
 
 @pytest.mark.parametrize("retention", [EVERY_EPOCH, NEVER])
-def test_the_model_file_is_the_average_and_a_checkpoint_holds_both(
-    retention: RetentionPolicy, make: Make
-) -> None:
+def test_the_model_file_is_the_average_and_a_checkpoint_holds_both(retention: RetentionPolicy, make: Make) -> None:
     training = make(retention, epochs=2, ema=True)
     with training.manager:
         training.end_epoch(1, 0.9)

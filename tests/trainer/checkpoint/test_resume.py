@@ -29,9 +29,7 @@ from trainer.run.versions import versions
 from trainer.state import TrainState
 
 STEPS = 2
-SAVED = dataclasses.replace(
-    METADATA, steps_per_epoch=STEPS, schedule={"total_steps": 8}, versions=versions(), seed=3
-)
+SAVED = dataclasses.replace(METADATA, steps_per_epoch=STEPS, schedule={"total_steps": 8}, versions=versions(), seed=3)
 CONFIG_TEXT = "run:\n  seed: 3\ntrain:\n  epochs: 4\n"
 
 
@@ -201,9 +199,7 @@ def test_another_order_of_the_examples_is_refused(changes: dict[str, Any], saved
     run = dataclasses.replace(changes.get("run", SAVED), versions={"torch": "2.0\x1b[31m"})
     path = saved.save(3, 1, **changes | {"run": run})
     text = saved.refusal()
-    assert text.startswith(
-        f"{path}: the examples are drawn in another order than when it was written, by torch"
-    )
+    assert text.startswith(f"{path}: the examples are drawn in another order than when it was written, by torch")
     assert "torch 2.0\\x1b[31m: resume with that version" in text
 
 
@@ -314,9 +310,7 @@ Describe = Callable[..., list[str]]
 
 @pytest.fixture
 def describe(saved: Saved) -> Describe:
-    def describe(
-        step: int, epoch: int, *, batch_norm: str = "train", epochs: int = 4, **run: Any
-    ) -> list[str]:
+    def describe(step: int, epoch: int, *, batch_norm: str = "train", epochs: int = 4, **run: Any) -> list[str]:
         saved.save(step, epoch, run=dataclasses.replace(SAVED, **run))
         return saved.resume_point(epochs=epochs).describe(batch_norm=batch_norm).split("\n")
 
@@ -344,9 +338,7 @@ def test_another_world_size_is_described(batch_norm: str, is_local: bool, descri
 
 def test_a_longer_schedule_and_other_versions_are_described(describe: Describe) -> None:
     now = versions()
-    _, longer, changed = describe(
-        2, 1, epochs=6, versions={**now, "torch": "2.0\n", "numpy": "1.0", "unknown": "3"}
-    )
+    _, longer, changed = describe(2, 1, epochs=6, versions={**now, "torch": "2.0\n", "numpy": "1.0", "unknown": "3"})
     assert longer == "  for 12 steps instead of 8: from here on, the learning rate is that of the longer run"
     assert changed == (
         "  with other versions, which may change results: "

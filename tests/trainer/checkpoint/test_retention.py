@@ -30,9 +30,7 @@ def policy(**changes: Any) -> RetentionPolicy:
         ({"every_steps": 3, "every_seconds": 10.0}, 11.0, [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_a_checkpoint_is_due_by_steps_or_seconds(
-    changes: dict[str, Any], seconds: float, expected: list[int]
-) -> None:
+def test_a_checkpoint_is_due_by_steps_or_seconds(changes: dict[str, Any], seconds: float, expected: list[int]) -> None:
     assert [step for step in range(1, 7) if policy(**changes).should_save(step, seconds)] == expected
 
 

@@ -80,9 +80,7 @@ def test_floats_round_trip_bit_for_bit() -> None:
     assert read(state).to_json() == state.to_json()
     metrics = read(state).metrics
     assert metrics is not None
-    assert [struct.pack("<d", row[0]) for row in metrics.rows] == [
-        struct.pack("<d", value) for value in values
-    ]
+    assert [struct.pack("<d", row[0]) for row in metrics.rows] == [struct.pack("<d", value) for value in values]
 
 
 def test_grad_scaler_state_round_trip() -> None:
@@ -131,9 +129,7 @@ def paths(value: Any, path: Path = ()) -> Iterator[Path]:
     """Yield the paths of all values in JSON."""
     if path:
         yield path
-    entries = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    )
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, entry in entries:
         yield from paths(entry, (*path, key))
 
@@ -259,8 +255,7 @@ ANT, CAT, LINES, BROKEN = IDENTITY.classes
         ({"architecture": "vgg\x1b11"}, "model: vgg\\x1b11 there, resnet18 now"),
         (
             {"classes": tuple(map(str, range(1000))), "examples": (1,) * 1000},
-            "classes: 0, 1, 2, 3, 4 and 995 more only there, "
-            "ant, 猫 🐈, two\\nlines, broken \\xff bytes only now",
+            "classes: 0, 1, 2, 3, 4 and 995 more only there, ant, 猫 🐈, two\\nlines, broken \\xff bytes only now",
         ),
         ({"classes": ("Ant", CAT, LINES, BROKEN)}, "classes: Ant only there, ant only now"),
         (

@@ -74,8 +74,7 @@ def names(folder: Path) -> set[str]:
 
 def manifest_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
     return {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in files.items()
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()
     }
 
 
@@ -142,9 +141,7 @@ def test_files_are_flushed_before_they_are_renamed(folder: Path, monkeypatch: py
     for call in ("rename", "replace", "unlink", "rmdir"):
         original = getattr(os, call)
 
-        def record(
-            path: Any, *others: Any, original: Any = original, call: str = call, **options: Any
-        ) -> None:
+        def record(path: Any, *others: Any, original: Any = original, call: str = call, **options: Any) -> None:
             original(path, *others, **options)
             if options.get("dir_fd") is None:
                 calls.append(" ".join([call, *map(short, (path, *others))]))
@@ -194,9 +191,7 @@ def test_an_attempt_without_the_lock_writes_and_removes_nothing(folder: Path) ->
 # --- a full disk
 
 
-@pytest.mark.parametrize(
-    ("call", "count"), [("fsync", 11), ("mkdir", 2), ("open", 8), ("rename", 1), ("replace", 1)]
-)
+@pytest.mark.parametrize(("call", "count"), [("fsync", 11), ("mkdir", 2), ("open", 8), ("rename", 1), ("replace", 1)])
 def test_an_error_in_any_system_call_leaves_the_older_checkpoint(
     call: str, count: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,9 +349,7 @@ def test_latest_is_repaired_and_never_followed(
 
 def test_a_folder_named_latest_is_quarantined(folder: Path) -> None:
     write(folder, OLDER)
-    for number, load_or_write in enumerate(
-        (lambda: load_latest(folder), lambda: write(folder, NEWER)), start=1
-    ):
+    for number, load_or_write in enumerate((lambda: load_latest(folder), lambda: write(folder, NEWER)), start=1):
         (folder / LATEST).unlink()
         (folder / LATEST).mkdir()
         load_or_write()
@@ -399,9 +392,7 @@ def test_a_run_without_a_valid_checkpoint_is_refused_until_one_is_repaired(newer
     check_equal(load_latest(folder)[0], NEWER)
 
 
-def test_a_checkpoint_that_cannot_be_read_now_is_not_quarantined(
-    newer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_cannot_be_read_now_is_not_quarantined(newer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tree(newer.parent)
 
     def denied(*_: object) -> str:
@@ -447,9 +438,7 @@ DAMAGES: Mapping[str, Callable[[Path, random.Random], object]] = {
     "empty": lambda path, _: path.write_bytes(b""),
     "removed": lambda path, _: path.unlink(),
     "bit flipped": flip,
-    "bytes appended": lambda path, rng: path.write_bytes(
-        path.read_bytes() + rng.randbytes(rng.randint(1, 99))
-    ),
+    "bytes appended": lambda path, rng: path.write_bytes(path.read_bytes() + rng.randbytes(rng.randint(1, 99))),
     "swapped with another file": swap,
     "of the older checkpoint": lambda path, _: shutil.copy(path.parent.parent / OLDER.name / path.name, path),
     "a folder": make_folder,

@@ -30,9 +30,7 @@ TIMES = {"seconds", "examples_per_sec", "examples_per_sec_compute", "memory_byte
 
 
 def test_variants_are_strategies_with_options() -> None:
-    first, second, third = variants(
-        "d2l@optim.lr=5e-6@optim.momentum=0.5, lp-ft,my/own.yaml@optim.warmup=1 steps"
-    )
+    first, second, third = variants("d2l@optim.lr=5e-6@optim.momentum=0.5, lp-ft,my/own.yaml@optim.warmup=1 steps")
     assert (first.strategy, first.options) == ("d2l", ("--optim.lr=5e-6", "--optim.momentum=0.5"))
     assert (second.text, second.strategy, second.options) == ("lp-ft", "lp-ft", ())
     assert [variant.folder for variant in (first, second, third)] == [
@@ -66,14 +64,10 @@ def test_invalid_variants_are_refused(text: str, message: str) -> None:
     assert message in str(error.value)
 
 
-def test_strategy_wins_over_common_options_and_a_variants_options_win_over_it(
-    options: Options, tmp_path: Path
-) -> None:
+def test_strategy_wins_over_common_options_and_a_variants_options_win_over_it(options: Options, tmp_path: Path) -> None:
     weights = tmp_path / "w.pth"
     weights.touch()
-    words = options(
-        model__weights=weights, optim__weight_decay=0.25, optim__max_grad_norm=3, baseline__lr="null"
-    )
+    words = options(model__weights=weights, optim__weight_decay=0.25, optim__max_grad_norm=3, baseline__lr="null")
     plain, configs, messages = plan(words, variants("d2l@optim.lr=7,from-scratch@optim.weight_decay=0.5"))
     d2l, scratch = configs.values()
     assert (d2l.optim.lr, d2l.optim.weight_decay, d2l.optim.loss_reduction) == (7, 1e-3, "sum")
@@ -109,9 +103,7 @@ def test_quickstart_is_compared_by_default() -> None:
         (["--strategies=d2l,OWN"], "own.yaml have different data"),
     ],
 )  # fmt: skip
-def test_errors_are_reported_before_any_run(
-    words: list[str], message: str, options: Options, tmp_path: Path
-) -> None:
+def test_errors_are_reported_before_any_run(words: list[str], message: str, options: Options, tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("data: {val_fraction: 0.5}")
     with pytest.raises(UserError) as error:
@@ -155,9 +147,7 @@ def test_seeds_count_from_run_seed_and_the_split_is_the_same(
 ) -> None:
     words = options(run__seed=5, data__seed=3, baseline__lr="null")
     summaries = compare([*words, "--strategies=d2l,from-scratch", "--seeds=2"], StopSignals())
-    runs = [
-        (Path(config.run.dir).relative_to(tmp_path / "run"), config.run.seed) for config in stub_run.configs
-    ]
+    runs = [(Path(config.run.dir).relative_to(tmp_path / "run"), config.run.seed) for config in stub_run.configs]
     assert [(str(folder), seed) for folder, seed in runs] == [
         ("d2l/seed-5", 5), ("from-scratch/seed-5", 5), ("d2l/seed-6", 6), ("from-scratch/seed-6", 6),
     ]  # fmt: skip
@@ -223,9 +213,7 @@ def test_pretraining_runs_once_for_all_strategies(
 def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
     """Return the metrics of a run without times, and the weights of its model file."""
     metrics = [{k: v for k, v in row.items() if k not in TIMES} for row in rows(folder, "epoch")]
-    return metrics, {
-        name: tensor.tolist() for name, tensor in load_file(folder / "model.safetensors").items()
-    }
+    return metrics, {name: tensor.tolist() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 @pytest.mark.slow

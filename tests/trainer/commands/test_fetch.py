@@ -25,9 +25,7 @@ def test_named_datasets_are_generated(
     assert capsys.readouterr().out.count("images to train on") == 2
 
 
-def test_several_runs_are_checked_in_one_process(
-    options: Options, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_runs_are_checked_in_one_process(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     assert fetch.main([*options(), "--next", *options(data__val_fraction=0.5)]) == 0
     summary = " ".join(capsys.readouterr().out.split())
     assert "6 images to train on, 4 to report on" in summary

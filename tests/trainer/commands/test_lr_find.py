@@ -50,9 +50,7 @@ def test_range_test_scales_every_group_on_the_batches_of_the_run(
     assert (written["lr"], written["loss"]) == (list(result.rates), list(result.losses))
     assert written["loss_reduction"] == "sum"
     files = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert files == ["lr-find.json", "lr-find.png", "model.safetensors"], (
-        "the run in this folder is not changed"
-    )
+    assert files == ["lr-find.json", "lr-find.png", "model.safetensors"], "the run in this folder is not changed"
     assert (tmp_path / "run" / "model.safetensors").read_text() == "of a run"
     assert "--steps" not in capsys.readouterr().out.split("regraft train")[-1]
 

@@ -15,9 +15,7 @@ Measure = Callable[..., dict[str, dict[str, Any]]]
 
 
 @pytest.fixture
-def run_probe(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Measure]:
+def run_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Measure]:
     """Return a function that measures a tiny run, and returns name -> values."""
 
     def run(root: str | Path, *options: str, processes: int = 1) -> dict[str, dict[str, Any]]:
@@ -86,9 +84,7 @@ def test_data_set_given_by_name_is_replaced_by_synthetic_images(
         ("--model.name=resnet1", "there is no model 'resnet1'"),
     ],
 )
-def test_wrong_option_is_reported_with_the_trainers_message(
-    option: str, expected: str, run_probe: Measure
-) -> None:
+def test_wrong_option_is_reported_with_the_trainers_message(option: str, expected: str, run_probe: Measure) -> None:
     measured = run_probe("hotdog", option)
     assert expected in measured["config"]["error"]
     assert not measured["config"]["error"].startswith("UserError")

@@ -48,9 +48,7 @@ def resolved(**sections: Any) -> ResolvedConfig:
     return resolve(Config(**(defaults | sections)))
 
 
-def build(
-    config: ResolvedConfig, classes: Any = "abc", weights: str | None = None, **arguments: Any
-) -> BuiltModel:
+def build(config: ResolvedConfig, classes: Any = "abc", weights: str | None = None, **arguments: Any) -> BuiltModel:
     return make_model(config, classes, weights, on_progress=print, **arguments)
 
 
@@ -96,9 +94,7 @@ def test_checkpoint_intervals_become_at_least_one_step(
     every: str | None, keep_every: str | None, expected: tuple[int | None, float | None, int | None]
 ) -> None:
     checkpoint = CheckpointConfig(every=every, keep_every=keep_every)
-    policy = make_retention_policy(
-        resolved(checkpoint=checkpoint, train=TrainConfig(epochs=4)), ORDER.steps_per_epoch
-    )
+    policy = make_retention_policy(resolved(checkpoint=checkpoint, train=TrainConfig(epochs=4)), ORDER.steps_per_epoch)
     steps, seconds, keep = expected
     assert policy == RetentionPolicy(
         every_steps=steps, every_seconds=seconds, keep_last=2, keep_best=True, keep_every=keep
@@ -143,9 +139,7 @@ def test_last_matching_lr_mult_applies() -> None:
     ],
 )
 def test_block_table_shows_what_trains(trainable: Any, row: str) -> None:
-    config = resolved(
-        transfer=TransferConfig(trainable=trainable), optim=OptimConfig(lr=1e-3, weight_decay=0.1)
-    )
+    config = resolved(transfer=TransferConfig(trainable=trainable), optim=OptimConfig(lr=1e-3, weight_decay=0.1))
     built = build(config)
     file = io.StringIO()
     Console(file=file, width=120).print(block_table(built, make_param_groups(built, config)))
@@ -162,9 +156,7 @@ def test_stage_after_the_last_epoch_is_reported() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("trainable", "reported"), [("head", True), ({0: "head", 1: "all"}, False), ("all", False)]
-)
+@pytest.mark.parametrize(("trainable", "reported"), [("head", True), ({0: "head", 1: "all"}, False), ("all", False)])
 def test_frozen_random_parameters_are_reported(trainable: Any, reported: bool) -> None:
     summary = build(resolved(transfer=TransferConfig(trainable=trainable))).summary
     assert any("frozen parameters keep their random values" in line for line in summary) == reported
@@ -180,9 +172,7 @@ def test_source_classes_of_a_model_file_are_those_in_its_metadata(tmp_path: Path
     )  # fmt: skip
     path = str(tmp_path / "model.safetensors")
     write_model(Path(path), source.state_dict(), metadata)
-    model = ModelConfig(
-        name="squeezenet1_1", weights=path, head_init="source-labels", aliases={"Felix": "cat"}
-    )
+    model = ModelConfig(name="squeezenet1_1", weights=path, head_init="source-labels", aliases={"Felix": "cat"})
     built = build(resolved(model=model), ["Felix", "ants"], path)
     weight = source.classifier[1].weight
     assert torch.equal(built.model.classifier[1].weight, weight[[2, 1]] - weight.mean(0))
@@ -250,9 +240,7 @@ def test_batch_norm_is_synchronized_on_several_processes() -> None:
     )
 
     def batch_norm_types(model: nn.Module) -> set[type]:
-        return {
-            type(layer) for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        }
+        return {type(layer) for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)}
 
     assert batch_norm_types(other) == batch_norm_types(single) == {nn.BatchNorm2d}
     assert batch_norm_types(several) == {nn.SyncBatchNorm}
@@ -282,9 +270,7 @@ def test_all_ranks_evaluate_as_many_batches_as_the_longest(
     ctx.accelerator = Accelerator(cpu=True)
     for ctx.rank in range(world_size):
         lengths.append([])
-        Evaluator(index(count, val=1), resolved(train=TrainConfig(batch_size=16)), ctx)(
-            nn.Identity(), lambda: False
-        )
+        Evaluator(index(count, val=1), resolved(train=TrainConfig(batch_size=16)), ctx)(nn.Identity(), lambda: False)
     longest = [max(of_split) for of_split in zip(*lengths, strict=True)]
     assert num_batches == longest * world_size
     assert longest == [1, math.ceil(count / (world_size * 8))]

@@ -35,9 +35,7 @@ def test_help_lists_every_option_with_description_and_default(help_text: str) ->
     assert set(DESCRIPTIONS) == OPTIONS
     flat = " ".join(help_text.split())
     for option, description in DESCRIPTIONS.items():
-        assert re.search(rf"--{re.escape(option)} \S.* \[default: \S.*\] {re.escape(description)}", flat), (
-            option
-        )
+        assert re.search(rf"--{re.escape(option)} \S.* \[default: \S.*\] {re.escape(description)}", flat), option
     assert "--run.resume auto|never|must [default: auto]" in help_text
     assert "--optim.max_grad_norm FLOAT|null [default: null]" in help_text
     assert "--data.crop_scale [FLOAT, FLOAT] [default: [0.08, 1.0]]" in help_text

@@ -25,9 +25,7 @@ def test_quickstart_is_the_default_config() -> None:
 
 
 def test_dumped_config_is_parsed_to_the_same_config(write_yaml: Callable[..., str]) -> None:
-    config = parse(
-        ["--data.root", "päth mit 图片", "--data.mean", "[0.1, 0.2, 0.3]", "--data.std", "[1, 1, 1]"]
-    )
+    config = parse(["--data.root", "päth mit 图片", "--data.mean", "[0.1, 0.2, 0.3]", "--data.std", "[1, 1, 1]"])
     assert parse(["--config", write_yaml(dump(config))]) == config
 
 

@@ -24,23 +24,15 @@ def test_precedence_of_strategies_files_and_options(file: str) -> None:
     assert of_file.optim.loss_reduction == "sum", "the file's strategy wins over the default"
     assert of_file.optim.lr == 1, "the file wins over its strategy"
     named = parse(["--config", file, "--transfer.strategy", "lp-ft"])
-    assert (named.optim.lr, named.optim.loss_reduction) == (3e-5, "mean"), (
-        "the named strategy wins over the file"
-    )
+    assert (named.optim.lr, named.optim.loss_reduction) == (3e-5, "mean"), "the named strategy wins over the file"
     assert named.optim.max_grad_norm == 7, "an option of the file that the named strategy does not set"
     assert named.optim.momentum == 0.9, "the file's own strategy does not apply"
-    config = parse(
-        ["--config", file, "--optim.lr=5", "--transfer.strategy=lp-ft", "--optim.warmup", "3 steps"]
-    )
-    assert (config.optim.lr, config.optim.warmup) == (5, "3 steps"), (
-        "options win, before and after the strategy"
-    )
+    config = parse(["--config", file, "--optim.lr=5", "--transfer.strategy=lp-ft", "--optim.warmup", "3 steps"])
+    assert (config.optim.lr, config.optim.warmup) == (5, "3 steps"), "options win, before and after the strategy"
     assert (config.transfer.strategy, config.model.head_init) == ("lp-ft", "linear-probe")
 
 
-def test_strategy_of_the_command_line_comes_after_the_last_file(
-    file: str, write_yaml: Callable[..., str]
-) -> None:
+def test_strategy_of_the_command_line_comes_after_the_last_file(file: str, write_yaml: Callable[..., str]) -> None:
     other = write_yaml("optim: {lr: 2, momentum: 0.5}", "other.yaml")
     optim = parse(["--config", file, "--transfer.strategy", "d2l", "--config", other]).optim
     assert (optim.lr, optim.momentum) == (5e-5, 0)
@@ -84,9 +76,7 @@ def test_unknown_strategy_lists_the_known_ones(strategy: str) -> None:
         ("optim: {lr: fast}", ["optim.lr", "fast"]),
     ],
 )
-def test_invalid_strategy_file_is_reported(
-    text: str, words: list[str], write_yaml: Callable[..., str]
-) -> None:
+def test_invalid_strategy_file_is_reported(text: str, words: list[str], write_yaml: Callable[..., str]) -> None:
     own = write_yaml(text, "own.yaml")
     for argv in (
         ["--data.root=x", "--transfer.strategy", own],
@@ -99,9 +89,7 @@ def test_invalid_strategy_file_is_reported(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_strategy_is_documented_and_leaves_the_budget_unchanged(
-    name: str, write_yaml: Callable[..., str]
-) -> None:
+def test_strategy_is_documented_and_leaves_the_budget_unchanged(name: str, write_yaml: Callable[..., str]) -> None:
     assert known() == NAMES
     text = path_of(name).read_text(encoding="utf-8")
     assert text.startswith("# ")

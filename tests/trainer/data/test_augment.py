@@ -20,9 +20,7 @@ from trainer.data.augment import (
 )
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-D2L = Preprocessing(
-    image_size=224, resize_size=256, resize="squash", interpolation="bilinear", mean=MEAN, std=STD
-)
+D2L = Preprocessing(image_size=224, resize_size=256, resize="squash", interpolation="bilinear", mean=MEAN, std=STD)
 SMALL = replace(D2L, image_size=32, resize_size=36)
 SIZES = [(500, 375), (375, 500), (256, 256), (224, 100), (1, 1), (1000, 30)]
 POLICIES: tuple[Augmentation, ...] = ("trivialaugment", "randaugment", "augmix")
@@ -114,9 +112,7 @@ def test_random_erasing_sets_a_rectangle_to_the_mean(augment: Augmentation) -> N
         assert 0.01 < height * width / 32**2 < 0.37
         rectangles.add((rows.min(), rows.max(), columns.min(), columns.max()))
         batch = torch.from_numpy(after[box].copy()).permute(2, 0, 1)[None]
-        assert Normalize(D2L, torch.device("cpu"))(batch).abs().max() < 0.5 / 255 / min(STD), (
-            "half a gray level"
-        )
+        assert Normalize(D2L, torch.device("cpu"))(batch).abs().max() < 0.5 / 255 / min(STD), "half a gray level"
     assert len(rectangles) == 20
 
 

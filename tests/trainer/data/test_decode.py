@@ -45,9 +45,7 @@ def png16(path: Path, values: np.ndarray, *chunks: tuple[bytes, bytes]) -> Path:
     return path
 
 
-def tiff(
-    path: Path, data: bytes, size: tuple[int, int], *, order: str, bits: int = 16, photometric: int = 1
-) -> Path:
+def tiff(path: Path, data: bytes, size: tuple[int, int], *, order: str, bits: int = 16, photometric: int = 1) -> Path:
     """Write a gray TIFF of one strip without Pillow, in either byte order."""
     width, height = size
     tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1)]

@@ -68,9 +68,7 @@ def check_dataset(folder: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("response", [web.complete, web.without_length])
-def test_second_start_uses_the_cache_without_a_request(
-    response: Response, server: Server, cache: Path
-) -> None:
+def test_second_start_uses_the_cache_without_a_request(response: Response, server: Server, cache: Path) -> None:
     server.responses = [response]
     reports: list[tuple[int, int | None]] = []
 
@@ -196,9 +194,7 @@ def test_full_disk_leaves_no_partial_files(
     check_dataset(fetch(server, cache), cache)
 
 
-def test_file_system_without_locks_is_named(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_system_without_locks_is_named(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*args: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -215,9 +211,7 @@ SCRIPT = (
 )
 
 
-def start_process(
-    server: Server, cache: Path, repository: Path, script: str = SCRIPT
-) -> subprocess.Popen[str]:
+def start_process(server: Server, cache: Path, repository: Path, script: str = SCRIPT) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", script, server.url, SHA1, cache],
         cwd=repository,
@@ -246,9 +240,7 @@ def test_next_start_works_after_an_interrupted_download(
     check_dataset(fetch(server, cache), cache)
 
 
-def test_interrupted_extraction_is_not_taken_for_complete(
-    server: Server, cache: Path, repository: Path
-) -> None:
+def test_interrupted_extraction_is_not_taken_for_complete(server: Server, cache: Path, repository: Path) -> None:
     kill_after_first = (
         "import os, zipfile\n"
         "extract = zipfile.ZipFile._extract_member\n"

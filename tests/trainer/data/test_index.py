@@ -25,9 +25,7 @@ def touch(root: Path, *names: str) -> Path:
 
 def make_classes(root: Path, split: str, counts: dict[str, int]) -> Path:
     """Create `count` empty files for each class; an index does not open them."""
-    return touch(
-        root, *(f"{split}/{name}/{i:03}.jpg" for name, count in counts.items() for i in range(count))
-    )
+    return touch(root, *(f"{split}/{name}/{i:03}.jpg" for name, count in counts.items() for i in range(count)))
 
 
 def read(
@@ -38,9 +36,7 @@ def read(
     seed: int = 0,
     extensions: tuple[str, ...] = EXTENSIONS,
 ) -> DatasetIndex:
-    return read_index(
-        root, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed, extensions=extensions
-    )
+    return read_index(root, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed, extensions=extensions)
 
 
 def relative_paths(root: Path, examples: tuple[Example, ...]) -> list[tuple[str, int]]:
@@ -96,9 +92,7 @@ def test_val_selects_and_test_is_reported_if_both_exist(tmp_path: Path) -> None:
     assert [len(split) for split in (index.train, index.val, index.test)] == [6, 4, 2]
     assert (index.val_split, index.reported, index.split_made) == ("val", "test/", False)
     assert all(f"{os.sep}val{os.sep}" in path for path, _ in index.val)
-    with pytest.raises(
-        UserError, match=r"data\.val_fraction is 0\.1, but .*val/.*test/.* set data\.val_fraction to 0"
-    ):
+    with pytest.raises(UserError, match=r"data\.val_fraction is 0\.1, but .*val/.*test/.* set data\.val_fraction to 0"):
         read(tmp_path, val_fraction=0.1)
 
 
@@ -146,9 +140,7 @@ def test_class_folders_alone_are_split(tmp_path: Path) -> None:
     assert three.test == index.test
     assert (len(three.train), len(three.val)) == (30, 10)  # a quarter of the images outside the test split
     assert sorted({*three.train, *three.val, *three.test}) == sorted({*index.train, *index.test})
-    assert all(
-        split == tuple(sorted(split, key=lambda e: (e.label, e.path))) for split in (three.train, three.val)
-    )
+    assert all(split == tuple(sorted(split, key=lambda e: (e.label, e.path))) for split in (three.train, three.val))
     with pytest.raises(UserError, match=r"data\.test_fraction is 0"):
         read(tmp_path, test_fraction=0, val_fraction=0.2)
 
@@ -188,9 +180,7 @@ def test_class_missing_from_evaluation_does_not_shift_labels(tmp_path: Path) -> 
 def test_evaluation_class_missing_from_training_is_refused(tmp_path: Path, split: str) -> None:
     make_classes(tmp_path, "train", {"ants": 1, "bees": 1})
     make_classes(tmp_path, split, {"ants": 1, "Bees": 1, "wasps": 1})
-    with pytest.raises(
-        UserError, match=f"{split}/ has classes that are not training classes: Bees, wasps"
-    ) as caught:
+    with pytest.raises(UserError, match=f"{split}/ has classes that are not training classes: Bees, wasps") as caught:
         read(tmp_path)
     assert "ants, bees" in str(caught.value)
 
@@ -258,9 +248,7 @@ def test_linked_class_folders_are_followed(tmp_path: Path) -> None:
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "train" / "first").symlink_to(tmp_path / "elsewhere" / "a")
     (tmp_path / "data" / "train" / "second").symlink_to(tmp_path / "elsewhere" / "b")
-    (tmp_path / "data" / "val").symlink_to(
-        make_classes(tmp_path, "held out", {"first": 1, "second": 1}) / "held out"
-    )
+    (tmp_path / "data" / "val").symlink_to(make_classes(tmp_path, "held out", {"first": 1, "second": 1}) / "held out")
     index = read(tmp_path / "data")
     assert list(index.train) == ImageFolder(str(tmp_path / "data" / "train")).samples
     assert len(index.test) == 2
@@ -439,9 +427,7 @@ def test_written_split_is_read_unchanged(tmp_path: Path) -> None:
         assert [path.name for path in file.parent.iterdir() if "split" in path.name] == ["split.csv"]
 
 
-def test_written_split_may_be_moved_with_or_without_its_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_written_split_may_be_moved_with_or_without_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_classes(Path("data"), ".", {"a": 5, "b": 5})
     index = read(Path("data"))

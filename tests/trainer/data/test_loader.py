@@ -63,9 +63,7 @@ def make_loader() -> Iterator[Loader]:
 # Dataset
 
 
-def test_crop_depends_on_seed_epoch_and_sample_only(
-    examples: Sequence[Example], dataset: ImageDataset
-) -> None:
+def test_crop_depends_on_seed_epoch_and_sample_only(examples: Sequence[Example], dataset: ImageDataset) -> None:
     keys = [SampleKey(*key) for key in np.ndindex(2, EXAMPLES, 3)]
     first = {key: dataset[key][0] for key in keys}
     torch.manual_seed(99)
@@ -81,9 +79,7 @@ def test_crop_depends_on_seed_epoch_and_sample_only(
 
 
 @pytest.mark.parametrize("threads", [2, 3, 20])
-def test_threads_do_not_change_the_items(
-    examples: Sequence[Example], dataset: ImageDataset, threads: int
-) -> None:
+def test_threads_do_not_change_the_items(examples: Sequence[Example], dataset: ImageDataset, threads: int) -> None:
     threaded = ImageDataset(examples, dataset.transform, seed=dataset.seed, threads=threads)
     keys = [SampleKey(1, example) for example in (4, 0, 7, 2, 2, 9, 5)]
     for one, other in zip(dataset.__getitems__(keys), threaded.__getitems__(keys), strict=True):

@@ -34,23 +34,17 @@ def test_existing_folder_takes_precedence_over_a_dataset_name() -> None:
     assert resolve_root("hotdog", cache=Path("cache"), seed=0) == Path("hotdog")
 
 
-def test_path_is_returned_with_the_home_folder_expanded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_path_is_returned_with_the_home_folder_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "图 片.csv").touch()
     assert resolve_root("~/图 片.csv", cache=tmp_path / "cache", seed=0) == tmp_path / "图 片.csv"
     assert not (tmp_path / "cache").exists()
 
 
-def test_registered_dataset_is_fetched_into_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_registered_dataset_is_fetched_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def fetch_dataset(
-        dataset: RemoteDataset, cache: Path, *, on_progress: Callable[..., None] | None = None
-    ) -> Path:
+    def fetch_dataset(dataset: RemoteDataset, cache: Path, *, on_progress: Callable[..., None] | None = None) -> Path:
         calls.append((dataset, cache, on_progress))
         return cache / "there"
 
@@ -62,9 +56,7 @@ def test_registered_dataset_is_fetched_into_the_cache(
     assert calls == [(REGISTRY["hotdog"], tmp_path, on_progress)]
 
 
-def test_synthetic_dataset_is_cached_by_version_and_seed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_synthetic_dataset_is_cached_by_version_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Mapping[str, object]] = []
     monkeypatch.setattr(
         synthetic,
@@ -91,9 +83,7 @@ def test_similar_dataset_name_is_suggested(root: str, meant: str | None, tmp_pat
     text = error_of(root, tmp_path)
     assert f"data.root is {root!r}: there is no such folder or CSV file" in text
     assert "(hotdog, synthetic-source, synthetic-target)" in text
-    assert text.endswith(
-        f"Did you mean {meant}?" if meant else "(hotdog, synthetic-source, synthetic-target)."
-    )
+    assert text.endswith(f"Did you mean {meant}?" if meant else "(hotdog, synthetic-source, synthetic-target).")
 
 
 @pytest.mark.parametrize("root", ["", "  "])

@@ -49,9 +49,7 @@ def test_order_and_digest_depend_on_seed_epoch_and_labels_only(balance: bool) ->
     torch.manual_seed(0)
     assert torch.equal(first, orders[0][0].permutation(0))
     assert len({tuple(order.permutation(epoch).tolist()) for order, epoch in orders}) == 4
-    others = [
-        EpochOrder(examples=21, batch_size=4, seed=3, labels=other) for other in (None, labels, labels[::-1])
-    ]
+    others = [EpochOrder(examples=21, batch_size=4, seed=3, labels=other) for other in (None, labels, labels[::-1])]
     digests = {order.digest(epoch) for order, epoch in orders}
     assert len(digests) == 4
     assert len({order.digest(0) for order in others}) == 3
@@ -84,9 +82,7 @@ def test_local_batches_of_the_ranks_are_the_global_batch(order: EpochOrder, worl
             assert repeats == list(range(times))
     for rank, whole in enumerate(ranks):
         for start in range(len(whole) + 1):
-            rest = DistributedBatchSampler(
-                order, epochs=epochs, start_step=start, rank=rank, world_size=world_size
-            )
+            rest = DistributedBatchSampler(order, epochs=epochs, start_step=start, rank=rank, world_size=world_size)
             assert list(rest) == whole[start:]
             assert len(rest) == len(whole) - start
 
@@ -94,9 +90,7 @@ def test_local_batches_of_the_ranks_are_the_global_batch(order: EpochOrder, worl
 @pytest.mark.parametrize("world_size", range(1, 6))
 @pytest.mark.parametrize("count", [1, 3, 11, 12])
 def test_evaluation_has_every_example_once(count: int, world_size: int) -> None:
-    ranks = [
-        EvalBatchSampler(count, batch_size=2, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
+    ranks = [EvalBatchSampler(count, batch_size=2, rank=rank, world_size=world_size) for rank in range(world_size)]
     keys = [key for rank in ranks for batch in rank for key in batch]
     assert sorted(key.example for key in keys) == list(range(count))
     assert {key.epoch for key in keys} == {0}
@@ -115,8 +109,7 @@ def test_balanced_epoch_has_equal_counts_of_classes_and_of_examples_within_a_cla
         counts = Counter(order.permutation(epoch).tolist())
         assert counts.total() == len(labels) == sum(order.batch_sizes)
         by_class = [
-            [counts[example] for example, other in enumerate(labels) if other == label]
-            for label in COUNTS[name]
+            [counts[example] for example, other in enumerate(labels) if other == label] for label in COUNTS[name]
         ]
         totals = [sum(of_class) for of_class in by_class]
         assert max(totals) - min(totals) <= 1

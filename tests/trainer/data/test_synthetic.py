@@ -56,9 +56,7 @@ def test_existing_folder_is_not_changed(small: str, tmp_path: Path) -> None:
     assert (tmp_path / "x" / "train" / "plain-ring" / "0000.jpg").read_bytes() == b"mine"
 
 
-def test_interrupted_generation_leaves_nothing(
-    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_generation_leaves_nothing(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generated = 0
 
     def interrupted(*arguments: object) -> Image.Image:
@@ -75,9 +73,7 @@ def test_interrupted_generation_leaves_nothing(
 
 
 def test_concurrent_generation_is_safe(small: str, tmp_path: Path) -> None:
-    threads = [
-        threading.Thread(target=generate, args=(small, tmp_path / "x"), kwargs={"seed": 1}) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=generate, args=(small, tmp_path / "x"), kwargs={"seed": 1}) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

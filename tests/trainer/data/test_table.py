@@ -20,9 +20,7 @@ def make_csv(folder: Path, text: str | bytes, *, images: str = "a1 a2 a3 b1 b2 b
 
 
 def read(file: Path, *, val_fraction: float = 0.0, test_fraction: float = 0.4) -> DatasetIndex:
-    return read_index(
-        file, val_fraction=val_fraction, test_fraction=test_fraction, seed=0, extensions=(".png",)
-    )
+    return read_index(file, val_fraction=val_fraction, test_fraction=test_fraction, seed=0, extensions=(".png",))
 
 
 def names(examples: tuple[tuple[str, int], ...]) -> list[str]:
@@ -53,9 +51,7 @@ def test_split_made_without_the_column_does_not_depend_on_row_order(tmp_path: Pa
     rows = [f"{c}{i}.jpg,{c}" for c in "ab" for i in range(1, 21)]
     images = " ".join(f"{c}{i}" for c in "ab" for i in range(1, 21))
     one = read(make_csv(tmp_path, "path,label\n" + "\n".join(rows), images=images), val_fraction=0.5)
-    other = read(
-        make_csv(tmp_path, "label,path\n" + "\n".join(",".join(r.split(",")[::-1]) for r in rows[::-1]))
-    )
+    other = read(make_csv(tmp_path, "label,path\n" + "\n".join(",".join(r.split(",")[::-1]) for r in rows[::-1])))
     assert (len(one.train), len(one.val), len(one.test)) == (12, 12, 16)
     assert one.split_made
     assert one.reported == "a split of 40 %"

@@ -167,9 +167,7 @@ def damage(file: Path, content: bytes) -> None:
         b'{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [1, 2, 3]}}',
     ],
 )
-def test_damaged_cache_file_is_replaced(
-    tmp_path: Path, cache: Path, decoder: Decoder, content: bytes
-) -> None:
+def test_damaged_cache_file_is_replaced(tmp_path: Path, cache: Path, decoder: Decoder, content: bytes) -> None:
     paths = images(tmp_path / "data", 2, bad=1)
     found = check(paths, cache)
     (file,) = files(cache)
@@ -241,9 +239,7 @@ def read_only(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-def test_read_only_cache_is_an_error_before_decoding(
-    tmp_path: Path, read_only: Path, decoder: Decoder
-) -> None:
+def test_read_only_cache_is_an_error_before_decoding(tmp_path: Path, read_only: Path, decoder: Decoder) -> None:
     with pytest.raises(UserError, match=r"^data\.cache: .*Read-only file system.*Set data\.cache"):
         check(images(tmp_path / "data", 2), read_only)
     assert decoder.pop_names() == []
@@ -259,9 +255,7 @@ def test_full_disk_is_an_error(tmp_path: Path, cache: Path, monkeypatch: pytest.
 
 
 def test_error_lists_every_unreadable_image_and_the_option_to_skip_them() -> None:
-    many = {f"data/{i:03}.jpg": f"reason {i}" for i in range(60)} | {
-        "data/a\nb.jpg": "an empty file (0 bytes)"
-    }
+    many = {f"data/{i:03}.jpg": f"reason {i}" for i in range(60)} | {"data/a\nb.jpg": "an empty file (0 bytes)"}
     text = str(unreadable_error(many, 500))
     assert text.startswith("61 of 500 images cannot be read:\n")
     assert all(f"\n  data/{i:03}.jpg: reason {i}\n" in text for i in range(60))

@@ -51,10 +51,7 @@ def test_precision_may_change_between_runs_of_one_process() -> None:
     for precision, name in (("bf16", "bf16"), ("fp32", "no"), ("bf16", "bf16")):
         ctx = init_distributed(device="cpu", precision=precision, threads=1)  # type: ignore[arg-type]
         assert ctx.accelerator.mixed_precision == name
-    assert (
-        init_distributed(device="cpu", precision="auto", threads=1, saved_precision="bf16").precision
-        == "bf16"
-    )
+    assert init_distributed(device="cpu", precision="auto", threads=1, saved_precision="bf16").precision == "bf16"
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +132,7 @@ def test_precision(
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation
-    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
     options = {"environment": {"ACCELERATE_MIXED_PRECISION": launcher}, "saved_precision": saved}
     if expected in ("fp32", "bf16", "fp16"):
         assert choose_precision(option, on_cpu=on_cpu, **options)[0] == expected  # type: ignore[arg-type]
@@ -157,15 +152,10 @@ def test_precision(
         ({"SLURM_STEP_NUM_TASKS": "1"}, None),
         ({"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "1"}, None),
         ({"SLURM_STEP_NUM_TASKS": "4"}, "4 tasks"),
-        *(
-            (GROUP | {missing: None}, f"WORLD_SIZE is 2, but {missing} is not set")
-            for missing in list(GROUP)[1:]
-        ),
+        *((GROUP | {missing: None}, f"WORLD_SIZE is 2, but {missing} is not set") for missing in list(GROUP)[1:]),
     ],
 )
-def test_processes_that_cannot_find_each_other_are_refused(
-    environment: dict[str, Any], error: str | None
-) -> None:
+def test_processes_that_cannot_find_each_other_are_refused(environment: dict[str, Any], error: str | None) -> None:
     environment = {name: value for name, value in environment.items() if value}
     with refused(error):
         check_world_size_variables(environment)

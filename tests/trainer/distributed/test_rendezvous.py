@@ -9,9 +9,7 @@ from trainer.distributed.rendezvous import rendezvous_nonce
 from trainer.errors import UserError
 
 
-def start(
-    store: HashStore, world_size: int, *, ranks: Collection[int], timeout: float = 10
-) -> dict[int, str]:
+def start(store: HashStore, world_size: int, *, ranks: Collection[int], timeout: float = 10) -> dict[int, str]:
     """Return the nonce, or the error, of each rank that takes part in a start."""
     results: dict[int, str] = {}
 

@@ -81,9 +81,7 @@ def test_a_process_that_hangs_writes_its_stacks_and_exits(tmp_path: Path) -> Non
     with watched(tmp_path, "sleep") as process:
         printed = process.communicate(timeout=30)[1]
         assert process.returncode == 1
-    assert printed.startswith(
-        "[rank 1] error: no step for 1 s, the last one was 7; it was in <module> (hang.py:1)"
-    )
+    assert printed.startswith("[rank 1] error: no step for 1 s, the last one was 7; it was in <module> (hang.py:1)")
     assert printed.endswith(f"; stacks in {tmp_path / HANGS / '0003-rank-1.txt'}\n")
     lines = stacks(tmp_path).splitlines()
     assert lines[0].startswith("attempt 3, rank 1 of 2, host ")
@@ -105,9 +103,7 @@ def test_a_process_that_holds_the_gil_writes_its_stacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("action", "code"), [("work", 0), ("fail", 1), ("debugger", 0)])
-def test_a_process_that_works_fails_or_is_debugged_does_not_hang(
-    action: str, code: int, tmp_path: Path
-) -> None:
+def test_a_process_that_works_fails_or_is_debugged_does_not_hang(action: str, code: int, tmp_path: Path) -> None:
     with watched(tmp_path, action) as process:
         printed = process.communicate(timeout=30)[1]
         assert process.returncode == code
@@ -177,9 +173,7 @@ def test_a_fixed_timeout_is_never_extended() -> None:
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e7, float("inf"), float("nan")])
 def test_an_invalid_hang_timeout_is_refused(value: float) -> None:
-    with pytest.raises(
-        UserError, match=r"run\.hang_timeout is .*expected seconds \(above 0, up to 1,000,000\)"
-    ):
+    with pytest.raises(UserError, match=r"run\.hang_timeout is .*expected seconds \(above 0, up to 1,000,000\)"):
         RunConfig(hang_timeout=value)
 
 

@@ -93,9 +93,7 @@ def test_only_layers_with_running_statistics_are_changed() -> None:
 
 @pytest.mark.parametrize("copied", [unchanged, copy.deepcopy, pickled])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_frozen_statistics_stay_bit_identical_while_weights_train(
-    copied: Copy, momentum: float | None
-) -> None:
+def test_frozen_statistics_stay_bit_identical_while_weights_train(copied: Copy, momentum: float | None) -> None:
     model = make_net(momentum=momentum)
     assert freeze_batch_norm(model) == 2
     model = copied(model)
@@ -129,9 +127,7 @@ def test_a_single_value_per_channel_uses_the_running_statistics(copied: Copy) ->
     model = copied(model)
     before = statistics(model)
     logits = model(images)
-    for name, buffer in statistics(
-        model
-    ).items():  # the first layer has 6 x 6 values and updates its statistics
+    for name, buffer in statistics(model).items():  # the first layer has 6 x 6 values and updates its statistics
         assert torch.equal(buffer, before[name]) == name.startswith("second"), name
     logits.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -205,9 +201,7 @@ def test_batch_norm_in_eval_restores_modes_after_an_error() -> None:
 def gathered(*models: nn.Module) -> dict[str, Tensor]:
     """Return what `gather_batch_norm_statistics` returns if each process has one of the models."""
     return {
-        f"{rank}.{name}": buffer.double()
-        for rank, model in enumerate(models)
-        for name, buffer in model.named_buffers()
+        f"{rank}.{name}": buffer.double() for rank, model in enumerate(models) for name, buffer in model.named_buffers()
     }
 
 

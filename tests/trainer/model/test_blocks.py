@@ -77,9 +77,7 @@ def test_norms_belong_to_the_block_before(resnet: tuple[nn.Module, LayerOrder]) 
         ("layer1, layer4.*", ["layer1", "layer4", "fc"]),
     ],
 )
-def test_a_selection_of_blocks(
-    selection: str, blocks: list[str], resnet: tuple[nn.Module, LayerOrder]
-) -> None:
+def test_a_selection_of_blocks(selection: str, blocks: list[str], resnet: tuple[nn.Module, LayerOrder]) -> None:
     model, layer_order = resnet
     expected = {name for block in layer_order.blocks if block.name in blocks for name in block.parameters}
     assert trainable_parameters(selection, model, ["fc"], layer_order) == expected

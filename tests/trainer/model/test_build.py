@@ -23,9 +23,7 @@ def test_architectures_are_torchvisions_classification_models() -> None:
     names = architectures()
     assert len(names) >= 80
     assert names == sorted(set(names))
-    assert {"alexnet", "googlenet", "inception_v3", "maxvit_t", "squeezenet1_1", "swin_v2_b", "vit_h_14"} <= {
-        *names
-    }
+    assert {"alexnet", "googlenet", "inception_v3", "maxvit_t", "squeezenet1_1", "swin_v2_b", "vit_h_14"} <= {*names}
     others = {"deeplabv3_resnet50", "mvit_v2_s", "quantized_resnet18", "raft_large"}
     assert others <= set(models.list_models())
     assert not others & set(names)
@@ -50,12 +48,7 @@ def test_presets_equal_the_published_transforms() -> None:
             assert found.interpolation == transforms.interpolation.value
             assert (list(found.mean), list(found.std)) == (transforms.mean, transforms.std)
         default = preset(name, "DEFAULT")
-        assert (
-            preset(name, None)
-            == preset(name, "folder/file.safetensors")
-            == preset(name, "file.pth")
-            == default
-        )
+        assert preset(name, None) == preset(name, "folder/file.safetensors") == preset(name, "file.pth") == default
     for (name, weights), expected in PUBLISHED.items():
         found = preset(name, weights)
         assert (found.image_size, found.resize_size, found.interpolation) == expected

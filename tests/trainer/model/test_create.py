@@ -48,9 +48,7 @@ def make_source(name: str, size: int = 64) -> nn.Module:
     return model
 
 
-def build(
-    name: str, weights: Path | str | None, *, seed: int = 0, size: int = 64, **options: object
-) -> BuiltModel:
+def build(name: str, weights: Path | str | None, *, seed: int = 0, size: int = 64, **options: object) -> BuiltModel:
     torch.manual_seed(seed)
     options = {"head_init": "xavier", "num_classes": CLASSES} | options
     path = None if weights is None else str(weights)
@@ -92,9 +90,7 @@ def test_a_new_head_on_the_sources_backbone_can_be_trained(
 
     logits, auxiliary = split_outputs(model.train()(images))
     labels = torch.tensor([0, 3])
-    assert {tuple(output.shape) for output in (logits, *(output for _, output in auxiliary))} == {
-        (2, CLASSES)
-    }
+    assert {tuple(output.shape) for output in (logits, *(output for _, output in auxiliary))} == {(2, CLASSES)}
     assert len(auxiliary) == len(heads) - 1
     loss = cross_entropy(logits, labels) + sum(w * cross_entropy(output, labels) for w, output in auxiliary)
     loss.backward()
@@ -127,9 +123,7 @@ def test_the_head_depends_on_the_seed_and_not_on_the_weights(name: str, tmp_path
 
 
 def test_random_weights_are_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "trainer.model.create.read_weights", lambda *_, **__: pytest.fail("weights were read")
-    )
+    monkeypatch.setattr("trainer.model.create.read_weights", lambda *_, **__: pytest.fail("weights were read"))
     built = build("shufflenet_v2_x0_5", None, seed=3)
     assert built.source == "from scratch"
     assert built.summary == ("shufflenet_v2_x0_5: new output layer fc",)

@@ -41,8 +41,7 @@ def probabilities(model: nn.Module) -> list[tuple[str, str, float]]:
         (name, key, round(float(getattr(module, key)), 9))
         for name, module in model.named_modules()
         for key in ("p", "dropout", "drop_rate", "attention_dropout")
-        if name
-        and isinstance(getattr(module, key, None), float)  # not of the model itself, which does not use it
+        if name and isinstance(getattr(module, key, None), float)  # not of the model itself, which does not use it
     ]
 
 
@@ -90,7 +89,5 @@ def test_a_model_without_dropout_or_stochastic_depth_is_an_error() -> None:
     with pytest.raises(UserError, match=r"model.dropout is 0.1, but resnet18 has no dropout layers"):
         set_dropout(make_empty("resnet18"), "resnet18", 0.1)
     for name in ("resnet18", "vgg11"):
-        with pytest.raises(
-            UserError, match=f"model.stochastic_depth is 0, but {name} has no stochastic depth"
-        ):
+        with pytest.raises(UserError, match=f"model.stochastic_depth is 0, but {name} has no stochastic depth"):
             set_stochastic_depth(make_empty(name), name, 0)

@@ -63,9 +63,7 @@ def make_metadata(architecture: str = SMALL, **changes: Any) -> ModelMetadata:
 def train_model(architecture: str, *, frozen: bool = False) -> nn.Module:
     """Return a model as a run leaves it: with a new head and after an update, in channels_last."""
     torch.manual_seed(11)
-    model = build_model(
-        architecture, image_size=64, num_classes=len(CLASSES), weights=None, head_init="xavier"
-    ).model
+    model = build_model(architecture, image_size=64, num_classes=len(CLASSES), weights=None, head_init="xavier").model
     if frozen:
         freeze_batch_norm(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -145,9 +143,7 @@ def test_a_safetensors_file_of_another_program_has_no_metadata(tmp_path: Path) -
     for header in (None, {"format": "pt"}):
         save_file({"fc.weight": torch.zeros(2)}, path, metadata=header)
         assert read_metadata(path) is None
-        with pytest.raises(
-            UserError, match=r"plain.safetensors: holds weights but no regraft header; expected a run"
-        ):
+        with pytest.raises(UserError, match=r"plain.safetensors: holds weights but no regraft header; expected a run"):
             load(path)
 
 
@@ -384,9 +380,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_a_header_of_another_or_a_huge_model_takes_no_memory(
-    model_file: Path, tmp_path: Path, case: str
-) -> None:
+def test_a_header_of_another_or_a_huge_model_takes_no_memory(model_file: Path, tmp_path: Path, case: str) -> None:
     changes, reason = IMPOSSIBLE[case]
     path = with_header(model_file, tmp_path / "hostile.safetensors", **changes)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak

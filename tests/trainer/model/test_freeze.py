@@ -20,9 +20,7 @@ def make_stage(model: nn.Module, selection: str) -> UnfreezeStage:
 
 def test_later_stages_include_earlier_ones() -> None:
     model = models.resnet18()
-    head, layer4, everything = make_stages(
-        {3: "all", 0: "head", 1: "layer4"}, model, ["fc"], analyze_blocks(model, 32)
-    )
+    head, layer4, everything = make_stages({3: "all", 0: "head", 1: "layer4"}, model, ["fc"], analyze_blocks(model, 32))
     assert (head.start_epoch, layer4.start_epoch, everything.start_epoch) == (0, 1, 3)
     assert head.trainable == {"fc.weight", "fc.bias"} < layer4.trainable < everything.trainable
     assert everything.trainable == {name for name, _ in model.named_parameters()}

@@ -144,9 +144,7 @@ FOUND = {
         "top.0.1",
     ),
     "convolution, then pooling": (
-        nn.Sequential(
-            nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 6, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        ),
+        nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 6, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         "2",
     ),
 }

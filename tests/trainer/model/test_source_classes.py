@@ -117,9 +117,7 @@ def test_the_summary_lists_matched_ambiguous_and_unmatched_classes(path: Path) -
 
 def test_without_matches_the_head_stays_random_with_a_warning(path: Path) -> None:
     save_source("resnet18", path)
-    built, xavier = (
-        build("resnet18", path, ("x", "y"), head_init=init) for init in ("source-labels", "xavier")
-    )
+    built, xavier = (build("resnet18", path, ("x", "y"), head_init=init) for init in ("source-labels", "xavier"))
     expected = xavier.model.state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in built.model.state_dict().items())
     assert any("NONE OF YOUR CLASSES IS ONE OF THE SOURCE'S" in line for line in built.summary)
@@ -200,9 +198,7 @@ def test_wrong_names_are_an_error(options: dict[str, object], message: str, path
 def test_a_source_without_its_output_layer_is_an_error(path: Path) -> None:
     state = save_source("resnet18", path)
     save_file({key: tensor for key, tensor in state.items() if key != "fc.weight"}, path)
-    with pytest.raises(
-        UserError, match=r"source.safetensors holds no fc.weight, the output layer of resnet18"
-    ):
+    with pytest.raises(UserError, match=r"source.safetensors holds no fc.weight, the output layer of resnet18"):
         build("resnet18", path, ("ants", "bees"))
     save_file(state | {"fc.weight": torch.zeros(6, 7)}, path)
     with pytest.raises(UserError, match=r"fc.weight of .* is \[6, 7\], expected \[rows, 512\]"):

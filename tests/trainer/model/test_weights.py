@@ -37,9 +37,7 @@ PUBLISHED_FILE = "squeezenet1_1-b8a52dc0.pth"
 def state() -> State:
     """Return a state dict with 1000 classes, exactly representable in 16 bits."""
     torch.manual_seed(1)
-    return {
-        key: value.to(torch.bfloat16).float() for key, value in models.squeezenet1_1().state_dict().items()
-    }
+    return {key: value.to(torch.bfloat16).float() for key, value in models.squeezenet1_1().state_dict().items()}
 
 
 @pytest.fixture(autouse=True)
@@ -90,9 +88,7 @@ def test_every_architecture_has_default_weights_with_a_cache_path() -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_files_of_every_suffix_and_dtype(
-    tmp_path: Path, state: State, suffix: str, dtype: torch.dtype
-) -> None:
+def test_files_of_every_suffix_and_dtype(tmp_path: Path, state: State, suffix: str, dtype: torch.dtype) -> None:
     saved = {key: tensor.to(dtype) for key, tensor in state.items()}
     path = tmp_path / f"weights{suffix}"
     save_file(saved, path) if suffix == ".safetensors" else torch.save(saved, path)
@@ -290,9 +286,7 @@ def test_a_broken_file_is_an_error_with_its_path_and_the_reason(tmp_path: Path, 
 def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path) -> None:
     (tmp_path / "folder.pth").mkdir()
     for name in ("none.pth", "none.safetensors", "folder.pth"):
-        with pytest.raises(
-            UserError, match=f"{name}: there is no such weights file; expected a file ending in"
-        ):
+        with pytest.raises(UserError, match=f"{name}: there is no such weights file; expected a file ending in"):
             read(tmp_path / name)
 
 
@@ -337,9 +331,7 @@ def test_a_cached_file_is_used(state: State) -> None:
     assert source == "torchvision SqueezeNet1_1_Weights.IMAGENET1K_V1"
     assert lines == []
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(
-        UserError, match=r"not a readable torch file .*; delete it, and it will be downloaded again"
-    ):
+    with pytest.raises(UserError, match=r"not a readable torch file .*; delete it, and it will be downloaded again"):
         read_weights(NAME, "IMAGENET1K_V1")
 
 
@@ -391,9 +383,7 @@ def entry(server: Server, content: bytes, monkeypatch: pytest.MonkeyPatch) -> We
     return Small_Weights.DEFAULT
 
 
-def test_a_download_is_verified_and_cached(
-    server: Server, entry: WeightsEnum, content: bytes, state: State
-) -> None:
+def test_a_download_is_verified_and_cached(server: Server, entry: WeightsEnum, content: bytes, state: State) -> None:
     server.responses = [lambda handler: handler.send(content, Content_Length=len(content)), not_found]
     for _ in range(2):
         loaded, source = read_weights("small", "DEFAULT")
@@ -428,9 +418,7 @@ def test_a_failed_download_leaves_no_file(
 # Load -----------------------------------------------------------------------------------------------------------
 
 
-def with_new_head(
-    model: nn.Module, *, size: int = 64, classes: int = 5
-) -> tuple[nn.Module, tuple[Head, ...]]:
+def with_new_head(model: nn.Module, *, size: int = 64, classes: int = 5) -> tuple[nn.Module, tuple[Head, ...]]:
     heads = find_heads(model, size)
     replace_head(model, heads, classes, "xavier")
     return model, heads
@@ -520,10 +508,7 @@ def test_batch_counters_are_optional_and_not_enough() -> None:
 
 def test_densenets_old_keys_are_renamed() -> None:
     state = models.densenet121().state_dict()
-    old = {
-        re.sub(r"(denselayer\d+\.(?:norm|conv))([12]\.)", r"\1.\2", key): tensor
-        for key, tensor in state.items()
-    }
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12]\.)", r"\1.\2", key): tensor for key, tensor in state.items()}
     assert "features.denseblock1.denselayer1.norm.1.running_mean" in old
     model, heads = with_new_head(models.densenet121())
     report = load(model, heads, old)

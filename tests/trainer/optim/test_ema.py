@@ -146,8 +146,6 @@ def test_the_loop_averages_after_every_update_and_evaluates_the_average(ctx: Dis
     for name, tensor in state.ema.model.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor.double(), average[name], rtol=1e-5, atol=1e-7)
-            assert not torch.equal(tensor, state.model.state_dict()[name]), (
-                f"{name} is not that of the last update"
-            )
+            assert not torch.equal(tensor, state.model.state_dict()[name]), f"{name} is not that of the last update"
         else:
             assert torch.equal(tensor, state.model.state_dict()[name])

@@ -113,9 +113,7 @@ def test_a_batch_is_mixed_pixel_by_pixel_and_its_labels_by_weight(kind: str) -> 
 @pytest.mark.parametrize(
     ("box", "area"), [((0, 0, 1, 1), 1.0), ((0.5, 0.5, 0.5, 0.5), 0.0), ((0, 0.25, 0.5, 1), 0.375)]
 )
-def test_cutmix_returns_the_fraction_of_the_pixels(
-    box: tuple[float, float, float, float], area: float
-) -> None:
+def test_cutmix_returns_the_fraction_of_the_pixels(box: tuple[float, float, float, float], area: float) -> None:
     images, others = torch.zeros(2, 3, 4, 8), torch.ones(2, 3, 4, 8)
     mixed, lam = apply_cutmix(images, others, box)
     assert lam == area == mixed.mean().item()
@@ -145,9 +143,7 @@ def test_the_memory_format_is_kept(kind: str, memory_format: torch.memory_format
 @pytest.mark.parametrize("kind", ALPHAS)
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 @pytest.mark.parametrize("size", [1, 2, 7])
-def test_the_local_batches_of_all_ranks_are_the_mixed_global_batch(
-    kind: str, world_size: int, size: int
-) -> None:
+def test_the_local_batches_of_all_ranks_are_the_mixed_global_batch(kind: str, world_size: int, size: int) -> None:
     images, labels = make_batch(size)
     longest = -(-size // world_size)
     mixup, cutmix = ALPHAS[kind]

@@ -45,9 +45,7 @@ def test_frozen_parameters_are_in_no_group_unless_a_later_stage_trains_them() ->
     model.fc.requires_grad_(False)
     (head,) = group_parameters(model, ["last"], lr=0.1, head_lr_scale=10, weight_decay=0)
     assert head.name == "head"
-    (backbone,) = group_parameters(
-        model, ["last"], lr=0.1, head_lr_scale=10, weight_decay=0, trainable={"fc.bias"}
-    )
+    (backbone,) = group_parameters(model, ["last"], lr=0.1, head_lr_scale=10, weight_decay=0, trainable={"fc.bias"})
     assert (backbone.name, len(backbone.parameters)) == ("backbone", 1)
 
 

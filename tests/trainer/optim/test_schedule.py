@@ -117,9 +117,7 @@ def test_a_warmup_as_long_as_the_run_only_rises() -> None:
 
 
 @pytest.mark.parametrize(("total", "warmup", "peak"), [(20, 0, 5), (20, 3, 2), (7, 7, 6), (1000, 0, 299)])
-def test_one_cycle_rises_from_a_25th_to_the_peak_and_falls_to_a_250_000th(
-    total: int, warmup: int, peak: int
-) -> None:
+def test_one_cycle_rises_from_a_25th_to_the_peak_and_falls_to_a_250_000th(total: int, warmup: int, peak: int) -> None:
     factors = multipliers("one-cycle", total, warmup)
     assert factors[0] == pytest.approx(1 / 25, rel=1e-12)
     assert factors[peak] == max(factors) == 1

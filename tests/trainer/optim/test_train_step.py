@@ -166,8 +166,6 @@ def test_auxiliary_outputs_have_the_same_loss_and_only_the_main_loss_is_reported
 def test_a_plain_update_has_cross_entropy_alone(ctx: DistributedContext) -> None:
     l2_sp = L2SP(make_net().parameters(), 0.1, decoupled=False)
     criterion = Criterion(label_smoothing=0.2)
-    plain = make_train_step(
-        ctx, criterion=criterion, mixup=(0.3, 1.0), l2_sp=l2_sp, max_grad_norm=0.5
-    ).plain()
+    plain = make_train_step(ctx, criterion=criterion, mixup=(0.3, 1.0), l2_sp=l2_sp, max_grad_norm=0.5).plain()
     assert plain.criterion is CROSS_ENTROPY
     assert (plain.mixup.enabled, plain.l2_sp.enabled, plain.max_grad_norm) == (False, False, 0.5)

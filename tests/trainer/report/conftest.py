@@ -9,9 +9,7 @@ from trainer.metrics import Metrics, Progress
 @pytest.fixture
 def progress() -> Progress:
     """Return the third step of the second epoch."""
-    metrics = Metrics(
-        loss_sum=6.0, correct=3, seen=4, seconds=2.0, compute_seconds=1.0, first_nonfinite_step=None
-    )
+    metrics = Metrics(loss_sum=6.0, correct=3, seen=4, seconds=2.0, compute_seconds=1.0, first_nonfinite_step=None)
     return Progress(epoch=2, epoch_step=3, step=7, metrics=metrics, lr={"backbone": 0.1, "head": 1.0})
 
 

@@ -155,9 +155,7 @@ def test_without_a_terminal_a_download_prints_some_lines(
 
 @pytest.mark.parametrize("kind", ["plain", "terminal"])
 @pytest.mark.parametrize("quiet", [False, True])
-def test_quiet_console_and_cached_download_show_nothing(
-    kind: str, quiet: bool, request: pytest.FixtureRequest
-) -> None:
+def test_quiet_console_and_cached_download_show_nothing(kind: str, quiet: bool, request: pytest.FixtureRequest) -> None:
     console: Console = request.getfixturevalue(kind)
     console.quiet = quiet
     with downloading(console, "hotdog") as on_progress:
@@ -181,9 +179,7 @@ def test_download_bar_is_removed_after_an_error(terminal: Console) -> None:
     assert " in 0 s" not in output(terminal)
 
 
-def test_image_check_shows_its_count(
-    plain: Console, terminal: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_image_check_shows_its_count(plain: Console, terminal: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     with checking(terminal) as on_checked:
         assert on_checked is not None
         on_checked(3, 7)

@@ -27,9 +27,7 @@ def blue_pixels(path: Path) -> int:
     return int((pixels[..., 2] - pixels[..., 0] > 80).sum())
 
 
-def test_evaluation_before_the_first_step_is_drawn_at_epoch_0(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_evaluation_before_the_first_step_is_drawn_at_epoch_0(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drawn: list[dict[str, list[float]]] = []
 
     def record_lines(figure: Any, path: Path, *, dpi: int) -> None:

@@ -21,18 +21,14 @@ from trainer.report.metrics import parse_rows
 def make_logger(folder: Path, text: str = "") -> RunLogger:
     console = Console(file=io.StringIO(), width=100, soft_wrap=True)
     progress_bar = ProgressBar(console, epochs=2, steps_per_epoch=4, done_steps=0)
-    return RunLogger(
-        progress_bar, folder=folder, title="x", device=torch.device("cpu"), text=text, check=lambda: None
-    )
+    return RunLogger(progress_bar, folder=folder, title="x", device=torch.device("cpu"), text=text, check=lambda: None)
 
 
 def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_logged_rows_are_written_and_drawn(
-    tmp_path: Path, progress: Progress, evaluation: Evaluation
-) -> None:
+def test_logged_rows_are_written_and_drawn(tmp_path: Path, progress: Progress, evaluation: Evaluation) -> None:
     logger = make_logger(tmp_path)
     logger.log_start({"test": evaluation}, 2.5)
     logger.log_progress(1, 1)

@@ -27,9 +27,7 @@ def batches(*, start_step: int = 0, rank: int = 0, world_size: int = 1, size: in
     """Yield the local batches of six updates; the examples of an update are consecutive."""
     for step in range(start_step, 2 * STEPS):
         examples = range(size * step + rank, size * (step + 1), world_size)
-        images = (
-            torch.stack([image(example) for example in examples]) if examples else torch.zeros(0, 3, 4, 5)
-        )
+        images = torch.stack([image(example) for example in examples]) if examples else torch.zeros(0, 3, 4, 5)
         if rank == 1:
             images = images.contiguous(memory_format=torch.channels_last)
         yield images, torch.zeros(len(examples)), torch.tensor(list(examples))

@@ -120,9 +120,7 @@ def test_variables_are_selected_by_prefix_and_redacted() -> None:
     }
 
 
-def test_git_state_of_a_clean_and_of_a_dirty_repository(
-    code_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_git_state_of_a_clean_and_of_a_dirty_repository(code_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_DIR", "/nowhere")
     commit = subprocess.check_output(
         ["git", f"--git-dir={code_file.parent}/.git", "rev-parse", "HEAD"], text=True
@@ -145,9 +143,7 @@ def test_git_state_runs_no_hook_and_no_file_system_monitor(code_file: Path) -> N
     assert marker.exists(), "plain git runs it"
 
 
-def test_git_state_says_why_it_is_unavailable(
-    tmp_path: Path, code_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_git_state_says_why_it_is_unavailable(tmp_path: Path, code_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not a git repository" in git_state(tmp_path / "code.py")["unavailable"]
     assert "did not match" in git_state(code_file.with_name("installed.py"))["unavailable"]
     monkeypatch.setenv("PATH", str(tmp_path))

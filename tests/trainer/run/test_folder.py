@@ -129,9 +129,7 @@ def test_must_refuses_a_folder_without_a_run(folder: Path) -> None:
     assert refusal(folder, resume="must") == expected
     (folder / CONFIG).write_text(HEADER + "[damaged")
     (folder / METRICS).write_text("a few rows")
-    assert (
-        refusal(folder, resume="must") == f"run.resume is must, but the run in {folder} has no checkpoint yet"
-    )
+    assert refusal(folder, resume="must") == f"run.resume is must, but the run in {folder} has no checkpoint yet"
     assert start(folder, OTHER) == NO_CHECKPOINT
     assert (folder / CONFIG).read_text() == HEADER + OTHER
 

@@ -50,9 +50,7 @@ def acquire() -> Iterator[Acquire]:
     """Return `RunLock.acquire` with a short timeout."""
     locks: list[RunLock] = []
 
-    def acquire(
-        folder: Path, *, timeout: float = 0.2, log: Callable[[str], object] = lambda line: None
-    ) -> RunLock:
+    def acquire(folder: Path, *, timeout: float = 0.2, log: Callable[[str], object] = lambda line: None) -> RunLock:
         locks.append(RunLock.acquire(folder, log=log, timeout=timeout))
         return locks[-1]
 
@@ -171,9 +169,7 @@ def test_a_running_process_is_refused_at_once(
 
 def test_a_start_holds_the_run_until_it_is_killed(acquire: Acquire, tmp_path: Path) -> None:
     program = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    with subprocess.Popen(
-        program, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as holder:
+    with subprocess.Popen(program, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "acquired\n"
         assert f"process {holder.pid}" in refusal(acquire, tmp_path)
@@ -230,15 +226,11 @@ def test_a_process_of_another_machine_is_followed_after_the_timeout(
     start = time.monotonic()
     assert acquire(tmp_path, timeout=0.3, log=lines.append).record.attempt == 2
     assert time.monotonic() - start >= 0.3
-    assert lines == [
-        "attempt 1 of this run ran on node17 and did not record how it ended: waiting 0 s for a heartbeat"
-    ]
+    assert lines == ["attempt 1 of this run ran on node17 and did not record how it ended: waiting 0 s for a heartbeat"]
 
 
 @pytest.mark.parametrize("content", [None, ""])
-def test_a_heartbeat_of_another_machine_is_refused(
-    content: str | None, acquire: Acquire, tmp_path: Path
-) -> None:
+def test_a_heartbeat_of_another_machine_is_refused(content: str | None, acquire: Acquire, tmp_path: Path) -> None:
     path = write_record(tmp_path, own_record(pid_namespace=OTHER_HOST, host="node17", pid=17))
     if content is not None:
         path.write_text(content)
@@ -310,9 +302,7 @@ def test_an_archived_run_is_not_written_any_more(acquire: Acquire, tmp_path: Pat
     new = acquire(folder)
     assert new.record.attempt == old.record.attempt
     for write in (old.check, lambda: old.update(step=9), lambda: old.end("failed", "x")):
-        with pytest.raises(
-            UserError, match=rf"attempt 1 on .* process {os.getpid()} has taken over this run"
-        ):
+        with pytest.raises(UserError, match=rf"attempt 1 on .* process {os.getpid()} has taken over this run"):
             write()
     assert latest_attempt(folder) == new.record
 
@@ -348,9 +338,7 @@ def test_position_and_end_are_recorded(
     assert len(record.reason or "") <= 2000
 
 
-def test_heartbeats_are_sent_until_the_end(
-    acquire: Acquire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heartbeats_are_sent_until_the_end(acquire: Acquire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lock_module.HEARTBEAT_TIMEOUT > 3 * lock_module.HEARTBEAT_SECONDS
     monkeypatch.setattr(lock_module, "HEARTBEAT_SECONDS", 0.01)
     lock = acquire(tmp_path)
@@ -418,9 +406,7 @@ RACERS = 3
 @pytest.fixture
 def racers() -> Iterator[list[subprocess.Popen[str]]]:
     command, pipe = [sys.executable, "-c", RACER], subprocess.PIPE
-    processes = [
-        subprocess.Popen(command, cwd=REPOSITORY, text=True, stdin=pipe, stdout=pipe) for _ in range(RACERS)
-    ]
+    processes = [subprocess.Popen(command, cwd=REPOSITORY, text=True, stdin=pipe, stdout=pipe) for _ in range(RACERS)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

@@ -198,9 +198,7 @@ def test_a_received_signal_stops_between_phases(open_: Open) -> None:
         (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
     ],
 )
-def test_the_end_is_recorded_once(
-    error: BaseException, state: str, reason: str, open_: Open, folder: Path
-) -> None:
+def test_the_end_is_recorded_once(error: BaseException, state: str, reason: str, open_: Open, folder: Path) -> None:
     run = open_()
     rank_1 = dataclasses.replace(run, lock=None)
     rank_1.check_lock()

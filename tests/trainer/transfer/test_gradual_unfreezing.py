@@ -20,9 +20,7 @@ def make_unfreezing(ctx: DistributedContext, lines: list[str]) -> GradualUnfreez
     apply_stage(model, stages[0], "frozen-with-weights")
     trainable = [p for name, p in model.named_parameters() if name in stages[-1].trainable]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3)
-    return GradualUnfreezing(
-        ctx, model, optimizer, stages=stages, batch_norm="frozen-with-weights", log=lines.append
-    )
+    return GradualUnfreezing(ctx, model, optimizer, stages=stages, batch_norm="frozen-with-weights", log=lines.append)
 
 
 def train_epoch(unfreezing: GradualUnfreezing, epoch: int) -> set[str]:
@@ -32,9 +30,7 @@ def train_epoch(unfreezing: GradualUnfreezing, epoch: int) -> set[str]:
     model(images).square().sum().backward()
     unfreezing.optimizer.step()
     unfreezing.optimizer.zero_grad()
-    return _children(
-        name for name, value in unfreezing.unwrapped.state_dict().items() if _differs(value, before[name])
-    )
+    return _children(name for name, value in unfreezing.unwrapped.state_dict().items() if _differs(value, before[name]))
 
 
 def _differs(one: Tensor, other: Tensor) -> bool:

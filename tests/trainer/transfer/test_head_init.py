@@ -14,9 +14,7 @@ from trainer.config.schema import CheckpointConfig, Config, DataConfig, ModelCon
 
 
 @pytest.fixture(scope="module", params=["source-labels", "linear-probe"])
-def finished(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ResolvedConfig, str]:
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ResolvedConfig, str]:
     """Return a finished run, and what it printed."""
     home = tmp_path_factory.mktemp(request.param)
     image_folder(home / "images", {"train": {"ants": 4, "bees": 3}, "val": {"ants": 2, "bees": 1}})
@@ -26,9 +24,7 @@ def finished(
     config = resolve(
         Config(
             run=RunConfig(dir=str(home / "run"), device="cpu"),
-            data=DataConfig(
-                root=str(home / "images"), image_size=32, num_workers=0, cache=str(home), val_fraction=0.3
-            ),
+            data=DataConfig(root=str(home / "images"), image_size=32, num_workers=0, cache=str(home), val_fraction=0.3),
             model=ModelConfig(
                 name="squeezenet1_1",
                 weights=str(home / "source.safetensors"),

@@ -36,9 +36,7 @@ def make_l2_sp(net: nn.Module, *, decoupled: bool = False) -> L2SP:
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("lr_factor", [1.0, 0.5])
-def test_without_gradients_parameters_decay_geometrically_to_their_initial_values(
-    name: Name, lr_factor: float
-) -> None:
+def test_without_gradients_parameters_decay_geometrically_to_their_initial_values(name: Name, lr_factor: float) -> None:
     net = make_net()
     initial = copy_parameters(net)
     l2_sp = make_l2_sp(net, decoupled=name == "adamw")
@@ -90,9 +88,7 @@ def test_it_adds_the_gradient_of_the_penalty_after_clipping(ctx: DistributedCont
     make_train_step(ctx, l2_sp=l2_sp, max_grad_norm=1e-9)(model, optimizer, next(Batches()), 0, 4)
     for key, parameter in net.named_parameters():
         gradient = (before[key] - parameter) / LR
-        penalty = (
-            torch.zeros_like(gradient) if key.startswith("fc") else STRENGTH * (before[key] - initial[key])
-        )
+        penalty = torch.zeros_like(gradient) if key.startswith("fc") else STRENGTH * (before[key] - initial[key])
         torch.testing.assert_close(gradient, penalty, rtol=1e-5, atol=1e-6)
 
 

@@ -81,9 +81,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
         pytest.param("densenet121", 32, marks=slow),
     ],
 )
-def test_the_head_is_the_logistic_regression_on_its_inputs(
-    name: str, size: int, ctx: DistributedContext
-) -> None:
+def test_the_head_is_the_logistic_regression_on_its_inputs(name: str, size: int, ctx: DistributedContext) -> None:
     torch.manual_seed(2)
     built = build_model(name, image_size=size, num_classes=CLASSES, weights=None, head_init="linear-probe")
     model, head = built.model, built.heads[0]

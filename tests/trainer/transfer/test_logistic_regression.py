@@ -6,9 +6,7 @@ from torch.nn.functional import cross_entropy
 from trainer.transfer.logistic_regression import PENALTIES, fit, fit_cv
 
 
-def clusters(
-    examples: int, features: int, classes: int, *, seed: int, distance: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def clusters(examples: int, features: int, classes: int, *, seed: int, distance: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return features of very different means and scales, as a backbone's are, and their classes."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(examples) % classes

@@ -125,9 +125,7 @@ class Run:
         self.wise_ft.save_initial_weights(make_net(value, 0), METADATA, resumed=resumed)
 
     def train(self, value: float = 1.0, step: int = 4) -> None:
-        write_model(
-            self.folder / MODEL, make_net(value).state_dict(), replace(METADATA, metrics={"step": step})
-        )
+        write_model(self.folder / MODEL, make_net(value).state_dict(), replace(METADATA, metrics={"step": step}))
 
     def select(self, evaluator: Evaluator) -> float:
         return self.wise_ft.select_alpha(lambda: make_net(7, 7), evaluator, step=4)
