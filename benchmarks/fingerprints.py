@@ -29,12 +29,7 @@ from safetensors import safe_open
 
 TIMES = {"seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes"}
 """Keys of metrics.jsonl that differ from run to run, by time and memory."""
-SMALL = [
-    "--data.image_size=32",
-    "--data.resize_size=36",
-    "--data.crop_scale=[0.6,1.0]",
-    "--train.logs_per_epoch=1000",
-]
+SMALL = ["--data.image_size=32", "--data.resize_size=36", "--data.crop_scale=[0.6,1.0]", "--train.logs_per_epoch=1000"]
 TARGET = ["--data.root=synthetic-target", "--train.batch_size=12", "--train.epochs=3", *SMALL]
 SOURCE = "--model.weights=runs/source/model.safetensors"
 
@@ -137,15 +132,7 @@ def command(checkout: Path, name: str, folder: Path) -> list[str]:
     main = str(checkout / "trainer" / "main.py")
     if ranks == 1:
         return [sys.executable, main, *options]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        main,
-        *options,
-    ]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", main, *options]
 
 
 def stop_in_mid_epoch(words: Sequence[str], run: Path, **popen: Any) -> None:

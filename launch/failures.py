@@ -42,18 +42,12 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         r"DefaultCPUAllocator: can't allocate|MemoryError|Cannot allocate memory",
         "the machine's memory is full: use train.grad_accum_steps, fewer data.num_workers, or fewer processes",
     ),
-    (
-        r"EADDRINUSE|Address already in use",
-        "another job uses the port: start again, which chooses another port",
-    ),
+    (r"EADDRINUSE|Address already in use", "another job uses the port: start again, which chooses another port"),
     (
         r"NCCL|DistBackendError",
         "the GPUs could not communicate: NCCL_DEBUG=INFO logs more; NCCL_SOCKET_IFNAME sets the network interface",
     ),
-    (
-        r"No space left on device",
-        "the disk is full: free some space, then run the same command to resume",
-    ),
+    (r"No space left on device", "the disk is full: free some space, then run the same command to resume"),
     (
         r"No such file or directory: .*\.(?:safetensors|pth)|download|URLError|Temporary failure in name resolution",
         "weights or data could not be downloaded: start the run once on a machine with network access, or pass a file "

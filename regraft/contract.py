@@ -17,13 +17,7 @@ STOPPED = 75
 INTERRUPTED = 130
 """Exit code after a second Ctrl-C."""
 
-CONFIG, METRICS, MODEL, SPLIT, CURVES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "model.safetensors",
-    "split.csv",
-    "curves.png",
-)
+CONFIG, METRICS, MODEL, SPLIT, CURVES = ("config.yaml", "metrics.jsonl", "model.safetensors", "split.csv", "curves.png")
 CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS = (
     "checkpoints",
     "attempts",
@@ -106,15 +100,7 @@ def read_attempt(path: Path) -> AttemptRecord | None:
         record = AttemptRecord(**json.loads(path.read_text(encoding="ascii")))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    counts = (
-        record.attempt,
-        record.step,
-        record.steps,
-        record.epoch,
-        record.epochs,
-        record.pid,
-        record.started,
-    )
+    counts = (record.attempt, record.step, record.steps, record.epoch, record.epochs, record.pid, record.started)
     texts = (record.began, record.host, record.pid_namespace, record.lease_id, record.stage)
     is_valid = (
         all(type(count) is int and count >= 0 for count in counts)

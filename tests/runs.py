@@ -98,13 +98,7 @@ def command(launcher: str | int, *arguments: str, restarts: int = 0) -> list[str
 def elastic_agent(address: str, endpoint: str, arguments: Sequence[str], *, is_host: bool) -> list[str]:
     """Return the command of one of 1 to 2 machines with one process each; the host serves the rendezvous."""
     settings = f"is_host={is_host},last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=15"
-    launcher = [
-        "--nnodes=1:2",
-        "--nproc-per-node=1",
-        "--max-restarts=3",
-        "--rdzv-backend=c10d",
-        "--rdzv-id=elastic",
-    ]
+    launcher = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=elastic"]
     launcher += [f"--rdzv-endpoint={endpoint}", f"--rdzv-conf={settings}", f"--local-addr={address}"]
     return [sys.executable, "-m", "torch.distributed.run", *launcher, str(MAIN), *arguments]
 
@@ -172,11 +166,7 @@ class Run:
 
 @contextmanager
 def start(
-    arguments: Sequence[str],
-    folder: Path,
-    *,
-    environment: Mapping[str, str] = ON_CPU,
-    logs: Path | None = None,
+    arguments: Sequence[str], folder: Path, *, environment: Mapping[str, str] = ON_CPU, logs: Path | None = None
 ) -> Iterator[Run]:
     """Start a command in a session of its own; kill what is left of it at the end of the block.
 
@@ -261,10 +251,7 @@ def kill_trainer(run: Run, random_: random.Random) -> None:
     """Send SIGKILL to one of the trainer's processes; check that its loader workers end with it."""
     victim = random_.choice(sorted(run.trainers()))
     workers = children(victim)
-    print(
-        f"attempt {training_attempt(run.folder)}, step {last_step(run.folder)}: SIGKILL to {victim}",
-        flush=True,
-    )
+    print(f"attempt {training_attempt(run.folder)}, step {last_step(run.folder)}: SIGKILL to {victim}", flush=True)
     os.kill(victim, signal.SIGKILL)
     if victim != run.process.pid:
         deadline = time.monotonic() + 10

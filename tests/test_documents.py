@@ -50,10 +50,7 @@ SMALL = [
     "--run.device=cpu",
 ]
 SMALL_MODEL = ["--model.name=shufflenet_v2_x0_5", "--model.weights=runs/NAME/model.safetensors"]
-SMALL_OF_COMMAND = {
-    "trainer/commands/lr_find.py": ["--steps=10"],
-    "trainer/commands/compare.py": ["--seeds=1"],
-}
+SMALL_OF_COMMAND = {"trainer/commands/lr_find.py": ["--steps=10"], "trainer/commands/compare.py": ["--seeds=1"]}
 DEVELOPER_TOOLS = {"python3", ".", "pip", "pytest", "pre-commit", "ruff", "mypy", ".ci/run"}
 """Programs of installation and development, which `.ci/run` runs."""
 NEEDS_MORE = re.compile(r"hotdog|hymenoptera|quickstart|runs/pretrain")
@@ -235,19 +232,12 @@ def test_the_first_commands_of_the_readme_run_as_they_are_written(command: str) 
     assert command.split() in [words[: len(command.split())] for words in commands(REPOSITORY / "README.md")]
     start, _, options = command.partition(" --")
     program = {
-        "accelerate launch trainer/main.py": [
-            "-m",
-            "accelerate.commands.launch",
-            str(REPOSITORY / "trainer/main.py"),
-        ],
+        "accelerate launch trainer/main.py": ["-m", "accelerate.commands.launch", str(REPOSITORY / "trainer/main.py")],
         "regraft train": ["-m", "launch.cli", "train"],
     }[start]
     small = [*SMALL, *SMALL_MODEL, f"--run.dir=runs/{start.split()[0]}"]
     ended = subprocess.run(
-        [sys.executable, *program, *f"--{options}".split(), *small],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, *program, *f"--{options}".split(), *small], capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
 

@@ -6,13 +6,7 @@ from dataclasses import replace
 from trainer.config.build_checkpoints import find_resume_point, make_checkpoint_manager, make_model_metadata
 from trainer.config.build_data import load_run_data, make_schedule, write_split_file
 from trainer.config.build_loaders import Evaluator, make_eval_loader, make_train_batches
-from trainer.config.build_model import (
-    fit_linear_probe,
-    make_l2_sp,
-    make_model,
-    make_optimizer,
-    make_param_groups,
-)
+from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_state, make_train_step
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
@@ -56,11 +50,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     write_split_file(data, run)
     wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
     evaluator = Evaluator(index, config, ctx)
-    result = TrainResult(
-        folder=run.folder,
-        examples=(len(index.train), len(index.test)),
-        val_split=index.val_split,
-    )
+    result = TrainResult(folder=run.folder, examples=(len(index.train), len(index.test)), val_split=index.val_split)
     if checkpoint is not None and resume_point.is_finished:
         rows = resume_point.finish()
         alpha = wise_ft.select_alpha(
@@ -117,12 +107,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         with run.watchdog() as heartbeat:
             logger.log_start(evaluator.evaluate_initial(state.model, heartbeat), probe_seconds)
     try:
-        with (
-            run.signals.deferred(),
-            progress_bar.show(),
-            run.watchdog(checkpoints.heartbeat),
-            checkpoints,
-        ):
+        with run.signals.deferred(), progress_bar.show(), run.watchdog(checkpoints.heartbeat), checkpoints:
             fit(
                 state,
                 batches,

@@ -27,20 +27,10 @@ def check_variables(_: DoctorContext) -> list[Finding]:
     interfaces = [name for _, name in socket.if_nameindex()]
     no_interface = f"there is no such network interface; found {', '.join(interfaces)}"
     rules: tuple[_Rule, ...] = (
-        (
-            "ACCELERATE_(GRADIENT_ACCUMULATION_STEPS|DYNAMO_BACKEND)",
-            "red",
-            _is_not_default,
-            "the trainer refuses it",
-        ),
+        ("ACCELERATE_(GRADIENT_ACCUMULATION_STEPS|DYNAMO_BACKEND)", "red", _is_not_default, "the trainer refuses it"),
         (_LAUNCHER, "yellow", lambda _: True, "set by another launcher; only `regraft train` ignores it"),
         ("(NCCL|GLOO)_SOCKET_IFNAME", "red", lambda v: not _matches(v, interfaces), no_interface),
-        (
-            "CUDA_VISIBLE_DEVICES",
-            "yellow",
-            lambda v: gpus > 0 and not v.strip(" ,"),
-            f"hides all {gpus} GPUs",
-        ),
+        ("CUDA_VISIBLE_DEVICES", "yellow", lambda v: gpus > 0 and not v.strip(" ,"), f"hides all {gpus} GPUs"),
         ("OMP_NUM_THREADS", "yellow", lambda v: v == "1" and cores > 1, f"one thread for {cores} cores"),
         ("NCCL_(P2P|IB|SHM)_DISABLE", "yellow", _is_on, "disables a fast connection between GPUs"),
         ("CUDA_LAUNCH_BLOCKING", "yellow", _is_on, "waits for every CUDA kernel, which is slow"),

@@ -146,10 +146,7 @@ def check_all_reduce(
         share = summed["seconds"] / step_seconds
         message += f"; {100 * share:.0f} % of a training step of {1000 * step_seconds:,.0f} ms"
         if share > _SLOW_ALL_REDUCE:
-            level, remedy = (
-                "yellow",
-                "use a larger train.batch_size, or a faster interface (NCCL_SOCKET_IFNAME)",
-            )
+            level, remedy = ("yellow", "use a larger train.batch_size, or a faster interface (NCCL_SOCKET_IFNAME)")
     return make_finding("all-reduce", level, message, remedy)
 
 

@@ -9,20 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.errors import LaunchError
-from launch.failures import (
-    find_user_error,
-    first_failure,
-    format_failure,
-    restart_dirs,
-    was_requested_stop,
-)
-from launch.local.torchrun import (
-    TorchrunConfig,
-    TorchrunResult,
-    run_torchrun,
-    torchrun_command,
-    trainer_environment,
-)
+from launch.failures import find_user_error, first_failure, format_failure, restart_dirs, was_requested_stop
+from launch.local.torchrun import TorchrunConfig, TorchrunResult, run_torchrun, torchrun_command, trainer_environment
 from regraft.contract import (
     DONE,
     FAILED,

@@ -22,13 +22,7 @@ from launch import machine
 from launch.errors import LaunchError
 from launch.failures import find_user_error, restart_dirs
 from launch.local.process import become_subreaper
-from launch.local.torchrun import (
-    FORWARDED_SIGNALS,
-    TorchrunConfig,
-    run_torchrun,
-    torchrun_command,
-    trainer_environment,
-)
+from launch.local.torchrun import FORWARDED_SIGNALS, TorchrunConfig, run_torchrun, torchrun_command, trainer_environment
 from launch.trainer_options import option_value, trainer_folder
 from regraft.contract import DONE, FAILED, LOG_FOLDER, USER_ERROR, available_cores
 
@@ -123,10 +117,7 @@ def cores_and_gpus(environment: Mapping[str, str], *, cores: int, gpus: int) -> 
         value = next((environment[name] for name in names if environment.get(name, "").isdigit()), None)
         return available if value is None else min(available, int(value))
 
-    return (
-        max(1, limit(cores, "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")),
-        limit(gpus, "SLURM_GPUS_ON_NODE"),
-    )
+    return (max(1, limit(cores, "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")), limit(gpus, "SLURM_GPUS_ON_NODE"))
 
 
 @contextmanager

@@ -60,10 +60,7 @@ class JobSpec:
     def __post_init__(self) -> None:
         for key, least in (("nodes", 1), ("gpus_per_node", 1), ("cpus_per_task", 1), ("signal_seconds", 30)):
             value = getattr(self, key)
-            require(
-                value is None or least <= value <= 10**6,
-                f"{option_name(key)} {value}: expected {least} or more",
-            )
+            require(value is None or least <= value <= 10**6, f"{option_name(key)} {value}: expected {least} or more")
         for key, pattern, example in (
             ("time", _TIME, "minutes, `4:00:00` or `2-00:00:00`"),
             ("mem", _MEMORY, "`64G`"),
@@ -107,11 +104,7 @@ def render(spec: JobSpec) -> str:
         *(f"export {name}={shlex.quote(value)}" for name, value in _variables(spec.site)),
         "",
         " \\\n    ".join(
-            [
-                "exec python3 -m launch.slurm.job",
-                *_quote_arguments([*spec.settings.to_argv(), *spec.options]),
-                '"$@"',
-            ]
+            ["exec python3 -m launch.slurm.job", *_quote_arguments([*spec.settings.to_argv(), *spec.options]), '"$@"']
         ),
     ]
     return "\n".join(lines) + "\n"

@@ -15,15 +15,8 @@ from launch.slurm.requeue import MAX_ATTEMPTS
 SEEDS = "seeds"
 """The value of `--sweep` that gives each array task its index as `run.seed`."""
 RUNTIMES = ("apptainer", "pyxis")
-_VARIABLES = {
-    "nproc": "REGRAFT_NPROC",
-    "max_restarts": "REGRAFT_MAX_RESTARTS",
-    "max_attempts": "REGRAFT_MAX_ATTEMPTS",
-}
-_SCALAR_FIELDS = (
-    *("nproc", "max_restarts", "max_attempts"),
-    *("sweep", "stage", "container", "container_runtime"),
-)
+_VARIABLES = {"nproc": "REGRAFT_NPROC", "max_restarts": "REGRAFT_MAX_RESTARTS", "max_attempts": "REGRAFT_MAX_ATTEMPTS"}
+_SCALAR_FIELDS = (*("nproc", "max_restarts", "max_attempts"), *("sweep", "stage", "container", "container_runtime"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,19 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in a job array, use the task index as run.seed, or one line of FILE as options per task",
     )
     add = parser.add_argument_group("data and container").add_argument
-    add(
-        "--stage",
-        metavar="FOLDER",
-        help="copy the data to this local folder of each node; may start with $TMPDIR",
-    )
+    add("--stage", metavar="FOLDER", help="copy the data to this local folder of each node; may start with $TMPDIR")
     add("--container", metavar="IMAGE", help="run in this container image, which must contain regraft")
     add("--container-runtime", choices=RUNTIMES, help="program that runs the container (default: apptainer)")
-    add(
-        "--mount",
-        metavar="FOLDER",
-        action="append",
-        help="mount another folder in the container; may be repeated",
-    )
+    add("--mount", metavar="FOLDER", action="append", help="mount another folder in the container; may be repeated")
 
 
 def make_settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> JobSettings:

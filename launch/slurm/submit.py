@@ -139,9 +139,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
     add_arguments(parser)
     group = parser.add_argument_group("submission")
     group.add_argument(
-        "--site",
-        metavar="FILE",
-        help=f"settings of the cluster (default: ${SITE_VARIABLE}, else {DEFAULT_FILE})",
+        "--site", metavar="FILE", help=f"settings of the cluster (default: ${SITE_VARIABLE}, else {DEFAULT_FILE})"
     )
     no_fetch = "submit without checking the options and downloading weights and data"
     group.add_argument("--no-fetch", action="store_true", help=no_fetch if verb == "submit" else argparse.SUPPRESS)

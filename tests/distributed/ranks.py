@@ -371,12 +371,7 @@ def heads(ctx: DistributedContext, out: Path) -> dict[str, Any]:
         sampler = EvalBatchSampler(count, batch_size=2, rank=ctx.rank, world_size=ctx.world_size)
         local = [torch.tensor([key.example for key in keys]) for keys in sampler]
         messages: list[str] = []
-        probe(
-            model,
-            [(images[some], torch.tensor(labels)[some], some) for some in local],
-            count,
-            messages.append,
-        )
+        probe(model, [(images[some], torch.tensor(labels)[some], some) for some in local], count, messages.append)
         with torch.no_grad():
             logits = model.eval()(normalize(images[:count]))
         weights = digest(list(model.state_dict().values()))

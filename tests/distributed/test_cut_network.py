@@ -38,8 +38,7 @@ def test_the_side_with_the_rendezvous_goes_on_and_the_other_ends(
             runs.start(agent(goes, stays, arguments), folder, environment=environment) as there,
         ):
             here.wait(
-                lambda: runs.is_training(folder, world_size=2, after=0) and runs.last_step(folder) >= 5,
-                "two processes",
+                lambda: runs.is_training(folder, world_size=2, after=0) and runs.last_step(folder) >= 5, "two processes"
             )
             goes.cut()
             here.wait(lambda: ranks_with_stacks(folder) == 2, "stacks of both ranks")

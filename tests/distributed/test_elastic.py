@@ -22,8 +22,7 @@ def test_training_survives_a_lost_process_and_a_lost_machine(
     )
     with runs.start(host_command, folder) as host, runs.start(guest_command, folder) as guest:
         host.wait(
-            lambda: runs.is_training(folder, world_size=2, after=0) and runs.last_step(folder) >= 3,
-            "two processes",
+            lambda: runs.is_training(folder, world_size=2, after=0) and runs.last_step(folder) >= 3, "two processes"
         )
         number = len(runs.attempts(folder))
         (victim,) = guest.trainers()

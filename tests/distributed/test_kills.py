@@ -66,8 +66,7 @@ def test_resume_after_sigkill_is_bit_identical(
     assert [record["state"] for record in runs.attempts(folder)][2:] == ["stopped", "done"]
     runs.assert_each_example_once(folder)
     runs.assert_equal(
-        folder,
-        runs.uninterrupted(tmp_path_factory, launcher if processes > 1 else "python", **runs.ALL_FEATURES),
+        folder, runs.uninterrupted(tmp_path_factory, launcher if processes > 1 else "python", **runs.ALL_FEATURES)
     )
 
 

@@ -10,9 +10,7 @@ from tests.distributed.conftest import RankResults
 pytestmark = pytest.mark.slow
 
 
-def test_every_option_trains_to_other_weights_and_micro_batches_to_the_same(
-    rank_results: RankResults,
-) -> None:
+def test_every_option_trains_to_other_weights_and_micro_batches_to_the_same(rank_results: RankResults) -> None:
     (result,) = rank_results(1)
     whole = {name.partition(", 1 micro")[0]: fit for name, fit in result["fits"].items() if "1 micro" in name}
     for name, fit in whole.items():

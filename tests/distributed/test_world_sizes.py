@@ -21,11 +21,7 @@ def test_resume_on_two_then_three_then_one_process(tmp_path: Path, tmp_path_fact
     ]
     for number, (processes, more) in enumerate(starts, 1):
         arguments = runs.options(tmp_path_factory, folder, **(changes | more))
-        before, attempt, is_last = (
-            runs.saved_step(folder),
-            runs.training_attempt(folder),
-            number == len(starts),
-        )
+        before, attempt, is_last = (runs.saved_step(folder), runs.training_attempt(folder), number == len(starts))
         launched = runs.command("python" if processes == 1 else processes, *arguments, restarts=1)
         with runs.start(launched, folder) as run:
             if processes == 3:

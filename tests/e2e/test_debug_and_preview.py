@@ -20,14 +20,7 @@ REGRAFT = [sys.executable, "-m", "launch.cli"]
 def test_debug_prints_every_step_and_writes_nothing(options: Options, tmp_path: Path) -> None:
     arguments = options(optim__lr=0.002, data__num_workers=2)
     output = run([*REGRAFT, "debug", *arguments], cwd=tmp_path)
-    for step in (
-        "data",
-        "model",
-        "first batch",
-        "normalize",
-        "forward, layer by layer",
-        "train on 3 batches",
-    ):
+    for step in ("data", "model", "first batch", "normalize", "forward, layer by layer", "train on 3 batches"):
         assert step in output
     assert "images: uint8 [8, 3, 32, 32]" in output
     assert "stage4" in output

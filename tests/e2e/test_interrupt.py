@@ -15,12 +15,7 @@ from trainer.checkpoint import store
 
 SECONDS_BETWEEN_CHECKS = 1.0
 """How often a run looks for the file STOP."""
-TRAINING, WRITING, EVALUATING, ONE_RANK = (
-    "training",
-    "writing a checkpoint",
-    "evaluating",
-    "training, to one rank",
-)
+TRAINING, WRITING, EVALUATING, ONE_RANK = ("training", "writing a checkpoint", "evaluating", "training, to one rank")
 SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
 
 
@@ -83,10 +78,7 @@ Stops = list[tuple[str, str]]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "stops"),
-    [
-        ("python", [("SIGINT", EVALUATING), ("STOP", WRITING)]),
-        (2, [("STOP", TRAINING), ("SIGUSR1", ONE_RANK)]),
-    ],
+    [("python", [("SIGINT", EVALUATING), ("STOP", WRITING)]), (2, [("STOP", TRAINING), ("SIGUSR1", ONE_RANK)])],
 )
 def test_resume_after_stops_is_bit_identical(
     launcher: str | int, stops: Stops, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
@@ -145,10 +137,7 @@ def stop_and_resume(
 
 @pytest.mark.parametrize(
     "seed",
-    [
-        pytest.param(12, marks=pytest.mark.slow),
-        *(pytest.param(n, marks=pytest.mark.soak) for n in range(30, 60)),
-    ],
+    [pytest.param(12, marks=pytest.mark.slow), *(pytest.param(n, marks=pytest.mark.soak) for n in range(30, 60))],
 )
 def test_a_starting_run_stops_at_any_time(seed: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder, random_ = tmp_path / "run", random.Random(seed)
@@ -168,12 +157,7 @@ def test_a_starting_run_stops_at_any_time(seed: int, tmp_path: Path, tmp_path_fa
 @pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_the_update(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path / "run"
-    slow = {
-        "data__image_size": 256,
-        "model__name": "resnet18",
-        "model__weights": "null",
-        "train__batch_size": 22,
-    }
+    slow = {"data__image_size": 256, "model__name": "resnet18", "model__weights": "null", "train__batch_size": 22}
     changes = {"checkpoint__every": "1 steps", "data__num_workers": 0} | slow
     arguments = runs.options(tmp_path_factory, folder, **changes)
     with runs.start(runs.command("python", *arguments), folder) as run:

@@ -81,11 +81,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_help_of_a_verb_lists_its_options(verb: str, options: list[str]) -> None:
     help_ = subprocess.run(
-        [sys.executable, "-m", "launch.cli", verb, "--help"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-m", "launch.cli", verb, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout
     assert "usage: " in help_
     assert all(option in help_ for option in options)
@@ -147,9 +143,7 @@ def test_bash_completes_verbs_options_and_files(argv: list[str], expected: list[
     assert complete(argv, tmp_path) == expected
 
 
-def test_completion_script_has_every_verb_and_the_trainers_options(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_completion_script_has_every_verb_and_the_trainers_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0

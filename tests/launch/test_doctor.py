@@ -117,50 +117,22 @@ DISK, SHARED_MEMORY = host.check_disk, host.check_shared_memory
     ("check", "facts", "expected"),
     [
         (VERSIONS, Machine(), "green: Python 3.*, regraft 1.0, torch 2.15.0.cu130, torchvision 0.29.2"),
-        (
-            VERSIONS,
-            Machine(installed={"torch": ("2.14.0", [])}),
-            r"red: torchvision \S+ needs torch==2\.15\.0",
-        ),
-        (
-            VERSIONS,
-            Machine(installed={"torchvision": ("0.20", [])}),
-            "red: regraft 1.0 needs .*; torchvision 0.20 is",
-        ),
-        (
-            VERSIONS,
-            Machine(installed={"torchvision": None}),
-            "red: regraft 1.0 needs torchvision>=0.26; it is not",
-        ),
+        (VERSIONS, Machine(installed={"torch": ("2.14.0", [])}), r"red: torchvision \S+ needs torch==2\.15\.0"),
+        (VERSIONS, Machine(installed={"torchvision": ("0.20", [])}), "red: regraft 1.0 needs .*; torchvision 0.20 is"),
+        (VERSIONS, Machine(installed={"torchvision": None}), "red: regraft 1.0 needs torchvision>=0.26; it is not"),
         (VERSIONS, Machine(installed={"sympy": None}), r"red: torch \S+ needs sympy; it is not installed"),
-        (
-            VERSIONS,
-            Machine(installed={"rich": ("0.9", [])}),
-            "red: regraft 1.0 needs rich>=1; rich 0.9 is installed",
-        ),
+        (VERSIONS, Machine(installed={"rich": ("0.9", [])}), "red: regraft 1.0 needs rich>=1; rich 0.9 is installed"),
         (VERSIONS, Machine(installed={"regraft": None}), "red: regraft is not installed in this Python"),
         (GPUS, Machine(), "green: 1 x H100, torch for CUDA 12.8"),
-        (
-            GPUS,
-            Machine(gpus=0, measured={"torch": TORCH | {"gpus": []}}),
-            "green: .* training runs on its CPU",
-        ),
+        (GPUS, Machine(gpus=0, measured={"torch": TORCH | {"gpus": []}}), "green: .* training runs on its CPU"),
         (GPUS, Machine(environment={"CUDA_VISIBLE_DEVICES": ""}), "green: CUDA_VISIBLE_DEVICES hides them"),
         (
             GPUS,
             Machine(measured={"torch": TORCH | {"gpus": [GPU | {"free": GIB}]}}),
             "yellow: .* 1.07 GB of 85.9 GB are free",
         ),
-        (
-            GPUS,
-            Machine(measured={"torch": TORCH | {"cuda": None, "gpus": []}}),
-            "yellow: .* built for CPUs only",
-        ),
-        (
-            GPUS,
-            Machine(measured={"torch": TORCH | {"gpus": []}}),
-            "red: .* CUDA 12.8 cannot use any of 2 GPUs",
-        ),
+        (GPUS, Machine(measured={"torch": TORCH | {"cuda": None, "gpus": []}}), "yellow: .* built for CPUs only"),
+        (GPUS, Machine(measured={"torch": TORCH | {"gpus": []}}), "red: .* CUDA 12.8 cannot use any of 2 GPUs"),
         (GPUS, Machine(measured={"torch": {"error": "x"}}), ""),
         (PORTS, Machine(), "green"),
         (PORTS, Machine(port_is_free=False), "red"),
@@ -181,11 +153,7 @@ DISK, SHARED_MEMORY = host.check_disk, host.check_shared_memory
         (DECODING, Machine(), "green"),
         (DECODING, Machine(measured={"decoding": {"images_per_second": 20.0}}), "yellow"),
         (DECODING, Machine(measured={"training step": GPU_STEP}, processes=1), "green"),
-        (
-            DECODING,
-            Machine(measured={"training step": GPU_STEP}, processes=8),
-            "yellow: .* training needs 800",
-        ),
+        (DECODING, Machine(measured={"training step": GPU_STEP}, processes=8), "yellow: .* training needs 800"),
         (DECODING, Machine(measured={"training step": {"error": "x"}}), "green"),
         (DECODING, Machine(measured={"decoding": {"error": "x"}}), ""),
         (SPEED, Machine(), "green"),
@@ -432,10 +400,7 @@ def test_nodes_of_a_job_are_checked(commands: list[list[str]], monkeypatch: pyte
 def test_unwritable_run_folder_is_red(commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--run.dir=/proc/runs/a", "--json"]) == 1
     findings = {one["check"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
-    assert (findings["run folder"]["level"], findings["run folder"]["message"]) == (
-        "red",
-        "/proc: not writable",
-    )
+    assert (findings["run folder"]["level"], findings["run folder"]["message"]) == ("red", "/proc: not writable")
     assert findings["measuring"]["level"] == "yellow"
 
 
@@ -460,10 +425,7 @@ def test_doctor_checks_a_machine_without_gpus_and_leaves_no_files(tmp_path: Path
     (tmp_path / "here").mkdir()
     # torchrun would obey these variables if they reached it.
     doctor_ = start_doctor(
-        *(f"--data.root={root}", *TINY, "--nproc", "2", "--json"),
-        cwd=tmp_path / "here",
-        PET_NNODES="7",
-        RANK="3",
+        *(f"--data.root={root}", *TINY, "--nproc", "2", "--json"), cwd=tmp_path / "here", PET_NNODES="7", RANK="3"
     )
     out, err = doctor_.communicate(timeout=300)
     findings = {one["check"]: one for one in json.loads(out)["findings"]}

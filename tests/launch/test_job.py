@@ -10,13 +10,7 @@ import pytest
 from launch.errors import LaunchError
 from launch.local.torchrun import FORWARDED_SIGNALS
 from launch.slurm import job
-from launch.slurm.allocation import (
-    Allocation,
-    choose_port,
-    is_port_free,
-    read_allocation,
-    resolve_node_addresses,
-)
+from launch.slurm.allocation import Allocation, choose_port, is_port_free, read_allocation, resolve_node_addresses
 from launch.slurm.container import apptainer_argv, mounted_folders, pyxis_options
 from launch.slurm.job import resolve_run_dir, step_environment
 from launch.slurm.node import node_logs
@@ -25,13 +19,7 @@ from tests.launch.helpers import executable, write_failure
 from tests.launching import free_port
 
 JOB = Allocation(
-    job_id="123",
-    array_id=None,
-    task=None,
-    name="regraft",
-    nodes="node[1-2]",
-    restarts=0,
-    cpus_per_task="4",
+    job_id="123", array_id=None, task=None, name="regraft", nodes="node[1-2]", restarts=0, cpus_per_task="4"
 )
 TASK = replace(JOB, job_id="130", array_id="123", task=7)
 WORKDIR = Path("/home/u/my project")
@@ -49,11 +37,7 @@ WORKDIR = Path("/home/u/my project")
         (["--run.dir=/scratch/$(touch x)"], JOB, "/scratch/$(touch x)"),
         (["--data.root=x"], TASK, "/home/u/my project/runs/regraft-123_7"),
         (["--run.dir=runs/a"], TASK, "/home/u/my project/runs/a/7"),
-        (
-            ["--data.root=x"],
-            replace(JOB, name="../$(touch x) a"),
-            "/home/u/my project/runs/..___touch_x__a-123",
-        ),
+        (["--data.root=x"], replace(JOB, name="../$(touch x) a"), "/home/u/my project/runs/..___touch_x__a-123"),
     ],
 )
 def test_run_folder_is_the_same_for_all_starts(options: list[str], allocation: Allocation, expected: str) -> None:
@@ -92,11 +76,7 @@ def test_sweep_file_has_a_line_for_each_task(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        ("--run.dir 'a\n", "line 1: No closing quotation"),
-        ("# none\n", "has no options"),
-        (None, "cannot be read"),
-    ],
+    [("--run.dir 'a\n", "line 1: No closing quotation"), ("# none\n", "has no options"), (None, "cannot be read")],
 )
 def test_invalid_sweep_file_is_reported(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
@@ -192,12 +172,7 @@ def test_step_gets_the_cores_of_the_job() -> None:
 
 APPTAINER = JobSettings(container="/images/my image.sif", mounts=("/scratch",))
 PYXIS = JobSettings(container="nvcr.io#nvidia/pytorch:26.01", container_runtime="pyxis")
-APPTAINER_ARGV = [
-    f"--bind={WORKDIR}:{WORKDIR}",
-    "--bind=/data:/data",
-    f"--pwd={WORKDIR}",
-    "/images/my image.sif",
-]
+APPTAINER_ARGV = [f"--bind={WORKDIR}:{WORKDIR}", "--bind=/data:/data", f"--pwd={WORKDIR}", "/images/my image.sif"]
 
 
 @pytest.mark.parametrize(

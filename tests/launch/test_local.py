@@ -52,9 +52,7 @@ def training(factory: pytest.TempPathFactory, *arguments: str, epochs: int = MAN
         yield run
 
 
-def test_output_of_rank_0_is_shown_and_that_of_all_ranks_is_logged(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
+def test_output_of_rank_0_is_shown_and_that_of_all_ranks_is_logged(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("local") / "run"
     trainer_options = runs.options(tmp_path_factory, folder, data__num_workers=0, train__epochs=1)
     with runs.start(regraft("train", "--nproc", "2", *trainer_options), folder) as run:
@@ -147,9 +145,7 @@ def test_user_error_is_not_restarted(tmp_path_factory: pytest.TempPathFactory) -
     assert not other.exists(), "a wrong command leaves no run folder behind"
 
 
-def test_two_runs_are_independent_and_one_folder_has_one_run(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
+def test_two_runs_are_independent_and_one_folder_has_one_run(tmp_path_factory: pytest.TempPathFactory) -> None:
     with training(tmp_path_factory) as first, training(tmp_path_factory) as second:
         same_run = runs.options(tmp_path_factory, first.folder, data__num_workers=0, train__epochs=MANY_EPOCHS)
         with runs.start(regraft("train", *same_run), first.folder) as third:

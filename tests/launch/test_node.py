@@ -8,14 +8,7 @@ import pytest
 
 from launch.errors import LaunchError
 from launch.slurm import node
-from launch.slurm.node import (
-    NodeTask,
-    cores_and_gpus,
-    parse,
-    rendezvous_options,
-    stage_folder,
-    staged_data,
-)
+from launch.slurm.node import NodeTask, cores_and_gpus, parse, rendezvous_options, stage_folder, staged_data
 from tests.conftest import REPOSITORY
 from tests.launch.helpers import executable
 
@@ -145,9 +138,7 @@ WAIT_FOR_SIGTERM = "while :; do sleep 0.05; done"
         ),
         # Slurm signals every process of a step, and the third SIGTERM ends torchrun before its processes.
         pytest.param(
-            f"trap 'exit 1' TERM; TMP/save > /dev/null & kill -TERM $PPID; {WAIT_FOR_SIGTERM}",
-            0,
-            id="orphans may save",
+            f"trap 'exit 1' TERM; TMP/save > /dev/null & kill -TERM $PPID; {WAIT_FOR_SIGTERM}", 0, id="orphans may save"
         ),
     ],
 )

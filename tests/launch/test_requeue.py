@@ -4,15 +4,7 @@ from itertools import product
 
 import pytest
 
-from launch.slurm.requeue import (
-    JobOutcome,
-    JobOwner,
-    RequeueDecision,
-    decide,
-    job_owner,
-    new_attempts,
-    new_step,
-)
+from launch.slurm.requeue import JobOutcome, JobOwner, RequeueDecision, decide, job_owner, new_attempts, new_step
 from regraft.contract import AttemptRecord
 from tests.launch.helpers import attempt
 

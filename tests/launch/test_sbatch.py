@@ -32,12 +32,7 @@ SPECS = {
         gpus_per_node=1, cpus_per_task=8, time="1:00:00", options=("--config", "configs/hotdog.yaml")
     ),
     "eight-gpus": JobSpec(
-        job_name="fine tune",
-        gpus_per_node=8,
-        cpus_per_task=64,
-        mem="256G",
-        time="2-00:00:00",
-        signal_seconds=300,
+        job_name="fine tune", gpus_per_node=8, cpus_per_task=64, mem="256G", time="2-00:00:00", signal_seconds=300
     ),
     "two-nodes": JobSpec(
         nodes=2,
@@ -81,11 +76,7 @@ def test_each_golden_file_has_a_test() -> None:
 
 @pytest.mark.parametrize(("name", "argv"), [("finetune", []), ("array", ["--sweep", "seeds", "--array", "0-2"])])
 def test_scripts_in_slurm_folder_are_the_output_of_render(
-    name: str,
-    argv: list[str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    name: str, argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # without a site.yaml
     for variable in ("REGRAFT_SITE", "REGRAFT_NPROC", "REGRAFT_MAX_RESTARTS", "REGRAFT_MAX_ATTEMPTS"):

@@ -47,10 +47,7 @@ def test_empty_settings_keep_their_defaults(text: str, file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "partitoin: gpu",
-            r"there is no setting 'partitoin'\. Did you mean partition\? Valid: partition, account",
-        ),
+        ("partitoin: gpu", r"there is no setting 'partitoin'\. Did you mean partition\? Valid: partition, account"),
         ("1: gpu", "there is no setting 1"),
         ("[partition]", "expected settings"),
         ("partition: [a, b]", "partition is"),

@@ -63,14 +63,7 @@ def test_run_before_its_first_epoch(tmp_path: Path) -> None:
 
 def test_finished_run_shows_the_fine_tuned_model_and_not_the_baseline(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", epochs=3, state="done", stage="baseline", step=200)
-    row = {
-        "kind": "epoch",
-        "epoch": 10,
-        "step": 200,
-        "seconds": 3.0,
-        "test_accuracy": 0.99,
-        "train_loss": 0.1,
-    }
+    row = {"kind": "epoch", "epoch": 10, "step": 200, "seconds": 3.0, "test_accuracy": 0.99, "train_loss": 0.1}
     write_metrics(folder, [row])
     lines = describe(folder, now=NOW)[0].splitlines()
     assert lines[2] == "step 200 of 200, epoch 2 of 10"

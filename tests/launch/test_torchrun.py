@@ -45,14 +45,7 @@ def test_torchrun_chooses_the_port_and_the_options_are_unchanged() -> None:
 def test_variables_of_an_outer_launcher_are_dropped() -> None:
     kept = {"PATH": "/bin", "NCCL_DEBUG": "INFO"}
     dropped = (
-        *(
-            "PET_NNODES",
-            "TORCHELASTIC_RUN_ID",
-            "ACCELERATE_MIXED_PRECISION",
-            "RANK",
-            "WORLD_SIZE",
-            "MASTER_PORT",
-        ),
+        *("PET_NNODES", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "RANK", "WORLD_SIZE", "MASTER_PORT"),
     )
     expected = {**kept, "OMP_NUM_THREADS": "4", "REGRAFT_LOGS": "/runs/a/logs/0001"}
     assert trainer_environment(CONFIG, kept | dict.fromkeys(dropped, "1")) == expected

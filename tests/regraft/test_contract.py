@@ -48,10 +48,7 @@ def write_record(run: Path, number: int, content: str | bytes | None = None) -> 
 
 
 def test_record_round_trip(tmp_path: Path) -> None:
-    for record in (
-        RECORD,
-        dataclasses.replace(RECORD, reason=None, launcher=None, ended="later", state="done"),
-    ):
+    for record in (RECORD, dataclasses.replace(RECORD, reason=None, launcher=None, ended="later", state="done")):
         assert read_attempt(write_record(tmp_path, 1, record.to_json())) == record
     assert RECORD.to_json().isascii()
 

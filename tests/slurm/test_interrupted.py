@@ -97,10 +97,7 @@ def test_job_that_a_person_stops_saves_and_is_not_requeued(
             cluster.call("scancel", job)
         else:
             (folder / "STOP").touch()
-    for folder, state, reason in (
-        (cancelled, "CANCELLED", "SIGTERM"),
-        (stopped, "FAILED", "the file STOP"),
-    ):
+    for folder, state, reason in ((cancelled, "CANCELLED", "SIGTERM"), (stopped, "FAILED", "the file STOP")):
         cluster.wait_for(jobs[folder], state)
         wait_for_exit(cluster, jobs[folder])
         record = cluster.record(jobs[folder])
@@ -155,10 +152,7 @@ def test_job_resumes_after_its_first_node_was_lost(
     folder = tmp_path / "run"
     job = cluster.submit("--nodes=2", FINETUNE, *run_options(tmp_path_factory, folder), cwd=tmp_path)
     step = wait_for_checkpoint(cluster, job, folder, start=0)
-    print(
-        f"step {step} is saved: the first node, and with it the batch script, is lost for a moment",
-        flush=True,
-    )
+    print(f"step {step} is saved: the first node, and with it the batch script, is lost for a moment", flush=True)
     start = time.monotonic()
     cluster.kill_node("node1")
     cluster.start_node("node1")

@@ -144,11 +144,7 @@ def reported(*logs: RecordingLogger) -> dict[str, Any]:
     }
 
 
-POSITIONS = [
-    *((epoch, step) for epoch in range(3) for step in range(3 * epoch + 1, 3 * epoch + 4)),
-    (1, 3),
-    (2, 6),
-]
+POSITIONS = [*((epoch, step) for epoch in range(3) for step in range(3 * epoch + 1, 3 * epoch + 4)), (1, 3), (2, 6)]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

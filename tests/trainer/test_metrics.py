@@ -65,9 +65,7 @@ def test_resumed_sums_are_exact(ctx: DistributedContext, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_each_rank_resumes_its_own_sums_or_rank_0_their_total_if_the_world_size_changed(
-    world_size: int,
-) -> None:
+def test_each_rank_resumes_its_own_sums_or_rank_0_their_total_if_the_world_size_changed(world_size: int) -> None:
     rows = ((0.1, 1, 2), (0.2, 2, 3), (0.4, 0, 2))
     earlier = MetricState(rows=rows, seconds=9.0, compute_seconds=4.0)
     sums = [

@@ -84,10 +84,7 @@ def test_all_phases_are_one_attempt_that_ends_done(small: Config, folder: Path) 
         ({"optim": OptimConfig(lr_mult={"layre": 0.1})}, "'layre' matches no parameter"),
         ({"optim": OptimConfig(warmup="9 steps")}, "the peak learning rate"),
         ({"transfer": TransferConfig(wise_ft=True)}, r"wise_ft.* set data\.val_fraction 0\.1"),
-        (
-            {"regularization": RegularizationConfig(early_stopping=3)},
-            r"early_stopping.* set data\.val_fraction 0\.1",
-        ),
+        ({"regularization": RegularizationConfig(early_stopping=3)}, r"early_stopping.* set data\.val_fraction 0\.1"),
         (
             {"model": replace(MODEL, head_init="source-labels", aliases={"c": "d"})},
             "'c', which is not one of your classes",
@@ -130,11 +127,7 @@ def test_a_stop_while_the_data_are_prepared_is_recorded(
 
 @pytest.mark.parametrize(
     ("phase", "trained", "state"),
-    [
-        (PRETRAIN, [PRETRAIN], "stopped"),
-        ("", [PRETRAIN, ""], "stopped"),
-        (BASELINE, [PRETRAIN, "", BASELINE], "done"),
-    ],
+    [(PRETRAIN, [PRETRAIN], "stopped"), ("", [PRETRAIN, ""], "stopped"), (BASELINE, [PRETRAIN, "", BASELINE], "done")],
 )
 def test_a_signal_with_the_last_epoch_of_a_phase_stops_before_the_next(
     phase: str, trained: list[str], state: str, small: Config, folder: Path, monkeypatch: pytest.MonkeyPatch

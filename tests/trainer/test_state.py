@@ -40,11 +40,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_state(
-    make_optimizer: MakeOptimizer = sgd,
-    model: nn.Module | None = None,
-    *,
-    ema: float | None = None,
-    steps: int = 0,
+    make_optimizer: MakeOptimizer = sgd, model: nn.Module | None = None, *, ema: float | None = None, steps: int = 0
 ) -> TrainState:
     model = model or make_net()
     state = TrainState(model=model, optimizer=make_optimizer(model), ema=ModelEma(model, ema))

@@ -161,9 +161,7 @@ def test_balanced_class_weights_count_the_training_images(finished: ResolvedConf
     assert make_train_step(finished, counts, ctx, l2_sp).criterion.class_weights is None
 
 
-def test_the_model_file_interpolates_the_initial_weights_and_the_best_epochs_average(
-    finished: ResolvedConfig,
-) -> None:
+def test_the_model_file_interpolates_the_initial_weights_and_the_best_epochs_average(finished: ResolvedConfig) -> None:
     folder = Path(finished.run.dir)
     best = best_row(rows(finished, "epoch"), "val")
     checkpoint = folder / CHECKPOINTS / CheckpointId(best["step"], best["epoch"]).name
@@ -290,10 +288,7 @@ def test_a_stopped_run_reports_its_position_and_resumes(quick: ResolvedConfig, t
     for step in (1, 2, 2):  # the third start stops before the evaluation that follows step 2
         with pytest.raises(Stopped) as stopped:
             train(config, before=signal_before_the_first_update)
-        assert (stopped.value.reason, stopped.value.saved) == (
-            "SIGTERM",
-            f"step {step} of 6, in epoch 1 of 3",
-        )
+        assert (stopped.value.reason, stopped.value.saved) == ("SIGTERM", f"step {step} of 6, in epoch 1 of 3")
         assert store.list_checkpoints(folder / CHECKPOINTS)[0] == CheckpointId(step, 0)
         last = read_attempts(folder)[-1]
         assert (last.state, last.step, last.steps, last.epoch, last.epochs) == ("stopped", step, 6, 0, 3)

@@ -45,12 +45,7 @@ class ResumePoint:
             UserError: the newest checkpoint belongs to another run, or the folder cannot be read or written.
 
         """
-        self._run, self._schedule, self._metadata, self._early_stopping = (
-            run,
-            schedule,
-            metadata,
-            early_stopping,
-        )
+        self._run, self._schedule, self._metadata, self._early_stopping = (run, schedule, metadata, early_stopping)
         self._order_digest = order_digest
         self.checkpoint: LoadedCheckpoint | None = run.ctx.broadcast(
             run.ctx.main_process_first(lambda: self._find(config))

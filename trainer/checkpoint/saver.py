@@ -69,13 +69,7 @@ class CheckpointSaver:
             self._writer.submit(partial(self._run.lock.update, **position))
 
     def save_checkpoint(
-        self,
-        saved: Mapping[str, Any],
-        *,
-        statistics: Tensors,
-        metrics: str,
-        best_row: Row | None,
-        is_end: bool,
+        self, saved: Mapping[str, Any], *, statistics: Tensors, metrics: str, best_row: Row | None, is_end: bool
     ) -> None:
         """Write a checkpoint, and before it the model file if the checkpoint is of the best epoch.
 
@@ -88,12 +82,7 @@ class CheckpointSaver:
 
         """
         job = partial(
-            self._write_checkpoint,
-            saved,
-            statistics=statistics,
-            metrics=metrics,
-            best_row=best_row,
-            is_end=is_end,
+            self._write_checkpoint, saved, statistics=statistics, metrics=metrics, best_row=best_row, is_end=is_end
         )
         self._writer.submit(job)
 
@@ -140,13 +129,7 @@ class CheckpointSaver:
         return metadata.metrics.get("step") if metadata else None
 
     def _write_checkpoint(
-        self,
-        saved: Mapping[str, Any],
-        *,
-        statistics: Tensors,
-        metrics: str,
-        best_row: Row | None,
-        is_end: bool,
+        self, saved: Mapping[str, Any], *, statistics: Tensors, metrics: str, best_row: Row | None, is_end: bool
     ) -> None:
         checkpoint = CheckpointId(saved["step"], saved["epoch"])
         for weights in (saved["model"], evaluated_weights(saved)):

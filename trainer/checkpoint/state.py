@@ -161,15 +161,7 @@ class CheckpointState:
 
     def _check(self) -> None:
         run = self.run
-        counters = (
-            self.epoch,
-            self.step,
-            run.seed,
-            run.attempt,
-            run.world_size,
-            run.threads,
-            run.steps_per_epoch,
-        )
+        counters = (self.epoch, self.step, run.seed, run.attempt, run.world_size, run.threads, run.steps_per_epoch)
         _require(all(map(_is_count, counters)), "its counters")
         _require(run.world_size > 0 and run.steps_per_epoch > 0, "its counters")
         epoch_step = self.step - self.epoch * run.steps_per_epoch

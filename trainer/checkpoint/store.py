@@ -134,10 +134,7 @@ def write(folder: Path, checkpoint: CheckpointId, files: Mapping[str, bytes], *,
         manifest: dict[str, Any] = {"format": FORMAT, "files": {}}
         for name, content in files.items():
             _write_file(temporary / name, content)
-            manifest["files"][name] = {
-                "bytes": len(content),
-                "sha256": hashlib.sha256(content).hexdigest(),
-            }
+            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         _write_file(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         sync_folder(temporary)
         check()

@@ -92,11 +92,7 @@ def _run_config(config: Config, text: str, seed: int, folder: Path) -> ResolvedC
 
 
 def _run_all(
-    runs: dict[tuple[str, int], ResolvedConfig],
-    console: Console,
-    signals: StopSignals,
-    *,
-    is_main_process: bool,
+    runs: dict[tuple[str, int], ResolvedConfig], console: Console, signals: StopSignals, *, is_main_process: bool
 ) -> tuple[dict[str, list[Trial]], dict[str, dict[int, str]]]:
     """Return the trials of each strategy, and the error messages of its failed runs by seed.
 

@@ -140,7 +140,5 @@ def _skipped(config: ResolvedConfig) -> Iterator[str]:
 
 def _without_options(config: ResolvedConfig) -> ResolvedConfig:
     return replace(
-        config,
-        regularization=replace(config.regularization, ema=None),
-        transfer=replace(config.transfer, l2_sp=0.0),
+        config, regularization=replace(config.regularization, ema=None), transfer=replace(config.transfer, l2_sp=0.0)
     )

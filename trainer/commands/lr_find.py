@@ -64,11 +64,7 @@ def lr_find(argv: Sequence[str], signals: StopSignals) -> RangeTest:
     ctx.main_process_first(lambda: _write(folder, result, config, ctx) if ctx.is_main_process else None)
     console.print(
         range_table(
-            result.rates,
-            result.losses,
-            result.suggestion,
-            configured=config.optim.lr,
-            diverged=result.diverged,
+            result.rates, result.losses, result.suggestion, configured=config.optim.lr, diverged=result.diverged
         )
     )
     console.print(_conclusion(result, config, rest))
@@ -99,11 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"last learning rate, as optim.lr (default: optim.lr x {_SPAN:g})",
     )
     parser.add_argument(
-        "--steps",
-        type=int,
-        default=STEPS,
-        metavar="N",
-        help="maximum number of updates (default: %(default)s)",
+        "--steps", type=int, default=STEPS, metavar="N", help="maximum number of updates (default: %(default)s)"
     )
     return parser
 

@@ -71,10 +71,7 @@ class MeasuredRun:
         self._device = ctx.device
         # The pretrained weights would have to be downloaded, and the speed does not depend on them.
         created = make_model(
-            without_weights(config),
-            [str(number) for number in range(self._classes)],
-            None,
-            on_progress=lambda _: None,
+            without_weights(config), [str(number) for number in range(self._classes)], None, on_progress=lambda _: None
         )
         created.model.to(self._device)
         optimizer = make_optimizer(make_param_groups(created, config), config)

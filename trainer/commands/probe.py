@@ -113,4 +113,4 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
-    os._exit(code)  # gloo's threads sometimes abort a process that exits normally; see main.leave
+    os._exit(code)  # gloo's threads sometimes abort a process that exits normally, as in trainer/cli.py

@@ -10,13 +10,7 @@ from rich.console import Console
 from trainer.commands.lr_range import Suggestion, has_diverged, suggest
 from trainer.config.build_data import load_run_data
 from trainer.config.build_loaders import make_batches, make_eval_loader
-from trainer.config.build_model import (
-    fit_linear_probe,
-    make_l2_sp,
-    make_model,
-    make_optimizer,
-    make_param_groups,
-)
+from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_step
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
@@ -42,11 +36,7 @@ class RangeTest:
 
 
 def run_range_test(
-    config: ResolvedConfig,
-    ctx: DistributedContext,
-    console: Console,
-    signals: StopSignals,
-    rates: Sequence[float],
+    config: ResolvedConfig, ctx: DistributedContext, console: Console, signals: StopSignals, rates: Sequence[float]
 ) -> RangeTest:
     """Make one update at each learning rate until the loss diverges. Every process must call it.
 
@@ -66,11 +56,7 @@ def run_range_test(
     check_run_data(config, data, ctx)
     built = ctx.main_process_first(
         lambda: make_model(
-            config,
-            data.index.classes,
-            config.model.weights,
-            world_size=ctx.world_size,
-            on_progress=console.print,
+            config, data.index.classes, config.model.weights, world_size=ctx.world_size, on_progress=console.print
         ),
         local=True,
     )

@@ -112,13 +112,7 @@ def make_checkpoint_manager(
         order_digest=data.order.digest,
     )
     return CheckpointManager(
-        run,
-        state,
-        schedule,
-        saver=saver,
-        retention=retention,
-        early_stopping=early_stopping,
-        logger=logger,
+        run, state, schedule, saver=saver, retention=retention, early_stopping=early_stopping, logger=logger
     )
 
 

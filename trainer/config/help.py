@@ -27,10 +27,7 @@ def help_text(quickstart: str) -> str:
     lines += ["", "General"]
     general = [
         ("--help", "Show this help."),
-        (
-            "--config FILE",
-            "Config file with options in YAML; may be given several times, and later options win.",
-        ),
+        ("--config FILE", "Config file with options in YAML; may be given several times, and later options win."),
         ("--print_config", "Print all options of the run as YAML."),
     ]
     sections = get_type_hints(Config)

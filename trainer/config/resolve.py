@@ -142,11 +142,7 @@ def baseline_config(config: ResolvedConfig) -> ResolvedConfig:
 
 def with_pretrained(config: _ConfigT, file: Path) -> _ConfigT:
     """Return the config with a model file as its weights, instead of a pretraining phase."""
-    return replace(
-        config,
-        model=replace(config.model, weights=str(file)),
-        pretrain=replace(config.pretrain, root=None),
-    )
+    return replace(config, model=replace(config.model, weights=str(file)), pretrain=replace(config.pretrain, root=None))
 
 
 def without_weights(config: ResolvedConfig) -> ResolvedConfig:

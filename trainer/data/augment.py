@@ -79,19 +79,12 @@ def eval_transform(preprocessing: Preprocessing) -> Transform:
     size = preprocessing.resize_size
     target = [size, size] if preprocessing.resize == "squash" else [size]
     return v2.Compose(
-        [
-            v2.Resize(target, interpolation=preprocessing.mode, antialias=True),
-            v2.CenterCrop(preprocessing.image_size),
-        ]
+        [v2.Resize(target, interpolation=preprocessing.mode, antialias=True), v2.CenterCrop(preprocessing.image_size)]
     )
 
 
 def train_transform(
-    preprocessing: Preprocessing,
-    augment: Augmentation,
-    crop_scale: tuple[float, float],
-    *,
-    random_erasing: float = 0.0,
+    preprocessing: Preprocessing, augment: Augmentation, crop_scale: tuple[float, float], *, random_erasing: float = 0.0
 ) -> Transform:
     """Return the random transform for training, to [image_size, image_size].
 

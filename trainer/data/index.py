@@ -159,8 +159,7 @@ def write_split(index: DatasetIndex, path: Path) -> None:
     """
     splits = (("train", index.train), ("val", index.val), ("test", index.test))
     write_table(
-        path,
-        ((example.path, index.classes[example.label], name) for name, examples in splits for example in examples),
+        path, ((example.path, index.classes[example.label], name) for name, examples in splits for example in examples)
     )
 
 

@@ -72,6 +72,5 @@ def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROG
     index = without_images(index, unreadable)
     skipped = "".join(f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items()))
     return Prepared(
-        index,
-        (*index.notes, f"{len(unreadable)} of {len(paths)} images cannot be read and are skipped:{skipped}"),
+        index, (*index.notes, f"{len(unreadable)} of {len(paths)} images cannot be read and are skipped:{skipped}")
     )

@@ -146,9 +146,5 @@ def _pattern(pattern: str, s: _Field, t: _Field) -> _Field:
     """Return the weight of the second color at phases (s, t): 0 or 1, soft at the edges."""
     if pattern == "plain":
         return np.zeros_like(s)
-    wave = {
-        "striped": np.sin(s),
-        "checked": 1.5 * np.sin(s) * np.sin(t),
-        "dotted": np.cos(s) + np.cos(t) - 0.7,
-    }[pattern]
-    return np.clip(0.5 + 2 * wave, 0, 1)
+    waves = {"striped": np.sin(s), "checked": 1.5 * np.sin(s) * np.sin(t), "dotted": np.cos(s) + np.cos(t) - 0.7}
+    return np.clip(0.5 + 2 * waves[pattern], 0, 1)

@@ -36,11 +36,7 @@ def check_accelerate_variables(environment: Mapping[str, str]) -> None:
     would be saved with other parameter names.
     """
     for variable, allowed, instead in (
-        (
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-            ("", "1"),
-            "use train.grad_accum_steps to split a batch",
-        ),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "use train.grad_accum_steps to split a batch"),
         ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "regraft does not compile models"),
         ("ACCELERATE_MIXED_PRECISION", ("", "no", "bf16", "fp16"), "train.precision is fp32, bf16 or fp16"),
     ):

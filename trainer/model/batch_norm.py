@@ -97,13 +97,7 @@ def allow_single_value_batches(model: nn.Module) -> int:
 def _forward_or_eval(layer: _BatchNorm, images: Tensor) -> Tensor:
     if layer.training and images.numel() == images.shape[1]:
         return functional.batch_norm(
-            images,
-            layer.running_mean,
-            layer.running_var,
-            layer.weight,
-            layer.bias,
-            training=False,
-            eps=layer.eps,
+            images, layer.running_mean, layer.running_var, layer.weight, layer.bias, training=False, eps=layer.eps
         )
     return type(layer).forward(layer, images)
 

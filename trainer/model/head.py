@@ -171,11 +171,7 @@ def replace_head(model: nn.Module, heads: Sequence[Head], num_classes: int, init
 
 
 def _new_layer(old: nn.Linear | nn.Conv2d, num_classes: int) -> nn.Linear | nn.Conv2d:
-    options: dict[str, Any] = {
-        "bias": old.bias is not None,
-        "device": old.weight.device,
-        "dtype": old.weight.dtype,
-    }
+    options: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
     if isinstance(old, nn.Linear):
         return nn.Linear(old.in_features, num_classes, **options)
     for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode"):

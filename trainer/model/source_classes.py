@@ -129,13 +129,7 @@ def _suggest(name: str, names: Sequence[str]) -> str:
 
 
 def init_head_from_source_classes(
-    model: nn.Module,
-    head: Head,
-    state: Mapping[str, Tensor],
-    mapping: ClassMapping,
-    *,
-    name: str,
-    weights: str,
+    model: nn.Module, head: Head, state: Mapping[str, Tensor], mapping: ClassMapping, *, name: str, weights: str
 ) -> list[str]:
     """Initialize the new output layer with the source's rows, in place. Return lines for the console.
 
@@ -207,10 +201,7 @@ def _source_tensor(state: Mapping[str, Tensor], key: str, shape: tuple[int, ...]
 def _report(
     matches: Matches, mapping: ClassMapping, sources: Sequence[str], origin: str, *, has_bias: bool
 ) -> list[str]:
-    shown, names = (
-        [escape_unprintable(name) for name in mapping.targets],
-        list(map(escape_unprintable, sources)),
-    )
+    shown, names = ([escape_unprintable(name) for name in mapping.targets], list(map(escape_unprintable, sources)))
     lines = [f"output layer from the source's own: {len(matches.matched)} of {len(shown)} classes ({origin})"]
     for match in matches.matched:
         lines.append(f"  {shown[match.target]} <- {names[match.source]}, row {match.source} ({match.kind})")

@@ -242,13 +242,7 @@ class LoadReport:
 
 
 def load_weights(
-    model: nn.Module,
-    heads: Sequence[Head],
-    state: Mapping[str, Tensor],
-    *,
-    name: str,
-    image_size: int,
-    source: str,
+    model: nn.Module, heads: Sequence[Head], state: Mapping[str, Tensor], *, name: str, image_size: int, source: str
 ) -> LoadReport:
     """Copy the backbone's tensors into a model with new heads, by name; the heads keep their initialization.
 

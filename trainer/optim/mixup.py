@@ -86,11 +86,7 @@ class Mixup:
         if not self.enabled:
             return images, labels, None
         params = sample_params(
-            mixup_alpha=self.mixup_alpha,
-            cutmix_alpha=self.cutmix_alpha,
-            seed=self.seed,
-            step=step,
-            size=size,
+            mixup_alpha=self.mixup_alpha, cutmix_alpha=self.cutmix_alpha, seed=self.seed, step=step, size=size
         )
         others, other_labels = self._permuted(images, labels, params.permutation)
         if params.box is None:

@@ -178,7 +178,7 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
     of_what = "mean over seeds ± 95 % confidence interval (Student's t)" if seeds > 1 else "one seed, no interval"
     lines = [
         f"accuracy: test accuracy, {of_what}; "
-        "time: training seconds, with the fit of a linear probe, without evaluation and checkpoints",
+        "time: training seconds, with the fit of a linear probe, without evaluation and checkpoints"
     ]
     if first.accuracy is not None:
         lines.append(

@@ -181,12 +181,7 @@ def make_logger(
         if not run.is_writer:
             return NullLogger()
         return RunLogger(
-            progress_bar,
-            folder=run.folder,
-            title=title,
-            device=run.ctx.device,
-            text=metrics,
-            check=run.check_lock,
+            progress_bar, folder=run.folder, title=title, device=run.ctx.device, text=metrics, check=run.check_lock
         )
 
     return run.ctx.main_process_first(make), progress_bar

@@ -78,12 +78,7 @@ def draw_range(
 
 
 def range_table(
-    rates: Sequence[float],
-    losses: Sequence[float],
-    suggestion: Suggestion,
-    *,
-    configured: float,
-    diverged: bool,
+    rates: Sequence[float], losses: Sequence[float], suggestion: Suggestion, *, configured: float, diverged: bool
 ) -> Table:
     """Return a table of the important learning rates with their smoothed losses.
 

@@ -49,12 +49,7 @@ class RunLock:
 
     @classmethod
     def acquire(
-        cls,
-        folder: Path,
-        *,
-        log: Callable[[str], object],
-        timeout: float = HEARTBEAT_TIMEOUT,
-        released: int = 0,
+        cls, folder: Path, *, log: Callable[[str], object], timeout: float = HEARTBEAT_TIMEOUT, released: int = 0
     ) -> Self:
         """Take the next number in a run folder, which is created if it does not exist.
 

@@ -153,11 +153,7 @@ def open_run(
 
 
 def _acquire_lock(
-    folder: Path,
-    config: str,
-    resume: Literal["auto", "never", "must"],
-    console: Console,
-    signals: StopSignals,
+    folder: Path, config: str, resume: Literal["auto", "never", "must"], console: Console, signals: StopSignals
 ) -> RunLock:
     # torchrun restarts the processes with the same command line, which must not archive the run again.
     if resume == "never" and is_torchrun_restart(folder):

@@ -163,7 +163,7 @@ def fit_head(
             )
             if ctx.is_main_process
             else None
-        ),
+        )
     )
     result = ctx.broadcast(result)
     assert result is not None  # for mypy: rank 0 has it

@@ -81,12 +81,7 @@ def fit(
     solutions = []
     for penalty in penalties:
         max_grad, iterations = _minimize(
-            inputs,
-            labels,
-            weight=weight,
-            bias=bias if intercept else None,
-            penalty=penalty,
-            weights=weights,
+            inputs, labels, weight=weight, bias=bias if intercept else None, penalty=penalty, weights=weights
         )
         folded = weight * scale
         solutions.append(Solution(folded.float(), (bias - folded @ mean).float(), penalty, max_grad, iterations))
@@ -94,13 +89,7 @@ def fit(
 
 
 def _minimize(
-    inputs: Tensor,
-    labels: Tensor,
-    *,
-    weight: Tensor,
-    bias: Tensor | None,
-    penalty: float,
-    weights: Tensor | None,
+    inputs: Tensor, labels: Tensor, *, weight: Tensor, bias: Tensor | None, penalty: float, weights: Tensor | None
 ) -> tuple[float, int]:
     """Minimize over weight and bias, in place. Return (greatest entry of the gradient, number of iterations)."""
     parameters = [tensor.requires_grad_() for tensor in (weight, bias) if tensor is not None]

@@ -16,13 +16,7 @@ IDENTITY = RunIdentity(
     examples=(4, 3, 2, 1),
     data="5e3a",
 )
-SCALER = {
-    "scale": 1024.0,
-    "growth_factor": 2.0,
-    "backoff_factor": 0.5,
-    "growth_interval": 2000,
-    "_growth_tracker": 3,
-}
+SCALER = {"scale": 1024.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 3}
 METADATA = RunMetadata(
     identity=IDENTITY,
     seed=2**63 - 1,

@@ -192,8 +192,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_config_kept(saved: Saved
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"order_digest": "0" * 64}, {"order_digest": digest(0)}, {"run": dataclasses.replace(SAVED, seed=4)}],
+    "changes", [{"order_digest": "0" * 64}, {"order_digest": digest(0)}, {"run": dataclasses.replace(SAVED, seed=4)}]
 )
 def test_another_order_of_the_examples_is_refused(changes: dict[str, Any], saved: Saved) -> None:
     run = dataclasses.replace(changes.get("run", SAVED), versions={"torch": "2.0\x1b[31m"})
@@ -235,18 +234,8 @@ def metrics(*accuracies: float) -> str:
 @pytest.mark.parametrize(
     ("epoch", "epochs", "patience", "line"),
     [
-        (
-            4,
-            4,
-            None,
-            "finished already, after epoch 4: nothing to train. A larger train.epochs resumes from here",
-        ),
-        (
-            3,
-            4,
-            2,
-            "finished already: stopped early, after epoch 3 of 4: none of the last 2 was better on val than",
-        ),
+        (4, 4, None, "finished already, after epoch 4: nothing to train. A larger train.epochs resumes from here"),
+        (3, 4, 2, "finished already: stopped early, after epoch 3 of 4: none of the last 2 was better on val than"),
         (3, 4, 3, None),
         (3, 4, None, None),
         (4, 5, None, None),
@@ -324,8 +313,7 @@ def test_the_position_is_described(describe: Describe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch_norm", "is_local"),
-    [("train", True), ("frozen-with-weights", True), ("frozen", False), ("sync", False)],
+    ("batch_norm", "is_local"), [("train", True), ("frozen-with-weights", True), ("frozen", False), ("sync", False)]
 )
 def test_another_world_size_is_described(batch_norm: str, is_local: bool, describe: Describe) -> None:
     _, line = describe(3, 1, batch_norm=batch_norm, world_size=3)

@@ -444,8 +444,7 @@ DAMAGES: Mapping[str, Callable[[Path, random.Random], object]] = {
     "a folder": make_folder,
     "a link": make_link,
     "another file": lambda path, rng: shutil.copy(
-        path,
-        path.with_name(rng.choice([f"{path.name}.1", f".{path.name}", "x", "\udcff", path.name.upper()])),
+        path, path.with_name(rng.choice([f"{path.name}.1", f".{path.name}", "x", "\udcff", path.name.upper()]))
     ),
 }
 

@@ -20,11 +20,7 @@ def run_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 
     def run(root: str | Path, *options: str, processes: int = 1) -> dict[str, dict[str, Any]]:
         tiny = ["--data.image_size=32", "--run.device=cpu", "--run.threads=1", "--model.name=squeezenet1_1"]
-        folders = [
-            f"--data.root={root}",
-            f"--data.cache={tmp_path / 'cache'}",
-            f"--run.dir={tmp_path / 'run'}",
-        ]
+        folders = [f"--data.root={root}", f"--data.cache={tmp_path / 'cache'}", f"--run.dir={tmp_path / 'run'}"]
         (tmp_path / "scratch").mkdir()
         probe.measure_run(tmp_path / "scratch", processes, [*tiny, *folders, *options])
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -40,12 +36,7 @@ def run_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 def test_all_measurements_of_a_run_write_no_files(run_probe: Measure, tmp_path: Path) -> None:
     root = image_folder(tmp_path / "images", {"train": {"a": 3, "b": 2}, "test": {"a": 1, "b": 1}})
     options = ["--optim.name=adamw", "--train.batch_size=6", "--model.head_init=source-labels"]
-    options += [
-        "--transfer.l2_sp=0.1",
-        "--baseline.lr=0.1",
-        "--transfer.wise_ft=true",
-        "--regularization.ema=0.9",
-    ]
+    options += ["--transfer.l2_sp=0.1", "--baseline.lr=0.1", "--transfer.wise_ft=true", "--regularization.ema=0.9"]
     measured = run_probe(root, *options, processes=2)
     assert [name for name, values in measured.items() if "error" in values] == []
     assert list(measured) == MEASUREMENTS

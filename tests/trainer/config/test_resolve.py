@@ -35,10 +35,7 @@ def test_data_root_must_be_set(root: str | None) -> None:
         ("data.root", make_config(UNKNOWN_HOME)),
         ("run.dir", replace(make_config("images"), run=RunConfig(dir=UNKNOWN_HOME))),
         ("pretrain.root", replace(make_config("images"), pretrain=PretrainConfig(root=UNKNOWN_HOME))),
-        (
-            "model.weights",
-            make_config("images", ModelConfig(name="resnet18", weights=f"{UNKNOWN_HOME}.safetensors")),
-        ),
+        ("model.weights", make_config("images", ModelConfig(name="resnet18", weights=f"{UNKNOWN_HOME}.safetensors"))),
     ],
 )
 def test_an_unknown_home_folder_is_refused(key: str, config: Config) -> None:

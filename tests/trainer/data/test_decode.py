@@ -249,13 +249,7 @@ def test_damaged_metadata_is_ignored(
 
 def test_first_frame_of_an_animation_is_decoded(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    for name, kind in (
-        ("x.gif", "GIF"),
-        ("x.png", "PNG"),
-        ("x.tif", "TIFF"),
-        ("x.webp", "WEBP"),
-        ("x.jpg", "MPO"),
-    ):
+    for name, kind in (("x.gif", "GIF"), ("x.png", "PNG"), ("x.tif", "TIFF"), ("x.webp", "WEBP"), ("x.jpg", "MPO")):
         frames[0].save(tmp_path / name, format=kind, save_all=True, append_images=frames[1:])
         assert np.abs(decode_array(tmp_path / name).astype(int) - (255, 0, 0)).max() <= 2
 
@@ -365,10 +359,7 @@ def test_anything_but_a_regular_file_is_refused_at_once(tmp_path: Path) -> None:
 def test_file_without_read_permission_is_unreachable(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     noise_image(1).save(path)
-    with (
-        without_permission(path),
-        pytest.raises(UnreachableImage, match=r"cannot be opened \(Permission denied\)"),
-    ):
+    with without_permission(path), pytest.raises(UnreachableImage, match=r"cannot be opened \(Permission denied\)"):
         decode(str(path))
     assert decode_array(path).shape == (30, 40, 3)
 

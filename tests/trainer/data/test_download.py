@@ -112,10 +112,7 @@ def test_wrong_archive_placed_by_hand_is_named_and_kept(server: Server, cache: P
     ("response", "reason"),
     [
         (web.truncated, rf"IncompleteRead\({HALF} bytes read, {len(ARCHIVE) - HALF} more expected\)"),
-        (
-            web.truncated_without_length,
-            f"expected sha1:{SHA1} but got {hashlib.sha1(ARCHIVE[:HALF]).hexdigest()}",
-        ),
+        (web.truncated_without_length, f"expected sha1:{SHA1} but got {hashlib.sha1(ARCHIVE[:HALF]).hexdigest()}"),
         (web.login_page, f"expected sha1:{SHA1} but got [0-9a-f]{{40}}"),
         (web.not_found, "404 Client Error: Not Found"),
         (web.silent, "timed out"),
@@ -258,10 +255,7 @@ def test_interrupted_extraction_is_not_taken_for_complete(server: Server, cache:
 
 
 def test_two_processes_download_once(server: Server, cache: Path, repository: Path) -> None:
-    with (
-        start_process(server, cache, repository) as first,
-        start_process(server, cache, repository) as second,
-    ):
+    with start_process(server, cache, repository) as first, start_process(server, cache, repository) as second:
         outputs = [first.communicate(), second.communicate()]
     folder = cache / f"set-{SHA1[:8]}" / "set"
     assert outputs[0] == outputs[1] == (f"{folder}\n", "")
@@ -302,10 +296,7 @@ UNSAFE = {
     "symlink as folder": (make_zip({"link/": b""}, file_type=stat.S_IFLNK), "is a link or a special file"),
     "pipe": (make_zip({"pipe": b""}, file_type=stat.S_IFIFO), "is a link or a special file"),
     "bomb": (make_zip({"bomb": bytes(200_000)}), "would take 200,000 bytes; at most 100,000 are allowed"),
-    "many entries": (
-        make_zip({f"{i}/": b"" for i in range(30)}),
-        "it has 30 entries; at most 20 are allowed",
-    ),
+    "many entries": (make_zip({f"{i}/": b"" for i in range(30)}), "it has 30 entries; at most 20 are allowed"),
     "bomb with a small declared size": (with_declared_size(SMALL, 20), "cannot be extracted: Bad CRC"),
     "escape sequence": (make_zip({"../\x1b[2J": b""}), r"'../\x1b[2J' leads out"),
     "web page": (b"<html>404</html>", "cannot be extracted: File is not a zip file"),

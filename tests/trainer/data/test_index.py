@@ -53,15 +53,7 @@ def has_note(index: DatasetIndex, *words: str) -> bool:
 def test_training_examples_equal_those_of_image_folder(tmp_path: Path) -> None:
     touch(
         tmp_path / "train",
-        *[
-            "b/2.jpg",
-            "b/10.jpg",
-            "b/x.PNG",
-            "b/deep/1.jpeg",
-            "b/deep/er/1.jpg",
-            "b/deep-er/1.jpg",
-            "b/Z.tiff",
-        ],
+        *["b/2.jpg", "b/10.jpg", "b/x.PNG", "b/deep/1.jpeg", "b/deep/er/1.jpg", "b/deep-er/1.jpg", "b/Z.tiff"],
         *("a b/with space.jpg", 'a b/a,"b\n.jpg', f"a b/{NOT_UTF8}", "猫/照片.JPG", "B/1.webp", "B/2.bmp"),
     )
     make_classes(tmp_path, "val", {"b": 2, "a b": 1, "猫": 1, "B": 1})
@@ -286,10 +278,7 @@ def test_folder_linked_from_two_classes_or_splits_is_refused(tmp_path: Path) -> 
         ([], "holds no folders and no images"),
         (["1.jpg", "2.jpg", "x.txt"], r"holds 2 images and no folders \(1 \.txt\)\. Expected train/"),
         (["x.txt"], r"holds no folders and no images \(1 \.txt\)"),
-        (
-            ["hotdog/train/a/1.jpg", "hotdog/train/b/1.jpg"],
-            "holds a single folder, hotdog/.*--data.root .*/hotdog$",
-        ),
+        (["hotdog/train/a/1.jpg", "hotdog/train/b/1.jpg"], "holds a single folder, hotdog/.*--data.root .*/hotdog$"),
         (["one/two/a/1.jpg", "one/two/b/1.jpg"], "--data.root .*/one/two$"),
         (["data/a/1.jpg", "data/b/1.jpg", "__MACOSX/data/a/1.jpg"], "--data.root .*/data$"),
         (["cats/1.jpg"], "a single class, cats, in the folder; expected at least two"),
@@ -375,11 +364,7 @@ def test_unreadable_images_are_dropped_from_every_split(tmp_path: Path) -> None:
     index = make_index(tmp_path)
     unreadable = {index.train[0].path: "truncated", index.val[1].path: "empty", index.test[0].path: "empty"}
     remaining = without_images(index, unreadable)
-    assert (remaining.train, remaining.val, remaining.test) == (
-        index.train[1:],
-        index.val[:1],
-        index.test[1:],
-    )
+    assert (remaining.train, remaining.val, remaining.test) == (index.train[1:], index.val[:1], index.test[1:])
     assert remaining.classes == index.classes
     assert has_note(remaining, "classes have no image to report on", ": a")
     assert has_note(remaining, "classes have no image to select", ": b")

@@ -6,12 +6,7 @@ import torch
 from trainer.data.balance import balanced, repeated
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
 
-COUNTS = {
-    "rare": {0: 13, 1: 2, 2: 6},
-    "a class missing": {0: 5, 3: 1},
-    "one class": {1: 4},
-    "even": {0: 3, 1: 3},
-}
+COUNTS = {"rare": {0: 13, 1: 2, 2: 6}, "a class missing": {0: 5, 3: 1}, "one class": {1: 4}, "even": {0: 3, 1: 3}}
 
 
 def labels_of(name: str) -> tuple[int, ...]:

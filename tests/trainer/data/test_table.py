@@ -168,10 +168,7 @@ def test_hard_links_are_separate_files(tmp_path: Path) -> None:
         (b"PK\x03\x04\x14\x00\x00\x00", r"line 1: a NUL byte.*extract an archive first"),
         (b"\xff\xd8\xff\xe0JFIF\n", r"line 1: not UTF-8"),
         ("path,label\na1.jpg,caf\u00e9\n".encode("latin-1"), r"line 2: not UTF-8"),
-        (
-            "path,label\ncaf\u00e9.jpg,a\n".encode("latin-1"),
-            r"line 2: no such file: .*caf\\xe9.*saved as UTF-8\?",
-        ),
+        ("path,label\ncaf\u00e9.jpg,a\n".encode("latin-1"), r"line 2: no such file: .*caf\\xe9.*saved as UTF-8\?"),
     ],
 )
 def test_invalid_csv_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:

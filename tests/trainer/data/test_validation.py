@@ -138,10 +138,7 @@ def test_results_of_other_images_are_kept_while_their_files_exist(
     images(tmp_path / "data" / "new", 1)
     check([paths[0], paths[5], str(tmp_path / "data" / "new" / "000.png")], cache)
     (file,) = files(cache)
-    assert sorted(json.loads(file.read_text())["images"]) == [
-        *(f"00{i}.png" for i in (0, 2, 3, 4, 5)),
-        "new/000.png",
-    ]
+    assert sorted(json.loads(file.read_text())["images"]) == [*(f"00{i}.png" for i in (0, 2, 3, 4, 5)), "new/000.png"]
 
 
 def damage(file: Path, content: bytes) -> None:

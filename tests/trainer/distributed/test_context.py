@@ -124,13 +124,7 @@ def test_collectives_of_a_single_process(ctx: DistributedContext, monkeypatch: p
     ],
 )
 def test_precision(
-    option: Any,
-    on_cpu: bool,
-    launcher: str,
-    saved: Any,
-    bf16: bool,
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
+    option: Any, on_cpu: bool, launcher: str, saved: Any, bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
     options = {"environment": {"ACCELERATE_MIXED_PRECISION": launcher}, "saved_precision": saved}

@@ -10,10 +10,7 @@ from trainer.errors import UserError
 
 @pytest.mark.parametrize(
     ("error", "message", "has_stack"),
-    [
-        (UserError("x is 3: expected 4"), "error: x is 3: expected 4", False),
-        (ValueError("no"), "ValueError: no", True),
-    ],
+    [(UserError("x is 3: expected 4"), "error: x is 3: expected 4", False), (ValueError("no"), "ValueError: no", True)],
 )
 def test_the_first_error_is_written_in_torchruns_format(
     error: Exception, message: str, has_stack: bool, tmp_path: Path

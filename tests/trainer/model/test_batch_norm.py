@@ -79,10 +79,7 @@ def pickled(model: nn.Module) -> nn.Module:
 
 def test_only_layers_with_running_statistics_are_changed() -> None:
     model = nn.Sequential(
-        nn.BatchNorm2d(3),
-        nn.BatchNorm1d(3, track_running_stats=False),
-        nn.GroupNorm(1, 3),
-        nn.SyncBatchNorm(3),
+        nn.BatchNorm2d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.GroupNorm(1, 3), nn.SyncBatchNorm(3)
     )
     assert batch_norms(model) == [model[0], model[3]]
     assert freeze_batch_norm(model) == 2

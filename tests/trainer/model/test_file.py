@@ -270,10 +270,7 @@ DAMAGED_FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "a class twice": ({"classes": ["a", "b", "a"]}, "3 classes, 2 different ones"),
     "classes are text": ({"classes": "ab"}, "classes are not a list of names"),
     "classes are lists": ({"classes": [["a"], ["b"]]}, "classes are not a list of names"),
-    "unknown architecture": (
-        {"architecture": "resnet19"},
-        "architecture 'resnet19' is not one of torchvision's",
-    ),
+    "unknown architecture": ({"architecture": "resnet19"}, "architecture 'resnet19' is not one of torchvision's"),
     "a path": ({"architecture": "../../evil.py"}, "architecture '../../evil.py' is not one of torchvision's"),
     "a long name": ({"architecture": "x" * 10**6}, "architecture 'xxx"),
     "escapes": ({"architecture": "\x1b[31m\n"}, r"architecture '\x1b[31m\n' is not one of torchvision's"),
@@ -302,8 +299,7 @@ def test_a_damaged_header_is_an_error_with_the_path(model_file: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "{", "null", "3", "[]", '"text"', "[" * 100_000, '{"format": 1}', '{"format": NaN}', "1" * 5000],
+    "text", ["", "{", "null", "3", "[]", '"text"', "[" * 100_000, '{"format": 1}', '{"format": NaN}', "1" * 5000]
 )
 def test_a_header_that_is_no_json_object_is_damaged(model_file: Path, tmp_path: Path, text: str) -> None:
     path = tmp_path / "hostile.safetensors"
@@ -315,19 +311,13 @@ def test_a_header_that_is_no_json_object_is_damaged(model_file: Path, tmp_path: 
 DAMAGED_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "missing": (lambda s: s.pop("conv1.0.weight"), "conv1.0.weight is missing"),
     "no head": (lambda s: [s.pop("fc.weight"), s.pop("fc.bias")], "fc.weight is missing, fc.bias is missing"),
-    "extra": (
-        lambda s: s.update({"evil.weight": torch.zeros(1)}),
-        "evil.weight does not belong to this model",
-    ),
+    "extra": (lambda s: s.update({"evil.weight": torch.zeros(1)}), "evil.weight does not belong to this model"),
     "a name that clears the screen": (
         lambda s: s.update({"\x1b[2J\n": torch.zeros(1)}),
         r"\x1b[2J\n does not belong to this model",
     ),
     "another shape": (lambda s: s.update({"fc.bias": torch.zeros(3)}), "fc.bias is [3], expected [8]"),
-    "NaN": (
-        lambda s: s["fc.weight"].view(-1)[5:6].fill_(torch.nan),
-        "fc.weight holds NaN or infinite values",
-    ),
+    "NaN": (lambda s: s["fc.weight"].view(-1)[5:6].fill_(torch.nan), "fc.weight holds NaN or infinite values"),
     "integers": (lambda s: s.update({"fc.bias": s["fc.bias"].long()}), "fc.bias holds torch.int64"),
     "complex": (
         lambda s: s.update({"fc.bias": torch.zeros(8, dtype=torch.complex64)}),
@@ -400,14 +390,7 @@ def peak_memory() -> int:
 def test_files_in_other_formats_are_not_readable(model_file: Path, tmp_path: Path) -> None:
     valid = model_file.read_bytes()
     path = tmp_path / "broken.safetensors"
-    for content in (
-        b"",
-        b"text" * 9,
-        valid[:100],
-        valid[:-1],
-        struct.pack("<Q", 2**60) + b"{}",
-        b"PK\x03\x04" + valid,
-    ):
+    for content in (b"", b"text" * 9, valid[:100], valid[:-1], struct.pack("<Q", 2**60) + b"{}", b"PK\x03\x04" + valid):
         path.write_bytes(content)
         for read in (read_metadata, load):
             with pytest.raises(UserError, match=r"broken.safetensors: not a readable safetensors file"):

@@ -179,10 +179,7 @@ def test_weights_without_names_have_torchvisions_if_the_number_of_rows_is_equal(
             "'bug', which is not one of your classes. Expected one of its 2, such as ants, bees",
         ),
         ({"aliases": {"ant": "ant"}}, "'ant', which is not one of your classes. Did you mean ants?"),
-        (
-            {"aliases": {"bees": "crate"}},
-            "maps 'bees' to 'crate', but the source has no class 'crate'. Did you mean",
-        ),
+        ({"aliases": {"bees": "crate"}}, "maps 'bees' to 'crate', but the source has no class 'crate'. Did you mean"),
         (
             {"in_weights_file": NAMES[:5]},
             r"there are 5 source classes \(the header of .* but the output layer of .* has 6 rows",

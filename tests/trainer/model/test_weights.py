@@ -106,12 +106,7 @@ CHECKPOINTS = {
     "DDP, then compiled": lambda s: prefixed(s, "_orig_mod.module."),
     "state_dict": lambda s: {"state_dict": s, "epoch": 3},
     "model": lambda s: {"model": s, "optimizer": {"state": {}}, "args": None},
-    "PyTorch's tutorial": lambda s: {
-        "epoch": 3,
-        "model_state_dict": s,
-        "optimizer_state_dict": {},
-        "loss": 0.5,
-    },
+    "PyTorch's tutorial": lambda s: {"epoch": 3, "model_state_dict": s, "optimizer_state_dict": {}, "loss": 0.5},
     "PyTorch's ImageNet example": lambda s: {
         "epoch": 3,
         "arch": NAME,
@@ -119,11 +114,7 @@ CHECKPOINTS = {
         "best_acc1": torch.tensor(58.0),
         "optimizer": {},
     },
-    "torchvision's references": lambda s: {
-        "model": s,
-        "model_ema": {"n_averaged": torch.tensor(1)},
-        "scaler": {},
-    },
+    "torchvision's references": lambda s: {"model": s, "model_ema": {"n_averaged": torch.tensor(1)}, "scaler": {}},
     "nested": lambda s: {"model": {"state_dict": s}},
     "OrderedDict": OrderedDict,
     "parameters": lambda s: {key: nn.Parameter(tensor) for key, tensor in s.items()},
@@ -221,31 +212,15 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "truncated old format": (".pth", VALID_OLD[: len(VALID_OLD) // 2], NOT_TORCH),
     "pickle": (".pth", pickle.dumps([1, 2], protocol=4), NOT_TORCH),
     "broken pickle": (".pth", b"\x80\x02\xff\xff\xff", NOT_TORCH),
-    "list": (
-        ".pth",
-        pickled([1, 2]),
-        "contains a list and no tensors by name; expected a model's state dict",
-    ),
+    "list": (".pth", pickled([1, 2]), "contains a list and no tensors by name; expected a model's state dict"),
     "tensor": (".pth", pickled(torch.zeros(3)), "contains a Tensor and no tensors by name"),
     "no tensors": (".pth", pickled({"epoch": 3}), "contains the keys epoch and no tensors by name"),
     "contains itself": (".pth", pickled(ENDLESS), "contains the keys model and no tensors by name"),
-    "whole model": (
-        ".pt",
-        pickled(models.squeezenet1_1()),
-        "more than plain tensors (torchvision.models.squeezenet.",
-    ),
-    "arguments": (
-        ".pt",
-        pickled({"args": SimpleNamespace(lr=1)}),
-        "more than plain tensors (types.SimpleNamespace)",
-    ),
+    "whole model": (".pt", pickled(models.squeezenet1_1()), "more than plain tensors (torchvision.models.squeezenet."),
+    "arguments": (".pt", pickled({"args": SimpleNamespace(lr=1)}), "more than plain tensors (types.SimpleNamespace)"),
     "NaN": (".pth", pickled({"fc.weight": torch.tensor([1, torch.nan])}), NOT_FINITE),
     "infinite": (".pth", pickled({"fc.weight": torch.tensor([-torch.inf])}), NOT_FINITE),
-    "too large for float32": (
-        ".pth",
-        pickled({"fc.weight": torch.tensor([1e300]).double() * 1e300}),
-        NOT_FINITE,
-    ),
+    "too large for float32": (".pth", pickled({"fc.weight": torch.tensor([1e300]).double() * 1e300}), NOT_FINITE),
     "expanded": (".pth", pickled({"fc.weight": torch.zeros(1).expand(10**12)}), NOT_DENSE),
     "sparse": (".pth", pickled({"fc.weight": torch.eye(3).to_sparse()}), NOT_DENSE),
     "on the meta device": (".pth", pickled({"fc.weight": torch.empty(3, device="meta")}), NOT_DENSE),
@@ -394,12 +369,7 @@ def test_a_download_is_verified_and_cached(server: Server, entry: WeightsEnum, c
 
 @pytest.mark.parametrize(
     ("response", "reason"),
-    [
-        (complete, "invalid hash value"),
-        (not_found, "HTTP Error 404"),
-        (truncated, ""),
-        (stalled, "timed out"),
-    ],
+    [(complete, "invalid hash value"), (not_found, "HTTP Error 404"), (truncated, ""), (stalled, "timed out")],
 )
 def test_a_failed_download_leaves_no_file(
     server: Server, entry: WeightsEnum, monkeypatch: pytest.MonkeyPatch, response: Response, reason: str
@@ -475,10 +445,7 @@ def test_keys_that_do_not_fit_are_reported(state: State) -> None:
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        (
-            {"conv1.weight": torch.zeros(64, 3, 7, 7)},
-            "it contains: conv1.weight\n  net has: features.0.weight, ",
-        ),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "it contains: conv1.weight\n  net has: features.0.weight, "),
         ({"features.0.weight": torch.zeros(1)}, "shape: features.0.weight [1], expected [64, 3, 3, 3]"),
         ({"classifier.1.weight": torch.zeros(5, 512, 1, 1)}, "it contains: \n"),
     ],

@@ -164,12 +164,7 @@ def test_the_local_batches_of_all_ranks_are_the_mixed_global_batch(kind: str, wo
                 return torch.cat([padded(full, other) for other in range(world_size)])
 
             on_rank = Mixup(
-                mixup_alpha=mixup,
-                cutmix_alpha=cutmix,
-                seed=SEED,
-                rank=rank,
-                world_size=world_size,
-                gather=gather,
+                mixup_alpha=mixup, cutmix_alpha=cutmix, seed=SEED, rank=rank, world_size=world_size, gather=gather
             )
             mixed, local_major, local_minor = on_rank(images[local], labels[local], step, size)
             assert local_minor is not None

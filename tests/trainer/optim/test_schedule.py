@@ -17,8 +17,7 @@ from trainer.optim.schedule import (
 
 
 @pytest.mark.parametrize(
-    ("text", "steps"),
-    [("7 steps", 7), ("1 step", 1), ("2 epochs", 20), ("0.5 epochs", 5), ("10%", 4), ("0 steps", 0)],
+    ("text", "steps"), [("7 steps", 7), ("1 step", 1), ("2 epochs", 20), ("0.5 epochs", 5), ("10%", 4), ("0 steps", 0)]
 )
 def test_a_duration_becomes_steps(text: str, steps: int) -> None:
     assert to_steps(parse_duration("optim.warmup", text), steps_per_epoch=10, total_steps=40) == steps
@@ -51,20 +50,7 @@ def test_an_interval_is_a_duration_or_a_time(text: str, interval: Interval) -> N
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "7",
-        "null",
-        "ten min",
-        "-1 min",
-        "1e3 s",
-        "5 minutes",
-        "2 hours",
-        "1 d",
-        "1 h 30 min",
-        "200%",
-        "inf s",
-    ],
+    ["", "7", "null", "ten min", "-1 min", "1e3 s", "5 minutes", "2 hours", "1 d", "1 h 30 min", "200%", "inf s"],
 )
 def test_other_texts_are_not_intervals(text: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -141,9 +141,7 @@ class Auxiliary(nn.Module):
         return GoogLeNetOutputs(self.main(flat), self.second(flat), self.first(flat))
 
 
-def test_auxiliary_outputs_have_the_same_loss_and_only_the_main_loss_is_reported(
-    ctx: DistributedContext,
-) -> None:
+def test_auxiliary_outputs_have_the_same_loss_and_only_the_main_loss_is_reported(ctx: DistributedContext) -> None:
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(5, 3, 2, 2, generator=generator)
     labels, others = torch.randint(4, (2, 5), generator=generator)

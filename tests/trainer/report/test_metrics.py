@@ -108,15 +108,7 @@ def test_superseded_process_does_not_write_into_the_new_file(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "line",
-    [
-        '{"kind": "epo',
-        "[]",
-        "3",
-        '{"epoch": 1}',
-        '{"kind": "epoch"}',
-        '{"kind": "epoch", "epoch": "1"}',
-        "[" * 10**5,
-    ],
+    ['{"kind": "epo', "[]", "3", '{"epoch": 1}', '{"kind": "epoch"}', '{"kind": "epoch", "epoch": "1"}', "[" * 10**5],
     ids=["truncated", "list", "number", "no kind", "no epoch", "string for a number", "deep"],
 )
 @pytest.mark.parametrize("end", ["", "\n", '\n{"kind": "epoch", "epoch": 2}\n'])

@@ -306,8 +306,7 @@ def test_a_run_may_become_longer_and_more_patient(
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"- a list", b"a word", b"a: [1", b"\xff\xfe\xfa", b"a: !!python/name:os.system", b"&a {b: *a}"],
+    "content", [b"", b"- a list", b"a word", b"a: [1", b"\xff\xfe\xfa", b"a: !!python/name:os.system", b"&a {b: *a}"]
 )
 def test_a_damaged_config_is_refused(content: bytes, folder: Path) -> None:
     make_finished_run(folder)

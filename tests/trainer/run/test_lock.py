@@ -16,14 +16,7 @@ from typing import Any
 
 import pytest
 
-from regraft.contract import (
-    ATTEMPTS,
-    AttemptRecord,
-    attempt_path,
-    latest_attempt,
-    read_attempt,
-    read_attempts,
-)
+from regraft.contract import ATTEMPTS, AttemptRecord, attempt_path, latest_attempt, read_attempt, read_attempts
 from tests.launching import REPOSITORY
 from tests.trainer.runs import stop_heartbeat
 from trainer.errors import UserError

@@ -11,16 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from regraft.contract import (
-    CONFIG,
-    HANGS,
-    MODEL,
-    STOP,
-    AttemptRecord,
-    attempt_path,
-    latest_attempt,
-    read_attempts,
-)
+from regraft.contract import CONFIG, HANGS, MODEL, STOP, AttemptRecord, attempt_path, latest_attempt, read_attempts
 from tests.trainer.runs import printed, stop_heartbeat
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped, StopSignals

@@ -52,10 +52,7 @@ def test_each_stage_updates_its_own_and_earlier_parameters_only(ctx: Distributed
     for epoch, updated in enumerate(UPDATED):
         assert train_epoch(unfreezing, epoch) == updated
         assert with_moments(unfreezing) == updated
-    assert lines == [
-        "  from epoch 3 on, 8,394,754 parameters train",
-        "  from epoch 4 on, 8,542,722 parameters train",
-    ]
+    assert lines == ["  from epoch 3 on, 8,394,754 parameters train", "  from epoch 4 on, 8,542,722 parameters train"]
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])

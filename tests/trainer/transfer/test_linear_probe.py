@@ -35,13 +35,7 @@ def make_batches(images: Tensor, labels: list[int]) -> Iterator[tuple[Tensor, Te
 
 
 def fit_probe(
-    model: nn.Module,
-    head: str,
-    images: Tensor,
-    labels: list[int],
-    ctx: DistributedContext,
-    *,
-    balanced: bool = False,
+    model: nn.Module, head: str, images: Tensor, labels: list[int], ctx: DistributedContext, *, balanced: bool = False
 ) -> str:
     """Fit the output layer; return the log."""
     lines: list[str] = []
@@ -153,11 +147,7 @@ def test_a_linear_layer_on_tokens_is_refused() -> None:
             nn.Conv2d(6, CLASSES, 1),
             nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         ),
-        Net(
-            nn.Conv2d(3, 6, 3),
-            nn.Conv2d(6, CLASSES, 1),
-            nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()),
-        ),
+        Net(nn.Conv2d(3, 6, 3), nn.Conv2d(6, CLASSES, 1), nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())),
     ],
     ids=["tanh", "norm", "relu before the mean", "maximum"],
 )

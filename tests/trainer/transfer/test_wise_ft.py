@@ -32,12 +32,7 @@ METADATA = ModelMetadata(
     architecture="resnet18",
     classes=("a", "b"),
     preprocessing=Preprocessing(
-        image_size=8,
-        resize_size=8,
-        resize="squash",
-        interpolation="bilinear",
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
+        image_size=8, resize_size=8, resize="squash", interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
     ),
     source="",
     metrics={},
