@@ -132,7 +132,7 @@ def wait_until_released(folder: Path, *, log: Callable[[str], object], timeout: 
 
     """
     number = latest_attempt_number(folder)
-    latest = latest_attempt(folder)
+    latest = read_attempt(attempt_path(folder, number))  # of this number: a later attempt may have begun meanwhile
     if number == 0 or (latest is not None and latest.state != "running"):
         return number
     if latest is not None and latest.pid_namespace == _pid_namespace():
