@@ -38,6 +38,7 @@ def test_the_d2l_recipe_learns_ants_and_bees(shared: Path, tmp_path: Path) -> No
             *("--data.root", shared / "data" / "hymenoptera"),
             *("--model.weights", shared / "weights" / WEIGHTS),
             *("--run.dir", tmp_path / "run"),
+            "--train.epochs=3",  # of 5, at a constant learning rate: measured 0.837
             "--run.threads=1",  # as in test_quickstart.py
         ],
         cwd=tmp_path,
@@ -46,7 +47,7 @@ def test_the_d2l_recipe_learns_ants_and_bees(shared: Path, tmp_path: Path) -> No
     assert "50 of the backbone's 50 tensors" in output
     assert "1 .gif" in output, "skipped files are reported"
     epochs = rows(tmp_path / "run", "epoch")
-    assert [(row["train_seen"], row["test_seen"]) for row in epochs] == [(244, 153)] * 5
+    assert [(row["train_seen"], row["test_seen"]) for row in epochs] == [(244, 153)] * 3
     assert epochs[-1]["test_accuracy"] >= 0.80
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
 
