@@ -1,5 +1,4 @@
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from trainer.data.augment import (
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 D2L = Preprocessing(image_size=224, resize_size=256, resize="squash", interpolation="bilinear", mean=MEAN, std=STD)
 SMALL = replace(D2L, image_size=32, resize_size=36)
-SIZES = [(500, 375), (375, 500), (256, 256), (224, 100), (1, 1), (1000, 30)]
 POLICIES: tuple[Augmentation, ...] = ("trivialaugment", "randaugment", "augmix")
 
 
@@ -34,22 +32,7 @@ def augmented(
     return [to_array(apply_seeded(transform, image, seed)) for seed in range(count)]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_eval_transform_is_that_of_the_d2l_recipe(size: tuple[int, int]) -> None:
-    image = noise_image(1, size=size)
-    reference = v1.Compose([v1.Resize([256, 256]), v1.CenterCrop(224)])
-    assert np.array_equal(eval_transform(D2L)(image), reference(image))
-
-
-@pytest.mark.shared
-def test_eval_transform_of_photographs_is_that_of_the_d2l_recipe(shared: Path) -> None:
-    reference = v1.Compose([v1.Resize([256, 256]), v1.CenterCrop(224)])
-    for path in sorted((shared / "data" / "hymenoptera" / "val" / "bees").iterdir())[:5]:
-        image = Image.open(path).convert("RGB")
-        assert np.array_equal(eval_transform(D2L)(image), reference(image))
-
-
-@pytest.mark.parametrize("size", SIZES[:4])
+@pytest.mark.parametrize("size", [(375, 500), (224, 100)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_resize_shorter_keeps_the_aspect_ratio(size: tuple[int, int], interpolation: str) -> None:
     image = noise_image(2, size=size)
@@ -59,9 +42,11 @@ def test_resize_shorter_keeps_the_aspect_ratio(size: tuple[int, int], interpolat
     assert np.array_equal(eval_transform(shorter)(image), reference(image))
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_train_transform_is_that_of_the_d2l_recipe(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(500, 375), (256, 256), (224, 100), (1, 1), (30, 1000)])
+def test_transforms_are_those_of_the_d2l_recipe(size: tuple[int, int]) -> None:
     image = noise_image(3, size=size)
+    reference = v1.Compose([v1.Resize([256, 256]), v1.CenterCrop(224)])
+    assert np.array_equal(eval_transform(D2L)(image), reference(image))
     reference = v1.Compose([v1.RandomResizedCrop(224), v1.RandomHorizontalFlip()])
     transform = train_transform(D2L, "basic", (0.08, 1.0))
     for seed in range(10):
@@ -75,16 +60,15 @@ def test_augmentation_depends_on_the_seed_only(augment: Augmentation) -> None:
     image = noise_image(4, size=(120, 90))
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = augmented(SMALL, augment, image, 12)
+    first = augmented(SMALL, augment, image, 8)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(7)
-    again = augmented(SMALL, augment, image, 12)
-    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    assert np.array_equal(first, augmented(SMALL, augment, image, 8))
     assert all(array.shape == (32, 32, 3) and array.dtype == np.uint8 for array in first)
-    assert len({array.tobytes() for array in first}) == 12
+    assert len({array.tobytes() for array in first}) == 8
     if augment != "basic":
-        basic = augmented(SMALL, "basic", image, 12)
-        assert sum(not np.array_equal(a, b) for a, b in zip(first, basic, strict=True)) >= 8
+        basic = augmented(SMALL, "basic", image, 8)
+        assert sum(not np.array_equal(a, b) for a, b in zip(first, basic, strict=True)) >= 5
 
 
 def test_without_augmentation_training_images_equal_evaluation_images() -> None:
@@ -103,8 +87,8 @@ def test_crop_scale_of_1_crops_the_whole_width() -> None:
 def test_random_erasing_sets_a_rectangle_to_the_mean(augment: Augmentation) -> None:
     image = noise_image(6, size=(120, 90))
     rectangles = set()
-    erased = augmented(SMALL, augment, image, 20, random_erasing=1.0)
-    for before, after in zip(augmented(SMALL, augment, image, 20), erased, strict=True):
+    erased = augmented(SMALL, augment, image, 8, random_erasing=1.0)
+    for before, after in zip(augmented(SMALL, augment, image, 8), erased, strict=True):
         rows, columns = np.nonzero((before != after).any(axis=2))
         box = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
         assert (after[box] == [124, 116, 104]).all(), "ImageNet's mean"
@@ -113,7 +97,7 @@ def test_random_erasing_sets_a_rectangle_to_the_mean(augment: Augmentation) -> N
         rectangles.add((rows.min(), rows.max(), columns.min(), columns.max()))
         batch = torch.from_numpy(after[box].copy()).permute(2, 0, 1)[None]
         assert Normalize(D2L, torch.device("cpu"))(batch).abs().max() < 0.5 / 255 / min(STD), "half a gray level"
-    assert len(rectangles) == 20
+    assert len(rectangles) == 8
 
 
 def test_random_erasing_has_its_probability_and_clips_the_mean() -> None:
@@ -138,27 +122,18 @@ def test_normalize_equals_to_tensor_and_normalize_of_torchvision(channels_last: 
     assert Normalize(D2L, torch.device("cpu"))(empty).shape == (0, 3, 8, 8)
 
 
-def test_preprocessing_is_read_from_its_fields() -> None:
-    assert Preprocessing.from_fields({**asdict(D2L), "mean": list(MEAN), "std": list(STD)}) == D2L
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("image_size", 0),
-        ("image_size", "224"),
-        ("resize_size", 9000),
-        ("resize", "stretch"),
-        ("interpolation", "lanczos"),
-        ("mean", [0.5, 0.5]),
-        ("mean", [0.5, 0.5, float("nan")]),
-        ("std", [0.2, 0.2, 0.0]),
-        ("std", "abc"),
-        ("std", None),
+        *(("image_size", value) for value in (0, "224")),
+        *(("resize_size", 9000), ("resize", "stretch"), ("interpolation", "lanczos")),
+        *(("mean", value) for value in ([0.5, 0.5], [0.5, 0.5, float("nan")])),
+        *(("std", value) for value in ([0.2, 0.2, 0.0], "abc", None)),
     ],
 )
 def test_invalid_preprocessing_fields_are_refused(field: str, value: object) -> None:
-    fields = asdict(D2L)
+    fields = {**asdict(D2L), "mean": list(MEAN), "std": list(STD)}
+    assert Preprocessing.from_fields(fields) == D2L
     with pytest.raises((ValueError, TypeError)):
         Preprocessing.from_fields({**fields, field: value})
     del fields[field]

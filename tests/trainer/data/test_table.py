@@ -30,7 +30,7 @@ def names(examples: tuple[tuple[str, int], ...]) -> list[str]:
 ROWS = ["a1.jpg,a,train", "b1.jpg,b,train", "a2.jpg,a,{}", "b2.jpg,b,{}", "a3.jpg,a,test", "b3.jpg,b,test"]
 
 
-@pytest.mark.parametrize("word", ["val", "valid", "validation", "Val", " VALIDATION "])
+@pytest.mark.parametrize("word", ["val", "valid", " VALIDATION "])
 def test_splits_are_those_of_the_csv(tmp_path: Path, word: str) -> None:
     index = read(make_csv(tmp_path, HEADER + "\n".join(ROWS).format(word, word)))
     assert index.classes == ("a", "b")
@@ -39,61 +39,45 @@ def test_splits_are_those_of_the_csv(tmp_path: Path, word: str) -> None:
     assert (index.val_split, index.reported, index.split_made) == ("val", "the CSV's test rows", False)
     assert index.root == tmp_path
     assert index.notes == ("6 images listed in list.csv",)
-
-
-def test_single_evaluation_split_is_reported(tmp_path: Path) -> None:
-    file = make_csv(tmp_path, HEADER + "\n".join(ROWS[:4]).format("val", "val"))
-    index = read(file)
+    index = read(make_csv(tmp_path, HEADER + "\n".join(ROWS[:4]).format(word, word)))
     assert (names(index.test), index.val, index.reported) == (["a2", "b2"], (), "the CSV's val rows")
 
 
 def test_split_made_without_the_column_does_not_depend_on_row_order(tmp_path: Path) -> None:
-    rows = [f"{c}{i}.jpg,{c}" for c in "ab" for i in range(1, 21)]
-    images = " ".join(f"{c}{i}" for c in "ab" for i in range(1, 21))
-    one = read(make_csv(tmp_path, "path,label\n" + "\n".join(rows), images=images), val_fraction=0.5)
-    other = read(make_csv(tmp_path, "label,path\n" + "\n".join(",".join(r.split(",")[::-1]) for r in rows[::-1])))
+    rows = [(f"{c}{i}.jpg", c) for c in "ab" for i in range(1, 21)]
+    images = " ".join(path[:-4] for path, _ in rows)
+    lines = [f"{path},{label}\n" for path, label in rows]
+    one = read(make_csv(tmp_path, "path,label\n" + "".join(lines), images=images), val_fraction=0.5)
+    lines = [f"{label},{path}\n" for path, label in reversed(rows)]
+    other = read(make_csv(tmp_path, "label,path\n" + "".join(lines)))
     assert (len(one.train), len(one.val), len(one.test)) == (12, 12, 16)
-    assert one.split_made
-    assert one.reported == "a split of 40 %"
+    assert (one.split_made, one.reported) == (True, "a split of 40 %")
     assert set(one.test) == set(other.test)
 
 
-def test_paths_are_absolute_or_relative_to_the_csv_with_any_extension(
+def test_paths_are_absolute_or_relative_to_the_csv_with_any_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "in here"
     (folder / "deep").mkdir(parents=True)
-    for name in ("deep/猫 1.jpg", "x.dat"):
-        (folder / name).touch()
-    (tmp_path / "beside").touch()
-    text = f"path,label\ndeep/猫 1.jpg,a\n../beside,a\n{folder / 'x.dat'},b\n"
-    rows, _ = read_table(make_csv(folder, text))
+    not_utf8 = os.fsdecode(b"caf\xe9.jpg")
+    paths = [folder / "deep/猫 1.jpg", tmp_path / "beside", folder / "x.dat", folder / not_utf8]
+    for path in paths:
+        path.touch()
+    (folder / "hard link").hardlink_to(tmp_path / "beside")
+    text = f"path,label\ndeep/猫 1.jpg,a\n../beside,a\n{folder / 'x.dat'},b\n{not_utf8},b\nhard link,b\n"
+    rows, _ = read_table(make_csv(folder, os.fsencode(text)))
     monkeypatch.chdir(folder)
-    paths = [folder / "deep/猫 1.jpg", tmp_path / "beside", folder / "x.dat"]
-    assert [Path(row.path).resolve() for row in rows] == paths
-    assert [row.split for row in rows] == [None] * 3
+    assert [Path(row.path).resolve() for row in rows] == [*paths, folder / "hard link"]
+    assert {row.split for row in rows} == {None}
 
 
 def test_bom_case_spaces_quotes_and_extra_columns_are_accepted(tmp_path: Path) -> None:
-    lines = [
-        "\ufeffPath, Label ,SPLIT,size",
-        "a1.jpg, a, train,3",
-        "",
-        '"a2.jpg","a",test,',
-        "b1.jpg, b,Train,4",
-        'b2.jpg,"b",TEST,5',
-    ]
-    text = "\r\n".join(lines)
-    index = read(make_csv(tmp_path, text))
+    lines = ["\ufeffPath, Label ,SPLIT,size", "a1.jpg, a, train,3", "", '"a2.jpg","a",test,']
+    lines += ["b1.jpg, b,Train,4", 'b2.jpg,"b",TEST,5']
+    index = read(make_csv(tmp_path, "\r\n".join(lines)))
     assert (index.classes, names(index.train), names(index.test)) == (("a", "b"), ["a1", "b1"], ["a2", "b2"])
     assert any("ignored: size" in note for note in index.notes)
-
-
-def test_file_name_that_is_not_utf8_is_found(tmp_path: Path) -> None:
-    name = b"caf\xe9.jpg"
-    (tmp_path / os.fsdecode(name)).touch()
-    rows, _ = read_table(make_csv(tmp_path, b"path,label\n" + name + b",a\na1.jpg,b\n"))
-    assert rows[0].path == str(tmp_path / os.fsdecode(name))
 
 
 def test_invalid_rows_are_listed_by_line(tmp_path: Path) -> None:
@@ -126,43 +110,26 @@ def test_invalid_rows_are_listed_by_line(tmp_path: Path) -> None:
     assert "Each row needs the path" in lines[-1]
 
 
-def test_ten_of_many_problems_are_listed(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        read_table(make_csv(tmp_path, "path,label\n" + "".join(f"gone{i}.jpg,a\n" for i in range(25))))
-    text = str(caught.value)
-    assert "25 problems" in text
-    assert "gone9.jpg" in text
-    assert "gone10.jpg" not in text
-    assert "and 15 more" in text
-
-
-def test_hard_links_are_separate_files(tmp_path: Path) -> None:
-    file = make_csv(tmp_path, "path,label\na1.jpg,a\nsame.jpg,a\nb1.jpg,b\n")
-    (tmp_path / "same.jpg").hardlink_to(tmp_path / "a1.jpg")
-    assert len(read_table(file)[0]) == 3
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", r"expected a CSV with the header path,label.*first line is empty"),
-        ("\n\n", r"first line is empty"),
         ("a1.jpg,a\n", r"first line is a1\.jpg, a"),
         ("path;label\na1.jpg;a\n", r"separated by commas; its first line is path;label"),
         ("path,label,path\na1.jpg,a,a1.jpg\n", "duplicate columns: path"),
         ("path,label\n", "there are no rows after the header"),
+        (
+            "path,label\n" + "".join(f"gone{i}.jpg,a\n" for i in range(25)),
+            r"(?s)25 problems(?!.*gone10\.jpg).*gone9\.jpg.*\n  and 15 more",
+        ),
         ("path,label\na1.jpg,a\na2.jpg,a \nb1.jpg,b\n", "the labels 'a' and 'a ' differ only in spaces"),
         ("path,label,split\na1.jpg,a,test\n", "no row has the split train"),
-        (
-            "path,label,split\na1.jpg,a,train\nb1.jpg,b,train\nb2.jpg,c,test\n",
-            "has classes that are not training classes: c",
-        ),
+        (HEADER + "a1.jpg,a,train\nb1.jpg,b,train\nb2.jpg,c,test\n", "classes that are not training classes: c"),
         ("path,label\na1.jpg,a\na2.jpg,a\n", "a single class, a, in the CSV's train rows"),
         ('path,label\na1.jpg,a\n"a2.jpg"x,a\n', r"line 3: not a row of a CSV .* double the quotes in it"),
         ('path,label\na1.jpg,a\n"a2.jpg,a\nb1.jpg,b\n', r"line 3: not a row of a CSV"),
         ("path,label\n" + "x" * 200_000 + ",a\n", r"line 2: not a row of a CSV \(field larger"),
         ("path,label\n" + "x" * 3_000_000, r"line 2: more than 1,048,576 characters"),
-        ("x" * 3_000_000, r"line 1: more than 1,048,576 characters"),
         ("path,label\na1.jpg,a\na2.jpg,\0\n", r"line 3: a NUL byte, so this is not a CSV in UTF-8"),
         ("path,label\na1.jpg,a\n".encode("utf-16"), r"line 1: a NUL byte.*save it as 'CSV UTF-8'"),
         (b"PK\x03\x04\x14\x00\x00\x00", r"line 1: a NUL byte.*extract an archive first"),
@@ -174,9 +141,3 @@ def test_hard_links_are_separate_files(tmp_path: Path) -> None:
 def test_invalid_csv_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(make_csv(tmp_path, text))
-
-
-def test_val_fraction_is_refused_if_the_csv_has_val_and_test(tmp_path: Path) -> None:
-    file = make_csv(tmp_path, HEADER + "\n".join(ROWS).format("val", "val"))
-    with pytest.raises(UserError, match=r"data\.val_fraction is 0\.5, but"):
-        read(file, val_fraction=0.5)
