@@ -19,7 +19,20 @@ if "RANK" in os.environ:
 
     register_optimizer_step_post_hook(lambda *_: time.sleep(0.5))
 """
-"""A sitecustomize that slows down training, so that Slurm can preempt a tiny run before it ends."""
+"""A sitecustomize that slows down training, so that a tiny run does not end before it is interrupted."""
+WAIT_BEFORE_TRAINING = """\
+import os, sys
+if "RANK" in os.environ:
+    import time
+
+    class WaitBeforeImport:
+        def find_spec(name, path=None, target=None):
+            if name == "trainer.train_run":
+                time.sleep(60)
+
+    sys.meta_path.insert(0, WaitBeforeImport)
+"""
+"""A sitecustomize that delays the start of training."""
 
 
 def run_options(factory: pytest.TempPathFactory, folder: Path, **changes: object) -> list[str]:

@@ -14,6 +14,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import (
     FINETUNE,
     SLOW_UPDATES,
+    WAIT_BEFORE_TRAINING,
     ranks,
     require_result_of_one_process,
     run_options,
@@ -74,7 +75,8 @@ def test_job_that_is_preempted_before_training_is_requeued(
     cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path / "run"
-    job = cluster.submit(FINETUNE, *run_options(tmp_path_factory, folder, train__epochs=1), cwd=tmp_path)
+    environment = with_sitecustomize(tmp_path / "site", WAIT_BEFORE_TRAINING)
+    job = cluster.submit(FINETUNE, *run_options(tmp_path_factory, folder), cwd=tmp_path, **environment)
     cluster.wait(job, lambda: [*folder.glob("logs/*/node-0/torchrun.log")], "torchrun is started")
     preempt(cluster, tmp_path)  # Slurm signals the tasks on the nodes, but not the batch script
     wait_for_restart(cluster, job, 1)
@@ -89,7 +91,8 @@ def test_job_that_a_person_stops_saves_and_is_not_requeued(
     jobs = {}
     for name in ("cancelled", "stopped"):
         folder = tmp_path / name
-        jobs[folder] = cluster.submit(FINETUNE, *run_options(tmp_path_factory, folder), cwd=tmp_path)
+        options = run_options(tmp_path_factory, folder, train__epochs=1000)  # it is never trained to its end
+        jobs[folder] = cluster.submit(FINETUNE, *options, cwd=tmp_path)
     cancelled, stopped = jobs
     for folder, job in jobs.items():
         wait_for_step(cluster, job, folder, 3)
@@ -114,8 +117,9 @@ def test_job_resumes_after_a_killed_process_and_after_a_lost_node(
     seed = random.randrange(1000)
     print(f"seed {seed}")
     folder = tmp_path / "run"
+    environment = with_sitecustomize(tmp_path / "site", SLOW_UPDATES)
     options = run_options(tmp_path_factory, folder)
-    job = cluster.submit("--nodes=2", FINETUNE, "--max-restarts=0", *options, cwd=tmp_path)
+    job = cluster.submit("--nodes=2", FINETUNE, "--max-restarts=0", *options, cwd=tmp_path, **environment)
     step = wait_for_checkpoint(cluster, job, folder, start=0)
     victim = random.Random(seed).choice(ranks(cluster, job))
     print(f"step {step} is saved: SIGKILL to {victim}", flush=True)
@@ -150,7 +154,9 @@ def test_job_resumes_after_its_first_node_was_lost(
     cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path / "run"
-    job = cluster.submit("--nodes=2", FINETUNE, *run_options(tmp_path_factory, folder), cwd=tmp_path)
+    environment = with_sitecustomize(tmp_path / "site", SLOW_UPDATES)
+    options = run_options(tmp_path_factory, folder)
+    job = cluster.submit("--nodes=2", FINETUNE, *options, cwd=tmp_path, **environment)
     step = wait_for_checkpoint(cluster, job, folder, start=0)
     print(f"step {step} is saved: the first node, and with it the batch script, is lost for a moment", flush=True)
     start = time.monotonic()
