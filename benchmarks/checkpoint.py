@@ -1,7 +1,7 @@
 """Overhead of checkpoints: a run saves one after every second epoch; these epochs are compared with their neighbors.
 
-    python benchmarks/checkpoint.py                       # resnet18, bf16, synthetic images of 500 x 375
-    python benchmarks/checkpoint.py --precision fp32 --images 512
+    python -m benchmarks checkpoint                       # resnet18, bf16, synthetic images of 500 x 375
+    python -m benchmarks checkpoint --precision fp32 --images 512
 
 The time of an epoch is measured between two rows of metrics.jsonl. It includes training, evaluation, the copy of the
 state, and what the writing thread takes from training. The checkpoint after epoch 2 is written during epoch 3, so epoch
@@ -23,7 +23,9 @@ from pathlib import Path
 
 import torch
 import torchvision
-from throughput import REPOSITORY, write_photographs
+
+from benchmarks.images import write_photographs
+from benchmarks.throughput import REPOSITORY
 
 _SECONDS_BETWEEN_READS = 0.02
 
@@ -63,17 +65,18 @@ def count_epochs(metrics: Path) -> int:
     return sum(json.loads(row)["kind"] == "epoch" for row in rows if row.endswith("\n"))
 
 
-def main() -> None:
-    """Measure and print the ratios."""
-    parser = argparse.ArgumentParser(description="Overhead of checkpoints in a training run.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--images", type=int, default=512, help="number of synthetic images of an epoch")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--folder", help="parent of the run folder; default: the system's temporary folder")
-    arguments = parser.parse_args()
 
+
+def main(arguments: argparse.Namespace) -> None:
+    """Measure and print the ratios."""
     print(
         f"{arguments.model}, {arguments.precision}, epochs of {arguments.images} images, "
         f"{arguments.threads} threads; Python {platform.python_version()}, torch {torch.__version__}, "
@@ -94,7 +97,3 @@ def main() -> None:
         f"{max(ratios):.3f}), mean {statistics.mean(ratios):.3f} "
         f"(standard error {statistics.stdev(ratios) / len(ratios) ** 0.5:.3f})"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Throughput of training from JPEG files, compared with plain torch on one batch in memory.
 
-    python benchmarks/throughput.py                       # resnet18, fp32 and bf16, synthetic images of 500 x 375
-    python benchmarks/throughput.py --data-root FOLDER --precisions bf16 --pairs 5
+    python -m benchmarks throughput                       # resnet18, fp32 and bf16, synthetic images of 500 x 375
+    python -m benchmarks throughput --data-root FOLDER --precisions bf16 --pairs 5
 
 Both train the same model with the same batch size, memory layout, precision and number of threads. regraft's
 throughput includes decoding and augmentation, and excludes evaluation and the first epoch. benchmarks/resident.py
@@ -19,29 +19,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchvision
-from PIL import Image
+
+from benchmarks.images import write_photographs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-def write_photographs(folder: Path, *, train: int, seed: int = 0) -> Path:
-    """Write JPEG files of 500 x 375 pixels with detail at every scale; they take as long to decode as photographs."""
-    random = np.random.default_rng(seed)
-    for split, count in (("train", train), ("val", 4)):
-        for name in ("a", "b"):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count // 2):
-                pixels = np.zeros((375, 500, 3))
-                for side in (4, 16, 64, 375):
-                    noise = random.normal(0, 45 * (4 / side) ** 0.3, (side, side, 3))
-                    scaled = Image.fromarray(np.clip(noise + 128, 0, 255).astype(np.uint8)).resize((500, 375))
-                    pixels += np.asarray(scaled, dtype=float) - 128
-                image = Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8))
-                image.save(folder / split / name / f"{i:03}.jpg", quality=85)
-    return folder
 
 
 def train(data: Path, arguments: argparse.Namespace, precision: str) -> float:
@@ -81,9 +64,8 @@ def resident(arguments: argparse.Namespace, precision: str, updates: int) -> flo
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def main() -> None:
-    """Measure and print the ratios."""
-    parser = argparse.ArgumentParser(description="Throughput of regraft compared with one resident batch.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
     parser.add_argument("--data-root", type=Path, help="image folder; default: synthetic images")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -93,8 +75,10 @@ def main() -> None:
     parser.add_argument("--num-workers", type=int, help="option data.num_workers; default: chosen by regraft")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    arguments = parser.parse_args()
 
+
+def main(arguments: argparse.Namespace) -> None:
+    """Measure and print the ratios."""
     print(
         f"{arguments.model}, batches of {arguments.batch_size}, {arguments.threads} threads; Python "
         f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
@@ -115,7 +99,3 @@ def main() -> None:
                 f"({min(ratios):.3f} to {max(ratios):.3f})",
                 flush=True,
             )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""Benchmarks of regraft: `python -m benchmarks` compares its training speed with other ways to fine-tune."""

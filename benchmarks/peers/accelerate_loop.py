@@ -1,0 +1,45 @@
+"""accelerate's computer-vision example: everything prepared by `Accelerator`, its own sharding of the loaders."""
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from benchmarks.peers.common import Recorder, accuracy, image_folders, read_settings, torchvision_model
+
+
+def main() -> None:
+    """Train and evaluate."""
+    settings = read_settings()
+    accelerator = Accelerator(
+        mixed_precision="bf16" if settings.precision == "bf16" else "no", cpu=settings.device.type == "cpu"
+    )
+    train, val = image_folders(settings)
+    model, backbone, head = torchvision_model(settings, len(train.classes))
+    optimizer = torch.optim.SGD(
+        [{"params": backbone}, {"params": head, "lr": 10 * settings.lr}], lr=settings.lr, weight_decay=1e-3
+    )
+    workers = {"num_workers": settings.workers, "persistent_workers": settings.workers > 0}
+    model, optimizer, train_batches, val_batches = accelerator.prepare(
+        model,
+        optimizer,
+        DataLoader(train, batch_size=settings.batch_size, shuffle=True, **workers),
+        DataLoader(val, batch_size=settings.batch_size, **workers),
+    )
+    loss_of = nn.CrossEntropyLoss()
+    recorder = Recorder(settings)
+    for _ in range(settings.epochs):
+        model.train()
+        recorder.start_epoch()
+        for images, labels in train_batches:
+            loss = loss_of(model(images), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        recorder.end_training(len(train))
+        model.eval()
+        recorder.end_epoch(accuracy(model, val_batches, settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The D2L recipe as a plain loop, written from the lecture's description: SGD, 10 x the learning rate for the head.
+
+In fp32 and in PyTorch's default memory layout, as the lecture trains; `--precision bf16` adds autocast and
+channels_last.
+"""
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from benchmarks.peers.common import Recorder, accuracy, image_folders, read_settings, torchvision_model
+
+
+def main() -> None:
+    """Train and evaluate."""
+    settings = read_settings()
+    train, val = image_folders(settings)
+    model, backbone, head = torchvision_model(settings, len(train.classes))
+    model.to(settings.device)
+    if settings.precision == "bf16":
+        model.to(memory_format=torch.channels_last)
+    workers = {"num_workers": settings.workers, "persistent_workers": settings.workers > 0}
+    train_batches = DataLoader(train, batch_size=settings.batch_size, shuffle=True, **workers)
+    val_batches = DataLoader(val, batch_size=settings.batch_size, **workers)
+    optimizer = torch.optim.SGD(
+        [{"params": backbone}, {"params": head, "lr": 10 * settings.lr}], lr=settings.lr, weight_decay=1e-3
+    )
+    loss_of = nn.CrossEntropyLoss()
+    recorder = Recorder(settings)
+    for _ in range(settings.epochs):
+        model.train()
+        recorder.start_epoch()
+        for batch, labels in train_batches:
+            images = batch.to(settings.device)
+            if settings.precision == "bf16":
+                images = images.to(memory_format=torch.channels_last)
+            with settings.autocast:
+                loss = loss_of(model(images), labels.to(settings.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        recorder.end_training(len(train))
+        model.eval()
+        with settings.autocast:
+            recorder.end_epoch(accuracy(model, val_batches, settings))
+
+
+if __name__ == "__main__":
+    main()
