@@ -2,10 +2,10 @@
 
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -29,24 +29,16 @@ _ConfigT = TypeVar("_ConfigT", bound=Config)
 
 
 def train(config: ResolvedConfig, *, before: Callable[[OpenRun], object] = lambda run: None) -> tuple[TrainResult, str]:
-    """Run one phase as the pipeline does; return its result, and what it printed.
+    """Run one phase as the pipeline does, on the CPU in fp32; return its result, and what it printed.
 
-    Args:
-        config: resolved, on the CPU in fp32.
-        before: called when the run folder is open.
-
+    `before` is called when the run folder is open.
     """
     console = Console(file=io.StringIO(), width=100, soft_wrap=True)
     ctx = init_distributed(device="cpu", precision="fp32", threads=1)
     opened = open_run(
-        Path(config.run.dir),
-        dump(config),
-        resume=config.run.resume,
-        ctx=ctx,
-        console=console,
-        signals=StopSignals(),
-        hang_timeout=config.run.hang_timeout,
-    )
+        Path(config.run.dir), dump(config), resume=config.run.resume, ctx=ctx, console=console,
+        signals=StopSignals(), hang_timeout=config.run.hang_timeout,
+    )  # fmt: skip
     run = opened.start_phase("", epochs=config.train.epochs)
     before(run)
     try:
@@ -58,8 +50,13 @@ def train(config: ResolvedConfig, *, before: Callable[[OpenRun], object] = lambd
     return result, console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def with_options(config: _ConfigT, **sections: Mapping[str, Any]) -> _ConfigT:
+    """Return a config with other options, given by section."""
+    return replace(config, **{name: replace(getattr(config, name), **options) for name, options in sections.items()})
+
+
 def in_folder(config: _ConfigT, folder: Path) -> _ConfigT:
-    return replace(config, run=replace(config.run, dir=str(folder)))
+    return with_options(config, run={"dir": str(folder)})
 
 
 def copy_run(config: _ConfigT, folder: Path) -> _ConfigT:

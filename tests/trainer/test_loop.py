@@ -1,4 +1,3 @@
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,7 +8,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tests.trainer.training import (
-    CONTINUE,
     SCHEDULE,
     Batches,
     RecordingCheckpoints,
@@ -45,12 +43,18 @@ def nan_at(nan_step: int) -> Callable[[int, LocalBatch], LocalBatch]:
 
 
 def test_progress_counts_epochs_steps_and_examples(ctx: DistributedContext) -> None:
-    net = make_net()
-    initial = copy.deepcopy(net)
+    net, initial = make_net().eval(), make_net()
     state = make_state(net, ctx)
     checkpoints = RecordingCheckpoints(state)
     schedule = replace(SCHEDULE, lr_multiplier=lambda step: 1 / (step + 1))
-    log = run_fit(state, make_train_step(ctx), schedule, checkpoints=checkpoints)
+    evaluated: list[bool] = []
+
+    def evaluate(model: nn.Module, interrupted: Callable[[], bool]) -> Evaluations:
+        evaluated.append(model is net and net.training)
+        return {}
+
+    log = run_fit(state, make_train_step(ctx), schedule, evaluate=evaluate, checkpoints=checkpoints)
+    assert evaluated == [True, True], "unwrapped; training has set train mode"
     assert log.progress == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]
     assert [(p.epoch, p.epoch_step, p.step, p.metrics.seen) for p in log.steps] == [
         (1, 1, 1, 4), (1, 2, 2, 8), (1, 3, 3, 11), (2, 1, 4, 4), (2, 2, 5, 8), (2, 3, 6, 11),
@@ -82,19 +86,14 @@ def test_a_nonfinite_loss_stops_with_its_first_step_and_its_files(ctx: Distribut
         assert text in str(caught.value)
 
 
-@pytest.mark.parametrize("decision", [SAVE, STOP])
-@pytest.mark.parametrize("step", [2, 3])
-def test_a_nonfinite_loss_is_never_saved_within_an_epoch(
-    step: int, decision: StepDecision, ctx: DistributedContext
-) -> None:
-    state = make_state(make_net(), ctx)
+def test_a_nonfinite_loss_is_never_saved_within_an_epoch(ctx: DistributedContext) -> None:
     schedule = replace(SCHEDULE, batch_sizes=(4, 4, 3, 4), logs_per_epoch=1)  # only the save reads the loss
-    checkpoints = RecordingCheckpoints(state, {step: decision})
-    batches = Batches(schedule, change=nan_at(1))
-    with pytest.raises(UserError, match=r"not finite since step 2 \(epoch 1, batch 2\)"):
-        run_fit(state, make_train_step(ctx), schedule, batches=batches, checkpoints=checkpoints)
-    assert checkpoints.saved == []
-    assert checkpoints.synced == list(range(1, step + 1))
+    for step, decision in ((2, SAVE), (3, STOP)):
+        state, batches = make_state(make_net(), ctx), Batches(schedule, change=nan_at(1))
+        checkpoints = RecordingCheckpoints(state, {step: decision})
+        with pytest.raises(UserError, match=r"not finite since step 2 \(epoch 1, batch 2\)"):
+            run_fit(state, make_train_step(ctx), schedule, batches=batches, checkpoints=checkpoints)
+        assert (checkpoints.saved, checkpoints.synced) == ([], list(range(1, step + 1)))
 
 
 def test_a_model_that_diverged_in_its_last_update_is_not_saved(ctx: DistributedContext) -> None:
@@ -105,18 +104,6 @@ def test_a_model_that_diverged_in_its_last_update_is_not_saved(ctx: DistributedC
     with pytest.raises(UserError, match="step 3"):
         run_fit(state, make_train_step(ctx), evaluate=lambda model, interrupted: nan, checkpoints=checkpoints)
     assert (checkpoints.epochs, checkpoints.saved) == ([], [])
-
-
-def test_the_model_trains_in_train_mode_and_is_evaluated_unwrapped(ctx: DistributedContext) -> None:
-    net = make_net().eval()
-    evaluated: list[bool] = []
-
-    def evaluate(model: nn.Module, interrupted: Callable[[], bool]) -> Evaluations:
-        evaluated.append(model is net and net.training)
-        return {}
-
-    run_fit(make_state(net, ctx), make_train_step(ctx), evaluate=evaluate)
-    assert evaluated == [True, True]
 
 
 # --- resume, save and stop
@@ -136,15 +123,14 @@ def reported(*logs: RecordingLogger) -> dict[str, Any]:
     def without_times(progress: Progress) -> Progress:
         return replace(progress, metrics=replace(progress.metrics, seconds=0.0, compute_seconds=0.0))
 
-    return {
-        "progress": [step for log in logs for step in log.progress],
-        "steps": [without_times(progress) for log in logs for progress in log.steps],
-        "epochs": [without_times(progress) for log in logs for progress in log.epochs],
-        "evaluations": [evaluations for log in logs for evaluations in log.evaluations],
-    }
+    steps, epochs = (
+        [without_times(progress) for log in logs for progress in getattr(log, kind)] for kind in ("steps", "epochs")
+    )
+    evaluations = [evaluations for log in logs for evaluations in log.evaluations]
+    return {"progress": [p for log in logs for p in log.progress], "steps": steps, "epochs": epochs, "val": evaluations}
 
 
-POSITIONS = [*((epoch, step) for epoch in range(3) for step in range(3 * epoch + 1, 3 * epoch + 4)), (1, 3), (2, 6)]
+POSITIONS = [(0, 1), (0, 2), (0, 3), (1, 3), (1, 4), (1, 6), (2, 6), (2, 8), (2, 9)]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -219,26 +205,8 @@ def test_a_save_continues_and_a_stop_saves_once(ctx: DistributedContext) -> None
         assert saved["metrics"].rows == ((metrics.loss_sum, metrics.correct, metrics.seen),)
 
 
-@pytest.mark.parametrize(
-    ("options", "epochs"),
-    [({"stop_after_epoch": 2}, 2), ({"stop_after_epoch": 1, "stop_early_after_epoch": 1}, 1)],
-    ids=["a stop with the last epoch", "early stopping"],
-)
-def test_a_finished_run_does_not_raise(options: dict[str, int], epochs: int, ctx: DistributedContext) -> None:
+@pytest.mark.parametrize(("stop", "stop_early"), [(2, None), (1, 1)], ids=["a stop at the end", "early stopping"])
+def test_a_finished_run_does_not_raise(stop: int, stop_early: int | None, ctx: DistributedContext) -> None:
     state = make_state(make_net(), ctx)
-    log = run_fit(state, make_train_step(ctx), checkpoints=RecordingCheckpoints(state, **options))  # type: ignore[arg-type]
-    assert len(log.epochs) == epochs
-
-
-def test_an_error_of_the_checkpoints_ends_the_run_between_two_updates(ctx: DistributedContext) -> None:
-    class Failing(RecordingCheckpoints):
-        def sync_flags(self) -> StepDecision:
-            if state.step == 4:
-                raise UserError("the disk is full")
-            return CONTINUE
-
-    state = make_state(make_net(), ctx)
-    log = RecordingLogger()
-    with pytest.raises(UserError, match="the disk is full"):
-        run_fit(state, make_train_step(ctx), checkpoints=Failing(state), logger=log)
-    assert log.progress[-1] == (2, 1)
+    checkpoints = RecordingCheckpoints(state, stop_after_epoch=stop, stop_early_after_epoch=stop_early)
+    assert len(run_fit(state, make_train_step(ctx), checkpoints=checkpoints).epochs) == stop

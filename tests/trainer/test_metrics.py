@@ -1,6 +1,8 @@
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
 
 from trainer import metrics
 from trainer.distributed.context import DistributedContext
@@ -23,16 +25,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-class Rank:
-    """The accelerator of one rank; its `gather` returns that rank's tensor alone."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.process_index, self.num_processes = rank, world_size
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return tensor
+def accelerator_of(rank: int, world_size: int) -> Any:
+    """Return the accelerator of one rank; its `gather` returns that rank's tensor alone."""
+    return SimpleNamespace(
+        device=torch.device("cpu"), process_index=rank, num_processes=world_size, gather=lambda tensor: tensor
+    )
 
 
 def update(meter: Meter, clock: Clock, step: int, loss: float, *, seconds: float = 2.0) -> None:
@@ -64,14 +61,11 @@ def test_resumed_sums_are_exact(ctx: DistributedContext, clock: Clock) -> None:
     assert expected.seconds == 15.0, "the time between the two starts does not count"
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("world_size", [1, 3, 5])
 def test_each_rank_resumes_its_own_sums_or_rank_0_their_total_if_the_world_size_changed(world_size: int) -> None:
     rows = ((0.1, 1, 2), (0.2, 2, 3), (0.4, 0, 2))
     earlier = MetricState(rows=rows, seconds=9.0, compute_seconds=4.0)
-    sums = [
-        Meter(Rank(rank, world_size), earlier).state()[0].rows[0]  # type: ignore[arg-type]
-        for rank in range(world_size)
-    ]
+    sums = [Meter(accelerator_of(rank, world_size), earlier).state()[0].rows[0] for rank in range(world_size)]
     if world_size == 3:
         assert tuple(sums) == rows
     else:

@@ -2,7 +2,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,15 @@ import torch
 
 from regraft.contract import ATTEMPTS, BASELINE, CHECKPOINTS, PRETRAIN, read_attempts
 from tests.folders import image_folder
+from tests.trainer.phases import with_options
 from trainer import pipeline
-from trainer.config.schema import (
-    BaselineConfig,
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    PretrainConfig,
-    RegularizationConfig,
-    RunConfig,
-    TrainConfig,
-    TransferConfig,
-)
+from trainer.config.schema import Config
 from trainer.config.start import start
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
 from trainer.pipeline import run
 from trainer.report.summary import TrainResult
 from trainer.run.session import OpenRun
-
-MODEL = ModelConfig(name="squeezenet1_1", weights=None)
 
 
 @pytest.fixture(autouse=True)
@@ -51,17 +37,17 @@ def folder(tmp_path: Path) -> Path:
 def small(tmp_path: Path, folder: Path) -> Config:
     """Return the config of a run of one update."""
     root = image_folder(tmp_path / "images", {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1}})
-    return Config(
-        run=RunConfig(dir=str(folder), device="cpu", threads=1),
-        data=DataConfig(root=str(root), image_size=32, num_workers=0, cache=str(tmp_path / "cache")),
-        model=MODEL,
-        train=TrainConfig(epochs=1, batch_size=4),
+    return with_options(
+        Config(),
+        run={"dir": str(folder), "device": "cpu", "threads": 1},
+        data={"root": str(root), "image_size": 32, "num_workers": 0, "cache": str(tmp_path / "cache")},
+        model={"name": "squeezenet1_1", "weights": None},
+        train={"epochs": 1, "batch_size": 4},
     )
 
 
 def with_all_phases(config: Config) -> Config:
-    pretrain = PretrainConfig(root=config.data.root, epochs=2)
-    return replace(config, pretrain=pretrain, baseline=BaselineConfig(lr=0.1))
+    return with_options(config, pretrain={"root": config.data.root, "epochs": 2}, baseline={"lr": 0.1})
 
 
 def test_all_phases_are_one_attempt_that_ends_done(small: Config, folder: Path) -> None:
@@ -78,25 +64,21 @@ def test_all_phases_are_one_attempt_that_ends_done(small: Config, folder: Path) 
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("section", "options", "message"),
     [
-        ({"transfer": TransferConfig(trainable="from:layer9")}, "no module 'layer9'"),
-        ({"optim": OptimConfig(lr_mult={"layre": 0.1})}, "'layre' matches no parameter"),
-        ({"optim": OptimConfig(warmup="9 steps")}, "the peak learning rate"),
-        ({"transfer": TransferConfig(wise_ft=True)}, r"wise_ft.* set data\.val_fraction 0\.1"),
-        ({"regularization": RegularizationConfig(early_stopping=3)}, r"early_stopping.* set data\.val_fraction 0\.1"),
-        (
-            {"model": replace(MODEL, head_init="source-labels", aliases={"c": "d"})},
-            "'c', which is not one of your classes",
-        ),
+        ("transfer", {"trainable": "from:layer9"}, "no module 'layer9'"),
+        ("optim", {"lr_mult": {"layre": 0.1}}, "'layre' matches no parameter"),
+        ("optim", {"warmup": "9 steps"}, "the peak learning rate"),
+        ("transfer", {"wise_ft": True}, r"wise_ft.* set data\.val_fraction 0\.1"),
+        ("regularization", {"early_stopping": 3}, r"early_stopping.* set data\.val_fraction 0\.1"),
+        ("model", {"head_init": "source-labels", "aliases": {"c": "d"}}, "'c', which is not one of your classes"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_options_of_the_fine_tuning_are_checked_before_pretraining(
-    changes: dict[str, Any], message: str, small: Config, folder: Path
+    section: str, options: dict[str, Any], message: str, small: Config, folder: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        run(replace(with_all_phases(small), **changes), StopSignals())
+        run(with_options(with_all_phases(small), **{section: options}), StopSignals())
     assert not (folder / PRETRAIN).exists()
 
 
@@ -104,7 +86,7 @@ def test_a_failed_run_records_the_error(small: Config, folder: Path) -> None:
     weights = folder.parent / "w.pth"
     torch.save({}, weights)
     with pytest.raises(UserError) as caught:
-        run(replace(small, model=replace(MODEL, weights=str(weights))), StopSignals())
+        run(with_options(small, model={"weights": str(weights)}), StopSignals())
     (record,) = read_attempts(folder)
     assert (record.state, record.step) == ("failed", 0)
     assert record.reason
@@ -126,8 +108,7 @@ def test_a_stop_while_the_data_are_prepared_is_recorded(
 
 
 @pytest.mark.parametrize(
-    ("phase", "trained", "state"),
-    [(PRETRAIN, [PRETRAIN], "stopped"), ("", [PRETRAIN, ""], "stopped"), (BASELINE, [PRETRAIN, "", BASELINE], "done")],
+    ("phase", "trained", "state"), [(PRETRAIN, [PRETRAIN], "stopped"), (BASELINE, [PRETRAIN, "", BASELINE], "done")]
 )
 def test_a_signal_with_the_last_epoch_of_a_phase_stops_before_the_next(
     phase: str, trained: list[str], state: str, small: Config, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,14 +138,13 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(
     small: Config, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
-    small = replace(small, run=replace(small.run, dir="~/run"))
+    small = with_options(small, run={"dir": "~/run"})
     run(small, StopSignals())
     assert "precision fp32: the safe choice on a CPU" in capsys.readouterr().out
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # another machine, or another launcher
-    extended = replace(small, train=replace(small.train, epochs=2), checkpoint=CheckpointConfig(every=None))
-    run(extended, StopSignals())
+    run(with_options(small, train={"epochs": 2}), StopSignals())
     output = capsys.readouterr().out
     assert "precision fp32: as this run began with" in output
     assert "resuming after epoch 1 of 2" in output
-    start(replace(small, run=replace(small.run, resume="never")))
+    start(with_options(small, run={"resume": "never"}))
     assert "precision bf16: as accelerate launch --mixed_precision asks" in capsys.readouterr().out

@@ -99,19 +99,15 @@ def make_train_step(ctx: DistributedContext, *, mixup: tuple[float, float] = (0,
         normalize=normalize,
         criterion=CROSS_ENTROPY,
         mixup=Mixup(
-            mixup_alpha=mixup[0],
-            cutmix_alpha=mixup[1],
-            seed=0,
-            rank=ctx.rank,
-            world_size=ctx.world_size,
-            gather=ctx.accelerator.gather,
+            mixup_alpha=mixup[0], cutmix_alpha=mixup[1], seed=0,
+            rank=ctx.rank, world_size=ctx.world_size, gather=ctx.accelerator.gather,
         ),
         l2_sp=L2SP([], 0.0, decoupled=False),
         loss_reduction="mean",
         grad_accum_steps=1,
         max_grad_norm=None,
         seed=0,
-    )
+    )  # fmt: skip
     return replace(step, **options)
 
 
@@ -149,8 +145,8 @@ class RecordingCheckpoints:
         self._state, self._decisions = state, decisions or {}
         self._stop_after_epoch, self._stop_early_after_epoch = stop_after_epoch, stop_early_after_epoch
         self.synced: list[int] = []
-        self.saved: list[dict[str, Any]] = []
         self.epochs: list[int] = []
+        self.saved: list[dict[str, Any]] = []
 
     @property
     def stopped_early(self) -> bool:

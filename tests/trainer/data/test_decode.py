@@ -4,9 +4,9 @@ import os
 import random
 import struct
 import warnings
-from collections.abc import Iterator
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,13 @@ def decode_array(path: Path) -> np.ndarray:
     return np.asarray(image)
 
 
-def save(path: Path, array: np.ndarray, **options: object) -> Path:
-    Image.fromarray(array).save(path, **options)  # type: ignore[arg-type]
+def save(path: Path, image: np.ndarray | Image.Image, **options: object) -> Path:
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)  # type: ignore[arg-type]
     return path
 
 
 def png16(path: Path, values: np.ndarray, *chunks: tuple[bytes, bytes]) -> Path:
     """Write a 16-bit gray PNG without Pillow, which may read another format than it writes."""
-    import zlib
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -70,93 +69,68 @@ def as_rgb(gray: np.ndarray) -> np.ndarray:
 # Files that are decoded
 
 
-@pytest.mark.parametrize("size", [(1, 1), (640, 480)])
-def test_jpeg_is_decoded_as_by_pillow(tmp_path: Path, size: tuple[int, int]) -> None:
-    noise_image(1, size=size).save(tmp_path / "x.jpg", quality=90)
-    assert np.array_equal(decode_array(tmp_path / "x.jpg"), Image.open(tmp_path / "x.jpg").convert("RGB"))
-    assert np.array_equal(decode(tmp_path / "x.jpg"), Image.open(tmp_path / "x.jpg").convert("RGB"))
+RGB, PALETTE, RAMP = noise_image(2), noise_image(4).quantize(16), np.arange(256, dtype=np.uint8).reshape(16, 16)
+CHECKS = np.indices((16, 16)).sum(0) % 2 == 0
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "image", "options"),
     [
-        ("x.png", {}),
-        ("x.bmp", {}),
-        ("x.ppm", {}),
-        ("x.tif", {}),
-        ("x.tiff", {"compression": "tiff_lzw"}),
-        ("x.TIFF", {"compression": "tiff_deflate", "format": "TIFF"}),
-        ("x.webp", {"lossless": True}),
-        ("png renamed.jpg", {"format": "PNG"}),
-        (os.fsdecode(b"caf\xe9 \xe7\x8c\xab.png"), {}),
+        ("x.png", RGB, {}),
+        ("x.bmp", RGB, {}),
+        ("x.ppm", RGB, {}),
+        ("x.tiff", RGB, {"compression": "tiff_lzw"}),
+        ("x.TIFF", RGB, {"compression": "tiff_deflate", "format": "TIFF"}),
+        ("x.webp", RGB, {"lossless": True}),
+        ("png renamed.jpg", RGB, {"format": "PNG"}),
+        (os.fsdecode(b"caf\xe9 \xe7\x8c\xab.png"), RGB, {}),
+        ("gray.png", RAMP, {}),
+        ("gray.pgm", RAMP, {}),
+        ("bilevel.png", CHECKS, {}),
+        ("bilevel.tif", CHECKS, {"compression": "group4"}),
+        ("palette.png", PALETTE, {}),
+        ("palette.gif", PALETTE, {}),
     ],
 )
-def test_lossless_formats_keep_every_pixel(tmp_path: Path, name: str, options: dict[str, object]) -> None:
-    original = np.asarray(noise_image(2))
-    assert np.array_equal(decode_array(save(tmp_path / name, original, **options)), original)
-
-
-def test_gray_and_bilevel_images_become_rgb(tmp_path: Path) -> None:
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    assert np.array_equal(decode_array(save(tmp_path / "gray.png", ramp)), as_rgb(ramp))
-    assert np.array_equal(decode_array(save(tmp_path / "gray.pgm", ramp)), as_rgb(ramp))
-    checks = np.indices((16, 16)).sum(0) % 2 == 0
-    Image.fromarray(checks).save(tmp_path / "1.png")
-    Image.fromarray(checks).save(tmp_path / "1.tif", compression="group4")
-    for name in ("1.png", "1.tif"):
-        assert np.array_equal(decode_array(tmp_path / name), as_rgb(255 * checks))
-
-
-def test_palette_image_becomes_rgb(tmp_path: Path) -> None:
-    image = noise_image(4).quantize(16)
-    image.save(tmp_path / "x.png")
-    image.save(tmp_path / "x.gif")
-    for name in ("x.png", "x.gif"):
-        assert np.array_equal(decode_array(tmp_path / name), image.convert("RGB"))
+def test_lossless_formats_keep_every_pixel(
+    tmp_path: Path, name: str, image: np.ndarray | Image.Image, options: dict[str, object]
+) -> None:
+    expected = image.convert("RGB") if isinstance(image, Image.Image) else as_rgb(image * (255 // image.max()))
+    assert np.array_equal(decode_array(save(tmp_path / name, image, **options)), expected)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparent_pixels_are_composited_over_white(tmp_path: Path, mode: str) -> None:
-    color = np.asarray(noise_image(5, size=(3, 8)).convert("RGB" if mode == "RGBA" else "L"))
-    color = color.reshape(8, 3, -1)
-    alpha = np.array([0, 128, 255], dtype=np.uint8)[None, :, None].repeat(8, 0)
-    Image.fromarray(np.concatenate([color, alpha], axis=2), mode).save(tmp_path / "x.png")
-    found = decode_array(tmp_path / "x.png").astype(int)
-    expected = np.broadcast_to(color, (8, 3, 3)).astype(int)
+    image = noise_image(5, size=(3, 8)).convert(mode[:-1])
+    color = np.asarray(image.convert("RGB")).astype(int)
+    image.putalpha(Image.fromarray(np.array([[0, 128, 255]] * 8, dtype=np.uint8)))
+    found = decode_array(save(tmp_path / "x.png", image)).astype(int)
     assert (found[:, 0] == 255).all()
-    assert np.abs(found[:, 1] - (expected[:, 1] * 128 + 255 * 127) / 255).max() <= 1
-    assert np.array_equal(found[:, 2], expected[:, 2])
+    assert np.abs(found[:, 1] - (color[:, 1] * 128 + 255 * 127) / 255).max() <= 1
+    assert np.array_equal(found[:, 2], color[:, 2])
 
 
 def test_transparent_palette_entries_and_colors_become_white(tmp_path: Path) -> None:
-    red_green = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), "P")
-    red_green.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    red_green.save(tmp_path / "one.png", transparency=0)
-    red_green.save(tmp_path / "some.png", transparency=bytes([255, 0, 128]))
-    red_green.save(tmp_path / "one.gif", transparency=0)
-    white, green, blue = [255] * 3, [0, 255, 0], [0, 0, 255]
-    assert decode_array(tmp_path / "one.png").tolist() == [[white, green, blue]]
-    assert decode_array(tmp_path / "one.gif").tolist() == [[white, green, blue]]
-    some = decode_array(tmp_path / "some.png").astype(int)
-    assert np.abs(some - [[[255, 0, 0], white, [127, 127, 255]]]).max() <= 1
-    Image.fromarray(np.array([[[1, 2, 3], [1, 2, 4]]], dtype=np.uint8)).save(
-        tmp_path / "key.png", transparency=(1, 2, 3)
-    )
-    assert decode_array(tmp_path / "key.png").tolist() == [[white, [1, 2, 4]]]
-    Image.fromarray(np.array([[7, 8]], dtype=np.uint8)).save(tmp_path / "gray.png", transparency=7)
-    assert decode_array(tmp_path / "gray.png").tolist() == [[white, [8] * 3]]
+    palette = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), "P")
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    color, gray = np.array([[[1, 2, 3], [1, 2, 4]]], dtype=np.uint8), np.array([[7, 8]], dtype=np.uint8)
+    white, red, green, blue = [255] * 3, [255, 0, 0], [0, 255, 0], [0, 0, 255]
+    for name, image, transparency, expected in (
+        ("one.png", palette, 0, [white, green, blue]),
+        ("one.gif", palette, 0, [white, green, blue]),
+        ("some.png", palette, bytes([255, 0, 128]), [red, white, [127, 127, 255]]),
+        ("color.png", color, (1, 2, 3), [white, [1, 2, 4]]),
+        ("gray.png", gray, 7, [white, [8] * 3]),
+    ):
+        assert decode_array(save(tmp_path / name, image, transparency=transparency)).tolist() == [expected], name
 
 
 def test_cmyk_is_not_inverted(tmp_path: Path) -> None:
-    colors = np.zeros((16, 48, 3), dtype=np.uint8)
-    colors[:, :16], colors[:, 16:32], colors[:, 32:] = (200, 30, 30), (30, 200, 30), (240, 240, 240)
-    cmyk = Image.fromarray(colors).convert("CMYK")
-    cmyk.save(tmp_path / "x.jpg", quality=100)
-    cmyk.save(tmp_path / "x.tif")
-    assert b"Adobe" in (tmp_path / "x.jpg").read_bytes()[:200]
-    assert Image.open(tmp_path / "x.jpg").mode == "CMYK"
+    colors = np.repeat(np.array([[[200, 30, 30], [30, 200, 30], [240, 240, 240]]], dtype=np.uint8), 16, 1).repeat(16, 0)
     for name in ("x.jpg", "x.tif"):
-        assert np.abs(decode_array(tmp_path / name).astype(int) - colors).max() <= 3
+        path = save(tmp_path / name, Image.fromarray(colors).convert("CMYK"), quality=100)
+        assert np.abs(decode_array(path).astype(int) - colors).max() <= 3
+    assert b"Adobe" in (tmp_path / "x.jpg").read_bytes()[:200]
 
 
 VALUES_16 = np.array([[0, 128, 129, 255, 256, 257], [1000, 32767, 32768, 65278, 65407, 65535]])
@@ -176,10 +150,7 @@ def test_16_bit_values_are_scaled_not_clipped(tmp_path: Path) -> None:
     files[-1].write_bytes(b"P5 6 2 65535\n" + VALUES_16.astype(">u2").tobytes())
     for path in files:
         assert np.array_equal(decode_array(path), EXPECTED_8), path.name
-
-
-def test_12_bit_values_are_scaled(tmp_path: Path) -> None:
-    packed = b"\x00\x0f\xff" + b"\x80\x00\x10"  # 0x000, 0xfff and 0x800, 0x010
+    packed = b"\x00\x0f\xff" + b"\x80\x00\x10"  # 12 bits: 0x000, 0xfff and 0x800, 0x010
     path = tiff(tmp_path / "x.tif", packed, (2, 2), order="<", bits=12)
     assert np.array_equal(decode_array(path), as_rgb(np.array([[0, 255], [128, 1]])))
 
@@ -207,42 +178,31 @@ def test_gray_values_beyond_16_bits_are_refused(tmp_path: Path) -> None:
             decode(str(save(tmp_path / "x.tif", np.array(values, dtype=np.int32))))
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tif"])
-def test_every_exif_orientation_is_made_upright(tmp_path: Path, name: str, orientation: int) -> None:
-    stored = np.zeros((16, 32, 3), dtype=np.uint8)
-    stored[:8, :16], stored[:8, 16:], stored[8:, :16] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
-    stored[8:, 16:] = (9, 9, 9)
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    options = {"quality": 95} if name == "x.jpg" else {"lossless": True} if name == "x.webp" else {}
-    Image.fromarray(stored).save(tmp_path / name, exif=exif, **options)  # type: ignore[arg-type]
-    # Where the stored row 0 and column 0 belong, from the EXIF standard (JEITA CP-3451, "Orientation").
-    upright = {
-        1: stored,
-        2: stored[:, ::-1],
-        3: stored[::-1, ::-1],
-        4: stored[::-1],
-        5: stored.transpose(1, 0, 2),
-        6: stored.transpose(1, 0, 2)[:, ::-1],
-        7: stored.transpose(1, 0, 2)[::-1, ::-1],
-        8: stored.transpose(1, 0, 2)[::-1],
-    }[orientation]
-    found = decode_array(tmp_path / name)
-    assert found.shape == upright.shape
-    assert np.abs(found.astype(int) - upright)[2::4, 2::4].max() <= 6
-    assert np.array_equal(found, ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB"))
-
-
 @pytest.mark.parametrize(
-    "exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"rubbish"]
+    ("name", "options"), [("x.jpg", {"quality": 95}), ("x.png", {}), ("x.webp", {"lossless": True}), ("x.tif", {})]
 )
+def test_every_exif_orientation_is_made_upright(tmp_path: Path, name: str, options: dict[str, object]) -> None:
+    quarters = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [9, 9, 9]]], dtype=np.uint8)
+    stored = quarters.repeat(8, 0).repeat(16, 1)
+    turned = stored.transpose(1, 0, 2)
+    # Where the stored row 0 and column 0 belong, from the EXIF standard (JEITA CP-3451, "Orientation").
+    upright = (stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1])
+    upright += (turned, turned[:, ::-1], turned[::-1, ::-1], turned[::-1])
+    for orientation, expected in enumerate(upright, start=1):
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        found = decode_array(save(tmp_path / name, stored, exif=exif, **options))
+        assert found.shape == expected.shape
+        assert np.abs(found.astype(int) - expected)[2::4, 2::4].max() <= 6
+        assert np.array_equal(found, ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB"))
+
+
 def test_damaged_metadata_is_ignored(
-    tmp_path: Path, exif: bytes, recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    noise_image(6).save(tmp_path / "x.jpg", exif=exif)
-    noise_image(6).save(tmp_path / "y.jpg")
-    assert np.array_equal(decode_array(tmp_path / "x.jpg"), decode_array(tmp_path / "y.jpg"))
+    expected = decode_array(save(tmp_path / "x.jpg", RGB))
+    for exif in (b"", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"):
+        assert np.array_equal(decode_array(save(tmp_path / "x.jpg", RGB, exif=b"Exif\0\0" + exif)), expected)
     assert not recwarn.list
     assert capfd.readouterr() == ("", "")
 
@@ -257,10 +217,6 @@ def test_first_frame_of_an_animation_is_decoded(tmp_path: Path) -> None:
 # Files that are refused
 
 
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-
-
 def encoded(format_: str, **options: object) -> bytes:
     file = io.BytesIO()
     noise_image(9, size=(80, 60)).save(file, format_, **options)  # type: ignore[arg-type]
@@ -268,15 +224,12 @@ def encoded(format_: str, **options: object) -> bytes:
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
-@pytest.mark.parametrize("share", [0.003, 0.1, 0.5, 0.9, 0.99])
-def test_truncated_files_are_refused(
-    tmp_path: Path, format_: str, share: float, capfd: pytest.CaptureFixture[str]
-) -> None:
-    whole = encoded(format_)
-    path = tmp_path / "x.jpg"
-    path.write_bytes(whole[: max(3, int(share * len(whole)))])
-    with pytest.raises(UnreadableImage, match=r"damaged|truncated|cut|text|not a complete"):
-        decode(str(path))
+def test_truncated_files_are_refused(tmp_path: Path, format_: str, capfd: pytest.CaptureFixture[str]) -> None:
+    whole, path = encoded(format_), tmp_path / "x.jpg"
+    for share in (0.003, 0.1, 0.5, 0.9, 0.99):
+        path.write_bytes(whole[: max(3, int(share * len(whole)))])
+        with pytest.raises(UnreadableImage, match=r"damaged|truncated|cut|text|not a complete"):
+            decode(str(path))
     assert capfd.readouterr() == ("", "")
 
 
@@ -288,13 +241,11 @@ def test_truncated_files_are_refused(
         ("这不是图片。\n".encode() * 100, "a text file, not an image"),
         (b"\n <!DOCTYPE html><html>404</html>", "an HTML, SVG or XML file"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "a PostScript file"),
-        (b"%PDF-1.7 ", "a PDF file"),
         (b"PK\x03\x04\x14\0\0\0", "a zip archive"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
         (b"\0" * 4096, "not an image in a supported format"),
         (b"\xff\xd8\xff\xe0", "JPEG|damaged"),
         (encoded("TIFF", compression="tiff_lzw")[:-20], "a TIFF file whose directory is damaged or cut off"),
-        (encoded("ICO"), "not an image in a supported format"),
         (encoded("PCX"), "not an image in a supported format"),
     ],
 )
@@ -309,30 +260,10 @@ def test_other_files_with_an_image_extension_are_refused(tmp_path: Path, content
 
 
 def test_ghostscript_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(*arguments: object, **options: object) -> None:
-        pytest.fail("a program was started")
-
-    monkeypatch.setattr("subprocess.Popen", start)
-    monkeypatch.setattr("os.posix_spawn", start)
-    for name in ("x.eps", "x.jpg"):
-        noise_image(1).save(tmp_path / name, format="EPS")
-        with pytest.raises(UnreadableImage, match="PostScript"):
-            decode(str(tmp_path / name))
-
-
-@contextmanager
-def without_permission(path: Path) -> Iterator[None]:
-    """Remove the permission to read a file, for root too."""
-    path.chmod(0)
-    user = os.geteuid()
-    if user == 0:
-        with suppress(PermissionError):  # a root user without this right cannot read all files either
-            os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-        path.chmod(0o600)
+    for function in ("subprocess.Popen", "os.posix_spawn"):
+        monkeypatch.setattr(function, lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(UnreadableImage, match="PostScript"):
+        decode(save(tmp_path / "x.jpg", noise_image(1), format="EPS"))
 
 
 @pytest.mark.timeout(20)
@@ -357,11 +288,16 @@ def test_anything_but_a_regular_file_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_file_without_read_permission_is_unreachable(tmp_path: Path) -> None:
-    path = tmp_path / "x.png"
-    noise_image(1).save(path)
-    with without_permission(path), pytest.raises(UnreachableImage, match=r"cannot be opened \(Permission denied\)"):
-        decode(str(path))
-    assert decode_array(path).shape == (30, 40, 3)
+    path, user = save(tmp_path / "x.png", noise_image(1)), os.geteuid()
+    path.chmod(0)
+    if user == 0:
+        with suppress(PermissionError):  # a root user without this right cannot read all files either
+            os.seteuid(65534)
+    try:
+        with pytest.raises(UnreachableImage, match=r"cannot be opened \(Permission denied\)"):
+            decode(str(path))
+    finally:
+        os.seteuid(user)
 
 
 def test_image_beyond_pillows_limit_is_refused_and_a_large_one_gives_no_warning(
@@ -393,12 +329,10 @@ def test_decompression_bomb_in_a_text_chunk_is_refused(tmp_path: Path) -> None:
 def test_corrupted_bytes_are_decoded_or_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
-    seed = random.randrange(2**32)
-    rng = random.Random(seed)
+    rng = random.Random(5)
     kinds = [encoded(f) for f in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "PPM")]
     kinds += [encoded("TIFF", compression=c) for c in ("raw", "tiff_lzw", "tiff_deflate", "jpeg", "packbits")]
-    opened = open_files()
-    reasons = []
+    opened, reasons = os.listdir("/proc/self/fd"), []  # noqa: PTH208
     for whole in kinds:
         for _ in range(40):
             data = bytearray(whole)
@@ -412,22 +346,12 @@ def test_corrupted_bytes_are_decoded_or_refused(
                 reasons.append(str(error))
     assert len(reasons) > 40
     assert all(0 < len(reason) < 150 and reason.isprintable() for reason in reasons)
-    assert open_files() == opened
+    assert len(os.listdir("/proc/self/fd")) == len(opened)  # noqa: PTH208
     assert not recwarn.list
     assert capfd.readouterr() == ("", "")
-    print(f"seed {seed}")
 
 
-# Threads, processes and logging
-
-
-def test_pillow_does_not_log_to_the_console(capfd: pytest.CaptureFixture[str]) -> None:
-    logger = logging.getLogger("PIL.TiffImagePlugin")
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    root.handlers.clear()  # as in a program that has not configured logging; pytest has
-    try:
-        logger.error("More samples per pixel than can be decoded: %s", 91)
-    finally:
-        root.handlers[:] = handlers
+def test_pillow_does_not_log_to_the_console(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a program that has not configured logging
+    logging.getLogger("PIL.TiffImagePlugin").error("More samples per pixel than can be decoded: %s", 91)
     assert capfd.readouterr() == ("", "")

@@ -1,6 +1,5 @@
 import multiprocessing
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from tests.folders import image_folder
 from trainer.data.augment import Preprocessing, eval_transform, train_transform
-from trainer.data.dataset import ImageDataset, ImageReadError
+from trainer.data.dataset import ImageDataset
 from trainer.data.decode import decode
 from trainer.data.index import Example, read_index
 from trainer.data.loader import Batch, Collate, make_dataloader
@@ -78,14 +77,14 @@ def test_crop_depends_on_seed_epoch_and_sample_only(examples: Sequence[Example],
     assert not np.array_equal(twice[SampleKey(0, 0)][0], twice[SampleKey(0, 1)][0]), "equal images"
 
 
-@pytest.mark.parametrize("threads", [2, 3, 20])
-def test_threads_do_not_change_the_items(examples: Sequence[Example], dataset: ImageDataset, threads: int) -> None:
-    threaded = ImageDataset(examples, dataset.transform, seed=dataset.seed, threads=threads)
+def test_threads_do_not_change_the_items(examples: Sequence[Example], dataset: ImageDataset) -> None:
     keys = [SampleKey(1, example) for example in (4, 0, 7, 2, 2, 9, 5)]
-    for one, other in zip(dataset.__getitems__(keys), threaded.__getitems__(keys), strict=True):
-        assert np.array_equal(one[0], other[0])
-        assert one[1:] == other[1:]
-    assert threaded.__getitems__([]) == []
+    for threads in (2, 3, 20):
+        threaded = ImageDataset(examples, dataset.transform, seed=dataset.seed, threads=threads)
+        for one, other in zip(dataset.__getitems__(keys), threaded.__getitems__(keys), strict=True):
+            assert np.array_equal(one[0], other[0])
+            assert one[1:] == other[1:]
+        assert threaded.__getitems__([]) == []
 
 
 @pytest.mark.parametrize(("num_workers", "threads"), [(0, 1), (0, 2), (1, 1)])
@@ -106,26 +105,16 @@ def test_missing_image_is_named_in_one_line(
     assert "\n" not in text
 
 
-def test_message_is_extracted_from_the_traceback_of_a_worker() -> None:
-    text = "x.jpg: this image cannot be read: no such file."
-    assert str(ImageReadError(text)) == text
-    traceback = f"Traceback (most recent call last):\n  ...\ntrainer.data.dataset.ImageReadError: {text}\n"
-    wrapped = f"Caught ImageReadError in DataLoader worker process 0.\nOriginal {traceback}"
-    assert str(ImageReadError(wrapped)) == text
-
-
 # Batches
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_batch_contains_the_images_of_its_examples(
-    channels_last: bool, examples: Sequence[Example], preprocessing: Preprocessing, make_loader: Loader
+    memory_format: torch.memory_format, examples: Sequence[Example], preprocessing: Preprocessing, make_loader: Loader
 ) -> None:
     transform = eval_transform(preprocessing)
-    dataset = ImageDataset(examples, transform, seed=0)
-    sampler = EvalBatchSampler(EXAMPLES, batch_size=BATCH_SIZE)
-    loader = make_loader(dataset, sampler, channels_last=channels_last)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    dataset, sampler = ImageDataset(examples, transform, seed=0), EvalBatchSampler(EXAMPLES, batch_size=BATCH_SIZE)
+    loader = make_loader(dataset, sampler, channels_last=memory_format is torch.channels_last)
     assert [len(batch.labels) for batch in loader] == [4, 4, 3]
     for batch in loader:  # a second pass over the same loader
         assert batch.images.dtype == torch.uint8
@@ -168,58 +157,15 @@ def test_accelerate_neither_shards_nor_pads(
     assert [batch.examples.tolist() for batch in batches] == expected
 
 
-# Worker processes
-
-
-@pytest.mark.parametrize("end", ["signals", "terminate"])
-def test_worker_ignores_stop_signals_and_ends_with_its_trainer(
-    end: str, dataset: ImageDataset, make_loader: Loader
-) -> None:
+def test_worker_ignores_stop_signals_and_ends_with_its_trainer(dataset: ImageDataset, make_loader: Loader) -> None:
     order = EpochOrder(examples=EXAMPLES, batch_size=1, seed=0)
     others = {child.pid for child in multiprocessing.active_children()}  # of earlier tests
     batches = iter(make_loader(dataset, DistributedBatchSampler(order, epochs=3), num_workers=1))
     next(batches)
     (worker,) = (child for child in multiprocessing.active_children() if child.pid not in others)
-    if end == "signals":
-        for number in STOP_SIGNALS:  # from another process, as if sent to the whole group
-            subprocess.run(["kill", f"-{number.name.removeprefix('SIG')}", str(worker.pid)], check=True)
-        assert sum(1 for _ in batches) == 3 * EXAMPLES - 1  # the loader raises if its worker has ended
-    else:
-        worker.terminate()
-        worker.join(timeout=30)
-        assert worker.exitcode == 0
-
-
-PROGRAM = """
-import sys
-from accelerate import Accelerator
-from trainer.data.augment import Preprocessing, eval_transform
-from trainer.data.dataset import ImageDataset
-from trainer.data.loader import make_dataloader
-from trainer.data.sampler import DistributedBatchSampler, EpochOrder
-how, path = sys.argv[1:]
-half = (0.5, 0.5, 0.5)
-small = Preprocessing(
-    image_size=16, resize_size=18, resize="squash", interpolation="bilinear", mean=half, std=half
-)
-dataset = ImageDataset([(path, 0)] * 9, eval_transform(small), seed=0)
-sampler = DistributedBatchSampler(EpochOrder(examples=9, batch_size=1, seed=0), epochs=9)
-accelerator = Accelerator(cpu=True)
-for batch in make_dataloader(
-    dataset, sampler, image_size=16, channels_last=True, num_workers=1, accelerator=accelerator
-):
-    print("batch", flush=True)
-    if how == "error":
-        raise RuntimeError("in the middle of an epoch")
-    sys.exit(0)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("how", "code"), [("error", 1), ("exit", 0)])
-def test_process_exits_in_mid_epoch_without_waiting_for_its_workers(
-    how: str, code: int, dataset: ImageDataset, repository: Path
-) -> None:
-    command = [sys.executable, "-c", PROGRAM, how, dataset.paths[0]]
-    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60, check=False)
-    assert (result.returncode, result.stdout) == (code, "batch\n")
+    for number in STOP_SIGNALS:  # from another process, as if sent to the whole group
+        subprocess.run(["kill", f"-{number.name.removeprefix('SIG')}", str(worker.pid)], check=True)
+    assert sum(1 for _ in batches) == 3 * EXAMPLES - 1  # the loader raises if its worker has ended
+    worker.terminate()
+    worker.join(timeout=30)
+    assert worker.exitcode == 0

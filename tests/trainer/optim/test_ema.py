@@ -1,12 +1,10 @@
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from tests.trainer.training import SCHEDULE, SmallNet, make_net, make_state, make_train_step, run_fit
-from trainer.distributed.context import DistributedContext, init_distributed
-from trainer.evaluate import Evaluations
+from tests.trainer.training import SmallNet, make_net
+from trainer.distributed.context import init_distributed
 from trainer.model.batch_norm import freeze_batch_norm
 from trainer.optim.ema import ModelEma, get_decay
 
@@ -70,9 +68,7 @@ def test_frozen_tensors_stay_equal_to_the_models_bit_for_bit() -> None:
 
 
 def test_the_average_keeps_the_memory_layout_and_requires_no_gradient() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
-    ema = ModelEma(net, 0.9)
-    fill(net, 1.0)
+    ema = ModelEma(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last), 0.9)
     ema.update(1)
     averaged: Tensor = ema.model[0].weight  # type: ignore[index,assignment]
     assert averaged.is_contiguous(memory_format=torch.channels_last)
@@ -82,20 +78,16 @@ def test_the_average_keeps_the_memory_layout_and_requires_no_gradient() -> None:
 
 def test_the_average_computes_in_bf16_with_its_own_weights() -> None:
     ctx = init_distributed(device="cpu", precision="bf16", threads=1)
-    net = make_net()
+    net, images = make_net(), torch.rand(2, 3, 8, 8)
     model = ctx.accelerator.prepare_model(net)
     ema = ModelEma(ctx.unwrap(model), 0.9)
-    images = torch.rand(2, 3, 8, 8)
     before = model(images)
     fill(net, 0.0)
     assert not model(images).any()
     averaged = ema.model(images)
     assert torch.equal(averaged, before)
     assert averaged.dtype == torch.float32
-    with torch.no_grad():
-        fp32 = SmallNet.forward(ema.model, images)  # type: ignore[arg-type]
-    assert not torch.equal(averaged, fp32)
-    torch.testing.assert_close(averaged, fp32, rtol=0.05, atol=0.02)
+    assert not torch.equal(averaged, SmallNet.forward(ema.model, images))  # type: ignore[arg-type]
 
 
 def test_statistics_of_the_average_are_frozen_where_the_models_are_now() -> None:
@@ -117,35 +109,3 @@ def test_without_a_decay_the_model_itself_is_evaluated_and_nothing_is_saved() ->
     ema = ModelEma(net, None)
     ema.update(1)
     assert (ema.model is net, ema.with_model() is net, ema.state_dict()) == (True, True, {})
-
-
-def test_the_loop_averages_after_every_update_and_evaluates_the_average(ctx: DistributedContext) -> None:
-    evaluated: list[nn.Module] = []
-    history: list[dict[str, Tensor]] = []
-
-    def evaluate(model: nn.Module, interrupted: Callable[[], bool]) -> Evaluations:
-        evaluated.append(model)
-        return {}
-
-    state = make_state(make_net(batch_norm=True), ctx, ema=0.9)
-    run_fit(state, make_train_step(ctx), evaluate=evaluate)
-    assert [id(model) for model in evaluated] == [id(state.ema.model)] * SCHEDULE.epochs
-
-    # The same updates one at a time, averaged here in double precision.
-    net = make_net(batch_norm=True)
-    average = {name: tensor.double() for name, tensor in net.state_dict().items()}
-    reference = make_state(net, ctx)
-    reference.ema.update = lambda step: history.append(  # type: ignore[method-assign]
-        {name: tensor.double() for name, tensor in net.state_dict().items()}
-    )
-    run_fit(reference, make_train_step(ctx))
-    for step, weights in enumerate(history, start=1):
-        decay = min(0.9, (1 + step) / (10 + step))
-        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
-    assert len(history) == 6
-    for name, tensor in state.ema.model.state_dict().items():
-        if tensor.is_floating_point():
-            torch.testing.assert_close(tensor.double(), average[name], rtol=1e-5, atol=1e-7)
-            assert not torch.equal(tensor, state.model.state_dict()[name]), f"{name} is not that of the last update"
-        else:
-            assert torch.equal(tensor, state.model.state_dict()[name])

@@ -29,29 +29,19 @@ def test_other_texts_are_not_durations(text: str) -> None:
         parse_duration("optim.warmup", text)
 
 
-@pytest.mark.parametrize(
-    ("text", "interval"),
-    [
-        ("3 steps", Interval(training=Duration(3, "step"))),
-        ("1 step", Interval(training=Duration(1, "step"))),
-        ("1 epoch", Interval(training=Duration(1, "epoch"))),
-        ("0.5 epochs", Interval(training=Duration(0.5, "epoch"))),
-        ("10%", Interval(training=Duration(10, "%"))),
-        (" 2.5 % ", Interval(training=Duration(2.5, "%"))),
-        ("3 s", Interval(seconds=3)),
-        ("0.5s", Interval(seconds=0.5)),
-        ("10 min", Interval(seconds=600)),
-        ("1.5 h", Interval(seconds=5400)),
-    ],
-)
-def test_an_interval_is_a_duration_or_a_time(text: str, interval: Interval) -> None:
-    assert parse_interval("checkpoint.every", text) == interval
+def test_an_interval_is_a_duration_or_a_time() -> None:
+    intervals = {
+        "3 steps": Interval(training=Duration(3, "step")),
+        "0.5 epochs": Interval(training=Duration(0.5, "epoch")),
+        " 2.5 % ": Interval(training=Duration(2.5, "%")),
+        "0.5s": Interval(seconds=0.5),
+        "10 min": Interval(seconds=600),
+        "1.5 h": Interval(seconds=5400),
+    }
+    assert {text: parse_interval("checkpoint.every", text) for text in intervals} == intervals
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "7", "null", "ten min", "-1 min", "1e3 s", "5 minutes", "2 hours", "1 d", "1 h 30 min", "200%", "inf s"],
-)
+@pytest.mark.parametrize("text", ["", "7", "null", "ten min", "-1 min", "1e3 s", "5 minutes", "1 h 30 min", "200%"])
 def test_other_texts_are_not_intervals(text: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_interval("checkpoint.every", text)
@@ -60,23 +50,20 @@ def test_other_texts_are_not_intervals(text: str) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["0 steps", "0 epochs", "0%", "0 s", "0.0 h"])
+@pytest.mark.parametrize("text", ["0 steps", "0%", "0.0 h"])
 def test_an_interval_of_zero_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"checkpoint\.keep_every is .*: expected more than 0, or null"):
         parse_interval("checkpoint.keep_every", text)
 
 
-@pytest.mark.parametrize(
-    ("logs_per_epoch", "steps", "expected"),
-    [(5, 16, {4, 7, 10, 13, 16}), (5, 3, {1, 2, 3}), (5, 1, {1}), (1, 7, {7}), (100, 4, {1, 2, 3, 4})],
-)
-def test_metrics_are_logged_at_equal_distances_and_at_the_end_of_an_epoch(
-    logs_per_epoch: int, steps: int, expected: set[int]
-) -> None:
-    schedule = TrainSchedule(
-        batch_sizes=(1,) * steps, epochs=1, logs_per_epoch=logs_per_epoch, lr_multiplier=lambda step: 1.0
-    )
-    assert schedule.log_steps == expected
+def test_metrics_are_logged_at_equal_distances_and_at_the_end_of_an_epoch() -> None:
+    for logs, steps, expected in (
+        (5, 16, {4, 7, 10, 13, 16}), (5, 3, {1, 2, 3}), (5, 1, {1}), (1, 7, {7}), (100, 4, {1, 2, 3, 4}),
+    ):  # fmt: skip
+        schedule = TrainSchedule(
+            batch_sizes=(1,) * steps, epochs=1, logs_per_epoch=logs, lr_multiplier=lambda step: 1.0
+        )
+        assert schedule.log_steps == expected
 
 
 def multipliers(kind: Any, total: int, warmup: int = 0, *, steps: int | None = None) -> list[float]:
@@ -87,8 +74,9 @@ def multipliers(kind: Any, total: int, warmup: int = 0, *, steps: int | None = N
     ]
 
 
-def test_constant_after_a_linear_warmup() -> None:
+def test_a_linear_warmup_may_be_as_long_as_the_run() -> None:
     assert multipliers("constant", 6, 4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert multipliers("cosine", 4, 4) == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_cosine_falls_from_1_and_would_reach_0_after_the_last_step() -> None:
@@ -98,39 +86,23 @@ def test_cosine_falls_from_1_and_would_reach_0_after_the_last_step() -> None:
     assert {step: factors[step] for step in expected} == pytest.approx(expected, abs=1e-15)
 
 
-def test_a_warmup_as_long_as_the_run_only_rises() -> None:
-    assert multipliers("cosine", 3, 3) == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1]
-
-
-@pytest.mark.parametrize(("total", "warmup", "peak"), [(20, 0, 5), (20, 3, 2), (7, 7, 6), (1000, 0, 299)])
-def test_one_cycle_rises_from_a_25th_to_the_peak_and_falls_to_a_250_000th(total: int, warmup: int, peak: int) -> None:
-    factors = multipliers("one-cycle", total, warmup)
-    assert factors[0] == pytest.approx(1 / 25, rel=1e-12)
-    assert factors[peak] == max(factors) == 1
-    assert factors[: peak + 1] == sorted(factors[: peak + 1])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    if peak + 1 < total:
-        assert factors[-1] == pytest.approx(1 / 25 / 1e4, rel=1e-9)
-
-
-def test_one_cycle_equals_torchs_own() -> None:
+@pytest.mark.parametrize(("warmup", "pct_start"), [(0, 0.3), (10, 0.2)])
+def test_one_cycle_equals_torchs_own(warmup: int, pct_start: float) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1.0, total_steps=50, pct_start=0.3, cycle_momentum=False
+        optimizer, max_lr=1.0, total_steps=50, pct_start=pct_start, cycle_momentum=False
     )
     expected = [optimizer.param_groups[0]["lr"]]
     while len(expected) < 50:
         optimizer.step()
         scheduler.step()
         expected.append(optimizer.param_groups[0]["lr"])
-    assert multipliers("one-cycle", 50) == pytest.approx(expected, rel=1e-9)
+    assert multipliers("one-cycle", 50, warmup) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize(("total", "expected"), [(1, [1.0]), (2, [1.0, 4e-6]), (3, [1.0, 0.500002, 4e-6])])
-def test_one_cycle_starts_a_very_short_run_at_its_peak(total: int, expected: list[float]) -> None:
-    assert multipliers("one-cycle", total) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (7, 7), (9, 0)])
-def test_one_cycle_has_a_rate_after_the_last_step_for_a_run_that_is_extended(total: int, warmup: int) -> None:
-    assert multipliers("one-cycle", total, warmup, steps=total + 1)[-1] == pytest.approx(4e-6)
+def test_one_cycle_starts_a_very_short_run_at_its_peak_and_may_be_extended() -> None:
+    for expected in ([1.0], [1.0, 4e-6], [1.0, 0.500002, 4e-6]):
+        assert multipliers("one-cycle", len(expected)) == pytest.approx(expected)
+    for total, warmup in ((1, 0), (7, 7), (9, 0)):
+        factors = multipliers("one-cycle", total, warmup, steps=total + 1)
+        assert (max(factors), factors[-1]) == (1, pytest.approx(4e-6))
