@@ -43,15 +43,9 @@ def run(
     timeout: float = 300,
 ) -> str:
     """Run a command, check its exit code, and return its standard output followed by its standard error."""
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    words = [str(word) for word in command]
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})}
+    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
     output = done.stdout + done.stderr
     assert done.returncode == code, f"exit code {done.returncode}, expected {code}:\n{output}"
     return output

@@ -69,10 +69,7 @@ def images(factory: pytest.TempPathFactory) -> Path:
 
 def options(factory: pytest.TempPathFactory, folder: Path, **changes: object) -> list[str]:
     """Return the options of a short run; keywords change them, dots written as double underscores."""
-    return options_for(images(factory), folder, **changes)
-
-
-def options_for(root: Path, folder: Path, **changes: object) -> list[str]:
+    root = images(factory)
     settings: dict[str, object] = {
         "run.dir": folder, "run.threads": 1, "run.audit": "true",
         "data.root": root, "data.image_size": 64, "data.num_workers": 1, "data.cache": root.parent / "cache",
@@ -170,24 +167,15 @@ def start(
 ) -> Iterator[Run]:
     """Start a command in a session of its own; kill what is left of it at the end of the block.
 
-    Args:
-        arguments: the command.
-        folder: the run folder that it names.
-        environment: variables added to those of the tests.
-        logs: folder of the output; by default the run folder's parent.
-
+    `folder` is the run folder that it names. The output goes to `logs`, by default the run folder's parent.
     """
     identifier = str(uuid.uuid4())
     log = (logs or folder.parent) / f"output-{identifier[:8]}.txt"
+    environment = {**os.environ, **environment, _MARK: identifier}
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            arguments,
-            cwd=log.parent,
-            env={**os.environ, **environment, _MARK: identifier},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
+            arguments, cwd=log.parent, env=environment, stdout=out, start_new_session=True, **streams
         )
     run = Run(process, folder, log, f"{_MARK}={identifier}")
     try:
@@ -348,9 +336,8 @@ def assert_each_example_once(folder: Path, *, epochs: int = EPOCHS) -> None:
 
 def metrics_rows(folder: Path) -> list[dict[str, Any]]:
     """Return all rows of metrics.jsonl without times."""
-    return [
-        {key: value for key, value in row.items() if key not in TIMES} for row in _json_lines(folder / "metrics.jsonl")
-    ]
+    rows = _json_lines(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def assert_equal(actual: Path, expected: Path) -> None:
@@ -358,29 +345,23 @@ def assert_equal(actual: Path, expected: Path) -> None:
     assert updates(actual) == updates(expected), "examples, pixels or learning rates differ"
     assert metrics_rows(actual) == metrics_rows(expected)
     assert latest_checkpoint(actual).name == latest_checkpoint(expected).name
-    tensors, expected_tensors = (
-        {
-            f"{path.name}: {name}": tensor
-            for path in sorted([*run.glob("*.safetensors"), *latest_checkpoint(run).glob("*.safetensors")])
-            for name, tensor in load_file(path).items()
-        }
-        for run in (actual, expected)
-    )
+    tensors, expected_tensors = _tensors(actual), _tensors(expected)
     assert tensors.keys() == expected_tensors.keys()
     differing = [name for name, tensor in tensors.items() if not torch.equal(tensor, expected_tensors[name])]
     assert not differing, f"{actual}: {differing} differ"
     assert _best(actual) == _best(expected)
 
 
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of the model files and of the last checkpoint."""
+    paths = sorted([*folder.glob("*.safetensors"), *latest_checkpoint(folder).glob("*.safetensors")])
+    return {f"{path.name}: {name}": tensor for path in paths for name, tensor in load_file(path).items()}
+
+
 def assert_close(actual: Path, expected: Path, *, losses: float = LOSSES, weights: float = WEIGHTS) -> None:
     """Check that two runs saw the same examples, and that their results differ by the order of sums alone.
 
-    Args:
-        actual: a run folder.
-        expected: another run folder.
-        losses: largest relative difference of any logged loss.
-        weights: largest difference of any weight of the last checkpoint.
-
+    `losses` is the largest relative difference of any logged loss, `weights` that of any weight of the last checkpoint.
     """
     assert updates(actual) == updates(expected), "examples, pixels or learning rates differ"
     rows, expected_rows = metrics_rows(actual), metrics_rows(expected)
@@ -405,6 +386,5 @@ def assert_close(actual: Path, expected: Path, *, losses: float = LOSSES, weight
 
 
 def _best(folder: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((latest_checkpoint(folder) / "state.json").read_text(encoding="ascii"))
-    best: dict[str, Any] = state["best"]
-    return best
+    state: dict[str, dict[str, Any]] = json.loads((latest_checkpoint(folder) / "state.json").read_bytes())
+    return state["best"]

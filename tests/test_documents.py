@@ -7,11 +7,10 @@ module does not know how to treat fails the test.
 
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import launch.cli
+from tests.launching import run
 from trainer.commands import compare, lr_find, preview, variants
 from trainer.config.parse import keys, parse
 from trainer.main import main as train
@@ -28,26 +28,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
 CONFIGS = sorted(REPOSITORY.glob("configs/**/*.yaml"))
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "trainer/main.py": train,
-    "trainer/commands/preview.py": preview.main,
-    "trainer/commands/lr_find.py": lr_find.main,
-    "trainer/commands/compare.py": compare.main,
-}
-VERBS = {
-    "preview": "trainer/commands/preview.py",
-    "lr-find": "trainer/commands/lr_find.py",
-    "compare": "trainer/commands/compare.py",
-}
+VERBS = {verb: f"trainer/commands/{verb.replace('-', '_')}.py" for verb in ("preview", "lr-find", "compare")}
 """Verb of `regraft` -> the program that it runs."""
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "trainer/main.py": train, VERBS["preview"]: preview.main, VERBS["lr-find"]: lr_find.main,
+    VERBS["compare"]: compare.main,
+}  # fmt: skip
 SMALL = [
-    "--data.root=images",
-    "--data.image_size=32",
-    "--data.num_workers=0",
-    "--train.epochs=1",
-    "--train.batch_size=8",
-    "--run.threads=1",
-    "--run.device=cpu",
+    *("--data.root=images", "--data.image_size=32", "--data.num_workers=0", "--train.epochs=1"),
+    *("--train.batch_size=8", "--run.threads=1", "--run.device=cpu"),
 ]
 SMALL_MODEL = ["--model.name=shufflenet_v2_x0_5", "--model.weights=runs/NAME/model.safetensors"]
 SMALL_OF_COMMAND = {"trainer/commands/lr_find.py": ["--steps=10"], "trainer/commands/compare.py": ["--seeds=1"]}
@@ -87,14 +76,9 @@ def commands(document: Path) -> Iterator[list[str]]:
     else:
         lines = "\n".join(code_blocks(document, "sh")).replace("\\\n", " ").splitlines()
     for line in lines:
-        words: list[str] = []
-        for word in [*shlex.split(line, comments=True), "&&"]:
-            if word == "&&":
-                if words:
-                    yield words
-                words = []
-            else:
-                words.append(word)
+        words = shlex.split(line, comments=True)
+        groups = groupby(words, key=lambda word: word == "&&")
+        yield from (list(group) for is_separator, group in groups if not is_separator)
 
 
 def trainer_options(words: Sequence[str]) -> list[str]:
@@ -116,9 +100,7 @@ def own_options(words: Sequence[str]) -> list[str]:
 @cache
 def help_text(*command: str) -> str:
     """Return what `python COMMAND --help` prints."""
-    return subprocess.run(
-        [sys.executable, *command, "--help"], capture_output=True, text=True, check=True, cwd=REPOSITORY
-    ).stdout
+    return run([sys.executable, *command, "--help"], cwd=REPOSITORY)
 
 
 def run_trainer(program: str, arguments: Sequence[str]) -> None:
@@ -230,16 +212,10 @@ def test_every_command_runs(document: Path) -> None:
 )
 def test_the_first_commands_of_the_readme_run_as_they_are_written(command: str) -> None:
     assert command.split() in [words[: len(command.split())] for words in commands(REPOSITORY / "README.md")]
-    start, _, options = command.partition(" --")
-    program = {
-        "accelerate launch trainer/main.py": ["-m", "accelerate.commands.launch", str(REPOSITORY / "trainer/main.py")],
-        "regraft train": ["-m", "launch.cli", "train"],
-    }[start]
-    small = [*SMALL, *SMALL_MODEL, f"--run.dir=runs/{start.split()[0]}"]
-    ended = subprocess.run(
-        [sys.executable, *program, *f"--{options}".split(), *small], capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    program, *arguments = command.replace("trainer/main.py", str(REPOSITORY / "trainer/main.py")).split()
+    module = {"accelerate": "accelerate.commands.accelerate_cli", "regraft": "launch.cli"}[program]
+    small = [*SMALL, *SMALL_MODEL, f"--run.dir=runs/{program}"]
+    run([sys.executable, "-m", module, *arguments, *small], cwd=Path.cwd())
 
 
 @pytest.mark.slow

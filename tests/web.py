@@ -70,43 +70,28 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/set.zip"
 
 
-def complete(handler: Handler) -> None:
-    handler.send(ARCHIVE, Content_Length=len(ARCHIVE), Content_Type="application/zip")
+def reply(body: bytes, *, status: int = 200, **headers: object) -> Response:
+    return lambda handler: handler.send(body, status=status, **headers)
 
 
-def without_length(handler: Handler) -> None:
-    """End the body by closing the connection, as HTTP/1.0 servers may."""
-    handler.send(ARCHIVE)
-
-
-def truncated(handler: Handler) -> None:
-    handler.send(ARCHIVE[:HALF], Content_Length=len(ARCHIVE))
-
-
-def truncated_without_length(handler: Handler) -> None:
-    handler.send(ARCHIVE[:HALF])
+complete = reply(ARCHIVE, Content_Length=len(ARCHIVE), Content_Type="application/zip")
+without_length = reply(ARCHIVE)
+"""Ends the body by closing the connection, as HTTP/1.0 servers may."""
+truncated = reply(ARCHIVE[:HALF], Content_Length=len(ARCHIVE))
+truncated_without_length = reply(ARCHIVE[:HALF])
+not_found = reply(b"", status=404, Content_Length=0)
+login_page = reply(b"<!DOCTYPE html><title>Please log in</title>", Content_Type="text/html")
+redirect_to_file = reply(b"", status=302, Location="file:///etc/passwd")
 
 
 def stalled(handler: Handler) -> None:
     truncated(handler)
     handler.wfile.flush()
-    handler.server.stop.wait(20)
+    silent(handler)
 
 
 def silent(handler: Handler) -> None:
     handler.server.stop.wait(20)
-
-
-def not_found(handler: Handler) -> None:
-    handler.send(b"", status=404, Content_Length=0)
-
-
-def login_page(handler: Handler) -> None:
-    handler.send(b"<!DOCTYPE html><title>Please log in</title>", Content_Type="text/html")
-
-
-def redirect_to_file(handler: Handler) -> None:
-    handler.send(b"", status=302, Location="file:///etc/passwd")
 
 
 @contextmanager

@@ -39,7 +39,6 @@ def test_several_runs_are_checked_in_one_process(options: Options, capsys: pytes
         ("--optim.lrr=1", "Did you mean optim.lr?"),
         ("--data.root=/nowhere", "there is no such folder"),
         ("--model.weights=no.safetensors", "no.safetensors"),
-        ("--model.name=resnet19", "resnet19"),
         ("--transfer.trainable=layer9", "'layer9' matches no"),
         ("--regularization.early_stopping=2", "set data.val_fraction 0.1"),
         ("--optim.warmup=1000 steps", "the peak learning rate"),

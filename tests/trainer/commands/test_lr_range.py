@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -7,11 +8,8 @@ from trainer.commands.lr_range import SMOOTHING, has_diverged, rates, smoothed, 
 from trainer.commands.overfit import describe_losses
 
 
-def test_rates_are_a_geometric_sequence() -> None:
+def test_rates_are_a_geometric_sequence_and_averages_have_no_bias_towards_0() -> None:
     assert rates(1e-6, 10, 8) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 10])
-
-
-def test_moving_average_has_no_bias_towards_0() -> None:
     assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3, 3, 3])
     assert smoothed([1.0, 2.0]) == pytest.approx([1, (SMOOTHING * 1 + 2) / (SMOOTHING + 1)])
 
@@ -35,7 +33,6 @@ def test_suggestion_is_the_larger_rate_and_at_most_a_third_of_the_minimums(scale
     tried = rates(1e-6 * scale, 1 * scale, 121)
     early = suggest(tried, curve(tried, knee=1e-3 * scale, end=0.5 * scale))
     assert early.steepest is not None
-    assert early.tenth is not None
     assert 1e-3 * scale < early.steepest < 4e-3 * scale, "at the knee, with the lag of the average"
     assert early.lr == early.tenth > early.steepest
     assert "a tenth" in early.reason
@@ -65,5 +62,4 @@ def test_no_suggestion_if_the_loss_does_not_fall(losses: list[float]) -> None:
 def test_overfit_says_whether_the_loss_decreases() -> None:
     assert "it decreases" in describe_losses([1.0, 0.9, 0.5])
     for losses in ([1.0, 1.0, 0.99], [1.0, 3.0, 9.0], [1.0, float("nan")]):
-        assert "does NOT decrease" in describe_losses(losses)
-        assert "optim.lr" in describe_losses(losses)
+        assert re.search("does NOT decrease.*optim.lr", describe_losses(losses), flags=re.DOTALL)

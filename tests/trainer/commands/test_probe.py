@@ -67,18 +67,9 @@ def test_data_set_given_by_name_is_replaced_by_synthetic_images(
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize(
-    ("option", "expected"),
-    [
-        ("--optim.lrr=1", "there is no option 'optim.lrr'"),
-        ("--data.root=/nowhere", "data.root is '/nowhere'"),
-        ("--model.name=resnet1", "there is no model 'resnet1'"),
-    ],
-)
-def test_wrong_option_is_reported_with_the_trainers_message(option: str, expected: str, run_probe: Measure) -> None:
-    measured = run_probe("hotdog", option)
-    assert expected in measured["config"]["error"]
-    assert not measured["config"]["error"].startswith("UserError")
+def test_wrong_option_is_reported_with_the_trainers_message(run_probe: Measure) -> None:
+    measured = run_probe("hotdog", "--model.name=resnet1")
+    assert measured["config"]["error"].startswith("there is no model 'resnet1'")
     assert list(measured) == ["torch", "torchvision", "config"]
 
 

@@ -12,40 +12,29 @@ from rich.console import Console
 from torch import nn
 from torchvision import models
 
-from trainer.checkpoint.retention import RetentionPolicy
 from trainer.config import build_loaders
 from trainer.config.build_checkpoints import make_retention_policy
 from trainer.config.build_data import RunData, make_schedule
 from trainer.config.build_loaders import Evaluator
 from trainer.config.build_model import make_model, make_param_groups
+from trainer.config.parse import parse
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig, resolve
-from trainer.config.schema import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    PretrainConfig,
-    RegularizationConfig,
-    TrainConfig,
-    TransferConfig,
-)
 from trainer.data.index import DatasetIndex, Example
 from trainer.data.prepare import Prepared
 from trainer.data.sampler import EpochOrder
 from trainer.errors import UserError
 from trainer.model.built import BuiltModel
 from trainer.model.metadata import ModelMetadata, write_model
+from trainer.optim.schedule import TrainSchedule
 from trainer.report.block_table import block_table
 
 ORDER = EpochOrder(examples=25, batch_size=10, seed=0)  # 3 steps per epoch
 
 
-def resolved(**sections: Any) -> ResolvedConfig:
-    """Return a config of a small resnet18 with random weights, with these sections."""
-    defaults = {"data": DataConfig(root="x", image_size=32), "model": ModelConfig(weights=None)}
-    return resolve(Config(**(defaults | sections)))
+def resolved(*options: str) -> ResolvedConfig:
+    """Return a config of a small resnet18 with random weights, with these options."""
+    return resolve(parse(["--data.root=x", "--data.image_size=32", "--model.weights=null", *options]))
 
 
 def build(config: ResolvedConfig, classes: Any = "abc", weights: str | None = None, **arguments: Any) -> BuiltModel:
@@ -54,59 +43,54 @@ def build(config: ResolvedConfig, classes: Any = "abc", weights: str | None = No
 
 def index(count: int = 4, *, val: int = 0) -> DatasetIndex:
     examples = tuple(Example(f"{i}.png", i % 2) for i in range(count))
-    return DatasetIndex(
-        root=Path(), classes=("a", "b"), train=examples, val=examples[:val], test=examples, reported="",
-        split_made=False, notes=(),
-    )  # fmt: skip
+    splits = {"train": examples, "val": examples[:val], "test": examples}
+    return DatasetIndex(root=Path(), classes=("a", "b"), reported="", split_made=False, notes=(), **splits)
 
 
 # Durations
 
 
-@pytest.mark.parametrize("warmup", ["1 epochs", "3 steps", "50%"])
-def test_schedule_has_the_warmup_and_batches_of_the_run(warmup: str) -> None:
-    optim = OptimConfig(warmup=warmup, schedule="constant")
-    schedule = make_schedule(resolved(optim=optim, train=TrainConfig(epochs=2)), ORDER)
-    assert schedule.batch_sizes == (10, 10, 5)
-    multipliers = [schedule.lr_multiplier(step) for step in range(6)]
-    assert multipliers == [*(pytest.approx((step + 1) / 3) for step in range(3)), 1, 1, 1]
+def test_schedule_has_the_warmup_and_batches_of_the_run() -> None:
+    def schedule(warmup: str) -> TrainSchedule:
+        options = [f"--optim.warmup={warmup}", "--optim.schedule=constant", "--train.epochs=2"]
+        return make_schedule(resolved(*options), ORDER)
 
-
-@pytest.mark.parametrize("warmup", ["7 steps", "100 epochs"])
-def test_warmup_longer_than_the_run_is_refused(warmup: str) -> None:
-    with pytest.raises(UserError, match=r"optim\.warmup .* the run has 6"):
-        make_schedule(resolved(optim=OptimConfig(warmup=warmup), train=TrainConfig(epochs=2)), ORDER)
+    for warmup in ("1 epochs", "3 steps", "50%"):
+        assert schedule(warmup).batch_sizes == (10, 10, 5)
+        multipliers = [schedule(warmup).lr_multiplier(step) for step in range(6)]
+        assert multipliers == [*(pytest.approx((step + 1) / 3) for step in range(3)), 1, 1, 1]
+    for warmup in ("7 steps", "100 epochs"):
+        with pytest.raises(UserError, match=r"optim\.warmup .* the run has 6"):
+            schedule(warmup)
 
 
 @pytest.mark.parametrize(
     ("every", "keep_every", "expected"),
     [
-        ("1 epoch", None, (3, None, None)),
-        (None, None, (None, None, None)),
+        ("1 epoch", "null", (3, None, None)),
+        ("null", "null", (None, None, None)),
         ("2 steps", "2 epochs", (2, None, 6)),
         ("50%", "100%", (6, None, 12)),
-        ("0.5 epochs", None, (2, None, None)),
+        ("0.5 epochs", "null", (2, None, None)),
         ("1%", "0.01 epochs", (1, None, 1)),
-        ("2 min", None, (None, 120, None)),
+        ("2 min", "null", (None, 120, None)),
     ],
 )
 def test_checkpoint_intervals_become_at_least_one_step(
-    every: str | None, keep_every: str | None, expected: tuple[int | None, float | None, int | None]
+    every: str, keep_every: str, expected: tuple[int | None, float | None, int | None]
 ) -> None:
-    checkpoint = CheckpointConfig(every=every, keep_every=keep_every)
-    policy = make_retention_policy(resolved(checkpoint=checkpoint, train=TrainConfig(epochs=4)), ORDER.steps_per_epoch)
-    steps, seconds, keep = expected
-    assert policy == RetentionPolicy(
-        every_steps=steps, every_seconds=seconds, keep_last=2, keep_best=True, keep_every=keep
-    )
+    config = resolved(f"--checkpoint.every={every}", f"--checkpoint.keep_every={keep_every}", "--train.epochs=4")
+    policy = make_retention_policy(config, ORDER.steps_per_epoch)
+    assert (policy.every_steps, policy.every_seconds, policy.keep_every) == expected
+    assert (policy.keep_last, policy.keep_best) == (2, True)
 
 
 # Parameter groups
 
 
-def learning_rates(**optim: Any) -> dict[str, float]:
+def learning_rates(option: str) -> dict[str, float]:
     """Return parameter name of resnet18 -> learning rate."""
-    config = resolved(optim=OptimConfig(lr=1, **optim))
+    config = resolved("--optim.lr=1", option)
     built = build(config)
     names = {id(parameter): name for name, parameter in built.model.named_parameters()}
     groups = make_param_groups(built, config)
@@ -114,19 +98,19 @@ def learning_rates(**optim: Any) -> dict[str, float]:
 
 
 def test_layer_decay_lowers_the_rate_of_each_block_below_the_head() -> None:
-    rates = learning_rates(layer_decay=0.5)
+    rates = learning_rates("--optim.layer_decay=0.5")
     assert {name.partition(".")[0]: rate for name, rate in rates.items()} == {
         "fc": 10.0, "layer4": 0.5, "layer3": 0.25, "layer2": 0.125, "layer1": 0.0625, "conv1": 0.03125, "bn1": 0.03125,
     }  # fmt: skip
 
 
 def test_last_matching_lr_mult_applies() -> None:
-    rates = learning_rates(lr_mult={"layer*": 0.1, "layer4": 3, "fc.bias": 2, "layer1.0.bn1.bias": 0.5})
+    rates = learning_rates("--optim.lr_mult={'layer*': 0.1, layer4: 3, fc.bias: 2, layer1.0.bn1.bias: 0.5}")
     expected = {"conv1.weight": 1, "layer2.0.bn1.bias": 0.1, "layer1.0.bn1.bias": 0.5, "layer4.0.bn1.bias": 3,
                 "fc.weight": 10, "fc.bias": 20}  # fmt: skip
     assert {name: rates[name] for name in expected} == expected
     with pytest.raises(UserError, match="'layre' matches no parameter of this model; its blocks are conv1"):
-        learning_rates(lr_mult={"layre": 1})
+        learning_rates("--optim.lr_mult={layre: 1}")
 
 
 @pytest.mark.parametrize(
@@ -134,12 +118,12 @@ def test_last_matching_lr_mult_applies() -> None:
     [
         ("all", "layer4 yes 8,393,728 0.001 0.1 train"),
         ("head", "layer4 frozen 8,393,728 - - frozen"),
-        ({0: "head", 2: "layer4"}, "layer4 from epoch 3 8,393,728 0.001 0.1 frozen"),
-        ({0: "head", 2: "layer4.*.weight"}, "layer4 in part 8,393,728 0.001 0.1 frozen"),
+        ("{0: head, 2: layer4}", "layer4 from epoch 3 8,393,728 0.001 0.1 frozen"),
+        ("{0: head, 2: layer4.*.weight}", "layer4 in part 8,393,728 0.001 0.1 frozen"),
     ],
 )
-def test_block_table_shows_what_trains(trainable: Any, row: str) -> None:
-    config = resolved(transfer=TransferConfig(trainable=trainable), optim=OptimConfig(lr=1e-3, weight_decay=0.1))
+def test_block_table_shows_what_trains(trainable: str, row: str) -> None:
+    config = resolved(f"--transfer.trainable={trainable}", "--optim.lr=1e-3", "--optim.weight_decay=0.1")
     built = build(config)
     file = io.StringIO()
     Console(file=file, width=120).print(block_table(built, make_param_groups(built, config)))
@@ -148,38 +132,35 @@ def test_block_table_shows_what_trains(trainable: Any, row: str) -> None:
     assert [" ".join(line) for line in lines[-2:]] == [row, "fc (new) yes 1,539 0.01 0.1 -"]
 
 
-def test_stage_after_the_last_epoch_is_reported() -> None:
-    transfer = TransferConfig(trainable={0: "head", 2: "layer4", 9: "all"})
-    summary = build(resolved(transfer=transfer, train=TrainConfig(epochs=3))).summary
-    assert [line for line in summary if "stage" in line] == [
-        "transfer.trainable: the run ends after epoch 3, before the stage that starts with epoch 10"
-    ]
-
-
-@pytest.mark.parametrize(("trainable", "reported"), [("head", True), ({0: "head", 1: "all"}, False), ("all", False)])
-def test_frozen_random_parameters_are_reported(trainable: Any, reported: bool) -> None:
-    summary = build(resolved(transfer=TransferConfig(trainable=trainable))).summary
-    assert any("frozen parameters keep their random values" in line for line in summary) == reported
+@pytest.mark.parametrize(
+    ("trainable", "reported"),
+    [
+        ("{0: head, 2: layer4, 9: all}", "ends after epoch 3, before the stage that starts with epoch 10"),
+        ("head", "frozen parameters keep their random values"),
+        ("{0: head, 1: all}", None),
+    ],
+)
+def test_unreached_stage_and_frozen_random_parameters_are_reported(trainable: str, reported: str | None) -> None:
+    summary = build(resolved(f"--transfer.trainable={trainable}", "--train.epochs=3")).summary
+    lines = [line for line in summary if "transfer.trainable" in line or "frozen" in line]
+    assert [reported in line for line in lines] == ([True] if reported else [])
 
 
 def test_source_classes_of_a_model_file_are_those_in_its_metadata(tmp_path: Path) -> None:
     torch.manual_seed(2)
     source = models.squeezenet1_1(num_classes=3)
     preprocessing = resolved().data.preprocessing
-    metadata = ModelMetadata(
-        version="0", architecture="squeezenet1_1", classes=("bee", "ant", "cat"), preprocessing=preprocessing,
-        source="", metrics={},
-    )  # fmt: skip
+    facts: dict[str, Any] = {"version": "0", "architecture": "squeezenet1_1", "source": "", "metrics": {}}
+    metadata = ModelMetadata(classes=("bee", "ant", "cat"), preprocessing=preprocessing, **facts)
     path = str(tmp_path / "model.safetensors")
     write_model(Path(path), source.state_dict(), metadata)
-    model = ModelConfig(name="squeezenet1_1", weights=path, head_init="source-labels", aliases={"Felix": "cat"})
-    built = build(resolved(model=model), ["Felix", "ants"], path)
+    model = ["--model.name=squeezenet1_1", "--model.head_init=source-labels", "--model.aliases={Felix: cat}"]
+    built = build(resolved(*model, f"--model.weights={path}"), ["Felix", "ants"], path)
     weight = source.classifier[1].weight
     assert torch.equal(built.model.classifier[1].weight, weight[[2, 1]] - weight.mean(0))
     assert path in "\n".join(built.summary)
     # After pretraining, the weights are the file of that phase, and model.weights is null.
-    pretrained = resolved(model=replace(model, weights=None), pretrain=PretrainConfig(root="x"))
-    again = build(pretrained, ["Felix", "ants"], path)
+    again = build(resolved(*model, "--pretrain.root=x"), ["Felix", "ants"], path)
     assert torch.equal(again.model.classifier[1].weight, built.model.classifier[1].weight)
 
 
@@ -191,25 +172,19 @@ def context(*, world_size: int = 1, device: str = "cpu") -> Any:
     return SimpleNamespace(world_size=world_size, rank=0, device=torch.device(device), cores=1, threads=1)
 
 
-def synchronized(**train: Any) -> ResolvedConfig:
-    return resolved(transfer=TransferConfig(batch_norm="sync"), train=TrainConfig(batch_size=10, **train))
+def synchronized(*options: str) -> ResolvedConfig:
+    return resolved("--transfer.batch_norm=sync", "--train.batch_size=10", *options)
 
 
 def check(config: ResolvedConfig, ctx: Any, order: EpochOrder = ORDER, **arguments: Any) -> None:
     check_run_data(config, RunData(prepared=Prepared(index(**arguments), ()), order=order), ctx)
 
 
-@pytest.mark.parametrize(("world_size", "device"), [(1, "cpu"), (1, "cuda"), (2, "cuda"), (5, "cuda")])
-def test_sync_batch_norm_is_allowed_on_gpus_and_one_process(world_size: int, device: str) -> None:
-    check(synchronized(), context(world_size=world_size, device=device))
-
-
 @pytest.mark.parametrize(
     ("config", "examples", "world_size", "device", "message"),
     [
         (synchronized(), 25, 2, "cpu", "which needs GPUs: .* Choose frozen, .* or run one process"),
-        (synchronized(grad_accum_steps=2), 25, 1, "cpu", r"train\.grad_accum_steps 2 .* set it to 1"),
-        (synchronized(grad_accum_steps=2), 25, 2, "cuda", r"train\.grad_accum_steps 2 .* set it to 1"),
+        (synchronized("--train.grad_accum_steps=2"), 25, 1, "cpu", r"train\.grad_accum_steps 2 .* set it to 1"),
         (synchronized(), 25, 6, "cuda", "a batch of 5, fewer than the 6 processes: choose another"),
         (synchronized(), 21, 2, "cuda", "a batch of 1, fewer than the 2"),
     ],
@@ -217,17 +192,16 @@ def test_sync_batch_norm_is_allowed_on_gpus_and_one_process(world_size: int, dev
 def test_sync_batch_norm_is_refused_without_the_whole_global_batch(
     config: ResolvedConfig, examples: int, world_size: int, device: str, message: str
 ) -> None:
+    check(synchronized(), context(device="cpu"))
+    check(synchronized(), context(world_size=5, device="cuda"))
     order = replace(ORDER, examples=examples)
     with pytest.raises(UserError, match=r"transfer\.batch_norm is sync, .*" + message):
         check(config, context(world_size=world_size, device=device), order)
 
 
 def test_selection_needs_a_validation_split() -> None:
-    config = resolved(
-        regularization=RegularizationConfig(early_stopping=2),
-        transfer=TransferConfig(wise_ft=True),
-        pretrain=PretrainConfig(root="x"),
-    )
+    selecting = ["--regularization.early_stopping=2", "--transfer.wise_ft=true"]
+    config = resolved("--pretrain.root=x", *selecting)
     check(config, None, val=2)
     with pytest.raises(UserError, match=r"early_stopping 2 and transfer\.wise_ft .* data\.val_fraction 0\.1"):
         check(config, None)
@@ -244,17 +218,15 @@ def test_batch_norm_is_synchronized_on_several_processes() -> None:
 
     assert batch_norm_types(other) == batch_norm_types(single) == {nn.BatchNorm2d}
     assert batch_norm_types(several) == {nn.SyncBatchNorm}
-    one, other_state = single.state_dict(), several.state_dict()
-    assert one.keys() == other_state.keys(), "their checkpoints are interchangeable"
-    assert all(torch.equal(one[name], other_state[name]) for name in one)
+    torch.testing.assert_close(several.state_dict(), single.state_dict(), rtol=0, atol=0)  # interchangeable checkpoints
     assert several.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 # Loaders
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 16])
-@pytest.mark.parametrize("count", [1, 8, 9, 23])
+@pytest.mark.parametrize("world_size", [1, 3, 16])
+@pytest.mark.parametrize("count", [1, 8, 23])
 def test_all_ranks_evaluate_as_many_batches_as_the_longest(
     count: int, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,9 +240,10 @@ def test_all_ranks_evaluate_as_many_batches_as_the_longest(
     monkeypatch.setattr(build_loaders, "evaluate", record)
     ctx = context(world_size=world_size)
     ctx.accelerator = Accelerator(cpu=True)
+    config = resolved("--train.batch_size=16")
     for ctx.rank in range(world_size):
         lengths.append([])
-        Evaluator(index(count, val=1), resolved(train=TrainConfig(batch_size=16)), ctx)(nn.Identity(), lambda: False)
+        Evaluator(index(count, val=1), config, ctx)(nn.Identity(), lambda: False)
     longest = [max(of_split) for of_split in zip(*lengths, strict=True)]
     assert num_batches == longest * world_size
     assert longest == [1, math.ceil(count / (world_size * 8))]

@@ -30,6 +30,8 @@ def test_precedence_of_strategies_files_and_options(file: str) -> None:
     config = parse(["--config", file, "--optim.lr=5", "--transfer.strategy=lp-ft", "--optim.warmup", "3 steps"])
     assert (config.optim.lr, config.optim.warmup) == (5, "3 steps"), "options win, before and after the strategy"
     assert (config.transfer.strategy, config.model.head_init) == ("lp-ft", "linear-probe")
+    config = parse(["--config", file, "--transfer.strategy", "null"])
+    assert (config.optim.loss_reduction, config.optim.lr, config.transfer.strategy) == ("mean", 1, None)
 
 
 def test_strategy_of_the_command_line_comes_after_the_last_file(file: str, write_yaml: Callable[..., str]) -> None:
@@ -38,11 +40,6 @@ def test_strategy_of_the_command_line_comes_after_the_last_file(file: str, write
     assert (optim.lr, optim.momentum) == (5e-5, 0)
     plain = parse(["--config", file, "--config", str(FOLDER / "lp-ft.yaml")])
     assert plain.optim.lr == 3e-5, "a strategy is a config file"
-
-
-def test_null_removes_the_strategy_of_a_file(file: str) -> None:
-    config = parse(["--config", file, "--transfer.strategy", "null"])
-    assert (config.optim.loss_reduction, config.optim.lr, config.transfer.strategy) == ("mean", 1, None)
 
 
 def test_strategy_applies_to_the_quickstart() -> None:
