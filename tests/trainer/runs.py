@@ -13,7 +13,6 @@ from trainer.model.metadata import ModelMetadata
 from trainer.run.lock import RunLock
 from trainer.run.session import OpenRun
 
-
 MODEL_METADATA = ModelMetadata(
     version="0",
     architecture="resnet18",

@@ -287,25 +287,18 @@ def test_the_position_is_described(saved: Saved) -> None:
     assert describe(saved, 6, 2) == ["resuming after epoch 2 of 4 (step 6), in epoch 3 after 2 of its 2 steps"]
 
 
-@pytest.mark.parametrize(
-    ("batch_norm", "is_local"), [("train", True), ("frozen-with-weights", True), ("frozen", False), ("sync", False)]
-)
-def test_another_world_size_is_described(batch_norm: str, is_local: bool, saved: Saved) -> None:
-    _, line = describe(saved, 3, 1, batch_norm=batch_norm, world_size=3)
-    assert line == (
-        "  on 1 processes instead of 3: the same examples, crops and learning rates; equal except for the order of "
-        "sums and the masks of dropout"
-        + (", and BatchNorm, whose statistics are each process's own" if is_local else "")
-    )
-
-
-def test_a_longer_schedule_and_other_versions_are_described(saved: Saved) -> None:
+def test_another_world_size_schedule_and_versions_are_described(saved: Saved) -> None:
     now = versions()
-    _, longer, changed = describe(
-        saved, 2, 1, epochs=6, versions={**now, "torch": "2.0\n", "numpy": "1.0", "unknown": "3"}
-    )
+    then = {**now, "torch": "2.0\n", "numpy": "1.0", "unknown": "3"}
+    _, processes, longer, changed = describe(saved, 2, 1, batch_norm="sync", epochs=6, world_size=3, versions=then)
+    same = "the same examples, crops and learning rates; equal except for the order of sums and the masks of dropout"
+    assert processes == f"  on 1 processes instead of 3: {same}"
     assert longer == "  for 12 steps instead of 8: from here on, the learning rate is that of the longer run"
     assert changed == (
         "  with other versions, which may change results: "
         f"torch 2.0\\n then, {now['torch']} now, numpy 1.0 then, {now['numpy']} now"
     )
+    local = ", and BatchNorm, whose statistics are each process's own"
+    for epoch, batch_norm in enumerate(("train", "frozen-with-weights", "frozen"), start=2):
+        lines = describe(saved, STEPS * epoch, epoch, batch_norm=batch_norm, world_size=3)
+        assert lines[1] == processes + local * (batch_norm != "frozen")

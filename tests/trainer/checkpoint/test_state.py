@@ -165,13 +165,11 @@ def test_invalid_and_missing_fields_are_refused(path: Path) -> None:
             read(edited(path))
 
 
-@pytest.mark.parametrize("parent", [(), ("metrics",), ("best",), ("run",), IDENTITY_PATH, ("scaler",)])
-def test_unknown_fields_are_refused(parent: Path) -> None:
-    with pytest.raises((ValueError, TypeError)):
-        read(edited((*parent, "more"), 1))
-
-
-def test_state_of_a_later_version_is_a_user_error() -> None:
+def test_unknown_fields_and_later_versions_are_refused() -> None:
+    parents: list[Path] = [(), ("metrics",), ("best",), ("run",), IDENTITY_PATH, ("scaler",)]
+    for parent in parents:
+        with pytest.raises((ValueError, TypeError)):
+            read(edited((*parent, "more"), 1))
     with pytest.raises(UserError, match=f"of format {FORMAT + 1}, written by a later version of regraft"):
         read(edited(("format",), FORMAT + 1))
 
@@ -225,10 +223,6 @@ ANT, CAT, LINES, BROKEN = IDENTITY.classes
             "classes: 0, 1, 2, 3, 4 and 995 more only there, ant, 猫 🐈, two\\nlines, broken \\xff bytes only now",
         ),
         ({"classes": ("Ant", CAT, LINES, BROKEN)}, "classes: Ant only there, ant only now"),
-        (
-            {"classes": (*IDENTITY.classes, "wasp"), "examples": (4, 3, 2, 1, 9), "data": "more"},
-            "classes: wasp only there, none only now",
-        ),
         ({"classes": IDENTITY.classes[::-1], "examples": (1, 2, 3, 4)}, "classes: in another order"),
         (
             {"examples": (4, 3, 5, 7), "data": "other"},

@@ -30,10 +30,6 @@ def allow() -> None:
     """Stand in for the check of an attempt that may write."""
 
 
-def refuse() -> None:
-    raise UserError("another attempt has taken over this run")
-
-
 def write(folder: Path, *checkpoints: CheckpointId, files: Mapping[str, bytes] | None = None) -> None:
     for checkpoint in checkpoints:
         store.write(folder, checkpoint, files or make_files(checkpoint), check=allow)
@@ -63,10 +59,6 @@ def tree(folder: Path) -> dict[str, object]:
         else:
             entries[name] = path.read_bytes() if path.is_file() else "folder" if path.is_dir() else "special"
     return entries
-
-
-def without_latest(folder: Path) -> dict[str, object]:
-    return {name: content for name, content in tree(folder).items() if name != LATEST}
 
 
 def names(folder: Path) -> set[str]:
@@ -167,18 +159,15 @@ def test_files_are_flushed_before_they_are_renamed(folder: Path, monkeypatch: py
 
 
 def test_an_attempt_without_the_lock_writes_and_removes_nothing(folder: Path) -> None:
+    def refuse() -> None:
+        if temporary := list(folder.glob(".writing-*")):
+            assert names(*temporary) == {*FILES, MANIFEST}, "the check comes last"
+        raise UserError("another attempt has taken over this run")
+
     write(folder, CheckpointId(2, 0), OLDER)
     before = tree(folder)
-    temporary_files: list[set[str]] = []
-
-    def refuse_late() -> None:
-        (temporary,) = folder.glob(".writing-*")
-        temporary_files.append(names(temporary))
-        refuse()
-
     with pytest.raises(UserError, match="taken over"):
-        store.write(folder, NEWER, make_files(NEWER), check=refuse_late)
-    assert temporary_files == [{*FILES, MANIFEST}], "the check comes last"
+        store.write(folder, NEWER, make_files(NEWER), check=refuse)
     with pytest.raises(UserError, match="taken over"):
         store.prune(folder, [], check=refuse)
     assert tree(folder) == before
@@ -197,7 +186,7 @@ def test_an_error_in_any_system_call_leaves_the_older_checkpoint(
     while failed:
         shutil.rmtree(folder, ignore_errors=True)
         write(folder, OLDER)
-        before, left = without_latest(folder), successes
+        before, left = tree(folder / OLDER.name), successes
 
         def fail_later(*args: Any, **options: Any) -> Any:
             nonlocal left
@@ -213,7 +202,7 @@ def test_an_error_in_any_system_call_leaves_the_older_checkpoint(
                 failed = False
             except OSError:
                 failed = True
-        assert before.items() <= tree(folder).items()
+        assert tree(folder / OLDER.name) == before
         assert names(folder) <= {LATEST, OLDER.name, NEWER.name}
         is_written = NEWER in store.list_checkpoints(folder)
         check_equal(load_latest(folder)[0], NEWER if is_written else OLDER)
@@ -365,11 +354,10 @@ def test_damaged_checkpoints_are_quarantined_with_a_line_each(folder: Path) -> N
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_not_quarantined(newer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = tree(newer.parent)
-
     def denied(*_: object) -> str:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
+    before = tree(newer.parent)
     monkeypatch.setattr(store, "_sha256", denied)
     with pytest.raises(PermissionError):
         load_latest(newer.parent)
@@ -381,21 +369,18 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_quarantined(newer: Path, mo
 
 def quarantine_reason(newer: Path) -> str:
     """Load the latest checkpoint, which must be the older one, and return why the newer one is quarantined."""
-    folder = newer.parent
-    before = tree(newer)
+    folder, before = newer.parent, tree(newer)
     latest, (line,) = load_latest(folder)
     check_equal(latest, OLDER)
     assert (folder / LATEST).read_text() == f"{OLDER.name}\n"
     assert os.path.lexists(folder / QUARANTINED)
     assert not os.path.lexists(newer)
     assert tree(folder / QUARANTINED) == before
-    prefix, suffix = f"{newer} is damaged (", f"): quarantined as {QUARANTINED}"
-    assert line.startswith(prefix)
-    assert line.endswith(suffix)
-    reason = line[len(prefix) : -len(suffix)]
-    assert reason.isprintable()
-    assert len(reason) < 1300, "200 characters, escaped"
-    return reason
+    match = re.fullmatch(rf"{re.escape(str(newer))} is damaged \((.*)\): quarantined as {QUARANTINED}", line)
+    assert match, line
+    assert match[1].isprintable()
+    assert len(match[1]) < 1300, "200 characters, escaped"
+    return match[1]
 
 
 def flip(path: Path, rng: random.Random) -> None:
@@ -440,7 +425,7 @@ def test_a_damaged_checkpoint_is_never_loaded(damage: str, tmp_path: Path) -> No
         assert any(file.lower() in reason for file in (*FILES, MANIFEST, "'x'", r"\udcff")), name
 
 
-def test_every_flipped_bit_of_a_manifest_is_detected(newer: Path) -> None:
+def test_every_flipped_bit_of_a_manifest_and_another_name_are_detected(newer: Path) -> None:
     """The manifest covers the other files; nothing covers the manifest."""
     content = (newer / MANIFEST).read_bytes()
     with (newer / MANIFEST).open("r+b") as file:
@@ -451,15 +436,10 @@ def test_every_flipped_bit_of_a_manifest_is_detected(newer: Path) -> None:
                     store.read(newer)
             os.pwrite(file.fileno(), bytes([value]), position)
     store.read(newer)
-
-
-def test_a_checkpoint_under_another_name_is_damaged(folder: Path) -> None:
-    write(folder, OLDER)
-    for checkpoint in (CheckpointId(4, 1), CheckpointId(3, 2), CheckpointId(10**8 + 3, 1)):
-        shutil.copytree(folder / OLDER.name, folder / checkpoint.name)
-        latest, (line,) = load_latest(folder)
-        check_equal(latest, OLDER)
-        assert "(it holds the state after step 3 and 1 epochs)" in line
+    for checkpoint in (CheckpointId(4, 2), CheckpointId(5, 1), CheckpointId(10**8 + 3, 1)):
+        newer = newer.rename(newer.with_name(checkpoint.name))
+        with pytest.raises(store.CorruptCheckpoint, match="it holds the state after step 4 and 1 epochs"):
+            store.read(newer)
 
 
 # --- hostile files with a correct manifest

@@ -162,11 +162,9 @@ def test_a_layer_without_bias_is_fitted_without_intercept(ctx: DistributedContex
     images, labels = make_images(12, 12)
     fit_probe(model, "last", images, labels, ctx)
     with torch.no_grad():
-        features = model.eval().backbone(normalize(images))
-    targets = torch.tensor(labels)
+        features, targets = model.eval().backbone(normalize(images)), torch.tensor(labels)
     solution, _, _ = fit_cv(features, targets, CLASSES, held_out_mask(targets, 0), intercept=False)
-    expected = features @ solution.weight.T
-    torch.testing.assert_close(logits_of(model, images), expected, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(logits_of(model, images), features @ solution.weight.T, rtol=1e-2, atol=1e-3)
 
 
 def test_classes_with_one_image_are_not_held_out(ctx: DistributedContext) -> None:

@@ -112,12 +112,9 @@ class Run:
 
     def values(self, *names: str) -> list[float]:
         """Return the value of the weights in each model file."""
-        values = []
-        for name in names:
-            state = load_file(self.folder / name)
-            (value,) = {round(t.flatten()[0].item(), 3) for t in state.values() if t.is_floating_point()}
-            values.append(value)
-        return values
+        states = [load_file(self.folder / name).values() for name in names]
+        values = [{round(t.flatten()[0].item(), 3) for t in state if t.is_floating_point()} for state in states]
+        return [value for (value,) in values]
 
     def metrics(self) -> Any:
         metadata = read_metadata(self.folder / MODEL)
@@ -169,13 +166,11 @@ def test_the_best_weights_become_the_model_file(run: Run) -> None:
 
 
 def test_the_model_file_is_not_changed_if_alpha_1_is_the_best(run: Run) -> None:
-    before = run.files()
-    evaluator = Evaluator(best=1.0)
+    before, evaluator = run.files(), Evaluator(best=1.0)
     assert run.select(evaluator) == 1.0
     assert evaluator.calls == [*((alpha, "val") for alpha in ALPHAS), (1.0, "test")]
     after = run.files()
-    del after[WISE]
-    assert after == before
+    assert {name: after[name] for name in after if name != WISE} == before
 
 
 class Killed(BaseException):
