@@ -26,7 +26,7 @@ from trainer.checkpoint.early_stopping import EarlyStopping
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.retention import RetentionPolicy
 from trainer.checkpoint.saver import CheckpointSaver
-from trainer.checkpoint.state import CheckpointId, CheckpointState
+from trainer.checkpoint.state import CheckpointId
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped
 from trainer.errors import UserError
@@ -98,9 +98,6 @@ class Training:
     def checkpoints(self) -> list[tuple[int, int]]:
         """Return (step, epoch) of each checkpoint, newest first."""
         return [tuple(checkpoint) for checkpoint in store.list_checkpoints(self.run.folder / CHECKPOINTS)]
-
-    def read(self, step: int, epoch: int) -> CheckpointState:
-        return store.read(self.path(step, epoch)).state
 
     def path(self, step: int, epoch: int) -> Path:
         return self.run.folder / CHECKPOINTS / CheckpointId(step, epoch).name
@@ -247,101 +244,72 @@ def test_stop_file_is_removed_once_the_run_has_stopped(make: Make, clock: Simple
 # --- failures
 
 
-def full(*_: Any, **__: Any) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+NO_SPACE = "the state of the run could not be saved .*No space left.*make room"
+NOT_FINITE = "^the update of step 4 has left values that are not finite in {}: .*optim.lr"
+Spoil = Callable[[Training, pytest.MonkeyPatch], object]
 
 
-@pytest.mark.parametrize("fails", ["checkpoint", "model"])
-def test_a_full_disk_is_raised_after_the_next_update(fails: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    training, before = make(), dict[str, bytes]()
+def raise_in(module: object, name: str, error: Exception) -> Spoil:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return lambda _, monkeypatch: monkeypatch.setattr(module, name, fail)
+
+
+def take_over(training: Training, _: object) -> None:
+    assert training.run.lock is not None
+    record = dataclasses.replace(training.run.lock.record, attempt=2, lease_id="other")
+    (training.run.root / "attempts" / "0002.json").write_text(record.to_json())
+
+
+FAILURES: dict[str, tuple[Spoil, float, str]] = {
+    "checkpoint": (raise_in(store, "write", FULL), 0.4, NO_SPACE),  # a worse epoch writes no model
+    "model": (raise_in(saver_module, "write_model", FULL), 0.9, NO_SPACE),
+    "defect": (raise_in(store, "write", ZeroDivisionError("a defect")), 0.4, "a defect"),
+    "NaN": (lambda t, _: t.state.model[1].running_mean.fill_(torch.nan), 0.9, NOT_FINITE.format("1.running_mean")),
+    "average": (lambda t, _: t.state.ema.model[0].bias.data.fill_(torch.inf), 0.9, NOT_FINITE.format("0.bias")),
+    "lock": (take_over, 0.9, "attempt 2 on .* has taken over this run from attempt 1"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failed_save_changes_no_file_and_is_raised_after_the_next_update(
+    case: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil, accuracy, message = FAILURES[case]
+    training, before = make(ema=case == "average"), dict[str, bytes]()
 
     def train() -> None:
         with training.manager:
             training.end_epoch(1, 0.5)
             assert training.saver.wait()
+            spoil(training, monkeypatch)
             before.update(contents(training.run.folder))
-            module, name = (store, "write") if fails == "checkpoint" else (saver_module, "write_model")
-            monkeypatch.setattr(module, name, full)
-            training.end_epoch(2, 0.4 if fails == "checkpoint" else 0.9)  # a worse epoch writes no model
+            training.end_epoch(2, accuracy)
             training.saver.wait()
             training.sync(5)
 
-    with pytest.raises(UserError, match=r"the state of the run could not be saved .*No space left.*make room"):
+    with pytest.raises((UserError, ZeroDivisionError), match=message):
         train()
     assert contents(training.run.folder) == before
     assert training.checkpoints == [(2, 1)]
 
 
-def test_a_failure_of_the_last_checkpoint_is_raised(make: Make, clock: SimpleNamespace, monkeypatch: Any) -> None:
-    monkeypatch.setattr(store, "write", full)
+def test_a_failure_of_the_logger_or_of_the_last_checkpoint_is_raised(
+    make: Make, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training = make(epochs=1)
+    training.log.failure = UserError("no metrics")
+    with pytest.raises(UserError, match="no metrics"), training.manager:
+        training.sync(1)
+    training = make(epochs=1)
+    raise_in(store, "write", FULL)(training, monkeypatch)
     with pytest.raises(UserError, match="No space left"), training.manager:
         training.end_epoch(1, 0.5)
     with pytest.raises(UserError, match="No space left"):  # instead of Stopped
         stop_by_file(make(NEVER), clock)
     assert training.checkpoints == []
-
-
-@pytest.mark.parametrize("error", [UserError("no metrics"), ZeroDivisionError()])
-def test_errors_of_the_logger_and_of_the_writer_end_the_run(
-    error: Exception, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    def train() -> None:
-        with training.manager:
-            if isinstance(error, UserError):
-                training.log.failure = error
-            else:
-                monkeypatch.setattr(store, "write", fail)
-                training.save(0, 1)
-                training.saver.wait()
-            training.sync(2)
-
-    training = make()
-    with pytest.raises(type(error)):
-        train()
-
-
-@pytest.mark.parametrize(("value", "ema"), [(float("nan"), False), (float("inf"), True)])
-def test_weights_that_are_not_finite_are_not_saved(value: float, ema: bool, make: Make) -> None:
-    training = make(ema=ema)
-
-    def train() -> None:
-        with training.manager:
-            training.end_epoch(1, 0.5)
-            model = training.state.ema.model if ema else training.state.model
-            dict(model.named_parameters())["0.bias"].data[1] = value
-            training.save(1, 3)
-            training.saver.wait()
-            training.sync(4)
-
-    message = r"^the update of step 3 has left values that are not finite in 0\.bias: .*optim\.lr"
-    with pytest.raises(UserError, match=message):
-        train()
-    assert training.checkpoints == [(2, 1)]
-    assert training.model_file() == (77 if ema else 1, 1)
-
-
-def test_an_attempt_that_was_taken_over_writes_nothing(make: Make) -> None:
-    training = make()
-
-    def train() -> None:
-        with training.manager:
-            training.end_epoch(1, 0.5)
-            assert training.saver.wait()
-            assert training.run.lock is not None
-            record = dataclasses.replace(training.run.lock.record, attempt=2, lease_id="other")
-            (training.run.root / "attempts" / "0002.json").write_text(record.to_json())
-            before = contents(training.run.folder)
-            training.end_epoch(2, 0.9)
-            training.saver.wait()
-            assert contents(training.run.folder) == before, "neither model nor checkpoint"
-            training.sync(5)
-
-    with pytest.raises(UserError, match=r"attempt 2 on .* has taken over this run from attempt 1"):
-        train()
 
 
 # --- checkpoints
@@ -423,7 +391,7 @@ def test_the_best_epoch_is_the_model_file_whatever_is_saved(
             training.saver.wait()
             assert training.checkpoints == checkpoints[epoch - 1]
             assert training.model_file() == (min(epoch, 2), min(epoch, 2))
-    assert training.read(8, 4).best == BestEpoch(epoch=2, step=4, accuracy=0.9, loss=1.0)
+    assert store.read(training.path(8, 4)).state.best == BestEpoch(epoch=2, step=4, accuracy=0.9, loss=1.0)
     metadata = read_metadata(training.run.folder / MODEL)
     assert metadata is not None
     assert metadata.classes == ("a", "图")
