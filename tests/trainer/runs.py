@@ -6,10 +6,23 @@ from typing import Any
 
 from rich.console import Console
 
+from trainer.data.augment import Preprocessing
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import StopSignals
+from trainer.model.metadata import ModelMetadata
 from trainer.run.lock import RunLock
 from trainer.run.session import OpenRun
+
+MODEL_METADATA = ModelMetadata(
+    version="0",
+    architecture="resnet18",
+    classes=("a", "图"),
+    preprocessing=Preprocessing(
+        image_size=8, resize_size=8, resize="squash", interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
+    ),
+    source="",
+    metrics={},
+)
 
 
 def make_run(folder: Path, ctx: DistributedContext | Any, lock: RunLock | None, **changes: Any) -> OpenRun:

@@ -1,7 +1,8 @@
 """`ResumePoint`: find, check, restore and describe the newest checkpoint of a run."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from tests.trainer.runs import make_run, printed, stop_heartbeat
 from trainer.checkpoint import store
 from trainer.checkpoint.early_stopping import EarlyStopping
 from trainer.checkpoint.resume import ResumePoint
-from trainer.checkpoint.state import CheckpointId, RunMetadata
+from trainer.checkpoint.state import CheckpointId
 from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
 from trainer.metrics import BestEpoch
@@ -52,6 +53,10 @@ def make_training_state(seed: int, *, width: int = 2, scaler: bool = False) -> T
     )
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 class Saved:
     """A run folder with checkpoints, and the open run of another start."""
 
@@ -65,40 +70,26 @@ class Saved:
         """Write a checkpoint; `changes` are fields of its state."""
         (self.folder / MODEL).write_text("the best")
         fields = {"run": SAVED, "order_digest": digest(epoch), "scaler": {}} | changes
-        saved = (state or make_training_state(0)).state_dict()
-        files = store.to_files(saved, {})
+        files = store.to_files((state or make_training_state(0)).state_dict(), {})
         files |= {store.STATE: make_state(step, epoch, **fields).to_json(), store.METRICS: metrics.encode()}
         checkpoint = CheckpointId(step, epoch)
         store.write(self.folder / CHECKPOINTS, checkpoint, files, check=lambda: None)
         return self.folder / CHECKPOINTS / checkpoint.name
 
     def resume_point(
-        self,
-        *,
-        epochs: int = 4,
-        steps: int = STEPS,
-        patience: int | None = None,
-        config: str = CONFIG_TEXT,
-        metadata: RunMetadata = SAVED,
+        self, *, epochs: int = 4, steps: int = STEPS, patience: int | None = None, **changes: Any
     ) -> ResumePoint:
-        schedule = TrainSchedule(
-            batch_sizes=(4,) * steps, epochs=epochs, logs_per_epoch=1, lr_multiplier=lambda step: 1.0
-        )
-        return ResumePoint(
-            self.run,
-            schedule,
-            metadata=metadata,
-            early_stopping=EarlyStopping(split="val", patience=patience),
-            config=config,
-            order_digest=digest,
-        )
+        sizes = (4,) * steps
+        schedule = TrainSchedule(batch_sizes=sizes, epochs=epochs, logs_per_epoch=1, lr_multiplier=lambda step: 1.0)
+        options: dict[str, Any] = {"metadata": SAVED, "config": CONFIG_TEXT, "order_digest": digest} | changes
+        return ResumePoint(self.run, schedule, early_stopping=EarlyStopping(split="val", patience=patience), **options)
 
     def refusal(self, **options: Any) -> str:
         """Return why the run cannot be resumed. Nothing in its folder may change."""
-        before = {path: path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
+        before = contents(self.folder)
         with pytest.raises(UserError) as caught:
             self.resume_point(**options)
-        assert before == {path: path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
+        assert before == contents(self.folder)
         return str(caught.value)
 
 
@@ -133,29 +124,25 @@ def test_the_newest_checkpoint_is_found(saved: Saved) -> None:
 def test_leftovers_of_a_killed_start_are_removed(saved: Saved) -> None:
     saved.save(2, 1)
     leftovers = [
-        saved.folder / CHECKPOINTS / ".writing-step-00000004-epoch-0002-9",
-        saved.folder / CHECKPOINTS / ".leaving-step-00000001-epoch-0000",
-        saved.folder / ".config.yaml.12ab.tmp",
-        saved.folder / f".{MODEL}.12ab.tmp",
-        saved.folder / "attempts" / ".0001.json.12ab.tmp",
+        f"{CHECKPOINTS}/.writing-step-00000004-epoch-0002-9",
+        f"{CHECKPOINTS}/.leaving-step-00000001-epoch-0000",
     ]
-    for path in leftovers:
-        path.touch()
-    (saved.folder / ".notes.tmp").touch()
+    leftovers += [".config.yaml.12ab.tmp", f".{MODEL}.12ab.tmp", "attempts/.0001.json.12ab.tmp", ".notes.tmp"]
+    for name in leftovers:
+        (saved.folder / name).touch()
     assert saved.resume_point().checkpoint is not None
-    assert not [path for path in leftovers if path.exists()]
-    assert (saved.folder / ".notes.tmp").exists()
+    assert [name for name in leftovers if (saved.folder / name).exists()] == [".notes.tmp"]
 
 
 def test_other_ranks_check_only_that_they_see_the_folder(saved: Saved) -> None:
     """A single process stands in for rank 1: rank 0's checkpoint reaches it by broadcast."""
-    ctx = SimpleNamespace(
-        is_main_process=False, main_process_first=lambda function: function(), broadcast=lambda value: value
+    ctx: Any = SimpleNamespace(
+        is_main_process=False, main_process_first=lambda call: call(), broadcast=lambda value: value
     )
     (saved.save(2, 1) / store.STATE).unlink()
     before = sorted(saved.folder.rglob("*"))
     other = Saved.__new__(Saved)
-    other.run, other.folder = dataclasses.replace(saved.run, ctx=ctx), saved.folder  # type: ignore[arg-type]
+    other.run, other.folder = dataclasses.replace(saved.run, ctx=ctx), saved.folder
     assert other.resume_point().checkpoint is None
     assert sorted(saved.folder.rglob("*")) == before
     (saved.folder / CONFIG).unlink()
@@ -191,25 +178,21 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_config_kept(saved: Saved
     assert text.startswith(f"{path}: a checkpoint of another run:\n  model: resnet18 there, resnet34 now\n")
 
 
-@pytest.mark.parametrize(
-    "changes", [{"order_digest": "0" * 64}, {"order_digest": digest(0)}, {"run": dataclasses.replace(SAVED, seed=4)}]
-)
-def test_another_order_of_the_examples_is_refused(changes: dict[str, Any], saved: Saved) -> None:
-    run = dataclasses.replace(changes.get("run", SAVED), versions={"torch": "2.0\x1b[31m"})
-    path = saved.save(3, 1, **changes | {"run": run})
+@pytest.mark.parametrize(("order", "seed"), [("0" * 64, 3), (digest(0), 3), (digest(1), 4)])
+def test_another_order_of_the_examples_is_refused(order: str, seed: int, saved: Saved) -> None:
+    run = dataclasses.replace(SAVED, seed=seed, versions={"torch": "2.0\x1b[31m"})
+    path = saved.save(3, 1, order_digest=order, run=run)
     text = saved.refusal()
     assert text.startswith(f"{path}: the examples are drawn in another order than when it was written, by torch")
     assert "torch 2.0\\x1b[31m: resume with that version" in text
 
 
-@pytest.mark.parametrize(
-    ("options", "now"), [({"epochs": 2}, "2 of 2"), ({"steps": 1}, "4 of 1")], ids=["shorter", "wider"]
-)
-def test_a_checkpoint_beyond_the_run_is_refused(options: dict[str, int], now: str, saved: Saved) -> None:
+def test_a_checkpoint_beyond_the_run_is_refused(saved: Saved) -> None:
     path = saved.save(6, 3)
-    assert saved.refusal(**options) == (
-        f"{path}: after 3 epochs of 2 steps, but this run has {now}: choose another run.dir, or --run.resume never"
-    )
+    for options, now in (({"epochs": 2}, "2 of 2"), ({"steps": 1}, "4 of 1")):
+        assert saved.refusal(**options) == (
+            f"{path}: after 3 epochs of 2 steps, but this run has {now}: choose another run.dir, or --run.resume never"
+        )
 
 
 def test_a_finished_run_without_its_model_file_is_refused(saved: Saved) -> None:
@@ -225,10 +208,10 @@ def test_a_finished_run_without_its_model_file_is_refused(saved: Saved) -> None:
 
 
 def metrics(*accuracies: float) -> str:
-    return "".join(
-        f'{{"kind": "epoch", "epoch": {epoch}, "val_accuracy": {accuracy}, "val_loss": 1.0}}\n'
-        for epoch, accuracy in enumerate(accuracies, start=1)
-    )
+    rows = [
+        {"kind": "epoch", "epoch": n, "val_accuracy": a, "val_loss": 1.0} for n, a in enumerate(accuracies, start=1)
+    ]
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -239,13 +222,14 @@ def metrics(*accuracies: float) -> str:
         (3, 4, 3, None),
         (3, 4, None, None),
         (4, 5, None, None),
+        (2, 4, 1, None),
     ],
 )
 def test_a_finished_run_restores_its_metrics_and_position(
     epoch: int, epochs: int, patience: int | None, line: str | None, saved: Saved
 ) -> None:
     text = metrics(*[0.6, 0.5, 0.5, 0.5][:epoch])
-    saved.save(STEPS * epoch, epoch, metrics=text)
+    saved.save(STEPS * epoch + (epoch == 2), epoch, metrics=text)  # within an epoch, a run is not finished
     point = saved.resume_point(epochs=epochs, patience=patience)
     assert point.is_finished == (line is not None)
     if line is None:
@@ -256,11 +240,6 @@ def test_a_finished_run_restores_its_metrics_and_position(
     record = read_attempt(saved.folder / "attempts" / "0001.json")
     assert record is not None
     assert (record.step, record.steps, record.epoch, record.epochs) == (2 * epoch, 2 * epoch, epoch, epoch)
-
-
-def test_within_an_epoch_a_run_is_not_finished(saved: Saved) -> None:
-    saved.save(5, 2, metrics=metrics(0.6, 0.5))
-    assert not saved.resume_point(patience=1).is_finished
 
 
 # --- restore
@@ -294,41 +273,32 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(saved: Sa
 
 # --- describe
 
-Describe = Callable[..., list[str]]
+
+def describe(
+    saved: Saved, step: int, epoch: int, *, batch_norm: str = "train", epochs: int = 4, **run: Any
+) -> list[str]:
+    saved.save(step, epoch, run=dataclasses.replace(SAVED, **run))
+    return saved.resume_point(epochs=epochs).describe(batch_norm=batch_norm).split("\n")
 
 
-@pytest.fixture
-def describe(saved: Saved) -> Describe:
-    def describe(step: int, epoch: int, *, batch_norm: str = "train", epochs: int = 4, **run: Any) -> list[str]:
-        saved.save(step, epoch, run=dataclasses.replace(SAVED, **run))
-        return saved.resume_point(epochs=epochs).describe(batch_norm=batch_norm).split("\n")
-
-    return describe
+def test_the_position_is_described(saved: Saved) -> None:
+    assert describe(saved, 2, 1) == ["resuming after epoch 1 of 4 (step 2)"]
+    assert describe(saved, 3, 1) == ["resuming after epoch 1 of 4 (step 3), in epoch 2 after 1 of its 2 steps"]
+    assert describe(saved, 6, 2) == ["resuming after epoch 2 of 4 (step 6), in epoch 3 after 2 of its 2 steps"]
 
 
-def test_the_position_is_described(describe: Describe) -> None:
-    assert describe(2, 1) == ["resuming after epoch 1 of 4 (step 2)"]
-    assert describe(3, 1) == ["resuming after epoch 1 of 4 (step 3), in epoch 2 after 1 of its 2 steps"]
-    assert describe(6, 2) == ["resuming after epoch 2 of 4 (step 6), in epoch 3 after 2 of its 2 steps"]
-
-
-@pytest.mark.parametrize(
-    ("batch_norm", "is_local"), [("train", True), ("frozen-with-weights", True), ("frozen", False), ("sync", False)]
-)
-def test_another_world_size_is_described(batch_norm: str, is_local: bool, describe: Describe) -> None:
-    _, line = describe(3, 1, batch_norm=batch_norm, world_size=3)
-    assert line == (
-        "  on 1 processes instead of 3: the same examples, crops and learning rates; equal except for the order of "
-        "sums and the masks of dropout"
-        + (", and BatchNorm, whose statistics are each process's own" if is_local else "")
-    )
-
-
-def test_a_longer_schedule_and_other_versions_are_described(describe: Describe) -> None:
+def test_another_world_size_schedule_and_versions_are_described(saved: Saved) -> None:
     now = versions()
-    _, longer, changed = describe(2, 1, epochs=6, versions={**now, "torch": "2.0\n", "numpy": "1.0", "unknown": "3"})
+    then = {**now, "torch": "2.0\n", "numpy": "1.0", "unknown": "3"}
+    _, processes, longer, changed = describe(saved, 2, 1, batch_norm="sync", epochs=6, world_size=3, versions=then)
+    same = "the same examples, crops and learning rates; equal except for the order of sums and the masks of dropout"
+    assert processes == f"  on 1 processes instead of 3: {same}"
     assert longer == "  for 12 steps instead of 8: from here on, the learning rate is that of the longer run"
     assert changed == (
         "  with other versions, which may change results: "
         f"torch 2.0\\n then, {now['torch']} now, numpy 1.0 then, {now['numpy']} now"
     )
+    local = ", and BatchNorm, whose statistics are each process's own"
+    for epoch, batch_norm in enumerate(("train", "frozen-with-weights", "frozen"), start=2):
+        lines = describe(saved, STEPS * epoch, epoch, batch_norm=batch_norm, world_size=3)
+        assert lines[1] == processes + local * (batch_norm != "frozen")

@@ -1,4 +1,6 @@
 import random
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -6,25 +8,15 @@ import pytest
 from trainer.checkpoint.retention import RetentionPolicy
 from trainer.checkpoint.state import CheckpointId
 
-
-def policy(**changes: Any) -> RetentionPolicy:
-    fields: dict[str, Any] = {
-        "every_steps": None,
-        "every_seconds": None,
-        "keep_last": 2,
-        "keep_best": False,
-        "keep_every": None,
-    }
-    return RetentionPolicy(**fields | changes)
+POLICY = RetentionPolicy(every_steps=None, every_seconds=None, keep_last=2, keep_best=False, keep_every=None)
+policy = partial(replace, POLICY)
 
 
 @pytest.mark.parametrize(
     ("changes", "seconds", "expected"),
     [
         ({}, 1e9, []),
-        ({"every_steps": 1}, 0.0, [1, 2, 3, 4, 5, 6]),
         ({"every_steps": 3}, 0.0, [3, 6]),
-        ({"every_seconds": 10.0}, 9.99, []),
         ({"every_seconds": 10.0}, 10.0, [1, 2, 3, 4, 5, 6]),
         ({"every_steps": 3, "every_seconds": 10.0}, 9.0, [3, 6]),
         ({"every_steps": 3, "every_seconds": 10.0}, 11.0, [1, 2, 3, 4, 5, 6]),
@@ -43,12 +35,9 @@ CHECKPOINTS = [CheckpointId(step, step // 4) for step in (2, 4, 6, 8, 10)]
         ({}, None, {8, 10}),
         ({"keep_last": 1}, None, {10}),
         ({"keep_last": 100}, None, {2, 4, 6, 8, 10}),
-        ({}, CheckpointId(4, 1), {8, 10}),
         ({"keep_best": True}, CheckpointId(4, 1), {4, 8, 10}),
         ({"keep_best": True}, CheckpointId(5, 1), {8, 10}),  # the best epoch was not saved
-        ({"keep_best": True}, None, {8, 10}),
         ({"keep_every": 4}, None, {4, 8, 10}),
-        ({"keep_every": 3, "keep_last": 1}, None, {6, 10}),
         ({"keep_every": 5, "keep_best": True, "keep_last": 1}, CheckpointId(2, 0), {2, 10}),
     ],
 )

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from tests.trainer.checkpoint.checkpoints import IDENTITY, SCALER, make_state, with_metadata
 from trainer.checkpoint.state import FORMAT, CheckpointId, CheckpointState
@@ -29,18 +28,19 @@ def test_checkpoint_name_round_trip(checkpoint: tuple[int, int]) -> None:
     assert CheckpointId(120, 4).name == "step-00000120-epoch-0004"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_other_names_are_not_checkpoints() -> None:
+    for name in (
         *("step-120-epoch-4", "step-000000120-epoch-0004", "step-00000120-epoch-00004", "LATEST", ""),
         *("step-00000120-epoch-0004\n", "step-00000120-epoch-0004.tmp", " step-00000120-epoch-0004"),
         *("step--0000120-epoch-0004", "step-+0000120-epoch-0004", "step-0000_120-epoch-0004"),
         *("step-٠٠٠٠٠١٢٠-epoch-0004", f"step-{'9' * 5000}-epoch-0001"),
         *("damaged-1-step-00000120-epoch-0004", ".writing-step-00000120-epoch-0004-ab"),
-    ],
-)
-def test_other_names_are_not_checkpoints(name: str) -> None:
-    assert CheckpointId.of(name) is None
+    ):
+        assert CheckpointId.of(name) is None, name
+
+
+NAMES = ("\udcff", "\udc80\udcfe", "a\udcffb", "\ud7ff", "\U0010ffff", "\0", '"\\', "e\u0301", "é", "")
+OTHER_IDENTITY = dataclasses.replace(IDENTITY, classes=NAMES, examples=(1,) * len(NAMES))
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,7 @@ def test_other_names_are_not_checkpoints(name: str) -> None:
         make_state(3, 0),
         make_state(0, 0, best=None, scaler={}, run=with_metadata(seed=0)),
         make_state(2**40 * 3, 2**40),
+        make_state(run=with_metadata(identity=OTHER_IDENTITY)),
         make_state(
             run=with_metadata(world_size=2),
             metrics=MetricState(rows=((1e-320, 0, 2**62), (7, 0, 0)), seconds=0.0, compute_seconds=0.0),
@@ -60,12 +61,6 @@ def test_other_names_are_not_checkpoints(name: str) -> None:
 def test_state_round_trip(state: CheckpointState) -> None:
     assert read(state) == state
     assert state.to_json().isascii()
-
-
-def test_class_names_that_are_not_unicode_round_trip() -> None:
-    names = ("\udcff", "\udc80\udcfe", "a\udcffb", "\ud7ff", "\U0010ffff", "\0", '"\\', "e\u0301", "é", "")
-    identity = dataclasses.replace(IDENTITY, classes=names, examples=(1,) * len(names))
-    assert read(make_state(run=with_metadata(identity=identity))).run.identity.classes == names
 
 
 def test_floats_round_trip_bit_for_bit() -> None:
@@ -83,17 +78,9 @@ def test_floats_round_trip_bit_for_bit() -> None:
     assert [struct.pack("<d", row[0]) for row in metrics.rows] == [struct.pack("<d", value) for value in values]
 
 
-def test_grad_scaler_state_round_trip() -> None:
-    scaler, restored = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.amp.GradScaler("cpu")
-    scaler.scale(torch.ones(()))
-    restored.load_state_dict(dict(read(make_state(scaler=scaler.state_dict())).scaler))
-    assert restored.state_dict() == scaler.state_dict()
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_are_not_written(value: float) -> None:
+def test_values_that_are_not_finite_are_not_written() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        make_state(best=BestEpoch(epoch=1, step=3, accuracy=value, loss=0.0)).to_json()
+        make_state(best=BestEpoch(epoch=1, step=3, accuracy=math.nan, loss=0.0)).to_json()
 
 
 # --- hostile states
@@ -178,56 +165,34 @@ def test_invalid_and_missing_fields_are_refused(path: Path) -> None:
             read(edited(path))
 
 
-@pytest.mark.parametrize("parent", [(), ("metrics",), ("best",), ("run",), IDENTITY_PATH, ("scaler",)])
-def test_unknown_fields_are_refused(parent: Path) -> None:
-    with pytest.raises((ValueError, TypeError)):
-        read(edited((*parent, "more"), 1))
-
-
-def test_state_of_a_later_version_is_a_user_error() -> None:
+def test_unknown_fields_and_later_versions_are_refused() -> None:
+    parents: list[Path] = [(), ("metrics",), ("best",), ("run",), IDENTITY_PATH, ("scaler",)]
+    for parent in parents:
+        with pytest.raises((ValueError, TypeError)):
+            read(edited((*parent, "more"), 1))
     with pytest.raises(UserError, match=f"of format {FORMAT + 1}, written by a later version of regraft"):
         read(edited(("format",), FORMAT + 1))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "{", "null", "[]", "3", '"format"', "{}", "\0" * 100),
-        "[" * 100_000,
-        '{"format": 2, "step": ' * 20_000,
-        '{"format": ' + "9" * 100_000 + "}",
-        '{"format": 0}',
-        '{"format": NaN}',
-    ],
-)
-def test_texts_that_are_not_a_state_are_refused(text: str) -> None:
-    with pytest.raises((ValueError, TypeError, KeyError, RecursionError)):
-        read(text)
 
 
 SUMS = make_state().metrics
 
 
 @pytest.mark.parametrize(
-    ("step", "epoch", "sums"),
+    "state",
     [
-        (2, 1, None),  # before the start of the epoch
-        (7, 1, SUMS),  # after its end
-        (4, 1, None),
-        (3, 1, SUMS),
-        (3, 0, None),
-        (2**63, 2**63 // 3, SUMS),
+        make_state(2, 1, metrics=None),  # before the start of the epoch
+        make_state(7, 1, metrics=SUMS),  # after its end
+        make_state(4, 1, metrics=None),
+        make_state(3, 1, metrics=SUMS),
+        make_state(3, 0, metrics=None),
+        make_state(2**63, 2**63 // 3, metrics=SUMS),
+        *(make_state(metrics=SUMS, run=with_metadata(world_size=world_size)) for world_size in (0, 2)),
+        make_state(metrics=SUMS, run=with_metadata(steps_per_epoch=0)),
     ],
 )
-def test_contradicting_counters_are_refused(step: int, epoch: int, sums: MetricState | None) -> None:
+def test_contradicting_counters_and_sums_are_refused(state: CheckpointState) -> None:
     with pytest.raises(ValueError, match="its state is not valid"):
-        read(make_state(step, epoch, metrics=sums))
-
-
-@pytest.mark.parametrize("changes", [{"world_size": 2}, {"world_size": 0}, {"steps_per_epoch": 0}])
-def test_sums_of_another_world_size_and_empty_epochs_are_refused(changes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="its state is not valid"):
-        read(make_state(metrics=SUMS, run=with_metadata(**changes)))
+        read(state)
 
 
 # --- the identity of a run
@@ -258,14 +223,6 @@ ANT, CAT, LINES, BROKEN = IDENTITY.classes
             "classes: 0, 1, 2, 3, 4 and 995 more only there, ant, 猫 🐈, two\\nlines, broken \\xff bytes only now",
         ),
         ({"classes": ("Ant", CAT, LINES, BROKEN)}, "classes: Ant only there, ant only now"),
-        (
-            {"classes": (*IDENTITY.classes, "wasp"), "examples": (4, 3, 2, 1, 9), "data": "more"},
-            "classes: wasp only there, none only now",
-        ),
-        (
-            {"classes": (ANT, CAT), "examples": (4, 3)},
-            "classes: none only there, two\\nlines, broken \\xff bytes only now",
-        ),
         ({"classes": IDENTITY.classes[::-1], "examples": (1, 2, 3, 4)}, "classes: in another order"),
         (
             {"examples": (4, 3, 5, 7), "data": "other"},

@@ -1,5 +1,5 @@
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,10 +16,6 @@ def writer() -> Iterator[AsyncWriter]:
     writer.close()
 
 
-def fail(error: BaseException) -> None:
-    raise error
-
-
 @pytest.mark.parametrize("call", ["submit", "close"])
 def test_submit_and_close_wait_for_the_job_in_progress(call: str, writer: AsyncWriter) -> None:
     done: list[str] = []
@@ -30,14 +26,14 @@ def test_submit_and_close_wait_for_the_job_in_progress(call: str, writer: AsyncW
         assert proceed.wait(TIMEOUT)
         done.append(threading.current_thread().name)
 
-    calls: dict[str, Callable[[], None]] = {
-        "submit": lambda: writer.submit(lambda: done.append("second")),
-        "close": writer.close,
-    }
+    def wait() -> None:
+        writer.submit(lambda: done.append("second")) if call == "submit" else writer.close()
+        returned.set()
+
     writer.submit(job)
     assert started.wait(TIMEOUT)
     assert writer.failure is None, "read while the job is in progress"
-    other = threading.Thread(target=lambda: (calls[call](), returned.set()))
+    other = threading.Thread(target=wait)
     other.start()
     assert not returned.wait(0.2)
     assert not done
@@ -49,37 +45,22 @@ def test_submit_and_close_wait_for_the_job_in_progress(call: str, writer: AsyncW
     assert done[1:] == (["second"] if call == "submit" else [])
 
 
-def test_jobs_run_one_after_the_other_in_order(writer: AsyncWriter) -> None:
+@pytest.mark.parametrize("error", [UserError("a full disk"), ValueError("a defect"), OSError(28, "full")])
+def test_a_failure_is_returned_or_raised_and_later_jobs_are_dropped(writer: AsyncWriter, error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
     done: list[int] = []
-    running = threading.Lock()
-
-    def job(number: int) -> None:
-        assert running.acquire(blocking=False)
-        done.append(number)
-        running.release()
-
-    for number in range(200):
-        writer.submit(lambda number=number: job(number))
-    assert writer.wait()
-    assert done == list(range(200))
-
-
-def test_jobs_after_a_failure_are_dropped(writer: AsyncWriter) -> None:
-    error, done = UserError("the disk is full"), list[int]()
-    writer.submit(lambda: fail(error))
-    for number in range(3):
-        assert not writer.wait()
-        assert writer.failure is error
-        writer.submit(lambda number=number: done.append(number))
-    assert not writer.wait()
-    assert not done
-
-
-@pytest.mark.parametrize("error", [ValueError("a defect"), OSError(28, "full"), KeyboardInterrupt()])
-def test_other_errors_are_raised_by_failure(writer: AsyncWriter, error: BaseException) -> None:
-    writer.submit(lambda: fail(error))
-    assert not writer.wait()
+    writer.submit(fail)
     for _ in range(2):
-        with pytest.raises(type(error)) as caught:
-            _ = writer.failure
-        assert caught.value is error
+        assert not writer.wait()
+        if isinstance(error, UserError):
+            assert writer.failure is error
+        else:
+            with pytest.raises(type(error)) as caught:
+                _ = writer.failure
+            assert caught.value is error
+    if isinstance(error, UserError):
+        writer.submit(lambda: done.append(1))
+        assert not writer.wait()
+    assert not done

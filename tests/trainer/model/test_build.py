@@ -110,7 +110,6 @@ def test_the_smallest_image_size_is_torchvisions(name: str, size: int) -> None:
         ("maxvit_t", 256, "is not divisible by partition size 7"),
         ("maxvit_t", 300, "Set data.image_size to 224 or 448;"),
         ("resnet18", 0, "expected 1 to 8192 px. Set data.image_size to 32;"),
-        ("resnet18", -3, "expected 1 to 8192 px"),
         ("resnet18", 10**12, "expected 1 to 8192 px"),
         ("vit_b_16", 10**9, "its published weights take 224"),
     ],

@@ -20,10 +20,7 @@ def match(target: str, sources: list[str], **aliases: str) -> tuple[str, str] | 
         ("Bees", "bee", "plural"),
         ("hot_dog", "hotdog", "spelling"),
         ("Hot Dogs", "hotdog", "plural"),
-        ("golden_retriever", "golden retriever", "spelling"),
         ("puppies", "puppy", "plural"),
-        ("cookies", "cookie", "plural"),
-        ("buses", "bus", "plural"),
         ("vases", "vase", "plural"),
         ("fox", "foxes", "plural"),  # the source's name may be the plural
         ("school buses", "school bus", "plural"),
@@ -37,12 +34,10 @@ def test_a_class_of_the_same_name_matches(target: str, source: str, kind: str) -
     ("target", "source"),
     [
         ("not-hotdog", "hotdog"),
-        ("hotdog stand", "hotdog"),
         ("cat", "tabby cat"),
         ("ant", "elephant"),
         ("princess", "princes"),
         ("", "x"),
-        ("__", "x"),
         ("", "__"),
     ],
 )

@@ -12,34 +12,23 @@ from trainer.model.create import build_model
 from trainer.model.head import split_outputs
 
 CLASSES = 5
-slow = pytest.mark.slow
 
 # Architecture, its output layers, and a small image size that it can take.
 ARCHITECTURES = [
-    ("resnet18", ["fc"], 64),
     ("squeezenet1_1", ["classifier.1"], 64),
-    ("mobilenet_v3_small", ["classifier.3"], 64),
     ("shufflenet_v2_x0_5", ["fc"], 64),
     ("googlenet", ["fc", "aux1.fc2", "aux2.fc2"], 64),
-    ("efficientnet_b0", ["classifier.1"], 64),
-    ("densenet121", ["classifier"], 64),
     ("swin_t", ["head"], 64),
-    ("convnext_tiny", ["classifier.2"], 64),
-    ("inception_v3", ["fc"], 96),
-    pytest.param("inception_v3", ["fc", "AuxLogits.fc"], 299, marks=slow),
-    pytest.param("maxvit_t", ["classifier.5"], 224, marks=slow),
-    pytest.param("vit_b_32", ["heads.head"], 64, marks=slow),
+    pytest.param("inception_v3", ["fc", "AuxLogits.fc"], 299, marks=pytest.mark.slow),
+    pytest.param("vit_b_32", ["heads.head"], 64, marks=pytest.mark.slow),
 ]
 
 
 def make_source(name: str, size: int = 64) -> nn.Module:
     """Return torchvision's model with 1000 classes, random weights, and BatchNorm statistics as after training."""
-    options: dict[str, object] = {}
+    options: dict[str, object] = {"image_size": size} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):
-        has_auxiliary = name == "googlenet" or size >= 299
-        options = {"aux_logits": has_auxiliary, "transform_input": True, "init_weights": False}
-    elif name.startswith("vit_"):
-        options = {"image_size": size}
+        options = {"aux_logits": True, "transform_input": True, "init_weights": False}
     model = models.get_model(name, weights=None, **options)
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -102,8 +91,8 @@ def test_a_new_head_on_the_sources_backbone_can_be_trained(
     assert next(model.parameters()).grad.abs().max() > 0  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "googlenet"])
-def test_the_head_depends_on_the_seed_and_not_on_the_weights(name: str, tmp_path: Path) -> None:
+def test_the_head_depends_on_the_seed_and_not_on_the_weights(tmp_path: Path) -> None:
+    name = "shufflenet_v2_x0_5"
     for number in (1, 2):
         torch.manual_seed(number)
         torch.save(make_source(name).state_dict(), tmp_path / f"{number}.pth")
@@ -111,33 +100,21 @@ def test_the_head_depends_on_the_seed_and_not_on_the_weights(name: str, tmp_path
         (weights, seed): build(name, weights and tmp_path / f"{weights}.pth", seed=seed)
         for weights, seed in ((1, 5), (2, 5), (None, 5), (1, 6))
     }
-    for head in built[1, 5].heads:
-        one, other, scratch, reseeded = (b.model.get_submodule(head).state_dict() for b in built.values())
-        for key in ("weight", "bias"):
-            assert torch.equal(one[key], other[key])
-            assert torch.equal(one[key], scratch[key])
-            assert not torch.equal(one[key], reseeded[key])
+    (head,) = built[1, 5].heads
+    one, other, scratch, reseeded = (b.model.get_submodule(head).state_dict() for b in built.values())
+    for key in ("weight", "bias"):
+        assert torch.equal(one[key], other[key])
+        assert torch.equal(one[key], scratch[key])
+        assert not torch.equal(one[key], reseeded[key])
     first = {key: next(iter(b.model.state_dict().values())) for key, b in built.items()}
     assert not torch.equal(first[1, 5], first[2, 5])
     assert torch.equal(first[1, 5], first[1, 6])
 
 
-def test_random_weights_are_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_summary_lists_new_layers_and_removed_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.model.create.read_weights", lambda *_, **__: pytest.fail("weights were read"))
-    built = build("shufflenet_v2_x0_5", None, seed=3)
-    assert built.source == "from scratch"
-    assert built.summary == ("shufflenet_v2_x0_5: new output layer fc",)
-    torch.manual_seed(3)
-    expected = models.shufflenet_v2_x0_5().state_dict()
-    assert all(
-        torch.equal(tensor, expected[key])
-        for key, tensor in built.model.state_dict().items()
-        if not key.startswith("fc.")
-    )
-
-
-def test_the_summary_lists_new_layers_and_removed_activations() -> None:
-    assert build("googlenet", None).summary == ("googlenet: new output layers fc, aux1.fc2, aux2.fc2",)
+    built = build("googlenet", None)
+    assert (built.source, built.summary) == ("from scratch", ("googlenet: new output layers fc, aux1.fc2, aux2.fc2",))
     built = build("squeezenet1_1", None)
     assert built.summary == (
         "squeezenet1_1: new output layer classifier.1",

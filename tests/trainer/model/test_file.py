@@ -27,6 +27,7 @@ from trainer.model.create import build_model
 from trainer.model.file import load
 from trainer.model.metadata import ModelMetadata, read_metadata, write_model
 
+State = dict[str, Tensor]
 SMALL = "shufflenet_v2_x0_5"
 PREPROCESSING = Preprocessing(
     image_size=64,
@@ -37,14 +38,8 @@ PREPROCESSING = Preprocessing(
     std=(0.229, 0.224, 0.225),
 )
 CLASSES = (
-    "ant",
-    "bee",
-    "猫 🐈",
-    'it\'s "quoted"',
-    "two\nlines\t\\n",
-    "../../etc/passwd",
-    "e\u0301",
-    "broken \udcff bytes",
+    *("ant", "bee", "猫 🐈", 'it\'s "quoted"', "two\nlines\t\\n"),
+    *("../../etc/passwd", "e\u0301", "broken \udcff bytes"),
 )
 
 
@@ -89,9 +84,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Write and load -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "architecture", ["resnet18", "squeezenet1_1", "googlenet", "densenet121", "swin_t", "vit_b_32"]
-)
+@pytest.mark.parametrize("architecture", ["squeezenet1_1", "googlenet", "swin_t", "vit_b_32"])
 def test_the_loaded_model_equals_the_trained_one(architecture: str, tmp_path: Path) -> None:
     model = train_model(architecture).eval()
     path = tmp_path / "model.safetensors"
@@ -147,23 +140,16 @@ def test_a_safetensors_file_of_another_program_has_no_metadata(tmp_path: Path) -
             load(path)
 
 
-def test_fp16_files_are_loaded_as_fp32(model_file: Path, tmp_path: Path) -> None:
+def test_the_loaded_model_is_fp32_and_independent_of_the_file(model_file: Path, tmp_path: Path) -> None:
     state = {k: v.half() if v.is_floating_point() else v for k, v in load_file(model_file).items()}
     path = tmp_path / "half.safetensors"
     write_model(path, state, make_metadata())
-    loaded = load(path).model.state_dict()
-    assert all(torch.equal(loaded[key], state[key].to(loaded[key].dtype)) for key in state)
-    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32, torch.int64}
-
-
-def test_the_loaded_model_is_independent_of_the_file(model_file: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(model_file.read_bytes())
     model = load(path).model
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], state[key].to(loaded[key].dtype)) for key in state)
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32, torch.int64}
     with torch.no_grad():
         next(model.parameters()).add_(1)
     assert not any(path.read_bytes())
@@ -172,12 +158,11 @@ def test_the_loaded_model_is_independent_of_the_file(model_file: Path, tmp_path:
 # Preprocessing --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resize", ["squash", "shorter"])
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("resize", "interpolation"), [("squash", "bilinear"), ("shorter", "bicubic")])
 def test_preprocessing_equals_that_of_the_evaluation(
-    model_file: Path, tmp_path: Path, resize: str, interpolation: str
+    model_file: Path, tmp_path: Path, resize: Any, interpolation: Any
 ) -> None:
-    preprocessing = dataclasses.replace(PREPROCESSING, resize=resize, interpolation=interpolation)  # type: ignore[arg-type]
+    preprocessing = dataclasses.replace(PREPROCESSING, resize=resize, interpolation=interpolation)
     path, image_path = tmp_path / "model.safetensors", tmp_path / "image.png"
     write_model(path, load_file(model_file), make_metadata(preprocessing=preprocessing))
     preprocess = load(path).preprocess
@@ -202,7 +187,7 @@ def test_preprocessing_equals_that_of_the_evaluation(
     torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)
 
 
-MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
+IMAGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "gray": lambda image: image.convert("L"),
     "palette": lambda image: image.quantize(16),
     "alpha": lambda image: Image.merge("RGBA", (*image.split(), image.convert("L"))),
@@ -210,35 +195,24 @@ MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_pil_image_gives_the_same_result_as_its_file(model_file: Path, tmp_path: Path, mode: str) -> None:
-    image = MODES[mode](make_image(6))
-    image.save(tmp_path / "image.png")
+@pytest.mark.parametrize("kind", IMAGES)
+def test_a_pil_image_gives_the_same_result_as_its_file(model_file: Path, tmp_path: Path, kind: str) -> None:
+    image, path, exif = IMAGES[kind](make_image(6)), tmp_path / "image.png", Image.Exif()
+    exif[0x0112] = 6  # Orientation: rotate by 90 degrees clockwise
+    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
     preprocess = load(model_file).preprocess
     before = (image.mode, image.tobytes())
-    assert torch.equal(preprocess(image), preprocess(tmp_path / "image.png"))
+    assert torch.equal(preprocess(image), preprocess(path))
     assert (image.mode, image.tobytes()) == before
-
-
-def test_the_exif_orientation_is_applied(model_file: Path, tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # Orientation: rotate by 90 degrees clockwise
-    upright, path = make_image(7, size=(30, 50)), tmp_path / "rotated.png"
-    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
-    preprocess = load(model_file).preprocess
-    assert torch.equal(preprocess(path), preprocess(upright))
     with Image.open(path) as opened:
-        assert torch.equal(preprocess(opened), preprocess(upright))
+        assert torch.equal(preprocess(opened), preprocess(image))
 
 
 def test_an_unreadable_image_is_an_error_with_its_path(model_file: Path, tmp_path: Path) -> None:
     preprocess = load(model_file).preprocess
     (tmp_path / "text.jpg").write_text("hello")
-    for name, reason in (
-        ("text.jpg", "a text file, not an image"),
-        ("none.jpg", "no such file"),
-        ("", "a folder, not a file"),
-    ):
+    reasons = {"text.jpg": "a text file, not an image", "none.jpg": "no such file", "": "a folder, not a file"}
+    for name, reason in reasons.items():
         with pytest.raises(UserError) as error:
             preprocess(tmp_path / name)
         assert str(error.value) == f"{tmp_path / name}: {reason}; expected an image file"
@@ -249,12 +223,14 @@ def test_an_unreadable_image_is_an_error_with_its_path(model_file: Path, tmp_pat
 # Hostile files --------------------------------------------------------------------------------------------------
 
 
-def with_header(model_file: Path, path: Path, **changes: object) -> Path:
-    """Write the file's tensors with changed fields in the header; None removes a field."""
+def write_changed(model_file: Path, path: Path, change: Callable[[State], object], **fields: object) -> Path:
+    """Write the file with changed tensors, and with changed fields in the header; None removes a field."""
     with safe_open(model_file, framework="pt") as file:
-        fields = json.loads(file.metadata()["regraft"])
-    fields = {key: value for key, value in {**fields, **changes}.items() if value is not None}
-    save_file(load_file(model_file), path, metadata={"regraft": json.dumps(fields)})
+        header = json.loads(file.metadata()["regraft"]) | fields
+    state = load_file(model_file)
+    change(state)
+    header = {key: value for key, value in header.items() if value is not None}
+    save_file(state, path, metadata={"regraft": json.dumps(header)})
     return path
 
 
@@ -267,13 +243,11 @@ DAMAGED_FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "no format": ({"format": None}, "no 'format'"),
     "no classes": ({"classes": None}, "no 'classes'"),
     "one class": ({"classes": ["a"]}, "1 classes, 1 different ones; expected two or more"),
-    "a class twice": ({"classes": ["a", "b", "a"]}, "3 classes, 2 different ones"),
     "classes are text": ({"classes": "ab"}, "classes are not a list of names"),
     "classes are lists": ({"classes": [["a"], ["b"]]}, "classes are not a list of names"),
     "unknown architecture": ({"architecture": "resnet19"}, "architecture 'resnet19' is not one of torchvision's"),
-    "a path": ({"architecture": "../../evil.py"}, "architecture '../../evil.py' is not one of torchvision's"),
     "a long name": ({"architecture": "x" * 10**6}, "architecture 'xxx"),
-    "escapes": ({"architecture": "\x1b[31m\n"}, r"architecture '\x1b[31m\n' is not one of torchvision's"),
+    "escapes": ({"architecture": "../\x1b[31m\n"}, r"architecture '../\x1b[31m\n' is not one of torchvision's"),
     "preprocessing is text": ({"preprocessing": "usual"}, "string indices must be integers"),
     "huge image size": (preprocessing(image_size=10**9), "image_size is 1000000000, expected 1 to 8192"),
     "mean is text": (preprocessing(mean=["a", "b", "c"]), "could not convert string to float"),
@@ -286,7 +260,7 @@ DAMAGED_FIELDS: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("case", DAMAGED_FIELDS)
 def test_a_damaged_header_is_an_error_with_the_path(model_file: Path, tmp_path: Path, case: str) -> None:
     changes, reason = DAMAGED_FIELDS[case]
-    path = with_header(model_file, tmp_path / "hostile.safetensors", **changes)
+    path = write_changed(model_file, tmp_path / "hostile.safetensors", dict, **changes)
     for read in (read_metadata, regraft.load):
         with pytest.raises(UserError) as error:
             read(path)
@@ -308,21 +282,14 @@ def test_a_header_that_is_no_json_object_is_damaged(model_file: Path, tmp_path: 
         load(path)
 
 
-DAMAGED_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+DAMAGED_TENSORS: dict[str, tuple[Callable[[State], object], str]] = {
     "missing": (lambda s: s.pop("conv1.0.weight"), "conv1.0.weight is missing"),
     "no head": (lambda s: [s.pop("fc.weight"), s.pop("fc.bias")], "fc.weight is missing, fc.bias is missing"),
-    "extra": (lambda s: s.update({"evil.weight": torch.zeros(1)}), "evil.weight does not belong to this model"),
-    "a name that clears the screen": (
-        lambda s: s.update({"\x1b[2J\n": torch.zeros(1)}),
-        r"\x1b[2J\n does not belong to this model",
-    ),
+    "extra": (lambda s: s.update({"\x1b[2J\n": torch.zeros(1)}), r"\x1b[2J\n does not belong to this model"),
     "another shape": (lambda s: s.update({"fc.bias": torch.zeros(3)}), "fc.bias is [3], expected [8]"),
     "NaN": (lambda s: s["fc.weight"].view(-1)[5:6].fill_(torch.nan), "fc.weight holds NaN or infinite values"),
     "integers": (lambda s: s.update({"fc.bias": s["fc.bias"].long()}), "fc.bias holds torch.int64"),
-    "complex": (
-        lambda s: s.update({"fc.bias": torch.zeros(8, dtype=torch.complex64)}),
-        "fc.bias holds torch.complex64",
-    ),
+    "complex": (lambda s: s.update({"fc.bias": torch.zeros(8).cfloat()}), "fc.bias holds torch.complex64"),
     "a floating-point counter": (
         lambda s: s.update({"conv1.1.num_batches_tracked": torch.tensor(0.5)}),
         "conv1.1.num_batches_tracked holds torch.float32",
@@ -333,9 +300,7 @@ DAMAGED_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = 
 @pytest.mark.parametrize("case", DAMAGED_TENSORS)
 def test_tensors_that_do_not_fit_the_header_are_an_error(model_file: Path, tmp_path: Path, case: str) -> None:
     change, reason = DAMAGED_TENSORS[case]
-    path, state = tmp_path / "hostile.safetensors", load_file(model_file)
-    change(state)
-    write_model(path, state, make_metadata())
+    path = write_changed(model_file, tmp_path / "hostile.safetensors", change)
     with pytest.raises(UserError) as error:
         load(path)
     assert str(error.value).startswith(f"{path}: its weights do not fit its header: ")
@@ -372,12 +337,12 @@ IMPOSSIBLE: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_a_header_of_another_or_a_huge_model_takes_no_memory(model_file: Path, tmp_path: Path, case: str) -> None:
     changes, reason = IMPOSSIBLE[case]
-    path = with_header(model_file, tmp_path / "hostile.safetensors", **changes)
+    path = write_changed(model_file, tmp_path / "hostile.safetensors", dict, **changes)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak
     start, before = time.monotonic(), peak_memory()
     with pytest.raises(UserError, match=re.escape(reason)):
         load(path)
-    assert peak_memory() - before < 300_000_000
+    assert peak_memory() - before < 300_000_000, "bytes"
     assert time.monotonic() - start < 60
 
 

@@ -1,5 +1,6 @@
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,21 +35,15 @@ def build(
     weights: Path,
     targets: tuple[str, ...],
     *,
-    head_init: str = "source-labels",
+    head_init: Any = "source-labels",
     names: str = "auto",
     in_weights_file: tuple[str, ...] | None = NAMES,
     aliases: Mapping[str, str] | None = None,
 ) -> BuiltModel:
     torch.manual_seed(1)
+    mapping = ClassMapping(targets=targets, sources=names, in_weights_file=in_weights_file, aliases=aliases or {})
     return build_model(
-        name,
-        image_size=64,
-        num_classes=len(targets),
-        weights=str(weights),
-        head_init=head_init,  # type: ignore[arg-type]
-        class_mapping=ClassMapping(
-            targets=targets, sources=names, in_weights_file=in_weights_file, aliases=aliases or {}
-        ),
+        name, image_size=64, num_classes=len(targets), weights=str(weights), head_init=head_init, class_mapping=mapping
     )
 
 
@@ -141,22 +136,15 @@ def test_names_are_read_from_a_text_file(path: Path, tmp_path: Path) -> None:
     assert f"2 of 2 classes (file {names})" in "\n".join(built.summary)
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (None, "cannot be read"),
-        (b"", "is empty"),
-        (b" \n\n", "is empty"),
-        (b"a\n\nb\n", "line 2 is empty"),
-        (b"\xff\xfe\x00", "not UTF-8 text"),
-    ],
-)
-def test_a_wrong_file_of_names_is_an_error(content: bytes | None, reason: str, tmp_path: Path) -> None:
+def test_a_wrong_file_of_names_is_an_error(tmp_path: Path) -> None:
     names = tmp_path / "names"
-    if content is not None:
-        names.write_bytes(content)
-    with pytest.raises(UserError, match=f"model.source_labels {names}.*{reason}"):
+    with pytest.raises(UserError, match=f"model.source_labels {names}.*cannot be read"):
         read_names(names)
+    contents = {b"": "is empty", b" \n\n": "is empty", b"a\n\nb\n": "line 2 is empty", b"\xff\xfe\0": "not UTF-8 text"}
+    for content, reason in contents.items():
+        names.write_bytes(content)
+        with pytest.raises(UserError, match=f"model.source_labels {names}.*{reason}"):
+            read_names(names)
 
 
 def test_weights_without_names_have_torchvisions_if_the_number_of_rows_is_equal(path: Path) -> None:
@@ -174,10 +162,7 @@ def test_weights_without_names_have_torchvisions_if_the_number_of_rows_is_equal(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"aliases": {"bug": "ant"}},
-            "'bug', which is not one of your classes. Expected one of its 2, such as ants, bees",
-        ),
+        ({"aliases": {"bug": "ant"}}, "'bug', which is not one of your classes. Expected one of its 2, such as ants"),
         ({"aliases": {"ant": "ant"}}, "'ant', which is not one of your classes. Did you mean ants?"),
         ({"aliases": {"bees": "crate"}}, "maps 'bees' to 'crate', but the source has no class 'crate'. Did you mean"),
         (

@@ -1,8 +1,8 @@
 import hashlib
 import io
-import json
 import os
 import pickle
+import random
 import re
 import socket
 import struct
@@ -13,10 +13,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import VisionTransformer, Weights, WeightsEnum
@@ -60,12 +61,9 @@ def equal(one: State, other: State) -> bool:
 # Names ----------------------------------------------------------------------------------------------------------
 
 
-def test_names_and_files_are_distinguished() -> None:
+def test_an_unknown_weights_name_lists_the_known_ones() -> None:
     assert not any(map(is_file, ("DEFAULT", "IMAGENET1K_V1", "ResNet50_Weights.IMAGENET1K_V2")))
     assert all(map(is_file, ("a.pth", "a.pt", "a.bin", "a.safetensors", "folder/DEFAULT", "./x", "/x")))
-
-
-def test_an_unknown_weights_name_lists_the_known_ones() -> None:
     assert find_enum("resnet50", "IMAGENET1K_V2") is models.ResNet50_Weights.IMAGENET1K_V2
     assert find_enum("resnet50", "ResNet50_Weights.IMAGENET1K_V1") is models.ResNet50_Weights.IMAGENET1K_V1
     assert find_enum("resnet50", "DEFAULT") is models.ResNet50_Weights.DEFAULT
@@ -74,9 +72,6 @@ def test_an_unknown_weights_name_lists_the_known_ones() -> None:
             read_weights("resnet18", name)
         expected = f"resnet18 has no weights {name!r}; expected one of IMAGENET1K_V1, DEFAULT, a local file"
         assert expected in str(error.value)
-
-
-def test_every_architecture_has_default_weights_with_a_cache_path() -> None:
     for name in models.list_models(module=models):
         entry = find_enum(name, "DEFAULT")
         assert cache_path(entry).parent == Path(torch.hub.get_dir()) / "checkpoints"
@@ -86,8 +81,10 @@ def test_every_architecture_has_default_weights_with_a_cache_path() -> None:
 # Files ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("suffix", "dtype"),
+    [(".pth", torch.float16), (".pt", torch.float64), (".bin", torch.float32), (".safetensors", torch.bfloat16)],
+)
 def test_files_of_every_suffix_and_dtype(tmp_path: Path, state: State, suffix: str, dtype: torch.dtype) -> None:
     saved = {key: tensor.to(dtype) for key, tensor in state.items()}
     path = tmp_path / f"weights{suffix}"
@@ -100,35 +97,25 @@ def prefixed(state: State, prefix: str) -> State:
 
 
 CHECKPOINTS = {
-    "DDP": lambda s: prefixed(s, "module."),
-    "torch.compile": lambda s: prefixed(s, "_orig_mod."),
     "compiled, then DDP": lambda s: prefixed(s, "module._orig_mod."),
     "DDP, then compiled": lambda s: prefixed(s, "_orig_mod.module."),
-    "state_dict": lambda s: {"state_dict": s, "epoch": 3},
     "model": lambda s: {"model": s, "optimizer": {"state": {}}, "args": None},
     "PyTorch's tutorial": lambda s: {"epoch": 3, "model_state_dict": s, "optimizer_state_dict": {}, "loss": 0.5},
-    "PyTorch's ImageNet example": lambda s: {
-        "epoch": 3,
-        "arch": NAME,
-        "state_dict": prefixed(s, "module."),
-        "best_acc1": torch.tensor(58.0),
-        "optimizer": {},
-    },
+    "PyTorch's ImageNet example": lambda s: {"state_dict": prefixed(s, "module."), "best_acc1": torch.tensor(58.0)},
     "torchvision's references": lambda s: {"model": s, "model_ema": {"n_averaged": torch.tensor(1)}, "scaler": {}},
     "nested": lambda s: {"model": {"state_dict": s}},
-    "OrderedDict": OrderedDict,
-    "parameters": lambda s: {key: nn.Parameter(tensor) for key, tensor in s.items()},
+    "parameters": lambda s: OrderedDict((key, nn.Parameter(tensor)) for key, tensor in s.items()),
 }
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-@pytest.mark.parametrize("is_zip", [True, False])
-def test_checkpoints_of_common_scripts(tmp_path: Path, state: State, kind: str, is_zip: bool) -> None:
-    path = tmp_path / "checkpoint.pth"
-    torch.save(CHECKPOINTS[kind](state), path, _use_new_zipfile_serialization=is_zip)
-    loaded = read(path)
-    assert equal(loaded, state)
-    assert not any(tensor.requires_grad for tensor in loaded.values())
+def test_checkpoints_of_common_scripts(tmp_path: Path, state: State, kind: str) -> None:
+    for is_zip in (True, False):
+        path = tmp_path / "checkpoint.pth"
+        torch.save(CHECKPOINTS[kind](state), path, _use_new_zipfile_serialization=is_zip)
+        loaded = read(path)
+        assert equal(loaded, state)
+        assert not any(tensor.requires_grad for tensor in loaded.values())
 
 
 def test_a_path_may_start_with_the_home_folder_and_contain_any_character(
@@ -146,13 +133,10 @@ def test_a_path_may_start_with_the_home_folder_and_contain_any_character(
 
 
 class Payload:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, created: Path) -> None:
-        self.created = created
+    """Creates a file in the working folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch '{self.created}'",)
+        return os.system, ("touch created",)
 
 
 def pickled(content: object, *, is_zip: bool = True) -> bytes:
@@ -161,69 +145,40 @@ def pickled(content: object, *, is_zip: bool = True) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["zip", "old format", "next to the state", "in the state", "plain pickle"])
-def test_a_pickled_payload_is_refused_and_not_executed(tmp_path: Path, state: State, kind: str) -> None:
-    payload = Payload(tmp_path / "created")
-    content = {
-        "zip": lambda: pickled(payload),
-        "old format": lambda: pickled({"state_dict": payload}, is_zip=False),
-        "next to the state": lambda: pickled({"state_dict": state, "args": payload}),
-        "in the state": lambda: pickled({**state, "more": payload}),
-        "plain pickle": lambda: pickle.dumps(payload, protocol=2),
-    }[kind]()
-    path = tmp_path / "weights.pth"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        read(path)
-    assert not payload.created.exists()
-    text = str(error.value)
-    assert text.startswith(f"{path}: refused, because it contains more than plain tensors (posix.system): ")
-    assert "torch.save(model.state_dict(), ...)" in text
-    assert "weights_only" not in text, "torch's message recommends weights_only=False"
-    pickle.loads(pickle.dumps(payload))
-    assert payload.created.exists(), "the payload works"
+def pickled_weight(tensor: Tensor) -> bytes:
+    return pickled({"fc.weight": tensor})
 
 
-def safetensors(header: object, data: bytes = b"") -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def one_tensor(dtype: str, shape: list[int], size: int) -> bytes:
-    header = {"fc.weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
-    return safetensors(header, bytes(min(size, 8)))
-
-
-VALID = pickled({"fc.weight": torch.randn(400)})
-VALID_OLD = pickled({"fc.weight": torch.randn(400)}, is_zip=False)
+VALID = pickled_weight(torch.randn(400))
 ENDLESS: dict[str, object] = {}
 ENDLESS["model"] = ENDLESS
-NOT_TORCH = "not a readable torch file ("
 NOT_SAFETENSORS = "not a readable safetensors file ("
 NOT_DENSE = "fc.weight is not a plain dense tensor ("
 NOT_FINITE = "fc.weight contains NaN or infinite values: the file is damaged, or its training diverged"
+CODE = "refused, because it contains more than plain tensors ("
 BROKEN: dict[str, tuple[str, bytes, str]] = {
+    "payload": (".pth", pickled(Payload()), f"{CODE}posix.system): "),
+    "payload in the old format": (".pth", pickled({"state_dict": Payload()}, is_zip=False), f"{CODE}posix.system): "),
+    "payload next to the state": (".pth", pickled({"model": {"x": torch.ones(1)}, "args": Payload()}), CODE),
+    "payload in a plain pickle": (".pth", pickle.dumps(Payload(), protocol=2), f"{CODE}posix.system): "),
+    "whole model": (".pt", pickled(models.squeezenet1_1()), f"{CODE}torchvision.models.squeezenet."),
+    "arguments": (".pt", pickled({"args": SimpleNamespace(lr=1)}), f"{CODE}types.SimpleNamespace)"),
     "empty": (".pth", b"", "not a readable torch file (it is empty)"),
     "text": (".pth", b"my weights\n" * 9, "not a readable torch file (it starts with b'my weights"),
     "web page": (".bin", b"<!DOCTYPE html><html>404", "(it starts with b'<!DOCTYPE html><html>404')"),
     "Git LFS pointer": (".pt", b"version https://git-lfs.github.com/spec/v1\noid", "b'version https://git"),
-    "safetensors named .pth": (".pth", safetensors({}), "not a readable torch file (it starts with"),
+    "safetensors named .pth": (".pth", save({}), "not a readable torch file (it starts with"),
     "truncated": (".pth", VALID[: len(VALID) // 2], "not a readable torch file (PytorchStreamReader failed"),
-    "truncated old format": (".pth", VALID_OLD[: len(VALID_OLD) // 2], NOT_TORCH),
-    "pickle": (".pth", pickle.dumps([1, 2], protocol=4), NOT_TORCH),
-    "broken pickle": (".pth", b"\x80\x02\xff\xff\xff", NOT_TORCH),
+    "plain pickle": (".pth", pickle.dumps([1, 2], protocol=4), "not a readable torch file ("),
     "list": (".pth", pickled([1, 2]), "contains a list and no tensors by name; expected a model's state dict"),
-    "tensor": (".pth", pickled(torch.zeros(3)), "contains a Tensor and no tensors by name"),
     "no tensors": (".pth", pickled({"epoch": 3}), "contains the keys epoch and no tensors by name"),
     "contains itself": (".pth", pickled(ENDLESS), "contains the keys model and no tensors by name"),
-    "whole model": (".pt", pickled(models.squeezenet1_1()), "more than plain tensors (torchvision.models.squeezenet."),
-    "arguments": (".pt", pickled({"args": SimpleNamespace(lr=1)}), "more than plain tensors (types.SimpleNamespace)"),
-    "NaN": (".pth", pickled({"fc.weight": torch.tensor([1, torch.nan])}), NOT_FINITE),
-    "infinite": (".pth", pickled({"fc.weight": torch.tensor([-torch.inf])}), NOT_FINITE),
-    "too large for float32": (".pth", pickled({"fc.weight": torch.tensor([1e300]).double() * 1e300}), NOT_FINITE),
-    "expanded": (".pth", pickled({"fc.weight": torch.zeros(1).expand(10**12)}), NOT_DENSE),
-    "sparse": (".pth", pickled({"fc.weight": torch.eye(3).to_sparse()}), NOT_DENSE),
-    "on the meta device": (".pth", pickled({"fc.weight": torch.empty(3, device="meta")}), NOT_DENSE),
+    "NaN": (".pth", pickled_weight(torch.tensor([1, torch.nan])), NOT_FINITE),
+    "too large for float32": (".pth", pickled_weight(torch.tensor([1e300]).double() * 1e300), NOT_FINITE),
+    "expanded": (".pth", pickled_weight(torch.zeros(1).expand(10**12)), NOT_DENSE),
+    "sparse": (".pth", pickled_weight(torch.eye(3).to_sparse()), NOT_DENSE),
+    "on the meta device": (".pth", pickled_weight(torch.empty(3, device="meta")), NOT_DENSE),
+    "8 bits": (".safetensors", save({"fc.weight": torch.zeros(8, dtype=torch.float8_e4m3fn)}), NOT_DENSE),
     "same name twice": (
         ".pth",
         pickled({"fc.weight": torch.zeros(1), "module.fc.weight": torch.zeros(1)}),
@@ -232,19 +187,16 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "empty safetensors": (".safetensors", b"", NOT_SAFETENSORS),
     "torch named .safetensors": (".safetensors", VALID, NOT_SAFETENSORS),
     "huge header": (".safetensors", struct.pack("<Q", 2**63 - 1) + b"{}", NOT_SAFETENSORS),
-    "header is not JSON": (".safetensors", safetensors(b'{"fc'), NOT_SAFETENSORS),
-    "header is not UTF-8": (".safetensors", safetensors(b'{"\xff\xfe":1}'), NOT_SAFETENSORS),
-    "data beyond the file": (".safetensors", one_tensor("F32", [4], 16), NOT_SAFETENSORS),
-    "huge shape": (".safetensors", one_tensor("F32", [2**62, 4], 8), NOT_SAFETENSORS),
-    "unknown dtype": (".safetensors", one_tensor("F33", [2], 8), NOT_SAFETENSORS),
-    "8 bits": (".safetensors", one_tensor("F8_E4M3", [8], 8), NOT_DENSE),
-    "no tensors in safetensors": (".safetensors", safetensors({}), "contains the keys (none) and no tensors"),
+    "no tensors in safetensors": (".safetensors", save({}), "contains the keys (none) and no tensors"),
     "unknown suffix": (".ckpt", b"", "expected a weights file ending in .safetensors, .pth, .pt, .bin"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_file_is_an_error_with_its_path_and_the_reason(tmp_path: Path, case: str) -> None:
+def test_a_broken_file_is_an_error_with_its_path_and_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     suffix, content, reason = BROKEN[case]
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
@@ -254,8 +206,11 @@ def test_a_broken_file_is_an_error_with_its_path_and_the_reason(tmp_path: Path, 
             read_weights(NAME, f"{path.parent}/{path.name}")
     assert str(error.value).startswith(f"{path}: ")
     assert reason in str(error.value)
-    assert "weights_only" not in str(error.value)
+    assert "weights_only" not in str(error.value), "torch's message recommends weights_only=False"
     assert str(error.value).isprintable()
+    assert not Path("created").exists()
+    pickle.loads(pickle.dumps(Payload()))
+    assert Path("created").exists(), "unpickling executes the payload"
 
 
 def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path) -> None:
@@ -265,32 +220,22 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path) -> None:
             read(tmp_path / name)
 
 
-def test_random_damage_raises_only_user_errors(tmp_path: Path, state: State) -> None:
+@pytest.mark.parametrize("name", ["valid.safetensors", "valid.pth", "old.pth"])
+def test_random_damage_raises_only_user_errors(tmp_path: Path, name: str) -> None:
     seed = int.from_bytes(os.urandom(4))
     print(f"seed {seed}")
-    generator = torch.Generator().manual_seed(seed)
-
-    def random_int(limit: int) -> int:
-        return int(torch.randint(limit, (1,), generator=generator))
-
-    tensors = dict(list(state.items())[:3])
-    save_file(tensors, tmp_path / "valid.safetensors")
-    torch.save(tensors, tmp_path / "valid.pth")
-    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    for name in ("valid.safetensors", "valid.pth", "old.pth"):
-        valid = (tmp_path / name).read_bytes()
-        for _ in range(60):
-            damaged = bytearray(valid[: 1 + random_int(len(valid))] if random_int(2) else valid)
-            for _ in range(random_int(4)):
-                damaged[random_int(min(len(damaged), 2000))] = random_int(256)
-            path = tmp_path / f"damaged{Path(name).suffix}"
-            path.write_bytes(damaged)
-            message = f"{path}: "
-            try:
-                read(path)
-            except UserError as error:
-                message = str(error)
-            assert message.startswith(f"{path}: ")
+    rng, path = random.Random(seed), tmp_path / name
+    tensors = {"features.0.weight": torch.randn(64, 3, 3, 3), "features.0.bias": torch.randn(64)}
+    valid = save(tensors) if path.suffix == ".safetensors" else pickled(tensors, is_zip=name != "old.pth")
+    for _ in range(60):
+        damaged = bytearray(valid[: rng.randint(1, len(valid))] if rng.random() < 0.5 else valid)
+        for _ in range(rng.randrange(4)):
+            damaged[rng.randrange(min(len(damaged), 2000))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read(path)
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ")  # noqa: PT017 (the damage may be harmless)
 
 
 # Downloads ------------------------------------------------------------------------------------------------------
@@ -310,30 +255,6 @@ def test_a_cached_file_is_used(state: State) -> None:
         read_weights(NAME, "IMAGENET1K_V1")
 
 
-def test_without_network_the_error_names_the_url_and_the_cache_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def offline(*args: object, **options: object) -> None:
-        raise urllib.error.URLError(socket.gaierror(-3, "Temporary failure in name resolution"))
-
-    monkeypatch.setattr("torch.hub.urlopen", offline)
-    lines: list[str] = []
-    with pytest.raises(UserError) as error:
-        read_weights(NAME, "DEFAULT", on_progress=lines.append)
-    path = tmp_path / "torch" / "hub" / "checkpoints" / PUBLISHED_FILE
-    url = f"https://download.pytorch.org/models/{PUBLISHED_FILE}"
-    assert str(error.value) == (
-        "could not download the weights SqueezeNet1_1_Weights.IMAGENET1K_V1 of squeezenet1_1 "
-        "(<urlopen error [Errno -3] Temporary failure in name resolution>).\n"
-        f"  from: {url}\n"
-        f"  Either put that file at {path}, name a local file in model.weights, or set model.weights to null "
-        "for random weights"
-    )
-    assert lines == [f"downloading {url} (5 MB) to {path}"]
-    assert socket.getdefaulttimeout() is None
-    assert not path.exists()
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr("torch.hub.urlopen", urllib.request.urlopen)
@@ -342,14 +263,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 @pytest.fixture
-def content(state: State) -> bytes:
-    return pickled(state)
-
-
-@pytest.fixture
-def entry(server: Server, content: bytes, monkeypatch: pytest.MonkeyPatch) -> WeightsEnum:
+def entry(server: Server, monkeypatch: pytest.MonkeyPatch) -> WeightsEnum:
     """Return an enum member like torchvision's, for the server's file; `find_enum` returns it."""
-    url = f"http://127.0.0.1:{server.server_port}/small-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    url = f"http://127.0.0.1:{server.server_port}/small-{hashlib.sha256(VALID).hexdigest()[:8]}.pth"
 
     class Small_Weights(WeightsEnum):
         DEFAULT = Weights(url=url, transforms=lambda: None, meta={"_file_size": 1.0})
@@ -358,30 +274,49 @@ def entry(server: Server, content: bytes, monkeypatch: pytest.MonkeyPatch) -> We
     return Small_Weights.DEFAULT
 
 
-def test_a_download_is_verified_and_cached(server: Server, entry: WeightsEnum, content: bytes, state: State) -> None:
-    server.responses = [lambda handler: handler.send(content, Content_Length=len(content)), not_found]
+def test_a_download_is_verified_and_cached(server: Server, entry: WeightsEnum) -> None:
+    server.responses = [lambda handler: handler.send(VALID, Content_Length=len(VALID)), not_found]
     for _ in range(2):
         loaded, source = read_weights("small", "DEFAULT")
-        assert equal(loaded, state)
+        assert equal(loaded, torch.load(io.BytesIO(VALID)))
         assert source == "torchvision Small_Weights.DEFAULT"
-    assert cache_path(entry).read_bytes() == content
+    assert cache_path(entry).read_bytes() == VALID
 
 
 @pytest.mark.parametrize(
     ("response", "reason"),
-    [(complete, "invalid hash value"), (not_found, "HTTP Error 404"), (truncated, ""), (stalled, "timed out")],
+    [
+        (complete, "invalid hash value"),
+        (not_found, "HTTP Error 404"),
+        (truncated, ""),
+        (stalled, "timed out"),
+        (None, "<urlopen error [Errno -3] Temporary failure in name resolution>"),
+    ],
 )
 def test_a_failed_download_leaves_no_file(
-    server: Server, entry: WeightsEnum, monkeypatch: pytest.MonkeyPatch, response: Response, reason: str
+    server: Server, entry: WeightsEnum, monkeypatch: pytest.MonkeyPatch, response: Response | None, reason: str
 ) -> None:
+    def offline(*args: object, **options: object) -> None:
+        raise urllib.error.URLError(socket.gaierror(-3, "Temporary failure in name resolution"))
+
     monkeypatch.setattr(weights_module, "_STALL_SECONDS", 0.3)
-    server.responses = [response]
+    if response is None:
+        monkeypatch.setattr("torch.hub.urlopen", offline)
+    else:
+        server.responses = [response]
+    lines, path = list[str](), cache_path(entry)
     with pytest.raises(UserError) as error:
-        read_weights("small", "DEFAULT")
-    assert reason in str(error.value)
-    assert f"from: {entry.url}" in str(error.value)
-    assert f"put that file at {cache_path(entry)}" in str(error.value)
-    assert [*cache_path(entry).parent.iterdir()] == []
+        read_weights("small", "DEFAULT", on_progress=lines.append)
+    first, *others = str(error.value).split("\n")
+    assert first.startswith("could not download the weights Small_Weights.DEFAULT of small (")
+    assert reason in first
+    assert others == [
+        f"  from: {entry.url}",
+        f"  Either put that file at {path}, name a local file in model.weights, or set model.weights to null for "
+        "random weights",
+    ]
+    assert lines == [f"downloading {entry.url} (1 MB) to {path}"]
+    assert [*path.parent.iterdir()] == []
     assert socket.getdefaulttimeout() is None
 
 
@@ -398,27 +333,25 @@ def load(model: nn.Module, heads: tuple[Head, ...], state: State, *, size: int =
     return load_weights(model, heads, state, name="net", image_size=size, source="the file")
 
 
-def assert_loaded(model: nn.Module, heads: tuple[Head, ...], state: State, *, size: int = 64) -> None:
+def assert_loaded(model: nn.Module, heads: tuple[Head, ...], state: State, *, size: int = 64) -> LoadReport:
     """Load a state, and check that every tensor of the backbone was copied and the heads were not."""
     in_heads = tuple(f"{head.name}." for head in heads)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     report = load(model, heads, state, size=size)
     assert report.missing == report.mismatched == report.unexpected == ()
     for key, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[key] if key.startswith(in_heads) else state[key]), key
+        if key in state or key.startswith(in_heads):
+            assert torch.equal(tensor, before[key] if key.startswith(in_heads) else state[key]), key
+    return report
 
 
-@pytest.mark.parametrize("head", ["1000 classes", "5 classes", "missing"])
-def test_the_backbone_is_copied_and_the_head_is_not(state: State, head: str) -> None:
+def test_the_backbone_is_copied_and_the_head_is_not(state: State) -> None:
     model, heads = with_new_head(models.squeezenet1_1())
-    saved = {key: tensor for key, tensor in state.items() if not key.startswith("classifier")}
-    if head == "1000 classes":
-        saved = state
-    elif head == "5 classes":
-        saved |= {"classifier.1.weight": torch.zeros(5, 512, 1, 1), "classifier.1.bias": torch.zeros(5)}
-    assert_loaded(model, heads, saved)
-    expected = ["50 of the backbone's 50 tensors from the file; the output layer is new"]
-    assert load(model, heads, saved).lines() == expected
+    without_head = {key: tensor for key, tensor in state.items() if not key.startswith("classifier")}
+    head = {"classifier.1.weight": torch.zeros(5, 512, 1, 1), "classifier.1.bias": torch.zeros(5)}
+    for saved in (state, without_head, without_head | head):
+        report = assert_loaded(model, heads, saved)
+        assert report.lines() == ["50 of the backbone's 50 tensors from the file; the output layer is new"]
 
 
 def test_keys_that_do_not_fit_are_reported(state: State) -> None:
@@ -468,9 +401,8 @@ def test_batch_counters_are_optional_and_not_enough() -> None:
     with pytest.raises(UserError, match="no tensor in the file fits"):
         load(model, heads, counters)
     # torchvision's older files have no counters.
-    report = load(model, heads, {key: tensor for key, tensor in state.items() if key not in counters})
-    assert report.missing == report.mismatched == report.unexpected == ()
-    assert load(model, heads, state).copied == report.copied + len(counters)
+    report = assert_loaded(model, heads, {key: tensor for key, tensor in state.items() if key not in counters})
+    assert assert_loaded(model, heads, state).copied == report.copied + len(counters)
 
 
 def test_densenets_old_keys_are_renamed() -> None:
@@ -478,8 +410,7 @@ def test_densenets_old_keys_are_renamed() -> None:
     old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12]\.)", r"\1.\2", key): tensor for key, tensor in state.items()}
     assert "features.denseblock1.denselayer1.norm.1.running_mean" in old
     model, heads = with_new_head(models.densenet121())
-    report = load(model, heads, old)
-    assert report.missing == report.mismatched == report.unexpected == ()
+    assert_loaded(model, heads, old)
     after = model.state_dict()
     assert all(torch.equal(after[key], state[key]) for key in state if not key.startswith("classifier"))
 
@@ -505,29 +436,23 @@ def test_position_embeddings_are_interpolated_by_torchvisions_function(size: int
     assert report.lines()[1:] == ([line] if size != 32 else [])
 
 
-@pytest.mark.parametrize(
-    "positions",
-    [torch.zeros(1, 7, 16), torch.zeros(1, 1, 16), torch.zeros(17, 16), torch.zeros(1, 17, 8), torch.zeros(2, 17, 16),
-     torch.zeros(1, 17, 16, dtype=torch.int64), torch.zeros(())],
-    ids=lambda tensor: f"{list(tensor.shape)} {tensor.dtype}",
-)  # fmt: skip
-def test_position_embeddings_that_cannot_be_interpolated_are_an_error(positions: Tensor) -> None:
+def test_position_embeddings_that_cannot_be_interpolated_are_an_error() -> None:
     model, heads = with_new_head(small_vit(48), size=48)
-    message = (
-        f"the file: its position embedding {list(positions.shape)} cannot be interpolated to [1, 37, 16], which images "
-        "of 48 px need: expected [1, 1 + n x n patches, 16]"
-    )
-    with pytest.raises(UserError, match=re.escape(message)):
-        load(model, heads, {**small_vit(32).state_dict(), "encoder.pos_embedding": positions}, size=48)
+    for shape in ((1, 7, 16), (1, 1, 16), (17, 16), (1, 17, 8), (2, 17, 16), ()):
+        message = (
+            f"the file: its position embedding {list(shape)} cannot be interpolated to [1, 37, 16], which images of "
+            "48 px need: expected [1, 1 + n x n patches, 16]"
+        )
+        with pytest.raises(UserError, match=re.escape(message)):
+            load(model, heads, {**small_vit(32).state_dict(), "encoder.pos_embedding": torch.zeros(shape)}, size=48)
 
 
-@pytest.mark.parametrize("name", ["swin_t", "maxvit_t"])
-def test_window_models_load_weights_of_another_image_size(name: str) -> None:
-    state = models.get_model(name, weights=None).state_dict()
-    size = 448 if name == "maxvit_t" else 96
-    options = {"input_size": (size, size)} if name == "maxvit_t" else {}
+@pytest.mark.parametrize(
+    ("name", "size", "options"), [("swin_t", 96, {}), ("maxvit_t", 448, {"input_size": (448, 448)})]
+)
+def test_window_models_load_weights_of_another_image_size(name: str, size: int, options: dict[str, Any]) -> None:
     model, heads = with_new_head(models.get_model(name, weights=None, **options), size=size)
-    assert_loaded(model, heads, state, size=size)
+    assert_loaded(model, heads, models.get_model(name, weights=None).state_dict(), size=size)
 
 
 @pytest.mark.shared
