@@ -7,11 +7,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from regraft.contract import AttemptRecord
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAIN = REPOSITORY / "trainer" / "main.py"
@@ -71,3 +74,17 @@ def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Return the rows of one kind in a run folder's metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def attempt(number: int, state: Any, **fields: Any) -> AttemptRecord:
+    """Return the record of a start that did not happen on this machine."""
+    process = {"host": "node7", "pid": 100 + number, "started": 1, "pid_namespace": "boot pid:[1]", "lease_id": "x"}
+    began = f"2026-11-24T12:00:{number % 60:02}+00:00"
+    return AttemptRecord(**{"attempt": number, "state": state, "steps": 100, "began": began, **process, **fields})
+
+
+def wait_until(condition: Callable[[], object], *, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -30,6 +30,7 @@ READING = "Hang: no step for 300 s, the last one was 7; it was in select (select
 def test_first_failure_is_the_cause(
     tmp_path: Path, messages: dict[int, tuple[str, float]], exit_code_of_rank_1: int | None, cause: int
 ) -> None:
+    assert READING.startswith(f"{Hang.__name__}: "), "the trainer's error"
     for rank, (message, time) in messages.items():
         write_failure(tmp_path, rank, message=message, time=time, lines="last words\n")
     if exit_code_of_rank_1 is not None:
@@ -42,10 +43,6 @@ def test_first_failure_is_the_cause(
     assert f"log: {tmp_path}/id_abc/attempt_0/{cause}/stderr.log" in lines
 
 
-def test_hang_is_recognized_by_the_name_of_the_trainers_error() -> None:
-    assert READING.startswith(f"{Hang.__name__}: ")
-
-
 def test_user_error_is_found_although_the_next_restart_has_begun(tmp_path: Path) -> None:
     write_failure(tmp_path, 0, message="error: no such layer", time=10.0)
     write_failure(tmp_path, 0, message="RuntimeError: stopped in mid-import", time=11.0, restart=1)
@@ -56,20 +53,14 @@ def test_user_error_is_found_although_the_next_restart_has_begun(tmp_path: Path)
     assert find_user_error(tmp_path, [second]) is None
 
 
-def test_without_user_error_the_last_restart_counts(tmp_path: Path) -> None:
-    write_failure(tmp_path, 0, message="ValueError: first", time=10.0)
-    write_failure(tmp_path, 0, message="ValueError: second", time=20.0, restart=1)
-    assert first_failure(tmp_path, host="h").error == "ValueError: second"
-
-
-def test_without_any_process_torchruns_log_is_shown(tmp_path: Path) -> None:
+def test_torchruns_log_the_last_restart_and_the_global_rank_count(tmp_path: Path) -> None:
     (tmp_path / "torchrun.log").write_text("torchrun: error: unrecognized\n")
     failure = first_failure(tmp_path, host="h")
     assert (failure.error, failure.log) == ("torchrun: error: unrecognized", tmp_path / "torchrun.log")
-
-
-def test_rank_of_a_killed_process_is_global(tmp_path: Path) -> None:
-    write_failure(tmp_path, 1)
+    write_failure(tmp_path, 0, message="ValueError: first", time=10.0)
+    write_failure(tmp_path, 0, message="ValueError: second", time=20.0, restart=1)
+    assert first_failure(tmp_path, host="h").error == "ValueError: second"
+    write_failure(tmp_path, 1, restart=2)
     write_report(tmp_path, code=-9, rank=9)
     failure = first_failure(tmp_path, host="node2")
     assert (failure.rank, failure.error) == (9, "killed by SIGKILL")

@@ -1,5 +1,4 @@
 import os
-import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +14,7 @@ from launch.slurm.container import apptainer_argv, mounted_folders, pyxis_option
 from launch.slurm.job import resolve_run_dir, step_environment
 from launch.slurm.node import node_logs
 from launch.slurm.settings import JobSettings, task_options
-from tests.launch.helpers import executable, write_failure
+from tests.launch.helpers import executable, restored_handlers, write_failure
 from tests.launching import free_port
 
 JOB = Allocation(
@@ -25,25 +24,21 @@ TASK = replace(JOB, job_id="130", array_id="123", task=7)
 WORKDIR = Path("/home/u/my project")
 
 
-# The run folder, and sweeps.
-
-
 @pytest.mark.parametrize(
     ("options", "allocation", "expected"),
     [
-        (["--data.root=x"], JOB, "/home/u/my project/runs/regraft-123"),
-        ([], JOB, "/home/u/my project/runs/regraft-123"),  # not the quickstart's, which jobs would share
-        (["--run.dir", "runs/a b"], JOB, "/home/u/my project/runs/a b"),
-        (["--run.dir=/scratch/$(touch x)"], JOB, "/scratch/$(touch x)"),
-        (["--data.root=x"], TASK, "/home/u/my project/runs/regraft-123_7"),
-        (["--run.dir=runs/a"], TASK, "/home/u/my project/runs/a/7"),
-        (["--data.root=x"], replace(JOB, name="../$(touch x) a"), "/home/u/my project/runs/..___touch_x__a-123"),
+        (["--data.root=x"], JOB, WORKDIR / "runs/regraft-123"),
+        ([], JOB, WORKDIR / "runs/regraft-123"),  # not the quickstart's, which jobs would share
+        (["--run.dir", "runs/a b"], JOB, WORKDIR / "runs/a b"),
+        (["--run.dir=/scratch/$(touch x)"], JOB, Path("/scratch/$(touch x)")),
+        (["--data.root=x"], TASK, WORKDIR / "runs/regraft-123_7"),
+        (["--run.dir=runs/a"], TASK, WORKDIR / "runs/a/7"),
+        (["--data.root=x"], replace(JOB, name="../$(touch x) a"), WORKDIR / "runs/..___touch_x__a-123"),
     ],
 )
-def test_run_folder_is_the_same_for_all_starts(options: list[str], allocation: Allocation, expected: str) -> None:
+def test_run_folder_is_the_same_for_all_starts(options: list[str], allocation: Allocation, expected: Path) -> None:
     folder, argv = resolve_run_dir(options, JobSettings(), allocation, WORKDIR)
-    assert folder == Path(expected)
-    assert argv == (*options, f"--run.dir={expected}")
+    assert (folder, argv) == (expected, (*options, f"--run.dir={expected}"))
     assert resolve_run_dir(options, JobSettings(), replace(allocation, restarts=3), WORKDIR)[0] == folder
 
 
@@ -57,12 +52,9 @@ def test_run_options_of_a_config_file(tmp_path: Path) -> None:
     assert resolve_run_dir(options, JobSettings(), replace(JOB, restarts=1), WORKDIR)[1][-1] == "--run.resume=auto"
 
 
-def test_sweep_over_seeds_uses_the_task_index() -> None:
+def test_sweep_over_seeds_or_over_the_lines_of_a_file(tmp_path: Path) -> None:
     _, argv = resolve_run_dir(["--data.root=x"], JobSettings(sweep="seeds"), TASK, WORKDIR)
     assert argv[:2] == ("--data.root=x", "--run.seed=7")
-
-
-def test_sweep_file_has_a_line_for_each_task(tmp_path: Path) -> None:
     file = tmp_path / "sweep.txt"
     file.write_text("# learning rates\n--optim.lr 0.1\n\n--optim.lr 0.01 --run.dir '/s/a b'\n")
     options, settings = ["--run.dir=runs/a"], JobSettings(sweep=str(file))
@@ -74,25 +66,17 @@ def test_sweep_file_has_a_line_for_each_task(tmp_path: Path) -> None:
         task_options(str(file), 2)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("--run.dir 'a\n", "line 1: No closing quotation"), ("# none\n", "has no options"), (None, "cannot be read")],
-)
-def test_invalid_sweep_file_is_reported(text: str | None, message: str, tmp_path: Path) -> None:
-    if text is not None:
-        (tmp_path / "s").write_text(text)
-    with pytest.raises(LaunchError, match=message):
+def test_invalid_sweep_file_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="cannot be read"):
         task_options(str(tmp_path / "s"), 0)
+    for text, message in (("--run.dir 'a\n", "line 1: No closing quotation"), ("# none\n", "has no options")):
+        (tmp_path / "s").write_text(text)
+        with pytest.raises(LaunchError, match=message):
+            task_options(str(tmp_path / "s"), 0)
 
 
-# What Slurm reports.
-
-ENVIRONMENT = {
-    "SLURM_JOB_ID": "130",
-    "SLURM_JOB_NODELIST": "node[1-2]",
-    "SLURM_JOB_NAME": "regraft",
-    "SLURM_CPUS_PER_TASK": "4",
-}
+JOB_VARIABLES = {"SLURM_JOB_ID": "130", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NAME": "regraft"}
+ENVIRONMENT = {**JOB_VARIABLES, "SLURM_CPUS_PER_TASK": "4"}
 
 
 def test_allocation_is_read_from_the_environment() -> None:
@@ -100,15 +84,13 @@ def test_allocation_is_read_from_the_environment() -> None:
     array = {"SLURM_ARRAY_JOB_ID": "123", "SLURM_ARRAY_TASK_ID": "7", "SLURM_RESTART_COUNT": "2"}
     allocation = read_allocation({**ENVIRONMENT, **array})
     assert allocation == replace(TASK, restarts=2)
+    assert step_environment(allocation, {"A": "b"}) == {"A": "b", "SRUN_CPUS_PER_TASK": "4"}
+    assert step_environment(replace(JOB, cpus_per_task=None), {"A": "b"}) == {"A": "b"}
     # The job id of the last task is the array's id, which means all tasks.
     assert (allocation.label, allocation.rdzv_id) == ("123_7", "130.2")
-
-
-@pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST"])
-def test_outside_a_job_the_error_says_how_to_start_one(missing: str) -> None:
-    rest = {name: value for name, value in ENVIRONMENT.items() if name != missing}
-    with pytest.raises(LaunchError, match=r"sbatch slurm/finetune\.sh"):
-        read_allocation(rest)
+    for missing in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST"):
+        with pytest.raises(LaunchError, match=r"sbatch slurm/finetune\.sh"):
+            read_allocation({**ENVIRONMENT, missing: ""})
 
 
 SCONTROL_OUTPUT = (
@@ -117,42 +99,30 @@ SCONTROL_OUTPUT = (
 )
 
 
-@pytest.mark.parametrize(
-    ("names", "unresolvable", "expected"),
-    [
-        (["node1", "node2"], set(), ("gpu1-ib", "10.0.0.2")),
-        (["node1", "node2"], {"gpu1-ib"}, ("gpu1", "10.0.0.2")),
-        (["node9"], set(), ("node9",)),
-    ],
-)
-def test_node_address_is_the_first_that_resolves(
-    names: list[str], unresolvable: set[str], expected: tuple[str, ...]
-) -> None:
-    assert resolve_node_addresses(names, SCONTROL_OUTPUT, lambda name: name not in unresolvable) == expected
-
-
-def test_node_without_resolvable_address_is_an_error() -> None:
+def test_node_address_is_the_first_that_resolves() -> None:
+    for names, unresolvable, expected in (
+        (["node1", "node2"], "none", ("gpu1-ib", "10.0.0.2")),
+        (["node1", "node2"], "gpu1-ib", ("gpu1", "10.0.0.2")),
+        (["node9"], "none", ("node9",)),
+    ):
+        assert resolve_node_addresses(names, SCONTROL_OUTPUT, lambda name, no=unresolvable: name != no) == expected
     with pytest.raises(LaunchError, match="node node1: none of gpu1-ib, gpu1, node1 can be resolved"):
         resolve_node_addresses(["node1"], SCONTROL_OUTPUT, lambda _: False)
 
 
-@pytest.mark.parametrize("job_id", ["1", "9999", "10000", "4294901757"])
-def test_port_is_below_those_that_the_system_chooses(job_id: str) -> None:
-    port = choose_port(job_id, lambda _: True)
-    following = choose_port(job_id, lambda candidate: candidate != port)
-    assert port != following
-    assert {20_000 <= candidate < 32_768 for candidate in (port, following)} == {True}
+def test_port_is_free_and_below_those_that_the_system_chooses() -> None:
+    for job_id in ("1", "9999", "10000", "4294901757"):
+        port = choose_port(job_id, lambda _: True)
+        following = choose_port(job_id, lambda candidate, port=port: candidate != port)  # type: ignore[misc]
+        assert port != following
+        assert {20_000 <= candidate < 32_768 for candidate in (port, following)} == {True}
     with pytest.raises(LaunchError, match="no port"):
-        choose_port(job_id, lambda _: False)
-
-
-def test_port_with_a_listener_is_not_free() -> None:
-    port = free_port()
-    assert is_port_free(port)
+        choose_port("1", lambda _: False)
     with socket.socket() as listener:
-        listener.bind(("", port))
+        listener.bind(("", 0))
         listener.listen()
-        assert not is_port_free(port)
+        assert not is_port_free(listener.getsockname()[1])
+    assert is_port_free(free_port())
 
 
 def test_first_failure_of_all_nodes(tmp_path: Path) -> None:
@@ -162,17 +132,13 @@ def test_first_failure_of_all_nodes(tmp_path: Path) -> None:
     assert (failure.host, failure.error) == ("beta", "KeyError: 'x'")
 
 
-# The job step.
-
-
-def test_step_gets_the_cores_of_the_job() -> None:
-    assert step_environment(JOB, {"A": "b"}) == {"A": "b", "SRUN_CPUS_PER_TASK": "4"}
-    assert step_environment(replace(JOB, cpus_per_task=None), {"A": "b"}) == {"A": "b"}
-
-
 APPTAINER = JobSettings(container="/images/my image.sif", mounts=("/scratch",))
 PYXIS = JobSettings(container="nvcr.io#nvidia/pytorch:26.01", container_runtime="pyxis")
 APPTAINER_ARGV = [f"--bind={WORKDIR}:{WORKDIR}", "--bind=/data:/data", f"--pwd={WORKDIR}", "/images/my image.sif"]
+PYXIS_ARGV = [
+    *("--container-image=nvcr.io#nvidia/pytorch:26.01", f"--container-mounts={WORKDIR}:{WORKDIR},/data:/data"),
+    f"--container-workdir={WORKDIR}",
+]
 
 
 @pytest.mark.parametrize(
@@ -180,16 +146,7 @@ APPTAINER_ARGV = [f"--bind={WORKDIR}:{WORKDIR}", "--bind=/data:/data", f"--pwd={
     [
         (APPTAINER, True, ["apptainer", "exec", "--nv", *APPTAINER_ARGV], []),
         (APPTAINER, False, ["apptainer", "exec", *APPTAINER_ARGV], []),
-        (
-            PYXIS,
-            True,
-            [],
-            [
-                "--container-image=nvcr.io#nvidia/pytorch:26.01",
-                f"--container-mounts={WORKDIR}:{WORKDIR},/data:/data",
-                f"--container-workdir={WORKDIR}",
-            ],
-        ),
+        (PYXIS, True, [], PYXIS_ARGV),
         (JobSettings(), True, [], []),
     ],
 )
@@ -206,9 +163,6 @@ def test_existing_folders_are_mounted_once(tmp_path: Path) -> None:
     (with_comma := tmp_path / "a,b").mkdir()
     with pytest.raises(LaunchError, match="rename it"):
         mounted_folders(APPTAINER, [with_comma])
-
-
-# A complete start, with scripts in place of Slurm's programs (tests/slurm uses a real Slurm).
 
 
 @pytest.fixture
@@ -228,10 +182,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, value in {**ENVIRONMENT, "SLURM_JOB_ID": "5"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in FORWARDED_SIGNALS}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with restored_handlers(*FORWARDED_SIGNALS):
+        yield tmp_path
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -250,19 +202,14 @@ def test_signal_is_forwarded_and_the_job_requeued(
     assert ("could not be requeued (scontrol requeue failed: disabled)" in printed) is refused
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
+def test_user_errors_start_nothing(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cluster / "file").touch()
+    for option, message in (
         ("--run.dir=file/run", "cannot be written to"),
         ("--run.dir=~nobody-here/run", "home folder"),
         ("--max-attempts=many", "expected a whole number"),
-    ],
-)
-def test_user_errors_start_nothing(
-    option: str, message: str, cluster: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (cluster / "file").touch()
-    assert job.main([option]) == 2
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert "start 1" not in printed
+    ):
+        assert job.main([option]) == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert "start 1" not in printed

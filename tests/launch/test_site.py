@@ -25,23 +25,13 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_all_settings_are_read(file: Path) -> None:
+    for text in ("", "# nothing yet\n", "partition:\n"):
+        file.write_text(text)
+        assert read_site(file) == Site()
     file.write_text(COMPLETE)
-    assert read_site(file) == Site(
-        partition="gpu",
-        account="12345",
-        qos="normal",
-        modules=("cuda/12.8", "gcc"),
-        activate=("/opt/venv",),
-        nccl_interface="ib0",
-        stage="$TMPDIR",
-        env=(("NCCL_DEBUG", "WARN"), ("RETRIES", "3")),
-    )
-
-
-@pytest.mark.parametrize("text", ["", "# nothing yet\n", "partition:\n"])
-def test_empty_settings_keep_their_defaults(text: str, file: Path) -> None:
-    file.write_text(text)
-    assert read_site(file) == Site()
+    texts = {"partition": "gpu", "account": "12345", "qos": "normal", "nccl_interface": "ib0", "stage": "$TMPDIR"}
+    env = (("NCCL_DEBUG", "WARN"), ("RETRIES", "3"))
+    assert read_site(file) == Site(**texts, modules=("cuda/12.8", "gcc"), activate=("/opt/venv",), env=env)
 
 
 @pytest.mark.parametrize(
@@ -70,23 +60,16 @@ def test_invalid_file_is_reported_with_its_path(text: str, message: str, file: P
     assert str(file) in str(raised.value)
 
 
-def test_missing_file_is_an_error(file: Path) -> None:
-    with pytest.raises(LaunchError, match="cannot be read"):
-        load_site(str(file), {})
-    with pytest.raises(LaunchError, match="cannot be read"):
-        load_site(None, {"REGRAFT_SITE": str(file)})
-
-
 def test_given_file_overrides_variable_and_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    default, variable, given = (
-        tmp_path / ".config" / "regraft" / "site.yaml",
-        tmp_path / "variable.yaml",
-        tmp_path / "given.yaml",
-    )
+    default = tmp_path / ".config" / "regraft" / "site.yaml"
+    variable, given = tmp_path / "variable.yaml", tmp_path / "given.yaml"
     default.parent.mkdir(parents=True)
     environment = {"REGRAFT_SITE": str(variable)}
     assert load_site(None, {}) == Site()
+    for file, variables in ((str(given), {}), (None, environment)):
+        with pytest.raises(LaunchError, match="cannot be read"):
+            load_site(file, variables)
     for path in (default, variable, given):
         path.write_text(f"partition: {path.stem}")
     assert load_site(None, {}).partition == "site"

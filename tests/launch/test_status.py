@@ -8,31 +8,32 @@ import pytest
 
 from launch.errors import LaunchError
 from launch.status import describe, show
-from tests.launch.helpers import record
+from regraft.contract import attempt_path
+from tests.launching import attempt
 
 NOW = 1_800_000_000.0
 
 
 def make_run(folder: Path, *, epochs: int = 0, seen: float = NOW - 5, **changes: Any) -> Path:
     """Make a run folder in the middle of training, with epochs of 20 steps and 30 s each."""
-    path = folder / "attempts" / "0003.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(record(**changes)))
+    path = write_attempt(
+        folder, 3, **{"state": "running", "step": 40, "steps": 200, "epoch": 2, "epochs": 10, **changes}
+    )
     os.utime(path, (seen, seen))
+    common = {"kind": "epoch", "seconds": 30.0, "examples_per_sec": 1234.5}
     rows = [
-        {
-            "kind": "epoch",
-            "epoch": epoch,
-            "step": 20 * epoch,
-            "seconds": 30.0,
-            "examples_per_sec": 1234.5,
-            "test_accuracy": 0.5 + 0.1 * (epoch % 3),
-            "train_loss": 1 / epoch,
-        }
-        for epoch in range(1, epochs + 1)
+        {**common, "epoch": n, "step": 20 * n, "test_accuracy": 0.5 + 0.1 * (n % 3), "train_loss": 1 / n}
+        for n in range(1, epochs + 1)
     ]
     write_metrics(folder / str(changes.get("stage", "")), rows)
     return folder
+
+
+def write_attempt(folder: Path, number: int, **fields: Any) -> Path:
+    path = attempt_path(folder, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(attempt(number, **fields).to_json())
+    return path
 
 
 def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -45,7 +46,7 @@ def test_running_run(tmp_path: Path) -> None:
     assert (code, ended) == (0, False)
     assert text.splitlines() == [
         f"{tmp_path / 'r'}: running",
-        "attempt 3, process 4711 on node7, started 2026-11-24T12:00:00+00:00",
+        "attempt 3, process 103 on node7, started 2026-11-24T12:00:03+00:00",
         "step 60 of 200, epoch 2 of 10",  # metrics are newer than the last checkpoint
         "test accuracy 0.500 after epoch 3, best 0.700 after epoch 2; train loss 0.3333",
         "ETA 3:30, 1,234.5 examples/s",  # 140 steps at 20 in 30 s
@@ -53,12 +54,10 @@ def test_running_run(tmp_path: Path) -> None:
 
 
 def test_run_before_its_first_epoch(tmp_path: Path) -> None:
-    text, code, _ = describe(make_run(tmp_path / "r", steps=0, step=0, epoch=0), now=NOW)
+    folder = make_run(tmp_path / "r", steps=0, step=0, epoch=0)
+    write_metrics(folder, [{"kind": "start", "epoch": 0, "step": 0, "seconds": 3.0, "test_accuracy": 0.9}])
+    text, code, _ = describe(folder, now=NOW)
     assert (code, text.splitlines()[2:]) == (0, ["step 0 of ?, epoch 0 of 10"])
-    folder = make_run(tmp_path / "s", step=0, epoch=0)
-    row = {"kind": "start", "epoch": 0, "step": 0, "seconds": 3.0, "test_accuracy": 0.9}
-    write_metrics(folder, [row])  # the evaluation before training
-    assert describe(folder, now=NOW)[0].splitlines()[2:] == ["step 0 of 200, epoch 0 of 10"]
 
 
 def test_finished_run_shows_the_fine_tuned_model_and_not_the_baseline(tmp_path: Path) -> None:
@@ -70,17 +69,13 @@ def test_finished_run_shows_the_fine_tuned_model_and_not_the_baseline(tmp_path: 
     assert lines[3].startswith("test accuracy 0.990 after epoch 10")
 
 
-def test_each_phase_has_its_own_metrics(tmp_path: Path) -> None:
-    text, *_ = describe(make_run(tmp_path / "r", epochs=1, stage="pretrain"), now=NOW)
-    assert "epoch 2 of 10 of the pretrain phase" in text
-    assert "test accuracy" in text
-
-
-def test_incomplete_last_line_is_skipped(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "r", epochs=2)
-    with (folder / "metrics.jsonl").open("a") as file:
+def test_each_phase_has_its_own_metrics_and_an_incomplete_last_line_is_skipped(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", epochs=1, stage="pretrain")
+    with (folder / "pretrain" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "epoch", "epo')
-    assert "after epoch 2" in describe(folder, now=NOW)[0]
+    text, *_ = describe(folder, now=NOW)
+    assert "epoch 2 of 10 of the pretrain phase" in text
+    assert "test accuracy 0.600 after epoch 1" in text
 
 
 @pytest.mark.parametrize(
@@ -104,9 +99,8 @@ def test_ended_run(tmp_path: Path, changes: dict[str, Any], code: int, state: st
 
 def test_failure_of_the_previous_attempt_is_shown(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r")
-    for number, state, reason in ((1, "failed", "OSError: x"), (2, "running", None)):
-        content = record(attempt=number, state=state, reason=reason, step=10 * number)
-        (folder / "attempts" / f"000{number}.json").write_text(json.dumps(content))
+    write_attempt(folder, 1, state="failed", reason="OSError: x", step=10)
+    write_attempt(folder, 2, state="running", step=20)
     assert "attempt 2 failed after step 20: probably killed" in describe(folder, now=NOW)[0]
     (folder / "attempts" / "0002.json").unlink()
     assert "attempt 1 failed after step 10: OSError: x" in describe(folder, now=NOW)[0]
@@ -134,10 +128,7 @@ def test_submitted_job_that_has_not_started(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "job-id").write_text("17\n")
     text, code, ended = describe(folder, now=NOW, query=lambda _: ("PENDING", "Priority"))
-    assert text.splitlines() == [
-        f"{folder}: submitted, training has not started",
-        "Slurm: job 17 is PENDING (Priority)",
-    ]
+    assert text == f"{folder}: submitted, training has not started\nSlurm: job 17 is PENDING (Priority)"
     assert (code, ended) == (0, False)
     text, code, ended = describe(folder / "3", now=NOW, query=lambda _: ("CANCELLED", "None"))
     assert text.splitlines()[1] == "Slurm: job 17_3 is CANCELLED"

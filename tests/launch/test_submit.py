@@ -1,6 +1,7 @@
 import os
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,13 +45,11 @@ def test_submit_writes_the_script_of_render_and_makes_the_run_folder(
     assert "job 42 submitted" in printed
     assert f"regraft status {shlex.quote(str(run))} --watch" in printed
     assert not (login / "pwned").exists()
-
-
-def test_default_run_folder_is_named_after_the_job(login: Path) -> None:
-    assert cli.main(["submit", "--no-fetch", "--job-name", "my job", "--data.root", "x"]) == 0
-    (run,) = (login / "runs").iterdir()
-    assert run.name.startswith("my_job-")
-    assert f"--run.dir={run}" in shlex.split((run / "job.sh").read_text(), comments=True)
+    (login / "argv").unlink()
+    assert cli.main(["render", *argv[:-2], "--run.dir", "a b"]) == 0
+    assert capsys.readouterr().out == render(replace(spec, options=(f"--run.dir={run}", "--run.dir", "a b")))
+    assert not (login / "argv").exists(), "render submits nothing"
+    assert not (login / "a b").exists()
 
 
 def test_sweep_file_is_copied_to_the_run_folder(login: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,43 +73,28 @@ def test_options_override_the_variables_of_sbatch(login: Path, monkeypatch: pyte
     # A virtual environment whose regraft is called by path, without activation.
     monkeypatch.delenv("VIRTUAL_ENV", raising=False)
     monkeypatch.setattr(submit.sys, "prefix", "/home/u/venv")
-    assert cli.main(["submit", "--no-fetch", "--partition", "fast", "--run.dir=r"]) == 0
+    assert cli.main(["submit", "--no-fetch", "--partition", "fast", "--job-name", "my job", "--data.root", "x"]) == 0
+    (run,) = (login / "runs").iterdir()
+    assert run.name.startswith("my_job-"), "the default run folder is named after the job"
+    assert f"--run.dir={run}" in shlex.split((run / "job.sh").read_text(), comments=True)
     environment = (login / "environment").read_text().splitlines()
     assert not [line for line in environment if line.startswith("SBATCH_PARTITION")]
     assert {"SBATCH_ACCOUNT=team", "VIRTUAL_ENV=/home/u/venv"} <= set(environment)
 
 
-def test_refused_job_leaves_no_folder(login: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_job_leaves_no_folder_and_without_slurm_the_login_node_is_named(
+    login: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     executable(login / "bin" / "sbatch", "echo sbatch: error: no such partition >&2\nexit 1")
     assert cli.main(["submit", "--no-fetch", "--run.dir=r"]) == 2
     assert "Slurm refused the job: sbatch: error: no such partition" in capsys.readouterr().err
     assert not (login / "r").exists()
-
-
-def test_submit_without_slurm_names_the_login_node(
-    login: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
     (login / "bin" / "sbatch").unlink()
     for name in ("bash", "sh"):
         (login / "bin" / name).symlink_to(str(shutil.which(name)))
     monkeypatch.setenv("PATH", str(login / "bin"))
     assert cli.main(["submit", "--no-fetch", "--run.dir=r"]) == 2
     assert "from a login node" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("code", [2, 1])
-def test_run_that_the_trainer_refuses_is_not_submitted(code: int, login: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checked: list[list[str]] = []
-
-    def refuse(runs: list[list[str]]) -> int:
-        checked.extend(runs)
-        return code
-
-    monkeypatch.setattr(submit, "_fetch", refuse)
-    assert cli.main(["submit", "--nodes=2", "--optim.lrr", "1", "--run.dir=r"]) == code
-    assert checked == [["--optim.lrr", "1", "--run.dir=r"]]
-    assert not (login / "argv").exists()
-    assert not (login / "r").exists()
 
 
 @pytest.mark.slow
@@ -120,13 +104,7 @@ def test_submit_checks_the_options_and_finds_the_data(login: Path, capfd: pytest
     assert cli.main(["submit", *options, "--optim.lrr=1"]) == 2
     assert "Did you mean optim.lr?" in capfd.readouterr().err
     assert not (login / "argv").exists()
+    assert not (login / "r").exists()
     assert cli.main(["submit", *options]) == 0
     assert "4 images to train on" in capfd.readouterr().out
     assert (login / "argv").exists()
-
-
-def test_render_submits_nothing(login: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["render", "--gpus-per-node", "4", "--run.dir", "a b"]) == 0
-    assert capsys.readouterr().out == render(JobSpec(gpus_per_node=4, options=("--run.dir", "a b")))
-    assert not (login / "argv").exists()
-    assert not (login / "a b").exists()

@@ -3,7 +3,6 @@
 It has its own configuration, key, socket, ports and state, separate from a Slurm that may be installed here.
 """
 
-import ctypes
 import os
 import pwd
 import re
@@ -21,18 +20,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.slurm.allocation import is_port_free
+from regraft.contract import signal_on_parent_death
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
-PACKAGES = "slurm-wlm munge"
 NODES = ("node1", "node2")
-ENDED = (
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"),
-    *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
-)
+ENDED = ("CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "PREEMPTED", "TIMEOUT")
 """States of a job that does not continue by itself."""
 _MARK = "REGRAFT_TESTED_CLUSTER"
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+_USER = pwd.getpwuid(os.getuid()).pw_name  # LOGNAME may differ
 _TIMEOUT = 240.0
 _FIELD = re.compile(r"(?:^| )([A-Z][\w:/]*)=(.*?)(?= [A-Z][\w:/]*=|$)")
-_PR_SET_PDEATHSIG = 1
 
 # A requeued job waits for cred_expire seconds, by default two minutes.
 _CONFIGURATION = """\
@@ -72,11 +71,7 @@ PartitionName=urgent Nodes=node[1-2] MaxTime=60 PriorityTier=9 PreemptMode=OFF
 
 def missing() -> list[str]:
     """Return Slurm's programs that are not installed."""
-    return [name for name in PROGRAMS if _which(name) is None]
-
-
-def _which(name: str) -> str | None:
-    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    return [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
 
 
 @dataclass(kw_only=True)
@@ -88,8 +83,6 @@ class Cluster:
     """Environment of its users."""
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    # Commands of a user.
-
     def call(self, *command: str | Path, cwd: Path | None = None, **environment: str) -> str:
         """Run a command, check that it succeeds, and return its standard output."""
         done = self.run(*command, cwd=cwd, **environment)
@@ -99,16 +92,9 @@ class Cluster:
     def run(
         self, *command: str | Path, cwd: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(word) for word in command],
-            cwd=cwd or self.folder,
-            env={**self.environment, **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 120}
+        variables = {**self.environment, **environment}
+        return subprocess.run(list(map(str, command)), cwd=cwd or self.folder, env=variables, check=False, **options)
 
     def submit(self, *arguments: str | Path, cwd: Path, **environment: str) -> str:
         """Submit a job with `sbatch`, and return its id."""
@@ -122,12 +108,6 @@ class Cluster:
     def record(self, job: str) -> dict[str, str]:
         (record,) = self.records(job)
         return record
-
-    def state(self, job: str) -> str:
-        return self.record(job)["JobState"]
-
-    def restarts(self, job: str) -> int:
-        return int(self.record(job)["Restarts"])
 
     def output(self, job: str) -> str:
         path = Path(self.record(job)["StdOut"])
@@ -148,50 +128,42 @@ class Cluster:
     def wait_for(self, job: str, state: str) -> dict[str, str]:
         """Wait until a job, or each task of an array, is in a state; return the first record."""
 
-        def reached() -> bool:
-            return {record["JobState"] for record in self.records(job)} == {state}
-
-        self.wait(job, reached, f"job {job}: {state}")
+        self.wait(job, lambda: {record["JobState"] for record in self.records(job)} == {state}, f"job {job}: {state}")
         return self.records(job)[0]
 
     def diagnostics(self, job: str) -> str:
         """Return the record and output of a job, and the logs of the daemons."""
-        parts = [f"== scontrol show job {job}", self.call("scontrol", "show", "job", job)]
-        with suppress(ValueError):
-            parts += ["== output", self.output(job)[-6000:]]
-        return "\n".join([*parts, self._logs()])
+        outputs = filter(Path.exists, (Path(record["StdOut"]) for record in self.records(job)))
+        output = "\n".join(path.read_text(errors="replace")[-6000:] for path in outputs)
+        return f"{self.call('scontrol', 'show', 'job', job)}\n== output\n{output}\n{self._logs()}"
 
     def _logs(self) -> str:
-        return "\n".join(
-            f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(self.folder.glob("*.log"))
-        )
-
-    # Commands of an administrator, and accidents.
+        paths = sorted(self.folder.glob("*.log"))
+        return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in paths)
 
     def start_node(self, name: str) -> None:
         """Start the daemon of a node, and wait until jobs may run on it."""
-        self._start(name, "slurmd", "-D", "-N", name)
-        self._until(lambda: self._node_state(name) in ("IDLE", "MIXED", "ALLOCATED"), f"{name} is ready")
 
-    def _node_state(self, name: str) -> str:
-        output = self.run("scontrol", "show", "node", "-o", name).stdout
-        return dict(_FIELD.findall(output.strip())).get("State", "").split("+")[0]
+        def is_ready() -> bool:
+            output = self.run("scontrol", "show", "node", "-o", name).stdout
+            state = dict(_FIELD.findall(output.strip())).get("State", "")
+            return state.split("+")[0] in ("IDLE", "MIXED", "ALLOCATED")
+
+        self._start(name, "slurmd", "-D", "-N", name)
+        self._until(is_ready, f"{name} is ready")
 
     def kill_node(self, name: str) -> None:
         """Kill the daemon of a node, and all processes of jobs there."""
         self.daemons[name].kill()
         self.daemons[name].wait()
-        for pid in self._processes_on(name):
-            _kill(pid)
+        self._kill_jobs(name)
 
-    def _processes_on(self, name: str) -> list[int]:
-        """Return the processes of all jobs on a node, including Slurm's own for each step."""
-        return [
-            pid
-            for pid, variables in self._processes().items()
-            if variables.get("SLURMD_NODENAME") == name
-            or (pid != self.daemons[name].pid and variables.get("NODE_OF_DAEMON") == name)
-        ]
+    def _kill_jobs(self, node: str) -> None:
+        """Kill the processes of all jobs on a node, including Slurm's own for each step."""
+        for pid, variables in self._processes().items():
+            is_on_node = node in (variables.get("SLURMD_NODENAME"), variables.get("NODE_OF_DAEMON"))
+            if is_on_node and pid != self.daemons[node].pid:
+                _kill(pid)
 
     def processes_of(self, job: str) -> dict[int, dict[str, str]]:
         """Return the living processes of a job, with their environment."""
@@ -202,14 +174,14 @@ class Cluster:
         processes = {}
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                variables = _variables((path / "environ").read_bytes())
+                pairs = (path / "environ").read_text(encoding="utf-8", errors="replace").split("\0")
+                variables = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
                 if variables.get(_MARK) == self.environment[_MARK]:
                     processes[int(path.name)] = variables
         return processes
 
     def _start(self, name: str, program: str, *options: str) -> None:
-        path = _which(program)
-        assert path is not None
+        path = str(shutil.which(program, path=_PATH))
         with (self.folder / f"{name}.log").open("ab") as log:
             self.daemons[name] = subprocess.Popen(
                 [path, *options],
@@ -219,7 +191,7 @@ class Cluster:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_terminate_with_tests,  # noqa: PLW1509 (no thread of ours is running)
+                preexec_fn=lambda: signal_on_parent_death(signal.SIGTERM),  # noqa: PLW1509 (no thread of ours is running)
             )
 
     def _until(self, condition: Callable[[], bool], what: str) -> None:
@@ -232,13 +204,11 @@ class Cluster:
 
     def up(self) -> None:
         """Start all daemons."""
-        key = self.folder / "munge.key"
-        key.write_bytes(secrets.token_bytes(1024))
-        key.chmod(0o600)
-        names = {"socket": "socket", "pid-file": "pid", "log-file": "munged.log", "seed-file": "seed"}
-        files = [f"--{option}={self.folder}/munge.{name}" for option, name in names.items()]
+        (self.folder / "munge.key-file").write_bytes(secrets.token_bytes(1024))
+        (self.folder / "munge.key-file").chmod(0o600)
+        files = [f"--{name}={self.folder}/munge.{name}" for name in ("socket", "pid-file", "seed-file", "key-file")]
         # --force: munged expects a folder that all users can read.
-        self._start("munged", "munged", "--foreground", "--force", f"--key-file={key}", *files)
+        self._start("munged", "munged", "--foreground", "--force", f"--log-file={self.folder}/daemon.log", *files)
         self._until((self.folder / "munge.socket").exists, "munged is ready")
         self._start("slurmctld", "slurmctld", "-D")
         self._until(lambda: self.run("scontrol", "ping").returncode == 0, "slurmctld is ready")
@@ -248,17 +218,16 @@ class Cluster:
 
     def clear(self) -> None:
         """End all jobs, and restart nodes that are down."""
-        self.call("scancel", "--user", _user())
+        self.call("scancel", "--user", _USER)
         for name in NODES:
-            for pid in self._processes_on(name):
-                _kill(pid)
+            self._kill_jobs(name)
             if self.daemons[name].poll() is not None:
                 self.start_node(name)
 
     def down(self) -> None:
         """End all jobs, all daemons, and all processes that remain."""
         if "slurmctld" in self.daemons and self.daemons["slurmctld"].poll() is None:
-            self.run("scancel", "--user", _user())
+            self.run("scancel", "--user", _USER)
         for name in reversed(self.daemons):
             self.daemons[name].terminate()
         for daemon in self.daemons.values():
@@ -270,23 +239,9 @@ class Cluster:
             daemon.wait()
 
 
-def _user() -> str:
-    return pwd.getpwuid(os.getuid()).pw_name  # LOGNAME may differ
-
-
-def _variables(environ: bytes) -> dict[str, str]:
-    pairs = (pair.partition("=") for pair in environ.decode(errors="replace").split("\0"))
-    return {name: value for name, equals, value in pairs if equals}
-
-
 def _kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def _terminate_with_tests() -> None:
-    """Have the kernel end a daemon when the tests end, even by SIGKILL."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 @contextmanager
@@ -301,7 +256,7 @@ def cluster(*, cpus: int) -> Iterator[Cluster]:
         (folder / "slurm.conf").write_text(
             _CONFIGURATION.format(
                 host=socket.gethostname().partition(".")[0],
-                user=_user(),
+                user=_USER,
                 folder=folder,
                 controller_port=ports[0],
                 node_ports=",".join(map(str, ports[1:])),
@@ -311,12 +266,8 @@ def cluster(*, cpus: int) -> Iterator[Cluster]:
             encoding="ascii",
         )
         environment = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("SLURM", "SBATCH", "SRUN", "REGRAFT_"))
-            },
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
+            **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN", "REGRAFT_"))},
+            "PATH": f"{Path(sys.executable).parent}:{_PATH}",
             "VIRTUAL_ENV": sys.prefix,
             "REGRAFT_CACHE": str(folder / "cache"),
             "REGRAFT_SITE": str(folder / "site.yaml"),
@@ -332,10 +283,5 @@ def cluster(*, cpus: int) -> Iterator[Cluster]:
 
 def free_ports(count: int) -> list[int]:
     """Return free ports below those that jobs and the kernel choose from."""
-    ports: set[int] = set()
-    while len(ports) < count:
-        port = 10000 + secrets.randbelow(10000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            ports.add(port)
-    return list(ports)
+    candidates = secrets.SystemRandom().sample(range(10000, 20000), 100)
+    return [port for port in candidates if is_port_free(port)][:count]

@@ -11,7 +11,7 @@ from tests.slurm.cluster import Cluster
 @pytest.fixture(scope="session")
 def running_cluster() -> Iterator[Cluster]:
     if missing := slurm.missing():
-        pytest.skip(f"Slurm is not installed ({', '.join(missing)}): apt-get install {slurm.PACKAGES}")
+        pytest.skip(f"Slurm is not installed ({', '.join(missing)}): apt-get install slurm-wlm munge")
     with slurm.cluster(cpus=8) as cluster:
         yield cluster
 

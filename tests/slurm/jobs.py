@@ -11,28 +11,6 @@ from tests.launching import MAIN, REPOSITORY
 from tests.slurm.cluster import Cluster
 
 FINETUNE, ARRAY = REPOSITORY / "slurm" / "finetune.sh", REPOSITORY / "slurm" / "array.sh"
-SLOW_UPDATES = """\
-import os
-if "RANK" in os.environ:
-    import time
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    register_optimizer_step_post_hook(lambda *_: time.sleep(0.5))
-"""
-"""A sitecustomize that slows down training, so that a tiny run does not end before it is interrupted."""
-WAIT_BEFORE_TRAINING = """\
-import os, sys
-if "RANK" in os.environ:
-    import time
-
-    class WaitBeforeImport:
-        def find_spec(name, path=None, target=None):
-            if name == "trainer.train_run":
-                time.sleep(60)
-
-    sys.meta_path.insert(0, WaitBeforeImport)
-"""
-"""A sitecustomize that delays the start of training."""
 
 
 def run_options(factory: pytest.TempPathFactory, folder: Path, **changes: object) -> list[str]:
@@ -55,27 +33,20 @@ def wait_for_step(cluster: Cluster, job: str, folder: Path, step: int, *, after:
     return runs.last_step(folder)
 
 
-def wait_for_checkpoint(cluster: Cluster, job: str, folder: Path, *, start: int) -> int:
-    """Wait until a start of a job (from 0, with one attempt each) has saved a new step, and return the step."""
-
-    def saved_steps() -> list[int]:
-        return [0, *(attempt["step"] for attempt in runs.attempts(folder))]
+def wait_for_checkpoint(cluster: Cluster, job: str, folder: Path, *, attempt: int) -> None:
+    """Wait until an attempt, the last one of a job, has saved a new step."""
 
     def has_new_step() -> bool:
-        *earlier, last = saved_steps()
-        return len(earlier) == start + 1 and last > max(earlier)
+        *earlier, last = [0, *(row["step"] for row in runs.attempts(folder))]
+        return len(earlier) == attempt and last > max(earlier)
 
     cluster.wait(job, has_new_step, "a new step is saved")
-    return saved_steps()[-1]
 
 
 def wait_for_restart(cluster: Cluster, job: str, restarts: int) -> None:
     """Wait until Slurm has restarted a job this number of times."""
-
-    def restarted() -> bool:
-        return (cluster.restarts(job), cluster.state(job)) == (restarts, "RUNNING")
-
-    cluster.wait(job, restarted, f"job {job}: restart {restarts}")
+    state = {"Restarts": str(restarts), "JobState": "RUNNING"}
+    cluster.wait(job, lambda: state.items() <= cluster.record(job).items(), f"job {job}: restart {restarts}")
 
 
 def wait_for_exit(cluster: Cluster, job: str) -> None:
@@ -96,15 +67,8 @@ def ranks(cluster: Cluster, job: str) -> list[Rank]:
     return sorted(
         Rank(int(variables["RANK"]), pid, variables["SLURMD_NODENAME"])
         for pid, variables in cluster.processes_of(job).items()
-        if "RANK" in variables and str(MAIN) in _command_line(pid)
+        if "RANK" in variables and str(MAIN) in runs._read(pid, "cmdline")
     )
-
-
-def _command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
-    except OSError:  # it has exited
-        return ""
 
 
 def require_result_of_one_process(folder: Path, factory: pytest.TempPathFactory) -> None:

@@ -30,10 +30,9 @@ def test_job_of_two_nodes_has_the_result_of_one_process_and_is_not_started_again
     assert set(runs.world_sizes(folder)) == {2}
     output = cluster.output(job)
     assert output.count(f"{runs.EXAMPLES} of {runs.EXAMPLES} evaluated") == 1, output
-
     cluster.call("scontrol", "requeue", job)  # as Slurm does when a node fails while the job ends
     require_result_of_one_process(folder, tmp_path_factory)
-    cluster.wait(job, lambda: cluster.restarts(job) == 1, "requeued", also_after_end=True)
+    cluster.wait(job, lambda: cluster.record(job)["Restarts"] == "1", "requeued", also_after_end=True)
     record = cluster.wait_for(job, "COMPLETED")
     assert (record["ExitCode"], record["Restarts"]) == ("0:0", "1")
     assert len(runs.attempts(folder)) == 1, "no process was started"
@@ -78,11 +77,12 @@ def test_job_with_an_error_that_occurs_each_time_is_not_requeued_forever(
         (data, 0, 2, str(unreadable)),
         (update, 1, 1, "failed: rank 0 on node1: ArithmeticError: each time"),
     ):
-        record = cluster.wait_for(job, "FAILED")
+        cluster.wait_for(job, "FAILED")
         wait_for_exit(cluster, job)
-        assert cluster.state(job) == "FAILED"
+        record = cluster.record(job)
         output = cluster.output(job)
-        assert (int(record["Restarts"]), record["ExitCode"]) == (restarts, f"{code}:0"), output
+        found = (record["JobState"], int(record["Restarts"]), record["ExitCode"])
+        assert found == ("FAILED", restarts, f"{code}:0"), output
         assert output.count(message) == restarts + 1, output
     assert not runs.attempts(tmp_path / "option")
     assert [(row["state"], row["step"]) for row in runs.attempts(tmp_path / "update")] == [("failed", 4)] * 2
@@ -96,15 +96,11 @@ def test_each_task_of_an_array_has_its_own_folder_and_seed(
     options = run_options(tmp_path_factory, sweep, train__epochs=1)
     array = cluster.submit("--array=0-2", ARRAY, *options, cwd=tmp_path)
     cluster.wait_for(array, "COMPLETED")
-    tasks = {record["ArrayTaskId"]: record for record in cluster.records(array)}
-    assert {task: record["Restarts"] for task, record in tasks.items()} == {"0": "0", "1": "0", "2": "0"}
-    folders = [sweep / task for task in sorted(tasks)]
-    assert sorted(sweep.iterdir()) == folders
-    seeds, results = [], set()
-    for folder in folders:
+    assert {record["ArrayTaskId"]: record["Restarts"] for record in cluster.records(array)} == dict.fromkeys("012", "0")
+    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "2"]
+    for seed in range(3):
+        folder = sweep / str(seed)
         assert [attempt["state"] for attempt in runs.attempts(folder)] == ["done"]
         runs.assert_each_example_once(folder, epochs=1)
-        seeds.append(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["run"]["seed"])
-        results.add((folder / "model.safetensors").read_bytes())
-    assert seeds == [0, 1, 2]
-    assert len(results) == 3
+        assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["run"]["seed"] == seed
+    assert len({(sweep / str(seed) / "model.safetensors").read_bytes() for seed in range(3)}) == 3

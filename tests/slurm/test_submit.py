@@ -1,4 +1,4 @@
-"""`regraft submit` and `regraft status` with a real Slurm, and names that a shell could interpret."""
+"""`regraft submit`, `status` and `doctor` with a real Slurm, and names that a shell could interpret."""
 
 import re
 import sys
@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from launch.doctor import measured, nodes
+from launch.doctor.finding import DoctorContext
 from tests import runs
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.jobs import FINETUNE, run_options, wait_for_step
 
+pytestmark = pytest.mark.slow
 REGRAFT = (sys.executable, "-m", "launch.cli")
 HOSTILE = """it's "$(touch pwned)" `touch pwned`; touch pwned #50% %j"""
 
 
-@pytest.mark.slow
 def test_names_are_not_interpreted_by_submit_and_sbatch(
     cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -54,13 +56,14 @@ def test_names_are_not_interpreted_by_submit_and_sbatch(
     assert not [path for root in (tmp_path, cluster.folder) for path in root.rglob("pwned")]
 
 
-def test_run_with_a_wrong_option_is_not_submitted(
-    cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path / "run"
-    options = run_options(tmp_path_factory, folder)
-    done = cluster.run(*REGRAFT, "submit", "--job-name=refused", *options, "--train.epoch=1", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "there is no option 'train.epoch'" in done.stderr
-    assert cluster.call("squeue", "--noheader", "--states=all", "--name=refused") == ""
-    assert not folder.exists()
+def test_nodes_share_a_folder_and_compute_a_sum(cluster: Cluster, tmp_path: Path) -> None:
+    context = DoctorContext(run=tmp_path / "run", processes=1, nodes=2, options=())
+    context.measured = {"model": {"gradient_bytes": 1 << 20}}
+    done = cluster.run(*nodes.srun_command(context, tmp_path, in_job=False), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = measured.parse_output(done.stdout)
+    findings = nodes.check_reports(results, nodes=2, failure=None)
+    assert [finding.level for finding in findings] == ["green"], findings
+    assert findings[0].message == f"{', '.join(NODES)} see each other's files"
+    assert "all-reduce" in results, done.stdout + done.stderr
+    assert (results["all-reduce"]["processes"], results["all-reduce"]["correct"]) == (2, True)

@@ -1,23 +1,13 @@
-import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import yaml
 
-from regraft.contract import (
-    ATTEMPTS,
-    CHECKPOINTS,
-    CONFIG,
-    CURVES,
-    LOG_FOLDER,
-    METRICS,
-    MODEL,
-    SPLIT,
-    AttemptRecord,
-    attempt_path,
-)
+from regraft.contract import ATTEMPTS, CHECKPOINTS, CONFIG, CURVES, LOG_FOLDER, METRICS, MODEL, SPLIT, attempt_path
+from tests.launching import attempt
 from trainer.config.parse import dump, keys
 from trainer.config.schema import Config, DataConfig
 from trainer.errors import UserError
@@ -72,31 +62,15 @@ def make_finished_run(folder: Path, config: str = FIRST) -> dict[str, bytes]:
 
 
 def write_attempt(folder: Path, number: int = 1, **changes: Any) -> None:
-    record = AttemptRecord(
-        attempt=number,
-        state="done",
-        step=6,
-        began="then",
-        host="there",
-        pid=1,
-        started=1,
-        pid_namespace="x",
-        lease_id="y",
-    )
     (folder / ATTEMPTS).mkdir(parents=True, exist_ok=True)
-    attempt_path(folder, number).write_text(dataclasses.replace(record, **changes).to_json())
+    attempt_path(folder, number).write_text(attempt(number, **{"state": "done", "step": 6, **changes}).to_json())
 
 
-def remove_checkpoints(folder: Path) -> None:
-    (folder / CHECKPOINT / "state.json").unlink()
-    (folder / CHECKPOINT).rmdir()
-
-
-def refusal(folder: Path, config: str = FIRST, resume: Resume = "auto") -> str:
+def refusal(folder: Path, config: str = FIRST, resume: Resume | str = "auto") -> str:
     """Return why a start is refused. No file may change."""
     before = contents(folder.parent)
     with pytest.raises(UserError) as caught:
-        start(folder, config, resume)
+        start(folder, config, resume)  # type: ignore[arg-type]
     assert contents(folder.parent) == before
     return str(caught.value)
 
@@ -104,9 +78,6 @@ def refusal(folder: Path, config: str = FIRST, resume: Resume = "auto") -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "图 1"
-
-
-# --- folders without a run
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
@@ -141,20 +112,16 @@ def test_files_of_the_user_are_never_overwritten(resume: Resume, folder: Path) -
         (folder / name).write_text("somebody's")
         assert f"holds {name} but no {CONFIG}" in refusal(folder, resume=resume)
         (folder / name).unlink()
-    (folder / CONFIG).write_text("# my own, with remarks\ntrain:\n  precision: bf16\n")
+    (folder / CONFIG).write_text("train:\n  precision: bf16\n")
     assert f"holds a {CONFIG} that no run has written" in refusal(folder, resume=resume)
     (folder / CHECKPOINT).mkdir(parents=True)
     assert saved_precision(folder) is None
 
 
-# --- never
-
-
 def test_never_archives_earlier_runs(folder: Path) -> None:
     runs = []
     for number in (1, 2):
-        (folder / "pretrain" / CHECKPOINT).mkdir(parents=True)
-        (folder / "pretrain" / CHECKPOINT / "state.json").write_text(f"pretrained {number}")
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "my notes.txt").write_text(f"of run {number}")
         runs.append(make_finished_run(folder, config="\0 : [damaged"))
         message = start(folder, OTHER, resume="never")
@@ -165,25 +132,20 @@ def test_never_archives_earlier_runs(folder: Path) -> None:
     assert len(list(folder.parent.iterdir())) == 3
 
 
-def test_archiving_keeps_the_logs_of_this_start(folder: Path) -> None:
-    make_finished_run(folder)
+def test_archiving_keeps_the_logs_of_this_start_and_the_target_of_a_link(folder: Path, tmp_path: Path) -> None:
+    run = make_finished_run(target := tmp_path / "disk" / "run")
+    folder.parent.mkdir()
+    folder.symlink_to(target)
+    start(folder, OTHER, resume="never")
+    assert contents(target) == run
+    assert contents(folder) == {CONFIG: (HEADER + OTHER).encode()}
+    assert (folder.parent / f"{folder.name}.earlier-1" / MODEL).exists()
     for number in ("0001", "0002"):
         (folder / "logs" / number).mkdir(parents=True)
         (folder / "logs" / number / "log").write_text(number)
     archive_run(folder, {LOG_FOLDER: str(folder / "logs" / "0002")})
     assert contents(folder) == {"logs/0002/log": b"0002"}
-    archive = folder.with_name(f"{folder.name}.earlier-1")
-    assert contents(archive / "logs") == {"0001/log": b"0001"}
-
-
-def test_never_archives_a_link_and_not_its_target(folder: Path, tmp_path: Path) -> None:
-    run = make_finished_run(tmp_path / "disk" / "run")
-    folder.parent.mkdir()
-    folder.symlink_to(tmp_path / "disk" / "run")
-    start(folder, OTHER, resume="never")
-    assert contents(tmp_path / "disk" / "run") == run
-    assert contents(folder) == {CONFIG: (HEADER + OTHER).encode()}
-    assert (folder.parent / f"{folder.name}.earlier-1" / MODEL).exists()
+    assert contents(folder.with_name(f"{folder.name}.earlier-2") / "logs") == {"0001/log": b"0001"}
 
 
 def test_results_without_checkpoints_are_archived(tmp_path: Path) -> None:
@@ -191,11 +153,8 @@ def test_results_without_checkpoints_are_archived(tmp_path: Path) -> None:
     for name in (MODEL, METRICS, FINE_TUNED, WISE, INITIAL):
         (tmp_path / name).write_text(name)
     assert str(archive_results(tmp_path)).endswith(f"archived as earlier-1-{MODEL}")
-    archived = [f"earlier-1-{name}" for name in (MODEL, METRICS, FINE_TUNED, WISE)]
-    assert {path.name for path in tmp_path.iterdir()} == {INITIAL, *archived}
-
-
-# --- auto and must
+    archived = {f"earlier-1-{name}" for name in (MODEL, METRICS, FINE_TUNED, WISE)}
+    assert {path.name for path in tmp_path.iterdir()} == {INITIAL} | archived
 
 
 @pytest.mark.parametrize("resume", ["auto", "must"])
@@ -225,18 +184,17 @@ def test_a_run_resumes_with_the_same_config_only(resume: Resume, folder: Path) -
         assert start(folder) == NO_CHECKPOINT
 
 
-@pytest.mark.parametrize("resume", ["auto", "must"])
-def test_metrics_whose_checkpoints_are_gone_are_not_overwritten(resume: Resume, folder: Path) -> None:
+def test_metrics_whose_checkpoints_are_gone_are_not_overwritten(folder: Path) -> None:
     make_finished_run(folder)
-    remove_checkpoints(folder)
+    (folder / CHECKPOINT).rename(folder / "elsewhere")
     write_attempt(folder, 2, state="running", step=0)
-    assert refusal(folder, FIRST, resume) == (
-        f"{folder / CHECKPOINTS}: attempt 1 has saved step 6 of this run, but its checkpoints are gone. Restore one, "
-        "or --run.resume never, which archives the run"
-    )
+    for resume in ("auto", "must"):
+        assert refusal(folder, resume=resume) == (
+            f"{folder / CHECKPOINTS}: attempt 1 has saved step 6 of this run, but its checkpoints are gone. Restore "
+            "one, or --run.resume never, which archives the run"
+        )
     attempt_path(folder, 1).write_text("{")
-    if resume == "auto":
-        assert start(folder) == NO_CHECKPOINT, "a damaged record says nothing"
+    assert start(folder) == NO_CHECKPOINT, "a damaged record says nothing"
 
 
 @pytest.mark.parametrize("phase", ["pretrain", "baseline"])
@@ -251,14 +209,10 @@ def test_metrics_of_a_phase_whose_checkpoints_are_gone_are_not_overwritten(phase
     assert start(folder) is None, "a quarantined checkpoint can be restored"
 
 
-# --- the config
-
-
 def edited(key: str, value: object = "another", config: str = DEFAULT) -> str:
     """Return a config with another value at a dotted key."""
-    values = yaml.safe_load(config)
+    values = parent = yaml.safe_load(config)
     *sections, last = key.split(".")
-    parent = values
     for section in sections:
         parent = parent[section]
     parent[last] = value
@@ -268,41 +222,24 @@ def edited(key: str, value: object = "another", config: str = DEFAULT) -> str:
 @pytest.mark.parametrize("key", list(keys()))
 def test_a_resumed_run_may_change_where_and_how_fast_it_runs(key: str, folder: Path) -> None:
     make_finished_run(folder, DEFAULT)
+    assert not {"run.seed", "train.batch_size", "train.precision", "optim.lr"} & folder_module._MAY_CHANGE
     if key in folder_module._MAY_CHANGE:
         assert start(folder, edited(key)) is None
         assert (folder / CONFIG).read_text() == HEADER + edited(key)
     else:
-        text = refusal(folder, edited(key))
-        assert f"\n  {key}: " in text
-        assert text.count(" there, ") == 1
+        assert refusal(folder, edited(key)).count(f"\n  {key}: ") == 1
 
 
-def test_options_that_change_results_may_not_change() -> None:
-    assert set(keys()) >= folder_module._MAY_CHANGE
-    assert not {"run.seed", "train.batch_size", "train.precision", "optim.lr"} & folder_module._MAY_CHANGE
+LONGER = [("train.epochs", 5, 6), ("regularization.early_stopping", 2, 3), ("regularization.early_stopping", 2, None)]
 
 
-@pytest.mark.parametrize(
-    ("key", "before", "after", "allowed"),
-    [
-        ("train.epochs", 5, 6, True),
-        ("train.epochs", 6, 5, False),
-        *(("train.epochs", before, 5, False) for before in ("7", None, [5], 4.0)),
-        ("regularization.early_stopping", 2, 3, True),
-        ("regularization.early_stopping", 2, None, True),
-        ("regularization.early_stopping", 3, 2, False),
-        ("regularization.early_stopping", None, 2, False),
-    ],
-)
-def test_a_run_may_become_longer_and_more_patient(
-    key: str, before: object, after: object, allowed: bool, folder: Path
-) -> None:
+@pytest.mark.parametrize(("key", "before", "after"), LONGER)
+def test_a_run_may_become_longer_and_more_patient(key: str, before: object, after: object, folder: Path) -> None:
     make_finished_run(folder, edited(key, before))
-    if allowed:
-        assert start(folder, edited(key, after)) is None
-        assert f"{key}: {after} there" in refusal(folder, edited(key, before)), "longer from then on"
-    else:
-        assert f"\n  {key}: {before!r} there, {after!r} now" in refusal(folder, edited(key, after))
+    assert start(folder, edited(key, after)) is None
+    for saved, now in ((after, before), *((other, 5) for other in ("7", None, [5], 4.0) if key == "train.epochs")):
+        (folder / CONFIG).write_text(HEADER + edited(key, saved))
+        assert f"\n  {key}: {saved!r} there, {now!r} now" in refusal(folder, edited(key, now))
 
 
 @pytest.mark.parametrize(
@@ -313,41 +250,32 @@ def test_a_damaged_config_is_refused(content: bytes, folder: Path) -> None:
     (folder / CONFIG).write_bytes(HEADER.encode() + content)
     assert saved_precision(folder) is None
     for resume in ("auto", "must"):
-        text = refusal(folder, resume=resume)  # type: ignore[arg-type]
-        assert text.startswith(f"{folder / CONFIG}: damaged (")
-        assert text.endswith("Restore the file, or --run.resume never, which archives the run")
-        assert "\n" not in text
+        advice = "Restore the file, or --run.resume never, which archives the run"
+        assert re.fullmatch(rf"{folder / CONFIG}: damaged \(.*\)\. {advice}", refusal(folder, resume=resume))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_precision_of_a_run_with_a_checkpoint_is_saved(precision: str, folder: Path) -> None:
+@pytest.mark.parametrize("phase", ["", "pretrain"])
+def test_the_precision_of_a_run_with_a_checkpoint_is_saved(phase: str, folder: Path) -> None:
     assert saved_precision(folder) is None
-    make_finished_run(folder, edited("train.precision", precision))
-    assert saved_precision(folder) == precision
-    remove_checkpoints(folder)
-    assert saved_precision(folder) is None
-    (folder / "pretrain" / CHECKPOINT).mkdir(parents=True)
-    assert saved_precision(folder) == precision
-    for value in ("tf32", ["bf16"]):
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text(HEADER + edited("train.precision", "bf16"))
+    assert saved_precision(folder) is None, "without a checkpoint"
+    (folder / phase / CHECKPOINT).mkdir(parents=True)
+    for value, expected in (("bf16", "bf16"), ("fp32", "fp32"), ("fp16", "fp16"), ("tf32", None), (["bf16"], None)):
         (folder / CONFIG).write_text(HEADER + edited("train.precision", value))
-        assert saved_precision(folder) is None
-
-
-# --- folders that cannot be used
-
-
-def test_a_file_is_not_a_run_folder(folder: Path) -> None:
-    folder.parent.mkdir()
-    folder.write_text("mine")
-    for resume in ("auto", "never"):
-        text = refusal(folder, resume=resume)  # type: ignore[arg-type]
-        assert text == f"run.dir {folder}: cannot be written to (File exists); choose another folder"
-    assert "cannot be written to (Not a directory)" in refusal(folder / "below")
+        assert saved_precision(folder) == expected
 
 
 @pytest.mark.parametrize("resume", ["auto", "never", "must"])
-def test_a_read_only_folder_is_refused(resume: Resume, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(
+    resume: Resume, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_finished_run(folder)
+    (folder.parent / "file").write_text("mine")
+    if resume != "must":
+        text = refusal(folder.parent / "file", resume=resume)
+        assert text == f"run.dir {folder.parent / 'file'}: cannot be written to (File exists); choose another folder"
+        assert "cannot be written to (Not a directory)" in refusal(folder.parent / "file" / "below", resume=resume)
 
     def denied(*_: object) -> None:
         raise PermissionError(13, os.strerror(13))
