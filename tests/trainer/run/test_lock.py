@@ -183,7 +183,6 @@ def test_silence_and_an_end_during_the_wait_are_followed(
     assert lines == [f"{one}{end}" for one in who]
     write_record(tmp_path, dataclasses.replace(record, attempt=4))
     ended = dataclasses.replace(record, attempt=4, state="stopped")
-    # The wait has begun when it is logged; the attempt then ends before the first look for a heartbeat.
     assert acquire(tmp_path, timeout=0.4, log=lambda line: write_record(tmp_path, ended)).record.attempt == 5
 
 
