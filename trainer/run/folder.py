@@ -33,6 +33,7 @@ from regraft.contract import (
     BASELINE,
     CHECKPOINTS,
     CONFIG,
+    CONFIG_HEADER,
     CURVES,
     LOG_FOLDER,
     METRICS,
@@ -57,6 +58,10 @@ _MAY_CHANGE = frozenset(
         "run.hang_timeout",
         "run.audit",
         "data.root",
+        "data.train_dir",
+        "data.val_dir",
+        "data.test_dir",
+        "data.csv_root",
         "data.num_workers",
         "data.cache",
         "data.on_unreadable",
@@ -69,10 +74,6 @@ _MAY_CHANGE = frozenset(
         "checkpoint.keep_every",
     }
 )
-
-
-HEADER = "# Written by regraft: every option of this run. --config with this file runs it again.\n"
-"""First line of every config.yaml that a run writes."""
 
 
 def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never", "must"]) -> str | None:
@@ -98,7 +99,7 @@ def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never
         if resume == "must":
             raise UserError(f"run.resume is must, but {folder} holds no run to resume")
         return None
-    if not (folder / CONFIG).read_bytes().startswith(HEADER.encode()):
+    if not (folder / CONFIG).read_bytes().startswith(CONFIG_HEADER.encode()):
         raise UserError(
             f"run.dir {folder}: holds a {CONFIG} that no run has written, and would overwrite it; choose another folder"
         )
@@ -184,7 +185,7 @@ def write_config(folder: Path, config: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / CONFIG, HEADER + config)
+        write_text_atomically(folder / CONFIG, CONFIG_HEADER + config)
     except OSError as error:
         raise UserError(f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder") from None
 
@@ -192,7 +193,7 @@ def write_config(folder: Path, config: str) -> None:
 def saved_precision(folder: Path) -> Literal["fp32", "bf16", "fp16"] | None:
     """Return the precision that the folder's run began with; None if there is no run to resume."""
     try:
-        if not (folder / CONFIG).read_bytes().startswith(HEADER.encode()) or not has_checkpoint(folder):
+        if not (folder / CONFIG).read_bytes().startswith(CONFIG_HEADER.encode()) or not has_checkpoint(folder):
             return None
         options = dict(_flatten(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))))
     except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, RecursionError):
