@@ -15,6 +15,7 @@ wise.json           result of WiSE-FT
 earlier-N-...       results without checkpoints, renamed when the run was started anew
 audit/              with run.audit: the examples of every update
 hangs/              stacks of processes that hung
+.regraft            mark of a folder that was created before a run was started in it (preview, lr-find, compare)
 STOP                a person creates this file to stop the run
 """
 
