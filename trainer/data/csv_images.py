@@ -5,6 +5,7 @@
 
 import os
 import stat
+import unicodedata
 from functools import cached_property
 
 from trainer.data.system_files import is_hidden
@@ -74,16 +75,19 @@ class ImageFiles:
     def hint(self, name: str) -> str:
         """Return how to set `data.csv_root` and `data.csv_suffix` to find a name, if a file has it."""
         base = os.path.basename(name.replace("\\", "/"))
+        similar = ""
         for count, (folder, subfolders, names) in enumerate(os.walk(self._folder)):
             subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
-            for found in sorted(names):
-                if base and (found == base or os.path.splitext(found)[0] == base):
-                    suffix = found[len(base) :]
-                    option = f" and data.csv_suffix to {suffix}" if suffix else ""
-                    return f"\n{os.path.join(folder, found)} exists: set data.csv_root to {folder}{option}"
+            for found in sorted(names) if base else ():
+                path = escape_unprintable(os.path.join(folder, found))
+                if found == base or os.path.splitext(found)[0] == base:
+                    suffix = f" and data.csv_suffix to {found[len(base) :]}" if found != base else ""
+                    return f"\n{path} exists: set data.csv_root to {escape_unprintable(folder)}{suffix}"
+                if unicodedata.normalize("NFC", found).lower() == unicodedata.normalize("NFC", base).lower():
+                    similar = f"\n{path} exists, which differs in case or in the Unicode encoding of accents"
             if count == _MAX_FOLDERS_FOR_HINT:
                 break
-        return ""
+        return similar
 
 
 def _identity(path: str) -> tuple[int, int] | None:

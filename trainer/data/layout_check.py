@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from trainer.data.split_names import are_numbered_parts, share_names, split_kind, split_kinds
@@ -89,7 +90,7 @@ def _check_split_names(root: str, files: Sequence[str], folders: Sequence[_Folde
     kinds = split_kinds(names)
     if names and (len(set(kinds.values())) > 1 or len(kinds) == len(names)):
         train = next((name for name, kind in kinds.items() if kind == "train"), ".")
-        listed = join_truncated(f"{name}/" for name in kinds)
+        listed = join_truncated(f"{name}/" for name in sorted(kinds))
         problem = (
             f"{listed} look like splits of a dataset rather than classes, but there is no train/ with class folders"
         )
@@ -155,7 +156,9 @@ def _summarize(path: str, name: str, paths: Iterable[str]) -> _Folder:
 
 def table_hint(folder: str, files: Sequence[str], images: str) -> str:
     """Return how to use a CSV in the folder for the labels of the images in `images`."""
-    table = _join(folder, next(iter(_tables(files)), "TABLE.csv"))
+    tables = _tables(files) or ["TABLE.csv"]
+    name = Path(images).name.lower()
+    table = _join(folder, next((table for table in tables if name in table.lower()), tables[0]))
     images = escape_unprintable(os.path.normpath(os.path.join(folder, images)))
     return (
         f"If the labels are in a CSV, use --data.root {table} --data.csv_root {images}, with data.csv_suffix if its "

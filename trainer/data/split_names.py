@@ -8,10 +8,10 @@ SplitKind = Literal["train", "val", "test", "unlabeled"]
 """A split; `unlabeled` holds images without a class, which are not used."""
 
 _WORDS: dict[SplitKind, str] = {
-    "train": "train|training|trainval|trn|训练",
-    "val": "val|valid|validation|validate|dev|devel|development|eval|evaluation|验证",
-    "test": "test|tests|testing|tst|holdout|heldout|测试",
-    "unlabeled": "pred|predict|prediction|predictions|unlabel{1,2}ed|inference",
+    "train": "trainval|training|train|trn|训练",  # longer words first
+    "val": "validation|validate|valid|val|development|devel|dev|evaluation|eval|验证",
+    "test": "testing|tests|test|tst|holdout|heldout|测试",
+    "unlabeled": "predictions?|predict|pred|unlabel{1,2}ed|inference",
 }
 # Words that say nothing about the class or the split: seg_train, train_images, test-data, val2017.
 _FILLERS = (
@@ -35,17 +35,17 @@ def split_kinds(names: Iterable[str]) -> dict[str, SplitKind]:
     """Return folder name -> split, for those of the folders of a dataset that are named as splits.
 
     Beside the names that `split_kind` recognizes, these are names that differ only in the word for the split, such as
-    `alphabet_train` and `alphabet_test`.
+    `alphabet_train` and `alphabet_test`, or `trainA` and `testA`.
     """
     names = list(names)
     kinds = {name: kind for name in names if (kind := split_kind(name))}
     groups: dict[str, dict[str, SplitKind]] = {}
     for name in names:
-        words = re.split(r"[\W_]+", name.lower())
-        for word, rest in ((words[0], words[1:]), (words[-1], words[:-1])):
-            kind = split_kind(word)
-            if kind and rest and name not in kinds:
-                groups.setdefault(" ".join(rest), {})[name] = kind
+        compact = _compact(name)
+        for kind, words in _WORDS.items():
+            for rest in (re.sub(rf"^(?:{words})", "", compact), re.sub(rf"(?:{words})$", "", compact)):
+                if rest != compact and name not in kinds:
+                    groups.setdefault(rest, {})[name] = kind
     for group in groups.values():
         if len(set(group.values())) > 1:
             kinds |= group

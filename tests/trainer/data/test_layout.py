@@ -119,6 +119,11 @@ def test_layout_is_read(
         (["{train,valid,test}/3*.jpg", "{train,valid,test}/_classes.csv"], "look like splits.*no train/ with class"),
         (["{images,masks}/3*.png"], "look like images and their masks"),
         (["train/{images,labels}/3*.png", "val/{images,labels}/3*.png"], "train: the folders look like images and"),
+        (["{trainA,trainB,testA,testB}/3*.jpg"], "testA/, testB/, trainA/, trainB/ look like splits"),
+        (["Train/{0,1}/3*.png", "{Test,Meta}/3*.png", "{Meta,Test,Train}.csv"],
+         r"Test: it has no class folders.*--data\.root .*/Test\.csv"),
+        (["COVID/{images,masks}/3*.png", "Normal/{images,masks}/3*.png"], "COVID/ and Normal/ hold folders of"),
+        (["{images,annotations/trimaps}/3*.png", "annotations/list.txt"], "look like images and their masks"),
         (["{train,test,bus}/3*.jpg"], r"test/, train/ look like splits.*.*set data\.train_dir to '\.'"),
         # Folders around the dataset: CUB, Stanford Dogs, doubled folders
         (["CUB/images/{001.Albatross,002.Auk}/3*.jpg"], "--data.root .*/CUB/images$"),

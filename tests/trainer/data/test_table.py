@@ -132,6 +132,7 @@ def test_invalid_rows_are_listed_by_line(tmp_path: Path) -> None:
         ),
         ("path,label\na1.jpg ,a\n", r"no such file: '.*/a1\.jpg ' \(the path begins .* one without the spaces\)"),
         ("path,label\nC:\\data\\a1.jpg,a\n", r"C:\\data\\a1\.jpg \(a path of Windows"),
+        ("path,label\nA1.JPG,a\n", "(?s)A1.JPG\n.*/a1.jpg exists, which differs in case"),
         ("id,breed\na1,a\n", r"(?s)/a1\n.*a1\.jpg exists: set data\.csv_root to .* and data\.csv_suffix to \.jpg"),
         (HEADER + "a1.jpg,a,train\nb1.jpg,b,train\nb2.jpg,c,test\n", "classes that are not training classes: c"),
         ("path,label\na1.jpg,a\na2.jpg,a\n", "a single class, a, in the CSV's train rows"),
