@@ -31,4 +31,4 @@ def join_truncated(names: Iterable[str], *, limit: int = 10) -> str:
 
 def has_invalid_utf8(text: str) -> bool:
     """Return whether a text contains bytes that are not UTF-8, which Python represents as surrogates."""
-    return any("\udc80" <= character <= "\udcff" for character in text)
+    return not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text)

@@ -40,10 +40,13 @@ class ImageFiles:
         if not name:
             raise FileNotFoundError("the path is empty")
         complete = name if name.endswith(self._suffix) else name + self._suffix
-        for relative in dict.fromkeys((complete, complete.replace("\\", "/"))):
-            path = os.path.join(self._folder, relative)
-            if identity := _identity(path):
-                return path, identity
+        path = os.path.join(self._folder, complete)
+        identity = _identity(path)
+        if not identity and "\\" in complete:
+            path = os.path.join(self._folder, complete.replace("\\", "/"))
+            identity = _identity(path)
+        if identity:
+            return path, identity
         paths = self._paths.get(complete, []) if self._search else []
         if len(paths) > 1:
             raise FileNotFoundError(f"{len(paths)} files have this name: {join_truncated(paths, limit=3)}")

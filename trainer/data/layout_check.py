@@ -5,7 +5,7 @@ folders below them that hold images, and by their names. In doubt, the error sho
 """
 
 # Paths are joined as strings, as ImageFolder does.
-# ruff: noqa: PTH118, PTH120, PTH206
+# ruff: noqa: PTH118, PTH206
 
 import itertools
 import os
@@ -144,7 +144,7 @@ def unlabeled_error(root: str, root_files: Sequence[str], path: str, files: Sequ
 
 def _summarize(path: str, name: str, paths: Iterable[str]) -> _Folder:
     """Return what the folder of a class holds."""
-    counts = Counter(os.path.dirname(image) for image in paths)
+    counts = Counter(image.rpartition(os.sep)[0] for image in paths)
     folders = [tuple(folder[len(path) + 1 :].split(os.sep)) if folder != path else () for folder in counts]
     depth = 0
     while len({parts[: depth + 1] for parts in folders}) == 1 and len(folders[0]) > depth:

@@ -44,6 +44,8 @@ def grouped_split(
     Each group counts as one image of the class that most of its images have; `fraction` is that of the groups. An image
     that is not in `groups` (path -> group) is a group of its own, so without groups this is `stratified_split`.
     """
+    if not groups:
+        return stratified_split(images, fraction, seed=seed, purpose=purpose)
     classes: dict[str, Counter[str]] = {}
     for name, paths in images.items():
         for path in paths:

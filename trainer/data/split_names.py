@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Literal
 
 SplitKind = Literal["train", "val", "test", "unlabeled"]
@@ -25,6 +26,7 @@ _FILLER_NAME = re.compile(rf"(?:{_FILLERS})+\d*")
 _NUMBERED_PART = re.compile(r".*(?:part|fold|batch|chunk|shard|subset|split|volume|images?|imgs?|set)\d+")
 
 
+@lru_cache(maxsize=4096)
 def split_kind(name: str) -> SplitKind | None:
     """Return the split that a folder name or a value of a CSV means, or None if it is not the name of a split."""
     match = _SPLIT_NAME.fullmatch(_compact(name))
