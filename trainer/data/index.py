@@ -107,7 +107,7 @@ def read_index(
     elif folder.is_file():
         if given:
             options = " and ".join(f"data.{split}_dir" for split in given)
-            raise UserError(f"{where}: a file, but {options} is for folders: a column of a CSV says the split")
+            raise UserError(f"{where}: a file, but {options} need a folder: a column of the CSV says the split")
         root, listing = table.folder(folder), _read_csv(folder, table)
     else:
         raise UserError(f"{where}: neither a folder nor a CSV file")

@@ -71,6 +71,7 @@ def read_table(file: Path, table: TableFormat | None = None) -> tuple[list[Row],
         del columns["split"]
     notes = describe_columns(header, columns)
     files = ImageFiles(str(table.folder(file)), suffix=table.suffix or "", search=table.root is not None)
+    is_ours = _is_written_table(file)
     rows: list[Row] = []
     problems = _Problems()
     seen = _SeenFiles()
@@ -90,7 +91,7 @@ def read_table(file: Path, table: TableFormat | None = None) -> tuple[list[Row],
             if split is None:
                 shown = escape_unprintable(values["split"])
                 problems.add(line, f"the split is '{shown}', expected train, val or test")
-        if reason := _find_label_problem(label):
+        if reason := _find_label_problem(label, may_be_nan=is_ours):
             problems.add(line, reason)
         try:
             path, identity = files.find(name)
@@ -145,11 +146,18 @@ def _has_split_names(file: Path, position: int) -> bool:
     return any(position < len(fields) and split_kind(fields[position]) for fields in rows)
 
 
-def _find_label_problem(label: str) -> str | None:
+def _is_written_table(file: Path) -> bool:
+    """Return whether `write_table` wrote the file: its labels are names of folders, and one may be `nan`."""
+    expected = (",".join(f'"{name}"' for name in _COLUMNS) + "\n").encode()
+    with file.open("rb") as stream:
+        return stream.read(len(expected)) == expected
+
+
+def _find_label_problem(label: str, *, may_be_nan: bool) -> str | None:
     """Return why a label is not the name of a class, or None if it is one."""
     if not label.strip():
         return "the label consists of spaces" if label else "the label is empty"
-    if label.strip().lower() == "nan":
+    if label.strip().lower() == "nan" and not may_be_nan:
         return f"the label is {label.strip()}, which stands for a missing value, not for a class"
     return None
 

@@ -272,7 +272,7 @@ def test_written_split_is_read_unchanged(tmp_path: Path) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     alphabet = "ab ,;\"'\n\r\t\\猫é\u0301-#=@" + os.fsdecode(b"\xe9\xff")
-    kinds = ["a,b", ' "quoted"', "猫\n狗", "plain "]
+    kinds = ["a,b", ' "quoted"', "猫\n狗", "plain ", "nan"]
     for name in kinds:
         for i in range(8):
             stem = "".join(rng.choices(alphabet, k=rng.randint(1, 12)))

@@ -8,6 +8,7 @@ import pytest
 from regraft.contract import ATTEMPTS, CONFIG, CONFIG_HEADER, create_output_folder
 from trainer.config.schema import DataConfig
 from trainer.data.index import DatasetIndex, read_index
+from trainer.data.table import TableFormat
 from trainer.errors import UserError
 
 
@@ -76,7 +77,7 @@ MADE = "a split of 40 %"
           "dogs/SYNOPHOTO_THUMB_XL.jpg", "{$RECYCLE.BIN,lost+found,@eaDir,#recycle}/3*.jpg", "cats/._0.jpg"],
          "cats dogs", (4, 0, 2), MADE),
         ([CD, "runs/{default,two}/preview.png"], "cats dogs", (4, 0, 2), MADE),
-        ([CD, "runs/a/deep/{attempts/0001.json,curves.png}"], "cats dogs", (4, 0, 2), MADE),
+        ([CD, "runs/a/b/{attempts/0001.json,x.png}", "cats/mine/{x.png,.regraft}"], "cats dogs", (4, 0, 2), MADE),
         ([f"train/{CD}", f"val/{CD}", "train/runs/default/{preview.png,.regraft}"], "cats dogs", (6, 0, 6), "val/"),
         # Folders without images are no classes
         ([CD, "docs/{readme.md,paper.pdf}", "labels/3*.txt", "empty/.keep"], "cats dogs", (4, 0, 2), MADE),
@@ -90,7 +91,7 @@ def test_layout_is_read(
     assert list(index.classes) == classes.split()
     assert (len(index.train), len(index.val), len(index.test)) == sizes
     assert index.reported == reported
-    assert not {"preview.png", "curves.png"} & {Path(path).name for path, _ in (*index.train, *index.test)}
+    assert not {"preview.png", "x.png"} & {Path(path).name for path, _ in (*index.train, *index.test)}
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,12 @@ def test_options_say_which_folder_is_which_split(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             read(root, **dirs)
+    with pytest.raises(UserError, match=r"a folder, but data\.csv_columns, csv_root and csv_suffix are for a CSV"):
+        read_index(
+            root, val_fraction=0, test_fraction=0.4, seed=0, extensions=(".jpg",), table=TableFormat(suffix=".j")
+        )
+    with pytest.raises(UserError, match=r"a file, but data\.train_dir and data\.val_dir need a folder"):
+        read(build(tmp_path, "list.csv") / "list.csv", train="a", val="b")
 
 
 def test_output_of_regraft_is_no_data(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,11 @@ def test_no_split_divides_a_group(tmp_path: Path) -> None:
     patients = [{int(name[1:]) // 5 for name in names(split)} for split in (index.train, index.val, index.test)]
     assert all(patients)
     assert sum(map(len, patients)) == len(set().union(*patients)) == 6
+    # The only image of class c is in one of the groups, which may be held out as a whole.
+    for patient, may_be_held_out in ((0, True), (2, False)):
+        file = make_csv(tmp_path, f"path,label,who\nc.jpg,c,patient {patient}\n" + "".join(lines), images="c")
+        with pytest.raises(UserError, match="leave a class without") if may_be_held_out else nullcontext():
+            read(file, table=TableFormat(columns={"group": "who"}))
     with_split = make_csv(tmp_path, "path,label,split,who\na1.jpg,a,train,x\nb1.jpg,b,train,y\na2.jpg,a,test,x\n")
     notes = read(with_split, table=TableFormat(columns={"group": "who"})).notes
     assert any("groups with images in more than one split: 1 (x)" in note for note in notes)
@@ -210,6 +216,7 @@ def test_no_split_divides_a_group(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"columns": {"label": "race"}}, "data.csv_columns says label: race, but no column has this name"),
+        ({"columns": {"split": "breed"}}, "one column has two roles"),
         ({"root": "nowhere"}, "data.csv_root is nowhere: there is no such folder"),
         ({"root": ".", "suffix": ".jpg"}, r"2 files have this name: .*one/a1\.jpg, .*two/a1\.jpg"),
     ],
