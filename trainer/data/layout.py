@@ -117,7 +117,7 @@ def _read_classes(
             "remove them, or set data.root to the folder that holds the class folders"
         )
     if without_images:
-        notes.append(f"folders of {source} without images, which are no classes: {join_truncated(without_images)}")
+        notes.append(f"folders in {source} without images, which are no classes: {join_truncated(without_images)}")
     return images
 
 

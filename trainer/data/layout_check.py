@@ -61,7 +61,7 @@ def check_class_folders(
         _check_split_names(parent, files, folders)
     _check_images_and_masks(parent, files, folders)
     if len(folders) < 2:
-        _check_single(parent, files, folders)
+        _check_single(parent, files, folders, is_root=is_root)
         return
     for folder in folders:
         kinds = {split_kind(name) for name in folder.inner} - {None}
@@ -108,14 +108,17 @@ def _check_images_and_masks(parent: str, files: Sequence[str], folders: Sequence
         raise _error(parent, folders, problem, f"{table_hint(parent, files, '.')} {_OPTIONS}")
 
 
-def _check_single(parent: str, files: Sequence[str], folders: Sequence[_Folder]) -> None:
+def _check_single(parent: str, files: Sequence[str], folders: Sequence[_Folder], *, is_root: bool) -> None:
     """Raise a UserError if the only folder with images may be the dataset, or has its labels in a CSV."""
     for folder in folders:
         wrappers = itertools.takewhile(lambda name: not split_kind(name), folder.wrappers)
-        inner = os.path.join(parent, folder.name, *wrappers)
-        hint = f"If it is the dataset, use --data.root {escape_unprintable(inner)}" if folder.inner else ""
-        if not folder.inner and _tables(files):
-            hint = table_hint(parent, files, folder.name)
+        inner = escape_unprintable(os.path.join(parent, folder.name, *wrappers))
+        if folder.inner and is_root:
+            hint = f"If it is the dataset, use --data.root {inner}"
+        elif folder.inner:
+            hint = f"If its folders are the classes, set data.train_dir to {inner}, and the other splits likewise"
+        else:
+            hint = table_hint(parent, files, folder.name) if _tables(files) else ""
         if hint:
             raise UserError(
                 f"{_where(parent)}: holds a single folder with images, {escape_unprintable(folder.name)}/, so there "

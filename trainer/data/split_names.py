@@ -20,7 +20,7 @@ _FILLERS = (
     "all|full|final|raw|clean|cropped|resized|集"
 )
 _SPLIT_NAME = re.compile(
-    rf"(?:{_FILLERS})*(?:{'|'.join(f'(?P<{kind}>{words})' for kind, words in _WORDS.items())})(?:{_FILLERS})*\d*"
+    rf"\d*(?:{_FILLERS})*(?:{'|'.join(f'(?P<{kind}>{words})' for kind, words in _WORDS.items())})(?:{_FILLERS})*\d*"
 )
 _FILLER_NAME = re.compile(rf"(?:{_FILLERS})+\d*")
 _NUMBERED_PART = re.compile(r".*(?:part|fold|batch|chunk|shard|subset|split|volume|images?|imgs?|set)\d+")

@@ -62,7 +62,7 @@ MADE = "a split of 40 %"
         *(([f"{train}/{CD}", f"{val}/{CD}"], "cats dogs", (6, 0, 6), f"{val}/")
           for train, val in [("train", "dev"), ("TRAIN", "EVAL"), ("trainset", "valset"), ("train_images", "val_img"),
                              ("Training Data", "Validation Data"), ("train2017", "val2017"), ("训练集", "测试集"),
-                             ("train-set", "hold-out"), ("images_train", "images_development")]),
+                             ("train-set", "hold-out"), ("1_train", "2_test"), ("images_train", "images_development")]),
         # ImageNet and Tiny-ImageNet after their validation images are sorted
         (["train/{n01440764,n01443537}/images/3*.JPEG", "train/{n01440764,n01443537}/boxes.txt",
           "val/{n01440764,n01443537}/3*.JPEG"], "n01440764 n01443537", (6, 0, 6), "val/"),
@@ -131,7 +131,7 @@ def test_layout_is_read(
         (["images/{001.Albatross,002.Auk}/3*.jpg", "{attributes,parts}/x.txt"], "--data.root .*/images$"),
         (["images/Images/{n02-Pug,n03-Chow}/3*.jpg", "annotations/{n02-Pug,n03-Chow}/n02_1"], "annotations/ holds"),
         ([f"data/data/{CD}"], "--data.root .*/data/data$"),
-        ([f"train/animals/{CD}", f"test/animals/{CD}"], "train: holds a single folder with images, animals/"),
+        ([f"train/animals/{CD}", f"test/animals/{CD}"], "train: holds a single .*, animals/.*data.train_dir to "),
         # One split or class twice
         ([f"{{train,val,dev}}/{CD}"], "(val/ and dev|dev/ and val)/ are the same split, val"),
         ([f"{{train,training_set}}/{CD}"], "are the same split, train"),
