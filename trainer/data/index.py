@@ -219,9 +219,9 @@ def _check_classes(listing: Listing, classes: tuple[str, ...], where: str) -> No
             "Rename or merge them"
         )
     if len(classes) < 2:
+        found = f"a single class, {join_truncated(classes)}," if classes else "no class with images"
         raise UserError(
-            f"{where}: a single class, {join_truncated(classes)}, in {listing.sources['train']}; "
-            "expected at least two, each with training images"
+            f"{where}: {found} in {listing.sources['train']}; expected at least two, each with training images"
         )
     for split in ("val", "test"):
         extra = sorted(set(listing.splits.get(split, ())) - set(classes))

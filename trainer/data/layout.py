@@ -50,7 +50,9 @@ def read_folder(root: str, top: DirEntries, scan: Scan, folders: Mapping[str, st
     """
     if not top.folders:
         raise _no_folders_error(root, top, scan)
-    sources = {split: "the folder" if folder == "." else f"{folder}/" for split, folder in folders.items()}
+    sources = {
+        split: "the folder" if folder == "." else f"{escape_unprintable(folder)}/" for split, folder in folders.items()
+    }
     splits: dict[str, PathsByClass] = {}
     notes: list[str] = []
     for split, folder in sorted(folders.items(), key=lambda item: item[0] != "train"):

@@ -197,6 +197,7 @@ def test_folder_linked_from_two_classes_or_splits_is_refused(tmp_path: Path, lin
         ("1.jpg 2.jpg x.txt", r"holds 2 images and no folders \(1 \.txt\)\. Expected train/"),
         ("hotdog/train/a/1.jpg hotdog/train/b/1.jpg", "holds a single folder with .*, hotdog/.*--data.root .*/hotdog$"),
         ("one/two/a/1.jpg one/two/b/1.jpg", "--data.root .*/one/two$"),
+        ("a/1.txt b/.keep", "no class with images in the folder; expected at least two"),
         ("cats/1.jpg", "a single class, cats, in the folder; expected at least two"),
         ("train/cats/1.jpg val/cats/2.jpg", "a single class, cats, in train/; expected at least two"),
         ("val/a/1.jpg test/a/1.jpg", "test/, val/ look like splits .* no train/ with class folders"),
