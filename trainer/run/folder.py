@@ -34,7 +34,6 @@ from regraft.contract import (
     BASELINE,
     CHECKPOINTS,
     CONFIG,
-    CONFIG_HEADER,
     CURVES,
     LOG_FOLDER,
     METRICS,
@@ -43,6 +42,7 @@ from regraft.contract import (
     SPLIT,
     read_attempts,
 )
+from regraft.contract import CONFIG_HEADER as HEADER
 from trainer.errors import UserError
 from trainer.run.atomic import write_text_atomically
 
@@ -100,7 +100,7 @@ def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never
         if resume == "must":
             raise UserError(f"run.resume is must, but {folder} holds no run to resume")
         return None
-    if not (folder / CONFIG).read_bytes().startswith(CONFIG_HEADER.encode()):
+    if not (folder / CONFIG).read_bytes().startswith(HEADER.encode()):
         raise UserError(
             f"run.dir {folder}: holds a {CONFIG} that no run has written, and would overwrite it; choose another folder"
         )
@@ -186,7 +186,7 @@ def write_config(folder: Path, config: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / CONFIG, CONFIG_HEADER + config)
+        write_text_atomically(folder / CONFIG, HEADER + config)
     except OSError as error:
         raise UserError(f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder") from None
 
@@ -194,7 +194,7 @@ def write_config(folder: Path, config: str) -> None:
 def saved_precision(folder: Path) -> Literal["fp32", "bf16", "fp16"] | None:
     """Return the precision that the folder's run began with; None if there is no run to resume."""
     try:
-        if not (folder / CONFIG).read_bytes().startswith(CONFIG_HEADER.encode()) or not has_checkpoint(folder):
+        if not (folder / CONFIG).read_bytes().startswith(HEADER.encode()) or not has_checkpoint(folder):
             return None
         options = dict(_flatten(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))))
     except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, RecursionError):

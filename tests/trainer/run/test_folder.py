@@ -10,7 +10,6 @@ from regraft.contract import (
     ATTEMPTS,
     CHECKPOINTS,
     CONFIG,
-    CONFIG_HEADER,
     CURVES,
     LOG_FOLDER,
     METRICS,
@@ -25,6 +24,7 @@ from trainer.errors import UserError
 from trainer.run import folder as folder_module
 from trainer.run.folder import (
     FINE_TUNED,
+    HEADER,
     INITIAL,
     WISE,
     archive_results,
@@ -64,7 +64,7 @@ def make_finished_run(folder: Path, config: str = FIRST) -> dict[str, bytes]:
     """Create a run with results and a checkpoint, and return its files."""
     (folder / CHECKPOINT).mkdir(parents=True)
     (folder / CHECKPOINT / "state.json").write_text("a state")
-    (folder / CONFIG).write_text(CONFIG_HEADER + config)
+    (folder / CONFIG).write_text(HEADER + config)
     for name in FILES:
         (folder / name).write_text(f"content of {name}")
     write_attempt(folder)
@@ -116,7 +116,7 @@ def test_a_new_run_leaves_other_files_alone(resume: Resume, folder: Path) -> Non
     write_attempt(folder, state="running", step=0)  # killed before it had written its config
     before = contents(folder)
     assert start(folder, resume=resume) is None
-    assert contents(folder) == {CONFIG: (CONFIG_HEADER + FIRST).encode(), **before}
+    assert contents(folder) == {CONFIG: (HEADER + FIRST).encode(), **before}
     assert start(folder.parent / "new", resume=resume) is None
 
 
@@ -127,11 +127,11 @@ def test_must_refuses_a_folder_without_a_run(folder: Path) -> None:
     assert not folder.exists()
     folder.mkdir()
     assert refusal(folder, resume="must") == expected
-    (folder / CONFIG).write_text(CONFIG_HEADER + "[damaged")
+    (folder / CONFIG).write_text(HEADER + "[damaged")
     (folder / METRICS).write_text("a few rows")
     assert refusal(folder, resume="must") == f"run.resume is must, but the run in {folder} has no checkpoint yet"
     assert start(folder, OTHER) == NO_CHECKPOINT
-    assert (folder / CONFIG).read_text() == CONFIG_HEADER + OTHER
+    assert (folder / CONFIG).read_text() == HEADER + OTHER
 
 
 @pytest.mark.parametrize("resume", ["auto", "never", "must"])
@@ -159,7 +159,7 @@ def test_never_archives_earlier_runs(folder: Path) -> None:
         runs.append(make_finished_run(folder, config="\0 : [damaged"))
         message = start(folder, OTHER, resume="never")
         assert message == f"the earlier run was archived as {folder}.earlier-{number}"
-        assert contents(folder) == {CONFIG: (CONFIG_HEADER + OTHER).encode()}
+        assert contents(folder) == {CONFIG: (HEADER + OTHER).encode()}
     for number, run in enumerate(runs, start=1):
         assert contents(folder.with_name(f"{folder.name}.earlier-{number}")) == run
     assert len(list(folder.parent.iterdir())) == 3
@@ -182,7 +182,7 @@ def test_never_archives_a_link_and_not_its_target(folder: Path, tmp_path: Path) 
     folder.symlink_to(tmp_path / "disk" / "run")
     start(folder, OTHER, resume="never")
     assert contents(tmp_path / "disk" / "run") == run
-    assert contents(folder) == {CONFIG: (CONFIG_HEADER + OTHER).encode()}
+    assert contents(folder) == {CONFIG: (HEADER + OTHER).encode()}
     assert (folder.parent / f"{folder.name}.earlier-1" / MODEL).exists()
 
 
@@ -270,7 +270,7 @@ def test_a_resumed_run_may_change_where_and_how_fast_it_runs(key: str, folder: P
     make_finished_run(folder, DEFAULT)
     if key in folder_module._MAY_CHANGE:
         assert start(folder, edited(key)) is None
-        assert (folder / CONFIG).read_text() == CONFIG_HEADER + edited(key)
+        assert (folder / CONFIG).read_text() == HEADER + edited(key)
     else:
         text = refusal(folder, edited(key))
         assert f"\n  {key}: " in text
@@ -310,7 +310,7 @@ def test_a_run_may_become_longer_and_more_patient(
 )
 def test_a_damaged_config_is_refused(content: bytes, folder: Path) -> None:
     make_finished_run(folder)
-    (folder / CONFIG).write_bytes(CONFIG_HEADER.encode() + content)
+    (folder / CONFIG).write_bytes(HEADER.encode() + content)
     assert saved_precision(folder) is None
     for resume in ("auto", "must"):
         text = refusal(folder, resume=resume)  # type: ignore[arg-type]
@@ -329,7 +329,7 @@ def test_the_precision_of_a_run_with_a_checkpoint_is_saved(precision: str, folde
     (folder / "pretrain" / CHECKPOINT).mkdir(parents=True)
     assert saved_precision(folder) == precision
     for value in ("tf32", ["bf16"]):
-        (folder / CONFIG).write_text(CONFIG_HEADER + edited("train.precision", value))
+        (folder / CONFIG).write_text(HEADER + edited("train.precision", value))
         assert saved_precision(folder) is None
 
 
