@@ -33,6 +33,13 @@ JOB_ID = "job-id"
 PRETRAIN, BASELINE = "pretrain", "baseline"
 """Folders of a run's other phases, below its own."""
 DEFAULT_RUN_DIR = "runs/default"
+CONFIG_HEADER = "# Written by regraft: every option of this run. --config with this file runs it again.\n"
+"""First line of every config.yaml that a run writes."""
+OUTPUT_MARK = ".regraft"
+"""Empty file in a folder that regraft created for its output, so that the folder is never read as data."""
+RUN_SUBFOLDERS = frozenset({CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS, PRETRAIN, BASELINE})
+# Before OUTPUT_MARK, these were written into a run folder in which no run was started.
+_UNMARKED_OUTPUT = frozenset({"preview.png", "lr-find.png", "lr-find.json"})
 
 STOP_FILE = "the file STOP"
 """Reason of a stop that a person asked for by the file STOP."""
@@ -138,6 +145,47 @@ def last_heartbeat(run: Path, number: int) -> float | None:
         return attempt_path(run, number).stat().st_mtime
     except OSError:
         return None
+
+
+def create_output_folder(folder: Path) -> None:
+    """Create a folder for output, with a mark that keeps it from being read as data, unless it exists."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / OUTPUT_MARK).touch()
+
+
+def is_run_folder(folder: str) -> bool:
+    """Return whether a run was started in the folder, or regraft created it for its output."""
+    try:
+        if (Path(folder) / OUTPUT_MARK).exists() or latest_attempt_number(Path(folder)):
+            return True
+        with (Path(folder) / CONFIG).open("rb") as file:
+            return file.read(len(CONFIG_HEADER)) == CONFIG_HEADER.encode()
+    except OSError:  # no config, or not readable
+        return False
+
+
+def holds_only_output(folder: str, *, depth: int = 5) -> bool:
+    """Return whether regraft wrote all of a folder: it is a run folder, or holds nothing but run folders (`runs/`)."""
+    if is_run_folder(folder):
+        return True
+    in_default_folder = Path(DEFAULT_RUN_DIR).parts[0] in Path(folder).parts[-2:]
+    is_empty = True
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                is_empty = False
+                if entry.is_dir():
+                    is_output = depth > 0 and holds_only_output(entry.path, depth=depth - 1)
+                else:
+                    is_output = in_default_folder and entry.name in _UNMARKED_OUTPUT
+                if not is_output:
+                    return False
+    except OSError:  # not readable, or a link to itself
+        return False
+    return not is_empty
 
 
 def available_cores() -> int:

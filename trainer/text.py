@@ -27,3 +27,8 @@ def join_truncated(names: Iterable[str], *, limit: int = 10) -> str:
     shown = ", ".join(escape_unprintable(name) for name in islice(rest, limit))
     more = sum(1 for _ in rest)
     return f"{shown} and {more} more" if more else shown
+
+
+def has_invalid_utf8(text: str) -> bool:
+    """Return whether a text contains bytes that are not UTF-8, which Python represents as surrogates."""
+    return not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text)

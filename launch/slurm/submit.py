@@ -18,7 +18,7 @@ from launch.slurm.sbatch import SIGNAL_SECONDS, JobSpec, render, sbatch_options
 from launch.slurm.settings import OPTION_NAMES, add_arguments, make_settings, read_sweep
 from launch.slurm.site import DEFAULT_FILE, SITE_VARIABLE, load_site
 from launch.trainer_options import absolute_path, option_value, trainer_folder
-from regraft.contract import JOB_ID, LOGS
+from regraft.contract import JOB_ID, LOGS, create_output_folder
 
 SCRIPT, SWEEP = "job.sh", "sweep.txt"
 _NUMBERS = {
@@ -77,6 +77,7 @@ def submit_job(argv: Sequence[str]) -> int:
     is_new_folder = not run.exists()
     spec = replace(spec, options=(*spec.options, f"--run.dir={run}"))
     try:
+        create_output_folder(run)
         (run / LOGS).mkdir(parents=True, exist_ok=True)  # Slurm does not create it for the job's output
         if sweep:
             # A copy, since the file may change while the job waits; it may already be the copy of an earlier job.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regraft.contract import OUTPUT_MARK
 from tests.e2e.conftest import Options
 from tests.folders import image_folder
 from tests.launching import MAIN, REPOSITORY, run, torchrun
@@ -83,6 +84,7 @@ def test_preview_draws_few_images_and_unusual_names(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data", {"train": {"$x_1$": 2, "图片": 1}, "val": {"$x_1$": 1}})
     written = preview([f"--data.root={folder}", "--model.weights=null", f"--run.dir={tmp_path / 'run'}"])
     assert written == tmp_path / "run" / "preview.png"
+    assert (tmp_path / "run" / OUTPUT_MARK).exists(), "the folder is never read as data"
     assert read_rgb(written).width > 500
 
 

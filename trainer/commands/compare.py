@@ -17,6 +17,7 @@ if not __package__:
 
 from rich.console import Console
 
+from regraft.contract import create_output_folder
 from trainer.cli import exit_after, run_cli
 from trainer.commands.variants import PRETRAINED, folder_name, plan, variants
 from trainer.config.build_data import dataset_summary, load_run_data
@@ -60,6 +61,17 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
             preflight(resolve(config), data, ctx)
         except UserError as error:
             raise UserError(f"strategy {text}: {error}") from None
+
+    def create_folder() -> None:
+        if ctx.is_main_process:
+            try:
+                create_output_folder(folder)
+            except OSError as error:
+                raise UserError(
+                    f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder"
+                ) from None
+
+    ctx.main_process_first(create_folder)
     configs = _with_pretraining(configs, plain, folder, console, signals)
     seeds = [base.run.seed + k for k in range(own.seeds)]
     runs = {(text, seed): _run_config(configs[text], text, seed, folder) for seed in seeds for text in configs}

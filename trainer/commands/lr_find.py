@@ -17,7 +17,7 @@ if not __package__:
     # Run by path: see main.py.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from regraft.contract import MODEL, PRETRAIN
+from regraft.contract import MODEL, PRETRAIN, create_output_folder
 from trainer.cli import exit_after, run_cli
 from trainer.commands.lr_range import rates, smoothed
 from trainer.commands.range_test import RangeTest, run_range_test
@@ -136,7 +136,7 @@ def _write(folder: Path, result: RangeTest, config: ResolvedConfig, ctx: Distrib
     name, batch_size = config.optim.name, config.train.batch_size
     loss = "summed loss" if config.optim.loss_reduction == "sum" else "mean loss"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        create_output_folder(folder)
         write_text_atomically(folder / f"{NAME}.json", json.dumps(content, indent=1) + "\n")
         draw_range(
             result.rates,

@@ -17,7 +17,7 @@ if not __package__:
 from matplotlib.figure import Figure
 from PIL import Image
 
-from regraft.contract import available_cores
+from regraft.contract import available_cores, create_output_folder
 from trainer.config.build_data import dataset_summary
 from trainer.config.build_loaders import make_train_transform
 from trainer.config.parse import parse
@@ -61,7 +61,7 @@ def draw(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:
             axes.axis("off")
             if image is not None:
                 axes.imshow(image)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    create_output_folder(path.parent)
     save_figure(figure, path, dpi=120)
 
 

@@ -13,6 +13,11 @@ from trainer.errors import UserError
 from trainer.model.build import preset
 from trainer.model.metadata import read_metadata
 
+# Values of the options that describe the layout of data.root, for another dataset.
+_ANY_LAYOUT: dict[str, Any] = {"train_dir": None, "val_dir": None, "test_dir": None, "csv_root": None} | {
+    "csv_columns": {},
+    "csv_suffix": None,
+}
 _ConfigT = TypeVar("_ConfigT", bound=Config)
 
 
@@ -85,6 +90,7 @@ def resolve(config: Config) -> ResolvedConfig:
             **_fields(data)
             | {
                 "root": data.root if is_known(data.root) else _absolute("data.root", data.root),
+                **{key: _folder_option(data, key) for key in ("train_dir", "val_dir", "test_dir", "csv_root")},
                 "image_size": size,
                 "resize_size": data.resize_size or in_proportion,
                 "resize": data.resize or preprocessing.resize,
@@ -109,6 +115,17 @@ def _absolute(key: str, path: str) -> str:
         raise UserError(f"{key} is {path}, and there is no such home folder here: give the whole path") from None
 
 
+def _folder_option(data: DataConfig, key: str) -> str | None:
+    """Return a folder relative to the dataset, or absolute if it is one relative to the working folder."""
+    folder: str | None = getattr(data, key)
+    if folder is None or data.root is None:
+        return folder
+    base = Path(_absolute("data.root", data.root))
+    in_data = (base if base.is_dir() else base.parent) / folder
+    absolute = _absolute(f"data.{key}", folder)
+    return absolute if folder.startswith("~") or (not in_data.exists() and Path(absolute).exists()) else folder
+
+
 def _preprocessing(name: str, weights: str | None) -> Preprocessing:
     default = preset(name, weights)
     if weights and weights.endswith(".safetensors") and Path(weights).is_file():
@@ -128,7 +145,7 @@ def pretrain_config(config: ResolvedConfig) -> ResolvedConfig:
     assert config.pretrain.root is not None  # for mypy: the phase runs only if it is set
     return replace(
         _from_scratch(config, PRETRAIN, lr=config.pretrain.lr),
-        data=replace(config.data, root=config.pretrain.root, val_fraction=0.0),
+        data=replace(config.data, root=config.pretrain.root, val_fraction=0.0, **_ANY_LAYOUT),
         regularization=replace(config.regularization, early_stopping=None),  # there is no split to select on
         train=replace(config.train, epochs=config.pretrain.epochs),
     )

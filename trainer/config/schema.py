@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from trainer.data.csv_columns import ROLES as CSV_ROLES
 from trainer.errors import UserError
 from trainer.optim.schedule import parse_duration, parse_interval
 
@@ -59,6 +60,18 @@ class DataConfig:
 
     root: str | None = None
     """Dataset: a folder of images, a CSV file (path,label,split) or a dataset name (hotdog, synthetic-source, synthetic-target)."""
+    train_dir: str | None = None
+    """Training folder with one folder per class, relative to data.root, where '.' is data.root itself; null looks for train/ or training_set/."""
+    val_dir: str | None = None
+    """Validation folder, relative to data.root; null looks for val/, valid/ or dev/, unless train_dir is set."""
+    test_dir: str | None = None
+    """Test folder, relative to data.root; null looks for test/ or testing/, unless train_dir is set."""
+    csv_columns: dict[str, str] = field(default_factory=dict)
+    """CSV columns of path, label, split and group, such as {path: id, label: breed}; common names are recognized; no split divides a group."""
+    csv_root: str | None = None
+    """Folder of the images of a CSV, relative to the CSV; null is the folder of the CSV."""
+    csv_suffix: str | None = None
+    """File extension to add to the paths of a CSV, such as .jpg for a column of ids; null adds none."""
     image_size: int | None = None
     """Image size of the model's square input [pixels]; null uses that of the weights."""
     resize_size: int | None = None
@@ -95,6 +108,12 @@ class DataConfig:
     """Cache folder of downloads, synthetic datasets and validation results; null uses $REGRAFT_CACHE, else ~/.cache/regraft."""
 
     def __post_init__(self) -> None:
+        wrong_roles = sorted({*self.csv_columns} - {*CSV_ROLES})
+        if wrong_roles:
+            raise UserError(f"data.csv_columns has {wrong_roles}: expected the keys {', '.join(CSV_ROLES)}")
+        for key in ("train_dir", "val_dir", "test_dir", "csv_root"):
+            folder: str | None = getattr(self, key)
+            _check(f"data.{key}", repr(folder), folder is None or bool(folder.strip()), "a folder, or null")
         for key in ("image_size", "resize_size"):
             size: int | None = getattr(self, key)
             _check(f"data.{key}", size, size is None or 1 <= size <= 8192, "1 to 8192 pixels, or null")

@@ -1,22 +1,24 @@
 """List the examples of a dataset folder or CSV file, with train, val and test splits.
 
-    folder/train/CLASS/...   with val/CLASS/... (or valid/, validation/), test/CLASS/..., both or neither
+    folder/train/CLASS/...   with val/CLASS/..., test/CLASS/..., both or neither; also training_set/, dev/, ...
     folder/CLASS/...         split here, by class and seed
-    list.csv                 columns path, label and optionally split
+    list.csv                 columns path, label and optionally split; any other names and delimiters
 
 `val` selects the best epoch and `test` is reported. A single evaluation split is reported. The label of a class is
 the same in every split: the position of its name among the sorted training classes.
 """
 
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from trainer.data.class_names import describe_difference, find_lookalikes
 from trainer.data.layout import Listing, read_folder
-from trainer.data.split import PathsByClass, stratified_split
-from trainer.data.table import read_table, write_table
+from trainer.data.scan import Scan
+from trainer.data.split import PathsByClass, grouped_split
+from trainer.data.split_folders import find_split_folders
+from trainer.data.table import TableFormat, read_table, write_table
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
 
@@ -66,7 +68,14 @@ class DatasetIndex:
 
 
 def read_index(
-    folder: Path, *, val_fraction: float, test_fraction: float, seed: int, extensions: Sequence[str]
+    folder: Path,
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    extensions: Sequence[str],
+    split_dirs: Mapping[str, str | None] | None = None,
+    table: TableFormat | None = None,
 ) -> DatasetIndex:
     """Return the examples of a folder or a CSV file.
 
@@ -76,10 +85,12 @@ def read_index(
         test_fraction: fraction held out to report on, if the dataset has no split for it.
         seed: seed of these splits.
         extensions: file extensions of images, with their dot, in any case; not used for a CSV.
+        split_dirs: split -> its folder, or None to look for it; not allowed for a CSV.
+        table: how to read a CSV; not allowed for a folder.
 
     Raises:
-        UserError: an unknown layout, a class without training images, evaluation classes that are not in the
-            training split, or no images to report on.
+        UserError: an unknown layout, a class without training images, class names that look the same, evaluation
+            classes that are not in the training split, or no images to report on.
 
     """
     where = f"data.root {escape_unprintable(str(folder))}"
@@ -87,10 +98,17 @@ def read_index(
         folder.stat()
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+    table = table or TableFormat()
+    given = {split: path for split, path in (split_dirs or {}).items() if path is not None}
     if folder.is_dir():
-        root, listing = folder, read_folder(str(folder), tuple(extensions))
+        if table != TableFormat():
+            raise UserError(f"{where}: a folder, but data.csv_columns, csv_root and csv_suffix are for a CSV")
+        root, listing = folder, _read_folder(str(folder), extensions, given)
     elif folder.is_file():
-        root, listing = folder.parent, _read_csv(folder)
+        if given:
+            options = " and ".join(f"data.{split}_dir" for split in given)
+            raise UserError(f"{where}: a file, but {options} need a folder: a column of the CSV says the split")
+        root, listing = table.folder(folder), _read_csv(folder, table)
     else:
         raise UserError(f"{where}: neither a folder nor a CSV file")
     classes = tuple(sorted(listing.splits["train"]))
@@ -163,8 +181,15 @@ def write_split(index: DatasetIndex, path: Path) -> None:
     )
 
 
-def _read_csv(file: Path) -> Listing:
-    rows, notes = read_table(file)
+def _read_folder(root: str, extensions: Sequence[str], given: Mapping[str, str]) -> Listing:
+    scan = Scan(tuple(extension.lower() for extension in extensions))
+    top = scan.scan_parent(root)
+    folders = find_split_folders(root, top, scan.is_image, given)
+    return read_folder(root, top, scan, folders, check="train" not in given)
+
+
+def _read_csv(file: Path, table: TableFormat) -> Listing:
+    rows, notes = read_table(file, table)
     splits: dict[str, PathsByClass] = {}
     for row in rows:
         splits.setdefault(row.split or "train", {}).setdefault(row.label, []).append(row.path)
@@ -173,30 +198,38 @@ def _read_csv(file: Path) -> Listing:
             f"data.root {escape_unprintable(str(file))}: no row has the split train, so there are no training images"
         )
     sources = {split: f"the CSV's {split} rows" for split in splits}
-    return Listing(splits, sources, [f"{len(rows)} images listed in {escape_unprintable(file.name)}", *notes])
+    groups = {row.path: row.group for row in rows if row.group}
+    notes = [f"{len(rows)} images listed in {escape_unprintable(file.name)}", *notes]
+    splits_of: dict[str, set[str | None]] = {}
+    for row in rows:
+        if row.group:
+            splits_of.setdefault(row.group, set()).add(row.split)
+    divided = [group for group, found in splits_of.items() if len(found) > 1]
+    if divided:
+        notes.append(f"groups with images in more than one split: {len(divided)} ({join_truncated(divided, limit=3)})")
+    return Listing(splits, sources, notes, groups)
 
 
 def _check_classes(listing: Listing, classes: tuple[str, ...], where: str) -> None:
-    """Raise a UserError for too few training classes or for other classes in the evaluation splits."""
-    if len(classes) < 2:
+    """Raise a UserError for too few training classes, names that look the same, or other classes in evaluation."""
+    lookalikes = find_lookalikes({name for images in listing.splits.values() for name in images})
+    if lookalikes:
         raise UserError(
-            f"{where}: a single class, {join_truncated(classes)}, in {listing.sources['train']}; "
-            "expected at least two, each with training images"
+            f"{where}: the classes {describe_difference(*lookalikes)}: they would be two classes of one name. "
+            "Rename or merge them"
+        )
+    if len(classes) < 2:
+        found = f"a single class, {join_truncated(classes)}," if classes else "no class with images"
+        raise UserError(
+            f"{where}: {found} in {listing.sources['train']}; expected at least two, each with training images"
         )
     for split in ("val", "test"):
         extra = sorted(set(listing.splits.get(split, ())) - set(classes))
         if extra:
-            normalized = {unicodedata.normalize("NFC", name) for name in classes}
-            differs_in_encoding = any(unicodedata.normalize("NFC", name) in normalized for name in extra)
             raise UserError(
                 f"{where}: {listing.sources[split]} has classes that are not training classes: "
                 f"{join_truncated(extra)}. The training classes are {join_truncated(classes, limit=20)}. "
                 "Use the same names, add training images, or remove the classes"
-                + (
-                    ". Some names differ only in the Unicode encoding of accents (NFC or NFD)"
-                    if differs_in_encoding
-                    else ""
-                )
             )
 
 
@@ -226,13 +259,17 @@ def _add_splits(
         requested.append(("val", val_fraction))
     for split, fraction in requested:
         total = _count(splits["train"])
-        splits["train"], splits[split] = stratified_split(splits["train"], fraction, seed=seed, purpose=split)
+        splits["train"], splits[split] = grouped_split(
+            splits["train"], listing.groups, fraction, seed=seed, purpose=split
+        )
+        if any(not paths for paths in splits["train"].values()):
+            raise UserError(f"{where}: the groups of data.csv_columns leave a class without training images")
         sources[split] = f"a split of {100 * fraction:g} %"
         notes.append(
             f"held out from {listing.sources['train']} to {_PURPOSE[split]}, by class and data.seed {seed}: "
             f"{_count(splits[split])} of {total} images ({100 * fraction:g} %)"
         )
-    return Listing(splits, sources, notes), bool(requested)
+    return Listing(splits, sources, notes, listing.groups), bool(requested)
 
 
 def _count(images: PathsByClass) -> int:

@@ -1,25 +1,25 @@
-"""Detect the layout of a dataset folder and list its images: split folders with class folders, or class folders."""
+"""List the images of a dataset folder by split and class, and check that its folders are classes."""
 
 # Paths are joined as strings, as ImageFolder does.
 # ruff: noqa: PTH118
 
 import os
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
-from trainer.data.scan import DirEntries, Scan, file_extension, scan_dir
+from trainer.data.layout_check import check_class_folders, table_hint, unlabeled_error
+from trainer.data.scan import DirEntries, Scan, file_extension
 from trainer.data.split import PathsByClass
-from trainer.data.table import SPLIT_NAMES
 from trainer.errors import UserError
-from trainer.text import escape_unprintable, join_truncated
+from trainer.text import escape_unprintable, has_invalid_utf8, join_truncated
 
-# Names that are likely splits and unlikely classes; only those of SPLIT_NAMES are supported.
-_LIKELY_SPLITS = frozenset({*SPLIT_NAMES, "training", "testing", "eval", "evaluation", "dev"})
-_MAX_HINT_DEPTH = 5
-_EXPECTED = (
-    "Expected train/ with one folder per class, and optionally val/ or test/ with the same class folders; or one "
-    "folder per class; or a CSV with the header path,label,split"
-)
+# A folder whose files have only these extensions is not a class whose images were overlooked.
+_TEXTS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".md", ".rst", ".html", ".htm")
+_DOCUMENTS = (".pdf", ".doc", ".docx", ".xls", ".xlsx", ".log", ".py", ".ipynb", ".sh", ".m")
+_ARCHIVES = (".zip", ".gz", ".tar", ".rar", ".7z", ".mat", ".pkl", ".pt", ".pth", ".onnx", ".h5", ".safetensors")
+_NOT_IMAGES = frozenset({*_TEXTS, *_DOCUMENTS, *_ARCHIVES})
 
 
 class Listing(NamedTuple):
@@ -30,138 +30,101 @@ class Listing(NamedTuple):
     sources: dict[str, str]
     """Split -> description of where its images are, for messages."""
     notes: list[str]
+    groups: Mapping[str, str] = MappingProxyType({})
+    """Path -> group, for images that have one: no split may divide a group."""
 
 
-def read_folder(root: str, extensions: tuple[str, ...]) -> Listing:
+def read_folder(root: str, top: DirEntries, scan: Scan, folders: Mapping[str, str], *, check: bool) -> Listing:
     """Return the images of a dataset folder.
 
+    Args:
+        root: the folder.
+        top: its entries.
+        scan: scan of the dataset.
+        folders: split -> folder of its class folders, relative to `root` or absolute; see `find_split_folders`.
+        check: whether to check that the training folders are classes.
+
     Raises:
-        UserError: an unknown layout, an unreadable folder, or a training class folder without images.
+        UserError: folders that are not classes, an unreadable folder, or a training class folder without images.
 
     """
-    scan = Scan(tuple(extension.lower() for extension in extensions))
-    top = scan.scan_parent(root)
+    if not top.folders:
+        raise _no_folders_error(root, top, scan)
+    sources = {
+        split: "the folder" if folder == "." else f"{escape_unprintable(folder)}/" for split, folder in folders.items()
+    }
+    splits: dict[str, PathsByClass] = {}
     notes: list[str] = []
-    split_folders = _find_split_folders(root, top, scan)
-    if split_folders:
-        sources = {split: f"{folder}/" for split, folder in split_folders.items()}
-        splits = {}
-        train_first = sorted(split_folders.items(), key=lambda item: item[0] != "train")
-        for split, folder in train_first:
-            path = os.path.join(root, folder)
-            entries = scan.scan_parent(path)
-            if not entries.folders:
-                raise UserError(
-                    f"{escape_unprintable(path)}: it has no class folders, so its {len(entries.files)} files have no "
-                    f"label. Sort them into folders named as those of {sources['train']}, or move it away"
-                )
-            splits[split] = _read_classes(path, entries, scan, training=split == "train")
-            notes += _note_stray_files(sources[split], entries)
-        others = [f"{name}/" for name in top.folders if name not in split_folders.values()]
-        notes += [f"folders beside {sources['train']} that are ignored: {join_truncated(others)}"] if others else []
-    else:
-        _check_class_folders(root, top, scan)
-        sources = {"train": "the folder"}
-        splits = {"train": _read_classes(root, top, scan, training=True)}
-    return Listing(splits, sources, [*notes, *_note_stray_files("the folder", top), *_note_ignored(scan)])
+    for split, folder in sorted(folders.items(), key=lambda item: item[0] != "train"):
+        path = root if folder == "." else os.path.join(root, folder)
+        entries = top if folder == "." else scan.scan_parent(path)
+        inside = {_top_folder(os.path.relpath(os.path.join(root, other), path)) for other in folders.values()}
+        entries = entries._replace(folders=[name for name in entries.folders if name not in inside])
+        if not entries.folders:
+            raise unlabeled_error(root, top.files, path, entries.files, sources["train"])
+        splits[split] = _read_classes(path, sources[split], entries, scan, notes, training=split == "train")
+        notes += _note_stray_files(sources[split], entries)
+        if check and split == "train":
+            check_class_folders(path, entries.files, splits["train"], is_root=folder == ".")
+    if "." not in folders.values():
+        others = sorted({*top.folders} - {_top_folder(folder) for folder in folders.values()})
+        if others:
+            names = join_truncated(f"{name}/" for name in others)
+            notes.append(f"folders beside {sources['train']} that are ignored: {names}")
+        notes += _note_stray_files("the folder", top)
+    return Listing(splits, sources, [*notes, *_note_ignored(root, scan)])
 
 
-def _find_split_folders(root: str, top: DirEntries, scan: Scan) -> dict[str, str]:
-    """Return split -> the name of its folder; empty if `root` has no split folders.
+def _no_folders_error(root: str, top: DirEntries, scan: Scan) -> UserError:
+    count = sum(map(scan.is_image, top.files))
+    found = f"{count} images and no folders" if count else "no folders and no images"
+    others = _format_counts(Counter(file_extension(name) for name in top.files if not scan.is_image(name)))
+    return UserError(
+        f"data.root {escape_unprintable(root)}: holds {found}{f' ({others})' if others else ''}. Expected train/ with "
+        "one folder per class, and optionally val/ or test/ with the same class folders; or one folder per class; or a "
+        f"CSV with the columns path, label and optionally split. {table_hint(root, top.files, '.')}"
+    )
 
-    A folder named train is a split if it holds class folders, and a class (of vehicles, say) if it holds images.
-    If it holds both, it is a split if another split has class folders of the same names, or if all folders of
-    `root` have names of splits.
+
+def _read_classes(
+    folder: str, source: str, entries: DirEntries, scan: Scan, notes: list[str], *, training: bool
+) -> PathsByClass:
+    """Return class -> paths of its images; a folder without images is no class.
+
+    Raises:
+        UserError: a training class folder without images holds files that may be images of an unknown extension.
+
     """
-    folders: dict[str, list[str]] = {}
-    for name in top.folders:
-        if name.lower() in SPLIT_NAMES:
-            folders.setdefault(SPLIT_NAMES[name.lower()], []).append(name)
-    entries = {split: [scan_dir(os.path.join(root, name)) for name in names] for split, names in folders.items()}
-    eval_classes = {name for split in ("val", "test") for inner in entries.get(split, []) for name in inner.folders}
-    only_splits = all(name.lower() in SPLIT_NAMES for name in top.folders)
-    if not any(
-        inner.folders and (only_splits or not _count_images(inner, scan) or not eval_classes.isdisjoint(inner.folders))
-        for inner in entries.get("train", [])
-    ):
-        return {}
-    for split, names in folders.items():
-        if len(names) > 1:
-            raise UserError(
-                f"data.root {escape_unprintable(root)}: {' and '.join(f'{name}/' for name in names)} are the "
-                f"same split, {split}. Keep one of them, or merge them"
-            )
-    return {split: names[0] for split, names in folders.items()}
-
-
-def _read_classes(folder: str, entries: DirEntries, scan: Scan, *, training: bool) -> PathsByClass:
-    """Return class -> paths of its images."""
     images: PathsByClass = {}
-    empty: list[str] = []
+    without_images: list[str] = []
+    unknown: list[str] = []
     for name in entries.folders:
-        if any("\udc80" <= character <= "\udcff" for character in name):
+        if has_invalid_utf8(name):
             raise UserError(
                 f"{escape_unprintable(os.path.join(folder, name))}: the name of a class folder is not UTF-8, so the "
                 "class could not be written into the model file. Rename the folder"
             )
-        images[name], others = scan.find_images(os.path.join(folder, name))
-        if not images[name]:
-            empty.append(f"\n  {escape_unprintable(name)}/ holds {_format_counts(others) or 'no files'}")
-    if training and empty:
-        shown = "".join(empty[:10]) + (f"\n  and {len(empty) - 10} more" if len(empty) > 10 else "")
+        paths, others = scan.find_images(os.path.join(folder, name))
+        if paths:
+            images[name] = paths
+        elif others.keys() <= _NOT_IMAGES or not training:
+            without_images.append(f"{name}/")
+        else:
+            unknown.append(f"\n  {escape_unprintable(name)}/ holds {_format_counts(others)}")
+    if unknown:
+        shown = "".join(unknown[:10]) + (f"\n  and {len(unknown) - 10} more" if len(unknown) > 10 else "")
         raise UserError(
-            f"{escape_unprintable(folder)}: {len(empty)} of {len(entries.folders)} class folders hold no image:"
-            f"{shown}\ndata.extensions is {' '.join(scan.extensions)}: add an extension there, fill the folders, or "
-            "remove them"
+            f"{escape_unprintable(folder)}: {len(unknown)} of {len(entries.folders)} class folders hold no image:"
+            f"{shown}\ndata.extensions is {' '.join(scan.extensions)}: add an extension there, fill the folders, "
+            "remove them, or set data.root to the folder that holds the class folders"
         )
+    if without_images:
+        notes.append(f"folders in {source} without images, which are no classes: {join_truncated(without_images)}")
     return images
 
 
-def _check_class_folders(root: str, top: DirEntries, scan: Scan) -> None:
-    """Raise a UserError unless the folders of `root` can be its classes."""
-    where = f"data.root {escape_unprintable(root)}"
-    if not top.folders:
-        count = _count_images(top, scan)
-        found = f"{count} images and no folders" if count else "no folders and no images"
-        others = _format_counts(Counter(file_extension(name) for name in top.files if not scan.is_image(name)))
-        raise UserError(f"{where}: holds {found}" + (f" ({others})" if others else "") + f". {_EXPECTED}")
-    likely_splits = [name for name in top.folders if name.lower() in _LIKELY_SPLITS]
-    if (
-        len(likely_splits) == len(top.folders)
-        or sum(_has_only_folders(os.path.join(root, name), scan) for name in likely_splits) > 1
-    ):
-        raise UserError(
-            f"{where}: {join_truncated(f'{name}/' for name in likely_splits)} look like splits of a dataset "
-            f"rather than classes, but there is no train/ with class folders. {_EXPECTED}"
-        )
-    if len(top.folders) == 1:
-        inner = _find_inner_dataset(os.path.join(root, top.folders[0]), scan)
-        if inner is not None:
-            raise UserError(
-                f"{where}: holds a single folder, {escape_unprintable(top.folders[0])}/, so there would be one class. "
-                f"If that folder is the dataset, use --data.root {escape_unprintable(inner)}"
-            )
-
-
-def _find_inner_dataset(folder: str, scan: Scan) -> str | None:
-    """Return the first folder, from `folder` downwards, that holds more than a single folder."""
-    for _ in range(_MAX_HINT_DEPTH):
-        entries = scan_dir(folder)
-        if len(entries.folders) > 1 or any(name.lower() in SPLIT_NAMES for name in entries.folders):
-            return folder
-        if not entries.folders or _count_images(entries, scan):
-            return None
-        folder = os.path.join(folder, entries.folders[0])
-    return None
-
-
-def _count_images(entries: DirEntries, scan: Scan) -> int:
-    return sum(map(scan.is_image, entries.files))
-
-
-def _has_only_folders(folder: str, scan: Scan) -> bool:
-    entries = scan_dir(folder)
-    return bool(entries.folders) and not _count_images(entries, scan)
+def _top_folder(folder: str) -> str:
+    return folder.split(os.sep, maxsplit=1)[0]
 
 
 def _note_stray_files(source: str, entries: DirEntries) -> list[str]:
@@ -169,7 +132,7 @@ def _note_stray_files(source: str, entries: DirEntries) -> list[str]:
     return [f"files of {source} outside the class folders that are ignored: {count}"] if count else []
 
 
-def _note_ignored(scan: Scan) -> list[str]:
+def _note_ignored(root: str, scan: Scan) -> list[str]:
     notes = []
     if scan.ignored:
         extensions = " ".join(scan.extensions)
@@ -179,6 +142,9 @@ def _note_ignored(scan: Scan) -> list[str]:
         )
     if scan.hidden:
         notes.append(f"hidden files and folders ignored: {scan.hidden}")
+    if scan.outputs:
+        outputs = (f"{os.path.relpath(folder, root)}/" for folder in scan.outputs)
+        notes.append(f"output folders of regraft ignored: {join_truncated(outputs)}")
     if scan.repeated:
         notes.append(f"links to a folder that was already read, ignored: {scan.repeated}")
     return notes

@@ -9,6 +9,7 @@ from trainer.config.schema import DataConfig
 from trainer.data.index import DatasetIndex, read_index, without_images
 from trainer.data.progress import NO_PROGRESS, ProgressHooks
 from trainer.data.registry import cache_folder, resolve_root
+from trainer.data.table import TableFormat
 from trainer.data.validation import check_images, unreadable_error
 from trainer.text import escape_unprintable
 
@@ -59,6 +60,8 @@ def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROG
         test_fraction=data.test_fraction,
         seed=data.seed,
         extensions=data.extensions,
+        split_dirs={"train": data.train_dir, "val": data.val_dir, "test": data.test_dir},
+        table=TableFormat(columns=data.csv_columns, root=data.csv_root, suffix=data.csv_suffix),
     )
     if not check:
         return Prepared(index, index.notes)

@@ -11,11 +11,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from regraft.contract import RUN_SUBFOLDERS, holds_only_output, is_run_folder
+from trainer.data.system_files import is_hidden
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
-
-# Left behind by operating systems and archive programs; ignored like names with a leading dot.
-_SYSTEM_FILES = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 
 
 class DirEntries(NamedTuple):
@@ -38,13 +37,15 @@ class Scan:
     """File extension in lower case -> number of files ignored because of it."""
     hidden: int = 0
     """Number of entries that begin with a dot or are system files."""
+    outputs: list[str] = field(default_factory=list)
+    """Folders that are ignored because regraft wrote them."""
     repeated: int = 0
     """Number of links to folders that were scanned before; these are not entered again."""
     _owners: dict[tuple[int, int], str] = field(default_factory=dict)
     """Device and inode of a folder -> the class folder that contains it; "" for parents of class folders."""
 
     def scan_parent(self, folder: str) -> DirEntries:
-        """Return the entries of a folder that contains the class folders.
+        """Return the entries of a folder that contains the class folders, without regraft's output.
 
         Raises:
             UserError: the folder cannot be read.
@@ -53,7 +54,11 @@ class Scan:
         self._owners[_identity(folder)] = ""
         entries = scan_dir(folder)
         self.hidden += entries.hidden
-        return entries
+        outputs = [name for name in entries.folders if holds_only_output(os.path.join(folder, name))]
+        if is_run_folder(folder):  # run.dir is the folder of the dataset
+            outputs += [name for name in entries.folders if name in RUN_SUBFOLDERS or name.startswith("earlier-")]
+        self.outputs += [os.path.join(folder, name) for name in outputs]
+        return entries._replace(folders=[name for name in entries.folders if name not in outputs])
 
     def find_images(self, class_folder: str) -> tuple[list[str], Counter[str]]:
         """Return the images in a class folder and its subfolders, and the extensions of the other files.
@@ -71,6 +76,9 @@ class Scan:
         while pending:
             folder = pending.pop()
             if not self._enter(folder, class_folder):
+                continue
+            if is_run_folder(folder):
+                self.outputs.append(folder)
                 continue
             entries = scan_dir(folder)
             self.hidden += entries.hidden
@@ -116,7 +124,7 @@ def scan_dir(folder: str) -> DirEntries:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES:
+                if is_hidden(entry.name):
                     hidden += 1
                 elif _is_dir(entry):
                     folders.append(entry.name)

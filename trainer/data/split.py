@@ -1,6 +1,7 @@
 """Seeded, stratified splits: a pure function of the seed, the class names and the sorted paths."""
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -28,6 +29,36 @@ def stratified_split(
         remaining[name] = [path for position, path in enumerate(paths) if position not in selected]
         held_out[name] = [path for position, path in enumerate(paths) if position in selected]
     return remaining, held_out
+
+
+def grouped_split(
+    images: Mapping[str, Sequence[str]],
+    groups: Mapping[str, str],
+    fraction: float,
+    *,
+    seed: int,
+    purpose: Literal["val", "test"],
+) -> tuple[PathsByClass, PathsByClass]:
+    """Return (remaining images, held-out images) so that all images of a group are on one side.
+
+    Each group counts as one image of the class that most of its images have; `fraction` is that of the groups. An image
+    that is not in `groups` (path -> group) is a group of its own, so without groups this is `stratified_split`.
+    """
+    if not groups:
+        return stratified_split(images, fraction, seed=seed, purpose=purpose)
+    classes: dict[str, Counter[str]] = {}
+    for name, paths in images.items():
+        for path in paths:
+            classes.setdefault(groups.get(path, path), Counter())[name] += 1
+    units: PathsByClass = {}
+    for group, counts in classes.items():
+        units.setdefault(max(sorted(counts), key=counts.__getitem__), []).append(group)
+    _, held_out_units = stratified_split(units, fraction, seed=seed, purpose=purpose)
+    held_out = {group for selected in held_out_units.values() for group in selected}
+    return (
+        {name: [path for path in paths if groups.get(path, path) not in held_out] for name, paths in images.items()},
+        {name: [path for path in paths if groups.get(path, path) in held_out] for name, paths in images.items()},
+    )
 
 
 def split_counts(counts: Mapping[str, int], fraction: float, *, seed: int) -> dict[str, int]:

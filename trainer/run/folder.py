@@ -15,6 +15,7 @@ wise.json           result of WiSE-FT
 earlier-N-...       results without checkpoints, renamed when the run was started anew
 audit/              with run.audit: the examples of every update
 hangs/              stacks of processes that hung
+.regraft            mark of a folder that was created before a run was started in it (preview, lr-find, compare)
 STOP                a person creates this file to stop the run
 """
 
@@ -41,6 +42,7 @@ from regraft.contract import (
     SPLIT,
     read_attempts,
 )
+from regraft.contract import CONFIG_HEADER as HEADER
 from trainer.errors import UserError
 from trainer.run.atomic import write_text_atomically
 
@@ -57,6 +59,10 @@ _MAY_CHANGE = frozenset(
         "run.hang_timeout",
         "run.audit",
         "data.root",
+        "data.train_dir",
+        "data.val_dir",
+        "data.test_dir",
+        "data.csv_root",
         "data.num_workers",
         "data.cache",
         "data.on_unreadable",
@@ -69,10 +75,6 @@ _MAY_CHANGE = frozenset(
         "checkpoint.keep_every",
     }
 )
-
-
-HEADER = "# Written by regraft: every option of this run. --config with this file runs it again.\n"
-"""First line of every config.yaml that a run writes."""
 
 
 def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never", "must"]) -> str | None:

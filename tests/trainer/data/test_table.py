@@ -1,10 +1,12 @@
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trainer.data.index import DatasetIndex, read_index
-from trainer.data.table import read_table
+from trainer.data.table import TableFormat, read_table
 from trainer.errors import UserError
 
 HEADER = "path,label,split\n"
@@ -19,8 +21,8 @@ def make_csv(folder: Path, text: str | bytes, *, images: str = "a1 a2 a3 b1 b2 b
     return file
 
 
-def read(file: Path, *, val_fraction: float = 0.0, test_fraction: float = 0.4) -> DatasetIndex:
-    return read_index(file, val_fraction=val_fraction, test_fraction=test_fraction, seed=0, extensions=(".png",))
+def read(file: Path, *, val_fraction: float = 0.0, table: TableFormat | None = None) -> DatasetIndex:
+    return read_index(file, val_fraction=val_fraction, test_fraction=0.4, seed=0, extensions=(".png",), table=table)
 
 
 def names(examples: tuple[tuple[str, int], ...]) -> list[str]:
@@ -88,7 +90,7 @@ def test_invalid_rows_are_listed_by_line(tmp_path: Path) -> None:
         HEADER
         + "a1.jpg,a,train\ngone.jpg,a,train\na2.jpg,,train\n"
         + '"b\n1.jpg",b,train\n'  # one row on two lines
-        + f"b1.jpg,b,dev\n./a1.jpg,a,test\n{tmp_path}/folder.jpg,b,train\nb2.jpg,b\n"
+        + f"b1.jpg,b,later\n./a1.jpg,a,test\n{tmp_path}/folder.jpg,b,train\nb2.jpg,b\n"
         + ",b,train\nlink.jpg,b,train\npipe.jpg,b,train\n"
     )
     with pytest.raises(UserError) as caught:
@@ -99,7 +101,7 @@ def test_invalid_rows_are_listed_by_line(tmp_path: Path) -> None:
         f"  line 3: no such file: {tmp_path}/gone.jpg",
         "  line 4: the label is empty",
         f"  line 5: no such file: {tmp_path}/b\\n1.jpg",
-        "  line 7: the split is 'dev', expected train, val or test",
+        "  line 7: the split is 'later', expected train, val or test",
         "  line 8: ./a1.jpg is already on line 2 with split train, here test",
         f"  line 9: no such file: {tmp_path}/folder.jpg",
         "  line 10: 2 fields, expected 3 as in the header",
@@ -113,17 +115,26 @@ def test_invalid_rows_are_listed_by_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"expected a CSV with the header path,label.*first line is empty"),
-        ("a1.jpg,a\n", r"first line is a1\.jpg, a"),
-        ("path;label\na1.jpg;a\n", r"separated by commas; its first line is path;label"),
-        ("path,label,path\na1.jpg,a,a1.jpg\n", "duplicate columns: path"),
+        ("", r"no column for the path and the label is recognized.*first line is empty"),
+        ("a1.jpg,a\n", r"Expected a CSV with the columns path, label .* first line is a1\.jpg, a"),
+        ("path,label,path\na1.jpg,a,a1.jpg\n", "several columns may be the path: path, path"),
+        ("image,class,category\n", r"several columns may be the label: class, category.*data\.csv_columns"),
+        ("filename,cat,dog\na1.jpg,1,0\n", "no column for the label is recognized; if each class has a column"),
         ("path,label\n", "there are no rows after the header"),
         (
             "path,label\n" + "".join(f"gone{i}.jpg,a\n" for i in range(25)),
             r"(?s)25 problems(?!.*gone10\.jpg).*gone9\.jpg.*\n  and 15 more",
         ),
-        ("path,label\na1.jpg,a\na2.jpg,a \nb1.jpg,b\n", "the labels 'a' and 'a ' differ only in spaces"),
+        ("path,label\na1.jpg,a\na2.jpg,a \nb1.jpg,b\n", "the classes 'a' and 'a ' differ only in spaces"),
         ("path,label,split\na1.jpg,a,test\n", "no row has the split train"),
+        (
+            'path,label\na1.jpg,nan\na2.jpg,\na3.jpg,"  "\n',
+            r"(?s)line 2: the label is nan, .*3: .*empty.*4: .* of spaces",
+        ),
+        ("path,label\na1.jpg ,a\n", r"no such file: '.*/a1\.jpg ' \(the path begins .* one without the spaces\)"),
+        ("path,label\nC:\\data\\a1.jpg,a\n", r"C:\\data\\a1\.jpg \(a path of Windows"),
+        ("path,label\nA1.JPG,a\n", "(?s)A1.JPG\n.*/a1.jpg exists, which differs in case"),
+        ("id,breed\na1,a\n", r"(?s)/a1\n.*a1\.jpg exists: set data\.csv_root to .* and data\.csv_suffix to \.jpg"),
         (HEADER + "a1.jpg,a,train\nb1.jpg,b,train\nb2.jpg,c,test\n", "classes that are not training classes: c"),
         ("path,label\na1.jpg,a\na2.jpg,a\n", "a single class, a, in the CSV's train rows"),
         ('path,label\na1.jpg,a\n"a2.jpg"x,a\n', r"line 3: not a row of a CSV .* double the quotes in it"),
@@ -141,3 +152,78 @@ def test_invalid_rows_are_listed_by_line(tmp_path: Path) -> None:
 def test_invalid_csv_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(make_csv(tmp_path, text))
+
+
+IDS = "id;breed\na1;a\na2;a\nb1;b\nb2;b\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "note"),
+    [
+        ("path;label\na1.jpg;a\na2.jpg;a\nb1.jpg;b\nb2.jpg;b\n", {}, "4 images"),
+        ("path\tlabel\na1.jpg\ta\na2.jpg\ta\nb1.jpg\tb\nb2.jpg\tb\n", {}, "4 images"),
+        ("path|label\na1.jpg|a\na2.jpg|a\nb1.jpg|b\nb2.jpg|b\n", {}, "4 images"),
+        ("sep=;\nclass;file name\na;a1.jpg\na;a2.jpg\nb;b1.jpg\nb;b2.jpg\n", {}, "path: file name, label: class"),
+        ("\n\nimage_id,ClassId\na1.jpg,a\na2.jpg,a\nb1.jpg,b\nb2.jpg,b\n", {}, "path: image_id, label: ClassId"),
+        ("path,label\n.\\a1.jpg,a\n.\\a2.jpg,a\n.\\b1.jpg,b\n.\\b2.jpg,b\n", {}, "4 images"),
+        (IDS, {"suffix": ".jpg"}, "path: id, label: breed"),
+        (IDS, {"suffix": ".jpg", "root": ".."}, "4 images"),  # found by name below the folder
+        ("x,y,z\na1.jpg,,a\na2.jpg,,a\nb1.jpg,,b\nb2.jpg,,b\n", {"columns": {"path": "x", "label": "Z"}}, "ignored: y"),
+        ("id,label,dataset\na1.jpg,a,rosendahl\na2.jpg,a,vidir\nb1.jpg,b,x\nb2.jpg,b,y\n", {}, "ignored: dataset"),
+        ("a1.jpg is,label\na1.jpg,a\na2.jpg,a\nb1.jpg,b\nb2.jpg,b\n", {}, "path: a1.jpg is"),
+    ],
+)  # fmt: skip
+def test_csv_of_another_form_is_read(tmp_path: Path, text: str, options: dict[str, Any], note: str) -> None:
+    (tmp_path / "img").mkdir()
+    index = read(make_csv(tmp_path / "img", text), table=TableFormat(**options))
+    assert (index.classes, sorted(names(index.train + index.test))) == (("a", "b"), ["a1", "a2", "b1", "b2"])
+    assert any(note in text for text in index.notes)
+
+
+def test_splits_of_a_csv_have_any_common_spelling(tmp_path: Path) -> None:
+    rows = [
+        "a1.jpg,a,Training",
+        "b1.jpg,b,train_set",
+        "a2.jpg,a,dev",
+        "b2.jpg,b,eval",
+        "a3.jpg,a,TESTING",
+        "b3.jpg,,pred",
+    ]
+    index = read(make_csv(tmp_path, "filepaths,labels,data set\n" + "\n".join(rows)))
+    assert [names(split) for split in (index.train, index.val, index.test)] == [["a1", "b1"], ["a2", "b2"], ["a3"]]
+    assert any("split has no labels, ignored: 1" in note for note in index.notes)
+
+
+def test_no_split_divides_a_group(tmp_path: Path) -> None:
+    images = [f"{c}{i}" for c in "ab" for i in range(30)]
+    lines = [f"{name}.jpg,{name[0]},patient {int(name[1:]) // 5}\n" for name in images]
+    file = make_csv(tmp_path, "path,label,who\n" + "".join(lines), images=" ".join(images))
+    index = read(file, val_fraction=0.3, table=TableFormat(columns={"group": "who"}))
+    patients = [{int(name[1:]) // 5 for name in names(split)} for split in (index.train, index.val, index.test)]
+    assert all(patients)
+    assert sum(map(len, patients)) == len(set().union(*patients)) == 6
+    # The only image of class c is in one of the groups, which may be held out as a whole.
+    for patient, may_be_held_out in ((0, True), (2, False)):
+        file = make_csv(tmp_path, f"path,label,who\nc.jpg,c,patient {patient}\n" + "".join(lines), images="c")
+        with pytest.raises(UserError, match="leave a class without") if may_be_held_out else nullcontext():
+            read(file, table=TableFormat(columns={"group": "who"}))
+    with_split = make_csv(tmp_path, "path,label,split,who\na1.jpg,a,train,x\nb1.jpg,b,train,y\na2.jpg,a,test,x\n")
+    notes = read(with_split, table=TableFormat(columns={"group": "who"})).notes
+    assert any("groups with images in more than one split: 1 (x)" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": {"label": "race"}}, "data.csv_columns says label: race, but no column has this name"),
+        ({"columns": {"split": "breed"}}, "one column has two roles"),
+        ({"root": "nowhere"}, "data.csv_root is nowhere: there is no such folder"),
+        ({"root": ".", "suffix": ".jpg"}, r"2 files have this name: .*one/a1\.jpg, .*two/a1\.jpg"),
+    ],
+)
+def test_options_that_do_not_fit_the_csv_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a1.jpg").touch()
+    with pytest.raises(UserError, match=message):
+        read(make_csv(tmp_path, IDS, images=""), table=TableFormat(**options))
