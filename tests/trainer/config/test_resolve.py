@@ -45,19 +45,17 @@ def test_folders_are_relative_to_the_dataset_or_to_the_working_folder(
     for folder in ("data/fold_0", "data/here", "here", "held_out"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "data" / "list.csv").touch()
-    data = DataConfig(root="data", train_dir="fold_0", val_dir="data/here", test_dir="held_out")
-    resolved = resolve(replace(make_config("data"), data=data)).data
-    assert (resolved.train_dir, resolved.val_dir) == ("fold_0", str(tmp_path / "data/here"))
-    assert resolved.test_dir == str(tmp_path / "held_out")
-    table = DataConfig(root="data/list.csv", csv_root="here", csv_columns={"path": "id"}, csv_suffix=".png")
-    config = resolve(replace(make_config("data"), data=table, pretrain=PretrainConfig(root="others")))
+    folders = ["--data.train_dir=fold_0", "--data.val_dir=data/here", "--data.test_dir=held_out"]
+    data = resolved("--data.root=data", *folders).data
+    assert (data.train_dir, data.val_dir) == ("fold_0", str(tmp_path / "data/here"))
+    assert data.test_dir == str(tmp_path / "held_out")
+    table = ["--data.csv_root=here", "--data.csv_columns={path: id}", "--data.csv_suffix=.png"]
+    config = resolved("--data.root=data/list.csv", "--pretrain.root=others", *table)
     assert config.data.csv_root == "here"
     pretrain = pretrain_config(config).data
     assert (pretrain.csv_root, pretrain.csv_columns, pretrain.csv_suffix) == (None, {}, None)
-    with pytest.raises(
-        UserError, match=r"data\.csv_columns has \['class'\]: expected the keys path, label, split, group"
-    ):
-        DataConfig(csv_columns={"class": "x"})
+    with pytest.raises(UserError, match=r"data\.csv_columns has \['class'\]: expected the keys path, label, split"):
+        resolved("--data.root=data", "--data.csv_columns={class: x}")
 
 
 def test_names_of_data_sets_and_weights_are_unchanged() -> None:
