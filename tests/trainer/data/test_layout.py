@@ -91,6 +91,7 @@ def test_layout_is_read(
     assert list(index.classes) == classes.split()
     assert (len(index.train), len(index.val), len(index.test)) == sizes
     assert index.reported == reported
+    assert reported in {MADE, "val/", "test/"} or any(f" is {reported}" in note for note in index.notes)
     assert not {"preview.png", "x.png"} & {Path(path).name for path, _ in (*index.train, *index.test)}
 
 
