@@ -63,6 +63,9 @@ def check_class_folders(
     if len(folders) < 2:
         _check_single(parent, files, folders, is_root=is_root)
         return
+    if all(len({*map(split_kind, folder.inner)} - {None}) > 1 for folder in folders):
+        problem = "each class holds its splits, but the splits must hold the classes (train/CLASS/, test/CLASS/)"
+        raise _error(parent, folders, problem, "Move the folders, or list the images in a CSV with a column split.")
     for folder in folders:
         kinds = {split_kind(name) for name in folder.inner} - {None}
         use = f"use --data.root {_join(parent, folder.name)}. {_OPTIONS}"

@@ -106,7 +106,8 @@ def test_layout_is_read(
         (["EuroSAT/{Forest,River}/3*.jpg", "EuroSATallBands/{Forest,River}/3*.tif"], r"parts of a dataset"),
         ([f"train/{{photo,sketch}}/{CD}", f"test/{{photo,sketch}}/{CD}"], r"train: photo/ and sketch/ hold folders"),
         ([CD, f"PetImages/{CD}"], r"PetImages/ holds folders of the same names as the folders beside it.*copy"),
-        (["{cats,dogs}/{train,test}/3*.jpg"], r"cats/ holds folders of splits \(test, train\)"),
+        (["{cats,dogs}/{train,test}/3*.jpg"], "each class holds its splits.*cats/: 6 images in 2 .*in a CSV with"),
+        ([f"casting/{{train,test}}/{CD}", f"large/{CD}"], r"casting/ holds folders of splits \(test, train\)"),
         ([f"archive/train/{CD}", "pictures/3*.jpg"], r"archive/ holds folders of splits \(train\).*--data\.root"),
         ([f"train/{CD}", f"extra/{CD}"], r"extra/ holds the class folders of train/.*data\.train_dir.*data\.test_dir"),
         # Images without labels, beside a CSV or not: APTOS, dog breeds, HAM10000, ImageNet, Roboflow, NIH
