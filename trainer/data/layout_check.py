@@ -91,6 +91,11 @@ def _check_split_names(root: str, files: Sequence[str], folders: Sequence[_Folde
     """Raise a UserError if the folders have the names of splits or of numbered parts."""
     names = [folder.name for folder in folders]
     kinds = split_kinds(names)
+    for folder in folders:
+        words = [word for word in re.split(r"[\W_]+", folder.name) if split_kind(word)]
+        if words and len(folder.inner) > 1 and not folder.is_flat and len(folders) > 1:
+            problem = f"{folder.name}/ looks like a split of a dataset ({words[0]}) rather than a class"
+            raise _error(root, folders, problem, _OPTIONS)
     if names and (len(set(kinds.values())) > 1 or len(kinds) == len(names)):
         train = next((name for name, kind in kinds.items() if kind == "train"), ".")
         listed = join_truncated(f"{name}/" for name in sorted(kinds))

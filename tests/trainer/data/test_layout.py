@@ -122,6 +122,7 @@ def test_layout_is_read(
         (["{train,valid,test}/3*.jpg", "{train,valid,test}/_classes.csv"], "look like splits.*no train/ with class"),
         (["{images,masks}/3*.png"], "look like images and their masks"),
         (["train/{images,labels}/3*.png", "val/{images,labels}/3*.png"], "train: the folders look like images and"),
+        ([f"my_train/{CD}", "pred/3*.jpg"], r"my_train/ looks like a split of a dataset \(train\).*data\.train_dir"),
         (["{trainA,trainB,testA,testB}/3*.jpg"], "testA/, testB/, trainA/, trainB/ look like splits"),
         (["Train/{0,1}/3*.png", "{Test,Meta}/3*.png", "{Meta,Test,Train}.csv"],
          r"Test: it has no class folders.*--data\.root .*/Test\.csv"),
