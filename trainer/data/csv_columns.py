@@ -20,7 +20,8 @@ _NAMES: dict[str, tuple[frozenset[str], ...]] = {
     "label": (
         frozenset({"label"}),
         frozenset({"labels", "class", "classes", "classname", "classlabel", "category", "categoryname", "target"}),
-        frozenset({"classid", "labelid", "categoryid", "targetid", "breed", "species", "diagnosis", "dx", "variety"}),
+        frozenset({"classid", "labelid", "categoryid", "targetid", "breed", "species", "genus", "variety", "diagnosis"})
+        | {"disease", "dx", "emotion"},
     ),
     "split": (
         frozenset({"split"}),
@@ -60,9 +61,6 @@ def find_columns(where: str, header: Sequence[str], given: Mapping[str, str]) ->
         elif found:
             candidates = join_truncated(header[i] for i in found)
             raise _error(where, header, f"several columns may be the {role}: {candidates}")
-    if len(header) == 2 and len(positions.keys() & {"path", "label"}) == 1:
-        (missing,) = {"path", "label"} - positions.keys()
-        positions.setdefault(missing, 1 - next(iter(positions.values())))
     missing_roles = [role for role in ("path", "label") if role not in positions]
     if missing_roles:
         one_hot = "; if each class has a column, write the name of the class into one" * (

@@ -21,6 +21,8 @@ _DOCUMENTS = (".pdf", ".doc", ".docx", ".xls", ".xlsx", ".log", ".py", ".ipynb",
 _ARCHIVES = (".zip", ".gz", ".tar", ".rar", ".7z", ".mat", ".pkl", ".pt", ".pth", ".onnx", ".h5", ".safetensors")
 _NOT_IMAGES = frozenset({*_TEXTS, *_DOCUMENTS, *_ARCHIVES})
 
+_PLAIN_NAMES = frozenset({".", "train", "val", "test"})
+
 
 class Listing(NamedTuple):
     """The images of a dataset, before train images are split further."""
@@ -66,6 +68,9 @@ def read_folder(root: str, top: DirEntries, scan: Scan, folders: Mapping[str, st
         notes += _note_stray_files(sources[split], entries)
         if check and split == "train":
             check_class_folders(path, entries.files, splits["train"], is_root=folder == ".")
+    if not {*folders.values()} <= _PLAIN_NAMES:
+        listed = ", ".join(f"{split} is {source}" for split, source in sources.items())
+        notes.append(f"splits of the folder: {listed}")
     if "." not in folders.values():
         others = sorted({*top.folders} - {_top_folder(folder) for folder in folders.values()})
         if others:

@@ -63,6 +63,9 @@ def check_class_folders(
     if len(folders) < 2:
         _check_single(parent, files, folders, is_root=is_root)
         return
+    if all(len({*map(split_kind, folder.inner)} - {None}) > 1 for folder in folders):
+        problem = "each class holds its splits, but the splits must hold the classes (train/CLASS/, test/CLASS/)"
+        raise _error(parent, folders, problem, "Move the folders, or list the images in a CSV with a column split.")
     for folder in folders:
         kinds = {split_kind(name) for name in folder.inner} - {None}
         use = f"use --data.root {_join(parent, folder.name)}. {_OPTIONS}"
@@ -88,6 +91,11 @@ def _check_split_names(root: str, files: Sequence[str], folders: Sequence[_Folde
     """Raise a UserError if the folders have the names of splits or of numbered parts."""
     names = [folder.name for folder in folders]
     kinds = split_kinds(names)
+    for folder in folders:
+        words = [word for word in re.split(r"[\W_]+", folder.name) if split_kind(word)]
+        if words and len(folder.inner) > 1 and not folder.is_flat and len(folders) > 1:
+            problem = f"{folder.name}/ looks like a split of a dataset ({words[0]}) rather than a class"
+            raise _error(root, folders, problem, _OPTIONS)
     if names and (len(set(kinds.values())) > 1 or len(kinds) == len(names)):
         train = next((name for name, kind in kinds.items() if kind == "train"), ".")
         listed = join_truncated(f"{name}/" for name in sorted(kinds))

@@ -91,6 +91,7 @@ def test_layout_is_read(
     assert list(index.classes) == classes.split()
     assert (len(index.train), len(index.val), len(index.test)) == sizes
     assert index.reported == reported
+    assert reported in {MADE, "val/", "test/"} or any(f" is {reported}" in note for note in index.notes)
     assert not {"preview.png", "x.png"} & {Path(path).name for path, _ in (*index.train, *index.test)}
 
 
@@ -105,7 +106,8 @@ def test_layout_is_read(
         (["EuroSAT/{Forest,River}/3*.jpg", "EuroSATallBands/{Forest,River}/3*.tif"], r"parts of a dataset"),
         ([f"train/{{photo,sketch}}/{CD}", f"test/{{photo,sketch}}/{CD}"], r"train: photo/ and sketch/ hold folders"),
         ([CD, f"PetImages/{CD}"], r"PetImages/ holds folders of the same names as the folders beside it.*copy"),
-        (["{cats,dogs}/{train,test}/3*.jpg"], r"cats/ holds folders of splits \(test, train\)"),
+        (["{cats,dogs}/{train,test}/3*.jpg"], "each class holds its splits.*cats/: 6 images in 2 .*in a CSV with"),
+        ([f"casting/{{train,test}}/{CD}", f"large/{CD}"], r"casting/ holds folders of splits \(test, train\)"),
         ([f"archive/train/{CD}", "pictures/3*.jpg"], r"archive/ holds folders of splits \(train\).*--data\.root"),
         ([f"train/{CD}", f"extra/{CD}"], r"extra/ holds the class folders of train/.*data\.train_dir.*data\.test_dir"),
         # Images without labels, beside a CSV or not: APTOS, dog breeds, HAM10000, ImageNet, Roboflow, NIH
@@ -120,6 +122,7 @@ def test_layout_is_read(
         (["{train,valid,test}/3*.jpg", "{train,valid,test}/_classes.csv"], "look like splits.*no train/ with class"),
         (["{images,masks}/3*.png"], "look like images and their masks"),
         (["train/{images,labels}/3*.png", "val/{images,labels}/3*.png"], "train: the folders look like images and"),
+        ([f"my_train/{CD}", "pred/3*.jpg"], r"my_train/ looks like a split of a dataset \(train\).*data\.train_dir"),
         (["{trainA,trainB,testA,testB}/3*.jpg"], "testA/, testB/, trainA/, trainB/ look like splits"),
         (["Train/{0,1}/3*.png", "{Test,Meta}/3*.png", "{Meta,Test,Train}.csv"],
          r"Test: it has no class folders.*--data\.root .*/Test\.csv"),
