@@ -18,6 +18,7 @@ INTERRUPTED = 130
 """Exit code after a second Ctrl-C."""
 
 CONFIG, METRICS, MODEL, SPLIT, CURVES = ("config.yaml", "metrics.jsonl", "model.safetensors", "split.csv", "curves.png")
+IMAGES = "images.json"
 CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS = (
     "checkpoints",
     "attempts",

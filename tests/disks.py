@@ -1,4 +1,4 @@
-"""A small file system that a test may fill."""
+"""Small file systems that a test may fill."""
 
 import subprocess
 from collections.abc import Iterator
@@ -30,6 +30,18 @@ def disk(root: Path, size: str) -> Iterator[Path]:
 def resize(root: Path, size: str) -> None:
     done = _mount("-o", f"remount,size={size}", str(root))
     assert done.returncode == 0, done.stderr
+
+
+def with_small_shared_memory(size: str) -> list[str]:
+    """Return the start of a command that runs with a /dev/shm of a size such as `1m`.
+
+    Skips the test if that is not permitted; .ci/run counts that as a failure.
+    """
+    prefix = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "sh"]
+    tried = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"this test mounts a small /dev/shm, which failed ({tried.stderr.strip()}): run it as root")
+    return prefix
 
 
 def _mount(*arguments: str) -> subprocess.CompletedProcess[str]:

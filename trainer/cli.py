@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from regraft.contract import DONE, FAILED, INTERRUPTED, STOPPED, USER_ERROR
+from trainer.data.workers import full_shared_memory_as_user_error
 from trainer.distributed.error_file import write_error_file
 from trainer.distributed.signals import STOP_SIGNALS, Stopped, StopSignals, exit_with_parent, has_launcher
 from trainer.errors import UserError
@@ -31,7 +32,8 @@ def run_cli(work: Callable[[StopSignals], object], *, on_restart: str = RESUMES)
         if has_launcher(os.environ):
             exit_with_parent()
         try:
-            work(signals)
+            with full_shared_memory_as_user_error():
+                work(signals)
         except UserError as error:
             write_error_file(error)
             _print_error("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))

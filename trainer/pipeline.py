@@ -9,6 +9,7 @@ from trainer.config.preflight import preflight
 from trainer.config.resolve import ResolvedConfig, baseline_config, pretrain_config
 from trainer.config.schema import Config
 from trainer.config.start import start
+from trainer.data.workers import full_shared_memory_as_user_error
 from trainer.distributed.context import shut_down
 from trainer.distributed.signals import StopSignals
 from trainer.report.summary import TrainResult, comparison, summary
@@ -40,7 +41,8 @@ def run(config: Config, signals: StopSignals) -> TrainResult:
             message = record_environment(opened.root, opened.lock, ctx)
         if message is not None:
             console.print(message)
-        result = _run_phases(resolved, opened)
+        with full_shared_memory_as_user_error():
+            result = _run_phases(resolved, opened)
     except BaseException as error:
         opened.end_with_error(error)
         raise

@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 
 from trainer.config.build_checkpoints import find_resume_point, make_checkpoint_manager, make_model_metadata
-from trainer.config.build_data import load_run_data, make_schedule, write_split_file
+from trainer.config.build_data import check_images_unchanged, load_run_data, make_schedule, write_split_file
 from trainer.config.build_loaders import Evaluator, make_eval_loader, make_train_batches
 from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_state, make_train_step
@@ -47,6 +47,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     # 2. The newest checkpoint, if there is one; every rank takes rank 0's.
     resume_point = find_resume_point(config, data, run, schedule)
     checkpoint = resume_point.checkpoint
+    check_images_unchanged(config, data, run, resumed=checkpoint is not None)
     write_split_file(data, run)
     wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
     evaluator = Evaluator(index, config, ctx)

@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -15,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from torchvision import models
 
-from regraft.contract import CHECKPOINTS, METRICS, MODEL, STOP, read_attempts
-from tests.folders import image_folder
+from regraft.contract import CHECKPOINTS, IMAGES, METRICS, MODEL, STOP, read_attempts
+from tests.folders import image_folder, noise_image
 from tests.trainer.phases import assert_equal_runs, contents, copy_run, in_folder, rewind, rows, train, with_options
 from trainer.checkpoint import store
 from trainer.checkpoint.state import CheckpointId
@@ -227,6 +229,29 @@ def test_a_killed_run_resumes_bit_identically(
     assert [row["step"] for row in audit_rows(copy) if row["attempt"] == 2] == list(range(step, EPOCHS * STEPS))
     for row in audit_rows(finished):
         assert {**row, "attempt": audit[row["step"]]["attempt"]} == audit[row["step"]]
+
+
+def test_a_resumed_run_names_an_image_whose_content_has_changed(copy: ResolvedConfig, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(copy.data.root, tmp_path / "images"))
+    config = with_options(copy, data={"root": str(root)})
+    image, record = root / "train" / "a" / "000.png", Path(copy.run.dir) / IMAGES
+    content, recorded = image.read_bytes(), record.read_text()
+    rewind(config, 5, 2)
+    noise_image(99).save(image)
+    message = "1 of 14 images have another content than when this run began: .*/train/a/000.png"
+    with pytest.raises(UserError, match=rf"{message}\. Restore them; or .* --data\.on_changed continue; or"):
+        train(config)
+    record.write_text('{"blake2b": "12"}')
+    with pytest.raises(UserError, match=r"images cannot be read \(expected 14 hashes\)"):
+        train(config)
+    record.write_text(recorded)
+    image.write_bytes(content)  # with another modification time
+    assert "another content" not in train(config)[1]
+    assert record.read_text() == recorded
+    rewind(config, 5, 2)
+    noise_image(99).save(image)
+    assert re.search(message, train(with_options(config, data={"on_changed": "continue"}))[1])
+    assert record.read_text() != recorded
 
 
 def test_a_finished_run_is_only_reported_and_can_be_extended(copy: ResolvedConfig) -> None:

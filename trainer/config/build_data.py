@@ -6,8 +6,9 @@ from functools import cached_property, partial
 
 from rich.console import Console
 
-from regraft.contract import SPLIT
+from regraft.contract import IMAGES, SPLIT
 from trainer.config.resolve import ResolvedConfig
+from trainer.data.digests import read_digests, write_digests
 from trainer.data.index import DatasetIndex, write_split
 from trainer.data.prepare import Prepared, prepare
 from trainer.data.sampler import EpochOrder
@@ -53,7 +54,7 @@ def load_run_data(config: ResolvedConfig, ctx: DistributedContext, console: Cons
         lambda: prepare(config.data, workers=ctx.cores, displays=hooks, check=check), local=True
     )
     console.print(dataset_summary(prepared))
-    ctx.check_equal_across_ranks(prepared.fingerprint, "the images")
+    ctx.check_equal_across_ranks((prepared.fingerprint, prepared.content_digest), "the images")
     return RunData(prepared=prepared, order=make_epoch_order(config, prepared.index))
 
 
@@ -101,6 +102,43 @@ def make_schedule(config: ResolvedConfig, order: EpochOrder) -> TrainSchedule:
         logs_per_epoch=config.train.logs_per_epoch,
         lr_multiplier=partial(get_lr_multiplier, total_steps=total, warmup_steps=warmup, kind=config.optim.schedule),
     )
+
+
+def check_images_unchanged(config: ResolvedConfig, data: RunData, run: OpenRun, *, resumed: bool) -> None:
+    """Compare the images with those that the run began with, and record them. Every process must call it.
+
+    Raises:
+        UserError: the run resumes, an image has changed since, and data.on_changed is stop; or the record is damaged.
+
+    """
+    path, prepared = run.folder / IMAGES, data.prepared
+
+    def check() -> None:
+        if not run.is_writer:
+            return
+        saved = read_digests(path, count=len(prepared.digests)) if resumed else None
+        if saved == prepared.digests:
+            return
+        if saved is not None:
+            changed = [
+                escape_unprintable(example.path)
+                for example, before, now in zip(prepared.examples, saved, prepared.digests, strict=True)
+                if before != now
+            ]
+            message = (
+                f"{len(changed)} of {len(saved)} images have another content than when this run began: "
+                f"{join_truncated(changed, limit=5)}"
+            )
+            if config.data.on_changed == "stop":
+                raise UserError(
+                    f"{message}. Restore them; or train on with the new ones by --data.on_changed continue; or start "
+                    "anew by --run.resume never, which archives the run"
+                )
+            run.console.print(message)
+        with saving_to(path):
+            write_digests(path, prepared.digests)
+
+    run.ctx.main_process_first(check)
 
 
 def write_split_file(data: RunData, run: OpenRun) -> None:

@@ -13,6 +13,7 @@ from trainer.data.dataset import ImageDataset
 from trainer.data.index import DatasetIndex, Example
 from trainer.data.loader import Batch, TrainBatches, make_dataloader
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
+from trainer.data.workers import check_shared_memory
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
@@ -133,6 +134,26 @@ def eval_batch_size(config: ResolvedConfig, ctx: DistributedContext) -> int:
         return max(8, 4 * ctx.threads)
     local = -(-config.train.batch_size // (ctx.world_size * config.train.grad_accum_steps))
     return max(8, local)
+
+
+def check_loader_memory(config: ResolvedConfig, order: EpochOrder, ctx: DistributedContext) -> None:
+    """Check that the batches of the loaders fit into shared memory. Every process must call it.
+
+    Raises:
+        UserError: see `check_shared_memory`.
+
+    """
+    images = -(-max(order.batch_sizes) // ctx.world_size) + eval_batch_size(config, ctx)
+    error = None
+    try:
+        check_shared_memory(
+            num_workers=num_loader_workers(config.data.num_workers, ctx),
+            processes=ctx.local_world_size,
+            batch_bytes=images * 3 * config.data.image_size**2,
+        )
+    except UserError as caught:
+        error = caught
+    ctx.raise_on_all_ranks(error)
 
 
 def eval_splits(index: DatasetIndex) -> dict[str, tuple[Example, ...]]:

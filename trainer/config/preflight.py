@@ -1,6 +1,7 @@
 """Checks before the long work: report errors before images are decoded or a job is queued."""
 
 from trainer.config.build_data import RunData, make_schedule
+from trainer.config.build_loaders import check_loader_memory
 from trainer.config.build_model import make_model, make_param_groups
 from trainer.config.resolve import ResolvedConfig, without_weights
 from trainer.data.index import DatasetIndex
@@ -36,6 +37,7 @@ def check_run_data(config: ResolvedConfig, data: RunData, ctx: DistributedContex
     """Raise a UserError for options that do not fit the examples or the number of processes."""
     if ctx is not None:
         _check_sync_batch_norm(config, data.order, ctx)
+        check_loader_memory(config, data.order, ctx)
     _check_val_split(config, data.index)
 
 

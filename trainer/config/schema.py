@@ -98,10 +98,15 @@ class DataConfig:
     """Test split: fraction of the images held out if the dataset has no val or test split."""
     seed: int = 0
     """Random seed of the splits and of the synthetic datasets."""
-    extensions: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+    extensions: tuple[str, ...] = (
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".webp",
+        ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".tga", ".ppm", ".pgm", ".pbm", ".pnm",
+    )  # fmt: skip
     """File extensions of images, in upper or lower case; other files are ignored and counted."""
     on_unreadable: Literal["stop", "skip"] = "stop"
     """Unreadable images: stop before training and list them, or skip and list them."""
+    on_changed: Literal["stop", "continue"] = "stop"
+    """Images whose content has changed when a run resumes: stop and name them, or name them and continue."""
     num_workers: int | None = None
     """Worker processes per training process that decode images; null chooses by available cores; 0 decodes in the training process."""
     cache: str | None = None

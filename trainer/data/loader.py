@@ -1,8 +1,5 @@
 """Data loader: local batches on the device, prefetched by worker processes."""
 
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +12,9 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from regraft.contract import signal_on_parent_death
 from trainer.data.dataset import ImageDataset, Item
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
-from trainer.distributed.signals import STOP_SIGNALS
+from trainer.data.workers import PREFETCH_FACTOR, init_worker
 from trainer.text import escape_unprintable
 
 
@@ -89,11 +85,11 @@ def make_dataloader(
         batch_sampler=sampler,
         collate_fn=Collate(image_size, channels_last),
         num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=PREFETCH_FACTOR if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
         # On a CPU the workers share the cores with training. At low priority they use only idle time.
-        worker_init_fn=partial(_init_worker, low_priority=accelerator.device.type == "cpu"),
+        worker_init_fn=partial(init_worker, low_priority=accelerator.device.type == "cpu"),
     )
     # The sampler already splits the batches among the ranks. With one process, accelerate moves batches to the device
     # and neither shards nor pads them.
@@ -106,20 +102,3 @@ def make_dataloader(
         rng_types=[],
         non_blocking=True,
     )
-
-
-def _init_worker(_: int, *, low_priority: bool) -> None:
-    for number in STOP_SIGNALS:  # sent to whole process groups; the trainer handles them
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_exit_on_sigterm, args=(os.getppid(),), daemon=True).start()
-    signal_on_parent_death(signal.SIGKILL)
-    if low_priority:
-        os.nice(19)
-
-
-def _exit_on_sigterm(trainer: int) -> None:
-    """Exit at a SIGTERM from the trainer. Python sends it to its workers when it exits, and waits for them."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
-        pass
-    os._exit(0)

@@ -2,16 +2,17 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from trainer.config.schema import DataConfig
-from trainer.data.index import DatasetIndex, read_index, without_images
+from trainer.data.index import DatasetIndex, Example, read_index, without_images
 from trainer.data.progress import NO_PROGRESS, ProgressHooks
 from trainer.data.registry import cache_folder, resolve_root
 from trainer.data.table import TableFormat
-from trainer.data.validation import check_images, unreadable_error
-from trainer.text import escape_unprintable
+from trainer.data.validation import ValidationResult, check_images, unreadable_error
+from trainer.text import escape_unprintable, join_truncated
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,14 @@ class Prepared:
 
     index: DatasetIndex
     notes: tuple[str, ...]
-    """Messages about ignored files, splits and skipped images."""
+    """Messages about ignored files, splits, skipped images and conversions of pixels."""
+    digests: tuple[str, ...] = ()
+    """Hash of the content of each image, in the order of `examples`; empty if the images were not checked."""
+
+    @cached_property
+    def examples(self) -> tuple[Example, ...]:
+        """Return the examples of all splits."""
+        return (*self.index.train, *self.index.val, *self.index.test)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -36,6 +44,11 @@ class Prepared:
             digest.update(b"\0")
         return digest.hexdigest()[:32]
 
+    @cached_property
+    def content_digest(self) -> str:
+        """Return a hash of the contents of all images in order."""
+        return hashlib.sha256("".join(self.digests).encode("ascii")).hexdigest()[:32]
+
 
 def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROGRESS, check: bool = True) -> Prepared:
     """List and validate the images of a dataset; download or generate a named dataset first.
@@ -44,7 +57,7 @@ def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROG
         data: the data section of the config; `root` must be set.
         workers: number of threads that validate images.
         displays: progress displays.
-        check: decode every image once, except those with a cached validation result.
+        check: decode and hash every image once, except those with a cached validation result.
 
     Raises:
         UserError: no such dataset, an unknown layout, or unreadable images.
@@ -65,15 +78,29 @@ def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROG
     )
     if not check:
         return Prepared(index, index.notes)
-    paths = [example.path for split in (index.train, index.val, index.test) for example in split]
+    paths = [example.path for example in Prepared(index, ()).examples]
     with displays.checking() as on_checked:
-        unreadable = check_images(paths, cache=cache, workers=workers, on_progress=on_checked)
-    if not unreadable:
-        return Prepared(index, index.notes)
-    if data.on_unreadable == "stop":
+        results = check_images(paths, cache=cache, workers=workers, on_progress=on_checked)
+    unreadable = {path: result.reason for path, result in results.items() if result.reason is not None}
+    if unreadable and data.on_unreadable == "stop":
         raise unreadable_error(unreadable, len(paths))
-    index = without_images(index, unreadable)
-    skipped = "".join(f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items()))
-    return Prepared(
-        index, (*index.notes, f"{len(unreadable)} of {len(paths)} images cannot be read and are skipped:{skipped}")
-    )
+    notes = list(index.notes)
+    if unreadable:
+        index = without_images(index, unreadable)
+        skipped = "".join(f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items()))
+        notes.append(f"{len(unreadable)} of {len(paths)} images cannot be read and are skipped:{skipped}")
+    prepared = Prepared(index, (*notes, *_describe_pixels(results)))
+    return replace(prepared, digests=tuple(results[path].digest for path, _ in prepared.examples))
+
+
+def _describe_pixels(results: Mapping[str, ValidationResult]) -> Iterator[str]:
+    """Yield a line for each conversion of pixels, and one for images of a single color."""
+    by_conversion: dict[str, list[str]] = {}
+    for path, result in results.items():
+        if result.conversion is not None:
+            by_conversion.setdefault(result.conversion, []).append(path)
+    for conversion, paths in sorted(by_conversion.items()):
+        yield f"{len(paths)} images, such as {escape_unprintable(paths[0])}: {conversion}"
+    if paths := [path for path, result in results.items() if result.is_one_color]:
+        names = join_truncated(map(escape_unprintable, paths), limit=5)
+        yield f"{len(paths)} images have one color only: {names}"

@@ -1,4 +1,4 @@
-"""Validate images: decode each image once and cache the result for the next start."""
+"""Validate images: decode and hash each image once and cache the result for the next start."""
 
 # Creating a Path for each of a million images would take longer than the cache lookup.
 # ruff: noqa: PTH100, PTH116
@@ -12,11 +12,13 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping, 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import PIL
 
-from trainer.data.decode import DECODE_VERSION, UnreachableImage, UnreadableImage, decode
+from trainer.data.decode import DECODE_VERSION, UnreachableImage, UnreadableImage, decode_file, open_image_file
+from trainer.data.image_formats import HEIF_VERSION
+from trainer.data.pixels import is_one_color
 from trainer.errors import UserError
 from trainer.run.atomic import write_text_atomically
 from trainer.text import escape_unprintable
@@ -24,24 +26,39 @@ from trainer.text import escape_unprintable
 _BATCH_SIZE = 16  # images that a thread decodes per task
 
 
-class ValidationResult(NamedTuple):
-    """Validation result of one version of a file."""
+class FileVersion(NamedTuple):
+    """What the file system says about the content of a file."""
 
     size: int
     """Size of the file [bytes]."""
     mtime_ns: int
-    """Modification time of the file [ns]."""
+    """Time of the last modification [ns], which `touch`, `cp -p` and `rsync -t` set to any value."""
+    ctime_ns: int
+    """Time of the last change of the file or its metadata [ns], which only the file system sets."""
+
+
+class ValidationResult(NamedTuple):
+    """Validation result of one content of a file."""
+
+    version: FileVersion | None
+    """None if the file does not exist or cannot be reached."""
+    digest: str
+    """Hash of the content, 16 hexadecimal digits; empty if the file cannot be read."""
     reason: str | None
     """Reason why the image cannot be read; None if it can."""
+    conversion: str | None
+    """What was done to its pixels, if the file left a choice."""
+    is_one_color: bool
+    """Whether all of its pixels are equal."""
 
 
 def check_images(
     paths: Iterable[str], *, cache: Path, workers: int, on_progress: Callable[[int, int], None] | None
-) -> dict[str, str]:
-    """Return path -> reason for each image that cannot be read.
+) -> dict[str, ValidationResult]:
+    """Return path -> validation result of each image.
 
-    Results are cached in `cache`/verdicts, in one file per dataset folder. A result is valid for one path, size and
-    modification time, so only new and changed images are decoded. The results so far are saved on an interruption.
+    Results are cached in `cache`/verdicts, in one file per dataset folder. An image is read again if its size or one
+    of its times has changed, and decoded again if its content has. The results so far are saved on an interruption.
 
     Args:
         paths: paths of the images.
@@ -58,35 +75,29 @@ def check_images(
         return {}
     folder = _common_folder(images.values())
     file = cache / "verdicts" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.json"
-    results = _read_cache(file, folder)
-    versions = {path: _file_version(path) for path in images}
-    unreadable: dict[str, str] = {}
-    pending: list[str] = []
+    cached = _read_cache(file, folder)
+    results: dict[str, ValidationResult] = {}
+    pending: list[_Task] = []
     for path, absolute in images.items():
-        result = results.get(absolute[len(folder) :])
-        if result is None or result[:2] != versions[path]:
-            pending.append(path)
-        elif result.reason is not None:
-            unreadable[path] = result.reason
-    if not pending:
-        return unreadable
-    _check_writable(file.parent)
-    done = len(images) - len(pending)
-    with closing(_validate_batches(pending, workers)) as batches:
-        try:
-            for batch in batches:
-                for path, reason, permanent in batch:
-                    if reason is not None:
-                        unreadable[path] = reason
-                    version = versions[path]
-                    if permanent and version is not None:
-                        results[images[path][len(folder) :]] = ValidationResult(*version, reason)
-                done += len(batch)
-                if on_progress is not None:
-                    on_progress(done, len(images))
-        finally:
-            _write_cache(file, folder, results, current={absolute[len(folder) :] for absolute in images.values()})
-    return unreadable
+        version, result = _file_version(path), cached.get(absolute[len(folder) :])
+        if result is not None and result.version == version:
+            results[path] = result
+        else:
+            pending.append(_Task(path, version, result))
+    if pending:
+        _check_writable(file.parent)
+        with closing(_validate_batches(pending, workers)) as batches:
+            try:
+                for batch in batches:
+                    for path, result, permanent in batch:
+                        results[path] = result
+                        if permanent:
+                            cached[images[path][len(folder) :]] = result
+                    if on_progress is not None:
+                        on_progress(len(results), len(images))
+            finally:
+                _write_cache(file, folder, cached, current={absolute[len(folder) :] for absolute in images.values()})
+    return {path: results[path] for path in images}
 
 
 def unreadable_error(unreadable: Mapping[str, str], total: int) -> UserError:
@@ -104,37 +115,57 @@ def _common_folder(paths: Collection[str]) -> str:
     return os.path.commonprefix([min(paths), max(paths)]).rpartition("/")[0] + "/"  # noqa: RUF071
 
 
-def _validate_batches(paths: Sequence[str], workers: int) -> Generator[list[tuple[str, str | None, bool]], None, None]:
-    """Yield batches of (path, reason why it cannot be read or None, whether the result is permanent)."""
+class _Task(NamedTuple):
+    path: str
+    version: FileVersion | None
+    cached: ValidationResult | None
+
+
+def _validate_batches(
+    tasks: Sequence[_Task], workers: int
+) -> Generator[list[tuple[str, ValidationResult, bool]], None, None]:
+    """Yield batches of (path, result, whether the result is permanent)."""
     stop = threading.Event()
 
-    def validate(start: int) -> list[tuple[str, str | None, bool]]:
-        return [(path, *_validate(path)) for path in paths[start : start + _BATCH_SIZE] if not stop.is_set()]
+    def validate(start: int) -> list[tuple[str, ValidationResult, bool]]:
+        return [(task.path, *_validate(task)) for task in tasks[start : start + _BATCH_SIZE] if not stop.is_set()]
 
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="check") as pool:
         try:
-            yield from pool.map(validate, range(0, len(paths), _BATCH_SIZE))
+            yield from pool.map(validate, range(0, len(tasks), _BATCH_SIZE))
         finally:
             stop.set()  # after Ctrl-C, each thread finishes the image that it is decoding
 
 
-def _validate(path: str) -> tuple[str | None, bool]:
+def _validate(task: _Task) -> tuple[ValidationResult, bool]:
+    digest = ""
     try:
-        decode(path)
-    except UnreachableImage as error:
-        return str(error), False
+        with open_image_file(task.path) as file:
+            digest = _hash(file)
+            if task.cached is not None and task.cached.digest == digest:  # touched or copied
+                return task.cached._replace(version=task.version), True
+            image, conversion = decode_file(file, task.path)
     except UnreadableImage as error:
-        return str(error), True
-    return None, True
+        is_permanent = task.version is not None and not isinstance(error, UnreachableImage)
+        return ValidationResult(task.version, digest, str(error), None, is_one_color=False), is_permanent
+    result = ValidationResult(task.version, digest, None, conversion, is_one_color=is_one_color(image))
+    return result, task.version is not None
 
 
-def _file_version(path: str) -> tuple[int, int] | None:
-    """Return the size [bytes] and the modification time [ns] of a file; None if they cannot be read."""
+def _hash(file: BinaryIO) -> str:
+    try:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))  # type: ignore[arg-type]
+    except OSError as error:
+        raise UnreachableImage(f"cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def _file_version(path: str) -> FileVersion | None:
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns
+    return FileVersion(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _check_writable(folder: Path) -> None:
@@ -163,10 +194,12 @@ def _read_cache(file: Path, folder: str) -> dict[str, ValidationResult]:
 
 
 def _parse_result(entry: Any) -> ValidationResult:
-    size, mtime_ns, reason = entry
-    if type(size) is not int or type(mtime_ns) is not int or not isinstance(reason, str | None):
+    version, digest, reason, conversion, is_one_color = entry
+    is_valid = isinstance(version, list) and len(version) == 3 and all(type(number) is int for number in version)
+    texts = isinstance(digest, str) and isinstance(reason, str | None) and isinstance(conversion, str | None)
+    if not (is_valid and texts and isinstance(is_one_color, bool)):
         raise TypeError(f"not a validation result: {entry!r}")
-    return ValidationResult(size, mtime_ns, reason)
+    return ValidationResult(FileVersion(*version), digest, reason, conversion, is_one_color)
 
 
 def _write_cache(file: Path, folder: str, results: Mapping[str, ValidationResult], *, current: Set[str]) -> None:
@@ -180,7 +213,7 @@ def _write_cache(file: Path, folder: str, results: Mapping[str, ValidationResult
 
 def _decoder_version() -> str:
     """Return the version of the decoder; results of another version are ignored."""
-    return f"{DECODE_VERSION}, Pillow {PIL.__version__}"
+    return f"{DECODE_VERSION}, Pillow {PIL.__version__}, pillow-heif {HEIF_VERSION}"
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

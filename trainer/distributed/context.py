@@ -67,6 +67,11 @@ class DistributedContext:
         return int(self.accelerator.num_processes)
 
     @property
+    def local_world_size(self) -> int:
+        """Return the number of processes on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.world_size > 1 else 1
+
+    @property
     def is_main_process(self) -> bool:
         """Return whether this process is rank 0, which prints and writes files."""
         return bool(self.accelerator.is_main_process)

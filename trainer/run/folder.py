@@ -8,6 +8,7 @@ attempts/           one file per start: host and process, position, and how it e
 environment/        one file per start: code, packages, hardware and settings
 curves.png          losses and accuracies over the epochs
 split.csv           the split, if regraft made one
+images.json         hashes of the images, by which a resumed run notices that one has changed
 pretrain/, baseline/    the other phases of a run, with the same layout
 initial.safetensors     with transfer.wise_ft: the model before its first update
 fine-tuned.safetensors  weights of the best epoch, if WiSE-FT put other weights into model.safetensors
@@ -35,6 +36,7 @@ from regraft.contract import (
     CHECKPOINTS,
     CONFIG,
     CURVES,
+    IMAGES,
     LOG_FOLDER,
     METRICS,
     MODEL,
@@ -47,9 +49,9 @@ from trainer.errors import UserError
 from trainer.run.atomic import write_text_atomically
 
 INITIAL, FINE_TUNED, WISE = "initial.safetensors", "fine-tuned.safetensors", "wise.json"
-OUR_FILES = (CONFIG, METRICS, MODEL, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT, INITIAL, FINE_TUNED, WISE)
+OUR_FILES = (CONFIG, METRICS, MODEL, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT, IMAGES, INITIAL, FINE_TUNED, WISE)
 # Options that a resumed run may change: they set where and how fast it runs, not what it computes. train.epochs and
-# regularization.early_stopping may grow. Images are compared by fingerprint, so their folder may have moved.
+# regularization.early_stopping may grow. Images are compared by name and content, so their folder may have moved.
 _MAY_CHANGE = frozenset(
     {
         "run.dir",
@@ -65,7 +67,9 @@ _MAY_CHANGE = frozenset(
         "data.csv_root",
         "data.num_workers",
         "data.cache",
+        "data.extensions",
         "data.on_unreadable",
+        "data.on_changed",
         "transfer.strategy",  # a name for options, all of which are compared
         "train.grad_accum_steps",
         "train.logs_per_epoch",

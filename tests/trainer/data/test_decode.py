@@ -2,9 +2,7 @@ import io
 import logging
 import os
 import random
-import struct
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +12,8 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from tests.folders import noise_image
+from tests.trainer.data.image_files import write_tiff
+from trainer.data import image_formats
 from trainer.data.decode import UnreachableImage, UnreadableImage, decode
 
 ORIENTATION = 0x0112
@@ -28,38 +28,6 @@ def decode_array(path: Path) -> np.ndarray:
 def save(path: Path, image: np.ndarray | Image.Image, **options: object) -> Path:
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)  # type: ignore[arg-type]
     return path
-
-
-def png16(path: Path, values: np.ndarray, *chunks: tuple[bytes, bytes]) -> Path:
-    """Write a 16-bit gray PNG without Pillow, which may read another format than it writes."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    height, width = values.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)
-    body = [chunk(b"IHDR", header), *(chunk(*c) for c in chunks), chunk(b"IDAT", zlib.compress(rows))]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body) + chunk(b"IEND", b""))
-    return path
-
-
-def tiff(path: Path, data: bytes, size: tuple[int, int], *, order: str, bits: int = 16, photometric: int = 1) -> Path:
-    """Write a gray TIFF of one strip without Pillow, in either byte order."""
-    width, height = size
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1)]
-    tags += [(278, height), (279, len(data))]
-    directory = struct.pack(f"{order}H", len(tags))
-    for tag, value in tags:
-        directory += struct.pack(f"{order}HHII", tag, 4, 1, value)
-    magic = b"II*\0" if order == "<" else b"MM\0*"
-    path.write_bytes(magic + struct.pack(f"{order}I", 8 + len(data)) + data + directory + b"\0\0\0\0")
-    return path
-
-
-def tiff16(path: Path, values: np.ndarray, *, order: str, photometric: int = 1) -> Path:
-    data = values.astype(f"{order}u2").tobytes()
-    return tiff(path, data, values.shape[::-1], order=order, photometric=photometric)
 
 
 def as_rgb(gray: np.ndarray) -> np.ndarray:
@@ -90,6 +58,10 @@ CHECKS = np.indices((16, 16)).sum(0) % 2 == 0
         ("bilevel.tif", CHECKS, {"compression": "group4"}),
         ("palette.png", PALETTE, {}),
         ("palette.gif", PALETTE, {}),
+        ("x.tga", RGB, {"compression": "tga_rle"}),
+        ("x.heic", RGB, {"quality": -1, "chroma": 444, "matrix_coefficients": 0}),
+        ("x.jp2", RGB, {}),
+        ("jp2 renamed.jfif", RGB, {"format": "JPEG2000"}),
     ],
 )
 def test_lossless_formats_keep_every_pixel(
@@ -133,51 +105,6 @@ def test_cmyk_is_not_inverted(tmp_path: Path) -> None:
     assert b"Adobe" in (tmp_path / "x.jpg").read_bytes()[:200]
 
 
-VALUES_16 = np.array([[0, 128, 129, 255, 256, 257], [1000, 32767, 32768, 65278, 65407, 65535]])
-EXPECTED_8 = as_rgb(np.rint(VALUES_16 / 257))
-
-
-def test_16_bit_values_are_scaled_not_clipped(tmp_path: Path) -> None:
-    files = [
-        png16(tmp_path / "x.png", VALUES_16),
-        tiff16(tmp_path / "little.tif", VALUES_16, order="<"),
-        tiff16(tmp_path / "big.tif", VALUES_16, order=">"),
-        save(tmp_path / "pillow.png", VALUES_16.astype(np.uint16)),
-        save(tmp_path / "pillow.tif", VALUES_16.astype(np.uint16), compression="tiff_lzw"),
-        save(tmp_path / "32 bits.tif", VALUES_16.astype(np.int32)),
-        tmp_path / "x.pgm",
-    ]
-    files[-1].write_bytes(b"P5 6 2 65535\n" + VALUES_16.astype(">u2").tobytes())
-    for path in files:
-        assert np.array_equal(decode_array(path), EXPECTED_8), path.name
-    packed = b"\x00\x0f\xff" + b"\x80\x00\x10"  # 12 bits: 0x000, 0xfff and 0x800, 0x010
-    path = tiff(tmp_path / "x.tif", packed, (2, 2), order="<", bits=12)
-    assert np.array_equal(decode_array(path), as_rgb(np.array([[0, 255], [128, 1]])))
-
-
-def test_16_bit_image_with_white_at_zero_or_a_transparent_gray(tmp_path: Path) -> None:
-    inverted = tiff16(tmp_path / "x.tif", VALUES_16, order="<", photometric=0)
-    assert np.array_equal(decode_array(inverted), 255 - EXPECTED_8)
-    keyed = png16(tmp_path / "x.png", VALUES_16, (b"tRNS", struct.pack(">H", 1000)))
-    expected = EXPECTED_8.copy()
-    expected[1, 0] = 255
-    assert np.array_equal(decode_array(keyed), expected)
-
-
-def test_floats_in_0_to_1_are_decoded_and_others_refused(tmp_path: Path) -> None:
-    values = np.array([[0, 0.25, 0.5], [0.75, 1, 1 / 255]], dtype=np.float32)
-    assert np.array_equal(decode_array(save(tmp_path / "x.tif", values)), as_rgb(np.rint(values * 255)))
-    for wrong in (np.nan, np.inf, -0.01, 1.01, 200):
-        with pytest.raises(UnreadableImage, match=r"not finite or not in \[0, 1\]"):
-            decode(str(save(tmp_path / "wrong.tif", np.where(values == 0.5, np.float32(wrong), values))))
-
-
-def test_gray_values_beyond_16_bits_are_refused(tmp_path: Path) -> None:
-    for values in ([[0, 65536]], [[-1, 5]]):
-        with pytest.raises(UnreadableImage, match="gray values from"):
-            decode(str(save(tmp_path / "x.tif", np.array(values, dtype=np.int32))))
-
-
 @pytest.mark.parametrize(
     ("name", "options"), [("x.jpg", {"quality": 95}), ("x.png", {}), ("x.webp", {"lossless": True}), ("x.tif", {})]
 )
@@ -209,7 +136,14 @@ def test_damaged_metadata_is_ignored(
 
 def test_first_frame_of_an_animation_is_decoded(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    for name, kind in (("x.gif", "GIF"), ("x.png", "PNG"), ("x.tif", "TIFF"), ("x.webp", "WEBP"), ("x.jpg", "MPO")):
+    for name, kind in (
+        ("x.gif", "GIF"),
+        ("x.png", "PNG"),
+        ("x.tif", "TIFF"),
+        ("x.webp", "WEBP"),
+        ("x.jpg", "MPO"),
+        ("x.avif", "AVIF"),
+    ):
         frames[0].save(tmp_path / name, format=kind, save_all=True, append_images=frames[1:])
         assert np.abs(decode_array(tmp_path / name).astype(int) - (255, 0, 0)).max() <= 2
 
@@ -242,10 +176,13 @@ def test_truncated_files_are_refused(tmp_path: Path, format_: str, capfd: pytest
         (b"\n <!DOCTYPE html><html>404</html>", "an HTML, SVG or XML file"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "a PostScript file"),
         (b"PK\x03\x04\x14\0\0\0", "a zip archive"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "an AVIF or HEIC image that is damaged"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0", "a video or another file that is not supported"),
+        (b"\xff\x0a\xfa\x7f", "a JPEG XL image, which is not supported"),
         (b"\0" * 4096, "not an image in a supported format"),
         (b"\xff\xd8\xff\xe0", "JPEG|damaged"),
         (encoded("TIFF", compression="tiff_lzw")[:-20], "a TIFF file whose directory is damaged or cut off"),
+        (encoded("TGA"), "not an image in a supported format"),
         (encoded("PCX"), "not an image in a supported format"),
     ],
 )
@@ -264,6 +201,43 @@ def test_ghostscript_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(function, lambda *_, **__: pytest.fail("a program was started"))
     with pytest.raises(UnreadableImage, match="PostScript"):
         decode(save(tmp_path / "x.jpg", noise_image(1), format="EPS"))
+
+
+@pytest.mark.parametrize(
+    ("values", "tags", "kind"),
+    [
+        (np.zeros((4, 4, 3), np.uint32), {}, "32-bit unsigned samples x 3, compression raw"),
+        (np.zeros((4, 4, 3), np.float32), {}, "32-bit floating-point samples x 3"),
+        (np.zeros((4, 4), np.float64), {}, "64-bit floating-point samples x 1"),
+        (np.zeros((4, 4, 3), np.int8), {}, "8-bit signed samples x 3"),
+        (np.zeros((4, 4), np.uint16), {259: 34887}, "compression 34887"),  # LERC
+        (np.zeros((4, 4, 3), np.uint8), {259: 50001}, "compression webp"),
+    ],
+)
+def test_a_valid_tiff_of_an_unsupported_kind_is_not_called_damaged(
+    values: np.ndarray, tags: dict[int, int], kind: str, tmp_path: Path
+) -> None:
+    reason = rf"^(damaged or )?a TIFF that is not supported \(.*{kind}.*\): convert it to JPEG or PNG"
+    with pytest.raises(UnreadableImage, match=reason):
+        decode(write_tiff(tmp_path / "x.tif", values, tags=tags))
+
+
+def test_a_format_without_its_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bmp = bytearray(encoded("BMP"))
+    bmp[28:30] = (2).to_bytes(2, "little")  # bits per pixel
+    (tmp_path / "x.bmp").write_bytes(bmp)
+    for name in ("x.heic", "x.avif"):
+        noise_image(1).save(tmp_path / name)
+    monkeypatch.setattr(image_formats, "HEIF_VERSION", None)
+    monkeypatch.setattr(image_formats, "HAS_AVIF", False)
+    monkeypatch.setattr(image_formats, "FORMATS", ("BMP",))
+    for name, reason in (
+        ("x.bmp", "not supported .Unsupported BMP pixel depth"),
+        ("x.heic", r"an HEIC image, which needs the package pillow-heif: pip install 'regraft\[heic\]', or convert"),
+        ("x.avif", "an AVIF image, which this build of Pillow cannot read: install Pillow 11.3 or later, or convert"),
+    ):
+        with pytest.raises(UnreadableImage, match=reason):
+            decode(tmp_path / name)
 
 
 @pytest.mark.timeout(20)

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 from torchvision.datasets import ImageFolder
 
-from trainer.config.schema import DataConfig
 from trainer.data import scan
 from trainer.data.index import DatasetIndex, Example, read_index, without_images, write_split
 from trainer.errors import UserError
 
-EXTENSIONS = DataConfig().extensions
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 NOT_UTF8 = os.fsdecode(b"caf\xe9\xff")
 
 

@@ -1,5 +1,3 @@
-import multiprocessing
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from trainer.data.decode import decode
 from trainer.data.index import Example, read_index
 from trainer.data.loader import Batch, Collate, make_dataloader
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler, SampleKey
-from trainer.distributed.signals import STOP_SIGNALS
 from trainer.errors import UserError
 
 EXAMPLES, BATCH_SIZE = 11, 4  # the last batch has 3 examples
@@ -155,17 +152,3 @@ def test_accelerate_neither_shards_nor_pads(
         batches = list(make_loader(dataset, sampler))
     expected = [[key.example for key in keys] for keys in sampler]
     assert [batch.examples.tolist() for batch in batches] == expected
-
-
-def test_worker_ignores_stop_signals_and_ends_with_its_trainer(dataset: ImageDataset, make_loader: Loader) -> None:
-    order = EpochOrder(examples=EXAMPLES, batch_size=1, seed=0)
-    others = {child.pid for child in multiprocessing.active_children()}  # of earlier tests
-    batches = iter(make_loader(dataset, DistributedBatchSampler(order, epochs=3), num_workers=1))
-    next(batches)
-    (worker,) = (child for child in multiprocessing.active_children() if child.pid not in others)
-    for number in STOP_SIGNALS:  # from another process, as if sent to the whole group
-        subprocess.run(["kill", f"-{number.name.removeprefix('SIG')}", str(worker.pid)], check=True)
-    assert sum(1 for _ in batches) == 3 * EXAMPLES - 1  # the loader raises if its worker has ended
-    worker.terminate()
-    worker.join(timeout=30)
-    assert worker.exitcode == 0

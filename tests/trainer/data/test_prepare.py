@@ -47,7 +47,7 @@ def make_dirty_folder(root: Path) -> tuple[dict[str, Image.Image], dict[str, str
     }
     for name, (content, _) in bad.items():
         (root / name).write_bytes(content)
-    for name in (".hidden.jpg", "._1.jpeg", "Thumbs.db", "notes.txt", "animation.gif"):
+    for name in (".hidden.jpg", "._1.jpeg", "Thumbs.db", "notes.txt", "animation.mp4"):
         (root / "train" / "b" / name).write_bytes(b"ignored")
     return good, {name: reason for name, (_, reason) in bad.items()}
 
@@ -74,12 +74,36 @@ def test_each_image_of_a_dirty_folder_is_decoded_or_listed(tmp_path: Path) -> No
     notes = "\n".join(prepared.notes)
     assert notes.encode("utf-8")
     assert any(note.startswith("4 of ") and note.count("\n") == 4 for note in prepared.notes)
-    assert "1 .gif, 1 .txt" in notes
+    assert "1 .mp4, 1 .txt" in notes
     assert "hidden files and folders ignored: 3" in notes
 
 
+def test_conversions_and_images_of_one_color_are_reported(tmp_path: Path) -> None:
+    root = make_small_folder(tmp_path)
+    for name in ("a/000.png", "b/000.png"):
+        Image.fromarray(np.linspace(0, 4095, 12).astype(np.uint16).reshape(3, 4)).save(root / "train" / name)
+    for number in range(4):
+        Image.new("RGB", (3, 3), (number, 2, 3)).save(root / "train" / "b" / f"one color {number}\n.png")
+    *_, conversion, one_color = prepare(config(root), workers=1).notes
+    scaled = "gray values scaled from 0..4095, judged by the largest value of each image"
+    assert conversion == f"2 images, such as {root}/train/a/000.png: {scaled}"
+    names = ", ".join(rf"{root}/train/b/one color {number}\n.png" for number in range(4))
+    assert one_color == f"4 images have one color only: {names}"
+
+
+def test_the_content_digest_depends_on_the_contents_alone(tmp_path: Path) -> None:
+    root = make_small_folder(tmp_path)
+    image = root / "train" / "a" / "000.png"
+    content = image.read_bytes()
+    digests = []
+    for changed in (content, noise_image(99), content):
+        image.write_bytes(changed) if isinstance(changed, bytes) else changed.save(image)
+        digests.append(prepare(config(root), workers=1).content_digest)
+    assert digests[0] == digests[2] != digests[1]
+
+
 def test_images_are_not_decoded_without_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "decode", pytest.fail)
+    monkeypatch.setattr(validation, "decode_file", pytest.fail)
     make_small_folder(tmp_path)
     (tmp_path / "train" / "a" / "bad.jpg").write_bytes(b"")
     assert len(prepare(config(tmp_path), workers=1, check=False).index.train) == 9

@@ -5,13 +5,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.folders import noise_image
 from trainer.data import validation
-from trainer.data.decode import decode
+from trainer.data.decode import decode_file
+from trainer.data.pixels import RgbImage
 from trainer.data.validation import check_images, unreadable_error
 from trainer.errors import UserError
 
@@ -24,11 +27,11 @@ class Decoder:
         self.seconds = 0.0
         self._lock = threading.Lock()
 
-    def __call__(self, path: str) -> Image.Image:
+    def __call__(self, file: BinaryIO, path: str) -> RgbImage:
         with self._lock:
             self.paths.append(path)
         time.sleep(self.seconds)
-        return decode(path)
+        return decode_file(file, path)
 
     def pop_names(self) -> list[str]:
         """Return the file names decoded since the last call."""
@@ -40,7 +43,7 @@ class Decoder:
 @pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
     decoder = Decoder()
-    monkeypatch.setattr(validation, "decode", decoder)
+    monkeypatch.setattr(validation, "decode_file", decoder)
     return decoder
 
 
@@ -61,7 +64,10 @@ def images(folder: Path, count: int, *, bad: int = 0) -> list[str]:
 
 
 def check(paths: list[str], cache: Path, *, workers: int = 2) -> dict[str, str]:
-    return check_images(paths, cache=cache, workers=workers, on_progress=None)
+    """Return path -> reason of the images that cannot be read."""
+    results = check_images(paths, cache=cache, workers=workers, on_progress=None)
+    assert list(results) == paths
+    return {path: result.reason for path, result in results.items() if result.reason is not None}
 
 
 def files(cache: Path) -> list[Path]:
@@ -90,10 +96,11 @@ def test_changed_and_new_images_are_decoded_again(tmp_path: Path, cache: Path, d
     check(paths, cache)
     decoder.pop_names()
     Path(paths[0]).write_bytes(b"another size")
+    times = Path(paths[1]).stat().st_mtime_ns
     content = bytearray(Path(paths[1]).read_bytes())
     content[20] ^= 255
-    Path(paths[1]).write_bytes(content)  # same size, other modification time
-    os.utime(paths[1], ns=(1, Path(paths[1]).stat().st_mtime_ns + 1))
+    Path(paths[1]).write_bytes(content)
+    os.utime(paths[1], ns=(times, times))  # same size and modification time
     paths += images(tmp_path / "data" / "more", 1)
     found = check(paths, cache)
     assert decoder.pop_names() == ["000.png", "000.png", "001.png"]
@@ -102,13 +109,43 @@ def test_changed_and_new_images_are_decoded_again(tmp_path: Path, cache: Path, d
     assert check(paths, cache) == {}
 
 
+def test_an_equal_content_is_not_decoded_again(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
+    paths = images(tmp_path / "data", 2, bad=1)
+    first = check_images(paths, cache=cache, workers=1, on_progress=None)
+    assert len({result.digest for result in first.values()}) == 3
+    decoder.pop_names()
+    os.utime(paths[0], ns=(1, 1))
+    for path in map(Path, paths[1:]):  # a copy
+        path.with_name("copy").write_bytes(path.read_bytes())
+        path.with_name("copy").replace(path)
+    again = check_images(paths, cache=cache, workers=1, on_progress=None)
+    assert decoder.pop_names() == []
+    for path in paths:
+        assert again[path]._replace(version=None) == first[path]._replace(version=None)
+    assert check_images(paths, cache=cache, workers=1, on_progress=None) == again
+
+
+def test_conversions_and_images_of_one_color_are_cached(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
+    names = ("gray.png", "black.png", "noise.png")
+    paths = [str(tmp_path / name) for name in names]
+    Image.fromarray(np.linspace(0, 4095, 12).astype(np.uint16).reshape(3, 4)).save(paths[0])
+    Image.new("RGB", (4, 3)).save(paths[1])
+    noise_image(1, size=(4, 3)).save(paths[2])
+    for decoded in (sorted(names), []):
+        results = check_images(paths, cache=cache, workers=1, on_progress=None)
+        found = [(result.conversion, result.is_one_color) for result in results.values()]
+        conversion = "gray values scaled from 0..4095, judged by the largest value of each image"
+        assert found == [(conversion, False), (None, True), (None, False)]
+        assert decoder.pop_names() == decoded
+
+
 def test_temporary_failures_are_not_cached(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
     paths = images(tmp_path / "data", 1)
     gone = str(tmp_path / "data" / "gone.png")
     (tmp_path / "data" / "gone.png").symlink_to(tmp_path / "target.png")
     for _ in range(2):
         assert check([*paths, gone], cache) == {gone: "a broken symbolic link"}
-    assert decoder.pop_names() == ["000.png", "gone.png", "gone.png"]
+    assert decoder.pop_names() == ["000.png"]
     noise_image(0).save(tmp_path / "target.png")
     assert check([*paths, gone], cache) == {}
 
@@ -139,7 +176,8 @@ def test_results_of_other_images_are_kept_while_their_files_exist(
         "[" * 100_000,
         '{"rules": "RULES", "folder": "FOLDER", "images": []}',
         '{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [1, 2]}}',
-        '{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": ["1", 2, null]}}',
+        '{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [[1, 2, "3"], "", null, null, false]}}',
+        '{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [[1, 2, 3], "", 4, null, false]}}',
     ],
 )
 def test_damaged_cache_file_is_replaced(tmp_path: Path, cache: Path, decoder: Decoder, content: str) -> None:

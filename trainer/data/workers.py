@@ -1,0 +1,122 @@
+"""Worker processes of a data loader: how they start and end, and the shared memory that their batches need."""
+
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.queues import Queue
+from typing import NoReturn
+
+from regraft.contract import signal_on_parent_death
+from trainer.distributed.signals import STOP_SIGNALS
+from trainer.errors import UserError
+
+PREFETCH_FACTOR = 4
+"""Batches that each worker keeps ready."""
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 (a file system, in which torch creates files with random names)
+_OUT_OF_SHARED_MEMORY = 28  # exit code of a worker: ENOSPC
+
+
+def init_worker(_: int, *, low_priority: bool) -> None:
+    """Set up a worker process: signals, its end with the trainer, and its end if it cannot send a batch."""
+    for number in STOP_SIGNALS:  # sent to whole process groups; the trainer handles them
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_on_sigterm, args=(os.getppid(),), daemon=True).start()
+    signal_on_parent_death(signal.SIGKILL)
+    # Batches are sent by a thread. By default it prints an error and drops the batch, for which the trainer waits.
+    Queue._on_queue_feeder_error = staticmethod(_exit_on_failed_send)  # type: ignore[attr-defined]
+    if low_priority:
+        os.nice(19)
+
+
+def _exit_on_sigterm(trainer: int) -> None:
+    """Exit at a SIGTERM from the trainer. Python sends it to its workers when it exits, and waits for them."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
+
+
+def _exit_on_failed_send(error: Exception, _: object) -> NoReturn:
+    if "shared memory" in str(error) or "No space left on device" in str(error):
+        os._exit(_OUT_OF_SHARED_MEMORY)
+    traceback.print_exception(error)
+    os._exit(1)
+
+
+@contextmanager
+def full_shared_memory_as_user_error() -> Iterator[None]:
+    """Raise a UserError if a worker dies in the block since shared memory is full.
+
+    torch raises a RuntimeError for a dead worker, wherever the trainer is. Other causes may be gone after a restart.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        _raise_if_full(f"{error}; {error.__cause__}")  # the cause has the exit code or the signal
+        raise
+    except (ConnectionError, EOFError) as error:
+        if not _is_from_worker(error):
+            raise
+        try:
+            time.sleep(1)  # torch's report follows, from its handler of SIGCHLD
+        except RuntimeError as report:
+            _raise_if_full(str(report))
+            raise
+        raise
+
+
+def _is_from_worker(error: BaseException) -> bool:
+    """Return whether an error was raised while a tensor was received from a worker."""
+    frames = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return "torch.multiprocessing.reductions" in frames or "in pin memory thread" in str(error)
+
+
+def _raise_if_full(text: str) -> None:
+    """Raise a UserError if torch's report of an error says that shared memory is full."""
+    is_death = text.startswith("DataLoader worker (pid")
+    is_full = f"exit code {_OUT_OF_SHARED_MEMORY}" in text or "Bus error" in text
+    if (is_death and is_full) or "allocate shared memory" in text:
+        raise UserError(
+            f"{SHARED_MEMORY} is full, by which the processes of data.num_workers send their batches. {_remedy(8)}"
+        ) from None
+
+
+def check_shared_memory(*, num_workers: int, processes: int, batch_bytes: int) -> None:
+    """Check that the batches which all workers of this machine keep ready fit into its shared memory.
+
+    Args:
+        num_workers: worker processes of each training process.
+        processes: training processes on this machine.
+        batch_bytes: size of the batches that a worker prepares at a time: one of training and one of evaluation.
+
+    Raises:
+        UserError: they do not fit.
+
+    """
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except OSError:  # without /dev/shm, torch uses another folder
+        return
+    # One more batch is in use by each training process.
+    need = processes * (num_workers * PREFETCH_FACTOR + 1) * batch_bytes if num_workers else 0
+    free = status.f_bavail * status.f_frsize
+    if need > free:
+        raise UserError(
+            f"data.num_workers: the batches of {processes * num_workers} worker processes need {_in_mb(need)} of "
+            f"shared memory, but {SHARED_MEMORY} has {_in_mb(free)} free. {_remedy(1 + need // 10**9)}"
+        )
+
+
+def _remedy(gigabytes: int) -> str:
+    return (
+        f"Give the container more shared memory (docker run --shm-size {gigabytes}g, or --ipc=host), or decode in the "
+        "training process (--data.num_workers 0)"
+    )
+
+
+def _in_mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
