@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from trainer.data.normalization import find_wrong_normalization
 from trainer.errors import UserError
 from trainer.optim.schedule import parse_duration, parse_interval
 
@@ -98,12 +99,10 @@ class DataConfig:
         for key in ("image_size", "resize_size"):
             size: int | None = getattr(self, key)
             _check(f"data.{key}", size, size is None or 1 <= size <= 8192, "1 to 8192 pixels, or null")
+        if reason := find_wrong_normalization(self.mean, self.std):
+            raise UserError(f"data.{reason}")
         if (self.mean is None) != (self.std is None):
             raise UserError("data.mean and data.std belong together: set both or neither")
-        for key in ("mean", "std"):
-            rgb: tuple[float, ...] = getattr(self, key) or (1.0,)
-            _check(f"data.{key}", rgb, all(map(math.isfinite, rgb)), "three finite numbers")
-        _check("data.std", self.std, self.std is None or min(self.std) > 0, "three numbers above 0")
         _check("data.random_erasing", self.random_erasing, 0 <= self.random_erasing <= 1, "a probability, 0 to 1")
         low, high = self.crop_scale
         _check("data.crop_scale", self.crop_scale, 0 < low <= high <= 1, "0 < smallest <= largest <= 1")
@@ -127,7 +126,11 @@ class ModelConfig:
     name: str = "resnet18"
     """Model name: a classification model of torchvision."""
     weights: str | None = "DEFAULT"
-    """Pretrained weights: a torchvision name (DEFAULT, IMAGENET1K_V1), a .safetensors or .pth file, or null to train from scratch."""
+    """Pretrained weights: a torchvision name (DEFAULT, IMAGENET1K_V1), a safetensors or PyTorch file, a run or Hugging Face folder, or null to train from scratch."""
+    weights_key: str = "auto"
+    """Key or prefix of the model in the weights file, such as model_ema, teacher or encoder_q; auto finds it, and takes raw weights instead of averaged ones."""
+    allow_partial_weights: bool = False
+    """Partial weights: tensors of the backbone that the weights lack or have in another shape stay random, instead of an error."""
     head_init: Literal["xavier", "torch", "source-labels", "linear-probe"] = "xavier"
     """Head initialization: Xavier-uniform (xavier), PyTorch's default (torch), pretrained rows of matching classes (source-labels), or logistic regression on features (linear-probe)."""
     source_labels: str = "auto"
@@ -144,6 +147,8 @@ class ModelConfig:
             probability: float | None = getattr(self, key)
             valid = probability is None or 0 <= probability < 1
             _check(f"model.{key}", probability, valid, "0 to below 1, or null")
+        if not self.weights_key.strip():
+            raise UserError("model.weights_key is empty: expected auto, or a key or prefix in the weights file")
         if not self.source_labels.strip():
             raise UserError("model.source_labels is empty: expected auto, or a text file with one name per line")
 
