@@ -68,9 +68,9 @@ class DataConfig:
     """Resize both sides (squash) or the shorter side (shorter) to resize_size in evaluation; null uses the model file's setting, else squash."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """Interpolation of every resize; null uses that of the weights."""
-    mean: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
     """Mean of red, green and blue for normalization, in [0, 1]; null uses that of the weights."""
-    std: tuple[float, float, float] | None = None
+    std: tuple[float, ...] | None = None
     """Standard deviation of red, green and blue for normalization, in [0, 1]; null uses that of the weights."""
     augment: Literal["basic", "none", "trivialaugment", "randaugment", "augmix"] = "basic"
     """Augmentation of training images: random crop and flip (basic), none, or basic followed by a torchvision policy."""
@@ -128,7 +128,7 @@ class ModelConfig:
     weights: str | None = "DEFAULT"
     """Pretrained weights: a torchvision name (DEFAULT, IMAGENET1K_V1), a safetensors or PyTorch file, a run or Hugging Face folder, or null to train from scratch."""
     weights_key: str = "auto"
-    """Key or prefix of the model in the weights file, such as model_ema, teacher or encoder_q; auto finds it, and takes raw weights instead of averaged ones."""
+    """Key or prefix of the model in the weights file, such as model_ema or teacher; auto finds it, and prefers raw weights to averaged ones."""
     allow_partial_weights: bool = False
     """Partial weights: tensors of the backbone that the weights lack or have in another shape stay random, instead of an error."""
     head_init: Literal["xavier", "torch", "source-labels", "linear-probe"] = "xavier"

@@ -164,7 +164,7 @@ def _explain_misfit(
     guess = _guess_architecture(loaded)
     if guess is not None and guess != name:
         lines.append(f"  The file contains a {guess}: set model.name to {guess}, or choose other weights.")
-    else:
+    elif guess is None:
         lines.append("  Is model.name the architecture that the file was saved from?")
     if not none_fits:
         lines.append("  --model.allow_partial_weights true leaves these tensors random.")
