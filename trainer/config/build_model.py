@@ -52,7 +52,8 @@ def make_model(
         image_size=config.data.image_size,
         num_classes=len(classes),
         weights=weights,
-        weights_key=config.model.weights_key,
+        # The key is that of model.weights, not of a pretraining phase.
+        weights_key=config.model.weights_key if weights == config.model.weights else "auto",
         allow_partial_weights=config.model.allow_partial_weights,
         head_init=config.model.head_init,
         class_mapping=_class_mapping(config, classes, weights),

@@ -147,6 +147,8 @@ class ModelConfig:
             probability: float | None = getattr(self, key)
             valid = probability is None or 0 <= probability < 1
             _check(f"model.{key}", probability, valid, "0 to below 1, or null")
+        if self.weights is not None and not self.weights.strip():
+            raise UserError("model.weights is empty: expected a name of torchvision, a file or folder, or null")
         if not self.weights_key.strip():
             raise UserError("model.weights_key is empty: expected auto, or a key or prefix in the weights file")
         if not self.source_labels.strip():

@@ -80,6 +80,8 @@ def select_state(content: Any, expected: Collection[str], *, key: str, path: str
         raise UserError(f"{path}: contains {found} and no tensors by name; expected a model's state dict")
     names = [name for name in expected if not name.endswith("num_batches_tracked")]
     candidates = [candidate for where, tensors in containers for candidate in _candidates(where, tensors, names)]
+    if not candidates:  # another architecture: the caller compares the names
+        candidates = [_Candidate(where, "", tensors, 0) for where, tensors in containers]
     if key != "auto":
         under_key = [candidate for candidate in candidates if f".{key}." in f".{candidate.label}."]
         if not under_key:
@@ -89,16 +91,14 @@ def select_state(content: Any, expected: Collection[str], *, key: str, path: str
                 f"expected {join_truncated(labels) or 'auto'}"
             )
         candidates = under_key
-    if not candidates:  # another architecture, or none: the caller compares the names
-        where, tensors = max(containers, key=lambda container: len(container[1]))
-        candidates = [_Candidate(where, "", tensors, 0)]
     best = max(candidate.count for candidate in candidates)
     complete = [candidate for candidate in candidates if candidate.count >= 0.9 * best]
-    chosen = _choose(complete, path)
+    chosen = _choose(complete, path) if best else max(candidates, key=lambda candidate: len(candidate.tensors))
+    others = [candidate for candidate in complete if best and candidate is not chosen]
     return SelectedState(
         tensors=chosen.select(),
         others=tuple(name for name in chosen.tensors if not name.startswith(chosen.prefix)),
-        notes=tuple(_notes(chosen, [candidate for candidate in complete if candidate is not chosen])),
+        notes=tuple(_notes(chosen, others)),
     )
 
 

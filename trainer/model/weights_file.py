@@ -151,8 +151,8 @@ def _read_torch(path: Path, advice: str, *, mmap: bool) -> Any:
                 "could run any code on this machine. Save only the state dict: "
                 "torch.save(model.state_dict(), ...), or a .safetensors file"
             ) from error
-        is_unpickling = isinstance(error, pickle.UnpicklingError)
-        reason = "it was not written by torch.save" if is_unpickling else _first_sentence(error)
+        foreign = isinstance(error, pickle.UnpicklingError) or str(error).startswith("[enforce fail")
+        reason = "it was not written by torch.save" if foreign else _first_sentence(error)
         raise UserError(f"{path}: not a readable torch file ({reason}); {advice}") from error
 
 

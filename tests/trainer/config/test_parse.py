@@ -84,6 +84,8 @@ def test_hotdog_recipe_has_the_values_of_the_d2l_recipe() -> None:
         ("--train.grad_accum_steps 64", ["train.grad_accum_steps is 64", "train.batch_size is 32"]),
         ("--train.precision fp16 --run.device cpu", ["train.precision", "run.device"]),
         ("--pretrain.root x", ["pretrain.root", "model.weights"]),
+        ("--model.weights=", ["model.weights is empty"]),
+        ("--model.weights_key=", ["model.weights_key is empty"]),
         ("--model.weights null --baseline.lr 0.1", ["baseline.lr"]),
         ("--model.weights null --transfer.l2_sp 0.1", ["transfer.l2_sp is 0.1", "pretrained weights"]),
         ("--model.weights null --transfer.wise_ft true", ["transfer.wise_ft is True", "pretrained weights"]),

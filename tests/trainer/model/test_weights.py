@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save, save_file
@@ -174,6 +175,12 @@ def pickled_weight(tensor: Tensor) -> bytes:
     return pickled({"fc.weight": tensor})
 
 
+def another_zip() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, weight=np.ones(3))
+    return file.getvalue()
+
+
 VALID = pickled_weight(torch.randn(400))
 ENDLESS: dict[str, object] = {}
 ENDLESS["model"] = ENDLESS
@@ -201,6 +208,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
         "a pointer of Git LFS: run git lfs pull",
     ),
     "truncated": (".pth", VALID[: len(VALID) // 2], "not a readable torch file (PytorchStreamReader failed"),
+    "another zip archive": (".npz", another_zip(), "not a readable torch file (it was not written by torch.save)"),
     "plain pickle": (".pth", pickle.dumps([1, 2], protocol=4), "not a readable torch file ("),
     "list": (".pth", pickled([1, 2]), "contains a list and no tensors by name; expected a model's state dict"),
     "no tensors": (".pth", pickled({"epoch": 3}), "contains the keys epoch and no tensors by name"),
