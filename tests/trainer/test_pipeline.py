@@ -83,10 +83,8 @@ def test_options_of_the_fine_tuning_are_checked_before_pretraining(
 
 
 def test_a_failed_run_records_the_error(small: Config, folder: Path) -> None:
-    weights = folder.parent / "w.pth"
-    torch.save({}, weights)
     with pytest.raises(UserError) as caught:
-        run(with_options(small, model={"weights": str(weights)}), StopSignals())
+        run(with_options(small, data={"root": str(folder.parent / "none")}), StopSignals())
     (record,) = read_attempts(folder)
     assert (record.state, record.step) == ("failed", 0)
     assert record.reason

@@ -32,24 +32,27 @@ def fetch(argv: Sequence[str]) -> None:
     config = parse(argv)
     # torch takes seconds to import: a wrong option is reported without it.
     from trainer.config.build_data import RunData, dataset_summary, make_epoch_order  # noqa: PLC0415
+    from trainer.config.build_model import make_model  # noqa: PLC0415
     from trainer.config.preflight import preflight  # noqa: PLC0415
+    from trainer.config.pretrained import check_pretrained_weights  # noqa: PLC0415
     from trainer.config.resolve import pretrain_config, resolve  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415
-    from trainer.model.weights import read_weights  # noqa: PLC0415
     from trainer.report.console import make_console  # noqa: PLC0415
     from trainer.report.progress import progress_hooks  # noqa: PLC0415
 
     console = make_console(enabled=True)
     config = resolve(config)
+    check_pretrained_weights(config)
     phases = [config, pretrain_config(config)] if config.pretrain.root else [config]
     for phase in phases:
         prepared = prepare(phase.data, workers=1, displays=progress_hooks(console), check=False)
         console.print(dataset_summary(prepared))
         if phase is config:
+            index = prepared.index
             preflight(config, RunData(prepared=prepared, order=make_epoch_order(config, prepared.index)))
     if config.model.weights is not None:
-        _, source = read_weights(config.model.name, config.model.weights, on_progress=console.print)
-        console.print(f"weights: {source}")
+        built = make_model(config, index.classes, config.model.weights, on_progress=console.print)
+        console.print(f"weights: {built.source}")
 
 
 def runs(words: Sequence[str]) -> Iterator[list[str]]:

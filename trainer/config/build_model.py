@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -17,7 +16,7 @@ from trainer.errors import UserError
 from trainer.model.built import BuiltModel
 from trainer.model.create import build_model
 from trainer.model.freeze import apply_stage, make_stages
-from trainer.model.metadata import read_metadata
+from trainer.model.metadata import read_weights_metadata
 from trainer.model.patterns import match_names
 from trainer.model.source_classes import ClassMapping
 from trainer.optim.param_groups import ParamGroup, create_optimizer, group_parameters
@@ -53,6 +52,9 @@ def make_model(
         image_size=config.data.image_size,
         num_classes=len(classes),
         weights=weights,
+        # The key is that of model.weights, not of a pretraining phase.
+        weights_key=config.model.weights_key if weights == config.model.weights else "auto",
+        allow_partial_weights=config.model.allow_partial_weights,
         head_init=config.model.head_init,
         class_mapping=_class_mapping(config, classes, weights),
         dropout=config.model.dropout,
@@ -85,8 +87,7 @@ def _class_mapping(config: ResolvedConfig, classes: Sequence[str], weights: str 
     """Return the class names that head_init source-labels matches; None for other kinds of start."""
     if config.model.head_init != "source-labels" or weights is None:
         return None
-    is_model_file = weights.endswith(".safetensors") and Path(weights).is_file()
-    metadata = read_metadata(weights) if is_model_file else None
+    metadata = read_weights_metadata(weights)
     return ClassMapping(
         targets=tuple(classes),
         sources=config.model.source_labels,

@@ -1,6 +1,7 @@
 """Resolve a config: make its paths absolute, and choose the preprocessing of its weights."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,7 +12,8 @@ from trainer.data.augment import Preprocessing
 from trainer.data.registry import cache_folder, is_known
 from trainer.errors import UserError
 from trainer.model.build import preset
-from trainer.model.metadata import read_metadata
+from trainer.model.metadata import read_weights_metadata
+from trainer.model.torchvision_weights import is_torchvision_name
 
 # Values of the options that describe the layout of data.root, for another dataset.
 _ANY_LAYOUT: dict[str, Any] = {"train_dir": None, "val_dir": None, "test_dir": None, "csv_root": None} | {
@@ -65,7 +67,13 @@ def resolve(config: Config) -> ResolvedConfig:
     if data.root is None or not data.root.strip():
         raise UserError("data.root is not set: give the folder of your images, a CSV file or a dataset name")
     weights = config.model.weights
-    if weights is not None and Path(path := _absolute("model.weights", weights)).is_file():
+    if (
+        weights is not None
+        and not is_torchvision_name(weights)
+        and os.path.exists(  # noqa: PTH110 (never raises)
+            path := _absolute("model.weights", weights)
+        )
+    ):
         weights = path
     labels = config.model.source_labels
     if labels != "auto":
@@ -128,15 +136,14 @@ def _folder_option(data: DataConfig, key: str) -> str | None:
 
 def _preprocessing(name: str, weights: str | None) -> Preprocessing:
     default = preset(name, weights)
-    if weights and weights.endswith(".safetensors") and Path(weights).is_file():
-        metadata = read_metadata(weights)
-        if metadata is not None:
-            if metadata.architecture != name:
-                raise UserError(
-                    f"model.weights {weights} contains a {metadata.architecture}, but model.name is {name}: set "
-                    f"model.name to {metadata.architecture}"
-                )
-            return metadata.preprocessing
+    metadata = read_weights_metadata(weights) if weights else None
+    if metadata is not None:
+        if metadata.architecture != name:
+            raise UserError(
+                f"model.weights {weights} contains a {metadata.architecture}, but model.name is {name}: set "
+                f"model.name to {metadata.architecture}"
+            )
+        return metadata.preprocessing
     return Preprocessing(resize="squash", **dataclasses.asdict(default))
 
 

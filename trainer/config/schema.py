@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trainer.data.csv_columns import ROLES as CSV_ROLES
+from trainer.data.normalization import find_wrong_normalization
 from trainer.errors import UserError
 from trainer.optim.schedule import parse_duration, parse_interval
 
@@ -80,9 +81,9 @@ class DataConfig:
     """Resize both sides (squash) or the shorter side (shorter) to resize_size in evaluation; null uses the model file's setting, else squash."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """Interpolation of every resize; null uses that of the weights."""
-    mean: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
     """Mean of red, green and blue for normalization, in [0, 1]; null uses that of the weights."""
-    std: tuple[float, float, float] | None = None
+    std: tuple[float, ...] | None = None
     """Standard deviation of red, green and blue for normalization, in [0, 1]; null uses that of the weights."""
     augment: Literal["basic", "none", "trivialaugment", "randaugment", "augmix"] = "basic"
     """Augmentation of training images: random crop and flip (basic), none, or basic followed by a torchvision policy."""
@@ -122,12 +123,10 @@ class DataConfig:
         for key in ("image_size", "resize_size"):
             size: int | None = getattr(self, key)
             _check(f"data.{key}", size, size is None or 1 <= size <= 8192, "1 to 8192 pixels, or null")
+        if reason := find_wrong_normalization(self.mean, self.std):
+            raise UserError(f"data.{reason}")
         if (self.mean is None) != (self.std is None):
             raise UserError("data.mean and data.std belong together: set both or neither")
-        for key in ("mean", "std"):
-            rgb: tuple[float, ...] = getattr(self, key) or (1.0,)
-            _check(f"data.{key}", rgb, all(map(math.isfinite, rgb)), "three finite numbers")
-        _check("data.std", self.std, self.std is None or min(self.std) > 0, "three numbers above 0")
         _check("data.random_erasing", self.random_erasing, 0 <= self.random_erasing <= 1, "a probability, 0 to 1")
         low, high = self.crop_scale
         _check("data.crop_scale", self.crop_scale, 0 < low <= high <= 1, "0 < smallest <= largest <= 1")
@@ -151,7 +150,11 @@ class ModelConfig:
     name: str = "resnet18"
     """Model name: a classification model of torchvision."""
     weights: str | None = "DEFAULT"
-    """Pretrained weights: a torchvision name (DEFAULT, IMAGENET1K_V1), a .safetensors or .pth file, or null to train from scratch."""
+    """Pretrained weights: a torchvision name (DEFAULT, IMAGENET1K_V1), a safetensors or PyTorch file, a run or Hugging Face folder, or null to train from scratch."""
+    weights_key: str = "auto"
+    """Key or prefix of the model in the weights file, such as model_ema or teacher; auto finds it, and prefers raw weights to averaged ones."""
+    allow_partial_weights: bool = False
+    """Partial weights: tensors of the backbone that the weights lack or have in another shape stay random, instead of an error."""
     head_init: Literal["xavier", "torch", "source-labels", "linear-probe"] = "xavier"
     """Head initialization: Xavier-uniform (xavier), PyTorch's default (torch), pretrained rows of matching classes (source-labels), or logistic regression on features (linear-probe)."""
     source_labels: str = "auto"
@@ -168,6 +171,10 @@ class ModelConfig:
             probability: float | None = getattr(self, key)
             valid = probability is None or 0 <= probability < 1
             _check(f"model.{key}", probability, valid, "0 to below 1, or null")
+        if self.weights is not None and not self.weights.strip():
+            raise UserError("model.weights is empty: expected a name of torchvision, a file or folder, or null")
+        if not self.weights_key.strip():
+            raise UserError("model.weights_key is empty: expected auto, or a key or prefix in the weights file")
         if not self.source_labels.strip():
             raise UserError("model.source_labels is empty: expected auto, or a text file with one name per line")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from trainer.config.parse import dump
+from trainer.config.pretrained import check_pretrained_weights
 from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.schema import Config
 from trainer.distributed.context import DistributedContext, init_distributed
@@ -14,12 +15,12 @@ from trainer.run.folder import check_resumable, saved_precision
 
 
 def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
-    """Resolve the config, join the process group, and print the notes on the device.
+    """Resolve the config, join the process group, print the notes on the device, and check the pretrained weights.
 
     A resumed run keeps the precision that `train.precision auto` chose at its first start.
 
     Raises:
-        UserError: see `resolve` and `init_distributed`.
+        UserError: see `resolve`, `init_distributed` and `check_pretrained_weights`.
 
     """
     resolved = resolve(config)
@@ -33,6 +34,9 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
     console = make_console(enabled=ctx.is_main_process)
     for note in ctx.notes:
         console.print(note)
+    # Before images are decoded. One process of each machine reads its file.
+    is_first = ctx.accelerator.is_local_main_process
+    ctx.main_process_first(lambda: check_pretrained_weights(resolved) if is_first else None, local=True)
     return replace(resolved, train=replace(resolved.train, precision=ctx.precision)), ctx, console
 
 

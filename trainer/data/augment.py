@@ -5,7 +5,6 @@ it runs, so the crop is the same in every process and worker. Transforms take an
 antialiased, as in the D2L recipe. Batches are converted to floats and normalized on the device (`Normalize`).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+
+from trainer.data.normalization import find_wrong_normalization
 
 Transform = Callable[[Image.Image], Image.Image]
 Augmentation = Literal["basic", "none", "trivialaugment", "randaugment", "augmix"]
@@ -54,10 +55,8 @@ class Preprocessing:
         if fields["resize"] not in ("squash", "shorter"):
             raise ValueError(f"resize is {fields['resize']!r}, expected squash or shorter")
         rgb = {key: tuple(float(value) for value in fields[key]) for key in ("mean", "std")}
-        if not all(len(values) == 3 and all(map(math.isfinite, values)) for values in rgb.values()):
-            raise ValueError("mean and std are not three finite numbers each")
-        if min(rgb["std"]) <= 0:
-            raise ValueError("std is not above 0")
+        if wrong := find_wrong_normalization(rgb["mean"], rgb["std"]):
+            raise ValueError(wrong)
         if fields["interpolation"] not in ("bilinear", "bicubic"):
             raise ValueError(f"interpolation is {fields['interpolation']!r}, expected bilinear or bicubic")
         return cls(

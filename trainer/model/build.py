@@ -1,6 +1,6 @@
 """Build torchvision's classification models by name, for an image size that they can take.
 
-Order: `build` -> `head.find_heads` -> `head.replace_head` -> `weights.load_weights`.
+Order: `build` -> `head.find_heads` -> `head.replace_head` -> `load_weights`.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torchvision import models
 from trainer.errors import UserError
 from trainer.model.architectures import check_architecture
 from trainer.model.head import trial_forward
-from trainer.model.weights import find_enum, is_file
+from trainer.model.torchvision_weights import find_enum, is_file
 
 _NUM_CLASSES = 1000  # of the published weights
 _MAX_IMAGE_SIZE = 8192
@@ -86,6 +86,12 @@ def build(name: str, *, image_size: int, num_classes: int = _NUM_CLASSES, empty:
     return _construct(name, image_size, num_classes)
 
 
+def construct_empty(name: str) -> nn.Module:
+    """Return the model of the published weights with its parameters on the meta device."""
+    with _on_meta_device(name):
+        return _construct(name, preset(name, None).image_size, _NUM_CLASSES)
+
+
 @contextmanager
 def _on_meta_device(name: str) -> Iterator[None]:
     """Construct models with parameters on the meta device within a block; the random state is restored at its end."""
@@ -137,9 +143,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _patch_size(name: str) -> int:
-    size = preset(name, None).image_size
-    with _on_meta_device(name):
-        return cast(int, _construct(name, size, _NUM_CLASSES).patch_size)
+    return cast(int, construct_empty(name).patch_size)
 
 
 def _suggest_sizes(name: str, image_size: int) -> str:

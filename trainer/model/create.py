@@ -9,8 +9,9 @@ from trainer.model.build import build
 from trainer.model.built import BuiltModel
 from trainer.model.dropout import set_dropout, set_stochastic_depth
 from trainer.model.head import find_heads, replace_head
+from trainer.model.load_weights import load_weights, match_weights
 from trainer.model.source_classes import ClassMapping, init_head_from_source_classes
-from trainer.model.weights import load_weights, read_weights
+from trainer.model.weights import peek_weights, read_weights
 
 
 def build_model(
@@ -19,6 +20,8 @@ def build_model(
     image_size: int,
     num_classes: int,
     weights: str | None,
+    weights_key: str = "auto",
+    allow_partial_weights: bool = False,
     head_init: Literal["xavier", "torch", "source-labels", "linear-probe"],
     class_mapping: ClassMapping | None = None,
     dropout: float | None = None,
@@ -32,6 +35,8 @@ def build_model(
         image_size: side of the square images in pixels.
         num_classes: outputs of the new output layer.
         weights: a torchvision name, a file, or None for random weights.
+        weights_key: key or prefix of the model in the file.
+        allow_partial_weights: whether tensors of the backbone that the weights lack may stay random.
         head_init: initialization of the output layer. For linear-probe it is Xavier-uniform here; `fit_head` fits it.
         class_mapping: for head_init source-labels.
         dropout: probability; None keeps the model's own.
@@ -51,11 +56,14 @@ def build_model(
         lines.append(f"removed, because it would clip the logits: {', '.join(activations)}")
     source = "from scratch"
     if weights is not None:
-        state, source = read_weights(name, weights, on_progress=on_progress)
-        report = load_weights(model, heads, state, name=name, image_size=image_size, source=source)
-        lines += report.lines()
+        read = read_weights(name, weights, list(model.state_dict()), key=weights_key, on_progress=on_progress)
+        report = load_weights(model, heads, read, name=name, image_size=image_size, allow_partial=allow_partial_weights)
+        source = read.source
+        lines += [*report.lines(), *read.notes]
         if head_init == "source-labels" and class_mapping is not None:
-            lines += init_head_from_source_classes(model, heads[0], state, class_mapping, name=name, weights=weights)
+            lines += init_head_from_source_classes(
+                model, heads[0], read.tensors, class_mapping, name=name, weights=weights
+            )
     if dropout is not None:
         lines.append(set_dropout(model, name, dropout))
     if stochastic_depth is not None:
@@ -64,3 +72,28 @@ def build_model(
     return BuiltModel(
         model, tuple(head.name for head in heads), source, tuple(lines), analyze_blocks(model, image_size)
     )
+
+
+def check_weights(
+    name: str, *, image_size: int, weights: str, weights_key: str = "auto", allow_partial_weights: bool = False
+) -> None:
+    """Raise the UserError that `build_model` would raise for the weights, without reading most of their values.
+
+    Weights that have to be downloaded are not checked.
+
+    Args:
+        name: architecture.
+        image_size: side of the square images in pixels.
+        weights: a torchvision name or a file.
+        weights_key: key or prefix of the model in the file.
+        allow_partial_weights: whether tensors of the backbone that the weights lack may stay random.
+
+    Raises:
+        UserError: the weights are missing, cannot be read, or do not fit.
+
+    """
+    model = build(name, image_size=image_size, empty=True)
+    read = peek_weights(name, weights, list(model.state_dict()), key=weights_key)
+    if read is not None:
+        heads = find_heads(model, image_size)
+        match_weights(model, heads, read, name=name, image_size=image_size, allow_partial=allow_partial_weights)

@@ -5,47 +5,45 @@ the header.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trainer.data.augment import Normalize, Preprocessing, eval_transform, to_array
-from trainer.data.decode import UnreadableImage, decode, upright_rgb
+from regraft.contract import MODEL
 from trainer.errors import UserError
 from trainer.model.build import build
 from trainer.model.head import find_heads, replace_head
+from trainer.model.images import ImageInput, Preprocess
+from trainer.model.load_weights import fits
 from trainer.model.metadata import read_metadata
-from trainer.model.weights import fits
-from trainer.text import escape_unprintable, join_truncated
+from trainer.text import join_truncated
+
+_EXPECTED = "expected a run folder or its model.safetensors"
 
 
-class Preprocess:
-    """Convert an image to the model's input, as the run's evaluation does."""
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of an image."""
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        self.preprocessing = preprocessing
-        self._transform = eval_transform(preprocessing)
-        self._normalize = Normalize(preprocessing, torch.device("cpu"))
+    labels: tuple[str, ...]
+    """Class names, the most probable first."""
+    scores: tuple[float, ...]
+    """Their probabilities."""
 
-    def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Tensor:
-        """Return float32 [3, image_size, image_size] of a PIL image or of an image file.
+    @property
+    def label(self) -> str:
+        """Return the most probable class."""
+        return self.labels[0]
 
-        Raises:
-            UserError: the image cannot be read.
-
-        """
-        try:
-            decoded = upright_rgb(image) if isinstance(image, Image.Image) else decode(image)
-        except UnreadableImage as error:
-            name = "the image" if isinstance(image, Image.Image) else escape_unprintable(os.fspath(image))
-            raise UserError(f"{name}: {error}; expected an image file") from None
-        array = torch.tensor(to_array(self._transform(decoded)))
-        return self._normalize(array.permute(2, 0, 1)[None])[0]
+    @property
+    def score(self) -> float:
+        """Return the probability of the most probable class."""
+        return self.scores[0]
 
 
 class LoadedModel(NamedTuple):
@@ -55,24 +53,67 @@ class LoadedModel(NamedTuple):
     preprocess: Preprocess
     classes: tuple[str, ...]
 
+    @torch.inference_mode()
+    def predict(
+        self, images: ImageInput | Sequence[ImageInput], *, topk: int = 1, batch_size: int = 32
+    ) -> list[Prediction]:
+        """Return a prediction for each image.
+
+        Args:
+            images: a path, bytes, a binary file, a PIL image, a NumPy array of uint8 [height, width, 3], or a list.
+            topk: number of classes in each prediction.
+            batch_size: number of images in a forward pass.
+
+        Raises:
+            UserError: an image cannot be read, or an argument is out of range.
+
+        """
+        for name, value in (("topk", topk), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"{name} is {value}: expected 1 or more")
+        inputs = list(images) if isinstance(images, list | tuple) else [cast(ImageInput, images)]
+        device = next(self.model.parameters()).device
+        predictions: list[Prediction] = []
+        for start in range(0, len(inputs), batch_size):
+            batch = self.preprocess(inputs[start : start + batch_size]).to(device)
+            scores, indices = self.model(batch).softmax(1).topk(min(topk, len(self.classes)))
+            predictions += [
+                Prediction(tuple(self.classes[index] for index in row), tuple(values))
+                for row, values in zip(indices.tolist(), scores.tolist(), strict=True)
+            ]
+        return predictions
+
 
 def load(path: str | os.PathLike[str]) -> LoadedModel:
     """Return the model (eval mode, CPU), its preprocessing and its classes; see `regraft.load`."""
-    if not Path(path).is_file():
-        raise UserError(f"{os.fspath(path)}: there is no such file; expected a run's model.safetensors")
-    metadata = read_metadata(path)
+    file = _find_model_file(path)
+    metadata = read_metadata(file)
     if metadata is None:
-        raise UserError(f"{os.fspath(path)}: holds weights but no regraft header; expected a run's model.safetensors")
+        raise UserError(f"{file}: holds weights but no regraft header; {_EXPECTED}")
     size = metadata.preprocessing.image_size
     try:
         # On the meta device: the file's tensors become the model's after they were checked.
         model = build(metadata.architecture, image_size=size, empty=True)
         replace_head(model, find_heads(model, size), len(metadata.classes), "torch")
-        state = read_state(path, model.state_dict())
+        state = read_state(file, model.state_dict())
     except UserError as error:
-        raise UserError(f"{os.fspath(path)}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
     model.load_state_dict(state, assign=True)
     return LoadedModel(model.eval(), Preprocess(metadata.preprocessing), metadata.classes)
+
+
+def _find_model_file(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"regraft.load was given a {type(path).__name__}: {_EXPECTED}, as str or Path")
+    try:
+        file = Path(path).expanduser()
+        if file.is_dir():
+            file /= MODEL
+    except (OSError, RuntimeError) as error:  # no permission, or a misspelled ~user
+        raise UserError(f"{os.fspath(path)}: cannot be read ({error}); {_EXPECTED}") from None
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such file; {_EXPECTED}")
+    return file
 
 
 def read_state(path: str | os.PathLike[str], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Find a model's output layers by trial forwards, and replace them by layers for other classes.
 
-Order: `build` -> `find_heads` -> `replace_head` -> `weights.load_weights`. Trial forwards run on the meta device: they
+Order: `build` -> `find_heads` -> `replace_head` -> `load_weights`. Trial forwards run on the meta device: they
 take no memory, and leave parameters, buffers, modes and random numbers unchanged.
 """
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from trainer.data.augment import Preprocessing
 from trainer.errors import UserError
 from trainer.model.architectures import architectures
+from trainer.model.torchvision_weights import is_file
+from trainer.model.weights_file import find_weights_file, is_safetensors
 from trainer.run.atomic import write_atomically
 from trainer.text import escape_unprintable
 
@@ -58,6 +60,8 @@ def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata | None:
         UserError: the file is not readable, or its header is damaged or has a later format.
 
     """
+    if not is_safetensors(Path(path)):  # which tells a missing permission, too
+        raise UserError(f"{os.fspath(path)}: not a readable safetensors file; expected a run's model.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(HEADER_KEY)
@@ -73,6 +77,26 @@ def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata | None:
             f"{os.fspath(path)}: its header is damaged ({escape_unprintable(reason)[:200]}); expected a run's "
             "model.safetensors as it was written"
         ) from None
+
+
+def read_weights_metadata(weights: str) -> ModelMetadata | None:
+    """Return the header of the weights that `model.weights` names, or None unless regraft wrote them.
+
+    Weights that are missing or cannot be read have no header here: `read_weights` reports them.
+
+    Raises:
+        UserError: the header is damaged or has a later format.
+
+    """
+    if not is_file(weights):
+        return None
+    try:
+        file = find_weights_file(Path(weights).expanduser())
+        if not is_safetensors(file):
+            return None
+    except UserError:
+        return None
+    return read_metadata(file)
 
 
 def _parse_metadata(fields: Any) -> ModelMetadata:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trainer.errors import UserError
 from trainer.model.class_names import Matches, match_classes, normalize_name
 from trainer.model.head import Head
-from trainer.model.weights import find_enum, is_file
+from trainer.model.torchvision_weights import find_enum, is_file
 from trainer.text import escape_unprintable
 
 

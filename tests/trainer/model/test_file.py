@@ -187,39 +187,6 @@ def test_preprocessing_equals_that_of_the_evaluation(
     torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)
 
 
-IMAGES: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "gray": lambda image: image.convert("L"),
-    "palette": lambda image: image.quantize(16),
-    "alpha": lambda image: Image.merge("RGBA", (*image.split(), image.convert("L"))),
-    "16 bits": lambda image: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257),
-}
-
-
-@pytest.mark.parametrize("kind", IMAGES)
-def test_a_pil_image_gives_the_same_result_as_its_file(model_file: Path, tmp_path: Path, kind: str) -> None:
-    image, path, exif = IMAGES[kind](make_image(6)), tmp_path / "image.png", Image.Exif()
-    exif[0x0112] = 6  # Orientation: rotate by 90 degrees clockwise
-    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
-    preprocess = load(model_file).preprocess
-    before = (image.mode, image.tobytes())
-    assert torch.equal(preprocess(image), preprocess(path))
-    assert (image.mode, image.tobytes()) == before
-    with Image.open(path) as opened:
-        assert torch.equal(preprocess(opened), preprocess(image))
-
-
-def test_an_unreadable_image_is_an_error_with_its_path(model_file: Path, tmp_path: Path) -> None:
-    preprocess = load(model_file).preprocess
-    (tmp_path / "text.jpg").write_text("hello")
-    reasons = {"text.jpg": "a text file, not an image", "none.jpg": "no such file", "": "a folder, not a file"}
-    for name, reason in reasons.items():
-        with pytest.raises(UserError) as error:
-            preprocess(tmp_path / name)
-        assert str(error.value) == f"{tmp_path / name}: {reason}; expected an image file"
-    with pytest.raises(UserError, match="the image: floating-point values"):
-        preprocess(Image.fromarray(np.full((4, 4), 7.0, dtype=np.float32)))
-
-
 # Hostile files --------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +217,11 @@ DAMAGED_FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "escapes": ({"architecture": "../\x1b[31m\n"}, r"architecture '../\x1b[31m\n' is not one of torchvision's"),
     "preprocessing is text": ({"preprocessing": "usual"}, "string indices must be integers"),
     "huge image size": (preprocessing(image_size=10**9), "image_size is 1000000000, expected 1 to 8192"),
+    "mean of 0 to 255": (preprocessing(mean=[124, 116, 104]), "mean is [124, 116, 104]: expected three numbers from 0"),
+    "negative mean": (preprocessing(mean=[-0.1, 0.5, 0.5]), "mean is [-0.1, 0.5, 0.5]: expected three numbers from 0"),
+    "std of zero": (preprocessing(std=[0.2, 0, 0.2]), "std is [0.2, 0, 0.2]: expected three numbers from 0.001 to 1"),
+    "std of NaN": (preprocessing(std=[float("nan")] * 3), "std is [nan, nan, nan]: expected"),
+    "two means": (preprocessing(mean=[0.5, 0.5]), "mean is [0.5, 0.5]: expected three numbers"),
     "mean is text": (preprocessing(mean=["a", "b", "c"]), "could not convert string to float"),
     "mean is a huge integer": (preprocessing(mean=[10**400] * 3), "int too large to convert to float"),
     "unknown interpolation": (preprocessing(interpolation="magic"), "'magic'"),
@@ -360,7 +332,39 @@ def test_files_in_other_formats_are_not_readable(model_file: Path, tmp_path: Pat
         for read in (read_metadata, load):
             with pytest.raises(UserError, match=r"broken.safetensors: not a readable safetensors file"):
                 read(path)
-    for missing in (tmp_path / "none.safetensors", tmp_path, str(tmp_path / "none")):
-        with pytest.raises(UserError) as error:
+
+
+def test_a_run_folder_is_loaded_and_a_wrong_path_is_an_error(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(model_file.parent.parent))
+    folder = model_file.parent
+    for path in (folder, str(folder), f"~/{folder.name}", f"~/{folder.name}/model.safetensors"):
+        assert regraft.load(path).classes == CLASSES
+    expected = "expected a run folder or its model.safetensors"
+    for missing, file in ((tmp_path / "none", "none"), (tmp_path, "model.safetensors"), ("~/none", "none")):
+        with pytest.raises(UserError, match=f"/{file}: there is no such file; {expected}"):
             regraft.load(missing)
-        assert str(error.value) == f"{missing}: there is no such file; expected a run's model.safetensors"
+    for other, kind in ((3, "int"), (b"x", "bytes"), (None, "NoneType"), ([model_file], "list")):
+        with pytest.raises(UserError, match=f"^regraft.load was given a {kind}: {expected}, as str or Path$"):
+            regraft.load(other)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"~nobody-here/x: cannot be read .*; {expected}"):
+        regraft.load("~nobody-here/x")
+
+
+def test_predictions_are_the_softmax_of_the_model(model_file: Path) -> None:
+    loaded = regraft.load(model_file)
+    images = [make_image(seed) for seed in range(5)]
+    predictions = loaded.predict(images, topk=3, batch_size=2)
+    with torch.no_grad():
+        scores, indices = loaded.model(loaded.preprocess(images)).softmax(1).topk(3)
+    assert [p.labels for p in predictions] == [tuple(CLASSES[i] for i in row) for row in indices.tolist()]
+    torch.testing.assert_close(torch.tensor([p.scores for p in predictions]), scores)
+    (single,) = loaded.predict(images[0])
+    assert (single.label, single.labels) == (predictions[0].label, predictions[0].labels[:1])
+    assert single.score == pytest.approx(predictions[0].score)
+    assert len(loaded.predict(images[0], topk=99)[0].labels) == len(CLASSES)
+    assert loaded.predict([]) == []
+    for options in ({"topk": 0}, {"batch_size": -1}):
+        with pytest.raises(UserError, match="expected 1 or more"):
+            loaded.predict(images, **options)

@@ -1,0 +1,86 @@
+"""Convert images of any common form to a model's input, as the evaluation of a run does."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, TypeAlias, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainer.data.augment import Normalize, Preprocessing, eval_transform, to_array
+from trainer.data.decode import UnreadableImage, decode, upright_rgb
+from trainer.errors import UserError
+from trainer.text import escape_unprintable
+
+ImageInput: TypeAlias = str | os.PathLike[str] | bytes | bytearray | BinaryIO | np.ndarray | Image.Image
+"""An image: a path, the content of a file, an open file, an array or a PIL image."""
+_EXPECTED = (
+    "expected a path, bytes, a file opened with mode 'rb', a PIL image, a NumPy array of uint8 [height, width] or "
+    "[height, width, 3 or 4], or a list of these"
+)
+
+
+class Preprocess:
+    """Convert images to the model's input, as the run's evaluation does."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+        self._transform = eval_transform(preprocessing)
+        self._normalize = Normalize(preprocessing, torch.device("cpu"))
+
+    def __call__(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
+        """Return float32 [3, image_size, image_size] of an image, or [N, 3, image_size, image_size] of a list.
+
+        Raises:
+            UserError: an image cannot be read, or is of another type.
+
+        """
+        if not isinstance(images, list | tuple):
+            return self._convert(cast(ImageInput, images), "the image")
+        size = self.preprocessing.image_size
+        converted = [self._convert(image, f"images[{number}]") for number, image in enumerate(images)]
+        return torch.stack(converted) if converted else torch.empty(0, 3, size, size)
+
+    def _convert(self, image: ImageInput, name: str) -> Tensor:
+        if isinstance(image, str | os.PathLike):
+            name = escape_unprintable(os.fspath(image))
+        try:
+            decoded = _read_image(image, name)
+        except UnreadableImage as error:
+            raise UserError(f"{name}: {error}; expected an image file") from None
+        array = torch.tensor(to_array(self._transform(decoded)))
+        return self._normalize(array.permute(2, 0, 1)[None])[0]
+
+
+def _read_image(image: ImageInput, name: str) -> Image.Image:
+    """Return the image in mode RGB, upright."""
+    if isinstance(image, Image.Image):
+        return upright_rgb(image)
+    if isinstance(image, str | os.PathLike):
+        return decode(Path(image).expanduser())
+    if isinstance(image, bytes | bytearray):
+        return _decode_content(image)
+    if isinstance(image, np.ndarray):
+        return upright_rgb(_from_array(image, name))
+    content = image.read() if hasattr(image, "read") else None
+    if not isinstance(content, bytes):
+        raise UserError(f"{name} is of type {type(image).__name__}: {_EXPECTED}")
+    return _decode_content(content)
+
+
+def _decode_content(content: bytes | bytearray) -> Image.Image:
+    with tempfile.NamedTemporaryFile(prefix="regraft-") as file:  # `decode` opens a file by its path
+        file.write(content)
+        file.flush()
+        return decode(file.name)
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in {3, 4})
+    if array.dtype != np.uint8 or not is_image or not array.size:
+        raise UserError(f"{name} is an array of {array.dtype} {list(array.shape)}: {_EXPECTED}")
+    return Image.fromarray(np.ascontiguousarray(array))
