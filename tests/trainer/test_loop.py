@@ -242,3 +242,15 @@ def test_an_error_of_the_checkpoints_ends_the_run_between_two_updates(ctx: Distr
     with pytest.raises(UserError, match="the disk is full"):
         run_fit(state, make_train_step(ctx), checkpoints=Failing(state), logger=log)
     assert log.progress[-1] == (2, 1)
+
+
+def test_curves_are_drawn_after_the_epoch_is_saved(ctx: DistributedContext) -> None:
+    state, log = make_state(make_net(), ctx), RecordingLogger()
+
+    class Checking(RecordingCheckpoints):
+        def end_epoch(self, evaluations: Evaluations) -> str | None:
+            assert len(log.drawn_epochs) == len(log.epochs) - 1
+            return super().end_epoch(evaluations)
+
+    run_fit(state, make_train_step(ctx), checkpoints=Checking(state), logger=log)
+    assert log.drawn_epochs == list(range(1, len(log.epochs) + 1))
