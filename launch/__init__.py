@@ -1,1 +1,1 @@
-"""Start, watch and restart training; this package imports neither torch nor the trainer."""
+"""The launcher of regraft: starts, watches and restarts training. It imports neither torch nor the trainer."""

@@ -1,19 +1,38 @@
 """The command line of `regraft`: its own verbs, and those that are programs of the trainer."""
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Before all other imports: see regraft/search_path.py.
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[1])]
+    from regraft.search_path import protect_imports
+
+    protect_imports()
+
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from launch import machine
 from launch.errors import LaunchError
 from launch.options import nonnegative_int, process_count, split_options
 from launch.trainer_options import new_logs, run_folder, trainer_folder
-from regraft.contract import DEFAULT_RUN_DIR, DONE, FAILED, INTERRUPTED, USER_ERROR, available_cores
+from regraft.contract import (
+    COMMAND,
+    DEFAULT_RUN_DIR,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    USER_ERROR,
+    available_cores,
+    own_version,
+)
+from regraft.files import CONFIGS
 
 _HELP = """\
-usage: regraft VERB [options] [--config FILE] [--section.key VALUE ...]
+usage: regraft VERB [options] [FOLDER] [--config FILE] [--section.key VALUE ...]
+       regraft --version
 
 Fine-tune image classifiers on one machine or on a Slurm cluster.
 
@@ -35,9 +54,10 @@ experiments:
   compare     train several strategies with several seeds, and compare them
 
 shell:
-  completion  print a script that completes verbs and options in bash or zsh
+  completion  print a script that completes verbs, options and values in bash or zsh
 
-`regraft VERB --help` lists the options of a verb. All other options go to the trainer: see `regraft train --help`.
+`regraft VERB --help` lists the options of a verb. All other options go to the trainer: see `regraft train --help`, or
+`regraft train --help SECTION` for those of one section. FOLDER is short for --data.root FOLDER.
 """
 
 
@@ -48,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb in ("-h", "--help"):
             print(_HELP, end="")
+            return 0
+        if verb in ("-V", "--version"):
+            print(f"regraft {own_version()}")
             return 0
         if verb not in VERBS:
             *others, last = VERBS
@@ -65,10 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> int:
     own, options = split_options(argv, ("--nproc", "--max-restarts"))
-    if any(word in ("-h", "--help", "--print_config") or word.startswith("--print_config=") for word in options):
-        if "-h" in options or "--help" in options:
+    printing = ("-h", "--help", "--version", "--print_config")
+    if any(word in printing or word.startswith("--print_config=") for word in options):
+        if options[-1] in ("-h", "--help"):  # otherwise of one section of the trainer's options
             print(_train_parser().format_help())
-        return _exec_trainer("main.py", options)
+        return _exec_trainer("train", "main.py", options)
     arguments = _train_parser().parse_args(own)
     # Imported here, so that --help and --print_config do not load it.
     from launch.local.run import run  # noqa: PLC0415
@@ -92,7 +116,7 @@ def _train(argv: list[str]) -> int:
 def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regraft train",
-        usage="regraft train [--nproc N] [--max-restarts K] [--config FILE] [--section.key VALUE ...]",
+        usage="regraft train [--nproc N] [--max-restarts K] [FOLDER] [--config FILE] [--section.key VALUE ...]",
         allow_abbrev=False,
         description="Train on this machine through torchrun. All other options go to the trainer; they follow below.",
     )
@@ -113,8 +137,9 @@ def _train_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _exec_trainer(file: str, options: Sequence[str]) -> int:
+def _exec_trainer(verb: str, file: str, options: Sequence[str]) -> int:
     """Replace this process by a program of the trainer, which then has the terminal for its debugger and Ctrl-C."""
+    os.environ[COMMAND] = f"regraft {verb}"
     program = str(trainer_folder() / file)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, program, *options])
@@ -161,12 +186,16 @@ def _status_parser() -> argparse.ArgumentParser:
 def _completion(argv: list[str]) -> int:
     from launch import completion  # noqa: PLC0415
     from launch.doctor.main import make_parser as doctor_parser  # noqa: PLC0415
+    from launch.slurm.settings import RUNTIMES  # noqa: PLC0415
     from launch.slurm.submit import make_parser as submit_parser  # noqa: PLC0415
 
     if len(argv) != 1 or argv[0] in ("-h", "--help"):
         print(completion.__doc__)
         return DONE if argv else USER_ERROR
-    trainer = completion.trainer_options()
+    if argv[0] == completion.MODELS:
+        print(*completion.models())
+        return DONE
+    trainer, values = completion.trainer_options()
     parsers = {"train": _train_parser(), "doctor": doctor_parser()}
     parsers |= {verb: submit_parser(verb) for verb in ("submit", "render")}
     options = {verb: [*completion.parser_options(parser), *trainer] for verb, parser in parsers.items()}
@@ -174,7 +203,9 @@ def _completion(argv: list[str]) -> int:
     options |= {"lr-find": ["--from", "--to", "--steps", *trainer]}
     options |= {"compare": ["--strategies", "--seeds", *trainer]}
     options |= {"status": completion.parser_options(_status_parser()), "completion": []}
-    print(completion.render_script(argv[0], options), end="")
+    strategies = sorted(path.stem for path in (CONFIGS / "strategies").glob("*.yaml"))
+    values |= {"--transfer.strategy": strategies, "--strategies": strategies, "--container-runtime": list(RUNTIMES)}
+    print(completion.render_script(argv[0], options, values), end="")
     return DONE
 
 
@@ -186,14 +217,14 @@ def _doctor(argv: list[str]) -> int:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
-    "debug": lambda argv: _exec_trainer("main.py", [*argv, "--debug"]),
+    "debug": lambda argv: _exec_trainer("debug", "main.py", [*argv, "--debug"]),
     "submit": _submit,
     "render": _render,
     "status": _status,
     "doctor": _doctor,
-    "preview": lambda argv: _exec_trainer("commands/preview.py", argv),
-    "lr-find": lambda argv: _exec_trainer("commands/lr_find.py", argv),
-    "compare": lambda argv: _exec_trainer("commands/compare.py", argv),
+    "preview": lambda argv: _exec_trainer("preview", "commands/preview.py", argv),
+    "lr-find": lambda argv: _exec_trainer("lr-find", "commands/lr_find.py", argv),
+    "compare": lambda argv: _exec_trainer("compare", "commands/compare.py", argv),
     "completion": _completion,
 }
 

@@ -1,4 +1,4 @@
-"""`regraft completion bash|zsh`: print a script that completes verbs, options and file names.
+"""`regraft completion bash|zsh`: print a script that completes verbs, options, their values and file names.
 
 For bash, add this line to ~/.bashrc; for zsh, replace bash by zsh and add it to ~/.zshrc, after compinit:
 
@@ -14,22 +14,43 @@ from collections.abc import Mapping, Sequence
 from launch.errors import LaunchError
 
 SHELLS = ("bash", "zsh")
+MODELS = "models"
+"""`regraft completion models` lists the models: the script asks for them when they are needed, which takes seconds."""
 _SCRIPT = """\
 _regraft() {{
-    local word=${{COMP_WORDS[COMP_CWORD]}} options
+    local word=${{COMP_WORDS[COMP_CWORD]}} option='' options='' values=''
     if [ "$COMP_CWORD" -eq 1 ]; then
         COMPREPLY=($(compgen -W {verbs} -- "$word"))
         return
     fi
+    # `--option value`, or `--option=value`, of which bash makes three words.
+    option=${{COMP_WORDS[COMP_CWORD-1]}}
+    if [ "$word" = = ]; then
+        word=''
+    elif [ "$option" = = ] && [ "$COMP_CWORD" -gt 2 ]; then
+        option=${{COMP_WORDS[COMP_CWORD-2]}}
+    fi
     case ${{COMP_WORDS[1]}} in
-{cases}
+{options}
     *) options='' ;;
+    esac
+    case $option in
+    --model.name)
+        : "${{_REGRAFT_MODELS:=$({program} completion models 2>/dev/null)}}"
+        values=$_REGRAFT_MODELS
+        ;;
+{values}
+    *) values='' ;;
     esac
     case $word in
     -*) COMPREPLY=($(compgen -W "$options" -- "$word")) ;;
     *)
-        local IFS=$'\\n'
-        COMPREPLY=($(compgen -f -- "$word"))
+        if [ -n "$values" ]; then
+            COMPREPLY=($(compgen -W "$values" -- "$word"))
+        else
+            local IFS=$'\\n'
+            COMPREPLY=($(compgen -f -- "$word"))
+        fi
         ;;
     esac
 }}
@@ -37,12 +58,13 @@ complete -o filenames -F _regraft regraft
 """
 
 
-def render_script(shell: str, options: Mapping[str, Sequence[str]]) -> str:
+def render_script(shell: str, options: Mapping[str, Sequence[str]], values: Mapping[str, Sequence[str]]) -> str:
     """Return the completion script of a shell.
 
     Args:
         shell: one of SHELLS.
         options: verb -> its options, with their dashes.
+        values: option -> its values, of the options that have few of them.
 
     Raises:
         LaunchError: the shell is not supported.
@@ -50,9 +72,17 @@ def render_script(shell: str, options: Mapping[str, Sequence[str]]) -> str:
     """
     if shell not in SHELLS:
         raise LaunchError(f"completion for {shell!r}: expected {' or '.join(SHELLS)}")
-    cases = "\n".join(f"    {verb}) options={shlex.quote(' '.join(own))} ;;" for verb, own in options.items())
-    script = _SCRIPT.format(verbs=shlex.quote(" ".join(options)), cases=cases)
+    script = _SCRIPT.format(
+        verbs=shlex.quote(" ".join(options)),
+        options=_cases(options, "options"),
+        values=_cases(values, "values"),
+        program=shlex.join([sys.executable, "-m", "regraft"]),
+    )
     return script if shell == "bash" else f"autoload -U +X bashcompinit && bashcompinit\n{script}"
+
+
+def _cases(words: Mapping[str, Sequence[str]], variable: str) -> str:
+    return "\n".join(f"    {key}) {variable}={shlex.quote(' '.join(own))} ;;" for key, own in words.items())
 
 
 def parser_options(parser: argparse.ArgumentParser) -> list[str]:
@@ -60,8 +90,19 @@ def parser_options(parser: argparse.ArgumentParser) -> list[str]:
     return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
 
 
-def trainer_options() -> list[str]:
-    """Return the trainer's options, listed by a separate process: the launcher never imports the trainer."""
-    program = "from trainer.config.parse import keys; print(*keys())"
-    keys = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    return ["--config", "--print_config", "--help", *(f"--{key}" for key in keys.split())]
+def trainer_options() -> tuple[list[str], dict[str, list[str]]]:
+    """Return the trainer's options, and option -> values of those that have few values."""
+    lines = _ask_trainer("from trainer.config.help import completions; print(*completions(), sep='\\n')").split("\n")
+    values = {f"--{option}": words for option, *words in map(str.split, filter(None, lines))}
+    general = ["--config", "--print_config", "--help", "--version"]
+    return [*general, *values], {option: words for option, words in values.items() if words}
+
+
+def models() -> list[str]:
+    """Return the names of the models, which needs torchvision."""
+    return _ask_trainer("from torchvision import models; print(*models.list_models(models))").split()
+
+
+def _ask_trainer(program: str) -> str:
+    """Return the output of a Python program: the launcher never imports the trainer."""
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

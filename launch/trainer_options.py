@@ -7,7 +7,9 @@ from pathlib import Path
 import yaml
 
 from launch.errors import LaunchError
+from regraft.command_line import is_dataset, join_values
 from regraft.contract import DEFAULT_RUN_DIR, LOGS, latest_attempt_number
+from regraft.files import CONFIGS, find_config, read_config_text
 
 
 def trainer_folder() -> Path:
@@ -32,8 +34,8 @@ def new_logs(run: Path) -> Path:
 def run_folder(options: Sequence[str]) -> Path:
     """Return the run folder that the trainer will use for these options of its command line."""
     value = option_value(options, "run", "dir")
-    if not any(word.partition("=")[0] in ("--config", "--data.root") for word in options):
-        value = value or _value(trainer_folder().parent / "configs" / "quickstart.yaml", "run", "dir")
+    if not any(is_dataset(word) or word.startswith(("--config=", "--data.root=")) for word in join_values(options)):
+        value = value or _value(CONFIGS / "quickstart.yaml", "run", "dir")
     return absolute_path("run.dir", value or DEFAULT_RUN_DIR)
 
 
@@ -52,20 +54,21 @@ def option_value(options: Sequence[str], section: str, key: str) -> str | None:
     a file that cannot be read.
     """
     result = None
-    for i, word in enumerate(options):
-        name, equals, value = word.partition("=")
-        following = value if equals else (options[i + 1] if i + 1 < len(options) else "")
+    for word in join_values(options):
+        name, _, value = word.partition("=")
         if name == f"--{section}.{key}":
-            result = following
+            result = value
         elif name == "--config":
-            result = _value(Path(following), section, key) or result
+            result = _value(find_config(value), section, key) or result
+        elif is_dataset(word) and (section, key) == ("data", "root"):
+            result = word
     return result
 
 
 def _value(config: Path, section: str, key: str) -> str | None:
     """Return the value of an option in a config file, or None."""
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_config_text(config))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
     options = values.get(section) if isinstance(values, dict) else None

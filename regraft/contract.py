@@ -46,6 +46,8 @@ STOP_FILE = "the file STOP"
 """Reason of a stop that a person asked for by the file STOP."""
 HANG_WAITING = "waiting for the other ranks"
 """Part of the message of a hang on a rank that only waited for others."""
+COMMAND = "REGRAFT_COMMAND"
+"""Environment variable: the command that was called, such as `regraft debug`, for the usage line of the trainer."""
 LOG_FOLDER = "REGRAFT_LOGS"
 """Environment variable: the folder that the launcher writes this start's logs to."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -211,3 +213,13 @@ def signal_on_parent_death(number: int) -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
+
+
+def own_version() -> str:
+    """Return regraft's version, or `uninstalled` for a checkout that is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 (the launcher rarely needs it)
+
+    try:
+        return version("regraft")
+    except PackageNotFoundError:
+        return "uninstalled"

@@ -53,6 +53,9 @@ def test_each_launch_has_a_log_folder_of_its_own(tmp_path: Path) -> None:
         "--config=F --run.dir=here",
         "--run.dir=here --config=F",  # from left to right: the file's wins
         "--config=F --data.root=x",
+        "FOLDER",
+        "--debug FOLDER --run.dir=here",
+        "--config configs/hotdog.yaml",
         "--run.dir=~/x --data.root=x",
     ],
 )

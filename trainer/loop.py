@@ -36,6 +36,9 @@ class TrainLogger(Protocol):
     def log_step(self, progress: Progress) -> None:
         """Report the metrics within an epoch."""
 
+    def draw_curves(self) -> None:
+        """Draw the metrics so far."""
+
     def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
         """Report the metrics and evaluations of an epoch, before its checkpoint is saved."""
 
@@ -182,6 +185,7 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
         state.epoch, state.metrics = state.epoch + 1, None
         logger.log_epoch(epoch_progress, evaluations)
         stop = checkpoints.end_epoch(evaluations)
+        logger.draw_curves()  # after the save: nothing that only shows may prevent it
         if checkpoints.stopped_early:
             return
         if stop and state.epoch < schedule.epochs:

@@ -15,15 +15,19 @@ run                        pipeline.py: pretraining, fine-tuning, baseline
     report                     report/
 """
 
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
-if not __package__:
-    # Run by path, Python puts this file's folder first on the search path: its modules must not shadow others.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    # Before all other imports: see regraft/search_path.py.
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[1])]
+    from regraft.search_path import protect_imports
+
+    protect_imports()
+
+import signal
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from trainer.cli import exit_after, run_cli, without_gc
 from trainer.config.parse import parse

@@ -103,6 +103,8 @@ def render(spec: JobSpec) -> str:
         f'export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${{TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{shutdown_seconds}}}"',
         *(f"export {name}={shlex.quote(value)}" for name, value in _variables(spec.site)),
         "",
+        "# Modules in the working folder must not shadow others; a checkout of regraft is found there.",
+        "[ -f launch/slurm/job.py ] || export PYTHONSAFEPATH=1",
         " \\\n    ".join(
             ["exec python3 -m launch.slurm.job", *_quote_arguments([*spec.settings.to_argv(), *spec.options]), '"$@"']
         ),

@@ -65,7 +65,7 @@ def test_a_run_leaves_the_documented_files(options: Options, tmp_path: Path, tra
     ("changes", "words"),
     [
         ({"data__root": "nowhere"}, ["data.root", "nowhere", "hotdog"]),
-        ({"optim__lrr": 1}, ["optim.lrr", "Did you mean optim.lr"]),
+        ({"optim__lrr": 1}, ["optim.lrr", "Did you mean --optim.lr"]),
         ({"model__name": "resnet81"}, ["resnet81", "resnet18"]),
         ({"model__weights": "IMAGENET"}, ["IMAGENET", "IMAGENET1K_V1"]),
         ({"model__weights": "w.pth"}, ["w.pth"]),

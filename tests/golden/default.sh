@@ -22,5 +22,7 @@ fi
 # Seconds that torchrun gives the trainer to save.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 
+# Modules in the working folder must not shadow others; a checkout of regraft is found there.
+[ -f launch/slurm/job.py ] || export PYTHONSAFEPATH=1
 exec python3 -m launch.slurm.job \
     "$@"

@@ -29,6 +29,8 @@ export GLOO_SOCKET_IFNAME=ib0
 export NCCL_DEBUG=WARN
 export NOTE='it'"'"'s $HOME'
 
+# Modules in the working folder must not shadow others; a checkout of regraft is found there.
+[ -f launch/slurm/job.py ] || export PYTHONSAFEPATH=1
 exec python3 -m launch.slurm.job \
     '--stage=$TMPDIR' \
     "$@"

@@ -45,6 +45,11 @@ def test_wrong_numbers_are_refused_before_anything_is_started(
     assert not list(tmp_path.iterdir())
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"regraft \S+\n", capsys.readouterr().out)
+
+
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == cli.main([]) == 0
     listed = re.findall(r"^  (\S+)  +\S", capsys.readouterr().out, flags=re.M)
@@ -89,7 +94,8 @@ def test_verbs_of_the_trainer_replace_the_process(monkeypatch: pytest.MonkeyPatc
 def complete(argv: list[str], folder: Path) -> list[str]:
     """Return the completions that bash offers for the last argument."""
     options = {"train": ["--nproc", "--optim.lr", "--optim.name"], "status": ["--watch"]}
-    program = completion.render_script("bash", options)
+    program = completion.render_script("bash", options, {"--optim.name": ["sgd", "adamw"]})
+    program += "_REGRAFT_MODELS='resnet18 resnet50 alexnet'"  # otherwise asked for once
     program += """
 COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
 _regraft regraft "${@: -1}"
@@ -107,6 +113,12 @@ def test_bash_completes_verbs_options_and_files(tmp_path: Path) -> None:
         ([""], ["status", "train"]),
         (["train", "--optim"], ["--optim.lr", "--optim.name"]),
         (["train", "--nproc", "2", "--n"], ["--nproc"]),
+        (["status", "--"], ["--watch"]),
+        (["train", "--optim.name", "a"], ["adamw"]),
+        (["train", "--optim.name", "=", "s"], ["sgd"]),
+        (["train", "--optim.name", "="], ["adamw", "sgd"]),
+        (["train", "--model.name", "resnet"], ["resnet18", "resnet50"]),
+        (["train", "--config", "a"], ["a file"]),
         (["status", "a f"], ["a file"]),
         (["fly", "--"], [""]),
     ):
@@ -121,5 +133,8 @@ def test_completion_script_has_every_verb_and_the_trainers_options(capsys: pytes
         assert f"    {verb}) options=" in script
     for option in ("--max-restarts", "--gpus-per-node", "--json", "--watch", "--transfer.batch_norm"):
         assert option in script
+    assert "    --optim.schedule) values='constant cosine one-cycle' ;;" in script
+    assert "    --transfer.strategy) values='d2l from-scratch" in script
+    assert "resnet18" in completion.models()
     assert cli.main(["completion", "zsh"]) == 0
     assert capsys.readouterr().out == f"autoload -U +X bashcompinit && bashcompinit\n{script}"

@@ -102,7 +102,7 @@ def test_submit_checks_the_options_and_finds_the_data(login: Path, capfd: pytest
     image_folder(login / "data", {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}}, seed=1)
     options = ["--data.root=data", "--model.weights=null", "--data.image_size=32", "--run.dir=r"]
     assert cli.main(["submit", *options, "--optim.lrr=1"]) == 2
-    assert "Did you mean optim.lr?" in capfd.readouterr().err
+    assert "Did you mean --optim.lr 1?" in capfd.readouterr().err
     assert not (login / "argv").exists()
     assert not (login / "r").exists()
     assert cli.main(["submit", *options]) == 0

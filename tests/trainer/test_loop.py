@@ -210,3 +210,15 @@ def test_a_finished_run_does_not_raise(stop: int, stop_early: int | None, ctx: D
     state = make_state(make_net(), ctx)
     checkpoints = RecordingCheckpoints(state, stop_after_epoch=stop, stop_early_after_epoch=stop_early)
     assert len(run_fit(state, make_train_step(ctx), checkpoints=checkpoints).epochs) == stop
+
+
+def test_curves_are_drawn_after_the_epoch_is_saved(ctx: DistributedContext) -> None:
+    state, log = make_state(make_net(), ctx), RecordingLogger()
+
+    class Checking(RecordingCheckpoints):
+        def end_epoch(self, evaluations: Evaluations) -> str | None:
+            assert len(log.drawn_epochs) == len(log.epochs) - 1
+            return super().end_epoch(evaluations)
+
+    run_fit(state, make_train_step(ctx), checkpoints=Checking(state), logger=log)
+    assert log.drawn_epochs == list(range(1, len(log.epochs) + 1))

@@ -119,12 +119,16 @@ class RecordingLogger:
         self.steps: list[Progress] = []
         self.epochs: list[Progress] = []
         self.evaluations: list[Evaluations] = []
+        self.drawn_epochs: list[int] = []
 
     def log_progress(self, epoch: int, epoch_step: int) -> None:
         self.progress.append((epoch, epoch_step))
 
     def log_step(self, progress: Progress) -> None:
         self.steps.append(progress)
+
+    def draw_curves(self) -> None:
+        self.drawn_epochs.append(len(self.epochs))
 
     def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
         self.epochs.append(progress)

@@ -4,16 +4,20 @@ Each strategy runs with each seed on the same data and budget, in RUN/STRATEGY/s
 The results are a table, and compare.md, compare.json and compare.png in RUN.
 """
 
-import argparse
-import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-if not __package__:
-    # Run by path: see main.py.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == "__main__":
+    # Before all other imports: see regraft/search_path.py.
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[2])]
+    from regraft.search_path import protect_imports
+
+    protect_imports()
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -21,6 +25,7 @@ from regraft.contract import create_output_folder
 from trainer.cli import exit_after, run_cli
 from trainer.commands.variants import PRETRAINED, folder_name, plan, variants
 from trainer.config.build_data import dataset_summary, load_run_data
+from trainer.config.parse import split_command
 from trainer.config.preflight import preflight
 from trainer.config.resolve import ResolvedConfig, pretrain_config, resolve, with_pretrained
 from trainer.config.schema import Config
@@ -28,8 +33,7 @@ from trainer.config.start import check_run_folder, start
 from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
 from trainer.pipeline import run
-from trainer.report.comparison import Summary, Trial, notes, summarize, table, trial_of, write_comparison
-from trainer.report.metrics import read_rows
+from trainer.report.comparison import Summary, Trial, notes, read_trial, summarize, table, write_comparison
 from trainer.run.versions import describe_versions
 from trainer.transfer.wise_ft import read_test_accuracy
 
@@ -47,7 +51,7 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
         Stopped: a run was asked to stop, and its state is saved.
 
     """
-    own, rest = _parser().parse_known_args(argv)
+    own, rest = split_command(_parser(), argv)
     if not 1 <= own.seeds <= _MAX_SEEDS:
         raise UserError(f"--seeds {own.seeds}: expected 1 to {_MAX_SEEDS}")
     plain, configs, messages = plan(rest, variants(own.strategies))
@@ -90,7 +94,7 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
     title = f"{base.model.name}, {base.train.epochs} epochs in batches of {base.train.batch_size}, {seeds_text}"
     facts = [*dataset_summary(data.prepared).split("\n"), title, *ctx.notes, describe_versions()]
     command = shlex.join(["regraft", NAME, *argv])
-    write_comparison(folder / NAME, summaries, command=command, facts=facts, title=title)
+    write_comparison(folder / NAME, summaries, command=command, facts=facts, title=title, warn=console.print)
     console.rule("comparison", align="left")
     console.print(table(summaries))
     console.print("\n".join(notes(summaries)))
@@ -180,7 +184,7 @@ def _run_trial(config: ResolvedConfig, signals: StopSignals, *, is_main_process:
     result = run(config, signals)
     if not is_main_process:
         return None
-    trial = trial_of(read_rows(result.folder), seed=config.run.seed, selection=result.val_split)
+    trial = read_trial(result.folder, seed=config.run.seed, selection=result.val_split)
     # The rows are of the fine-tuned weights, the model file is of those that WiSE-FT selected.
     if result.alpha < 1:
         trial = replace(trial, accuracy=read_test_accuracy(result.folder))

@@ -6,13 +6,17 @@ sweep, since torch takes seconds to import.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 
-if not __package__:
-    # Run by path: see main.py.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == "__main__":
+    # Before all other imports: see regraft/search_path.py.
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[2])]
+    from regraft.search_path import protect_imports
+
+    protect_imports()
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from trainer.config.parse import parse
 from trainer.errors import UserError

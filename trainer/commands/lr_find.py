@@ -4,29 +4,35 @@ A learning-rate range test (Smith 2017) trains with the model, parameter groups 
 learning rate at each update. It writes lr-find.png and lr-find.json into the run folder, and does not start a run.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Before all other imports: see regraft/search_path.py.
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[2])]
+    from regraft.search_path import protect_imports
+
+    protect_imports()
+
 import argparse
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
-
-if not __package__:
-    # Run by path: see main.py.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from regraft.contract import MODEL, PRETRAIN, create_output_folder
 from trainer.cli import exit_after, run_cli
 from trainer.commands.lr_range import rates, smoothed
 from trainer.commands.range_test import RangeTest, run_range_test
-from trainer.config.parse import parse
+from trainer.config.parse import parse, split_command
 from trainer.config.resolve import ResolvedConfig, with_pretrained
 from trainer.config.start import start
 from trainer.distributed.context import DistributedContext, shut_down
 from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
+from trainer.report.figures import try_write_figure
 from trainer.report.lr_range import draw_range, range_table
 from trainer.run.atomic import write_text_atomically
 
@@ -45,7 +51,7 @@ def lr_find(argv: Sequence[str], signals: StopSignals) -> RangeTest:
         Stopped: the test was asked to stop; nothing is written.
 
     """
-    own, rest = _parser().parse_known_args(argv)
+    own, rest = split_command(_parser(), argv)
     parsed = parse(rest)
     lowest = parsed.optim.lr / _SPAN if own.lowest is None else own.lowest
     highest = parsed.optim.lr * _SPAN if own.highest is None else own.highest
@@ -62,6 +68,11 @@ def lr_find(argv: Sequence[str], signals: StopSignals) -> RangeTest:
     result = run_range_test(config, ctx, console, signals, rates(lowest, highest, own.steps))
     folder = Path(config.run.dir)
     ctx.main_process_first(lambda: _write(folder, result, config, ctx) if ctx.is_main_process else None)
+    if ctx.is_main_process:
+        loss = "summed loss" if config.optim.loss_reduction == "sum" else "mean loss"
+        title = f"{config.model.name}, {config.optim.name}, batches of {config.train.batch_size}; rates for the {loss}"
+        draw = partial(draw_range, result.rates, result.losses, result.suggestion, title=title)
+        try_write_figure(folder / f"{NAME}.png", draw, size=(7.0, 4.4), warn=console.print)
     console.print(
         range_table(
             result.rates, result.losses, result.suggestion, configured=config.optim.lr, diverged=result.diverged
@@ -133,18 +144,9 @@ def _write(folder: Path, result: RangeTest, config: ResolvedConfig, ctx: Distrib
         "loss": list(result.losses),
         "smoothed": smoothed(result.losses),
     }
-    name, batch_size = config.optim.name, config.train.batch_size
-    loss = "summed loss" if config.optim.loss_reduction == "sum" else "mean loss"
     try:
         create_output_folder(folder)
         write_text_atomically(folder / f"{NAME}.json", json.dumps(content, indent=1) + "\n")
-        draw_range(
-            result.rates,
-            result.losses,
-            result.suggestion,
-            folder / f"{NAME}.png",
-            title=f"{config.model.name}, {name}, batches of {batch_size}; rates for the {loss}",
-        )
     except OSError as error:
         raise UserError(f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder") from None
 

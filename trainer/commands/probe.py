@@ -7,18 +7,22 @@ Each line names its `probe`; if a measurement fails, it has an `error`, and the 
 and files are written only to FOLDER.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Before all other imports: see regraft/search_path.py.
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[2])]
+    from regraft.search_path import protect_imports
+
+    protect_imports()
+
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
-
-if not __package__:
-    # When run by path, Python searches this file's folder first: its modules must not replace others of the same name.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 

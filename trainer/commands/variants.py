@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from trainer.config.options import check_option
-from trainer.config.parse import QUICKSTART, parse
+from trainer.config.parse import QUICKSTART, normalize, parse
 from trainer.config.resolve import resolve
 from trainer.config.schema import BaselineConfig, Config
 from trainer.config.strategies import path_of
@@ -63,8 +63,10 @@ def _variant(text: str) -> StrategyVariant:
             f"--strategies contains {text!r}: expected NAME or NAME@key=value, such as d2l@optim.lr=5e-6,lp-ft"
         )
     check_option("transfer.strategy", strategy, "--strategies")
-    for option in options:
-        key = option.partition("=")[0]
+    keys = [option.partition("=")[0] for option in options]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"--strategies {text}: {key} is given {keys.count(key)} times; expected it once")
         if any(key == common or key.startswith(f"{common}.") for common in _COMMON):
             raise UserError(f"--strategies {text}: {key} is the same for all strategies: set --{key} instead")
     return StrategyVariant(text, strategy, tuple(f"--{option}" for option in options))
@@ -92,12 +94,13 @@ def plan(options: Sequence[str], chosen: Sequence[StrategyVariant]) -> tuple[Con
         UserError: an error of one of the configs, or they are not comparable.
 
     """
-    if any(word.partition("=")[0] == "--transfer.strategy" for word in options):
+    options = normalize(options)
+    if any(word.startswith("--transfer.strategy=") for word in options):
         raise UserError("--transfer.strategy: compare takes strategies from --strategies; leave it out")
     plain = parse([*options, "--transfer.strategy=null"])
     if plain.debug:
         raise UserError("--debug cannot be compared; leave it out")
-    if not any(word.partition("=")[0] in ("--config", "--data.root") for word in options):
+    if not any(word.startswith(("--config=", "--data.root=")) for word in options):
         options = [f"--config={QUICKSTART}", *options]
     configs: dict[str, Config] = {}
     messages: list[str] = []

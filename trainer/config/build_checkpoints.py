@@ -9,7 +9,7 @@ from trainer.checkpoint.retention import RetentionPolicy
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.state import RunIdentity, RunMetadata
 from trainer.config.build_data import RunData
-from trainer.config.parse import dump
+from trainer.config.dump import dump
 from trainer.config.resolve import ResolvedConfig
 from trainer.model.built import BuiltModel
 from trainer.model.metadata import ModelMetadata

@@ -4,37 +4,56 @@ import ast
 import dataclasses
 import inspect
 import json
+import os
 import shutil
+import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from regraft.contract import COMMAND
+from trainer.config.options import SECTIONS
 from trainer.config.schema import Config
 
 _INDENT = 6
+_DESCRIPTION = (
+    "Fine-tune a pretrained image classifier. FOLDER is short for --data.root FOLDER. Without --config and data, it "
+    "runs {quickstart} offline."
+)
+_GENERAL = [
+    ("--help [SECTION]", f"Show this help, or that of one section: {', '.join(SECTIONS)}."),
+    ("--config FILE", "Config file with options in YAML; may be given several times, and later options win."),
+    ("--print_config", "Print all options of the run as YAML."),
+    ("--version", "Print the version of regraft."),
+]
 _TYPES = {int: "INT", float: "FLOAT", str: "TEXT", bool: "true|false", NoneType: "null"}
 
 
-def help_text(quickstart: str) -> str:
-    """Return the text of `--help`; `quickstart` is the config that runs without options."""
+def help_topic(argv: Sequence[str]) -> str | None:
+    """Return the section that follows `--help` on the command line, or None."""
+    following = [after for word, after in pairwise(argv) if word in ("--help", "-h")]
+    return next((topic for topic in following if topic in SECTIONS), None)
+
+
+def help_text(quickstart: str, topic: str | None = None) -> str:
+    """Return the text of `--help`.
+
+    Args:
+        quickstart: the config that runs without options.
+        topic: the only section to show; None: all.
+
+    """
     width = min(100, shutil.get_terminal_size().columns)
-    lines = ["usage: regraft train [--config FILE] [--SECTION.KEY VALUE ...]", ""]
-    lines += textwrap.wrap(
-        f"Fine-tune a pretrained image classifier. Without --config and --data.root, it runs {quickstart} offline.",
-        width,
-    )
-    lines += ["", "General"]
-    general = [
-        ("--help", "Show this help."),
-        ("--config FILE", "Config file with options in YAML; may be given several times, and later options win."),
-        ("--print_config", "Print all options of the run as YAML."),
-    ]
-    sections = get_type_hints(Config)
-    for title, text in [*general, *_options(Config, "")]:
-        lines += _entry(title, text, width)
-    for section, config_class in sections.items():
-        if dataclasses.is_dataclass(config_class):
+    command = os.environ.get(COMMAND) or f"python {sys.argv[0]}"
+    lines = [f"usage: {command} [FOLDER] [--config FILE] [--SECTION.KEY VALUE ...]"]
+    if topic is None:
+        lines += ["", *textwrap.wrap(_DESCRIPTION.format(quickstart=quickstart), width), "", "General"]
+        for title, text in [*_GENERAL, *_options(Config, "")]:
+            lines += _entry(title, text, width)
+    for section, config_class in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(config_class) and topic in (None, section):
             lines += ["", f"{section}: {inspect.getdoc(config_class)}"]
             for title, text in _options(config_class, f"{section}."):
                 lines += _entry(title, text, width)
@@ -70,6 +89,20 @@ def field_docstrings(config_class: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
             docstrings[ast.unparse(field.target)] = str(ast.literal_eval(after.value))
     return docstrings
+
+
+def completions() -> Iterator[str]:
+    """Yield a line per option for the shell's completion: its name and, if it has few, its values."""
+    for section, config_class in get_type_hints(Config).items():
+        if not dataclasses.is_dataclass(config_class):
+            yield section
+            continue
+        for name, hint in get_type_hints(config_class).items():
+            option, values = f"{section}.{name}", _format_type(hint)
+            if any(kind in values for kind in ("INT", "FLOAT", "TEXT")):
+                yield option
+            else:
+                yield " ".join([option, *values.split("|")])
 
 
 def _format_type(hint: Any) -> str:

@@ -1,19 +1,16 @@
-"""Names of the options, `section.key` for every field of the config, and the config files that set them."""
+"""Names of the options, `section.key` for every field of the config, and their old names."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, get_type_hints
-
-import yaml
+from typing import get_type_hints
 
 from trainer.config.schema import Config
+from trainer.config.suggest import suggest
 from trainer.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-"""Folder of the configs that come with the program."""
-Content = dict[str, Any]
+COMMAND_LINE = "command line"
+"""Where an option was found, in error messages."""
+_LAUNCHER_OPTIONS = ("nproc", "nproc_per_node", "gpus", "num_gpus", "devices", "num_processes", "max_restarts")
 RENAMED = {
     "regularise": "regularization",
     "source": "pretrain",
@@ -44,6 +41,7 @@ def keys(config_class: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 OPTIONS = frozenset(keys())
+SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in keys() if "." in key))
 
 
 def check_option(key: str, value: object, where: str) -> None:
@@ -51,73 +49,21 @@ def check_option(key: str, value: object, where: str) -> None:
     section, dot, name = key.partition(".")
     renamed_section = {key: f"{RENAMED[section]}{dot}{name}"} if section in RENAMED else {}
     for old, new in (RENAMED | renamed_section).items():
-        if old in (key, f"{key} {value}"):
+        if old == key or (old.startswith(f"{key} ") and old == f"{key} {value}"):
             raise UserError(f"{where}: {old} was renamed to {new}")
     if key not in OPTIONS:
-        raise UserError(f"{where}: there is no option {key!r}.{_suggest(key)}")
+        raise UserError(f"{where}: there is no option {key[:80]!r}. {_suggestion(key[:80], value, where)}")
 
 
-def _suggest(key: str) -> str:
-    section, _, name = key.rpartition(".")
-    close = difflib.get_close_matches(key, OPTIONS, n=1)
-    related = [option for option in keys() if option.startswith(f"{section}.")] or [
-        option for option in keys() if option.endswith(f".{name}")
-    ]
-    question = f" Did you mean {close[0]}?" if close else ""
-    return f"{question} Valid: {', '.join(related or keys())}"
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses duplicate keys, of which PyYAML silently takes the last."""
-
-
-def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    names = [loader.construct_object(key) for key, _ in node.value]
-    duplicates = sorted({str(name) for name in names if names.count(name) > 1})
-    if duplicates:
-        line = node.start_mark.line + 1
-        raise UserError(f"{loader.name}, line {line}: duplicate keys: {', '.join(duplicates)}")
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-
-
-def read_config_file(path: Path, where: str) -> Content:
-    """Return the content of a config file, which may contain some of the options.
-
-    Args:
-        path: the file.
-        where: its name in error messages.
-
-    Raises:
-        UserError: no such file, no YAML, or an unknown or renamed option.
-
-    """
-    try:
-        loader = _UniqueKeyLoader(path.read_text(encoding="utf-8"))
-        loader.name = str(path)
-        content = loader.get_single_data()
-    except FileNotFoundError:
-        recipes = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
-        raise UserError(f"{where}: there is no such file. The recipes in {CONFIGS}: {recipes}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # PyYAML raises all of them
-        raise UserError(f"{where}: not a readable YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: expected sections with options, such as 'optim:' and below it '  lr: 0.001'")
-    sections = {key.partition(".")[0] for key in OPTIONS if "." in key}
-    for section in sections & content.keys():
-        if not isinstance(content[section], dict):
-            raise UserError(f"{where}: section {section!r} is {content[section]!r}: expected options below it")
-    for key, value in options_of(content):
-        check_option(key, value, where)
-    return content
-
-
-def options_of(content: Content) -> Iterator[tuple[str, object]]:
-    """Yield each option that a config file sets, with its value."""
-    for section, value in content.items():
-        if isinstance(value, dict):
-            yield from ((f"{section}.{key}", item) for key, item in value.items())
-        else:
-            yield str(section), value
+def _suggestion(key: str, value: object, where: str) -> str:
+    if key.strip("-").replace("-", "_") in _LAUNCHER_OPTIONS:
+        return "The number of processes and of restarts are options of `regraft train`: --nproc and --max-restarts"
+    near = suggest(key, tuple(keys()))
+    section = (near[0] if near else key).partition(".")[0]
+    topic = section if section in SECTIONS else "SECTION"
+    listed = f"`regraft train --help {topic}` lists the options of " + (f"section {topic}" if near else "a section")
+    if not near:
+        return f"The sections are {', '.join(SECTIONS)}; {listed}"
+    first = f"--{near[0]} {value}".rstrip() if where == COMMAND_LINE else near[0]
+    others = f" Near: {', '.join(near[1:])}." if near[1:] else ""
+    return f"Did you mean {first}?{others} {listed}"

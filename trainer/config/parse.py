@@ -3,19 +3,23 @@
 jsonargparse converts and checks the types. Options are checked before, to suggest the right name for a wrong one.
 """
 
+import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from trainer.config.help import help_text
-from trainer.config.options import CONFIGS, check_option, keys
+from regraft.command_line import is_dataset, join_values
+from regraft.contract import own_version
+from regraft.files import CONFIGS
+from trainer.config.dump import dump
+from trainer.config.help import help_text, help_topic
+from trainer.config.options import COMMAND_LINE, check_option, keys
 from trainer.config.schema import Config
-from trainer.config.strategies import insert_strategies
+from trainer.config.strategies import insert_configs
 from trainer.errors import UserError
 
 __all__ = ["QUICKSTART", "dump", "keys", "parse"]
@@ -34,16 +38,17 @@ def parse(argv: Sequence[str]) -> Config:
 
     """
     if {"--help", "-h"} & set(argv):
-        _print_and_exit(help_text(f"configs/{QUICKSTART.name}"))
-    words = [word for word in _join_values(argv) if word != "--print_config"]
-    _check_options(words)
+        _print_and_exit(help_text(f"configs/{QUICKSTART.name}", help_topic(argv)))
+    if "--version" in argv:
+        _print_and_exit(f"regraft {own_version()}")
+    words = normalize(argv)
     if not any(word.startswith(("--config=", "--data.root=")) for word in words):
         words.insert(0, f"--config={QUICKSTART}")
     parser = ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(Config)
     try:
-        values = parser.instantiate(parser.parse_args(insert_strategies(words)))
+        values = parser.instantiate(parser.parse_args(insert_configs(words)))
     except ArgumentError as error:
         raise UserError(_rephrase(str(error))) from None
     config = Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
@@ -52,37 +57,55 @@ def parse(argv: Sequence[str]) -> Config:
     return config
 
 
+def normalize(argv: Sequence[str]) -> list[str]:
+    """Return the trainer's options as words `--option=value`, without `--print_config`.
+
+    Raises:
+        UserError: an unknown option, or several datasets.
+
+    """
+    words = [word for word in join_values(argv) if word != "--print_config"]
+    words = ["--debug=true" if word == "--debug" else word for word in words]
+    _check_options(words)
+    return _name_dataset(words)
+
+
+def split_command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split the command line of a command into its own options and the trainer's, and print the help of a section."""
+    if help_topic(argv):
+        parse(argv)
+    return parser.parse_known_args(argv)
+
+
 def _print_and_exit(text: str) -> NoReturn:
     with suppress(BrokenPipeError):  # of `| head`
         print(text, flush=True)
     raise SystemExit(0)
 
 
-def dump(config: Config) -> str:
-    """Return a config as YAML; parsed as a config file, it gives the same config."""
-    return yaml.safe_dump(_to_yaml(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
-
-
-def _join_values(argv: Sequence[str]) -> list[str]:
-    """Return the command line with `--option value` as one word, `--option=value`."""
-    words: list[str] = []
-    for word in argv:
-        previous = words[-1] if words else ""
-        takes_value = previous.startswith("--") and "=" not in previous and previous != "--print_config"
-        if previous == "--debug":
-            takes_value = word in ("true", "false")
-        if takes_value and not word.startswith("--"):
-            words[-1] = f"{previous}={word}"
-        else:
-            words.append(word)
-    return ["--debug=true" if word == "--debug" else word for word in words]
-
-
 def _check_options(words: Sequence[str]) -> None:
     for word in words:
         option, _, value = word.partition("=")
-        if option.startswith("--") and option != "--config":
-            check_option(option.removeprefix("--"), value, "command line")
+        if option.startswith("-") and option != "--config":
+            check_option(option.removeprefix("--"), value, COMMAND_LINE)
+
+
+def _name_dataset(words: Sequence[str]) -> list[str]:
+    """Return the command line with `--data.root=FOLDER` for `FOLDER`.
+
+    Raises:
+        UserError: there are several datasets, or the word is a config file.
+
+    """
+    datasets = [word for word in words if is_dataset(word)]
+    named = [word.partition("=")[2] for word in words if word.startswith("--data.root=")]
+    if datasets and len({*datasets, *named}) > 1:
+        raise UserError(
+            f"command line: {datasets[-1]!r} is not an option, and the dataset is {[*named, *datasets][0]!r}"
+        )
+    if datasets and datasets[0].endswith((".yaml", ".yml")):
+        raise UserError(f"command line: {datasets[0]} is not a dataset: did you mean --config {datasets[0]}?")
+    return [f"--data.root={word}" if is_dataset(word) else word for word in words]
 
 
 def _rephrase(message: str) -> str:
@@ -90,10 +113,3 @@ def _rephrase(message: str) -> str:
     message = message.replace('Parser key "', 'option "')
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     return re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
-
-
-def _to_yaml(value: Any) -> Any:
-    """Return a value with lists for tuples, for which YAML has no type."""
-    if isinstance(value, dict):
-        return {key: _to_yaml(item) for key, item in value.items()}
-    return [_to_yaml(item) for item in value] if isinstance(value, list | tuple) else value

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer.config.parse import dump
+from trainer.config.dump import dump
 from trainer.config.pretrained import check_pretrained_weights
 from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.schema import Config

@@ -7,7 +7,11 @@ defaults < strategy named in a --config file < that file < strategy named on the
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config.options import CONFIGS, OPTIONS, options_of, read_config_file
+import yaml
+
+from regraft.files import CONFIGS, find_config
+from trainer.config.options import OPTIONS
+from trainer.config.read import Content, options_of, read_config_file
 from trainer.errors import UserError
 
 FOLDER = CONFIGS / "strategies"
@@ -31,8 +35,8 @@ def path_of(strategy: str) -> Path:
     )
 
 
-def insert_strategies(words: Sequence[str]) -> list[str]:
-    """Return the command line with one more --config for each strategy that applies.
+def insert_configs(words: Sequence[str]) -> list[str]:
+    """Return the command line with the content of each config file in its place, and of each strategy that applies.
 
     A strategy on the command line replaces those in --config files and comes after the last file.
 
@@ -40,7 +44,7 @@ def insert_strategies(words: Sequence[str]) -> list[str]:
         words: the command line, with `--option=value` as one word.
 
     Raises:
-        UserError: a strategy is unknown, unreadable, or sets an option that only a run sets.
+        UserError: a file is unreadable, or a strategy is unknown or sets an option that only a run sets.
 
     """
     named = [word.partition("=")[2] for word in words if word.startswith("--transfer.strategy=")]
@@ -48,22 +52,23 @@ def insert_strategies(words: Sequence[str]) -> list[str]:
     end_of_files = 0
     for word in words:
         option, _, file = word.partition("=")
-        if option == "--config" and file:
-            content = read_config_file(Path(file), f"--config {file}")
-            strategy = dict(options_of(content)).get("transfer.strategy")
-            # The config.yaml of a run sets every option: it does not need its strategy, which may have changed.
-            is_complete = {key for key, _ in options_of(content)} >= OPTIONS
-            if strategy is not None and not named and not is_complete:
-                result.append(_config_option(str(strategy)))
-            end_of_files = len(result) + 1
-        result.append(word)
+        if option != "--config" or not file:
+            result.append(word)
+            continue
+        content = read_config_file(find_config(file), f"--config {file}")
+        strategy = dict(options_of(content)).get("transfer.strategy")
+        # The config.yaml of a run sets every option: it does not need its strategy, which may have changed.
+        is_complete = {key for key, _ in options_of(content)} >= OPTIONS
+        if strategy is not None and not named and not is_complete:
+            result.append(_config_option(_read_strategy(str(strategy))))
+        result.append(_config_option(content))
+        end_of_files = len(result)
     if named and named[-1] != "null":
-        result.insert(end_of_files, _config_option(named[-1]))
+        result.insert(end_of_files, _config_option(_read_strategy(named[-1])))
     return result
 
 
-def _config_option(strategy: str) -> str:
-    """Return the --config option of a strategy."""
+def _read_strategy(strategy: str) -> Content:
     path = path_of(strategy)
     content = read_config_file(path, f"strategy {path}")
     wrong = [key for key, _ in options_of(content) if {key, key.partition(".")[0]} & set(_RUN_OPTIONS)]
@@ -72,4 +77,9 @@ def _config_option(strategy: str) -> str:
             f"strategy {strategy} sets {', '.join(wrong)}: a strategy may not set these options; set them in the "
             "--config file or on the command line"
         )
-    return f"--config={path}"
+    return content
+
+
+def _config_option(content: Content) -> str:
+    """Return a --config option with the content of a file, which jsonargparse takes instead of its path."""
+    return f"--config={yaml.safe_dump(content, allow_unicode=True)}"

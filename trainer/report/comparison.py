@@ -4,20 +4,24 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from trainer.errors import UserError
 from trainer.report.console import format_rate
-from trainer.report.figures import fonts, save_figure
-from trainer.report.metrics import Row, epoch_rows
+from trainer.report.figures import set_title, try_write_figure
+from trainer.report.metrics import Row, epoch_rows, read_rows
 from trainer.report.summary import reported_row
 from trainer.run.atomic import write_text_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # 97.5 % quantiles of Student's t distribution with 1 to 30 degrees of freedom.
 _T_QUANTILES = (
@@ -68,6 +72,11 @@ def trial_of(rows: list[Row], *, seed: int, selection: str | None) -> Trial:
         epochs=len(epochs),
         rate=sum(row["train_seen"] for row in epochs) / sum(row["seconds"] for row in epochs),
     )
+
+
+def read_trial(folder: Path, *, seed: int, selection: str | None) -> Trial:
+    """Return the trial of a finished run, from its metrics.jsonl."""
+    return trial_of(read_rows(folder), seed=seed, selection=selection)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,12 +216,11 @@ def markdown(summaries: Sequence[Summary], *, command: str, facts: Sequence[str]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(summaries)), ""])
 
 
-def draw_comparison(summaries: Sequence[Summary], path: Path, *, title: str) -> None:
+def draw_comparison(summaries: Sequence[Summary], figure: "Figure", *, title: str) -> None:
     """Draw test accuracy over training seconds: per strategy the mean over seeds and a band from minimum to maximum.
 
     If the seeds have different numbers of epochs, a curve ends with the shortest run.
     """
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for number, summary in enumerate(summaries):
         if not summary.trials:
@@ -229,20 +237,25 @@ def draw_comparison(summaries: Sequence[Summary], path: Path, *, title: str) -> 
         axes.axhline(first.accuracy, color="C0", linestyle=":", linewidth=1)
     axes.set(xlabel="training [s]", ylabel="test accuracy")
     axes.set_xlim(left=0)
-    axes.set_title(title, fontfamily=fonts(), fontsize=9, wrap=True, parse_math=False)
+    set_title(axes, title)
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         legend = axes.legend(handles, labels, fontsize=8, frameon=False, loc="best")
         for text in legend.get_texts():
             text.set_parse_math(False)
-    save_figure(figure, path, dpi=150)
 
 
 def write_comparison(
-    path: Path, summaries: Sequence[Summary], *, command: str, facts: Sequence[str], title: str
+    path: Path,
+    summaries: Sequence[Summary],
+    *,
+    command: str,
+    facts: Sequence[str],
+    title: str,
+    warn: Callable[[str], object],
 ) -> None:
-    """Write the comparison as `PATH.md`, `PATH.json` and `PATH.png`.
+    """Write the comparison as `PATH.md`, `PATH.json` and `PATH.png`; `warn` is told why there is no picture.
 
     Raises:
         UserError: a file cannot be written.
@@ -254,9 +267,10 @@ def write_comparison(
         write_text_atomically(path.with_suffix(".md"), markdown(summaries, command=command, facts=facts))
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         write_text_atomically(path.with_suffix(".json"), text)
-        draw_comparison(summaries, path.with_suffix(".png"), title=title)
     except OSError as error:
         raise UserError(
             f"run.dir {path.parent}: cannot be written to ({error.strerror}). Make room: the runs are finished, and "
             "the same command writes their comparison"
         ) from None
+    draw = partial(draw_comparison, summaries, title=title)
+    try_write_figure(path.with_suffix(".png"), draw, size=(7.0, 4.4), warn=warn)

@@ -1,5 +1,6 @@
 """Console output of a run: progress bars on a terminal, plain lines otherwise."""
 
+import io
 import resource
 import sys
 import time
@@ -22,21 +23,24 @@ SECONDS_BETWEEN_LINES = 10.0
 class BrokenPipeSafeStream:
     """Text stream that ignores errors of the stream it wraps.
 
-    A closed terminal, a broken pipe or a log file on a full disk does not end the training.
+    A closed terminal, a broken pipe, a log file on a full disk or an ASCII terminal does not end the training.
     """
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write `text`; ignore OSError."""
-        with suppress(OSError):
-            self._stream.write(text)
+        """Write `text`; replace characters that the stream cannot encode, and ignore errors."""
+        with suppress(OSError, ValueError):  # a closed file is a ValueError
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as error:
+                self._stream.write(text.encode(error.encoding, "replace").decode(error.encoding))
         return len(text)
 
     def flush(self) -> None:
-        """Flush; ignore OSError."""
-        with suppress(OSError):
+        """Flush; ignore errors."""
+        with suppress(OSError, ValueError):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -48,9 +52,12 @@ def make_console(*, enabled: bool) -> Console:
 
     Long lines are wrapped on a terminal, but not in a file.
     """
-    stream = cast(IO[str], BrokenPipeSafeStream(sys.stdout))
+    # Python has no standard output if it was closed before the start, as by `>&-`.
+    stream = cast(IO[str], BrokenPipeSafeStream(sys.stdout or io.StringIO()))
     console = Console(quiet=not enabled, highlight=False, markup=False, emoji=False, file=stream)
     console.soft_wrap = not console.is_terminal
+    if console.width < 20:  # COLUMNS=0, as some programs leave it, would print nothing
+        console.width = 80
     return console
 
 

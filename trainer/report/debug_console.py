@@ -29,6 +29,9 @@ class ConsoleLogger:
             f"{1000 * metrics.compute_seconds:,.0f} ms computing of {1000 * metrics.seconds:,.0f} ms"
         )
 
+    def draw_curves(self) -> None:
+        """Do nothing."""
+
     def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
         """Print the evaluations."""
         for split, evaluation in evaluations.items():

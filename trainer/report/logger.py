@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from trainer.evaluate import Evaluations
 from trainer.metrics import Progress
 from trainer.optim.schedule import TrainSchedule
 from trainer.report.console import ProgressBar, peak_memory
+from trainer.report.figures import draw_curves, try_write_figure
 from trainer.report.metrics import MetricsFile, Row, epoch_row, epoch_rows, start_row, train_row
 from trainer.run.session import OpenRun
 
@@ -52,7 +54,7 @@ class RunLogger:
         self.failure: UserError | None = None
         self._progress_bar = progress_bar
         self._folder, self._title, self._device = folder, title, device
-        self._drawn_at = 0.0
+        self._drawn_at, self._has_warned = 0.0, False
         self._check = check
         with self._store_failure():
             self._metrics = MetricsFile(folder / METRICS, text)
@@ -93,30 +95,35 @@ class RunLogger:
             self._metrics.append(train_row(progress, self._progress_bar.steps_per_epoch))
 
     def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
-        """Log an epoch, and redraw the curves unless they were drawn a moment ago."""
+        """Log an epoch."""
         row = epoch_row(progress, evaluations, peak_memory(self._device))
         with self._store_failure():
             self._metrics.append(row)
         self._progress_bar.print_epoch(row, tuple(evaluations))
-        if time.monotonic() - self._drawn_at > _SECONDS_BETWEEN_CURVES:
-            self.draw_curves()
 
     def draw_curves(self) -> None:
-        """Draw the curves of all rows so far."""
+        """Draw the curves of all rows so far, unless they were drawn a moment ago."""
+        if time.monotonic() - self._drawn_at > _SECONDS_BETWEEN_CURVES:
+            self._draw_curves()
+
+    def _draw_curves(self) -> None:
         self._drawn_at = time.monotonic()
         try:
             self._check()
         except UserError as error:  # the checkpoint manager raises it too
             self.failure = error
             return
-        from trainer.report.figures import draw_curves  # noqa: PLC0415 (matplotlib takes seconds, on one rank only)
+        draw = partial(draw_curves, self.rows, title=self._title)
+        try_write_figure(self._folder / CURVES, draw, size=(6.4, 5.6), warn=self._warn)
 
-        with self._store_failure():
-            draw_curves(self.rows, self._folder / CURVES, title=self._title)
+    def _warn(self, message: str) -> None:
+        if not self._has_warned:
+            self._progress_bar.console.print(message)
+        self._has_warned = True
 
     def close(self) -> None:
         """Draw the curves for the last time, and close metrics.jsonl."""
-        self.draw_curves()
+        self._draw_curves()
         self._metrics.close()
 
     @contextmanager
@@ -151,6 +158,9 @@ class NullLogger:
         """Do nothing."""
 
     def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
+        """Do nothing."""
+
+    def draw_curves(self) -> None:
         """Do nothing."""
 
     def close(self) -> None:

@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -13,7 +12,10 @@ from rich.table import Table
 
 from trainer.commands.lr_range import Suggestion, smoothed
 from trainer.report.console import SECONDS_BETWEEN_LINES
-from trainer.report.figures import fonts, save_figure
+from trainer.report.figures import set_title
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -48,10 +50,9 @@ def lr_range_progress(console: Console, steps: int) -> Iterator[Callable[[float,
 
 
 def draw_range(
-    rates: Sequence[float], losses: Sequence[float], suggestion: Suggestion, path: Path, *, title: str
+    rates: Sequence[float], losses: Sequence[float], suggestion: Suggestion, figure: "Figure", *, title: str
 ) -> None:
     """Draw loss over learning rate, one point per update, and the suggested rates; all losses are finite."""
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     averages = smoothed(losses)
     axes.plot(rates, losses, color="tab:blue", alpha=0.3, linewidth=1, label="batch loss")
@@ -71,10 +72,9 @@ def draw_range(
     low, high = min([*averages, *losses], default=0), max(averages[: max(1, len(averages) // 2)], default=1)
     axes.set_ylim(max(0.0, low - 0.05 * (high - low)), low + 2.0 * max(high - low, 1e-3))
     axes.set(xscale="log", xlabel="optim.lr", ylabel="loss before the update")
-    axes.set_title(title, fontfamily=fonts(), fontsize=9, wrap=True, parse_math=False)
+    set_title(axes, title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
-    save_figure(figure, path, dpi=150)
 
 
 def range_table(

@@ -1,17 +1,12 @@
 """Versions of regraft, Python and the packages that affect the results of a run."""
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
+from regraft.contract import own_version
+
+__all__ = ["describe_versions", "own_version", "versions"]
 _PACKAGES = ("torch", "torchvision", "accelerate", "safetensors", "numpy", "pillow")
-
-
-def own_version() -> str:
-    """Return regraft's version, or `uninstalled` for a checkout that is not installed."""
-    try:
-        return version("regraft")
-    except PackageNotFoundError:
-        return "uninstalled"
 
 
 def versions() -> dict[str, str]:

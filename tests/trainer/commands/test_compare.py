@@ -45,6 +45,7 @@ def test_variants_are_strategies_with_options() -> None:
         ("d2l,,lp-ft", "contains ''"),
         ("d2l@lr", "NAME@key=value"),
         ("@optim.lr=1", "NAME@key=value"),
+        ("d2l@optim.lr=1@optim.momentum=0@optim.lr=2", "optim.lr is given 2 times; expected it once"),
         ("note", "transfer.strategy note was renamed to transfer.strategy d2l"),
         ("d2l@optim.lr=1 ,d2l@optim.lr=1", "share a folder"),
         ("pretrained-model", "pretrained-model would share a folder"),

@@ -36,7 +36,7 @@ def test_several_runs_are_checked_in_one_process(options: Options, capsys: pytes
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--optim.lrr=1", "Did you mean optim.lr?"),
+        ("--optim.lrr=1", "Did you mean --optim.lr 1?"),
         ("--data.root=/nowhere", "there is no such folder"),
         ("--model.weights=no.safetensors", "no.safetensors"),
         ("--transfer.trainable=layer9", "'layer9' matches no"),

@@ -106,7 +106,7 @@ def test_signal_stops_the_test_between_updates_and_nothing_is_written(
         (["--to=inf"], "--to inf"),
         (["--steps=9"], "--steps 9: expected 10 or more"),
         (["--debug"], "--debug cannot be combined"),
-        (["--optim.lrr=1"], "Did you mean optim.lr"),
+        (["--optim.lrr=1"], "Did you mean --optim.lr"),
         (["--data.root=nowhere/at-all"], "nowhere/at-all"),
     ],
 )

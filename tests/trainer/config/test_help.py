@@ -20,6 +20,7 @@ DESCRIPTIONS = {
 @pytest.fixture
 def help_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("REGRAFT_COMMAND", "regraft debug")
     with pytest.raises(SystemExit) as exit_:
         parse(["--config", "nowhere.yaml", "--help"])
     assert exit_.value.code == 0
@@ -45,6 +46,21 @@ def test_help_groups_options_by_section(help_text: str) -> None:
     for section in headings:
         block = help_text.partition(f"\n{section}: ")[2].partition("\n\n")[0]
         assert re.findall(r"^  --(\w+)\.", block, flags=re.MULTILINE) == [section] * block.count("\n  --")
+
+
+def test_help_of_one_section_and_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGRAFT_COMMAND", "regraft debug")
+    for words in (["--help", "optim"], ["x", "-h", "optim"]):
+        with pytest.raises(SystemExit):
+            parse(words)
+        text = capsys.readouterr().out
+        assert text.startswith("usage: regraft debug [FOLDER] [--config FILE]")
+        assert set(re.findall(r"^  --(\S+)", text, flags=re.MULTILINE)) == {
+            o for o in OPTIONS if o.startswith("optim.")
+        }
+    with pytest.raises(SystemExit):
+        parse(["--version"])
+    assert re.fullmatch(r"regraft \S+\n", capsys.readouterr().out)
 
 
 def test_descriptions_are_one_short_sentence() -> None:

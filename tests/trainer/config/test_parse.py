@@ -1,11 +1,20 @@
+import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from trainer.config.options import CONFIGS, OPTIONS, RENAMED
+from launch.trainer_options import run_folder
+from regraft.files import CONFIGS
+from trainer.config.options import OPTIONS, RENAMED
 from trainer.config.parse import QUICKSTART, parse
 from trainer.errors import UserError
+
+BOMB = "x-a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"x-{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairwise("abcdefghij")
+)
+"""Ten lines that stand for ten billion values."""
 
 
 def test_later_options_win(write_yaml: Callable[..., str]) -> None:
@@ -16,6 +25,24 @@ def test_later_options_win(write_yaml: Callable[..., str]) -> None:
     assert (optim.lr_mult, optim.head_lr_scale) == ({"layer1": 2}, 10), "the first file and the default"
     assert parse([f"--config={two}", f"--config={one}"]).optim.lr == 0.5
     assert parse(["--optim.lr=0.125", f"--config={one}"]).optim.lr == 0.5, "a file after an option"
+
+
+def test_word_alone_is_the_dataset() -> None:
+    assert parse(["my folder", "--train.epochs", "3"]) == parse(["--data.root=my folder", "--train.epochs=3"])
+    assert parse(["--debug", "x"]).data.root == "x"
+    assert parse(["x", "--data.root=x"]).data.root == "x"
+    with pytest.raises(UserError, match=r"did you mean --config my\.yaml\?"):
+        parse(["my.yaml"])
+    with pytest.raises(UserError, match=r"Did you mean --data\.root FOLDER"):
+        parse(["--data", "FOLDER"])
+
+
+def test_recipe_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--config", "configs/hotdog.yaml"]) == parse(["--config", str(CONFIGS / "hotdog.yaml")])
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "hotdog.yaml").write_text("data: {root: own}")
+    assert parse(["--config", "configs/hotdog.yaml"]).data.root == "own"
 
 
 def test_quickstart_is_the_default_config() -> None:
@@ -42,9 +69,20 @@ def test_hotdog_recipe_has_the_values_of_the_d2l_recipe() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--optim.lrr 1", ["optim.lrr", "Did you mean optim.lr", "optim.head_lr_scale"]),
-        ("--lr 1", ["'lr'", "optim.lr"]),
-        ("--optim {}", ["'optim'", "optim.lr"]),
+        ("--optim.lrr 1", ["optim.lrr", "Did you mean --optim.lr 1?", "--help optim"]),
+        ("--lr 1", ["'lr'", "Did you mean --optim.lr 1? Near: pretrain.lr, baseline.lr"]),
+        ("--optim {}", ["'optim'", "Did you mean --optim.name"]),
+        ("--model resnet50", ["Did you mean --model.name resnet50?"]),
+        ("--epochs=3", ["Did you mean --train.epochs 3? Near: pretrain.epochs"]),
+        ("--batch-size 8", ["Did you mean --train.batch_size 8?"]),
+        ("--train.batch-size 8", ["Did you mean --train.batch_size 8?"]),
+        ("--data.img_size 8", ["Did you mean --data.image_size 8?"]),
+        ("--learning_rate 1", ["Did you mean --optim.lr 1?"]),
+        ("--mixup 1", ["Did you mean --regularization.mixup 1?"]),
+        ("--gpus 2", ["--nproc"]),
+        ("-lr 1", ["Did you mean --optim.lr"]),
+        ("--qwertz 1", ["The sections are run, data, model"]),
+        ("my.yaml", ["'my.yaml' is not an option, and the dataset is 'images'"]),
         ("--optim.lr", ["optim.lr", "expected one argument"]),
         ("--optim.lr fast", ["optim.lr", "fast"]),
         ("--optim.lr -1", ["optim.lr is -1.0", "above 0"]),
@@ -87,7 +125,7 @@ def test_hotdog_recipe_has_the_values_of_the_d2l_recipe() -> None:
         ("--data.sampling balanced --regularization.class_weights balanced", ["data.sampling", "class_weights"]),
         ("--regularization.mixup 0.2 --train.batch_size 1", ["regularization.mixup", "train.batch_size is 1"]),
         ("--config nowhere.yaml", ["nowhere.yaml", "quickstart.yaml"]),
-        ("stray", ["stray"]),
+        ("stray", ["'stray' is not an option"]),
     ],
 )  # fmt: skip
 def test_invalid_option_is_named(options: str, words: list[str]) -> None:
@@ -112,7 +150,7 @@ def test_valid_combinations_are_accepted() -> None:
     ("text", "words"),
     [
         ("optim: {lrr: 1}", ["optim.lrr", "optim.lr"]),
-        ("optimizer: {lr: 1}", ["optimizer", "Valid"]),
+        ("optimizer: {lr: 1}", ["optimizer", "Did you mean optim.lr?"]),
         ("optim: 5", ["optim", "5"]),
         ("optim: {lr: 1, lr: 2}", ["line 1", "duplicate keys: lr"]),
         ("", ["sections"]),
@@ -123,6 +161,14 @@ def test_valid_combinations_are_accepted() -> None:
         ("run: {dir: 0x_}", ["not a readable YAML"]),
         ("[" * 500, ["not a readable YAML"]),
         (b"\xff\xfe\x00\x81", ["run.yaml", "not a readable YAML"]),
+        (b"\x89PNG\r\n\x1a\n\0", ["run.yaml", "not a readable YAML"]),
+        ("optim: {" + "".join(f"k{i}: 1, " for i in range(60_000)) + "}", ["there is no option 'optim.k0'"]),
+        ("optim: {" + "lr: 1, " * 60_000 + "}", ["line 1: duplicate keys: lr"]),
+        ("optim:\n  lr_mult: &a {<<: *a}", ["line 2: values are nested deeper"]),
+        ("optim:\n  lr_mult: &a {b: *a}", ["line 2: values are nested deeper"]),
+        (BOMB, ["more than 250,000 values, aliases included"]),
+        ("#" * 1_000_001, ["larger than 1 MB"]),
+        ("defaults: &d {lr: 1}\noptim: *d", ["there is no option 'defaults.lr'"]),
     ],
 )
 def test_invalid_config_file_is_reported(text: str | bytes, words: list[str], tmp_path: Path) -> None:
@@ -131,6 +177,32 @@ def test_invalid_config_file_is_reported(text: str | bytes, words: list[str], tm
         parse(["--config", str(tmp_path / "run.yaml")])
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("folder", "it is a folder"), ("pipe", "not a regular file"), ("/dev/zero", "not a regular file")],
+)
+def test_config_that_is_no_regular_file_is_refused_at_once(path: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=f"{path}: not a readable YAML file: it is .*{message.removeprefix('it is ')}"):
+        parse(["--config", str(tmp_path / path)])
+    assert run_folder(["--config", str(tmp_path / path)]).name == "default", "the launcher does not wait for it either"
+
+
+def test_merge_keys_and_anchors(write_yaml: Callable[..., str]) -> None:
+    text = """
+x-common: &common {lr: 0.5, weight_decay: 0.25}
+optim: {<<: *common, lr: 0.125, momentum: 0}
+pretrain: {root: x, <<: {lr: 1, epochs: 3}}
+model: {weights: null}
+transfer: {<<: [{l2_sp: 0.5}, {l2_sp: 0.25, wise_ft: true}]}
+"""
+    config = parse(["--data.root=x", "--config", write_yaml(text)])
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.momentum) == (0.125, 0.25, 0)
+    assert (config.pretrain.lr, config.pretrain.epochs) == (1, 3)
+    assert (config.transfer.l2_sp, config.transfer.wise_ft) == (0.5, True), "the first of several"
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())

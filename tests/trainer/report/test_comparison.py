@@ -1,6 +1,7 @@
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from trainer.report import comparison
 from trainer.report.comparison import Summary, Trial, confidence_half_width, markdown, summarize, trial_of
+from trainer.report.figures import write_figure
 
 
 def trial(seed: int, *accuracies: float, seconds: float = 10.0) -> Trial:
@@ -122,7 +124,8 @@ def test_markdown_contains_command_facts_rows_and_error_messages() -> None:
 
 
 def test_figure_has_a_line_per_strategy_that_ran(tmp_path: Path) -> None:
-    comparison.draw_comparison(SUMMARIES, tmp_path / "c.png", title="$x_1$, 图片")
+    draw = partial(comparison.draw_comparison, SUMMARIES, title="$x_1$, 图片")
+    write_figure(tmp_path / "c.png", draw, size=(7, 4.4))
     with Image.open(tmp_path / "c.png") as image:
         colors = {color for _, color in image.convert("RGB").getcolors(maxcolors=1 << 20) or []}
     assert {(31, 119, 180), (255, 127, 14)} <= colors, "first and second color of matplotlib"

@@ -96,13 +96,20 @@ def test_on_a_terminal_progress_is_a_bar_from_the_resumed_step(terminal: Console
     assert re.search(r"epoch 2/2 training .* 6/8 loss 1\.500 acc 0\.750 2\.0 ex/s ETA", output(terminal))
 
 
-def test_only_the_console_of_rank_0_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_console_of_rank_0_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     make_console(enabled=False).print("no")
+    monkeypatch.setattr("sys.stdout", None)
+    make_console(enabled=True).print("to a closed standard output")
+    monkeypatch.undo()
+    monkeypatch.setenv("COLUMNS", "0")
     make_console(enabled=True).print("[bold]no markup[/bold] :smile:")
     assert capsys.readouterr().out == "[bold]no markup[/bold] :smile:\n"
 
 
-def test_closed_terminal_does_not_end_the_run() -> None:
+def test_closed_or_ascii_terminal_does_not_end_the_run() -> None:
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    Console(file=cast(IO[str], BrokenPipeSafeStream(ascii_only)), soft_wrap=True).print("图 done")
+    assert cast(io.BytesIO, ascii_only.buffer).getvalue() == b"? done\n"
     closed = Mock(write=Mock(side_effect=OSError(errno.EIO, "")), flush=Mock(side_effect=BrokenPipeError))
     console = Console(file=cast(IO[str], BrokenPipeSafeStream(closed)))
     with ProgressBar(console, epochs=1, steps_per_epoch=2, done_steps=0).show():

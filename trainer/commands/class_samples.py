@@ -1,0 +1,54 @@
+"""Sample images of every class, original and augmented, for the preview."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from PIL import Image
+
+from trainer.config.build_loaders import make_train_transform
+from trainer.config.resolve import ResolvedConfig
+from trainer.data.augment import apply_seeded
+from trainer.data.decode import UnreadableImage, decode
+from trainer.data.index import DatasetIndex
+from trainer.errors import UserError
+from trainer.report.image_grid import IMAGES_PER_CLASS, ClassSamples
+from trainer.seeds import derive_seed
+from trainer.text import escape_unprintable
+
+MAX_CLASSES = 24
+"""A preview of more classes would be too long to look at."""
+
+
+def sample_classes(index: DatasetIndex, config: ResolvedConfig) -> list[ClassSamples]:
+    """Return the first training images of the first 24 classes, and the same images as epoch 1 trains on them.
+
+    Raises:
+        UserError: an image cannot be read.
+
+    """
+    positions: defaultdict[int, list[int]] = defaultdict(list)
+    for position, (_, label) in enumerate(index.train):
+        positions[label].append(position)
+    return [
+        _sample_class(index, label, positions[label], config) for label in range(min(len(index.classes), MAX_CLASSES))
+    ]
+
+
+def _sample_class(index: DatasetIndex, label: int, positions: Sequence[int], config: ResolvedConfig) -> ClassSamples:
+    shown = positions[:IMAGES_PER_CLASS]
+    images = [_read_image(index.train[position].path) for position in shown]
+    transform = make_train_transform(config.data)
+    # The seeds of epoch 1: the run trains on exactly these images.
+    seeds = [derive_seed("crop", config.run.seed, 0, position) for position in shown]
+    return ClassSamples(
+        caption=f"{escape_unprintable(index.classes[label])}: {len(positions)} images",
+        originals=images,
+        augmented=[apply_seeded(transform, image, seed) for image, seed in zip(images, seeds, strict=True)],
+    )
+
+
+def _read_image(path: str) -> Image.Image:
+    try:
+        return decode(path)
+    except UnreadableImage as error:
+        raise UserError(f"{escape_unprintable(path)}: this image cannot be read: {error}") from None
