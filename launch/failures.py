@@ -139,6 +139,18 @@ def first_failure(logs: Path, *, host: str, restart_dir: Path | None = None) -> 
     )
 
 
+def lost_logs(logs: Path) -> Failure:
+    """Return the failure of a launch whose log folder, and with it the run folder, was deleted or moved meanwhile."""
+    missing = next(folder for folder in [*reversed(logs.parents), logs] if not folder.exists())
+    error = (
+        f"{_USER_ERROR}{missing} is gone: it was deleted or moved while the run was in progress. Move it back, and the "
+        "same command resumes from its newest checkpoint; without it, the run starts anew"
+    )
+    return Failure(
+        rank=None, host="", error=error, is_user_error=True, lines=(), log=None, remedy=None, priority=(0, 0.0)
+    )
+
+
 def restart_dirs(logs: Path) -> list[Path]:
     """Return torchrun's folders of each (re)start of the processes (`LOGS/ID/attempt_N`), oldest first."""
     folders = [

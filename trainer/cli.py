@@ -39,7 +39,7 @@ def run_cli(work: Callable[[StopSignals], object], *, on_restart: str = RESUMES)
             _print_error("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
             return USER_ERROR
         except Stopped as stop:
-            if os.environ.get("RANK", "0") == "0":  # all ranks stop together
+            if _rank() == 0 or not has_launcher(os.environ):  # the ranks of a launcher stop together
                 saved = f"saved at {stop.saved}" if stop.saved else "there was nothing new to save"
                 _print_error(f"stopped by {stop.reason}: {saved}. {on_restart}")
             return stopped_exit_code(os.environ)
@@ -74,14 +74,21 @@ def without_gc() -> Iterator[None]:
             gc.enable()
 
 
+def _rank() -> int:
+    """Return the rank of this process; 0 if its variable is malformed, which `init_distributed` reports."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isascii() and rank.isdigit() else 0
+
+
 def _print_error(text: str) -> None:
     """Print to standard error: rank 0 at once; other ranks only if the launcher does not end them within 5 seconds."""
     for number in STOP_SIGNALS:  # a repeated signal must not interrupt the message
         signal.signal(number, signal.SIG_IGN)
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
+    rank = _rank()
+    if rank and has_launcher(os.environ):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher sends it after rank 0 has failed
         time.sleep(_SECONDS_FOR_RANK_0)
+    if rank:
         text = f"[rank {rank}] {text}"
     with suppress(OSError):  # the terminal may be closed
         print(text, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.errors import LaunchError
-from launch.failures import find_user_error, first_failure, format_failure, restart_dirs, was_requested_stop
+from launch.failures import find_user_error, first_failure, format_failure, lost_logs, restart_dirs, was_requested_stop
 from launch.local.torchrun import TorchrunConfig, TorchrunResult, run_torchrun, torchrun_command, trainer_environment
 from regraft.contract import (
     DONE,
@@ -74,7 +74,7 @@ def _report(result: TorchrunResult, attempt: AttemptRecord | None, logs: Path) -
     elif attempt is None and signaled:
         message, code = "stopped before training started: there was nothing to save", STOPPED
     else:
-        failure = first_failure(logs, host=socket.gethostname())
+        failure = first_failure(logs, host=socket.gethostname()) if logs.exists() else lost_logs(logs)
         message = format_failure(failure)
         code = USER_ERROR if failure.is_user_error else FAILED
     print(message, file=sys.stderr)

@@ -17,7 +17,7 @@ from types import FrameType
 
 from launch import machine
 from launch.errors import LaunchError
-from launch.failures import Failure, first_failure, first_of, format_failure
+from launch.failures import Failure, first_failure, first_of, format_failure, lost_logs
 from launch.local.torchrun import FORWARDED_SIGNALS
 from launch.options import split_options
 from launch.slurm import allocation, container, node
@@ -230,6 +230,8 @@ def _folder(path_option: str) -> Path | None:
 
 def _first_failure(logs: Path, hosts: Sequence[str]) -> Failure:
     """Return the first failure of all nodes."""
+    if not logs.exists():
+        return lost_logs(logs)
     return first_of([first_failure(node.node_logs(logs, i), host=host) for i, host in enumerate(hosts)])
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.failures import find_user_error, first_failure, format_failure, restart_dirs
+from launch.failures import find_user_error, first_failure, format_failure, lost_logs, restart_dirs
 from regraft.contract import HANG_WAITING
 from tests.launch.helpers import write_failure, write_report
 from trainer.distributed.watchdog import Hang
@@ -94,3 +94,9 @@ def test_incomplete_error_files_are_skipped(tmp_path: Path) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "error.json").write_text(text)
     assert first_failure(tmp_path, host="h").error == "ValueError: in the log"
+
+
+def test_a_run_folder_that_is_gone_is_an_error_of_the_user(tmp_path: Path) -> None:
+    failure = lost_logs(tmp_path / "run" / "logs" / "0001")
+    assert failure.is_user_error
+    assert format_failure(failure).startswith(f"error: {tmp_path / 'run'} is gone: it was deleted or moved")

@@ -130,6 +130,7 @@ def test_first_failure_of_all_nodes(tmp_path: Path) -> None:
     write_failure(node_logs(tmp_path, 1), 0, message="KeyError: 'x'", time=2.0)
     failure = job._first_failure(tmp_path, ["alpha", "beta", "gamma"])
     assert (failure.host, failure.error) == ("beta", "KeyError: 'x'")
+    assert job._first_failure(tmp_path / "gone", ["alpha"]).is_user_error
 
 
 APPTAINER = JobSettings(container="/images/my image.sif", mounts=("/scratch",))

@@ -24,13 +24,11 @@ from accelerate.utils import (
 from torch import nn
 
 from regraft.contract import available_cores
-from trainer.distributed.launch_checks import (
-    check_accelerate_variables,
-    check_process_group,
-    check_world_size_variables,
-)
+from trainer.distributed.launch_checks import check_accelerate_variables, check_process_group, read_process_group
 from trainer.distributed.precision import Precision, choose_precision
-from trainer.distributed.rendezvous import join_process_group
+from trainer.distributed.process_group import VARIABLES
+from trainer.distributed.rendezvous import QUIET_SECONDS, join_process_group
+from trainer.distributed.signals import has_launcher
 from trainer.errors import UserError
 
 T = TypeVar("T")
@@ -38,7 +36,6 @@ T = TypeVar("T")
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # One rank may generate, download or check images while the others wait at a barrier.
 _TIMEOUT = timedelta(hours=2)
-_PROCESS_GROUP_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -196,7 +193,7 @@ def init_distributed(
         UserError: this machine lacks the device or the precision, or the processes cannot find each other.
 
     """
-    check_world_size_variables(os.environ)
+    group = read_process_group(os.environ)
     check_accelerate_variables(os.environ)
     forces_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # overrides the arguments of Accelerator
     if forces_cpu and device == "cuda":
@@ -211,7 +208,8 @@ def init_distributed(
         )
     chosen, reason = choose_precision(precision, on_cpu=on_cpu, environment=os.environ, saved_precision=saved_precision)
     _reset_accelerate()
-    join_process_group(os.environ, "gloo" if on_cpu else "nccl", timeout=_TIMEOUT)
+    quiet_seconds = QUIET_SECONDS if has_launcher(os.environ) else 0.0
+    join_process_group(group, "gloo" if on_cpu else "nccl", timeout=_TIMEOUT, quiet_seconds=quiet_seconds)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=_ACCELERATE_PRECISION[chosen],
@@ -221,7 +219,7 @@ def init_distributed(
             InitProcessGroupKwargs(timeout=_TIMEOUT),
         ],
     )
-    check_process_group(accelerator, os.environ)
+    check_process_group(accelerator, group.world_size if group is not None else 1)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = max(1, available_cores() // local_world_size)
     num_threads = threads or (cores if on_cpu else max(1, cores // 2))
@@ -250,7 +248,7 @@ def _reset_accelerate() -> None:
 def leave_process_group_env(environment: MutableMapping[str, str]) -> bool:
     """Remove the launcher's process group from the environment; return whether this process was its rank 0."""
     is_rank_0 = environment.get("RANK", "0") == "0"
-    for name in _PROCESS_GROUP_VARIABLES:
+    for name in VARIABLES:
         environment.pop(name, None)
     return is_rank_0
 
