@@ -18,7 +18,8 @@ from typing import BinaryIO
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from trainer.data.image_formats import TiffKind, describe_unidentified, formats_for, read_tiff_kind
-from trainer.data.pixels import RgbImage, SampleFormat, UnreadableImage, read_sample_format, to_rgb
+from trainer.data.pixels import RgbImage, to_rgb
+from trainer.data.sample_format import SampleFormat, UnreadableImage, read_sample_format
 from trainer.text import escape_unprintable
 
 __all__ = ["UnreachableImage", "UnreadableImage", "decode", "decode_file", "open_image_file", "upright_rgb"]

@@ -8,7 +8,8 @@ from PIL import Image
 from tests.folders import noise_image
 from tests.trainer.data.image_files import write_png, write_tiff
 from trainer.data.decode import decode_file, open_image_file
-from trainer.data.pixels import RgbImage, UnreadableImage, is_one_color
+from trainer.data.pixels import RgbImage, is_one_color
+from trainer.data.sample_format import UnreadableImage
 
 MAX_SAMPLE_VALUE, SMIN, SMAX = 281, 340, 341  # TIFF tags
 Write = Callable[[Path], Path]
@@ -143,8 +144,23 @@ def test_values_without_a_range_are_refused(tmp_path: Path) -> None:
         changed = np.where(values == 1, np.float32(wrong), values)
         with pytest.raises(UnreadableImage, match=reason):
             decoded(write_tiff(tmp_path / "x.tif", changed))
-    with pytest.raises(UnreadableImage, match="gray values from 0 to 65536, expected 0 to 65535"):
-        decoded(write_tiff(tmp_path / "x.tif", np.array([[0, 65536]], dtype=np.int32)))
+    for largest, dtype in ((65536, np.int32), (2**32 - 1, np.uint32)):
+        with pytest.raises(
+            UnreadableImage, match=f"gray values from 0 to {largest:g}, expected 0 to 65535".replace("+", ".")
+        ):
+            decoded(write_tiff(tmp_path / "x.tif", np.array([[0, largest]], dtype=dtype)))
+
+
+def test_colors_that_pillow_reads_wrongly_are_refused(tmp_path: Path) -> None:
+    dark = ramp(4095)
+    for values, tag, reason in (
+        (np.dstack([ramp(65535)] * 3), {284: 2}, "uncompressed planes of 16 bits, which is not supported"),
+        (np.dstack([dark] * 4), {338: 1}, "16-bit colors that use 14 bits or fewer, .* not supported"),
+        (ramp(255).astype(np.int8), {}, "gray values from -127 to 125"),
+    ):
+        with pytest.raises(UnreadableImage, match=reason):
+            decoded(write_tiff(tmp_path / "x.tif", values, tags=tag))
+    assert np.array_equal(pixels(write_tiff(tmp_path / "x.tif", ramp(127, np.int8)))[..., 0], ramp(127))
 
 
 # Transparency
