@@ -52,7 +52,7 @@ def to_rgb(image: Image.Image, samples: SampleFormat, file: BinaryIO | None = No
         return RgbImage(image.convert("RGB"), conversion)
     rgba = image.convert("RGBA")
     if rgba.getchannel("A").getextrema() == (0, 0) and not is_one_color(opaque := rgba.convert("RGB")):
-        return RgbImage(opaque, "alpha is 0 everywhere and was ignored")
+        return RgbImage(opaque, "an alpha channel of 0 everywhere, which is ignored")
     white = Image.new("RGBA", rgba.size, "white")
     return RgbImage(Image.alpha_composite(white, rgba).convert("RGB"), conversion)
 

@@ -100,7 +100,7 @@ def _describe_pixels(results: Mapping[str, ValidationResult]) -> Iterator[str]:
         if result.conversion is not None:
             by_conversion.setdefault(result.conversion, []).append(path)
     for conversion, paths in sorted(by_conversion.items()):
-        yield f"{len(paths)} images, such as {escape_unprintable(paths[0])}: {conversion}"
+        yield f"images with {conversion}: {len(paths)}, such as {escape_unprintable(paths[0])}"
     if paths := [path for path, result in results.items() if result.is_one_color]:
         names = join_truncated(map(escape_unprintable, paths), limit=5)
-        yield f"{len(paths)} images have one color only: {names}"
+        yield f"images of one color only: {len(paths)} ({names})"

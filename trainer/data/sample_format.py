@@ -52,18 +52,15 @@ def _tiff_sample_format(image: TiffImagePlugin.TiffImageFile, raw_mode: str) -> 
     tags = image.tag_v2
     has_planes = tags.get(_PLANAR) == _SEPARATE_PLANES
     if has_planes and image.mode in ("RGB", "RGBA") and 16 in tags[_BITS_PER_SAMPLE] and image.tile[0][0] == "raw":
+        # Pillow reads other pixels than the file holds.
         raise UnreadableImage(
             "a TIFF of uncompressed planes of 16 bits, which is not supported: convert it to JPEG or PNG"
         )
     low, high, largest = (_number(tags.get(tag)) for tag in (_SMIN, _SMAX, _MAX))
-    largest = largest or high or 0.0
+    largest = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else largest or high or 0
     return SampleFormat(
         raw_mode,
-        bits=12
-        if tags.get(_BITS_PER_SAMPLE) == (12,)
-        else int(largest).bit_length()
-        if 1 <= largest <= 65535
-        else None,
+        bits=int(largest).bit_length() if 1 <= largest <= 65535 else None,
         limits=(low or 0.0, high) if high is not None and (low or 0.0) < high else None,
         white_is_zero=tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO,
         is_signed=tags.get(_FORMAT) == _SIGNED,

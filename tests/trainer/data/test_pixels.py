@@ -193,7 +193,7 @@ def test_alpha_that_is_0_everywhere_is_ignored(mode: str, tmp_path: Path) -> Non
         image.save(tmp_path / "x.png")
     found = decoded(tmp_path / "x.png")
     assert np.array_equal(found.image, image.convert("RGB"))
-    assert found.conversion == "alpha is 0 everywhere and was ignored"
+    assert found.conversion == "an alpha channel of 0 everywhere, which is ignored"
     image.convert("RGBA").point(lambda value: 0).save(tmp_path / "x.png")
     assert (pixels(tmp_path / "x.png") == 255).all(), "without colors, there is nothing but a white background"
 

@@ -86,9 +86,9 @@ def test_conversions_and_images_of_one_color_are_reported(tmp_path: Path) -> Non
         Image.new("RGB", (3, 3), (number, 2, 3)).save(root / "train" / "b" / f"one color {number}\n.png")
     *_, conversion, one_color = prepare(config(root), workers=1).notes
     scaled = "gray values scaled from 0..4095, judged by the largest value of each image"
-    assert conversion == f"2 images, such as {root}/train/a/000.png: {scaled}"
+    assert conversion == f"images with {scaled}: 2, such as {root}/train/a/000.png"
     names = ", ".join(rf"{root}/train/b/one color {number}\n.png" for number in range(4))
-    assert one_color == f"4 images have one color only: {names}"
+    assert one_color == f"images of one color only: 4 ({names})"
 
 
 def test_the_content_digest_depends_on_the_contents_alone(tmp_path: Path) -> None:
