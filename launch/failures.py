@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.text import escape_lines
 from regraft.contract import HANG_WAITING, STOP_FILE, AttemptRecord
 
 _SECONDARY_ERRORS = re.compile(
@@ -180,7 +181,7 @@ def find_user_error(logs: Path, folders: Sequence[Path]) -> Path | None:
 def format_failure(failure: Failure) -> str:
     """Return the message to print for a failure."""
     if failure.is_user_error:
-        return failure.error
+        return escape_lines(failure.error)
     where = f"rank {failure.rank} on {failure.host}" if failure.rank is not None else failure.host
     lines = [f"failed: {where}: {failure.error}"]
     lines += [f"  | {line}" for line in failure.lines if line != failure.error]
@@ -188,7 +189,7 @@ def format_failure(failure: Failure) -> str:
         lines.append(f"log: {failure.log}")
     if failure.remedy is not None:
         lines.append(f"try: {failure.remedy}")
-    return "\n".join(lines)
+    return escape_lines("\n".join(lines))
 
 
 def was_requested_stop(attempt: AttemptRecord, *, signaled: bool, succeeded: bool) -> bool:

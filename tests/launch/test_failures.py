@@ -87,6 +87,13 @@ def test_known_failures_have_a_remedy(message: str, remedy: str, tmp_path: Path)
     assert remedy in str(first_failure(tmp_path, host="h").remedy)
 
 
+def test_escape_sequences_of_logs_are_not_sent_to_the_terminal(tmp_path: Path) -> None:
+    write_failure(tmp_path, 0, message="ValueError: \x1b[2J", time=1.0, lines="\x1b]0;owned\x07\tlast words\n")
+    text = format_failure(first_failure(tmp_path, host="h"))
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "ValueError: \\x1b[2J\n" in text
+
+
 def test_incomplete_error_files_are_skipped(tmp_path: Path) -> None:
     write_failure(tmp_path, 0, lines="ValueError: in the log\n")
     for number, text in enumerate(('{"mess', "[]", '{"message": "x"}', '{"message": {"message": 1}}')):
