@@ -16,6 +16,7 @@ from trainer.checkpoint import store
 SECONDS_BETWEEN_CHECKS = 1.0
 """How often a run looks for the file STOP."""
 TRAINING, WRITING, EVALUATING, ONE_RANK = ("training", "writing a checkpoint", "evaluating", "training, to one rank")
+Stops = list[tuple[str, str]]
 SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
 
 
@@ -27,7 +28,7 @@ def suspend(run: runs.Run, condition: Callable[[], bool], what: str) -> list[int
     """Suspend the trainer's processes while a condition holds that does not last; return them."""
     while True:
         run.wait(condition, what)
-        trainers = sorted(run.trainers())
+        trainers = run.trainers()
         for pid in trainers:
             os.kill(pid, signal.SIGSTOP)
         run.wait(partial(_are_suspended, trainers), "to be suspended")
@@ -46,6 +47,8 @@ def stop(run: runs.Run, name: str, moment: str, step: int) -> int:
 
     trainers = suspend(run, has_come, moment)
     seen = runs.last_step(run.folder)
+    if moment == WRITING:
+        assert_second_start_is_refused(run)
     if name == "STOP":
         (run.folder / "STOP").touch()
         time.sleep(SECONDS_BETWEEN_CHECKS + 0.1)  # a run as short as this might not look again
@@ -54,6 +57,16 @@ def stop(run: runs.Run, name: str, moment: str, step: int) -> int:
     for pid in trainers:
         os.kill(pid, signal.SIGCONT)
     return seen
+
+
+def assert_second_start_is_refused(first: runs.Run) -> None:
+    """Check that a second start in the folder of a suspended run changes nothing."""
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    output = runs.finish(list(first.process.args), first.folder, code=2)
+    number = len(runs.attempts(first.folder))
+    assert f"attempt {number} of this run is still running (process {first.process.pid} on " in output
+    assert "Traceback" not in output
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
 
 
 def stop_while_evaluating(run: runs.Run, name: str) -> int:
@@ -70,9 +83,6 @@ def stop_while_evaluating(run: runs.Run, name: str) -> int:
     os.kill(run.process.pid, signal.Signals[name])
     os.kill(workers[1], signal.SIGCONT)
     return step
-
-
-Stops = list[tuple[str, str]]
 
 
 @pytest.mark.slow
@@ -113,8 +123,7 @@ def stop_and_resume(
         before = runs.saved_step(folder)
         with runs.start(runs.command(launcher, *arguments, restarts=3), folder) as run:
             run.wait_for_step(before, after=number - 1)
-            is_evaluating = moment == EVALUATING
-            seen = stop_while_evaluating(run, name) if is_evaluating else stop(run, name, moment, before)
+            seen = stop_while_evaluating(run, name) if moment == EVALUATING else stop(run, name, moment, before)
             # After a signal of its own torchrun exits with 1, however its processes have ended.
             signaled = name != "STOP" and moment != ONE_RANK
             output = run.end(code=75 if launcher == "python" else 1 if signaled else 0)
@@ -125,7 +134,7 @@ def stop_and_resume(
         record = runs.attempts(folder)[-1]
         assert (record["attempt"], record["state"], record["reason"]) == (number, "stopped", reason)
         assert record["step"] == runs.saved_step(folder) >= seen, "a step is lost"
-        if is_evaluating:
+        if moment == EVALUATING:
             position = f"step {seen} of {runs.STEPS * epochs}, in epoch {seen // runs.STEPS} of"
             assert f"saved at {position}" in output
         assert not [path for path in folder.rglob(".*") if path.is_dir() or path.suffix == ".tmp"]
@@ -173,23 +182,3 @@ def test_a_second_ctrl_c_does_not_wait_for_the_update(tmp_path: Path, tmp_path_f
     assert "Traceback" not in output
     assert runs.attempts(folder)[-1]["state"] == "failed"
     assert store.read(runs.latest_checkpoint(folder)).state.step == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("resume", ["auto", pytest.param("never", marks=pytest.mark.soak)])
-def test_a_second_start_in_the_same_folder_is_refused_and_the_first_goes_on(
-    resume: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path / "run"
-    arguments = runs.command("python", *runs.options(tmp_path_factory, folder, **runs.ALL_FEATURES))
-    with runs.start(arguments, folder) as first:
-        suspend(first, lambda: runs.last_step(folder) >= 3, "step 3")
-        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-        output = runs.finish([*arguments, f"--run.resume={resume}"], folder, code=2)
-        assert "attempt 1 of this run is still running" in output
-        assert f"(process {first.process.pid} on " in output
-        assert "Traceback" not in output
-        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-        os.kill(first.process.pid, signal.SIGCONT)
-        first.end(code=0)
-    runs.assert_equal(folder, runs.uninterrupted(tmp_path_factory, "python", **runs.ALL_FEATURES))
