@@ -81,7 +81,8 @@ def _raise_if_full(text: str) -> None:
     is_full = f"exit code {_OUT_OF_SHARED_MEMORY}" in text or "Bus error" in text
     if (is_death and is_full) or "allocate shared memory" in text:
         raise UserError(
-            f"{SHARED_MEMORY} is full, by which the processes of data.num_workers send their batches. {_remedy(8)}"
+            f"{SHARED_MEMORY} is full: the worker processes (data.num_workers) send their batches through it. "
+            f"{_remedy(8)}"
         ) from None
 
 

@@ -56,7 +56,7 @@ def test_a_worker_ignores_stop_signals_and_ends_with_its_trainer(
 @pytest.mark.parametrize(
     ("number", "error", "message"),
     [
-        (signal.SIGBUS, UserError, "/dev/shm is full, .*docker run --shm-size 8g.*--data.num_workers 0"),
+        (signal.SIGBUS, UserError, "/dev/shm is full: .*docker run --shm-size 8g.*--data.num_workers 0"),
         (signal.SIGKILL, RuntimeError, r"DataLoader worker \(pid"),  # launchers restart the run
     ],
 )
@@ -121,4 +121,4 @@ def test_full_shared_memory_ends_the_program_at_once_with_one_sentence(repositor
     command = [*with_small_shared_memory("2m"), sys.executable, "-c", PROGRAM]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 2
-    assert re.fullmatch(r"error: /dev/shm is full, .*docker run --shm-size 8g.*\n", result.stderr), result.stderr
+    assert re.fullmatch(r"error: /dev/shm is full: .*docker run --shm-size 8g.*\n", result.stderr), result.stderr
