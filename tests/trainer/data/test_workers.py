@@ -94,8 +94,10 @@ def test_batches_that_do_not_fit_into_shared_memory_are_refused(
         text = re.escape(f"the batches of 4 worker processes need 36 MB of shared memory, but {folder} has 21 MB free")
         with pytest.raises(UserError, match=rf"^data\.num_workers: {text}\. .*--shm-size 1g.*--data\.num_workers 0"):
             check_shared_memory(num_workers=2, processes=2, batch_bytes=2_000_000)
-    monkeypatch.setattr(workers, "SHARED_MEMORY", str(tmp_path / "none"))
-    check_shared_memory(num_workers=2, processes=2, batch_bytes=2_000_000)
+    with disk(tmp_path / "unlimited", "0") as folder:
+        for path in (folder, tmp_path / "none"):
+            monkeypatch.setattr(workers, "SHARED_MEMORY", str(path))
+            check_shared_memory(num_workers=2, processes=2, batch_bytes=2_000_000)
 
 
 PROGRAM = """
