@@ -236,8 +236,9 @@ def test_a_resumed_run_names_an_image_whose_content_has_changed(copy: ResolvedCo
     config = with_options(copy, data={"root": str(root)})
     image, record = root / "train" / "a" / "000.png", Path(copy.run.dir) / IMAGES
     content, recorded = image.read_bytes(), record.read_text()
-    rewind(config, 5, 2)
     noise_image(99).save(image)
+    assert "finished already" in train(config)[1], "no image is read any more"
+    rewind(config, 5, 2)
     message = "1 of 14 images have another content than when this run began: .*/train/a/000.png"
     with pytest.raises(UserError, match=rf"{message}\. Restore them; or .* --data\.on_changed continue; or"):
         train(config)

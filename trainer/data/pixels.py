@@ -14,6 +14,8 @@ from trainer.data.sample_format import SampleFormat, UnreadableImage
 
 _BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras and scanners
 _CONVERT = "convert it to JPEG or PNG"
+_NO_ALPHA = "an alpha channel of 0 everywhere, which is ignored"
+_OVER_WHITE = "transparent pixels, composited over white"
 _GUESSED = ", judged by the largest value of each image"
 
 
@@ -21,8 +23,8 @@ class RgbImage(NamedTuple):
     """An image of mode RGB."""
 
     image: Image.Image
-    conversion: str | None
-    """What was done to its pixels, if the file left a choice; None otherwise."""
+    conversions: tuple[str, ...]
+    """What was done to its pixels, where the file left a choice."""
 
 
 def to_rgb(image: Image.Image, samples: SampleFormat, file: BinaryIO | None = None) -> RgbImage:
@@ -40,21 +42,24 @@ def to_rgb(image: Image.Image, samples: SampleFormat, file: BinaryIO | None = No
     if image.mode.startswith("I") or image.mode == "F" or (image.mode == "L" and samples.is_signed):
         return _from_gray_values(image, samples)
     if image.mode == "LAB":
-        return RgbImage(_from_lab(image), None)
-    conversion = None
+        return RgbImage(_from_lab(image), ())
+    conversions: tuple[str, ...] = ()
     transparent = image.info.get("transparency")
     if samples.raw_mode in ("L;2", "L;4") and isinstance(transparent, int):
         # Pillow scales the samples to 8 bits, but not the transparent value.
         image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}[samples.raw_mode]
     elif ";16" in samples.raw_mode and image.mode in ("RGB", "RGBA") and file is not None:
-        image, conversion = _from_16_bit_colors(image, samples, file)
+        image, conversions = _from_16_bit_colors(image, samples, file)
     if not image.has_transparency_data:
-        return RgbImage(image.convert("RGB"), conversion)
+        return RgbImage(image.convert("RGB"), conversions)
     rgba = image.convert("RGBA")
-    if rgba.getchannel("A").getextrema() == (0, 0) and not is_one_color(opaque := rgba.convert("RGB")):
-        return RgbImage(opaque, "an alpha channel of 0 everywhere, which is ignored")
+    least, greatest = rgba.getchannel("A").getextrema()
+    if greatest == 0 and not is_one_color(opaque := rgba.convert("RGB")):
+        return RgbImage(opaque, (*conversions, _NO_ALPHA))
+    if least != 255:
+        conversions = (*conversions, _OVER_WHITE)
     white = Image.new("RGBA", rgba.size, "white")
-    return RgbImage(Image.alpha_composite(white, rgba).convert("RGB"), conversion)
+    return RgbImage(Image.alpha_composite(white, rgba).convert("RGB"), conversions)
 
 
 def is_one_color(image: Image.Image) -> bool:
@@ -91,10 +96,12 @@ def _from_gray_values(image: Image.Image, samples: SampleFormat) -> RgbImage:
         )
     if samples.white_is_zero:
         gray = 255 - gray
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        gray[values == transparent] = 255
-    return RgbImage(Image.fromarray(gray.astype(np.uint8)).convert("RGB"), f"gray values {conversion}")
+    conversions: tuple[str, ...] = (f"gray values {conversion}",)
+    is_transparent = values == image.info.get("transparency")
+    if np.any(is_transparent):
+        gray[is_transparent] = 255
+        conversions = (*conversions, _OVER_WHITE)
+    return RgbImage(Image.fromarray(gray.astype(np.uint8)).convert("RGB"), conversions)
 
 
 def _to_8_bits(values: np.ndarray, samples: SampleFormat) -> tuple[np.ndarray, str]:
@@ -116,7 +123,9 @@ def _is_unscaled(values: np.ndarray, bits: int) -> bool:
     return not (values.max() >> bits or (values == shifted).all() or (values == repeated).all())
 
 
-def _from_16_bit_colors(image: Image.Image, samples: SampleFormat, file: BinaryIO) -> tuple[Image.Image, str | None]:
+def _from_16_bit_colors(
+    image: Image.Image, samples: SampleFormat, file: BinaryIO
+) -> tuple[Image.Image, tuple[str, ...]]:
     """Return the 8-bit image of 16-bit colors, of which Pillow keeps the upper bytes.
 
     The lower bytes are needed if the values use 14 bits or fewer, and to find a transparent color.
@@ -128,7 +137,7 @@ def _from_16_bit_colors(image: Image.Image, samples: SampleFormat, file: BinaryI
     if samples.raw_mode.startswith("RGBa") and 0 < upper[..., 3].max() < 1 << 6:
         is_dark = True  # its colors are divided by alpha already
     if not is_dark and transparent is None:
-        return image, None
+        return image, ()
     if samples.has_planes or samples.raw_mode.startswith("RGBa"):
         raise UnreadableImage(
             f"16-bit colors that use 14 bits or fewer, in a kind of TIFF that is not supported: {_CONVERT}"
@@ -144,7 +153,7 @@ def _from_16_bit_colors(image: Image.Image, samples: SampleFormat, file: BinaryI
     elif image.mode == "RGBA":
         channels.append(_to_8_bits(values[..., 3:], samples)[0])
     converted = Image.fromarray(np.concatenate(channels, axis=-1).astype(np.uint8))
-    return converted, f"color values {conversion}" if is_dark else None
+    return converted, (f"color values {conversion}",) if is_dark else ()
 
 
 def _load_lower_bytes(file: BinaryIO, raw_mode: str) -> np.ndarray:

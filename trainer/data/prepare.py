@@ -97,8 +97,8 @@ def _describe_pixels(results: Mapping[str, ValidationResult]) -> Iterator[str]:
     """Yield a line for each conversion of pixels, and one for images of a single color."""
     by_conversion: dict[str, list[str]] = {}
     for path, result in results.items():
-        if result.conversion is not None:
-            by_conversion.setdefault(result.conversion, []).append(path)
+        for conversion in result.conversions:
+            by_conversion.setdefault(conversion, []).append(path)
     for conversion, paths in sorted(by_conversion.items()):
         yield f"images with {conversion}: {len(paths)}, such as {escape_unprintable(paths[0])}"
     if paths := [path for path, result in results.items() if result.is_one_color]:

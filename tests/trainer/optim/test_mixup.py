@@ -115,14 +115,6 @@ def test_cutmix_returns_the_fraction_of_the_pixels() -> None:
     assert not images.any(), "the loader's batch is not changed"
 
 
-@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_the_memory_format_is_kept(kind: str) -> None:
-    images, labels = make_batch()
-    for memory_format in (torch.channels_last, torch.contiguous_format):
-        mixed, _, _ = make_mixup(kind)(images.contiguous(memory_format=memory_format), labels, 0, 7)
-        assert mixed.is_contiguous(memory_format=memory_format)
-
-
 # --- several processes
 
 
