@@ -12,18 +12,17 @@ POLICY = RetentionPolicy(every_steps=None, every_seconds=None, keep_last=2, keep
 policy = partial(replace, POLICY)
 
 
-@pytest.mark.parametrize(
-    ("changes", "seconds", "expected"),
-    [
+def test_a_checkpoint_is_due_by_steps_or_seconds() -> None:
+    either = {"every_steps": 3, "every_seconds": 10.0}
+    cases: list[tuple[dict[str, Any], float, list[int]]] = [
         ({}, 1e9, []),
         ({"every_steps": 3}, 0.0, [3, 6]),
         ({"every_seconds": 10.0}, 10.0, [1, 2, 3, 4, 5, 6]),
-        ({"every_steps": 3, "every_seconds": 10.0}, 9.0, [3, 6]),
-        ({"every_steps": 3, "every_seconds": 10.0}, 11.0, [1, 2, 3, 4, 5, 6]),
-    ],
-)
-def test_a_checkpoint_is_due_by_steps_or_seconds(changes: dict[str, Any], seconds: float, expected: list[int]) -> None:
-    assert [step for step in range(1, 7) if policy(**changes).should_save(step, seconds)] == expected
+        (either, 9.0, [3, 6]),
+        (either, 11.0, [1, 2, 3, 4, 5, 6]),
+    ]
+    for changes, seconds, expected in cases:
+        assert [step for step in range(1, 7) if policy(**changes).should_save(step, seconds)] == expected
 
 
 CHECKPOINTS = [CheckpointId(step, step // 4) for step in (2, 4, 6, 8, 10)]

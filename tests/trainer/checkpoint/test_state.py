@@ -223,6 +223,10 @@ ANT, CAT, LINES, BROKEN = IDENTITY.classes
             "classes: 0, 1, 2, 3, 4 and 995 more only there, ant, 猫 🐈, two\\nlines, broken \\xff bytes only now",
         ),
         ({"classes": ("Ant", CAT, LINES, BROKEN)}, "classes: Ant only there, ant only now"),
+        (
+            {"classes": (*IDENTITY.classes, "wasp"), "examples": (4, 3, 2, 1, 9), "data": "more"},
+            "classes: wasp only there, none only now",
+        ),
         ({"classes": IDENTITY.classes[::-1], "examples": (1, 2, 3, 4)}, "classes: in another order"),
         (
             {"examples": (4, 3, 5, 7), "data": "other"},
