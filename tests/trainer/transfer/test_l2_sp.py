@@ -109,28 +109,26 @@ def test_gradients_of_fp16_are_unscaled_first(
     """Uses a loss scaler of the CPU, since training in fp16 needs a GPU."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
-    class ScaledOptimizer:
+    class Scaled:
+        """Scales the loss and steps the optimizer, as accelerate does in fp16."""
+
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:
             self.optimizer, self.param_groups = optimizer, optimizer.param_groups
             self.zero_grad = optimizer.zero_grad
 
-        def step(self) -> None:
-            scaler.step(self.optimizer)
-            scaler.update()
-
-    class ScaledAccelerator:
-        def __init__(self, optimizer: ScaledOptimizer) -> None:
-            self.optimizer = optimizer
-
         def backward(self, loss: Tensor) -> None:
             scaler.scale(loss).backward()
 
-        def unscale_gradients(self, optimizer: ScaledOptimizer) -> None:
-            scaler.unscale_(optimizer.optimizer)  # raises if called twice
+        def unscale_gradients(self, _: object = None) -> None:
+            scaler.unscale_(self.optimizer)  # raises if called twice
 
         def clip_grad_norm_(self, parameters: Any, norm: float) -> None:
-            self.unscale_gradients(self.optimizer)
+            self.unscale_gradients()
             torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+        def step(self) -> None:
+            scaler.step(self.optimizer)
+            scaler.update()
 
     weights = []
     for is_scaled in (False, True):
@@ -140,8 +138,8 @@ def test_gradients_of_fp16_are_unscaled_first(
         optimizer: Any = create_optimizer("sgd", make_groups(net), momentum=0.0)
         step_ctx = ctx
         if is_scaled:
-            optimizer = ScaledOptimizer(optimizer)
-            step_ctx = replace(ctx, accelerator=ScaledAccelerator(optimizer))  # type: ignore[arg-type]
+            optimizer = Scaled(optimizer)
+            step_ctx = replace(ctx, accelerator=optimizer)
             monkeypatch.setattr(DistributedContext, "rank", 0)
             monkeypatch.setattr(DistributedContext, "world_size", 1)
         train_step = replace(make_train_step(ctx, l2_sp=l2_sp, max_grad_norm=max_grad_norm), ctx=step_ctx)
