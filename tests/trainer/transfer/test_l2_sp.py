@@ -1,10 +1,10 @@
 """L2-SP in closed form."""
 
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tests.trainer.training import Batches, make_net, make_train_step
@@ -53,30 +53,6 @@ def test_without_gradients_parameters_decay_geometrically_to_their_initial_value
         torch.testing.assert_close(parameter, initial[key] + distance, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_with_initial_values_of_zero_it_is_weight_decay(name: Name, ctx: DistributedContext) -> None:
-    def train(*, use_l2_sp: bool) -> nn.Module:
-        net = make_net()
-        groups = make_groups(net, decay=STRENGTH)
-        l2_sp = L2SP([], 0.0, decoupled=False)
-        if use_l2_sp:
-            initial = {key: value.clone() for key, value in net.state_dict().items()}
-            for parameter in net.parameters():
-                nn.init.zeros_(parameter)
-            l2_sp = make_l2_sp(net, decoupled=name == "adamw")
-            net.load_state_dict(initial)
-            groups = without_weight_decay(groups, backbone_parameters(net, ["fc"]))
-        model, optimizer = ctx.prepare(net, create_optimizer(name, groups, momentum=0.9))
-        train_step, batches = make_train_step(ctx, l2_sp=l2_sp), Batches()
-        for step in range(6):
-            train_step(model, optimizer, next(batches), step, 4)
-        return net
-
-    pairs = zip(train(use_l2_sp=False).parameters(), train(use_l2_sp=True).parameters(), strict=True)
-    for weight_decay, l2_sp in pairs:
-        torch.testing.assert_close(weight_decay, l2_sp, rtol=1e-5, atol=1e-7)
-
-
 def test_it_adds_the_gradient_of_the_penalty_after_clipping(ctx: DistributedContext) -> None:
     net = make_net()
     initial = copy_parameters(net)
@@ -107,44 +83,17 @@ def test_gradients_of_fp16_are_unscaled_first(
     max_grad_norm: float | None, ctx: DistributedContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Uses a loss scaler of the CPU, since training in fp16 needs a GPU."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-
-    class ScaledOptimizer:
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
-            self.zero_grad = optimizer.zero_grad
-
-        def step(self) -> None:
-            scaler.step(self.optimizer)
-            scaler.update()
-
-    class ScaledAccelerator:
-        def __init__(self, optimizer: ScaledOptimizer) -> None:
-            self.optimizer = optimizer
-
-        def backward(self, loss: Tensor) -> None:
-            scaler.scale(loss).backward()
-
-        def unscale_gradients(self, optimizer: ScaledOptimizer) -> None:
-            scaler.unscale_(optimizer.optimizer)  # raises if called twice
-
-        def clip_grad_norm_(self, parameters: Any, norm: float) -> None:
-            self.unscale_gradients(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, norm)
-
     weights = []
     for is_scaled in (False, True):
+        if is_scaled:
+            monkeypatch.setattr(ctx.accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=1024.0))
+            monkeypatch.setattr(ctx.accelerator, "native_amp", True)
+            monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
         net = make_net()
         l2_sp = make_l2_sp(net)
         add_to_all(net, 0.5)
-        optimizer: Any = create_optimizer("sgd", make_groups(net), momentum=0.0)
-        step_ctx = ctx
-        if is_scaled:
-            optimizer = ScaledOptimizer(optimizer)
-            step_ctx = replace(ctx, accelerator=ScaledAccelerator(optimizer))  # type: ignore[arg-type]
-            monkeypatch.setattr(DistributedContext, "rank", 0)
-            monkeypatch.setattr(DistributedContext, "world_size", 1)
-        train_step = replace(make_train_step(ctx, l2_sp=l2_sp, max_grad_norm=max_grad_norm), ctx=step_ctx)
+        optimizer = ctx.accelerator.prepare_optimizer(create_optimizer("sgd", make_groups(net), momentum=0.0))
+        train_step = make_train_step(ctx, l2_sp=l2_sp, max_grad_norm=max_grad_norm)
         train_step(net, optimizer, next(Batches()), 0, 4)
         weights.append(net.conv.weight.detach().clone())
     torch.testing.assert_close(weights[0], weights[1])
