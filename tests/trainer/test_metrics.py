@@ -17,13 +17,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def accelerator_of(rank: int, world_size: int) -> Any:
-    """Return the accelerator of one rank; its `gather` returns that rank's tensor alone."""
-    return SimpleNamespace(
-        device=torch.device("cpu"), process_index=rank, num_processes=world_size, gather=lambda tensor: tensor
-    )
-
-
 def update(meter: Meter, clock: SimpleNamespace, step: int, loss: float, *, seconds: float = 2.0) -> None:
     clock.now += 1.0  # a batch is loaded
     meter.start_step()
@@ -57,7 +50,12 @@ def test_resumed_sums_are_exact(ctx: DistributedContext, clock: SimpleNamespace)
 def test_each_rank_resumes_its_own_sums_or_rank_0_their_total_if_the_world_size_changed(world_size: int) -> None:
     rows = ((0.1, 1, 2), (0.2, 2, 3), (0.4, 0, 2))
     earlier = MetricState(rows=rows, seconds=9.0, compute_seconds=4.0)
-    sums = [Meter(accelerator_of(rank, world_size), earlier).state()[0].rows[0] for rank in range(world_size)]
+    sums = []
+    for rank in range(world_size):  # `gather` returns that rank's tensor alone
+        accelerator: Any = SimpleNamespace(
+            device=torch.device("cpu"), process_index=rank, num_processes=world_size, gather=lambda tensor: tensor
+        )
+        sums.append(Meter(accelerator, earlier).state()[0].rows[0])
     if world_size == 3:
         assert tuple(sums) == rows
     else:

@@ -53,6 +53,26 @@ def test_without_gradients_parameters_decay_geometrically_to_their_initial_value
         torch.testing.assert_close(parameter, initial[key] + distance, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_with_initial_values_of_zero_it_is_weight_decay(name: Name, ctx: DistributedContext) -> None:
+    nets = []
+    for use_l2_sp in (False, True):
+        net, l2_sp, batches = make_net(), L2SP([], 0.0, decoupled=False), Batches()
+        groups = make_groups(net, decay=STRENGTH)
+        if use_l2_sp:
+            for parameter in net.parameters():
+                nn.init.zeros_(parameter)
+            l2_sp = make_l2_sp(net, decoupled=name == "adamw")
+            net.load_state_dict(make_net().state_dict())
+            groups = without_weight_decay(groups, backbone_parameters(net, ["fc"]))
+        optimizer = create_optimizer(name, groups, momentum=0.9)
+        for step in range(6):
+            make_train_step(ctx, l2_sp=l2_sp)(net, optimizer, next(batches), step, 4)
+        nets.append(net)
+    for weight_decay, decayed in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(weight_decay, decayed, rtol=1e-5, atol=1e-7)
+
+
 def test_it_adds_the_gradient_of_the_penalty_after_clipping(ctx: DistributedContext) -> None:
     net = make_net()
     initial = copy_parameters(net)
@@ -99,12 +119,7 @@ def test_gradients_of_fp16_are_unscaled_first(
     torch.testing.assert_close(weights[0], weights[1])
 
 
-def test_weight_decay_is_left_to_the_output_layer() -> None:
+def test_a_group_of_both_output_layers_and_pretrained_parameters_is_an_error() -> None:
     net = make_net()
-    groups = make_groups(net, decay=0.1)
-    backbone = backbone_parameters(net, ["fc"])
-    changed = without_weight_decay(groups, backbone)
-    assert [(g.name, g.weight_decay) for g in changed] == [("backbone", 0.0), ("head", 0.1)]
-    assert [g.parameters for g in changed] == [g.parameters for g in groups]
     with pytest.raises(RuntimeError, match="the group all"):
-        without_weight_decay([ParamGroup("all", tuple(net.parameters()), LR, 0.1)], backbone)
+        without_weight_decay([ParamGroup("all", tuple(net.parameters()), LR, 0.1)], backbone_parameters(net, ["fc"]))
