@@ -83,9 +83,6 @@ def saved(tmp_path: Path, ctx: DistributedContext) -> Iterator[Saved]:
     stop_heartbeat(lock)
 
 
-# --- find
-
-
 def test_leftovers_of_a_killed_start_are_removed(saved: Saved) -> None:
     saved.save(2, 1)
     leftovers = [f"{CHECKPOINTS}/.writing-step-00000004-epoch-0002-9", ".config.yaml.12ab.tmp", f".{MODEL}.12ab.tmp"]
@@ -101,14 +98,13 @@ def test_other_ranks_check_only_that_they_see_the_folder(saved: Saved) -> None:
     ctx: Any = SimpleNamespace(
         is_main_process=False, main_process_first=lambda call: call(), broadcast=lambda value: value
     )
-    (saved.save(2, 1) / store.STATE).unlink()
-    before = sorted(saved.folder.rglob("*"))
-    other = Saved.__new__(Saved)
-    other.run, other.folder = dataclasses.replace(saved.run, ctx=ctx), saved.folder
-    assert other.resume_point().checkpoint is None
-    assert sorted(saved.folder.rglob("*")) == before
+    saved.save(2, 1)
+    saved.run = dataclasses.replace(saved.run, ctx=ctx)
+    before = contents(saved.folder)
+    assert saved.resume_point(config="other: 1\n").checkpoint is None
+    assert contents(saved.folder) == before
     (saved.folder / CONFIG).unlink()
-    assert "expected one folder that every machine shares" in other.refusal()
+    assert "expected one folder that every machine shares" in saved.refusal()
 
 
 def test_results_without_a_checkpoint_are_archived(saved: Saved) -> None:
@@ -120,6 +116,8 @@ def test_results_without_a_checkpoint_are_archived(saved: Saved) -> None:
         assert (saved.folder / f"earlier-{number}-{MODEL}").read_text() == f"model {number}"
         assert (saved.folder / f"earlier-{number}-{METRICS}").read_text() == f"rows {number}"
         assert not (saved.folder / MODEL).exists()
+    saved.resume_point().restore(state := make_training_state())
+    assert state.step == 0
 
 
 def test_a_folder_that_cannot_be_read_is_a_user_error(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,9 +126,6 @@ def test_a_folder_that_cannot_be_read_is_a_user_error(saved: Saved, monkeypatch:
 
     monkeypatch.setattr(store, "load_latest", denied)
     assert "cannot be read or cleaned up ([Errno 13] Permission denied)" in saved.refusal()
-
-
-# --- check
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_the_config_kept(saved: Saved) -> None:
@@ -150,11 +145,9 @@ def test_another_order_of_the_examples_is_refused(order: str, seed: int, saved: 
 
 
 def test_a_checkpoint_beyond_the_run_is_refused(saved: Saved) -> None:
-    path = saved.save(6, 3)
+    saved.save(6, 3)
     for options, now in (({"epochs": 2}, "2 of 2"), ({"steps": 1}, "4 of 1")):
-        assert saved.refusal(**options) == (
-            f"{path}: after 3 epochs of 2 steps, but this run has {now}: choose another run.dir, or --run.resume never"
-        )
+        assert f"after 3 epochs of 2 steps, but this run has {now}: choose" in saved.refusal(**options)
 
 
 def test_a_finished_run_without_its_model_file_is_refused(saved: Saved) -> None:
@@ -189,34 +182,23 @@ def test_a_checkpoint_that_does_not_fit_the_model_is_refused(saved: Saved) -> No
         saved.resume_point().restore(make_training_state(width=5))
 
 
-# --- describe
-
-
-def describe(
-    saved: Saved, step: int, epoch: int, *, batch_norm: str = "train", epochs: int = 4, **run: Any
-) -> list[str]:
+def describe(saved: Saved, step: int, epoch: int, *, epochs: int = 4, batch_norm: str = "", **run: Any) -> list[str]:
     saved.save(step, epoch, run=dataclasses.replace(SAVED, **run))
     return saved.resume_point(epochs=epochs).describe(batch_norm=batch_norm).split("\n")
 
 
 def test_the_position_is_described(saved: Saved) -> None:
     assert describe(saved, 2, 1) == ["resuming after epoch 1 of 4 (step 2)"]
-    assert describe(saved, 3, 1) == ["resuming after epoch 1 of 4 (step 3), in epoch 2 after 1 of its 2 steps"]
     assert describe(saved, 6, 2) == ["resuming after epoch 2 of 4 (step 6), in epoch 3 after 2 of its 2 steps"]
 
 
 def test_another_world_size_schedule_and_versions_are_described(saved: Saved) -> None:
     now = versions()
-    then = {**now, "torch": "2.0\n", "numpy": "1.0", "unknown": "3"}
-    _, processes, longer, changed = describe(saved, 2, 1, batch_norm="sync", epochs=6, world_size=3, versions=then)
-    same = "the same examples, crops and learning rates; equal except for the order of sums and the masks of dropout"
-    assert processes == f"  on 1 processes instead of 3: {same}"
+    then = {**now, "torch": "2.0\n", "unknown": "3"}
+    _, processes, longer, changed = describe(saved, 2, 1, epochs=6, world_size=3, versions=then)
+    assert processes.startswith("  on 1 processes instead of 3: the same examples, crops and learning rates; equal ")
     assert longer == "  for 12 steps instead of 8: from here on, the learning rate is that of the longer run"
-    assert changed == (
-        "  with other versions, which may change results: "
-        f"torch 2.0\\n then, {now['torch']} now, numpy 1.0 then, {now['numpy']} now"
-    )
-    local = ", and BatchNorm, whose statistics are each process's own"
+    assert changed == f"  with other versions, which may change results: torch 2.0\\n then, {now['torch']} now"
     for epoch, batch_norm in enumerate(("train", "frozen-with-weights", "frozen"), start=2):
-        lines = describe(saved, STEPS * epoch, epoch, batch_norm=batch_norm, world_size=3)
-        assert lines[1] == processes + local * (batch_norm != "frozen")
+        _, processes = describe(saved, STEPS * epoch, epoch, batch_norm=batch_norm, world_size=3)
+        assert ("BatchNorm, whose statistics are each process's own" in processes) == (batch_norm != "frozen")

@@ -42,3 +42,11 @@ def test_submit_and_close_wait_for_the_job_in_progress(call: str, writer: AsyncW
     assert writer.wait()
     assert done[0].startswith("checkpoint"), "in a thread of its own"
     assert done[1:] == (["second"] if call == "submit" else [])
+
+
+def test_jobs_after_a_failed_one_are_dropped(writer: AsyncWriter) -> None:
+    done: list[str] = []
+    writer.submit(lambda: done.append(str(1 / 0)))
+    writer.submit(lambda: done.append("second"))
+    assert not writer.wait()
+    assert not done
