@@ -11,11 +11,15 @@ _SAME_GLYPHS = str.maketrans(
 )
 
 
+_SEPARATORS = re.compile(r"(?<=[^\W_])[ _-]+(?=[^\W_])")
+_WHOLE_NUMBER = re.compile(r"(?P<sign>-?)(?:0*(?P<digits>[1-9]\d*)|(?P<zero>0))(?:\.0+)?", re.ASCII)
+
+
 def find_lookalikes(names: Iterable[str]) -> tuple[str, str] | None:
     """Return two different names that look the same, or None.
 
     Names that differ only in upper and lower case count as equal, except those of a single letter: the classes of
-    handwritten letters differ in case.
+    handwritten letters differ in case. So do `hot dog`, `hot_dog` and `hot-dog`, and the numbers `1`, `01` and `1.0`.
     """
     by_appearance: dict[str, str] = {}
     for name in sorted(names):
@@ -35,6 +39,10 @@ def describe_difference(one: str, other: str) -> str:
         reason = "upper and lower case"
     elif _visible(one) == _visible(other):
         reason = "invisible characters"
+    elif _WHOLE_NUMBER.fullmatch(one) and _WHOLE_NUMBER.fullmatch(other):
+        reason = "how the number is written"
+    elif _SEPARATORS.sub(" ", one) == _SEPARATORS.sub(" ", other):
+        reason = "spaces, hyphens and underscores"
     else:
         reason = "spaces, case or characters that look the same"
     return f"{one!a} and {other!a} differ only in {reason}"
@@ -42,7 +50,9 @@ def describe_difference(one: str, other: str) -> str:
 
 def _appearance(name: str) -> str:
     shown = _visible(name).translate(_SAME_GLYPHS)
-    return shown if len(shown) == 1 else unicodedata.normalize("NFC", shown.lower())
+    if number := _WHOLE_NUMBER.fullmatch(shown):
+        return number["sign"] + (number["digits"] or "0")
+    return shown if len(shown) == 1 else unicodedata.normalize("NFC", _SEPARATORS.sub(" ", shown.lower()))
 
 
 def _visible(name: str) -> str:

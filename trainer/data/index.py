@@ -113,6 +113,8 @@ def read_index(
         raise UserError(f"{where}: neither a folder nor a CSV file")
     classes = tuple(sorted(listing.splits["train"]))
     _check_classes(listing, classes, where)
+    if spaced := [repr(name) for name in classes if name != name.strip()]:
+        listing.notes.append(f"class names that begin or end with spaces: {join_truncated(spaced)}")
     listing, split_made = _add_splits(listing, where, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
     splits = {
         split: tuple(Example(path, label) for label, name in enumerate(classes) for path in images.get(name, ()))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from trainer.data.layout_check import check_class_folders, table_hint, unlabeled_error
+from trainer.data.layout_check import Parent, check_class_folders, table_hint, unlabeled_error
 from trainer.data.scan import DirEntries, Scan, file_extension
 from trainer.data.split import PathsByClass
 from trainer.errors import UserError
@@ -67,7 +67,7 @@ def read_folder(root: str, top: DirEntries, scan: Scan, folders: Mapping[str, st
         splits[split] = _read_classes(path, sources[split], entries, scan, notes, training=split == "train")
         notes += _note_stray_files(sources[split], entries)
         if check and split == "train":
-            check_class_folders(path, entries.files, splits["train"], is_root=folder == ".")
+            notes += check_class_folders(Parent(path, entries.files, folder), splits["train"])
     if not {*folders.values()} <= _PLAIN_NAMES:
         listed = ", ".join(f"{split} is {source}" for split, source in sources.items())
         notes.append(f"splits of the folder: {listed}")

@@ -5,70 +5,64 @@ folders below them that hold images, and by their names. In doubt, the error sho
 """
 
 # Paths are joined as strings, as ImageFolder does.
-# ruff: noqa: PTH118, PTH206
+# ruff: noqa: PTH118, PTH208
 
 import itertools
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.split_names import are_numbered_parts, share_names, split_kind, split_kinds
+from trainer.data.layout_folders import Folder, find_images_and_masks, find_leftovers, summarize
+from trainer.data.split_names import are_dates_or_sessions, are_numbered_parts, share_names, split_kind, split_kinds
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
 
-_OPTIONS = (
-    "Name the folder of each split with data.train_dir, data.val_dir and data.test_dir (relative to data.root). If the "
-    "folders of data.root are the classes, set data.train_dir to '.'."
-)
-_MASKS = frozenset({"mask", "masks", "label", "labels", "annotation", "annotations", "groundtruth", "gt"})
-_IMAGES = frozenset({"image", "images", "img", "imgs"})
+
+class Parent(NamedTuple):
+    """The folder that holds the class folders."""
+
+    path: str
+    files: Sequence[str]
+    """Names of the files in it."""
+    split_dir: str
+    """The folder relative to data.root, `.` for data.root itself."""
+
+    @property
+    def is_root(self) -> bool:
+        """Return whether this is data.root, rather than the folder of the training split."""
+        return self.split_dir == "."
+
+    @property
+    def options(self) -> str:
+        """Return how to say what the folders are."""
+        folder = "data.root" if self.is_root else f"{self.split_dir}/"
+        others = "" if self.is_root else ", and data.val_dir and data.test_dir to the other splits"
+        return (
+            "Name the folder of each split with data.train_dir, data.val_dir and data.test_dir (relative to "
+            f"data.root). If the folders of {escape_unprintable(folder)} are the classes, set data.train_dir to "
+            f"'{escape_unprintable(self.split_dir)}'{others}."
+        )
 
 
-class _Folder(NamedTuple):
-    """A folder that would be a class."""
-
-    name: str
-    images: int
-    wrappers: tuple[str, ...]
-    """Names of the folders that hold all of its images, one inside the other; often none."""
-    inner: tuple[str, ...]
-    """Names of the folders with images below these."""
-    is_flat: bool
-    """Whether there are images beside the inner folders."""
-
-    def describe(self) -> str:
-        names = f" in {len(self.inner)} folders ({join_truncated(self.inner, limit=4)})" if self.inner else ""
-        return f"\n  {escape_unprintable(self.name)}/: {self.images} images{names or ', no class folders'}"
-
-
-def check_class_folders(
-    parent: str, files: Sequence[str], images: Mapping[str, Sequence[str]], *, is_root: bool
-) -> None:
-    """Raise a UserError unless the folders with images can be the classes.
-
-    Args:
-        parent: the folder that holds them.
-        files: names of the files beside them.
-        images: class -> paths of its images.
-        is_root: whether `parent` is data.root, rather than the folder of the training split.
-
-    """
-    folders = [_summarize(os.path.join(parent, name), name, paths) for name, paths in images.items()]
-    if is_root:
-        _check_split_names(parent, files, folders)
-    _check_images_and_masks(parent, files, folders)
+def check_class_folders(parent: Parent, images: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return notes about the folders with images (class -> paths); raise a UserError unless they can be the classes."""
+    folders = [summarize(os.path.join(parent.path, name), name, paths) for name, paths in images.items()]
+    if parent.is_root:
+        _check_split_names(parent, folders)
+    if problem := find_images_and_masks(folders):
+        raise _error(parent, folders, problem, f"{table_hint(parent.path, parent.files, '.')} {parent.options}")
     if len(folders) < 2:
-        _check_single(parent, files, folders, is_root=is_root)
-        return
+        _check_single(parent, folders)
+        return []
     if all(len({*map(split_kind, folder.inner)} - {None}) > 1 for folder in folders):
-        problem = "each class holds its splits, but the splits must hold the classes (train/CLASS/, test/CLASS/)"
-        raise _error(parent, folders, problem, "Move the folders, or list the images in a CSV with a column split.")
+        problem = "each of these folders holds folders of splits, but splits must hold the classes (train/CLASS/)"
+        use = f"To use one of them alone: --data.root {_join(parent.path, folders[0].name)}."
+        raise _error(parent, folders, problem, f"Move them, or list the images in a CSV with a column split. {use}")
     for folder in folders:
         kinds = {split_kind(name) for name in folder.inner} - {None}
-        use = f"use --data.root {_join(parent, folder.name)}. {_OPTIONS}"
+        use = f"use --data.root {_join(parent.path, folder.name)}. {parent.options}"
         if len(kinds) > 1 or "train" in map(split_kind, folder.wrappers):
             inner = join_truncated(folder.inner if len(kinds) > 1 else folder.wrappers, limit=4)
             problem = f"{folder.name}/ holds folders of splits ({inner})"
@@ -76,57 +70,69 @@ def check_class_folders(
         if share_names(folder.inner, [other for other in images if other != folder.name]):
             problem = f"{folder.name}/ holds folders of the same names as the folders beside it"
             raise _error(parent, folders, problem, f"It may be a copy of the dataset: move it away, or {use}")
-    parts = [folder for folder in folders if len(folder.inner) > 1 and not folder.is_flat]
+    for leftover in find_leftovers(folders, images):
+        raise _error(parent, folders, leftover.problem, f"{leftover.remedy} {parent.options}")
+    parts = [folder for folder in folders if folder.is_nested and not are_dates_or_sessions(folder.inner)]
     for one, other in itertools.combinations(parts, 2):
         if share_names(one.inner, other.inner):
             problem = (
                 f"{one.name}/ and {other.name}/ hold folders of the same names, so they look like parts of a dataset "
                 "(splits, folds, domains or copies) rather than classes"
             )
-            use = f"To use one of them alone: --data.root {_join(parent, one.name)}"
-            raise _error(parent, folders, problem, f"{_OPTIONS} {use}")
+            use = f"To use one of them alone: --data.root {_join(parent.path, one.name)}"
+            raise _error(parent, folders, problem, f"{parent.options} {use}")
+    nested = [f"{folder.name}/ ({join_truncated(folder.inner, limit=3)})" for folder in folders if folder.inner]
+    return [f"class folders with subfolders, whose images are of the same class: {join_truncated(nested, limit=3)}"] * (
+        len(nested) > 0
+    )
 
 
-def _check_split_names(root: str, files: Sequence[str], folders: Sequence[_Folder]) -> None:
+def _check_split_names(root: Parent, folders: Sequence[Folder]) -> None:
     """Raise a UserError if the folders have the names of splits or of numbered parts."""
     names = [folder.name for folder in folders]
     kinds = split_kinds(names)
-    for folder in folders:
-        words = [word for word in re.split(r"[\W_]+", folder.name) if split_kind(word)]
-        if words and len(folder.inner) > 1 and not folder.is_flat and len(folders) > 1:
-            problem = f"{folder.name}/ looks like a split of a dataset ({words[0]}) rather than a class"
-            raise _error(root, folders, problem, _OPTIONS)
+    nested = [folder for folder in folders if folder.is_nested]
+    words = {folder.name: word for folder in nested if (word := _split_word(folder.name))}
+    for name, word in words.items():
+        # One of many class folders with subfolders may be a train_station/.
+        if len(folders) > 1 and (name in kinds or 2 * len(words) >= len(nested)):
+            problem = f"{name}/ looks like a split of a dataset ({word}) rather than a class"
+            raise _error(root, folders, problem, root.options)
     if names and (len(set(kinds.values())) > 1 or len(kinds) == len(names)):
         train = next((name for name, kind in kinds.items() if kind == "train"), ".")
         listed = join_truncated(f"{name}/" for name in sorted(kinds))
         problem = (
             f"{listed} look like splits of a dataset rather than classes, but there is no train/ with class folders"
         )
-        raise _error(root, folders, problem, f"{table_hint(root, files, train)} {_OPTIONS}")
+        raise _error(root, folders, problem, f"{table_hint(root.path, root.files, train)} {root.options}")
+    for name in kinds:
+        may_be_class = name.lower() == "train" or (
+            name.lower() == "valid" and any("valid" in other.lower() for other in names if other != name)
+        )
+        if not may_be_class:
+            problem = f"{name}/ looks like a split of a dataset without class folders, rather than a class"
+            raise _error(root, folders, problem, f"If its images have no labels, move it away. {root.options}")
     if are_numbered_parts(names) and not any(folder.inner for folder in folders):
         problem = "the folders look like parts of a dataset rather than classes"
-        raise _error(root, folders, problem, f"{table_hint(root, files, '.')} {_OPTIONS}")
+        raise _error(root, folders, problem, f"{table_hint(root.path, root.files, '.')} {root.options}")
 
 
-def _check_images_and_masks(parent: str, files: Sequence[str], folders: Sequence[_Folder]) -> None:
-    """Raise a UserError if the folders are those of a segmentation or detection dataset."""
-    names = {re.sub(r"[\W_]", "", folder.name.lower()) for folder in folders}
-    if names & _IMAGES and names & _MASKS:
-        problem = "the folders look like images and their masks or labels rather than classes"
-        raise _error(parent, folders, problem, f"{table_hint(parent, files, '.')} {_OPTIONS}")
+def _split_word(name: str) -> str | None:
+    """Return the word of a split in a name such as `my_train`."""
+    return next((word for word in re.split(r"[\W_]+", name) if split_kind(word)), None)
 
 
-def _check_single(parent: str, files: Sequence[str], folders: Sequence[_Folder], *, is_root: bool) -> None:
+def _check_single(parent: Parent, folders: Sequence[Folder]) -> None:
     """Raise a UserError if the only folder with images may be the dataset, or has its labels in a CSV."""
     for folder in folders:
         wrappers = itertools.takewhile(lambda name: not split_kind(name), folder.wrappers)
-        inner = escape_unprintable(os.path.join(parent, folder.name, *wrappers))
-        if folder.inner and is_root:
+        inner = escape_unprintable(os.path.join(parent.path, folder.name, *wrappers))
+        if folder.inner and parent.is_root:
             hint = f"If it is the dataset, use --data.root {inner}"
         elif folder.inner:
             hint = f"If its folders are the classes, set data.train_dir to {inner}, and the other splits likewise"
         else:
-            hint = table_hint(parent, files, folder.name) if _tables(files) else ""
+            hint = table_hint(parent.path, parent.files, folder.name) if _tables(parent.files) else ""
         if hint:
             raise UserError(
                 f"{_where(parent)}: holds a single folder with images, {escape_unprintable(folder.name)}/, so there "
@@ -153,21 +159,12 @@ def unlabeled_error(root: str, root_files: Sequence[str], path: str, files: Sequ
     )
 
 
-def _summarize(path: str, name: str, paths: Iterable[str]) -> _Folder:
-    """Return what the folder of a class holds."""
-    counts = Counter(image.rpartition(os.sep)[0] for image in paths)
-    folders = [tuple(folder[len(path) + 1 :].split(os.sep)) if folder != path else () for folder in counts]
-    depth = 0
-    while len({parts[: depth + 1] for parts in folders}) == 1 and len(folders[0]) > depth:
-        depth += 1
-    inner = sorted({parts[depth] for parts in folders if len(parts) > depth})
-    is_flat = any(len(parts) == depth for parts in folders)
-    return _Folder(name, counts.total(), folders[0][:depth], tuple(inner), is_flat)
-
-
 def table_hint(folder: str, files: Sequence[str], images: str) -> str:
     """Return how to use a CSV in the folder for the labels of the images in `images`."""
-    tables = _tables(files) or ["TABLE.csv"]
+    tables = _tables(files)
+    if not tables and images != "." and (inside := _tables(sorted(os.listdir(os.path.join(folder, images))))):
+        folder, images, tables = os.path.join(folder, images), ".", inside
+    tables = tables or ["TABLE.csv"]
     name = Path(images).name.lower()
     table = _join(folder, next((table for table in tables if name in table.lower()), tables[0]))
     images = escape_unprintable(os.path.normpath(os.path.join(folder, images)))
@@ -181,14 +178,19 @@ def _tables(files: Iterable[str]) -> list[str]:
     return [name for name in files if name.lower().endswith((".csv", ".tsv"))]
 
 
-def _error(root: str, folders: Sequence[_Folder], problem: str, hint: str) -> UserError:
-    shown = "".join(folder.describe() for folder in folders[:10])
+def _error(parent: Parent, folders: Sequence[Folder], problem: str, hint: str) -> UserError:
+    shown = "".join(_describe(folder) for folder in folders[:10])
     more = f"\n  and {len(folders) - 10} more" if len(folders) > 10 else ""
-    return UserError(f"{_where(root)}: {escape_unprintable(problem)}:{shown}{more}\n{hint}")
+    return UserError(f"{_where(parent)}: {escape_unprintable(problem)}:{shown}{more}\n{hint}")
 
 
-def _where(root: str) -> str:
-    return f"data.root {escape_unprintable(root)}"
+def _describe(folder: Folder) -> str:
+    names = f" in {len(folder.inner)} folders ({join_truncated(folder.inner, limit=4)})" if folder.inner else ""
+    return f"\n  {escape_unprintable(folder.name)}/: {folder.images} images{names or ', no class folders'}"
+
+
+def _where(parent: Parent) -> str:
+    return f"{'data.root ' if parent.is_root else ''}{escape_unprintable(parent.path)}"
 
 
 def _join(root: str, name: str) -> str:

@@ -26,6 +26,13 @@ _FILLER_NAME = re.compile(rf"(?:{_FILLERS})+\d*")
 _NUMBERED_PART = re.compile(r".*(?:part|fold|batch|chunk|shard|subset|split|volume|images?|imgs?|set)\d+")
 
 
+# Names of folders inside a class that divide its images by time or recording.
+_DATE_OR_SESSION = re.compile(
+    r"(?:19|20)\d\d(?:[01]\d){0,2}|(?:part|batch|chunk|shard|session|video|clip|cam|camera|sequence|seq|day|week|patient|"
+    r"subject)\d+"
+)
+
+
 @lru_cache(maxsize=4096)
 def split_kind(name: str) -> SplitKind | None:
     """Return the split that a folder name or a value of a CSV means, or None if it is not the name of a split."""
@@ -65,6 +72,11 @@ def are_numbered_parts(names: Iterable[str]) -> bool:
     """Return whether all names are those of parts of a dataset, such as `fold_0` or `images_part_2`."""
     compact = [_compact(name) for name in names]
     return len(compact) > 1 and all(_NUMBERED_PART.fullmatch(name) for name in compact)
+
+
+def are_dates_or_sessions(names: Iterable[str]) -> bool:
+    """Return whether all names are dates, or numbered sessions such as `video_3`, and so no classes."""
+    return all(_DATE_OR_SESSION.fullmatch(_compact(name)) for name in names)
 
 
 def share_names(one: Sequence[str], other: Sequence[str]) -> bool:

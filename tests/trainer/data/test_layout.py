@@ -1,5 +1,6 @@
 """Structures of popular datasets: splits and classes are right, or an error names the option; never a wrong model."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -71,7 +72,11 @@ MADE = "a split of 40 %"
         (["{bus,train,car}/3*.jpg"], "bus car train", (5, 0, 4), MADE),
         (["{bus,train}/3*.jpg", "train/steam/3*.jpg"], "bus train", (5, 0, 4), MADE),
         (["{valid,invalid}/3*.jpg"], "invalid valid", (4, 0, 2), MADE),
-        (["cats/{2020,2021}/3*.jpg", "dogs/{2022,2023}/3*.jpg"], "cats dogs", (7, 0, 5), MADE),
+        (["{cats,dogs}/{2020,2021-05-03}/3*.jpg"], "cats dogs", (7, 0, 5), MADE),
+        (["{cats,dogs}/{video_1,video_2}/3*.jpg"], "cats dogs", (7, 0, 5), MADE),
+        (["train_station/{day,night}/3*.jpg", "airport/{gate,hall}/3*.jpg", "harbor/{boat,ship}/3*.jpg"],
+         "airport harbor train_station", (11, 0, 7), MADE),
+        (["{1,-1,face,face_mask}/3*.jpg", "1/2/3*.jpg"], "-1 1 face face_mask", (9, 0, 6), MADE),
         # Junk of storage devices and regraft's output
         ([CD, "{cats,dogs}/@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg", "cats/{.thumbnails,.ipynb_checkpoints}/0.jpg",
           "dogs/SYNOPHOTO_THUMB_XL.jpg", "{$RECYCLE.BIN,lost+found,@eaDir,#recycle}/3*.jpg", "cats/._0.jpg"],
@@ -106,10 +111,22 @@ def test_layout_is_read(
         (["EuroSAT/{Forest,River}/3*.jpg", "EuroSATallBands/{Forest,River}/3*.tif"], r"parts of a dataset"),
         ([f"train/{{photo,sketch}}/{CD}", f"test/{{photo,sketch}}/{CD}"], r"train: photo/ and sketch/ hold folders"),
         ([CD, f"PetImages/{CD}"], r"PetImages/ holds folders of the same names as the folders beside it.*copy"),
-        (["{cats,dogs}/{train,test}/3*.jpg"], "each class holds its splits.*cats/: 6 images in 2 .*in a CSV with"),
+        (["{cats,dogs}/{train,test}/3*.jpg"], "holds folders of splits.*cats/: 6 images in 2 .*a CSV with"),
         ([f"casting/{{train,test}}/{CD}", f"large/{CD}"], r"casting/ holds folders of splits \(test, train\)"),
         ([f"archive/train/{CD}", "pictures/3*.jpg"], r"archive/ holds folders of splits \(train\).*--data\.root"),
         ([f"train/{CD}", f"extra/{CD}"], r"extra/ holds the class folders of train/.*data\.train_dir.*data\.test_dir"),
+        # Leftovers: copies, masks, folders at the wrong place or without a name
+        *(([CD, f"{name}/3*.jpg"], rf"{re.escape(name)}/ looks like a copy of cats/.*set data\.train_dir to '\.'")
+          for name in ("cats - Copy", "cats (1)", "Copy of cats", "Cats_backup", "cats.old", "cats~", "cats_aug")),
+        (["train/{cats,cats copy,dogs}/3*.jpg", f"val/{CD}"], "a copy of cats/.*train_dir to 'train', and data.val"),
+        ([CD, "dogs/Cats/3*.jpg"], "dogs/Cats/ has the name of the class cats/, but its images would be of class dogs"),
+        ([CD, "cats/cats/3*.jpg"], "cats/cats/ has the name of the class cats/"),
+        ([CD, "New folder (2)/3*.jpg"], "has the name of a new folder"),
+        ([CD, "Ground_Truth/3*.png"], "Ground_Truth/ looks like masks or labels"),
+        ([CD, "{cats,dogs}/masks/3*.png"], "cats/masks/ looks like masks or labels"),
+        ([CD, "cats/3*_mask_1.png"], "cats/ holds 3 files named as masks of other images, such as 0_mask_1.png"),
+        ([CD, "test/3*.jpg"], "test/ looks like a split of a dataset without class folders"),
+        ([CD, "val_images/images/3*.jpg"], "val_images/ looks like a split of a dataset without"),
         # Images without labels, beside a CSV or not: APTOS, dog breeds, HAM10000, ImageNet, Roboflow, NIH
         (["{train_images,test_images}/3*.png"], r"test_images/, train_images/ look like splits.*CSV.*data\.csv_root"),
         (["{train,test}/3*.jpg", "labels.csv"], r"--data\.root .*/labels\.csv --data\.csv_root .*/train, with"),
@@ -119,14 +136,14 @@ def test_layout_is_read(
         (["3*.jpg", "labels.csv"], r"3 images and no folders.*--data\.root .*/labels\.csv"),
         (["train/{a,b}/3*.JPEG", "val/3*.JPEG"], r"val: it has no class folders, so its 3 files.*data\.val_dir"),
         (["train/{a,b}/images/3*.JPEG", "val/images/3*.JPEG", "val/val_annotations.txt"], "val/images: it has no"),
-        (["{train,valid,test}/3*.jpg", "{train,valid,test}/_classes.csv"], "look like splits.*no train/ with class"),
+        (["{train,valid,test}/3*.jpg", "{train,valid,test}/_classes.csv"], r"--data\.root .*/train/_classes\.csv"),
         (["{images,masks}/3*.png"], "look like images and their masks"),
         (["train/{images,labels}/3*.png", "val/{images,labels}/3*.png"], "train: the folders look like images and"),
         ([f"my_train/{CD}", "pred/3*.jpg"], r"my_train/ looks like a split of a dataset \(train\).*data\.train_dir"),
         (["{trainA,trainB,testA,testB}/3*.jpg"], "testA/, testB/, trainA/, trainB/ look like splits"),
         (["Train/{0,1}/3*.png", "{Test,Meta}/3*.png", "{Meta,Test,Train}.csv"],
          r"Test: it has no class folders.*--data\.root .*/Test\.csv"),
-        (["COVID/{images,masks}/3*.png", "Normal/{images,masks}/3*.png"], "COVID/ and Normal/ hold folders of"),
+        (["COVID/{images,masks}/3*.png", "Normal/{images,masks}/3*.png"], r"COVID/masks/ looks like masks"),
         (["{images,annotations/trimaps}/3*.png", "annotations/list.txt"], "look like images and their masks"),
         (["{train,test,bus}/3*.jpg"], r"test/, train/ look like splits.*.*set data\.train_dir to '\.'"),
         # Folders around the dataset: CUB, Stanford Dogs, doubled folders
@@ -146,9 +163,11 @@ def test_layout_is_read(
         (["{my cat,my\u00a0cat,dog}/3*.jpg"], r"'my cat' and 'my\\xa0cat' differ only in invisible characters"),
         (["{cat,c\u200bat,dog}/3*.jpg"], "differ only in invisible characters"),
         (["{cat,\u0441\u0430t,dog}/3*.jpg"], "look the same"),
+        (["{hot dog,hot_dog,pizza}/3*.jpg"], "differ only in spaces, hyphens and underscores"),
+        (["{1,01.0,2}/3*.jpg"], "differ only in how the number is written"),
         (["train/{cat,dog}/3*.jpg", "val/{Cat,dog}/3*.jpg"], "'Cat' and 'cat' differ only in upper"),
         # Folders without images where it matters
-        (["{cats,dogs}/3*.jpg", "birds/3*.heif"], "birds/ holds 3 .heif.*data.extensions"),
+        (["{cats,dogs}/3*.jpg", "birds/3*.cr2"], "birds/ holds 3 .cr2.*data.extensions"),
         (["train/{a,b}/3*.jpg", "train/c/.keep", "test/{a,b,c}/3*.jpg"], "test/ has classes that are not .*: c"),
     ],
 )  # fmt: skip
