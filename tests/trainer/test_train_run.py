@@ -33,6 +33,7 @@ from trainer.data.decode import decode
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped
 from trainer.distributed.watchdog import Heartbeat
+from trainer.errors import UserError
 from trainer.optim.mixup import sample_params
 from trainer.report.summary import best_row
 from trainer.run.folder import FINE_TUNED, INITIAL, WISE
