@@ -282,6 +282,8 @@ def test_a_finished_run_is_only_reported_and_can_be_extended(copy: ResolvedConfi
     assert [row["epoch"] for row in result.rows] == [1, 2, 3, 4]
     tuned = load_file(folder / (FINE_TUNED if (folder / FINE_TUNED).exists() else MODEL))
     assert all(torch.equal(tensor, best_average(copy)[name]) for name, tensor in tuned.items())
+    with pytest.raises(UserError, match=r"train\.epochs: 4 there, 3 now"):
+        train(copy)
 
 
 def test_a_stopped_run_reports_its_position_and_resumes(quick: ResolvedConfig, tmp_path: Path) -> None:

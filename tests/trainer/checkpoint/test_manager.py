@@ -43,8 +43,7 @@ from trainer.state import TrainState
 STEPS = 2
 """Updates of an epoch."""
 SUMS = MetricState(rows=((0.5, 2, 4),), seconds=2.0, compute_seconds=1.0)
-AVERAGE = 77.0
-"""Weights of the moving average, which no test updates."""
+AVERAGE = 77.0  # weights of the moving average, which no test updates
 NEVER = RetentionPolicy(every_steps=None, every_seconds=None, keep_last=2, keep_best=False, keep_every=None)
 EVERY_EPOCH = dataclasses.replace(NEVER, every_steps=STEPS, keep_best=True)
 CONTINUE = StepDecision(save=False, stop=None)

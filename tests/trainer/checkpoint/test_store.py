@@ -163,9 +163,6 @@ def test_an_attempt_without_the_lock_writes_and_removes_nothing(folder: Path) ->
     assert tree(folder) == before
 
 
-# --- prune and clean up
-
-
 def test_prune_keeps_the_given_checkpoints_and_always_the_newest(folder: Path, tmp_path: Path) -> None:
     checkpoints = [CheckpointId(step, 1) for step in range(3, 7)]
     store.prune(folder, [], check=lambda: None)
