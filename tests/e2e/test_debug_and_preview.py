@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_preview_draws_a_grid_of_original_and_augmented_images(options: Options,
     drawn = np.asarray(read_rgb(path))
     colored = (np.ptp(drawn.astype(int), axis=2) > 12).sum(axis=1) > 100  # captions are black on white
     bands = (np.diff(np.concatenate([[0], colored.astype(int)])) == 1).sum()
-    assert bands == 4, "four rows of images"
+    assert bands == 3, "a row of images for each class"
     assert not (tmp_path / "run").exists()
 
 
@@ -86,21 +87,28 @@ def test_preview_draws_few_images_and_unusual_names(tmp_path: Path) -> None:
     assert read_rgb(written).width > 500
 
 
-def test_preview_shows_random_erasing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = image_folder(tmp_path / "data", {"train": {"a": 3, "b": 3}, "val": {"a": 1}})
-    drawn: list[tuple[str, list[Image.Image]]] = []
-    monkeypatch.setattr("trainer.commands.preview.draw", lambda rows, path: drawn.extend(rows))
+def test_preview_has_every_class_and_random_erasing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = {f"{number:02}": 1 + 5 * (number == 1) for number in range(26)}
+    folder = image_folder(tmp_path / "data", {"train": classes, "val": {"00": 1}})
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        "trainer.commands.preview.write_image_grid", lambda samples, path, titles: drawn.extend([samples, titles])
+    )
     options = [f"--data.root={folder}", "--data.image_size=32", "--data.random_erasing=1"]
     preview([*options, "--model.weights=null", f"--run.dir={tmp_path / 'run'}"])
-    mean = [124, 116, 104]
+    samples, titles = drawn
+    assert titles == (
+        "training images of the first 24 of 26 classes",
+        "as seen in epoch 1 (basic, random erasing, 32 px)",
+    )
+    assert [row.caption for row in samples[:3]] == ["00 (1)", "01 (6)", "02 (1)"]
+    assert [len(row.originals) for row in samples] == [1, 4, *[1] * 22]
 
-    def is_erased(images: list[Image.Image]) -> list[bool]:
-        return [bool((np.asarray(image) == mean).all(axis=2).sum() >= 8) for image in images]
+    def is_erased(image: Image.Image) -> bool:
+        return bool((np.asarray(image) == [124, 116, 104]).all(axis=2).sum() >= 8)
 
-    (_, originals), _, (caption, augmented), (_, others) = drawn
-    assert "basic, random erasing, 32 px" in caption
-    assert is_erased(originals) == [False] * 3
-    assert is_erased([*augmented, *others]) == [True] * 6
+    assert not any(is_erased(image) for row in samples for image in row.originals)
+    assert all(is_erased(image) for row in samples for image in row.augmented)
 
 
 def test_preview_names_a_file_that_cannot_be_read_or_written(tmp_path: Path) -> None:
