@@ -1,7 +1,6 @@
 """`--debug` and `regraft preview`."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from trainer.commands.preview import preview
 from trainer.data import dataset
 from trainer.data.augment import apply_seeded
 from trainer.errors import UserError
-from trainer.report.image_grid import ClassSamples
 
 
 def test_debug_prints_every_step_and_writes_nothing(
@@ -77,24 +75,28 @@ def test_preview_draws_a_grid_of_original_and_augmented_images(
     assert (tmp_path / "run" / OUTPUT_MARK).exists(), "the folder is never read as data"
 
 
-def test_preview_shows_random_erasing(preview_options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[ClassSamples] = []
-    shown: list[str] = []
+def test_preview_has_every_class_and_random_erasing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = {f"{number:02}": 1 + 5 * (number == 1) for number in range(26)}
+    folder = image_folder(tmp_path / "data", {"train": classes, "val": {"00": 1}})
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        "trainer.commands.preview.write_image_grid", lambda samples, path, titles: drawn.extend([samples, titles])
+    )
+    options = [f"--data.root={folder}", "--data.image_size=32", "--data.random_erasing=1"]
+    preview([*options, "--model.weights=null", f"--run.dir={tmp_path / 'run'}"])
+    samples, titles = drawn
+    assert titles == (
+        "training images of the first 24 of 26 classes",
+        "as seen in epoch 1 (basic, random erasing, 32 px)",
+    )
+    assert [row.caption for row in samples[:3]] == ["00 (1)", "01 (6)", "02 (1)"]
+    assert [len(row.originals) for row in samples] == [1, 4, *[1] * 22]
 
-    def record(samples: Sequence[ClassSamples], path: Path, *, titles: Sequence[str]) -> None:
-        rows.extend(samples)
-        shown.extend(titles)
+    def is_erased(image: Image.Image) -> bool:
+        return bool((np.asarray(image) == [124, 116, 104]).all(axis=2).sum() >= 8)
 
-    monkeypatch.setattr("trainer.commands.preview.write_image_grid", record)
-    preview([*preview_options, "--data.random_erasing=1"])
-    mean = [124, 116, 104]
-
-    def is_erased(images: Sequence[Image.Image]) -> list[bool]:
-        return [bool((np.asarray(image) == mean).all(axis=2).sum() >= 8) for image in images]
-
-    assert "basic, random erasing, 32 px" in shown[1]
-    assert [is_erased(row.originals) for row in rows] == [[False] * 4, [False] * 3]
-    assert [is_erased(row.augmented) for row in rows] == [[True] * 4, [True] * 3]
+    assert not any(is_erased(image) for row in samples for image in row.originals)
+    assert all(is_erased(image) for row in samples for image in row.augmented)
 
 
 def test_preview_names_a_file_that_cannot_be_read_or_written(preview_options: list[str], tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
 
     """
     own, rest = split_command(_parser(), argv)
+    if sum(word.partition("=")[0] == "--strategies" for word in argv) > 1:
+        raise UserError("--strategies is given more than once: separate the strategies by commas")
     if not 1 <= own.seeds <= _MAX_SEEDS:
         raise UserError(f"--seeds {own.seeds}: expected 1 to {_MAX_SEEDS}")
     plain, configs, messages = plan(rest, variants(own.strategies))
