@@ -11,6 +11,7 @@ if __name__ == "__main__":
     protect_imports()
 
 import argparse
+import difflib
 import os
 from collections.abc import Callable, Sequence
 
@@ -66,15 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
     try:
-        if verb in ("-h", "--help"):
+        if verb in ("-h", "--help", "help"):
+            verb, rest = (rest[0], ["--help"]) if rest[:1] and rest[0] in VERBS else (verb, [])
+        if verb in ("-h", "--help", "help"):
             print(_HELP, end="")
             return 0
-        if verb in ("-V", "--version"):
+        if verb in ("-V", "-v", "--version", "version"):
             print(f"regraft {own_version()}")
             return 0
         if verb not in VERBS:
-            *others, last = VERBS
-            raise LaunchError(f"there is no verb {verb!r}; expected {', '.join(others)} or {last}")
+            raise LaunchError(_unknown_verb(verb))
         return VERBS[verb](rest)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -84,6 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def _unknown_verb(verb: str) -> str:
+    *others, last = VERBS
+    near = difflib.get_close_matches(verb.lower().replace("_", "-"), VERBS, n=1)
+    if verb.startswith("-") or Path(verb).is_dir():
+        near = [f"train {verb}"]
+    hint = f". Did you mean `regraft {near[0]}`?" if near else ""
+    return f"there is no verb {verb!r}; expected {', '.join(others)} or {last}{hint}"
 
 
 def _train(argv: list[str]) -> int:

@@ -1,6 +1,7 @@
 """The trainer's options as far as the launcher reads them: the run folder, and values given on the command line."""
 
 from collections.abc import Sequence
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def _value(config: Path, section: str, key: str) -> str | None:
         values = yaml_file.load(config)
     except yaml_file.ERRORS:
         return None
-    options = values.get(section) if isinstance(values, dict) else None
-    value = options.get(key) if isinstance(options, dict) else None
-    return value if isinstance(value, str) else None
+    if not isinstance(values, dict):
+        return None
+    options = values.get(section)
+    value = options.get(key) if isinstance(options, dict) else values.get(f"{section}.{key}")
+    return str(value) if isinstance(value, str | date) else None

@@ -1,5 +1,6 @@
 """Files that come with regraft: `configs/` with recipes and strategies, and `slurm/` with batch scripts."""
 
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,4 +14,7 @@ CONFIGS = FILES / "configs"
 def find_config(file: str) -> Path:
     """Return the path of a config file: a recipe such as `configs/hotdog.yaml` if there is no such file here."""
     path, recipe = Path(file), FILES / file
+    if file.startswith("~"):  # which the shell does not expand in --config=~/FILE
+        with suppress(RuntimeError):
+            path = path.expanduser()
     return recipe if not path.exists() and CONFIGS in recipe.parents and recipe.is_file() else path

@@ -1,5 +1,6 @@
 """Load a YAML file of options safely: of limited size and depth, with unique keys, whatever it contains."""
 
+import re
 import stat
 from collections import Counter
 from pathlib import Path
@@ -9,8 +10,12 @@ import yaml
 
 ERRORS = (OSError, ValueError, RecursionError, yaml.YAMLError)
 """What `load` raises for a file that is not a readable YAML file."""
+_INT = "tag:yaml.org,2002:int"
 _MERGE = "tag:yaml.org,2002:merge"
 _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1_000_000, 250_000, 50
+_TAB = re.compile(r"^ *\t\s*[\w-]+:(\s|$)", re.MULTILINE)
+_OCTAL = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+)")
+"""Whole numbers that YAML 1.1 reads in another base: `0755` and `1:30`."""
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # without libyaml, PyYAML is six times as slow
 
 
@@ -43,7 +48,14 @@ def _read(path: Path) -> str:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
         raise ValueError(f"it is larger than {_MAX_BYTES / 1e6:g} MB: expected a YAML file of options")
-    return content.decode("utf-8")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"line {line} is not UTF-8: save the file in UTF-8") from None
+    if tab := _TAB.search(text):
+        raise ValueError(f"line {text[: tab.start()].count(chr(10)) + 1} is indented with a tab: use spaces")
+    return text
 
 
 def _prepare(root: yaml.Node) -> None:
@@ -84,6 +96,11 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
         if duplicates := sorted(key for key, count in keys.items() if count > 1):
             raise ValueError(f"line {node.start_mark.line + 1}: duplicate keys: {', '.join(duplicates[:5])}")
         return [child for pair in node.value for child in pair]
+    if node.tag == _INT and _OCTAL.fullmatch(str(node.value)):
+        raise ValueError(
+            f"line {node.start_mark.line + 1}: {node.value} is a number of another base in YAML: write it "
+            "without leading zeros and colons, or in quotes"
+        )
     return node.value if isinstance(node, yaml.SequenceNode) else []
 
 

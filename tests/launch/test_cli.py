@@ -24,12 +24,16 @@ def test_launcher_starts_without_slow_imports() -> None:
 def test_wrong_arguments_are_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, expected in (
         (["fly"], "there is no verb 'fly'"),
+        (["trian"], "Did you mean `regraft train`?"),
+        (["lr_find"], "Did you mean `regraft lr-find`?"),
+        (["--data", "x"], "Did you mean `regraft train --data`?"),
         (["status", "/nowhere/at all"], "/nowhere/at all: there is no such folder"),
         (["completion", "fish"], "completion for 'fish': expected bash or zsh"),
     ):
         assert cli.main(argv) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"error: {expected}")
+        assert error.startswith("error: ")
+        assert expected in error
         assert error.count("\n") == 1
 
 

@@ -32,9 +32,10 @@ _TYPES = {int: "INT", float: "FLOAT", str: "TEXT", bool: "true|false", NoneType:
 
 
 def help_topic(argv: Sequence[str]) -> str | None:
-    """Return the section that follows `--help` on the command line, or None."""
+    """Return the section that follows `--help` on the command line, or that of the option that does, or None."""
     following = [after for word, after in pairwise(argv) if word in ("--help", "-h")]
-    return next((topic for topic in following if topic in SECTIONS), None)
+    sections = (topic.removeprefix("--").partition(".")[0] for topic in following)
+    return next((section for section in sections if section in SECTIONS), None)
 
 
 def help_text(quickstart: str, topic: str | None = None) -> str:
@@ -103,6 +104,14 @@ def completions() -> Iterator[str]:
                 yield option
             else:
                 yield " ".join([option, *values.split("|")])
+
+
+def describe_type(option: str) -> str:
+    """Return the type of an option, such as `INT|null`."""
+    hint: Any = Config
+    for name in option.split("."):
+        hint = get_type_hints(hint)[name]
+    return _format_type(hint)
 
 
 def _format_type(hint: Any) -> str:

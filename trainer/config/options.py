@@ -10,7 +10,27 @@ from trainer.errors import UserError
 
 COMMAND_LINE = "command line"
 """Where an option was found, in error messages."""
-_LAUNCHER_OPTIONS = ("nproc", "nproc_per_node", "gpus", "num_gpus", "devices", "num_processes", "max_restarts")
+_LAUNCHER_OPTIONS = (
+    *("nproc", "nproc_per_node", "gpus", "num_gpus", "n_gpu", "n_gpus", "ngpu", "ngpus", "devices", "num_devices"),
+    *("num_processes", "nprocs", "n_procs", "np", "max_restarts"),
+)
+_GENERAL = {
+    **dict.fromkeys(("cfg", "conf", "c", "config_file", "config_path", "configs", "hyp", "yaml"), "--config"),
+    **dict.fromkeys(("h", "help", "usage", "?"), "--help"),
+    **dict.fromkeys(("v", "version"), "--version"),
+    **dict.fromkeys(("print_config", "show_config", "dump_config"), "--print_config"),
+}
+"""Names of other programs -> options that belong to no section."""
+_NO_OPTIONS = {
+    **dict.fromkeys(
+        ("num_classes", "n_classes", "nb_classes", "classes", "nc"), "The classes are those of the dataset"
+    ),
+    **dict.fromkeys(("eval", "evaluate", "test_only", "val_only"), "Each run evaluates its model"),
+    **dict.fromkeys(
+        ("local_rank", "rank", "world_size", "dist_url", "dist_backend"), "The launcher sets up the processes"
+    ),
+}
+"""Names of other programs -> why there is no such option."""
 RENAMED = {
     "regularise": "regularization",
     "source": "pretrain",
@@ -56,7 +76,12 @@ def check_option(key: str, value: object, where: str) -> None:
 
 
 def _suggestion(key: str, value: object, where: str) -> str:
-    if key.strip("-").replace("-", "_") in _LAUNCHER_OPTIONS:
+    name = key.strip("-").replace("-", "_").lower()
+    if where == COMMAND_LINE and name in _GENERAL:
+        return f"Did you mean {_GENERAL[name]} {value}".rstrip() + "?"
+    if name in _NO_OPTIONS:
+        return f"{_NO_OPTIONS[name]}; `regraft train --help` lists the options"
+    if name in _LAUNCHER_OPTIONS:
         return "The number of processes and of restarts are options of `regraft train`: --nproc and --max-restarts"
     near = suggest(key, tuple(keys()))
     section = (near[0] if near else key).partition(".")[0]

@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -16,14 +17,16 @@ from regraft.command_line import is_dataset, join_values
 from regraft.contract import own_version
 from regraft.files import CONFIGS
 from trainer.config.dump import dump
-from trainer.config.help import help_text, help_topic
-from trainer.config.options import COMMAND_LINE, check_option, keys
+from trainer.config.help import describe_type, help_text, help_topic
+from trainer.config.options import COMMAND_LINE, OPTIONS, check_option, keys
 from trainer.config.schema import Config
 from trainer.config.strategies import insert_configs
 from trainer.errors import UserError
 
 __all__ = ["QUICKSTART", "dump", "keys", "parse"]
 
+_OTHER_DASHES = re.compile("-?[\u2010-\u2015\u2212\uff0d][-\u2010-\u2015\u2212\uff0d]*")
+"""Dashes that a text program or a web page has put in the place of hyphens."""
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 
@@ -86,6 +89,15 @@ def _print_and_exit(text: str) -> NoReturn:
 def _check_options(words: Sequence[str]) -> None:
     for word in words:
         option, _, value = word.partition("=")
+        if not word or (option == "--config" and "=" in word and not value):
+            raise UserError(f"command line: {'an argument' if not word else '--config'} is empty; is a variable unset?")
+        if dashes := _OTHER_DASHES.match(word):
+            raise UserError(
+                f"command line: {word} starts with another character than the hyphen of the keyboard; did you mean "
+                f"--{word[dashes.end() :]}?"
+            )
+        if option in OPTIONS and is_dataset(word) and not Path(word).exists():
+            raise UserError(f"command line: {word} is not a dataset: did you mean --{word}?")
         if option.startswith("-") and option != "--config":
             check_option(option.removeprefix("--"), value, COMMAND_LINE)
 
@@ -103,13 +115,19 @@ def _name_dataset(words: Sequence[str]) -> list[str]:
         raise UserError(
             f"command line: {datasets[-1]!r} is not an option, and the dataset is {[*named, *datasets][0]!r}"
         )
-    if datasets and datasets[0].endswith((".yaml", ".yml")):
+    if datasets and datasets[0].endswith((".yaml", ".yml", ".json", ".toml")):
         raise UserError(f"command line: {datasets[0]} is not a dataset: did you mean --config {datasets[0]}?")
     return [f"--data.root={word}" if is_dataset(word) else word for word in words]
 
 
 def _rephrase(message: str) -> str:
     """Return a message of jsonargparse in plain English."""
-    message = message.replace('Parser key "', 'option "')
-    message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    return re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
+    option = re.match(r'Parser key "(.*?)"', message)
+    value = re.search(r"Given value: (.*)\Z", message, re.DOTALL) or re.search(r"Got value: (.*)", message, re.DOTALL)
+    if option is None or value is None or option[1] not in OPTIONS:
+        return message
+    text = value[1].strip()
+    expected = describe_type(option[1])
+    if expected.startswith("TEXT"):
+        expected += "; a config file needs quotes around numbers and words such as yes and no"
+    return f"option {option[1]} is {text[:200] or 'empty'}: expected {expected}"

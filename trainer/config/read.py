@@ -38,9 +38,8 @@ def read_config_file(path: Path, where: str) -> Content:
     content = {key: value for key, value in content.items() if not str(key).startswith(ANCHORS)}
     for section in SECTIONS:
         if section in content and not isinstance(content[section], dict):
-            raise UserError(
-                f"{where}: section {section!r} is {str(content[section])[:80]!r}: expected options below it"
-            )
+            given = "empty" if content[section] is None else repr(str(content[section])[:80])
+            raise UserError(f"{where}: section {section!r} is {given}: expected options below it, indented by spaces")
     for key, value in options_of(content):
         check_option(key, value, where)
     return content

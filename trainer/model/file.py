@@ -69,8 +69,8 @@ class LoadedModel(NamedTuple):
 
         """
         for name, value in (("topk", topk), ("batch_size", batch_size)):
-            if value < 1:
-                raise UserError(f"{name} is {value}: expected 1 or more")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{name} is {value!r}: expected a whole number, 1 or more")
         inputs = list(images) if isinstance(images, list | tuple) else [cast(ImageInput, images)]
         device = next(self.model.parameters()).device
         predictions: list[Prediction] = []
@@ -109,6 +109,8 @@ def _find_model_file(path: str | os.PathLike[str]) -> Path:
         file = Path(path).expanduser()
         if file.is_dir():
             file /= MODEL
+            if not file.exists():
+                raise UserError(f"{file}: there is no such file; {_EXPECTED}, which it writes after its first epoch")
     except (OSError, RuntimeError) as error:  # no permission, or a misspelled ~user
         raise UserError(f"{os.fspath(path)}: cannot be read ({error}); {_EXPECTED}") from None
     if not file.is_file():

@@ -16,7 +16,7 @@ from trainer.data.decode import UnreadableImage, decode, upright_rgb
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
 
-ImageInput: TypeAlias = str | os.PathLike[str] | bytes | bytearray | BinaryIO | np.ndarray | Image.Image
+ImageInput: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | np.ndarray | Image.Image
 """An image: a path, the content of a file, an open file, an array or a PIL image."""
 _EXPECTED = (
     "expected a path, bytes, a file opened with mode 'rb', a PIL image, a NumPy array of uint8 [height, width] or "
@@ -59,20 +59,26 @@ class Preprocess:
 def _read_image(image: ImageInput, name: str) -> Image.Image:
     """Return the image in mode RGB, upright."""
     if isinstance(image, Image.Image):
-        return upright_rgb(image)
+        try:
+            return upright_rgb(image)
+        except ValueError as error:  # a closed image
+            raise UserError(f"{name} cannot be read ({error}): {_EXPECTED}") from None
     if isinstance(image, str | os.PathLike):
         return decode(Path(image).expanduser())
-    if isinstance(image, bytes | bytearray):
+    if isinstance(image, bytes | bytearray | memoryview):
         return _decode_content(image)
     if isinstance(image, np.ndarray):
         return upright_rgb(_from_array(image, name))
-    content = image.read() if hasattr(image, "read") else None
+    try:
+        content = image.read() if hasattr(image, "read") else None
+    except (OSError, ValueError) as error:  # a closed file, or one opened with another mode
+        raise UserError(f"{name} cannot be read ({error}): {_EXPECTED}") from None
     if not isinstance(content, bytes):
         raise UserError(f"{name} is of type {type(image).__name__}: {_EXPECTED}")
     return _decode_content(content)
 
 
-def _decode_content(content: bytes | bytearray) -> Image.Image:
+def _decode_content(content: bytes | bytearray | memoryview) -> Image.Image:
     with tempfile.NamedTemporaryFile(prefix="regraft-") as file:  # `decode` opens a file by its path
         file.write(content)
         file.flush()
@@ -80,6 +86,8 @@ def _decode_content(content: bytes | bytearray) -> Image.Image:
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in {3, 4})
     if array.dtype != np.uint8 or not is_image or not array.size:
         raise UserError(f"{name} is an array of {array.dtype} {list(array.shape)}: {_EXPECTED}")

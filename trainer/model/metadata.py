@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer.data.augment import Preprocessing
 from trainer.errors import UserError
 from trainer.model.architectures import architectures
-from trainer.model.torchvision_weights import is_file
+from trainer.model.torchvision_weights import file_path, is_file
 from trainer.model.weights_file import find_weights_file, is_safetensors
 from trainer.run.atomic import write_atomically
 from trainer.text import escape_unprintable
@@ -91,7 +91,7 @@ def read_weights_metadata(weights: str) -> ModelMetadata | None:
     if not is_file(weights):
         return None
     try:
-        file = find_weights_file(Path(weights).expanduser())
+        file = find_weights_file(file_path(weights))
         if not is_safetensors(file):
             return None
     except UserError:

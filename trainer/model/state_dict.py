@@ -16,6 +16,8 @@ _PROBES = 16
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # An average of the weights (EMA, SWA), or MoCo's and BYOL's slow copy of the encoder.
 _AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?|shadow|momentum|target|encoder_k)([._]|$)")
+# Wrappers within a model: fully sharded modules, and those with activation checkpointing.
+_WRAPPERS = re.compile(r"(?<=\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Module names must not contain dots, but torchvision's DenseNet files are older than that rule.
 _OLD_DENSENET = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var|num_batches_tracked))$"
@@ -73,6 +75,7 @@ def select_state(content: Any, expected: Collection[str], *, key: str, path: str
     """
     containers = list(_containers(content, "", 0, set()))
     if not containers:
+        _refuse_whole_model(content, path)
         is_mapping = isinstance(content, Mapping)
         found = (
             f"the keys {join_truncated(map(str, content)) or '(none)'}" if is_mapping else f"a {type(content).__name__}"
@@ -81,6 +84,7 @@ def select_state(content: Any, expected: Collection[str], *, key: str, path: str
     names = [name for name in expected if not name.endswith("num_batches_tracked")]
     candidates = [candidate for where, tensors in containers for candidate in _candidates(where, tensors, names)]
     if not candidates:  # another architecture: the caller compares the names
+        _refuse_whole_model(content, path)
         candidates = [_Candidate(where, "", tensors, 0) for where, tensors in containers]
     if key != "auto":
         under_key = [candidate for candidate in candidates if f".{key}." in f".{candidate.label}."]
@@ -108,12 +112,24 @@ def _containers(content: Any, key: str, depth: int, seen: set[int]) -> Iterator[
         return
     seen.add(id(content))
     tensors = {
-        _OLD_DENSENET.sub(r"\1\2", str(name)): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)
+        _OLD_DENSENET.sub(r"\1\2", _WRAPPERS.sub("", str(name))): tensor
+        for name, tensor in content.items()
+        if isinstance(tensor, Tensor)
     }
     if tensors:
         yield key, tensors
     for name, value in content.items():
         yield from _containers(value, f"{key}.{name}" if key else str(name), depth + 1, seen)
+
+
+def _refuse_whole_model(content: Any, path: str) -> None:
+    """Raise a UserError if a file contains a module itself, whose attributes the reader has put in a `__dict__`."""
+    for value in [content, *(content.values() if isinstance(content, Mapping) else [])]:
+        if "_modules" in getattr(value, "__dict__", {}):
+            raise UserError(
+                f"{path}: refused, because it contains a whole model as a Python object: loading it could run any code "
+                "on this machine. Save only the state dict: torch.save(model.state_dict(), ...), or a .safetensors file"
+            )
 
 
 def _candidates(key: str, tensors: Mapping[str, Tensor], expected: list[str]) -> Iterator[_Candidate]:

@@ -12,6 +12,7 @@ from trainer.errors import UserError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".json")
 """Endings that make a text without a folder the name of a file; any other file needs its folder, such as ./NAME."""
+_URL = re.compile(r"[a-z][\w+.-]+:/|(hf[_-]hub|hf|hub|timm):", re.IGNORECASE)
 _NAME = re.compile(r"(\w+_Weights\.)?(DEFAULT|IMAGENET1K_\w+)")
 
 
@@ -25,6 +26,23 @@ def is_torchvision_name(weights: str) -> bool:
     return _NAME.fullmatch(weights) is not None
 
 
+def file_path(weights: str) -> Path:
+    """Return the path of a local file or folder of weights.
+
+    Raises:
+        UserError: it is a URL or an identifier of a model hub, or it is in the home folder of an unknown user.
+
+    """
+    if _URL.match(weights):
+        raise UserError(
+            f"model.weights is {weights}: expected a local file or folder; download it first, and give its path"
+        )
+    try:
+        return Path(weights).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"model.weights is {weights}: {str(error).rstrip('.')}; expected a local file") from None
+
+
 def find_enum(name: str, weights: str) -> WeightsEnum:
     """Return torchvision's enum member of the model `name` for weights such as `DEFAULT` or `IMAGENET1K_V1`.
 
@@ -35,9 +53,10 @@ def find_enum(name: str, weights: str) -> WeightsEnum:
     entries = get_model_weights(name)
     entry = entries.__members__.get(weights.removeprefix(f"{entries.__name__}."))
     if entry is None:
+        here = f". For the file or folder here, write ./{weights}" if weights and os.path.lexists(weights) else ""
         raise UserError(
             f"{name} has no weights {weights!r}; expected one of {', '.join(entries.__members__)}, a local "
-            "file or folder that exists, or null for random weights"
+            f"file or folder that exists, or null for random weights{here}"
         )
     return entry
 

@@ -5,7 +5,6 @@ import socket
 import urllib.error
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from torchvision.models import WeightsEnum
 
 from trainer.errors import UserError
 from trainer.model.state_dict import require_plain, select_state
-from trainer.model.torchvision_weights import cache_path, find_enum, is_file
+from trainer.model.torchvision_weights import cache_path, file_path, find_enum, is_file
 from trainer.model.weights_file import read_weights_file
 
 _STALL_SECONDS = 30.0
@@ -57,7 +56,7 @@ def read_weights(
 
     """
     if is_file(weights):
-        path, source = Path(weights).expanduser(), f"file {weights}"
+        path, source = file_path(weights), f"file {weights}"
         content = read_weights_file(path)
     else:
         entry = find_enum(name, weights)
@@ -73,8 +72,9 @@ def peek_weights(name: str, weights: str, expected: Collection[str], *, key: str
         UserError: as `read_weights`, except that values that are not finite are not noticed.
 
     """
-    path, source = Path(weights).expanduser(), f"file {weights}"
-    if not is_file(weights):
+    if is_file(weights):
+        path, source = file_path(weights), f"file {weights}"
+    else:
         entry = find_enum(name, weights)
         path, source = cache_path(entry), f"torchvision {entry!r}"
         if not path.exists():

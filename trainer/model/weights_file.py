@@ -1,6 +1,7 @@
 """Read a file of weights by its content: safetensors, torch.save, or a folder or index of shards as of Hugging Face.
 
-Nothing in a file is executed. Python objects beside the tensors, such as a script's arguments, are not created.
+Nothing in a file is executed. Python objects beside the tensors, such as a script's arguments, are not created: empty
+containers take their place.
 """
 
 import json
@@ -9,7 +10,8 @@ import pickle  # for the class of an error; it unpickles nothing
 import re
 import stat
 import warnings
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,17 @@ _TORCH_MAGIC = (b"PK\x03\x04", b"\x80")
 _MAX_SAFETENSORS_HEADER = 100_000_000
 _MAX_INDEX = 64 << 20
 _PICKLED_CODE = re.compile(r"GLOBAL ([\w.]+)|(TorchScript)")
+# Objects that have no place beside weights, and those that contain tensors, which must not be lost.
+_REFUSED = re.compile(
+    r"(builtins|os|posix|nt|sys|subprocess|shutil|ctypes|socket|pty|runpy|importlib|pickle|webbrowser|torchao)\."
+    r"|torch\.(_|ao\.|distributed|jit|nn\.parameter|storage)"
+)
+_HARMLESS_BUILTINS = (
+    *("frozenset", "slice", "range", "object", "type", "list", "dict", "tuple", "set", "int", "float", "str", "bool"),
+    *("bytes", "complex"),
+)
+_MAX_CLASSES = 100
+"""Classes of Python objects in a checkpoint."""
 _OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file of Keras",
     b"\x1f\x8b": "a gzip archive: unpack it first",
@@ -43,7 +56,7 @@ _OTHER_FORMATS = {
 
 
 class _Unread:
-    """Takes the place of a Python object in a checkpoint, such as a script's arguments, and ignores its content."""
+    """Takes the place of a Python object in a checkpoint, and ignores its content."""
 
     def __new__(cls, *_: object, **__: object) -> "_Unread":
         return super().__new__(cls)
@@ -55,12 +68,32 @@ class _Unread:
         pass
 
 
-# Harmless objects that common scripts save beside the tensors. The real classes are never called.
-_UNREAD = (
-    "argparse.Namespace",
-    *("numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
-    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
-    *("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath"),
+class _UnreadMapping:
+    """Takes the place of an object of an unknown class: an OrderedDict, which torch's unpickler can fill.
+
+    The items of a subclass of dict become its items, and an object's attributes become its `__dict__`.
+    """
+
+    def __new__(cls, *_: object, **__: object) -> OrderedDict[object, object]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class _UnreadList:
+    """Takes the place of a deque: a list."""
+
+    def __new__(cls, *_: object) -> list[object]:  # type: ignore[misc]
+        return []
+
+
+# Objects whose content does not fit an OrderedDict. The real classes are never called.
+_UNREAD: tuple[tuple[type, str], ...] = (
+    *((_Unread, name) for name in ("numpy.dtype", "numpy.ndarray", "functools.partial")),
+    *(
+        (_Unread, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    ),
+    (_UnreadList, "collections.deque"),
 )
 
 
@@ -76,8 +109,9 @@ def find_weights_file(path: Path) -> Path:
         names = os.listdir(path) if stat.S_ISDIR(mode) else []  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: there is no such weights file; {_EXPECTED}, or a folder with one") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{escape_unprintable(str(path))}: cannot be read ({reason})") from None
     if stat.S_ISREG(mode):
         return path
     if not stat.S_ISDIR(mode):
@@ -135,30 +169,43 @@ def _read_start(path: Path) -> bytes:
 
 
 def _read_torch(path: Path, advice: str, *, mmap: bool) -> Any:
+    unread = list(_UNREAD)
+    refused: str | None = None
     try:
-        with warnings.catch_warnings(), _unread_objects():
-            warnings.simplefilter("ignore")  # about formats that are handled below
-            if mmap:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            with path.open("rb") as file:  # torch.load would look at the name, not at the content
-                return torch.load(file, map_location="cpu", weights_only=True)
+        while True:
+            try:
+                return _load_torch(path, unread, mmap=mmap)
+            except pickle.UnpicklingError as error:  # it names the first class that is neither known nor unread
+                code = _PICKLED_CODE.search(str(error))
+                name = code[1] if code is not None and code[1] else ""
+                if name in _HARMLESS_BUILTINS:  # torch's message lacks their module
+                    name = f"builtins.{name}"
+                elif "." not in name or _REFUSED.match(name) or len(unread) > _MAX_CLASSES:
+                    raise
+                refused = refused or name
+                unread.append((_Unread if name.startswith("numpy.") else _UnreadMapping, name))
     except Exception as error:  # a damaged file makes torch.load raise many kinds
         # torch's own message recommends weights_only=False, so it is not shown.
         code = _PICKLED_CODE.search(str(error))
-        if code is not None:
+        if code is not None or (refused is not None and isinstance(error, pickle.UnpicklingError | TypeError)):
             raise UserError(
-                f"{path}: refused, because it contains more than plain tensors ({code[1] or code[2]}): loading it "
-                "could run any code on this machine. Save only the state dict: "
-                "torch.save(model.state_dict(), ...), or a .safetensors file"
+                f"{path}: refused, because it contains more than plain tensors "
+                f"({refused if code is None else code[1] or code[2]}): loading it could run any code on this machine. "
+                "Save only the state dict: torch.save(model.state_dict(), ...), or a .safetensors file"
             ) from error
         foreign = isinstance(error, pickle.UnpicklingError) or str(error).startswith("[enforce fail")
         reason = "it was not written by torch.save" if foreign else _first_sentence(error)
         raise UserError(f"{path}: not a readable torch file ({reason}); {advice}") from error
 
 
-def _unread_objects() -> AbstractContextManager[None]:
-    context: AbstractContextManager[None] = torch.serialization.safe_globals([(_Unread, name) for name in _UNREAD])
-    return context
+def _load_torch(path: Path, unread: Sequence[tuple[type, str]], *, mmap: bool) -> Any:
+    context: AbstractContextManager[None] = torch.serialization.safe_globals(list(unread))
+    with warnings.catch_warnings(), context:
+        warnings.simplefilter("ignore")  # about formats that the callers handle
+        if mmap:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:  # torch.load would look at the name, not at the content
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _first_sentence(error: BaseException) -> str:

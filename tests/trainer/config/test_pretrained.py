@@ -34,7 +34,7 @@ def write_weights(folder: Path, kind: str) -> None:
     saved: dict[str, Any] = {
         "another architecture": models.squeezenet1_1().state_dict(),
         "partial": {name: tensor for name, tensor in state.items() if not name.startswith("conv5.")},
-        "code": {"model": state, "args": models.squeezenet1_1()},
+        "code": {"model": state, "args": eval},
         "two models": {f"one.{k}": v for k, v in state.items()} | {f"two.{k}": v + 1 for k, v in state.items()},
     }
     if kind in saved:

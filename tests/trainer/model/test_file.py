@@ -331,5 +331,5 @@ def test_predictions_are_the_softmax_of_the_model(model_file: Path) -> None:
     assert len(loaded.predict(images[0], topk=99)[0].labels) == len(CLASSES)
     assert loaded.predict([]) == []
     for options in ({"topk": 0}, {"batch_size": -1}):
-        with pytest.raises(UserError, match="expected 1 or more"):
+        with pytest.raises(UserError, match="expected a whole number, 1 or more"):
             loaded.predict(images, **options)

@@ -87,6 +87,7 @@ def test_a_path_may_start_with_the_home_folder(
 def test_gray_and_transparent_arrays_are_images(preprocess: Preprocess) -> None:
     gray = np.asarray(make_image(3).convert("L"))
     assert torch.equal(preprocess(gray), preprocess(Image.fromarray(gray)))
+    assert torch.equal(preprocess(gray[..., None]), preprocess(gray))
     rgba = np.dstack([np.asarray(make_image(3)), np.full((30, 40), 128, np.uint8)])
     assert torch.equal(preprocess(rgba), preprocess(Image.fromarray(rgba)))
 
@@ -116,6 +117,14 @@ def test_anything_else_is_an_error_that_lists_what_is_taken(kind: str, preproces
     with pytest.raises(UserError) as error:
         preprocess(value)
     assert str(error.value) == f"{name} is {what}: {EXPECTED}"
+
+
+def test_a_closed_file_or_image_is_an_error(preprocess: Preprocess, tmp_path: Path) -> None:
+    make_image(1).save(tmp_path / "image.png")
+    for closed in (io.BytesIO(), Image.open(tmp_path / "image.png")):
+        closed.close()
+        with pytest.raises(UserError, match=r"the image cannot be read \(.* closed .*expected a path"):
+            preprocess(closed)
 
 
 IMAGES: dict[str, Callable[[Image.Image], Image.Image]] = {

@@ -1,8 +1,11 @@
 import argparse
+import datetime
+import functools
 import pathlib
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -102,6 +105,11 @@ def test_equal_copies_need_no_choice_and_other_tensors_are_named() -> None:
     assert selected.others == (*prefixed("net."), "queue")
 
 
+def test_wrappers_within_the_names_are_removed() -> None:
+    wrapped = {name.replace("layer1.", "layer1._fsdp_wrapped_module."): tensor for name, tensor in RAW.items()}
+    assert is_state(select({"model": prefixed("net.", wrapped)}).tensors, RAW)
+
+
 def test_a_few_tensors_under_a_prefix_are_found_and_other_architectures_left_as_they_are() -> None:
     assert select({"backbone.conv.weight": torch.ones(1), "head": torch.ones(2)}).tensors.keys() == {"conv.weight"}
     other = {"blocks.0.conv.weight": torch.ones(1), "blocks.0.norm": torch.ones(1), "blocks.0.q": torch.ones(1)}
@@ -118,6 +126,11 @@ BESIDE: dict[str, Callable[[], Any]] = {
     "torchvision's references": lambda: {"args": argparse.Namespace(lr=0.1, names=["a"], nested=argparse.Namespace())},
     "NumPy": lambda: {"best": np.float64(3), "scores": np.arange(4.0), "count": np.int64(2), "flag": np.bool_(1)},
     "a path": lambda: {"args": argparse.Namespace(output=pathlib.Path("runs"))},
+    "Lightning's hyperparameters": lambda: {
+        "hyper_parameters": {"optimizer": functools.partial(torch.optim.SGD, lr=0.1)},
+        "config": SimpleNamespace(date=datetime.date(2020, 1, 1), names=frozenset("a"), shape=slice(3)),
+    },
+    "a log": lambda: {"log": defaultdict(list, {"loss": [0.1]}), "last": deque([1]), "rng": np.random.default_rng(1)},
     "PyTorch's ImageNet example": lambda: {"best_acc1": torch.tensor(58.0), "arch": "resnet18", "optimizer": {}},
 }
 
@@ -134,3 +147,12 @@ def test_common_objects_beside_the_tensors_are_not_created(
     loaded = read_weights("net", str(path), NAMES).tensors
     assert is_state(loaded, RAW)
     assert not any(tensor.requires_grad for tensor in loaded.values())
+
+
+def test_a_module_beside_the_state_dict_is_ignored_and_alone_it_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.ckpt"
+    torch.save({"state_dict": RAW, "hyper_parameters": {"loss": nn.CrossEntropyLoss(), "net": nn.Linear(2, 2)}}, path)
+    assert is_state(read_weights("net", str(path), NAMES).tensors, RAW)
+    torch.save({"model": nn.Linear(2, 2), "optimizer": {"exp_avg": torch.ones(2)}}, path)
+    with pytest.raises(UserError, match="refused, because it contains a whole model as a Python object"):
+        read_weights("net", str(path), NAMES)

@@ -85,6 +85,9 @@ def test_an_unknown_weights_name_lists_the_known_ones() -> None:
             read_weights("resnet18", name, EXPECTED)
         expected = f"resnet18 has no weights {name!r}; expected one of IMAGENET1K_V1, DEFAULT, a local file"
         assert expected in str(error.value)
+    for address in ("https://host/resnet18.pth", "hf-hub:timm/resnet18", "s3://host/x.pth", "~nobody-here/x.pth"):
+        with pytest.raises(UserError, match=f"model.weights is {address}: .*expected a local file"):
+            read_weights("resnet18", address, EXPECTED)
     for name in models.list_models(module=models):
         entry = find_enum(name, "DEFAULT")
         assert cache_path(entry).parent == Path(torch.hub.get_dir()) / "checkpoints"
@@ -165,6 +168,11 @@ class Payload:
         return os.system, ("touch created",)
 
 
+class Builtin:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("open('created', 'w')",)
+
+
 def pickled(content: object, *, is_zip: bool = True) -> bytes:
     file = io.BytesIO()
     torch.save(content, file, _use_new_zipfile_serialization=is_zip)
@@ -193,8 +201,13 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "payload in the old format": (".pth", pickled({"state_dict": Payload()}, is_zip=False), f"{CODE}posix.system): "),
     "payload next to the state": (".pth", pickled({"model": {"x": torch.ones(1)}, "args": Payload()}), CODE),
     "payload in a plain pickle": (".pth", pickle.dumps(Payload(), protocol=2), f"{CODE}posix.system): "),
-    "whole model": (".pt", pickled(models.squeezenet1_1()), f"{CODE}torchvision.models.squeezenet."),
-    "arguments": (".pt", pickled({"args": SimpleNamespace(lr=1)}), f"{CODE}types.SimpleNamespace)"),
+    "whole model": (
+        ".pt",
+        pickled(models.squeezenet1_1()),
+        "refused, because it contains a whole model as a Python object: ",
+    ),
+    "arguments": (".pt", pickled({"args": SimpleNamespace(lr=1)}), "contains the keys args and no tensors by name"),
+    "call of a builtin": (".pt", pickled({"model": {"x": torch.ones(1)}, "args": Builtin()}), f"{CODE}exec): "),
     "empty": (".pth", b"", "not a weights file (it is empty)"),
     "text": (".pth", b"my weights\n" * 9, "not a weights file (it starts with b'my weights"),
     "web page": (
