@@ -1,6 +1,7 @@
 """The command line of `regraft`: its own verbs, and those that are programs of the trainer."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,8 +10,10 @@ from pathlib import Path
 from launch import machine
 from launch.errors import LaunchError
 from launch.options import nonnegative_int, process_count, split_options
+from launch.text import escape_lines
 from launch.trainer_options import new_logs, run_folder, trainer_folder
 from regraft.contract import DEFAULT_RUN_DIR, DONE, FAILED, INTERRUPTED, USER_ERROR, available_cores
+from regraft.streams import discard_output, flush_output, prepare_streams
 
 _HELP = """\
 usage: regraft VERB [options] [--config FILE] [--section.key VALUE ...]
@@ -43,6 +46,19 @@ shell:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb on the command line, and return the exit code."""
+    prepare_streams()
+    try:
+        code = _run_verb(argv)
+    except OSError as error:
+        if error.filename is not None or error.errno != errno.ENOSPC:  # not of standard output
+            raise
+        print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        discard_output()
+        return FAILED
+    return code if flush_output() else FAILED
+
+
+def _run_verb(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
     try:
@@ -54,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise LaunchError(f"there is no verb {verb!r}; expected {', '.join(others)} or {last}")
         return VERBS[verb](rest)
     except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_lines(str(error))}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has closed it, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return FAILED
 
 
