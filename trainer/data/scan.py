@@ -16,6 +16,9 @@ from trainer.data.system_files import is_hidden
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
 
+_VIRTUAL_ENVIRONMENT = "pyvenv.cfg"
+"""File of a virtual environment of Python, whose packages hold images."""
+
 
 class DirEntries(NamedTuple):
     """Names of the entries of one folder, sorted; entries of its subfolders are not included."""
@@ -82,6 +85,9 @@ class Scan:
                 continue
             entries = scan_dir(folder)
             self.hidden += entries.hidden
+            if _VIRTUAL_ENVIRONMENT in entries.files:
+                self.hidden += 1
+                continue
             pending += [os.path.join(folder, name) for name in reversed(entries.folders)]
             images = []
             for name in entries.files:

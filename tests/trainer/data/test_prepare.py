@@ -153,3 +153,14 @@ def test_fingerprint_depends_on_the_examples_but_not_on_the_folder(
     assert first != fingerprint(tmp_path / "other")
     (tmp_path / "one" / "val" / "a" / "000.png").unlink()
     assert first != fingerprint(tmp_path / "one"), "the best epoch is selected on these"
+
+
+def test_images_of_two_splits_or_classes_are_named(tmp_path: Path) -> None:
+    root = make_small_folder(tmp_path)
+    assert not any("content of" in note for note in prepare(config(root), workers=1).notes)
+    (root / "val/a/again.png").write_bytes((root / "train/a/000.png").read_bytes())
+    (root / "train/b/as a.png").write_bytes((root / "train/a/001.png").read_bytes())
+    repeated, conflict = [note for note in prepare(config(root), workers=1).notes if "content of" in note]
+    assert repeated.startswith("WARNING: 1 of 5 images to report on have the content of a training image")
+    assert repeated.endswith(f": {root}/val/a/again.png and {root}/train/a/000.png")
+    assert conflict.endswith(f"another class, such as {root}/train/b/as a.png (b) and {root}/train/a/001.png (a)")
