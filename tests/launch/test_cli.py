@@ -26,7 +26,8 @@ def test_launcher_starts_without_slow_imports() -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["fly"], "there is no verb 'fly'"),
+        (["fly"], "there is no verb 'fly'; expected train, debug, "),
+        (["trian"], "there is no verb 'trian'; did you mean train?"),
         (["status", "/nowhere/at all"], "/nowhere/at all: there is no such folder"),
         (["completion", "fish"], "completion for 'fish': expected bash or zsh"),
     ],
