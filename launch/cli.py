@@ -11,6 +11,7 @@ if __name__ == "__main__":
     protect_imports()
 
 import argparse
+import difflib
 import errno
 import os
 from collections.abc import Callable, Sequence
@@ -89,7 +90,9 @@ def _run_verb(argv: Sequence[str] | None) -> int:
             return 0
         if verb not in VERBS:
             *others, last = VERBS
-            raise LaunchError(f"there is no verb {verb!r}; expected {', '.join(others)} or {last}")
+            close = difflib.get_close_matches(verb, VERBS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; expected {', '.join(others)} or {last}"
+            raise LaunchError(f"there is no verb {verb!r}{hint}")
         return VERBS[verb](rest)
     except LaunchError as error:
         print(f"error: {escape_lines(str(error))}", file=sys.stderr)
