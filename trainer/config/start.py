@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from trainer.config.default_folder import default_run_folder
 from trainer.config.parse import dump
 from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.schema import Config
@@ -23,6 +24,8 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
 
     """
     resolved = resolve(config)
+    folder, message = default_run_folder(config, resolved)
+    resolved = replace(resolved, run=replace(resolved.run, dir=folder))
     may_resume = resolved.run.resume != "never" and not resolved.debug
     ctx = init_distributed(
         device=resolved.run.device,
@@ -31,8 +34,10 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
         saved_precision=saved_precision(Path(resolved.run.dir)) if may_resume else None,
     )
     console = make_console(enabled=ctx.is_main_process)
-    for note in ctx.notes:
+    for note in (*ctx.notes, *([message] if message is not None else [])):
         console.print(note)
+    # Every process has chosen the folder for itself; another command may have taken it meanwhile.
+    resolved = replace(resolved, run=replace(resolved.run, dir=ctx.broadcast(folder)))
     return replace(resolved, train=replace(resolved.train, precision=ctx.precision)), ctx, console
 
 
