@@ -20,7 +20,7 @@ from launch import machine
 from launch.errors import LaunchError
 from launch.options import nonnegative_int, process_count, split_options
 from launch.text import escape_lines
-from launch.trainer_options import new_logs, run_folder, trainer_folder
+from launch.trainer_options import choose_run_folder, new_logs, trainer_folder
 from regraft.contract import (
     COMMAND,
     DEFAULT_RUN_DIR,
@@ -119,13 +119,15 @@ def _train(argv: list[str]) -> int:
     processes, threads = machine.processes_and_threads(
         arguments.nproc, gpus=machine.gpus(os.environ), cores=available_cores()
     )
-    folder = run_folder(options)
+    folder = choose_run_folder(options)
+    if folder is None:
+        return USER_ERROR
     config = TorchrunConfig(
         processes=processes,
         threads=threads,
         max_restarts=arguments.max_restarts,
         trainer=trainer_folder(),
-        options=tuple(options),
+        options=(*options, f"--run.dir={folder}"),
         logs=new_logs(folder),
     )
     return run(config, folder)
@@ -186,16 +188,18 @@ def _status_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regraft status",
         allow_abbrev=False,
-        description="Show the state of a run from its folder: attempt, step, accuracy, ETA and last failure. "
-        "Exit code 3: the run has ended before it was done.",
+        description="Show the state of a run from its folder: attempt, step, accuracy, ETA and last failure. Of a "
+        "folder with several runs, show each, and the options in which they differ.",
+        epilog="Exit codes: 0: every run is done, or still runs or waits; 2: there is no run, or a wrong option; "
+        "3: a run has ended before it was done.",
     )
     parser.add_argument(
         "run",
         nargs="?",
-        default=DEFAULT_RUN_DIR,
+        default=None,
         type=Path,
         metavar="RUN",
-        help=f"run folder (default: {DEFAULT_RUN_DIR})",
+        help=f"run folder, or a folder of runs (default: {DEFAULT_RUN_DIR}, or all runs beside it)",
     )
     parser.add_argument("--watch", action="store_true", help="update the display until the run ends")
     return parser
