@@ -150,7 +150,8 @@ def _find_columns(file: Path, table: TableFormat) -> tuple[_Columns, list[str]]:
     if {*roles} == {"path", "label"} and len(header) == 2:
         return (columns := _Columns(header, roles, None, [])), columns.describe()
     records = itertools.islice(read_records(file), 1, None)
-    counts = count_values(filter(None, (fit_fields(record, len(header)) for _, record in records)), len(header))
+    rows = filter(None, (fit_fields(record, len(header)) for _, record in records))
+    counts = count_values(rows, {*range(len(header))} - {*roles.values()} | {roles.get("split", roles["path"])})
     splits = _find_splits(file, header, roles, counts, is_guess=is_guess)
     columns = _Columns(header, roles, splits, [] if "label" in roles else _find_one_hot(file, header, roles, counts))
     return columns, columns.describe()
@@ -162,7 +163,7 @@ def _find_splits(
     """Return the columns that say the split. Update the one in `roles`, which may be a wrong guess or missing."""
     if "split" in roles:
         position = roles["split"]
-        if found := read_split_column(position, header[position], counts[position]):
+        if found := read_split_column(position, header[position], counts.get(position)):
             return found
         if not is_guess:
             return SplitColumns(names=position)
