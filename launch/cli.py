@@ -11,12 +11,14 @@ if __name__ == "__main__":
     protect_imports()
 
 import argparse
+import errno
 import os
 from collections.abc import Callable, Sequence
 
 from launch import machine
 from launch.errors import LaunchError
 from launch.options import nonnegative_int, process_count, split_options
+from launch.text import escape_lines
 from launch.trainer_options import new_logs, run_folder, trainer_folder
 from regraft.contract import (
     COMMAND,
@@ -29,6 +31,7 @@ from regraft.contract import (
     own_version,
 )
 from regraft.files import CONFIGS
+from regraft.streams import discard_output, flush_output, prepare_streams
 
 _HELP = """\
 usage: regraft VERB [options] [FOLDER] [--config FILE] [--section.key VALUE ...]
@@ -63,6 +66,19 @@ shell:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb on the command line, and return the exit code."""
+    prepare_streams()
+    try:
+        code = _run_verb(argv)
+    except OSError as error:
+        if error.filename is not None or error.errno != errno.ENOSPC:  # not of standard output
+            raise
+        print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        discard_output()
+        return FAILED
+    return code if flush_output() else FAILED
+
+
+def _run_verb(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
     try:
@@ -77,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise LaunchError(f"there is no verb {verb!r}; expected {', '.join(others)} or {last}")
         return VERBS[verb](rest)
     except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_lines(str(error))}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has closed it, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return FAILED
 
 

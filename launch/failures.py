@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.text import escape_lines
 from regraft.contract import HANG_WAITING, STOP_FILE, AttemptRecord
 
 _SECONDARY_ERRORS = re.compile(
@@ -139,6 +140,18 @@ def first_failure(logs: Path, *, host: str, restart_dir: Path | None = None) -> 
     )
 
 
+def lost_logs(logs: Path) -> Failure:
+    """Return the failure of a launch whose log folder, and with it the run folder, was deleted or moved meanwhile."""
+    missing = next(folder for folder in [*reversed(logs.parents), logs] if not folder.exists())
+    error = (
+        f"{_USER_ERROR}{missing} is gone: it was deleted or moved while the run was in progress. Move it back, and the "
+        "same command resumes from its newest checkpoint; without it, the run starts anew"
+    )
+    return Failure(
+        rank=None, host="", error=error, is_user_error=True, lines=(), log=None, remedy=None, priority=(0, 0.0)
+    )
+
+
 def restart_dirs(logs: Path) -> list[Path]:
     """Return torchrun's folders of each (re)start of the processes (`LOGS/ID/attempt_N`), oldest first."""
     folders = [
@@ -168,7 +181,7 @@ def find_user_error(logs: Path, folders: Sequence[Path]) -> Path | None:
 def format_failure(failure: Failure) -> str:
     """Return the message to print for a failure."""
     if failure.is_user_error:
-        return failure.error
+        return escape_lines(failure.error)
     where = f"rank {failure.rank} on {failure.host}" if failure.rank is not None else failure.host
     lines = [f"failed: {where}: {failure.error}"]
     lines += [f"  | {line}" for line in failure.lines if line != failure.error]
@@ -176,7 +189,7 @@ def format_failure(failure: Failure) -> str:
         lines.append(f"log: {failure.log}")
     if failure.remedy is not None:
         lines.append(f"try: {failure.remedy}")
-    return "\n".join(lines)
+    return escape_lines("\n".join(lines))
 
 
 def was_requested_stop(attempt: AttemptRecord, *, signaled: bool, succeeded: bool) -> bool:

@@ -1,6 +1,7 @@
 """`regraft status`: report the state of a run from its folder, for example on a login node."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -11,21 +12,28 @@ from typing import Any
 
 from launch.errors import LaunchError
 from launch.slurm import allocation
+from launch.stop_signal import read_stop_signal
+from launch.text import escape_unprintable
 from regraft.contract import (
     ATTEMPTS,
+    BASELINE,
     JOB_ID,
     LOGS,
     METRICS,
+    PRETRAIN,
     AttemptRecord,
     last_heartbeat,
     latest_attempt,
     read_attempts,
+    read_file,
 )
 
 DEAD_AFTER_SECONDS = 45.0
 """Seconds without a heartbeat (one is due every 10) after which a run counts as dead."""
 _POLL_SECONDS = 2.0
 _ACTIVE_STATES = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
+_MAX_METRICS_BYTES = 1 << 26
+"""Of a larger metrics.jsonl, only the last rows are read."""
 _NOT_DONE = 3
 """Exit code for a run that has ended before it was done."""
 
@@ -54,7 +62,7 @@ def show(run: Path, *, watch: bool, say: Callable[[str], object] = print) -> int
 
 
 def describe(run: Path, *, now: float, query: SlurmQuery | None = None) -> tuple[str, int, bool]:
-    """Return (a few lines about a run, exit code, whether the run has ended).
+    """Return (a few lines about a run, exit code, whether the run has ended). Nothing in the folder is trusted.
 
     Args:
         run: the run folder.
@@ -62,15 +70,23 @@ def describe(run: Path, *, now: float, query: SlurmQuery | None = None) -> tuple
         query: asks Slurm about a job; None without Slurm.
 
     Raises:
-        LaunchError: the folder contains no run.
+        LaunchError: the folder contains no run, or cannot be read.
 
     """
+    try:
+        lines, code, ended = _describe(run, now, query)
+    except OSError as error:
+        raise LaunchError(f"{run}: cannot be read ({error.strerror or error})") from None
+    return "\n".join(map(escape_unprintable, lines)), code, ended
+
+
+def _describe(run: Path, now: float, query: SlurmQuery | None) -> tuple[list[str], int, bool]:
     attempt = latest_attempt(run) if run.is_dir() else None
     if attempt is None:
         return _describe_unstarted(run, query)
     age = now - (last_heartbeat(run, attempt.attempt) or now)
     dead = attempt.state == "running" and age > DEAD_AFTER_SECONDS
-    lines = [f"{run}: {_state(attempt, age, dead=dead)}"]
+    lines = [f"{run}: {_state(run, attempt, age, dead=dead)}"]
     lines += _progress(run, attempt, dead=dead)
     lines += _previous_failure(run, attempt)
     ended = attempt.state != "running" or dead
@@ -81,17 +97,19 @@ def describe(run: Path, *, now: float, query: SlurmQuery | None = None) -> tuple
         line, active = _slurm_line(job, query)
         lines.append(line)
         ended = ended and not active
-    return "\n".join(lines), 0 if attempt.state == "done" or not ended else _NOT_DONE, ended
+    return lines, 0 if attempt.state == "done" or not ended else _NOT_DONE, ended
 
 
-def _describe_unstarted(run: Path, query: SlurmQuery | None) -> tuple[str, int, bool]:
+def _describe_unstarted(run: Path, query: SlurmQuery | None) -> tuple[list[str], int, bool]:
     job = _submitted_job(run)
     if job is not None:
         lines, ended = [f"{run}: submitted, training has not started"], False
         if query is not None:
             line, active = _slurm_line(job, query)
             lines, ended = [*lines, line], not active
-        return "\n".join(lines), _NOT_DONE if ended else 0, ended
+        return lines, _NOT_DONE if ended else 0, ended
+    if run.exists() and not run.is_dir():
+        raise LaunchError(f"{run}: not a folder; expected a run folder (run.dir)")
     if not run.is_dir():
         raise LaunchError(f"{run}: there is no such folder; expected a run folder (run.dir)")
     raise LaunchError(
@@ -100,26 +118,35 @@ def _describe_unstarted(run: Path, query: SlurmQuery | None) -> tuple[str, int, 
     )
 
 
-def _state(attempt: AttemptRecord, age: float, *, dead: bool) -> str:
+def _state(run: Path, attempt: AttemptRecord, age: float, *, dead: bool) -> str:
     state = f"no heartbeat for {_duration(age)}: probably killed" if dead else attempt.state
-    return state + (f" ({attempt.reason.splitlines()[0]})" if attempt.reason else "")
+    reason = _first_line(attempt.reason)
+    if attempt.state == "stopped" and reason == "SIGTERM":
+        reason = read_stop_signal(run, attempt.attempt) or reason
+    return state + (f" ({reason})" if reason else "")
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0]
 
 
 def _progress(run: Path, attempt: AttemptRecord, *, dead: bool) -> list[str]:
     # When all is done, show the fine-tuned model, and not the phase that was trained last for comparison.
-    phase = "" if attempt.state == "done" else attempt.stage
+    phase = attempt.stage if attempt.state != "done" and attempt.stage in (PRETRAIN, BASELINE) else ""
     rows = _read_metrics(run / phase)
-    step = max(attempt.step, int(rows[-1].get("step", 0)) if rows else 0)
+    step = max(attempt.step, rows[-1]["step"] if rows else 0)
     lines = [
         f"attempt {attempt.attempt}, process {attempt.pid} on {attempt.host}, started {attempt.began}",
         f"step {step} of {attempt.steps or '?'}, epoch {attempt.epoch} of {attempt.epochs or '?'}"
         + (f" of the {phase} phase" if phase else ""),
     ]
-    epochs = [row for row in rows if row.get("kind") == "epoch"]
+    split = "val" if any("val_accuracy" in row for row in rows) else "test"
+    keys = ("epoch", "seconds", "examples_per_sec", "train_loss", f"{split}_accuracy", f"{split}_loss")
+    epochs = [row for row in rows if row.get("kind") == "epoch" and all(_is_number(row.get(key)) for key in keys)]
     if epochs:
         last = epochs[-1]
-        split = "val" if "val_accuracy" in last else "test"
-        best = max(epochs, key=lambda row: row[f"{split}_accuracy"])
+        # As trainer/metrics.py compares epochs: by accuracy, then by loss; the first of several equal ones.
+        best = max(epochs, key=lambda row: (row[f"{split}_accuracy"], -row[f"{split}_loss"]))
         lines.append(
             f"{split} accuracy {last[f'{split}_accuracy']:.3f} after epoch {last['epoch']}, best "
             f"{best[f'{split}_accuracy']:.3f} after epoch {best['epoch']}; train loss {last['train_loss']:.4f}"
@@ -134,10 +161,10 @@ def _submitted_job(run: Path) -> str | None:
     """Return the submitted job of a run that has not started; tasks of an array have subfolders of its run folder."""
     for path, task in ((run / JOB_ID, ""), (run.parent / JOB_ID, f"_{run.name}")):
         try:
-            job = path.read_text(encoding="ascii").strip()
+            job = read_file(path, max_bytes=100).decode("ascii").strip()
         except (OSError, ValueError):
             continue
-        if re.fullmatch(r"[0-9]+", job) and (not task or run.name.isdecimal()):
+        if re.fullmatch(r"[0-9]{1,18}", job) and (not task or run.name.isdecimal()):
             return job + task
     return None
 
@@ -154,7 +181,7 @@ def _previous_failure(run: Path, latest: AttemptRecord) -> list[str]:
     earlier = [attempt for attempt in read_attempts(run) if attempt.attempt < latest.attempt]
     if not earlier or earlier[-1].state in ("done", "stopped"):
         return []
-    reason = (earlier[-1].reason or "probably killed").splitlines()[0]
+    reason = _first_line(earlier[-1].reason) or "probably killed"
     return [f"attempt {earlier[-1].attempt} failed after step {earlier[-1].step}: {reason}"]
 
 
@@ -173,28 +200,32 @@ def _query_slurm(job: str) -> tuple[str, str]:
 
 
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics, without a last line that is still being written."""
+    """Return the rows of a run's metrics that have a step, without a last line that is still being written."""
     try:
-        lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+        content = read_file(folder / METRICS, max_bytes=_MAX_METRICS_BYTES)
     except OSError:
         return []
     rows = []
-    for line in lines:
+    for line in content.splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and type(row.get("step")) is int:
             rows.append(row)
     return rows
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _remaining_seconds(attempt: AttemptRecord, epochs: list[dict[str, Any]], step: int) -> float | None:
     """Estimate the remaining training time from the last three epochs."""
     recent = epochs[-3:]
-    steps_per_epoch = epochs[-1]["step"] / epochs[-1]["epoch"]
-    if not attempt.steps or not steps_per_epoch:
+    if not attempt.steps or epochs[-1]["epoch"] <= 0 or epochs[-1]["step"] <= 0:
         return None
+    steps_per_epoch = epochs[-1]["step"] / epochs[-1]["epoch"]
     seconds_per_step = sum(row["seconds"] for row in recent) / (steps_per_epoch * len(recent))
     return float((attempt.steps - step) * seconds_per_step)
 

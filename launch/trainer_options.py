@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import yaml
-
 from launch.errors import LaunchError
+from regraft import yaml_file
 from regraft.command_line import is_dataset, join_values
 from regraft.contract import DEFAULT_RUN_DIR, LOGS, latest_attempt_number
-from regraft.files import CONFIGS, find_config, read_config_text
+from regraft.files import CONFIGS, find_config
 
 
 def trainer_folder() -> Path:
@@ -68,8 +67,8 @@ def option_value(options: Sequence[str], section: str, key: str) -> str | None:
 def _value(config: Path, section: str, key: str) -> str | None:
     """Return the value of an option in a config file, or None."""
     try:
-        values = yaml.safe_load(read_config_text(config))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        values = yaml_file.load(config)
+    except yaml_file.ERRORS:
         return None
     options = values.get(section) if isinstance(values, dict) else None
     value = options.get(key) if isinstance(options, dict) else None

@@ -5,8 +5,10 @@ It imports the standard library alone, so that the launcher starts at once.
 
 import ctypes
 import dataclasses
+import errno
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,6 +50,8 @@ HANG_WAITING = "waiting for the other ranks"
 """Part of the message of a hang on a rank that only waited for others."""
 COMMAND = "REGRAFT_COMMAND"
 """Environment variable: the command that was called, such as `regraft debug`, for the usage line of the trainer."""
+STOP_SIGNAL = "stop-signal"
+"""File in a launch's log folder: number of the attempt that was stopped, and the signal that the launcher received."""
 LOG_FOLDER = "REGRAFT_LOGS"
 """Environment variable: the folder that the launcher writes this start's logs to."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -56,6 +60,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 AttemptState = Literal["running", "stopped", "done", "failed"]
 ATTEMPT_STATES = ("running", "stopped", "done", "failed")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_MAX_RECORD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +109,26 @@ def attempt_path(run: Path, number: int) -> Path:
     return run / ATTEMPTS / f"{number:04}.json"
 
 
+def read_file(path: Path, *, max_bytes: int) -> bytes:
+    """Return the content of a regular file; of a larger one, the last `max_bytes` bytes.
+
+    Raises:
+        OSError: it cannot be read, or it is no regular file. A FIFO or a device could be read forever.
+
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb") as file:  # noqa: PTH123 (a handle)
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        file.seek(max(0, status.st_size - max_bytes))
+        return file.read(max_bytes)
+
+
 def read_attempt(path: Path) -> AttemptRecord | None:
     """Return the record in a file, or None if the file is missing, damaged or half written."""
     try:
-        record = AttemptRecord(**json.loads(path.read_text(encoding="ascii")))
+        record = AttemptRecord(**json.loads(read_file(path, max_bytes=_MAX_RECORD_BYTES).decode("ascii")))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     counts = (record.attempt, record.step, record.steps, record.epoch, record.epochs, record.pid, record.started)
@@ -116,7 +137,7 @@ def read_attempt(path: Path) -> AttemptRecord | None:
         all(type(count) is int and count >= 0 for count in counts)
         and all(isinstance(text, str) for text in texts)
         and record.state in ATTEMPT_STATES
-        and isinstance(record.launcher, str | None)
+        and all(isinstance(text, str | None) for text in (record.launcher, record.reason, record.ended))
     )
     return record if is_valid else None
 

@@ -37,6 +37,12 @@ def accelerate_launch(*program: object) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *map(str, program)]
 
 
+def command_line(defaults: Mapping[str, object], changes: Mapping[str, object]) -> list[str]:
+    """Return the trainer's options; in the names of changed ones, double underscores stand for dots."""
+    options = {**defaults, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
 def run(
     command: Sequence[object],
     *,

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torchvision import models
 
 from tests.folders import image_folder
-from tests.launching import MAIN, accelerate_launch, once, torchrun
+from tests.launching import MAIN, accelerate_launch, command_line, once, torchrun
 
 EXAMPLES, STEPS, EPOCHS = 22, 6, 3
 """An epoch has 6 updates: 22 examples in batches of 4, the last one of 2."""
@@ -46,10 +46,11 @@ WORLD_SIZE_INDEPENDENT = {
 """Without batch statistics and dropout, world sizes differ by the order of sums alone. A small learning rate does not
 amplify the difference."""
 LOSSES, WEIGHTS = 1e-5, 1e-5
-"""Tolerances between world sizes. Measured: at most 2e-6 of a loss, and 3e-7 in a weight."""
+"""Tolerances between world sizes: relative for losses. Measured: at most 2e-6 of a loss, and 3e-7 in a weight."""
 TIMES = {"seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes"}
 """Keys of metrics.jsonl that differ from run to run."""
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "PYTHONDONTWRITEBYTECODE": "1"}
+LAUNCHERS = ("torch.distributed.run", "accelerate.commands.launch")
 _MARK = "REGRAFT_TESTED_RUN"
 _TIMEOUT = 120.0
 
@@ -69,35 +70,24 @@ def images(factory: pytest.TempPathFactory) -> Path:
 
 def options(factory: pytest.TempPathFactory, folder: Path, **changes: object) -> list[str]:
     """Return the options of a short run; keywords change them, dots written as double underscores."""
-    root = images(factory)
+    root, model = images(factory), changes.get("model__name", MODELS[0])
     settings: dict[str, object] = {
         "run.dir": folder, "run.threads": 1, "run.audit": "true",
         "data.root": root, "data.image_size": 64, "data.num_workers": 1, "data.cache": root.parent / "cache",
-        "model.name": MODELS[0], "train.epochs": EPOCHS, "train.batch_size": 4, "train.logs_per_epoch": 99,
-        "checkpoint.every": "2 steps",
+        "model.name": model, "model.weights": root.parent / f"{model}.safetensors",
+        "train.epochs": EPOCHS, "train.batch_size": 4, "train.logs_per_epoch": 99, "checkpoint.every": "2 steps",
     }  # fmt: skip
-    settings |= {key.replace("__", "."): value for key, value in changes.items()}
-    settings.setdefault("model.weights", root.parent / f"{settings['model.name']}.safetensors")
-    return [f"--{key}={value}" for key, value in settings.items()]
+    return command_line(settings, changes)
 
 
 def command(launcher: str | int, *arguments: str, restarts: int = 0) -> list[str]:
     """Return a command that starts the trainer by `python`, `accelerate`, or torchrun with a number of processes."""
     if launcher == "python":
         return [sys.executable, str(MAIN), *arguments]
-    if launcher == "accelerate":
-        # Without these options it would look for a config file of the user's.
+    if launcher == "accelerate":  # with options that keep it from looking for a config file of the user's
         return accelerate_launch("--num_processes", 1, "--num_machines", 1, MAIN, *arguments)
     assert isinstance(launcher, int)
     return torchrun(launcher, f"--max-restarts={restarts}", MAIN, *arguments)
-
-
-def elastic_agent(address: str, endpoint: str, arguments: Sequence[str], *, is_host: bool) -> list[str]:
-    """Return the command of one of 1 to 2 machines with one process each; the host serves the rendezvous."""
-    settings = f"is_host={is_host},last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=15"
-    launcher = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=elastic"]
-    launcher += [f"--rdzv-endpoint={endpoint}", f"--rdzv-conf={settings}", f"--local-addr={address}"]
-    return [sys.executable, "-m", "torch.distributed.run", *launcher, str(MAIN), *arguments]
 
 
 @dataclass(frozen=True)
@@ -121,10 +111,10 @@ class Run:
         return [pid for pid in _pids() if self.mark in _read(pid, "environ") and process_state(pid) not in "ZX"]
 
     def trainers(self) -> list[int]:
-        """Return the trainer's processes, without launcher and loader workers."""
-        if "torch.distributed.run" in self.process.args or "accelerate.commands.launch" in self.process.args:
-            return [pid for pid in children(self.process.pid) if str(MAIN) in _read(pid, "cmdline")]
-        return [self.process.pid]
+        """Return the trainer's processes, without launchers and loader workers."""
+        lines = {pid: _read(pid, "cmdline") for pid in self.alive()}
+        pids = [pid for pid, line in lines.items() if str(MAIN) in line and not any(name in line for name in LAUNCHERS)]
+        return sorted(set(pids) - {worker for pid in pids for worker in children(pid)})
 
     def wait(self, condition: Callable[[], object], what: str, *, seconds: float = _TIMEOUT) -> None:
         """Wait for a condition; fail if the run ends before."""
@@ -150,15 +140,14 @@ class Run:
         assert returned == code, f"exit code {returned}, expected {code}:\n{self.output}"
         return self.output
 
-    def assert_gone(self, seconds: float) -> float:
-        """Check that all processes of this start end within some seconds; return how long it took."""
-        began = time.monotonic()
+    def assert_gone(self, seconds: float) -> None:
+        """Check that all processes of this start end within some seconds."""
+        deadline = time.monotonic() + seconds
         while left := self.alive():
-            if time.monotonic() - began > seconds:
+            if time.monotonic() > deadline:
                 shown = [_read(pid, "cmdline").replace("\0", " ")[:200] for pid in left]
                 raise AssertionError(f"processes {left} outlive their launcher: {shown}\n{self.output}")
             time.sleep(0.02)
-        return time.monotonic() - began
 
 
 @contextmanager
@@ -237,7 +226,7 @@ def children(pid: int) -> list[int]:
 
 def kill_trainer(run: Run, random_: random.Random) -> None:
     """Send SIGKILL to one of the trainer's processes; check that its loader workers end with it."""
-    victim = random_.choice(sorted(run.trainers()))
+    victim = random_.choice(run.trainers())
     workers = children(victim)
     print(f"attempt {training_attempt(run.folder)}, step {last_step(run.folder)}: SIGKILL to {victim}", flush=True)
     os.kill(victim, signal.SIGKILL)
@@ -343,26 +332,30 @@ def metrics_rows(folder: Path) -> list[dict[str, Any]]:
 def assert_equal(actual: Path, expected: Path) -> None:
     """Check that two runs have computed the same, bit for bit."""
     assert updates(actual) == updates(expected), "examples, pixels or learning rates differ"
+    assert_equal_results(actual, expected)
+
+
+def assert_equal_results(actual: Path, expected: Path) -> None:
+    """Check that two runs have equal metrics, model files and newest checkpoints, bit for bit."""
     assert metrics_rows(actual) == metrics_rows(expected)
-    assert latest_checkpoint(actual).name == latest_checkpoint(expected).name
-    tensors, expected_tensors = _tensors(actual), _tensors(expected)
-    assert tensors.keys() == expected_tensors.keys()
-    differing = [name for name, tensor in tensors.items() if not torch.equal(tensor, expected_tensors[name])]
-    assert not differing, f"{actual}: {differing} differ"
-    assert _best(actual) == _best(expected)
+    checkpoint, expected_checkpoint = latest_checkpoint(actual), latest_checkpoint(expected)
+    assert checkpoint.name == expected_checkpoint.name
+    for folder, other in ((actual, expected), (checkpoint, expected_checkpoint)):
+        tensors, expected_tensors = _tensors(folder), _tensors(other)
+        assert tensors.keys() == expected_tensors.keys()
+        differing = [name for name, tensor in tensors.items() if not torch.equal(tensor, expected_tensors[name])]
+        assert not differing, f"{folder}: {differing} differ"
+    states = [json.loads((folder / "state.json").read_bytes()) for folder in (checkpoint, expected_checkpoint)]
+    assert states[0]["best"] == states[1]["best"]
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of the model files and of the last checkpoint."""
-    paths = sorted([*folder.glob("*.safetensors"), *latest_checkpoint(folder).glob("*.safetensors")])
+def _tensors(folder: Path, pattern: str = "*") -> dict[str, torch.Tensor]:
+    paths = folder.glob(f"{pattern}.safetensors")
     return {f"{path.name}: {name}": tensor for path in paths for name, tensor in load_file(path).items()}
 
 
-def assert_close(actual: Path, expected: Path, *, losses: float = LOSSES, weights: float = WEIGHTS) -> None:
-    """Check that two runs saw the same examples, and that their results differ by the order of sums alone.
-
-    `losses` is the largest relative difference of any logged loss, `weights` that of any weight of the last checkpoint.
-    """
+def assert_close(actual: Path, expected: Path) -> None:
+    """Check that two runs saw the same examples, and that their results differ by the order of sums alone."""
     assert updates(actual) == updates(expected), "examples, pixels or learning rates differ"
     rows, expected_rows = metrics_rows(actual), metrics_rows(expected)
 
@@ -373,18 +366,10 @@ def assert_close(actual: Path, expected: Path, *, losses: float = LOSSES, weight
     pairs = [(a[k], b[k]) for a, b in zip(rows, expected_rows, strict=True) for k in a if k.endswith("_loss")]
     loss_difference = max(abs(a - b) / abs(b) for a, b in pairs)
     difference = 0.0
-    for name in ("model.safetensors", "ema.safetensors"):
-        paths = [latest_checkpoint(folder) / name for folder in (actual, expected)]
-        assert paths[0].exists() == paths[1].exists()
-        if paths[0].exists():
-            a, b = map(load_file, paths)
-            assert a.keys() == b.keys()
-            difference = max(difference, *((a[key].double() - b[key].double()).abs().max().item() for key in a))
+    for pattern in ("model", "ema"):
+        a, b = (_tensors(latest_checkpoint(folder), pattern) for folder in (actual, expected))
+        assert a.keys() == b.keys()
+        difference = max([difference, *((a[key].double() - b[key].double()).abs().max().item() for key in a)])
     print(f"differ by at most {loss_difference:.1e} of a loss, and {difference:.1e} in any weight")
-    assert loss_difference <= losses
-    assert difference <= weights
-
-
-def _best(folder: Path) -> dict[str, Any]:
-    state: dict[str, dict[str, Any]] = json.loads((latest_checkpoint(folder) / "state.json").read_bytes())
-    return state["best"]
+    assert loss_difference <= LOSSES
+    assert difference <= WEIGHTS

@@ -11,10 +11,9 @@ import pytest
 from trainer.loop import fit
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGES = ("trainer", "launch", "regraft")
 MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
-    for package in PACKAGES
+    for package in ("trainer", "launch", "regraft")
     for path in (REPOSITORY / package).rglob("*.py")
     if path.name != "__init__.py"
 }

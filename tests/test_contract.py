@@ -6,16 +6,11 @@ import pytest
 
 from launch.failures import first_failure
 from launch.trainer_options import new_logs, run_folder
-from regraft.contract import DEFAULT_RUN_DIR, ERROR_FILE
+from regraft.contract import ERROR_FILE
 from trainer.config.parse import parse
-from trainer.config.schema import RunConfig
 from trainer.distributed.error_file import write_error_file
 from trainer.errors import UserError
 from trainer.run.lock import RunLock
-
-
-def test_default_run_dir_is_the_same() -> None:
-    assert RunConfig().dir == DEFAULT_RUN_DIR
 
 
 @pytest.mark.parametrize(
@@ -47,6 +42,7 @@ def test_each_launch_has_a_log_folder_of_its_own(tmp_path: Path) -> None:
     "command",
     [
         "",
+        "--data.root=x",
         "--data.root=x --run.dir a/b",
         "--data.root x --run.dir=a/b",
         "--config F",

@@ -47,7 +47,8 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     # 2. The newest checkpoint, if there is one; every rank takes rank 0's.
     resume_point = find_resume_point(config, data, run, schedule)
     checkpoint = resume_point.checkpoint
-    check_images_unchanged(config, data, run, resumed=checkpoint is not None)
+    if not resume_point.is_finished:
+        check_images_unchanged(config, data, run, resumed=checkpoint is not None)
     write_split_file(data, run)
     wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
     evaluator = Evaluator(index, config, ctx)

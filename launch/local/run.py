@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.errors import LaunchError
-from launch.failures import find_user_error, first_failure, format_failure, restart_dirs, was_requested_stop
+from launch.failures import find_user_error, first_failure, format_failure, lost_logs, restart_dirs, was_requested_stop
 from launch.local.torchrun import TorchrunConfig, TorchrunResult, run_torchrun, torchrun_command, trainer_environment
+from launch.stop_signal import write_stop_signal
 from regraft.contract import (
     DONE,
     FAILED,
@@ -65,6 +66,8 @@ def _report(result: TorchrunResult, attempt: AttemptRecord | None, logs: Path) -
         code = INTERRUPTED
     elif attempt is not None and was_requested_stop(attempt, signaled=signaled, succeeded=succeeded):
         cause = signal.Signals(result.signal).name if result.signal is not None else attempt.reason
+        if result.signal is not None:
+            write_stop_signal(logs, attempt.attempt, signal.Signals(result.signal).name)
         saved = (
             f"saved after step {attempt.step} of {attempt.steps}" if attempt.step else "there was nothing new to save"
         )
@@ -74,7 +77,7 @@ def _report(result: TorchrunResult, attempt: AttemptRecord | None, logs: Path) -
     elif attempt is None and signaled:
         message, code = "stopped before training started: there was nothing to save", STOPPED
     else:
-        failure = first_failure(logs, host=socket.gethostname())
+        failure = first_failure(logs, host=socket.gethostname()) if logs.exists() else lost_logs(logs)
         message = format_failure(failure)
         code = USER_ERROR if failure.is_user_error else FAILED
     print(message, file=sys.stderr)

@@ -17,13 +17,15 @@ from types import FrameType
 
 from launch import machine
 from launch.errors import LaunchError
-from launch.failures import Failure, first_failure, first_of, format_failure
+from launch.failures import Failure, first_failure, first_of, format_failure, lost_logs
 from launch.local.torchrun import FORWARDED_SIGNALS
 from launch.options import split_options
 from launch.slurm import allocation, container, node
 from launch.slurm.allocation import Allocation
 from launch.slurm.requeue import JobOutcome, JobOwner, decide, job_owner
 from launch.slurm.settings import OPTION_NAMES, JobSettings, add_arguments, make_settings, task_options
+from launch.stop_signal import write_stop_signal
+from launch.text import escape_unprintable
 from launch.trainer_options import new_logs, option_value
 from regraft.contract import DONE, FAILED, LOGS, USER_ERROR, read_attempts
 
@@ -149,6 +151,8 @@ def run(argv: Sequence[str], forwarder: SignalForwarder) -> int:
         restarts=job.restarts,
         max_attempts=settings.max_attempts,
     )
+    if outcome.signal is not None and outcome.attempts_after:
+        write_stop_signal(logs, outcome.attempts_after[-1].attempt, outcome.signal)
     decision = decide(outcome)
     if decision.code in (FAILED, USER_ERROR):
         print(format_failure(failure), file=sys.stderr, flush=True)
@@ -230,6 +234,8 @@ def _folder(path_option: str) -> Path | None:
 
 def _first_failure(logs: Path, hosts: Sequence[str]) -> Failure:
     """Return the first failure of all nodes."""
+    if not logs.exists():
+        return lost_logs(logs)
     return first_of([first_failure(node.node_logs(logs, i), host=host) for i, host in enumerate(hosts)])
 
 
@@ -249,7 +255,7 @@ def _job_owner(job: Allocation) -> JobOwner:
 
 
 def _print(job: Allocation, message: str) -> None:
-    print(f"job {job.label}: {message}", file=sys.stderr, flush=True)
+    print(f"job {job.label}: {escape_unprintable(message)}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ def rank_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             for _ in range(20):  # BatchNorm statistics that differ from a new model's
                 resnet(torch.randn(16, 3, 32, 32))
+        save_file(models.squeezenet1_1(num_classes=2).state_dict(), folder / "source.safetensors")
         save_file({k: v.contiguous() for k, v in resnet.state_dict().items()}, folder / "resnet18.safetensors")
 
     return once(tmp_path_factory, "rank-inputs", make)
@@ -40,8 +41,6 @@ def rank_results(rank_inputs: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     def results(world_size: int) -> list[dict[str, Any]]:
         def make(folder: Path) -> None:
-            torch.manual_seed(7)
-            save_file(models.squeezenet1_1(num_classes=2).state_dict(), folder / "source.safetensors")
             (folder / "out").mkdir()
             program = ["-m", "tests.distributed.ranks", rank_inputs / "images", folder / "out"]
             launched = [sys.executable, *program] if world_size == 1 else torchrun(world_size, *program)

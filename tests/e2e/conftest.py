@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.folders import image_folder
+from tests.launching import command_line
 
 Options = Callable[..., list[str]]
 Train = Callable[[int, Sequence[str]], str]
@@ -24,19 +25,11 @@ def options(images: Path, tmp_path: Path) -> Options:
 
     def make(**changes: object) -> list[str]:
         settings: dict[str, object] = {
-            "run.dir": tmp_path / "run",
-            "run.threads": 1,
-            "run.device": "cpu",
-            "data.root": images,
-            "data.image_size": 32,
-            "data.num_workers": 0,
-            "model.name": "shufflenet_v2_x0_5",
-            "model.weights": "null",
-            "train.epochs": 2,
-            "train.batch_size": 8,
-        }
-        settings |= {key.replace("__", "."): value for key, value in changes.items()}
-        return [f"--{key}={value}" for key, value in settings.items()]
+            "run.dir": tmp_path / "run", "run.threads": 1, "run.device": "cpu", "data.root": images,
+            "data.image_size": 32, "data.num_workers": 0, "model.name": "shufflenet_v2_x0_5", "model.weights": "null",
+            "train.epochs": 2, "train.batch_size": 8,
+        }  # fmt: skip
+        return command_line(settings, changes)
 
     return make
 

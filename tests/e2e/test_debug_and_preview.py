@@ -1,26 +1,34 @@
 """`--debug` and `regraft preview`."""
 
-import sys
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from regraft.contract import OUTPUT_MARK
-from tests.e2e.conftest import Options
+from tests.e2e.conftest import Options, Train
 from tests.folders import image_folder
-from tests.launching import MAIN, REPOSITORY, run, torchrun
+from tests.launching import MAIN, run, torchrun
 from trainer.commands.preview import preview
+from trainer.data import dataset
+from trainer.data.augment import apply_seeded
 from trainer.errors import UserError
 
-REGRAFT = [sys.executable, "-m", "launch.cli"]
 
+def test_debug_prints_every_step_and_writes_nothing(
+    options: Options, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids: set[int] = set()
 
-@pytest.mark.slow
-def test_debug_prints_every_step_and_writes_nothing(options: Options, tmp_path: Path) -> None:
-    arguments = options(optim__lr=0.002, data__num_workers=2)
-    output = run([*REGRAFT, "debug", *arguments], cwd=tmp_path)
+    def record_process(*arguments: Any) -> Any:
+        pids.add(os.getpid())
+        return apply_seeded(*arguments)
+
+    monkeypatch.setattr(dataset, "apply_seeded", record_process)
+    output = train(0, ["--debug", *options(optim__lr=0.002, data__num_workers=2)])
     for step in ("data", "model", "first batch", "normalize", "forward, layer by layer", "train on 3 batches"):
         assert step in output
     assert "images: uint8 [8, 3, 32, 32]" in output
@@ -29,6 +37,7 @@ def test_debug_prints_every_step_and_writes_nothing(options: Options, tmp_path: 
     assert "NOT" not in output
     assert output.count(" ms") > 10
     assert not (tmp_path / "run").exists()
+    assert pids == {os.getpid()}, "a debugger stops only in the process that owns the terminal"
 
 
 @pytest.mark.slow
@@ -41,74 +50,58 @@ def test_debug_runs_in_one_of_several_processes_and_reports_if_the_loss_does_not
     assert "NOT" in output
 
 
-@pytest.mark.slow
-def test_a_debugger_stops_in_the_transform_of_the_training_data(options: Options, tmp_path: Path) -> None:
-    # The transform runs in the process that owns the terminal, although workers are configured.
-    program = tmp_path / "debugged.py"
-    program.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "import trainer.data.dataset as dataset\n"
-        "apply_seeded = dataset.apply_seeded\n"
-        "def stop(*arguments):\n"
-        "    sys.breakpointhook = lambda: print('in the debugger')\n"
-        "    breakpoint()\n"
-        "    return apply_seeded(*arguments)\n"
-        "dataset.apply_seeded = stop\n"
-        "from trainer.main import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    output = run([sys.executable, program, "--debug", *options(data__num_workers=2)], cwd=tmp_path)
-    assert "in the debugger" in output
+@pytest.fixture
+def preview_options(tmp_path: Path) -> list[str]:
+    """Return the options of a preview of 8 images of one class and 3 of the other, with unusual names."""
+    folder = image_folder(tmp_path / "data", {"train": {"$x_1$": 9, "图片": 3}, "val": {"$x_1$": 1}})
+    return [f"--data.root={folder}", "--data.image_size=32", "--model.weights=null", f"--run.dir={tmp_path / 'run'}"]
 
 
-def read_rgb(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-@pytest.mark.slow
-def test_preview_draws_a_grid_of_original_and_augmented_images(options: Options, tmp_path: Path) -> None:
+def test_preview_draws_a_grid_of_original_and_augmented_images(
+    preview_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "new" / "preview.png"
-    output = run([*REGRAFT, "preview", *options(), "--output", path], cwd=REPOSITORY)
-    assert str(path) in output
-    assert "3 classes" in output
-    drawn = np.asarray(read_rgb(path))
+    assert preview([*preview_options, f"--output={path}"]) == path
+    printed = capsys.readouterr().out
+    assert str(path) in printed
+    assert "2 classes" in printed
+    with Image.open(path) as image:
+        drawn = np.asarray(image.convert("RGB"))
     colored = (np.ptp(drawn.astype(int), axis=2) > 12).sum(axis=1) > 100  # captions are black on white
     bands = (np.diff(np.concatenate([[0], colored.astype(int)])) == 1).sum()
-    assert bands == 4, "four rows of images"
+    assert bands == 2, "a row of images for each class"
     assert not (tmp_path / "run").exists()
-
-
-def test_preview_draws_few_images_and_unusual_names(tmp_path: Path) -> None:
-    folder = image_folder(tmp_path / "data", {"train": {"$x_1$": 2, "图片": 1}, "val": {"$x_1$": 1}})
-    written = preview([f"--data.root={folder}", "--model.weights=null", f"--run.dir={tmp_path / 'run'}"])
-    assert written == tmp_path / "run" / "preview.png"
+    assert preview(preview_options) == tmp_path / "run" / "preview.png"
     assert (tmp_path / "run" / OUTPUT_MARK).exists(), "the folder is never read as data"
-    assert read_rgb(written).width > 500
 
 
-def test_preview_shows_random_erasing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = image_folder(tmp_path / "data", {"train": {"a": 3, "b": 3}, "val": {"a": 1}})
-    drawn: list[tuple[str, list[Image.Image]]] = []
-    monkeypatch.setattr("trainer.commands.preview.draw", lambda rows, path: drawn.extend(rows))
+def test_preview_has_every_class_and_random_erasing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = {f"{number:02}": 1 + 5 * (number == 1) for number in range(26)}
+    folder = image_folder(tmp_path / "data", {"train": classes, "val": {"00": 1}})
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        "trainer.commands.preview.write_image_grid", lambda samples, path, titles: drawn.extend([samples, titles])
+    )
     options = [f"--data.root={folder}", "--data.image_size=32", "--data.random_erasing=1"]
     preview([*options, "--model.weights=null", f"--run.dir={tmp_path / 'run'}"])
-    mean = [124, 116, 104]
+    samples, titles = drawn
+    assert titles == (
+        "training images of the first 24 of 26 classes",
+        "as seen in epoch 1 (basic, random erasing, 32 px)",
+    )
+    assert [row.caption for row in samples[:3]] == ["00 (1)", "01 (6)", "02 (1)"]
+    assert [len(row.originals) for row in samples] == [1, 4, *[1] * 22]
 
-    def is_erased(images: list[Image.Image]) -> list[bool]:
-        return [bool((np.asarray(image) == mean).all(axis=2).sum() >= 8) for image in images]
+    def is_erased(image: Image.Image) -> bool:
+        return bool((np.asarray(image) == [124, 116, 104]).all(axis=2).sum() >= 8)
 
-    (_, originals), _, (caption, augmented), (_, others) = drawn
-    assert "basic, random erasing, 32 px" in caption
-    assert is_erased(originals) == [False] * 3
-    assert is_erased([*augmented, *others]) == [True] * 6
+    assert not any(is_erased(image) for row in samples for image in row.originals)
+    assert all(is_erased(image) for row in samples for image in row.augmented)
 
 
-def test_preview_names_a_file_that_cannot_be_read_or_written(tmp_path: Path) -> None:
-    folder = image_folder(tmp_path / "data", {"train": {"a": 2, "b": 2}, "val": {"a": 1}})
-    (folder / "train" / "a" / "000.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"a/000\.png"):
-        preview([f"--data.root={folder}", "--model.weights=null", f"--run.dir={tmp_path / 'run'}"])
+def test_preview_names_a_file_that_cannot_be_read_or_written(preview_options: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--output .* cannot be written"):
-        preview([f"--data.root={folder}", "--data.on_unreadable=skip", "--output=/proc/no/p.png"])
+        preview([*preview_options, "--output=/proc/no/p.png"])
+    (tmp_path / "data" / "train" / "图片" / "000.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"图片/000\.png"):
+        preview(preview_options)

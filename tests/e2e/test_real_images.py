@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
 import regraft
-from tests.launching import MAIN, REPOSITORY, accelerate_launch, rows, run
+from tests.e2e.conftest import Train
+from tests.launching import REPOSITORY, command_line, rows
 from trainer.config.build_data import load_run_data
 from trainer.config.build_loaders import Evaluator, make_eval_loader
 from trainer.config.build_model import fit_linear_probe, make_model
@@ -30,20 +30,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.shared]
 WEIGHTS = "squeezenet1_1-imagenet1k-fp16.safetensors"
 
 
-def test_the_d2l_recipe_learns_ants_and_bees(shared: Path, tmp_path: Path) -> None:
-    output = run(
-        [
-            *accelerate_launch("--num_processes", 1, MAIN),
-            *("--config", REPOSITORY / "configs" / "hymenoptera.yaml"),
-            *("--data.root", shared / "data" / "hymenoptera"),
-            *("--model.weights", shared / "weights" / WEIGHTS),
-            *("--run.dir", tmp_path / "run"),
-            "--train.epochs=3",  # of 5, at a constant learning rate: measured 0.837
-            "--run.threads=1",  # as in test_quickstart.py
-        ],
-        cwd=tmp_path,
-        timeout=900,
-    )
+def test_the_d2l_recipe_learns_ants_and_bees(shared: Path, tmp_path: Path, train: Train) -> None:
+    options = {
+        "config": REPOSITORY / "configs" / "hymenoptera.yaml", "data.root": shared / "data" / "hymenoptera",
+        "model.weights": shared / "weights" / WEIGHTS, "run.dir": tmp_path / "run",
+        "train.epochs": 3,  # of 5, at a constant learning rate: measured 0.837
+        "run.threads": 1,  # as in test_quickstart.py
+    }  # fmt: skip
+    output = train(0, command_line(options, {}))
     assert "50 of the backbone's 50 tensors" in output
     assert "1 .gif" in output, "skipped files are reported"
     epochs = rows(tmp_path / "run", "epoch")
@@ -57,8 +51,7 @@ def test_the_d2l_recipe_learns_ants_and_bees(shared: Path, tmp_path: Path) -> No
     correct = 0
     for label, name in enumerate(classes):
         for path in sorted((shared / "data" / "hymenoptera" / "val" / name).iterdir()):
-            with Image.open(path) as image:
-                correct += int(model(preprocess(image)[None]).argmax().item() == label)
+            correct += int(model(preprocess(str(path))[None]).argmax().item() == label)
     assert classes == ("ants", "bees")
     # One image at a time, sums are rounded differently: an image at the decision boundary may change sides.
     assert abs(correct - best["test_correct"]) <= 1
@@ -92,13 +85,9 @@ def test_images_of_other_classes_are_not_taken_for_the_matched_class(shared: Pat
     """Insects, and a head of `hotdog` and `not-hotdog`: the second row stands for the rest of ImageNet."""
     torch.manual_seed(0)
     built = build_model(
-        "squeezenet1_1",
-        image_size=224,
-        num_classes=2,
-        weights=str(shared / "weights" / WEIGHTS),
-        head_init="source-labels",
-        class_mapping=ClassMapping(targets=("hotdog", "not-hotdog"), aliases={}),
-    )
+        "squeezenet1_1", image_size=224, num_classes=2, weights=str(shared / "weights" / WEIGHTS),
+        head_init="source-labels", class_mapping=ClassMapping(targets=("hotdog", "not-hotdog"), aliases={}),
+    )  # fmt: skip
     assert "  hotdog <- hotdog, row 934 (name)" in built.summary
     assert any("not-hotdog" in line for line in built.summary)
     preprocess = Preprocess(Preprocessing(resize="squash", **dataclasses.asdict(preset("squeezenet1_1", None))))

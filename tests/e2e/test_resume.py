@@ -1,15 +1,11 @@
 """What a start does with the run that it finds in its folder."""
 
 import shutil
-import sys
 from pathlib import Path
-
-import pytest
 
 from tests import runs
 from tests.e2e.conftest import Options, Train
 from tests.folders import image_folder
-from tests.launching import MAIN, rows, run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -19,34 +15,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
-def test_a_finished_run_is_reported_and_refuses_other_options(options: Options, tmp_path: Path, train: Train) -> None:
-    folder = tmp_path / "run"
-    train(0, options())
-    metrics = (folder / "metrics.jsonl").read_bytes()
-
-    output = train(0, options())
-    assert "finished already, after epoch 2" in output
-    assert "test accuracy" in output, "the result is reported again"
-    assert (folder / "metrics.jsonl").read_bytes() == metrics
-
-    assert "optim.lr: 0.001 there, 0.5 now" in train(2, options(optim__lr=0.5))
-    assert (folder / "metrics.jsonl").read_bytes() == metrics
-
-    output = train(0, options(run__resume="never"))
-    assert str(tmp_path / "run.earlier-1") in output
-    assert (tmp_path / "run.earlier-1" / "metrics.jsonl").read_bytes() == metrics
-    assert len(rows(folder, "epoch")) == 2
-
-
-def test_a_finished_run_is_extended_and_refuses_other_images(
+def test_a_finished_run_is_extended_and_its_config_runs_the_same_again(
     options: Options, images: Path, tmp_path: Path, train: Train
 ) -> None:
     folder, changes = tmp_path / "run", {"optim__schedule": "constant", "run__audit": "true"}
     train(0, options(train__epochs=1, **changes))
     output = train(0, options(train__epochs=2, run__resume="must", **changes))
     assert "resuming after epoch 1 of 2 (step 3)" in output
-    train(0, options(train__epochs=2, run__dir=tmp_path / "whole", **changes))
-    runs.assert_equal(folder, tmp_path / "whole")
+    again = [f"--config={folder / 'config.yaml'}", f"--run.dir={tmp_path / 'again'}", "--run.resume=auto"]
+    train(0, again)
+    runs.assert_equal(folder, tmp_path / "again")
 
     before, others = contents(folder), tmp_path / "other images"
     shutil.copytree(images, others)
@@ -74,11 +52,3 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_run_ends_equal(
     assert "(step 5), in epoch 2 after 2 of its 3 steps" in output
     assert (folder / "checkpoints" / f"damaged-1-{damaged.name}").is_dir()
     runs.assert_equal(folder, tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_config_yaml_runs_the_same_again(options: Options, tmp_path: Path, train: Train) -> None:
-    train(0, options(run__audit="true"))
-    again = ["--config", tmp_path / "run" / "config.yaml", "--run.dir", tmp_path / "again"]
-    run([sys.executable, MAIN, *again], cwd=tmp_path)
-    runs.assert_equal(tmp_path / "again", tmp_path / "run")

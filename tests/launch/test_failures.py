@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.failures import find_user_error, first_failure, format_failure, restart_dirs
+from launch.failures import find_user_error, first_failure, format_failure, lost_logs, restart_dirs
 from regraft.contract import HANG_WAITING
 from tests.launch.helpers import write_failure, write_report
 from trainer.distributed.watchdog import Hang
@@ -87,6 +87,13 @@ def test_known_failures_have_a_remedy(message: str, remedy: str, tmp_path: Path)
     assert remedy in str(first_failure(tmp_path, host="h").remedy)
 
 
+def test_escape_sequences_of_logs_are_not_sent_to_the_terminal(tmp_path: Path) -> None:
+    write_failure(tmp_path, 0, message="ValueError: \x1b[2J", time=1.0, lines="\x1b]0;owned\x07\tlast words\n")
+    text = format_failure(first_failure(tmp_path, host="h"))
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "ValueError: \\x1b[2J\n" in text
+
+
 def test_incomplete_error_files_are_skipped(tmp_path: Path) -> None:
     write_failure(tmp_path, 0, lines="ValueError: in the log\n")
     for number, text in enumerate(('{"mess', "[]", '{"message": "x"}', '{"message": {"message": 1}}')):
@@ -94,3 +101,9 @@ def test_incomplete_error_files_are_skipped(tmp_path: Path) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "error.json").write_text(text)
     assert first_failure(tmp_path, host="h").error == "ValueError: in the log"
+
+
+def test_a_run_folder_that_is_gone_is_an_error_of_the_user(tmp_path: Path) -> None:
+    failure = lost_logs(tmp_path / "run" / "logs" / "0001")
+    assert failure.is_user_error
+    assert format_failure(failure).startswith(f"error: {tmp_path / 'run'} is gone: it was deleted or moved")

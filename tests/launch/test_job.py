@@ -64,15 +64,12 @@ def test_sweep_over_seeds_or_over_the_lines_of_a_file(tmp_path: Path) -> None:
     assert resolve_run_dir(options, settings, replace(TASK, task=1), WORKDIR)[0] == Path("/s/a b")
     with pytest.raises(LaunchError, match="has 2 lines of options, none for task 2; expected --array=0-1"):
         task_options(str(file), 2)
-
-
-def test_invalid_sweep_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="cannot be read"):
-        task_options(str(tmp_path / "s"), 0)
+        task_options(str(tmp_path / "missing"), 0)
     for text, message in (("--run.dir 'a\n", "line 1: No closing quotation"), ("# none\n", "has no options")):
-        (tmp_path / "s").write_text(text)
+        file.write_text(text)
         with pytest.raises(LaunchError, match=message):
-            task_options(str(tmp_path / "s"), 0)
+            task_options(str(file), 0)
 
 
 JOB_VARIABLES = {"SLURM_JOB_ID": "130", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NAME": "regraft"}
@@ -130,6 +127,7 @@ def test_first_failure_of_all_nodes(tmp_path: Path) -> None:
     write_failure(node_logs(tmp_path, 1), 0, message="KeyError: 'x'", time=2.0)
     failure = job._first_failure(tmp_path, ["alpha", "beta", "gamma"])
     assert (failure.host, failure.error) == ("beta", "KeyError: 'x'")
+    assert job._first_failure(tmp_path / "gone", ["alpha"]).is_user_error
 
 
 APPTAINER = JobSettings(container="/images/my image.sif", mounts=("/scratch",))

@@ -15,7 +15,7 @@ import pytest
 from launch.local import run as local_run
 from launch.local.torchrun import TorchrunConfig, TorchrunResult
 from tests import runs
-from tests.launching import MAIN, REPOSITORY
+from tests.launching import REPOSITORY
 from trainer.distributed.error_file import ERROR_FILE, write_error_file
 from trainer.run.lock import RunLock
 
@@ -29,22 +29,11 @@ def regraft(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "launch.cli", *arguments]
 
 
-def ranks(run: runs.Run) -> list[int]:
-    """Return the process ids of the two trainers."""
-
-    def pids() -> list[int]:
-        (torchrun,) = runs.children(run.process.pid)
-        return sorted(pid for pid in runs.children(torchrun) if str(MAIN) in runs._read(pid, "cmdline"))
-
-    run.wait(lambda: len(pids()) == 2, "two trainers")
-    return pids()
-
-
 @contextmanager
-def training(factory: pytest.TempPathFactory, *arguments: str, epochs: int = MANY_EPOCHS) -> Iterator[runs.Run]:
+def training(factory: pytest.TempPathFactory, *arguments: str) -> Iterator[runs.Run]:
     """Start two ranks with `regraft train`, and wait until they have made two updates."""
     folder = factory.mktemp("local") / "run"
-    trainer_options = runs.options(factory, folder, data__num_workers=0, train__epochs=epochs)
+    trainer_options = runs.options(factory, folder, data__num_workers=0, train__epochs=MANY_EPOCHS)
     with runs.start(regraft("train", "--nproc", "2", *arguments, *trainer_options), folder) as run:
         run.wait_for_step(2)
         yield run
@@ -53,8 +42,7 @@ def training(factory: pytest.TempPathFactory, *arguments: str, epochs: int = MAN
 def test_output_of_rank_0_is_shown_and_that_of_all_ranks_is_logged(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("local") / "run"
     trainer_options = runs.options(tmp_path_factory, folder, data__num_workers=0, train__epochs=1)
-    with runs.start(regraft("train", "--nproc", "2", *trainer_options), folder) as run:
-        output = run.end(code=0)
+    output = runs.finish(regraft("train", "--nproc", "2", *trainer_options), folder)
     assert output.count(f"{runs.EXAMPLES} of {runs.EXAMPLES} trained on") == 1
     assert "W1" not in output, "messages of torchrun are only in its log"
     runs.assert_each_example_once(folder, epochs=1)
@@ -66,8 +54,7 @@ def test_output_of_rank_0_is_shown_and_that_of_all_ranks_is_logged(tmp_path_fact
     assert "step 6 of 6, epoch 1 of 1" in status
 
     # With --run.resume=never the run is archived; the logs of the new launch stay in place.
-    with runs.start(regraft("train", *trainer_options, "--run.resume=never"), folder) as run:
-        run.end(code=0)
+    runs.finish(regraft("train", *trainer_options, "--run.resume=never"), folder)
     archived = folder.with_name("run.earlier-1")
     assert (archived / "logs" / "0001" / "rank-0.log").exists()
     assert "was archived as" in (folder / "logs" / "0002" / "rank-0.log").read_text()
@@ -75,9 +62,6 @@ def test_output_of_rank_0_is_shown_and_that_of_all_ranks_is_logged(tmp_path_fact
 
 def test_two_runs_are_independent_and_saved_by_forwarded_signals(tmp_path_factory: pytest.TempPathFactory) -> None:
     with training(tmp_path_factory) as first, training(tmp_path_factory) as second:
-        same_run = runs.options(tmp_path_factory, first.folder, data__num_workers=0, train__epochs=MANY_EPOCHS)
-        with runs.start(regraft("train", *same_run), first.folder) as third:
-            assert "is still running" in third.end(code=2)
         for run, name in ((first, "SIGINT"), (second, "SIGUSR1")):
             run.process.send_signal(getattr(signal, name))
             output = run.end(code=75)
@@ -90,7 +74,7 @@ def test_two_runs_are_independent_and_saved_by_forwarded_signals(tmp_path_factor
 
 def test_second_ctrl_c_kills_ranks_that_do_not_react(tmp_path_factory: pytest.TempPathFactory) -> None:
     with training(tmp_path_factory) as run:
-        for pid in ranks(run):
+        for pid in run.trainers():
             os.kill(pid, signal.SIGSTOP)
         run.process.send_signal(signal.SIGINT)
         time.sleep(1.5)  # a second Ctrl-C within a second is ignored
@@ -108,9 +92,9 @@ def test_no_process_survives_a_killed_launcher(tmp_path_factory: pytest.TempPath
 
 def test_killed_rank_is_reported_and_restarted(tmp_path_factory: pytest.TempPathFactory) -> None:
     with training(tmp_path_factory, "--max-restarts", "1") as run:
-        os.kill(ranks(run)[1], signal.SIGKILL)
+        os.kill(run.trainers()[1], signal.SIGKILL)
         run.wait_for_step(4, after=1)
-        os.kill(ranks(run)[0], signal.SIGKILL)
+        os.kill(run.trainers()[0], signal.SIGKILL)
         output = run.end(code=1)
     assert FAILURE.findall(output) == [("1", "killed by SIGKILL"), ("0", "killed by SIGKILL")]
     assert output.count("\nrestarted\n") == 1
@@ -125,8 +109,7 @@ def test_killed_rank_is_reported_and_restarted(tmp_path_factory: pytest.TempPath
 def test_user_error_is_not_restarted(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("local") / "run"
     trainer_options = runs.options(tmp_path_factory, folder, data__root="/nowhere", data__num_workers=0)
-    with runs.start(regraft("train", "--nproc", "2", "--max-restarts", "3", *trainer_options), folder) as run:
-        output = run.end(code=2)
+    output = runs.finish(regraft("train", "--nproc", "2", "--max-restarts", "3", *trainer_options), folder, code=2)
     errors = [line for line in output.splitlines() if "error" in line]
     assert errors
     assert all(line.startswith("error: data.root is '/nowhere'") for line in errors)
@@ -134,8 +117,7 @@ def test_user_error_is_not_restarted(tmp_path_factory: pytest.TempPathFactory) -
     assert len(runs.attempts(folder)) == 1
 
     other = folder.with_name("other")
-    with runs.start(regraft("train", f"--run.dir={other}", "--optim.lrr=1"), other) as run:
-        output = run.end(code=2)
+    output = runs.finish(regraft("train", f"--run.dir={other}", "--optim.lrr=1"), other, code=2)
     assert output.startswith("error: command line: there is no option 'optim.lrr'")
     assert not other.exists(), "a wrong command leaves no run folder behind"
 

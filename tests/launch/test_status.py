@@ -3,12 +3,14 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from launch.errors import LaunchError
 from launch.status import describe, show
-from regraft.contract import attempt_path
+from launch.stop_signal import write_stop_signal
+from regraft.contract import METRICS, attempt_path
 from tests.launching import attempt
 
 NOW = 1_800_000_000.0
@@ -22,7 +24,14 @@ def make_run(folder: Path, *, epochs: int = 0, seen: float = NOW - 5, **changes:
     os.utime(path, (seen, seen))
     common = {"kind": "epoch", "seconds": 30.0, "examples_per_sec": 1234.5}
     rows = [
-        {**common, "epoch": n, "step": 20 * n, "test_accuracy": 0.5 + 0.1 * (n % 3), "train_loss": 1 / n}
+        {
+            **common,
+            "epoch": n,
+            "step": 20 * n,
+            "test_accuracy": 0.5 + 0.1 * (n % 3),
+            "test_loss": n,
+            "train_loss": 1 / n,
+        }
         for n in range(1, epochs + 1)
     ]
     write_metrics(folder / str(changes.get("stage", "")), rows)
@@ -62,11 +71,89 @@ def test_run_before_its_first_epoch(tmp_path: Path) -> None:
 
 def test_finished_run_shows_the_fine_tuned_model_and_not_the_baseline(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", epochs=3, state="done", stage="baseline", step=200)
-    row = {"kind": "epoch", "epoch": 10, "step": 200, "seconds": 3.0, "test_accuracy": 0.99, "train_loss": 0.1}
-    write_metrics(folder, [row])
+    make_run(tmp_path / "s", epochs=10)
+    (tmp_path / "s" / METRICS).rename(folder / METRICS)
     lines = describe(folder, now=NOW)[0].splitlines()
     assert lines[2] == "step 200 of 200, epoch 2 of 10"
-    assert lines[3].startswith("test accuracy 0.990 after epoch 10")
+    assert lines[3].startswith("test accuracy 0.600 after epoch 10")
+
+
+def test_best_epoch_is_the_one_that_the_run_selects(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", epochs=6)
+    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    for row, accuracy, loss in zip(rows, (0.5, 0.75, 0.75, 0.75, 0.5, 0.5), (9, 3, 2, 2, 1, 1), strict=True):
+        row |= {"val_accuracy": accuracy, "val_loss": loss}
+    write_metrics(folder, rows)
+    assert "val accuracy 0.500 after epoch 6, best 0.750 after epoch 3" in describe(folder, now=NOW)[0]
+
+
+def test_stop_is_named_after_the_signal_that_the_launcher_received(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", state="stopped", reason="SIGTERM")
+    (folder / "logs" / "0002").mkdir(parents=True)
+    write_stop_signal(folder / "logs" / "0002", 2, "SIGUSR1")
+    assert describe(folder, now=NOW)[0].startswith(f"{folder}: stopped (SIGTERM)\n")
+    write_stop_signal(folder / "logs" / "0002", 3, "SIGINT")
+    assert describe(folder, now=NOW)[0].startswith(f"{folder}: stopped (SIGINT)\n")
+
+
+def make_unreadable(path: Path, kind: str) -> None:
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path)
+    else:
+        path.write_bytes({"binary": bytes(range(256)) * 9, "nested": b"[" * 100_000, "huge": b"9" * 9_000}[kind])
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "device", "loop", "binary", "nested", "huge"])
+def test_odd_files_are_not_read(kind: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", epochs=2)
+    make_unreadable(folder / METRICS, kind)
+    make_unreadable(attempt_path(folder, 1), kind)
+    assert describe(folder, now=NOW)[0].splitlines()[2:] == ["step 40 of 200, epoch 2 of 10"]
+    for path in (attempt_path(folder, 3), folder / "job-id", attempt_path(folder, 9999)):
+        make_unreadable(path, kind)
+        with pytest.raises(LaunchError, match="no attempt has started here"):
+            describe(folder, now=NOW)
+    make_unreadable(tmp_path / "run", kind)
+    with pytest.raises(LaunchError, match=r"expected a run folder|cannot be read"):
+        describe(tmp_path / "run", now=NOW)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"step": "9"}, {"epoch": None}, {"test_accuracy": "high"}, {"test_loss": True}, {"train_loss": float("nan")}],
+)
+def test_metrics_of_the_wrong_type_are_skipped(row: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", epochs=2)
+    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    write_metrics(folder, [*rows, 17, rows[1] | {"epoch": 3} | row])  # type: ignore[list-item]
+    assert "test accuracy 0.700 after epoch 2" in describe(folder, now=NOW)[0]
+    write_metrics(folder, [rows[1] | {"epoch": 0}])
+    assert "ETA" not in describe(folder, now=NOW)[0]
+
+
+def test_a_folder_without_permission_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path / "r")
+    monkeypatch.setattr(Path, "iterdir", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(LaunchError, match=r"cannot be read \(Permission denied\)"):
+        describe(folder, now=NOW)
+
+
+def test_escape_sequences_of_a_run_folder_are_not_sent_to_the_terminal(tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J\udcff"
+    fields = {"reason": f"{evil}\nmore", "host": evil, "began": evil, "state": "failed", "stage": evil}
+    folder = make_run(tmp_path / "a\x1b[1m", **{**fields, "stage": ""})
+    write_attempt(folder, 3, **fields)
+    write_attempt(folder, 2, **fields)
+    text, *_ = describe(folder, now=NOW)
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "failed (\\x1b]0;owned\\x07\\x1b[2J\\udcff)" in text
 
 
 def test_each_phase_has_its_own_metrics_and_an_incomplete_last_line_is_skipped(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from regraft.contract import ATTEMPTS, CHECKPOINTS, CONFIG
+from tests.runs import assert_equal_results, metrics_rows
+from tests.trainer.checkpoint.checkpoints import contents as files_below
 from trainer.checkpoint import store
 from trainer.checkpoint.state import CheckpointId
 from trainer.config.parse import dump
@@ -19,12 +19,11 @@ from trainer.config.resolve import ResolvedConfig
 from trainer.config.schema import Config
 from trainer.distributed.context import init_distributed
 from trainer.distributed.signals import StopSignals
-from trainer.report.metrics import Row, read_rows
+from trainer.report.metrics import Row
 from trainer.report.summary import TrainResult
 from trainer.run.session import OpenRun, open_run
 from trainer.train_run import train_run
 
-TIMES = ("seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes")
 _ConfigT = TypeVar("_ConfigT", bound=Config)
 
 
@@ -77,34 +76,16 @@ def rewind(config: Config, step: int, epoch: int) -> None:
 
 def rows(config: Config, kind: str | None = None) -> list[Row]:
     """Return the rows of a run's metrics without times, by default of all kinds."""
-    return [
-        {key: value for key, value in row.items() if key not in TIMES}
-        for row in read_rows(Path(config.run.dir))
-        if kind in (None, row["kind"])
-    ]
+    return [row for row in metrics_rows(Path(config.run.dir)) if kind in (None, row["kind"])]
 
 
 def contents(config: Config) -> dict[str, bytes]:
     """Return the files of a run folder, without the config (it holds run.dir) and what each start records."""
-    folder = Path(config.run.dir)
-    per_start = {CONFIG, ATTEMPTS, "environment"}
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.relative_to(folder).parts[0] not in per_start
-    }
+    per_start = (CONFIG, ATTEMPTS, "environment")
+    files = files_below(Path(config.run.dir))
+    return {name: content for name, content in files.items() if not name.startswith(per_start)}
 
 
 def assert_equal_runs(one: Config, other: Config) -> None:
     """Check that two finished runs are equal bit for bit: weights, moments, metrics, and the tensors of every file."""
-    folders = [Path(config.run.dir) for config in (one, other)]
-    last = [folder / CHECKPOINTS / store.list_checkpoints(folder / CHECKPOINTS)[0].name for folder in folders]
-    for a, b in (folders, last):
-        names = {path.name for path in a.glob("*.safetensors")}
-        assert names == {path.name for path in b.glob("*.safetensors")}
-        for name in names:
-            first, second = load_file(a / name), load_file(b / name)
-            assert first.keys() == second.keys()
-            differing = [key for key in first if not torch.equal(first[key], second[key])]
-            assert not differing, f"{a / name}: {differing}"
-    assert rows(one) == rows(other)
+    assert_equal_results(Path(one.run.dir), Path(other.run.dir))

@@ -78,22 +78,22 @@ def test_a_missing_example_raises(ctx: DistributedContext) -> None:
         run_fit(make_state(make_net(), ctx), make_train_step(ctx), batches=batches)
 
 
-def test_a_nonfinite_loss_stops_with_its_first_step_and_its_files(ctx: DistributedContext) -> None:
-    schedule = replace(SCHEDULE, logs_per_epoch=1)  # metrics are read at the ends of epochs only
+@pytest.mark.parametrize(("nan_step", "decisions"), [(5, {}), (1, {2: SAVE}), (1, {3: STOP})])
+def test_a_nonfinite_loss_is_never_saved_and_stops_with_its_first_step_and_its_files(
+    nan_step: int, decisions: dict[int, StepDecision], ctx: DistributedContext
+) -> None:
+    """The loss is read at the ends of epochs and before it is saved only."""
+    schedule = replace(SCHEDULE, batch_sizes=(4, 4, 3, 4), logs_per_epoch=1)
+    state, batches = make_state(make_net(), ctx), Batches(schedule, change=nan_at(nan_step))
+    checkpoints = RecordingCheckpoints(state, decisions)
     with pytest.raises(UserError) as caught:
-        run_fit(make_state(make_net(), ctx), make_train_step(ctx), schedule, batches=Batches(change=nan_at(4)))
-    for text in ("step 5 (epoch 2, batch 2)", "epoch1-batch1.jpg", "optim.lr"):
+        run_fit(state, make_train_step(ctx), schedule, batches=batches, checkpoints=checkpoints)
+    epoch, batch = divmod(nan_step, 4)
+    position = f"step {nan_step + 1} (epoch {epoch + 1}, batch {batch + 1})"
+    for text in (position, f"epoch{epoch}-batch{batch}.jpg", "optim.lr"):
         assert text in str(caught.value)
-
-
-def test_a_nonfinite_loss_is_never_saved_within_an_epoch(ctx: DistributedContext) -> None:
-    schedule = replace(SCHEDULE, batch_sizes=(4, 4, 3, 4), logs_per_epoch=1)  # only the save reads the loss
-    for step, decision in ((2, SAVE), (3, STOP)):
-        state, batches = make_state(make_net(), ctx), Batches(schedule, change=nan_at(1))
-        checkpoints = RecordingCheckpoints(state, {step: decision})
-        with pytest.raises(UserError, match=r"not finite since step 2 \(epoch 1, batch 2\)"):
-            run_fit(state, make_train_step(ctx), schedule, batches=batches, checkpoints=checkpoints)
-        assert (checkpoints.saved, checkpoints.synced) == ([], list(range(1, step + 1)))
+    assert checkpoints.saved == []
+    assert not decisions or checkpoints.synced[-1] == max(decisions), "it stops at once"
 
 
 def test_a_model_that_diverged_in_its_last_update_is_not_saved(ctx: DistributedContext) -> None:
@@ -104,9 +104,6 @@ def test_a_model_that_diverged_in_its_last_update_is_not_saved(ctx: DistributedC
     with pytest.raises(UserError, match="step 3"):
         run_fit(state, make_train_step(ctx), evaluate=lambda model, interrupted: nan, checkpoints=checkpoints)
     assert (checkpoints.epochs, checkpoints.saved) == ([], [])
-
-
-# --- resume, save and stop
 
 
 def evaluate_all_tensors(model: nn.Module, interrupted: Callable[[], bool]) -> Evaluations:

@@ -9,37 +9,22 @@ from trainer.distributed.context import DistributedContext
 from trainer.metrics import Meter, MetricState
 
 
-class Clock:
-    """A clock that only a test moves on."""
-
-    now = 1000.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Return the clock of the meter, which only a test moves on."""
+    clock = SimpleNamespace(now=1000.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(metrics, "time", clock)
     return clock
 
 
-def accelerator_of(rank: int, world_size: int) -> Any:
-    """Return the accelerator of one rank; its `gather` returns that rank's tensor alone."""
-    return SimpleNamespace(
-        device=torch.device("cpu"), process_index=rank, num_processes=world_size, gather=lambda tensor: tensor
-    )
-
-
-def update(meter: Meter, clock: Clock, step: int, loss: float, *, seconds: float = 2.0) -> None:
+def update(meter: Meter, clock: SimpleNamespace, step: int, loss: float, *, seconds: float = 2.0) -> None:
     clock.now += 1.0  # a batch is loaded
     meter.start_step()
     clock.now += seconds
     meter.end_step(step, 4, torch.tensor(loss, dtype=torch.float64), torch.tensor(3))
 
 
-def test_resumed_sums_are_exact(ctx: DistributedContext, clock: Clock) -> None:
+def test_resumed_sums_are_exact(ctx: DistributedContext, clock: SimpleNamespace) -> None:
     losses = [0.1, 0.2, 0.7, 1e-9, 3.3]
     whole = Meter(ctx.accelerator)
     for step, loss in enumerate(losses):
@@ -65,7 +50,12 @@ def test_resumed_sums_are_exact(ctx: DistributedContext, clock: Clock) -> None:
 def test_each_rank_resumes_its_own_sums_or_rank_0_their_total_if_the_world_size_changed(world_size: int) -> None:
     rows = ((0.1, 1, 2), (0.2, 2, 3), (0.4, 0, 2))
     earlier = MetricState(rows=rows, seconds=9.0, compute_seconds=4.0)
-    sums = [Meter(accelerator_of(rank, world_size), earlier).state()[0].rows[0] for rank in range(world_size)]
+    sums = []
+    for rank in range(world_size):  # `gather` returns that rank's tensor alone
+        accelerator: Any = SimpleNamespace(
+            device=torch.device("cpu"), process_index=rank, num_processes=world_size, gather=lambda tensor: tensor
+        )
+        sums.append(Meter(accelerator, earlier).state()[0].rows[0])
     if world_size == 3:
         assert tuple(sums) == rows
     else:
@@ -73,7 +63,7 @@ def test_each_rank_resumes_its_own_sums_or_rank_0_their_total_if_the_world_size_
         assert sums[1:] == [(0.0, 0, 0)] * (world_size - 1)
 
 
-def test_the_first_nonfinite_step_is_reported(ctx: DistributedContext, clock: Clock) -> None:
+def test_the_first_nonfinite_step_is_reported(ctx: DistributedContext, clock: SimpleNamespace) -> None:
     meter = Meter(ctx.accelerator)
     for step, loss in enumerate([1.0, float("inf"), float("nan"), 1.0], start=6):
         update(meter, clock, step, loss)

@@ -3,12 +3,9 @@ import os
 from trainer.text import escape_unprintable, join_truncated
 
 
-def test_printable_names_are_unchanged() -> None:
+def test_invalid_utf8_line_ends_and_control_characters_are_escaped_and_nothing_else() -> None:
     for name in ("a b.jpg", "猫/照片.jpg", "café"):
         assert escape_unprintable(name) == name
-
-
-def test_invalid_utf8_line_ends_and_control_characters_are_escaped() -> None:
     assert escape_unprintable(os.fsdecode(b"caf\xe9\xff.jpg")) == r"caf\xe9\xff.jpg"
     assert escape_unprintable("a\nb\t\x1b[31mred\u202e") == r"a\nb\t\x1b[31mred\u202e"
     escape_unprintable(os.fsdecode(bytes(range(1, 256)))).encode("utf-8")

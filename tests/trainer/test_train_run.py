@@ -34,7 +34,6 @@ from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
-from trainer.model.metadata import read_metadata
 from trainer.optim.mixup import sample_params
 from trainer.report.summary import best_row
 from trainer.run.folder import FINE_TUNED, INITIAL, WISE
@@ -101,9 +100,6 @@ def audit_rows(config: Config) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# --- what is trained
-
-
 def test_the_first_loss_is_that_of_balanced_augmented_erased_and_mixed_images(
     finished: ResolvedConfig, ctx: DistributedContext
 ) -> None:
@@ -128,10 +124,8 @@ def test_the_first_loss_is_that_of_balanced_augmented_erased_and_mixed_images(
     torch.manual_seed(derive_seed("masks", 0, 0, 0))
     logits = model(Normalize(finished.data.preprocessing, torch.device("cpu"))(mixed))
     own, other = (cross_entropy(logits, target, label_smoothing=SMOOTHING).item() for target in (labels, other_labels))
-    first = rows(finished, "train")[0]
-    assert first["train_loss"] == pytest.approx((1 - lam) * own + lam * other, rel=1e-4)
-    assert first["train_seen"] == 4
-    assert [row["train_seen"] for row in rows(finished, "epoch")] == [7] * EPOCHS
+    assert rows(finished, "train")[0]["train_loss"] == pytest.approx((1 - lam) * own + lam * other, rel=1e-4)
+    assert [row["train_seen"] for row in rows(finished)] == [4, 7, 7] * EPOCHS
 
 
 def test_balanced_class_weights_count_the_training_images(finished: ResolvedConfig, ctx: DistributedContext) -> None:
@@ -142,16 +136,21 @@ def test_balanced_class_weights_count_the_training_images(finished: ResolvedConf
     assert weights.tolist() == pytest.approx([7 / (2 * 5), 7 / (2 * 2)])
 
 
+def best_average(config: Config) -> dict[str, torch.Tensor]:
+    """Return the moving average in the checkpoint of the best epoch."""
+    best = best_row(rows(config, "epoch"), "val")
+    checkpoint = CheckpointId(best["step"], best["epoch"])
+    return load_file(Path(config.run.dir) / CHECKPOINTS / checkpoint.name / store.EMA)
+
+
 def test_the_model_file_interpolates_the_initial_weights_and_the_best_epochs_average(finished: ResolvedConfig) -> None:
-    folder = Path(finished.run.dir)
-    best = best_row(rows(finished, "epoch"), "val")
-    ema = load_file(folder / CHECKPOINTS / CheckpointId(best["step"], best["epoch"]).name / store.EMA)
+    folder, ema = Path(finished.run.dir), best_average(finished)
     initial, source = load_file(folder / INITIAL), load_file(str(finished.model.weights))
     assert initial["classifier.3.weight"].shape[0] == 2
     kept = [name for name in initial if not name.startswith("classifier.3.")]
     assert all(torch.equal(initial[name], source[name]) for name in kept)
 
-    wise = json.loads((folder / WISE).read_text())
+    best, wise = best_row(rows(finished, "epoch"), "val"), json.loads((folder / WISE).read_text())
     assert wise["val_accuracy_of_fine_tuned"] == best["val_accuracy"]
     assert wise["val_loss_of_fine_tuned"] == pytest.approx(best["val_loss"], rel=1e-6)
     for name, tensor in load_file(folder / MODEL).items():
@@ -177,20 +176,19 @@ def test_the_watchdog_covers_all_work_that_takes_long(
     quick: ResolvedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pass of the linear probe, the evaluation before the first step, training, and the eleven of WiSE-FT."""
-    ticks, steps, tick = [], [], Heartbeat.tick
+    ticks: list[list[int]] = []
+    tick = Heartbeat.tick
 
-    def counted_tick(heartbeat: Heartbeat, step: int) -> None:
-        ticks[-1] += 1
+    def recorded_tick(heartbeat: Heartbeat, step: int) -> None:
+        ticks[-1].append(step)
         tick(heartbeat, step)
 
     @contextmanager
     def watchdog(run: OpenRun, heartbeat: Heartbeat | None = None) -> Iterator[Heartbeat]:
-        watched = heartbeat if heartbeat is not None else Heartbeat()
-        ticks.append(0)
-        yield watched
-        steps.append(watched.step)
+        ticks.append([])
+        yield heartbeat or Heartbeat()
 
-    monkeypatch.setattr(Heartbeat, "tick", counted_tick)
+    monkeypatch.setattr(Heartbeat, "tick", recorded_tick)
     monkeypatch.setattr(OpenRun, "watchdog", watchdog)
     result, _ = train(
         with_options(
@@ -200,35 +198,44 @@ def test_the_watchdog_covers_all_work_that_takes_long(
             checkpoint={"every": None},
         )
     )
-    assert ticks[:2] == [1, 2], "one batch of the probe; val and test before the first step"
-    assert ticks[2] >= STEPS * EPOCHS
-    assert ticks[3] == 11 + (1 if result.alpha == 1 else 2), "eleven alphas on val, one or two on test"
-    assert steps[1:] == [0, STEPS * EPOCHS, STEPS * EPOCHS]
+    assert ticks[:2] == [[0], [0, 0]], "one batch of the probe; val and test before the first step"
+    assert set(ticks[2]) == set(range(1, STEPS * EPOCHS + 1))
+    assert ticks[3] == [STEPS * EPOCHS] * (11 + (1 if result.alpha == 1 else 2)), "on val, and one or two on test"
 
 
-# --- start the same run again
-
-
-@pytest.mark.parametrize(
-    ("position", "metrics"),
-    [((1, 0), None), ((5, 2), "{")],
-    ids=["within the first epoch", "with a damaged metrics.jsonl"],
-)
-def test_a_killed_run_resumes_bit_identically(
-    position: tuple[int, int], metrics: str | None, copy: ResolvedConfig, finished: ResolvedConfig
+@pytest.mark.parametrize("head_init", ["source-labels", "linear-probe"])
+def test_an_initialized_output_layer_is_evaluated_before_the_first_step_and_fitted_once(
+    head_init: str, quick: ResolvedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rewind(copy, *position)
-    step, epoch = position
-    if metrics is not None:
-        (Path(copy.run.dir) / METRICS).write_text(metrics)
+    weights = Path(quick.run.dir) / MODEL  # its header names the same classes
+    config = with_options(in_folder(quick, tmp_path / "run"), model={"weights": str(weights), "head_init": head_init})
+    _, printed = train(config)
+    start = rows(config)[0]
+    assert (start["kind"], start["epoch"], start["step"]) == ("start", 0, 0)
+    assert (start["val_seen"], start["test_seen"]) == (5, 2)
+    low, high = start["test_interval"]
+    assert 0 <= low <= start["test_accuracy"] == start["test_correct"] / 2 <= high <= 1
+    assert f"before the first step: val accuracy {start['val_accuracy']:.3f} (95 % interval" in printed
+    assert ("linear probe: one pass over the 7 training images" in printed) == (head_init == "linear-probe")
+
+    resumed = copy_run(config, tmp_path / "resumed")
+    rewind(resumed, 1, 0)
+    monkeypatch.setattr("trainer.train_run.fit_linear_probe", lambda *_, **__: pytest.fail("a second pass"))
+    _, printed = train(resumed)
+    assert "before the first step" not in printed
+    assert_equal_runs(resumed, config)
+
+
+def test_a_killed_run_resumes_bit_identically(copy: ResolvedConfig, finished: ResolvedConfig) -> None:
+    rewind(copy, 5, 2)
+    (Path(copy.run.dir) / METRICS).write_text("{")  # cut off by the kill
     result, printed = train(copy)
-    assert f"resuming after epoch {epoch} of 3 (step {step})" in printed
+    assert "resuming after epoch 2 of 3 (step 5)" in printed
     assert [row["epoch"] for row in result.rows] == [1, 2, 3]
     assert_equal_runs(copy, finished)
-    audit = {row["step"]: row for row in audit_rows(copy)}
-    assert [row["step"] for row in audit_rows(copy) if row["attempt"] == 2] == list(range(step, EPOCHS * STEPS))
-    for row in audit_rows(finished):
-        assert {**row, "attempt": audit[row["step"]]["attempt"]} == audit[row["step"]]
+    *before, last = audit_rows(copy)
+    assert [row | {"attempt": 1} for row in (*before[:5], last)] == audit_rows(finished)
+    assert (last["step"], last["attempt"]) == (5, 2)
 
 
 def test_a_resumed_run_names_an_image_whose_content_has_changed(copy: ResolvedConfig, tmp_path: Path) -> None:
@@ -236,8 +243,9 @@ def test_a_resumed_run_names_an_image_whose_content_has_changed(copy: ResolvedCo
     config = with_options(copy, data={"root": str(root)})
     image, record = root / "train" / "a" / "000.png", Path(copy.run.dir) / IMAGES
     content, recorded = image.read_bytes(), record.read_text()
-    rewind(config, 5, 2)
     noise_image(99).save(image)
+    assert "finished already" in train(config)[1], "no image is read any more"
+    rewind(config, 5, 2)
     message = "1 of 14 images have another content than when this run began: .*/train/a/000.png"
     with pytest.raises(UserError, match=rf"{message}\. Restore them; or .* --data\.on_changed continue; or"):
         train(config)
@@ -261,29 +269,21 @@ def test_a_finished_run_is_only_reported_and_can_be_extended(copy: ResolvedConfi
     assert "alpha" not in printed
     assert [row["epoch"] for row in result.rows] == [1, 2, 3]
     assert contents(copy) == before
-    assert [(record.attempt, record.state) for record in read_attempts(folder)] == [(1, "done"), (2, "done")]
 
     (folder / WISE).unlink()  # a kill after the last update, before WiSE-FT was done
     (folder / METRICS).unlink()
-    result, printed = train(copy)
+    _, printed = train(copy)
     assert "alpha" in printed
-    assert [row["epoch"] for row in result.rows] == [1, 2, 3]
     assert contents(copy) == before
 
     result, printed = train(with_options(copy, train={"epochs": EPOCHS + 1}))
-    assert "resuming after epoch 3 of 4 (step 6)" in printed
     assert "for 8 steps instead of 6: from here on, the learning rate is that of the longer run" in printed
     assert "alpha" in printed, "WiSE-FT is done again, from the best epoch's own weights"
     assert [row["epoch"] for row in result.rows] == [1, 2, 3, 4]
-    best, folder = best_row(result.rows, "val"), Path(copy.run.dir)
-    ema = load_file(folder / CHECKPOINTS / CheckpointId(best["step"], best["epoch"]).name / store.EMA)
     tuned = load_file(folder / (FINE_TUNED if (folder / FINE_TUNED).exists() else MODEL))
-    assert all(torch.equal(tensor, ema[name]) for name, tensor in tuned.items())
+    assert all(torch.equal(tensor, best_average(copy)[name]) for name, tensor in tuned.items())
     with pytest.raises(UserError, match=r"train\.epochs: 4 there, 3 now"):
         train(copy)
-
-
-# --- stops
 
 
 def test_a_stopped_run_reports_its_position_and_resumes(quick: ResolvedConfig, tmp_path: Path) -> None:
@@ -322,16 +322,9 @@ def test_early_stopping_ends_a_run_that_does_not_improve(quick: ResolvedConfig, 
     result, printed = train(with_patience(2))
     assert [row["epoch"] for row in result.rows] == [1, 2, 3]
     assert "stopped early, after epoch 3 of 9: none of the last 2 was better on val than epoch 1" in printed
-    assert store.list_checkpoints(folder / CHECKPOINTS)[0] == CheckpointId(6, 3)
-    metadata = read_metadata(folder / MODEL)
-    assert metadata is not None
-    assert metadata.metrics["epoch"] == 1
-
-    result, printed = train(with_patience(2))
+    _, printed = train(with_patience(2))
     assert "finished already: stopped early, after epoch 3 of 9" in printed
-    assert [row["epoch"] for row in result.rows] == [1, 2, 3]
     result, printed = train(with_patience(3))
-    assert "resuming after epoch 3 of 9" in printed
     assert "stopped early, after epoch 4 of 9: none of the last 3" in printed
     assert [row["epoch"] for row in result.rows] == [1, 2, 3, 4]
     positions = [(r.state, r.step, r.steps, r.epoch, r.epochs) for r in read_attempts(folder)]

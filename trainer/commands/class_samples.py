@@ -41,7 +41,7 @@ def _sample_class(index: DatasetIndex, label: int, positions: Sequence[int], con
     # The seeds of epoch 1: the run trains on exactly these images.
     seeds = [derive_seed("crop", config.run.seed, 0, position) for position in shown]
     return ClassSamples(
-        caption=f"{escape_unprintable(index.classes[label])}: {len(positions)} images",
+        caption=f"{escape_unprintable(index.classes[label])} ({len(positions)})",
         originals=images,
         augmented=[apply_seeded(transform, image, seed) for image, seed in zip(images, seeds, strict=True)],
     )

@@ -21,7 +21,6 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from regraft.contract import create_output_folder
 from trainer.cli import exit_after, run_cli
 from trainer.commands.variants import PRETRAINED, folder_name, plan, variants
 from trainer.config.build_data import dataset_summary, load_run_data
@@ -29,7 +28,7 @@ from trainer.config.parse import split_command
 from trainer.config.preflight import preflight
 from trainer.config.resolve import ResolvedConfig, pretrain_config, resolve, with_pretrained
 from trainer.config.schema import Config
-from trainer.config.start import check_run_folder, start
+from trainer.config.start import check_run_folder, create_parent_folder, start
 from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
 from trainer.pipeline import run
@@ -52,6 +51,8 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
 
     """
     own, rest = split_command(_parser(), argv)
+    if sum(word.partition("=")[0] == "--strategies" for word in argv) > 1:
+        raise UserError("--strategies is given more than once: separate the strategies by commas")
     if not 1 <= own.seeds <= _MAX_SEEDS:
         raise UserError(f"--seeds {own.seeds}: expected 1 to {_MAX_SEEDS}")
     plain, configs, messages = plan(rest, variants(own.strategies))
@@ -65,17 +66,7 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
             preflight(resolve(config), data, ctx)
         except UserError as error:
             raise UserError(f"strategy {text}: {error}") from None
-
-    def create_folder() -> None:
-        if ctx.is_main_process:
-            try:
-                create_output_folder(folder)
-            except OSError as error:
-                raise UserError(
-                    f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder"
-                ) from None
-
-    ctx.main_process_first(create_folder)
+    create_parent_folder(folder, ctx)
     configs = _with_pretraining(configs, plain, folder, console, signals)
     seeds = [base.run.seed + k for k in range(own.seeds)]
     runs = {(text, seed): _run_config(configs[text], text, seed, folder) for seed in seeds for text in configs}

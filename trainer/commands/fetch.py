@@ -29,8 +29,8 @@ def fetch(argv: Sequence[str]) -> None:
     """Check the options of a run, download its dataset and weights, and print a summary.
 
     Raises:
-        UserError: an error that would end the run before it trains. Unreadable images, errors that depend on the
-            machine, and class names of the pretrained model are not checked.
+        UserError: an error that would end the run before it trains. Unreadable images and errors that depend on the
+            machine are not checked.
 
     """
     config = parse(argv)

@@ -21,7 +21,11 @@ A loss that exploded may fall again, to that of a model that has forgotten every
 _SAFETY = 3.0
 """Factor between the rate at the minimum and the highest safe rate: closer to the minimum, the loss may explode."""
 _MAX_FALL = 0.95
-"""Ratio of the lowest to the first smoothed loss above which the loss does not fall at any rate."""
+"""Ratio of the lowest smoothed loss to that at the start above which the loss does not fall at any rate."""
+_NOISE_LOSSES = 20
+"""Number of losses, at the lowest rates, that show how much the batches differ from each other."""
+_NOISES = 4.0
+"""A rise of the smoothed loss by fewer standard deviations of the batches may be noise."""
 
 
 def rates(lowest: float, highest: float, steps: int) -> list[float]:
@@ -40,11 +44,25 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 
 def has_diverged(losses: Sequence[float]) -> bool:
-    """Return whether the last loss is not finite, or the smoothed loss is far above its best value."""
+    """Return whether the last loss is not finite, or the smoothed loss is far above its best value.
+
+    With very few images, the batches differ by more than the factor `DIVERGED` without any update.
+    """
     if not math.isfinite(losses[-1]):
         return True
     averages = smoothed(losses)
-    return averages[-1] > DIVERGED * min(averages)
+    best = min(averages)
+    return averages[-1] > max(DIVERGED * best, best + _NOISES * batch_noise(losses[:-1]))
+
+
+def batch_noise(losses: Sequence[float]) -> float:
+    """Return the standard deviation of the first batch losses, from their successive differences.
+
+    Of independent normal values, the mean absolute difference is 2 / sqrt(pi) standard deviations. A trend hardly
+    affects it (von Neumann et al. 1941, The mean square successive difference).
+    """
+    differences = np.abs(np.diff(losses[:_NOISE_LOSSES]))
+    return float(differences.mean() * math.sqrt(math.pi) / 2) if len(differences) else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +84,22 @@ def suggest(tried: Sequence[float], losses: Sequence[float]) -> Suggestion:
     With uneven batches, the loss may fall fastest long before its minimum. Close to the minimum, the next update may
     explode. The suggestion is therefore between a tenth and a third of the rate at the minimum.
     """
-    averages = _before_turn(smoothed(losses))
-    lowest = int(np.argmin(averages)) if averages else 0
-    if not averages or averages[lowest] > _MAX_FALL * averages[0]:
+    noise = batch_noise(losses)
+    # The first averages are of few losses: one of them may be the lowest by chance.
+    first = min(10, len(losses) // 4)
+    averages = _before_turn(smoothed(losses), first, noise)
+    lowest = first + int(np.argmin(averages[first:])) if averages[first:] else 0
+    start = float(np.mean(losses[: first + 1])) if averages else 0.0
+    # The moving average has the variance of a mean of 9 losses, `start` that of a mean of `first + 1`.
+    least_fall = 3 * noise * math.sqrt((1 - SMOOTHING) / (1 + SMOOTHING) + 1 / (first + 1))
+    if not averages[first:] or averages[lowest] > min(_MAX_FALL * start, start - least_fall):
         return Suggestion(
             lr=None,
             steepest=None,
             tenth=None,
-            reason="the loss does not fall by more than a twentieth at any rate: try other rates (--from, --to), more "
-            "--steps, or check whether the model can overfit one batch (regraft debug)",
+            reason="the loss does not fall at any rate by more than a twentieth, and by more than the batches differ "
+            f"(standard deviation {noise:.2g}): try other rates (--from, --to), more --steps, a larger "
+            "train.batch_size, or check whether the model can overfit one batch (regraft debug)",
         )
     tenth = tried[lowest] / 10
     slopes = list(_slopes(tried[: lowest + 1], averages[: lowest + 1]))
@@ -87,10 +112,10 @@ def suggest(tried: Sequence[float], losses: Sequence[float]) -> Suggestion:
     return Suggestion(lr=max(steepest, tenth), steepest=steepest, tenth=tenth, reason=reason)
 
 
-def _before_turn(averages: list[float]) -> list[float]:
+def _before_turn(averages: list[float], first: int, noise: float) -> list[float]:
     best = math.inf
-    for i, average in enumerate(averages):
-        if average > _PAST_MINIMUM * best:
+    for i, average in enumerate(averages[first:], start=first):
+        if average > max(_PAST_MINIMUM * best, best + noise):
             return averages[:i]
         best = min(best, average)
     return averages

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from regraft.contract import create_output_folder
 from trainer.config.dump import dump
 from trainer.config.pretrained import check_pretrained_weights
 from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.schema import Config
 from trainer.distributed.context import DistributedContext, init_distributed
+from trainer.errors import UserError
 from trainer.report.console import make_console
 from trainer.run.folder import check_resumable, saved_precision
 
@@ -46,3 +48,22 @@ def check_run_folder(config: ResolvedConfig, ctx: DistributedContext) -> None:
     precision = saved_precision(folder) or ctx.precision
     resumed = replace(config, train=replace(config.train, precision=precision))
     check_resumable(folder, dump(resumed), resume=config.run.resume)
+
+
+def create_parent_folder(folder: Path, ctx: DistributedContext) -> None:
+    """Create the folder of several runs, which is never read as data. Every process must call it.
+
+    Raises:
+        UserError: it cannot be written.
+
+    """
+
+    def create() -> None:
+        try:
+            create_output_folder(folder)
+        except OSError as error:
+            raise UserError(
+                f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder"
+            ) from None
+
+    ctx.main_process_first(lambda: create() if ctx.is_main_process else None)

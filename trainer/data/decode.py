@@ -1,7 +1,7 @@
 """Decode an image file to an upright RGB image, or raise `UnreadableImage` with the reason.
 
-Only regular files in the formats below are opened, whatever their file extension. Pillow supports other formats,
-one of which (EPS) starts another program.
+Only regular files in the formats of `image_formats` are opened. Pillow supports other formats, one of which (EPS)
+starts another program.
 """
 
 import ctypes
@@ -18,13 +18,14 @@ from typing import BinaryIO
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from trainer.data.image_formats import TiffKind, describe_unidentified, formats_for, read_tiff_kind
-from trainer.data.pixels import RgbImage, SampleFormat, UnreadableImage, read_sample_format, to_rgb
+from trainer.data.pixels import RgbImage, to_rgb
+from trainer.data.sample_format import SampleFormat, UnreadableImage, read_sample_format
 from trainer.text import escape_unprintable
 
 __all__ = ["UnreachableImage", "UnreadableImage", "decode", "decode_file", "open_image_file", "upright_rgb"]
 
 DECODE_VERSION = 2
-"""Increment it when the decoder accepts other files than before: it invalidates cached validation results."""
+"""Increment it when other files are accepted, or decoded to other pixels: it invalidates cached validation results."""
 
 _NOT_SUPPORTED = re.compile(r"unsupported|not supported|unknown|cannot handle|not available", re.IGNORECASE)
 _TRANSPOSE = {  # EXIF orientation -> operation that makes the image upright

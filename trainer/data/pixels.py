@@ -1,65 +1,30 @@
 """Convert the pixels of an opened image to 8-bit RGB.
 
-A file may store samples of more than 8 bits without saying which value is white. The declared range decides: sBIT of a
-PNG, MaxSampleValue, SMinSampleValue and SMaxSampleValue of a TIFF, maxval of a PGM. Without one, the largest sample of
-the image decides. The result depends on the file alone.
+A file may store samples of more than 8 bits without saying which value is white. The range that it declares decides,
+see `sample_format`; without one, the largest sample of the image. The result depends on the file alone.
 """
 
 import sys
-from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
+from PIL import Image, ImageCms
+
+from trainer.data.sample_format import SampleFormat, UnreadableImage
 
 _BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras and scanners
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX, _SMIN, _SMAX = 258, 262, 281, 340, 341  # TIFF tags
-_WHITE_IS_ZERO = 0
+_CONVERT = "convert it to JPEG or PNG"
+_NO_ALPHA = "an alpha channel of 0 everywhere, which is ignored"
+_OVER_WHITE = "transparent pixels, composited over white"
 _GUESSED = ", judged by the largest value of each image"
-
-
-class UnreadableImage(Exception):
-    """The file is not a readable image; the message is the short reason, without the path."""
 
 
 class RgbImage(NamedTuple):
     """An image of mode RGB."""
 
     image: Image.Image
-    conversion: str | None
-    """What was done to its pixels, if the file left a choice; None otherwise."""
-
-
-@dataclass(frozen=True)
-class SampleFormat:
-    """How a file stores its samples. The defaults stand for an image that does not come from a file."""
-
-    raw_mode: str = ""
-    """Layout of the stored samples by Pillow's name, such as `L;4` or `RGB;16B`."""
-    bits: int | None = None
-    """Number of bits that the samples use according to the file; None if it does not say."""
-    is_scaled: bool = False
-    """Whether values of `bits` bits were scaled up to the full range of the samples when the file was written."""
-    limits: tuple[float, float] | None = None
-    """Values of black and white according to the file; None if it does not say."""
-    white_is_zero: bool = False
-    """Whether small values are white."""
-
-
-def read_sample_format(image: Image.Image, file: BinaryIO) -> SampleFormat:
-    """Return the format of an image that was opened from `file`, before its pixels are loaded."""
-    raw_mode = _raw_mode(image)
-    if isinstance(image, PngImagePlugin.PngImageFile):
-        return SampleFormat(raw_mode, bits=_png_significant_bits(file), is_scaled=True)
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        tags = image.tag_v2
-        low, high, largest = (_number(tags.get(tag)) for tag in (_SMIN, _SMAX, _MAX))
-        largest = largest or high
-        bits = 12 if tags.get(_BITS_PER_SAMPLE) == (12,) else int(largest).bit_length() if largest else None
-        limits = (low or 0.0, high) if high is not None and (low or 0.0) < high else None
-        return SampleFormat(raw_mode, bits=bits, limits=limits, white_is_zero=tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
-    # Pillow scales the values of PGM and JPEG 2000 from the declared range to 16 bits.
-    return SampleFormat(raw_mode, bits=16 if image.format in ("PPM", "JPEG2000") else None, is_scaled=True)
+    conversions: tuple[str, ...]
+    """What was done to its pixels, where the file left a choice."""
 
 
 def to_rgb(image: Image.Image, samples: SampleFormat, file: BinaryIO | None = None) -> RgbImage:
@@ -74,24 +39,27 @@ def to_rgb(image: Image.Image, samples: SampleFormat, file: BinaryIO | None = No
         UnreadableImage: pixel values whose range is unknown.
 
     """
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I") or image.mode == "F" or (image.mode == "L" and samples.is_signed):
         return _from_gray_values(image, samples)
     if image.mode == "LAB":
-        return RgbImage(_from_lab(image), None)
-    conversion = None
+        return RgbImage(_from_lab(image), ())
+    conversions: tuple[str, ...] = ()
     transparent = image.info.get("transparency")
     if samples.raw_mode in ("L;2", "L;4") and isinstance(transparent, int):
         # Pillow scales the samples to 8 bits, but not the transparent value.
         image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}[samples.raw_mode]
     elif ";16" in samples.raw_mode and image.mode in ("RGB", "RGBA") and file is not None:
-        image, conversion = _from_16_bit_colors(image, samples, file)
+        image, conversions = _from_16_bit_colors(image, samples, file)
     if not image.has_transparency_data:
-        return RgbImage(image.convert("RGB"), conversion)
+        return RgbImage(image.convert("RGB"), conversions)
     rgba = image.convert("RGBA")
-    if rgba.getchannel("A").getextrema() == (0, 0) and not is_one_color(opaque := rgba.convert("RGB")):
-        return RgbImage(opaque, "alpha is 0 everywhere and was ignored")
+    least, greatest = rgba.getchannel("A").getextrema()
+    if greatest == 0 and not is_one_color(opaque := rgba.convert("RGB")):
+        return RgbImage(opaque, (*conversions, _NO_ALPHA))
+    if least != 255:
+        conversions = (*conversions, _OVER_WHITE)
     white = Image.new("RGBA", rgba.size, "white")
-    return RgbImage(Image.alpha_composite(white, rgba).convert("RGB"), conversion)
+    return RgbImage(Image.alpha_composite(white, rgba).convert("RGB"), conversions)
 
 
 def is_one_color(image: Image.Image) -> bool:
@@ -102,6 +70,10 @@ def is_one_color(image: Image.Image) -> bool:
 def _from_gray_values(image: Image.Image, samples: SampleFormat) -> RgbImage:
     """Scale gray values to 8 bits and round them; Pillow's own conversion clips them at 255."""
     values = np.asarray(image)  # [height, width]
+    if image.mode == "L":
+        values = values.view(np.int8)
+    elif samples.raw_mode == "I;32N":
+        values = values.view(np.uint32)
     if not np.isfinite(values).all():
         raise UnreadableImage("gray values that are not finite")
     low, high = values.min(), values.max()
@@ -124,10 +96,12 @@ def _from_gray_values(image: Image.Image, samples: SampleFormat) -> RgbImage:
         )
     if samples.white_is_zero:
         gray = 255 - gray
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        gray[values == transparent] = 255
-    return RgbImage(Image.fromarray(gray.astype(np.uint8)).convert("RGB"), f"gray values {conversion}")
+    conversions: tuple[str, ...] = (f"gray values {conversion}",)
+    is_transparent = values == image.info.get("transparency")
+    if np.any(is_transparent):
+        gray[is_transparent] = 255
+        conversions = (*conversions, _OVER_WHITE)
+    return RgbImage(Image.fromarray(gray.astype(np.uint8)).convert("RGB"), conversions)
 
 
 def _to_8_bits(values: np.ndarray, samples: SampleFormat) -> tuple[np.ndarray, str]:
@@ -149,7 +123,9 @@ def _is_unscaled(values: np.ndarray, bits: int) -> bool:
     return not (values.max() >> bits or (values == shifted).all() or (values == repeated).all())
 
 
-def _from_16_bit_colors(image: Image.Image, samples: SampleFormat, file: BinaryIO) -> tuple[Image.Image, str | None]:
+def _from_16_bit_colors(
+    image: Image.Image, samples: SampleFormat, file: BinaryIO
+) -> tuple[Image.Image, tuple[str, ...]]:
     """Return the 8-bit image of 16-bit colors, of which Pillow keeps the upper bytes.
 
     The lower bytes are needed if the values use 14 bits or fewer, and to find a transparent color.
@@ -158,8 +134,14 @@ def _from_16_bit_colors(image: Image.Image, samples: SampleFormat, file: BinaryI
     upper = np.asarray(image).astype(np.uint32)  # [height, width, 3 or 4]
     is_dark = upper[..., :3].max() < 1 << 6 and samples.bits != 16
     transparent = image.info.get("transparency")
+    if samples.raw_mode.startswith("RGBa") and 0 < upper[..., 3].max() < 1 << 6:
+        is_dark = True  # its colors are divided by alpha already
     if not is_dark and transparent is None:
-        return image, None
+        return image, ()
+    if samples.has_planes or samples.raw_mode.startswith("RGBa"):
+        raise UnreadableImage(
+            f"16-bit colors that use 14 bits or fewer, in a kind of TIFF that is not supported: {_CONVERT}"
+        )
     lower = _load_lower_bytes(file, samples.raw_mode)
     if is_gray:  # stored as gray, gray, alpha, alpha: upper and lower byte of each
         lower = lower[..., [1, 1, 1, 3]]
@@ -171,7 +153,7 @@ def _from_16_bit_colors(image: Image.Image, samples: SampleFormat, file: BinaryI
     elif image.mode == "RGBA":
         channels.append(_to_8_bits(values[..., 3:], samples)[0])
     converted = Image.fromarray(np.concatenate(channels, axis=-1).astype(np.uint8))
-    return converted, f"color values {conversion}" if is_dark else None
+    return converted, (f"color values {conversion}",) if is_dark else ()
 
 
 def _load_lower_bytes(file: BinaryIO, raw_mode: str) -> np.ndarray:
@@ -189,37 +171,9 @@ def _with_raw_mode(arguments: Any, raw_mode: str) -> Any:
     return raw_mode if isinstance(arguments, str) else (raw_mode, *arguments[1:])
 
 
-def _raw_mode(image: Image.Image) -> str:
-    tiles = getattr(image, "tile", None)
-    arguments = tiles[0][3] if tiles else None
-    raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
-    return raw_mode if isinstance(raw_mode, str) else ""
-
-
 def _from_lab(image: Image.Image) -> Image.Image:
     """Convert CIELAB as stored in a TIFF (white point D50) to sRGB."""
     profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     converted = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB"))
     assert converted is not None  # None is for in-place conversions
     return converted
-
-
-def _png_significant_bits(file: BinaryIO) -> int | None:
-    """Return the largest number in the sBIT chunk of a PNG; None if it has none."""
-    position = file.tell()
-    try:
-        file.seek(8)
-        while len(header := file.read(8)) == 8 and (kind := header[4:]) != b"IDAT":
-            length = int.from_bytes(header[:4], "big")
-            if kind == b"sBIT":
-                return max(file.read(min(length, 4)), default=None)
-            file.seek(length + 4, 1)  # the content and its checksum
-        return None
-    finally:
-        file.seek(position)
-
-
-def _number(value: Any) -> float | None:
-    """Return the largest number of a TIFF tag; None if the tag is missing or not finite."""
-    numbers = [float(each) for each in (value if isinstance(value, tuple) else (value,)) if each is not None]
-    return max(numbers) if numbers and np.isfinite(numbers).all() else None

@@ -97,13 +97,13 @@ def _describe_pixels(results: Mapping[str, ValidationResult]) -> Iterator[str]:
     """Yield a line for each conversion of pixels, and one for images of a single color."""
     by_conversion: dict[str, list[str]] = {}
     for path, result in results.items():
-        if result.conversion is not None:
-            by_conversion.setdefault(result.conversion, []).append(path)
+        for conversion in result.conversions:
+            by_conversion.setdefault(conversion, []).append(path)
     for conversion, paths in sorted(by_conversion.items()):
-        yield f"{len(paths)} images, such as {escape_unprintable(paths[0])}: {conversion}"
+        yield f"images with {conversion}: {len(paths)}, such as {escape_unprintable(paths[0])}"
     if paths := [path for path, result in results.items() if result.is_one_color]:
         names = join_truncated(map(escape_unprintable, paths), limit=5)
-        yield f"{len(paths)} images have one color only: {names}"
+        yield f"images of one color only: {len(paths)} ({names})"
 
 
 def _describe_repeats(index: DatasetIndex, results: Mapping[str, ValidationResult]) -> Iterator[str]:
@@ -124,11 +124,11 @@ def _describe_repeats(index: DatasetIndex, results: Mapping[str, ValidationResul
         if pairs:
             shown = " and ".join(escape_unprintable(path) for path, _ in pairs[0])
             yield (
-                f"WARNING: {len(pairs)} of {len(examples)} images {purpose} have the content of a training image, "
-                f"so the accuracy is too high: {shown}"
+                f"WARNING: images {purpose} with the content of a training image, which make the accuracy too high: "
+                f"{len(pairs)} of {len(examples)}, such as {shown}"
             )
     if conflicts:
         shown = " and ".join(
             f"{escape_unprintable(path)} ({escape_unprintable(index.classes[label])})" for path, label in conflicts[0]
         )
-        yield f"WARNING: {len(conflicts)} images have the content of an image of another class, such as {shown}"
+        yield f"WARNING: images with the content of an image of another class: {len(conflicts)}, such as {shown}"

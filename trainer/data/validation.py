@@ -46,8 +46,8 @@ class ValidationResult(NamedTuple):
     """Hash of the content, 16 hexadecimal digits; empty if the file cannot be read."""
     reason: str | None
     """Reason why the image cannot be read; None if it can."""
-    conversion: str | None
-    """What was done to its pixels, if the file left a choice."""
+    conversions: tuple[str, ...]
+    """What was done to its pixels, where the file left a choice."""
     is_one_color: bool
     """Whether all of its pixels are equal."""
 
@@ -144,11 +144,11 @@ def _validate(task: _Task) -> tuple[ValidationResult, bool]:
             digest = _hash(file)
             if task.cached is not None and task.cached.digest == digest:  # touched or copied
                 return task.cached._replace(version=task.version), True
-            image, conversion = decode_file(file, task.path)
+            image, conversions = decode_file(file, task.path)
     except UnreadableImage as error:
         is_permanent = task.version is not None and not isinstance(error, UnreachableImage)
-        return ValidationResult(task.version, digest, str(error), None, is_one_color=False), is_permanent
-    result = ValidationResult(task.version, digest, None, conversion, is_one_color=is_one_color(image))
+        return ValidationResult(task.version, digest, str(error), (), is_one_color=False), is_permanent
+    result = ValidationResult(task.version, digest, None, conversions, is_one_color=is_one_color(image))
     return result, task.version is not None
 
 
@@ -194,12 +194,12 @@ def _read_cache(file: Path, folder: str) -> dict[str, ValidationResult]:
 
 
 def _parse_result(entry: Any) -> ValidationResult:
-    version, digest, reason, conversion, is_one_color = entry
+    version, digest, reason, conversions, is_one_color = entry
     is_valid = isinstance(version, list) and len(version) == 3 and all(type(number) is int for number in version)
-    texts = isinstance(digest, str) and isinstance(reason, str | None) and isinstance(conversion, str | None)
-    if not (is_valid and texts and isinstance(is_one_color, bool)):
+    is_valid &= isinstance(conversions, list) and all(isinstance(text, str) for text in (digest, *conversions))
+    if not (is_valid and isinstance(reason, str | None) and isinstance(is_one_color, bool)):
         raise TypeError(f"not a validation result: {entry!r}")
-    return ValidationResult(FileVersion(*version), digest, reason, conversion, is_one_color)
+    return ValidationResult(FileVersion(*version), digest, reason, tuple(conversions), is_one_color)
 
 
 def _write_cache(file: Path, folder: str, results: Mapping[str, ValidationResult], *, current: Set[str]) -> None:

@@ -81,7 +81,8 @@ def _raise_if_full(text: str) -> None:
     is_full = f"exit code {_OUT_OF_SHARED_MEMORY}" in text or "Bus error" in text
     if (is_death and is_full) or "allocate shared memory" in text:
         raise UserError(
-            f"{SHARED_MEMORY} is full, by which the processes of data.num_workers send their batches. {_remedy(8)}"
+            f"{SHARED_MEMORY} is full: the worker processes (data.num_workers) send their batches through it. "
+            f"{_remedy(8)}"
         ) from None
 
 
@@ -104,7 +105,7 @@ def check_shared_memory(*, num_workers: int, processes: int, batch_bytes: int) -
     # One more batch is in use by each training process.
     need = processes * (num_workers * PREFETCH_FACTOR + 1) * batch_bytes if num_workers else 0
     free = status.f_bavail * status.f_frsize
-    if need > free:
+    if need > free and status.f_blocks:  # a tmpfs without a limit has 0 blocks
         raise UserError(
             f"data.num_workers: the batches of {processes * num_workers} worker processes need {_in_mb(need)} of "
             f"shared memory, but {SHARED_MEMORY} has {_in_mb(free)} free. {_remedy(1 + need // 10**9)}"

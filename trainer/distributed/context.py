@@ -27,10 +27,13 @@ from regraft.contract import available_cores
 from trainer.distributed.launch_checks import (
     check_accelerate_variables,
     check_process_group,
-    check_world_size_variables,
+    check_threads,
+    read_process_group,
 )
 from trainer.distributed.precision import Precision, choose_precision
-from trainer.distributed.rendezvous import join_process_group
+from trainer.distributed.process_group import VARIABLES
+from trainer.distributed.rendezvous import QUIET_SECONDS, join_process_group
+from trainer.distributed.signals import has_launcher
 from trainer.errors import UserError
 
 T = TypeVar("T")
@@ -38,7 +41,6 @@ T = TypeVar("T")
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # One rank may generate, download or check images while the others wait at a barrier.
 _TIMEOUT = timedelta(hours=2)
-_PROCESS_GROUP_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,9 @@ def init_distributed(
         UserError: this machine lacks the device or the precision, or the processes cannot find each other.
 
     """
-    check_world_size_variables(os.environ)
+    group = read_process_group(os.environ)
     check_accelerate_variables(os.environ)
+    check_threads(os.environ)
     forces_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # overrides the arguments of Accelerator
     if forces_cpu and device == "cuda":
         raise UserError(
@@ -211,23 +214,32 @@ def init_distributed(
         )
     chosen, reason = choose_precision(precision, on_cpu=on_cpu, environment=os.environ, saved_precision=saved_precision)
     _reset_accelerate()
-    join_process_group(os.environ, "gloo" if on_cpu else "nccl", timeout=_TIMEOUT)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=_ACCELERATE_PRECISION[chosen],
-        kwargs_handlers=[
-            # BatchNorm statistics are averaged before each evaluation, so DDP need not broadcast them in every forward.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=_TIMEOUT),
-        ],
-    )
-    check_process_group(accelerator, os.environ)
+    quiet_seconds = QUIET_SECONDS if has_launcher(os.environ) else 0.0
+    join_process_group(group, "gloo" if on_cpu else "nccl", timeout=_TIMEOUT, quiet_seconds=quiet_seconds)
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=_ACCELERATE_PRECISION[chosen],
+            kwargs_handlers=[
+                # BatchNorm statistics are averaged before each evaluation: DDP need not broadcast them every time.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=_TIMEOUT),
+            ],
+        )
+    except (ValueError, ImportError, NotImplementedError) as error:  # of a variable that is not checked above
+        settings = ", ".join(name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "NCCL_")))
+        raise UserError(
+            f"accelerate cannot be set up ({error}): check these variables of the environment: {settings or 'none'}"
+        ) from error
+    check_process_group(accelerator, group.world_size if group is not None else 1)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = max(1, available_cores() // local_world_size)
     num_threads = threads or (cores if on_cpu else max(1, cores // 2))
     torch.set_num_threads(num_threads)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = f" (CUDA_VISIBLE_DEVICES={visible!r})" if device == "auto" and on_cpu and visible is not None else ""
     notes = (
-        f"device {accelerator.device} x {accelerator.num_processes}, {num_threads} CPU "
+        f"device {accelerator.device} x {accelerator.num_processes}{hidden}, {num_threads} CPU "
         f"thread{'s' * (num_threads > 1)} each",
         f"precision {chosen}: {reason}",
     )
@@ -250,7 +262,7 @@ def _reset_accelerate() -> None:
 def leave_process_group_env(environment: MutableMapping[str, str]) -> bool:
     """Remove the launcher's process group from the environment; return whether this process was its rank 0."""
     is_rank_0 = environment.get("RANK", "0") == "0"
-    for name in _PROCESS_GROUP_VARIABLES:
+    for name in VARIABLES:
         environment.pop(name, None)
     return is_rank_0
 

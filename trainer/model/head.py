@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torchvision.models import GoogLeNetOutputs, InceptionOutputs
 
 from trainer.errors import UserError
@@ -58,7 +59,7 @@ def trial_forward(model: nn.Module, image_size: int, *, shapes: Mapping[str, tup
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         # Tensors that forward itself creates must be on the meta device too.
-        for context in (torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("meta")):
+        for context in (torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("meta"), _EmptyBatchNorm()):
             stack.enter_context(context)
         try:
             for module in modes:
@@ -73,6 +74,18 @@ def trial_forward(model: nn.Module, image_size: int, *, shapes: Mapping[str, tup
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+class _EmptyBatchNorm(TorchFunctionMode):
+    """Return an empty output of batch_norm, whose implementation on the meta device takes most of a trial forward."""
+
+    def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not nn.functional.batch_norm:
+            return function(*args, **(kwargs or {}))
+        images, running_mean = args[:2]
+        if running_mean is not None and len(running_mean) != images.shape[1]:
+            raise RuntimeError(f"batch_norm of {len(running_mean)} channels on {images.shape[1]} channels")
+        return torch.empty_like(images)
 
 
 def split_outputs(outputs: Any) -> tuple[Tensor, tuple[tuple[float, Tensor], ...]]:

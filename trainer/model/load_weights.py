@@ -204,15 +204,18 @@ def _interpolate_positions(
     if not isinstance(model, VisionTransformer) or key not in state:
         return state, ""
     old, new = state[key], model.state_dict()[key]
-    if old.shape == new.shape:
+    is_other_model = old.dim() == 3 and old.shape[2] != new.shape[2]
+    if old.shape == new.shape or is_other_model:
         return state, ""
     patches = old.shape[1] - 1 if old.dim() == 3 and old.is_floating_point() else 0
-    if old.shape[::2] != new.shape[::2] or patches < 1 or math.isqrt(patches) ** 2 != patches:
+    if old.shape[:1] != new.shape[:1] or patches < 1 or math.isqrt(patches) ** 2 != patches:
         raise UserError(
             f"{source}: its position embedding {list(old.shape)} cannot be interpolated to "
             f"{list(new.shape)}, which images of {image_size} px need: expected "
             f"[1, 1 + n x n patches, {new.shape[2]}]"
         )
-    resized: Mapping[str, Tensor] = interpolate_embeddings(image_size, model.patch_size, OrderedDict(state))
+    resized: Mapping[str, Tensor] = interpolate_embeddings(
+        image_size, model.patch_size, OrderedDict({**state, key: old.float()})
+    )
     before, after = math.isqrt(patches), image_size // model.patch_size
     return resized, f"position embedding interpolated from {before} x {before} to {after} x {after} patches"

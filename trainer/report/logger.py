@@ -16,6 +16,7 @@ from trainer.optim.schedule import TrainSchedule
 from trainer.report.console import ProgressBar, peak_memory
 from trainer.report.figures import draw_curves, try_write_figure
 from trainer.report.metrics import MetricsFile, Row, epoch_row, epoch_rows, start_row, train_row
+from trainer.run.atomic import describe_missing
 from trainer.run.session import OpenRun
 
 _SECONDS_BETWEEN_CURVES = 20.0  # drawing must not slow down short epochs
@@ -133,7 +134,8 @@ class RunLogger:
             yield
         except OSError as error:
             self.failure = UserError(
-                f"{self._folder}: the metrics could not be written ({error.strerror or error}). Earlier "
+                describe_missing(self._folder / METRICS, error)
+                or f"{self._folder}: the metrics could not be written ({error.strerror or error}). Earlier "
                 "checkpoints are complete: free some disk space, and the same command resumes from the newest one"
             )
 

@@ -38,3 +38,25 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def describe_missing(path: Path, error: Exception | None = None) -> str | None:
+    """Return a message if a folder that contains `path` was deleted or moved, or None if all of them are there.
+
+    Args:
+        path: what a run was to write.
+        error: why it could not; a FileNotFoundError names the path that is missing.
+
+    """
+    if isinstance(error, FileNotFoundError) and error.filename:
+        path = Path(os.fsdecode(error.filename))
+        paths = [*reversed(path.parents), path]
+    else:
+        paths = list(reversed(path.parents))
+    missing = next((parent for parent in paths if not parent.exists()), None)
+    if missing is None:
+        return None
+    return (
+        f"{missing} is gone: it was deleted or moved while the run was in progress, and nothing was saved after that. "
+        "Move it back, and the same command resumes from its newest checkpoint; without it, the run starts anew"
+    )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from regraft.contract import AUDIT
 from trainer.errors import UserError
+from trainer.run.atomic import describe_missing
 
 _MAX_ROW_BYTES = 1 << 24
 _Batch = TypeVar("_Batch", bound=tuple[Tensor, Tensor, Tensor])
@@ -83,4 +84,7 @@ def _report_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"run.audit: {path} cannot be written ({error.strerror}): make room, or turn it off") from None
+        raise UserError(
+            describe_missing(path, error)
+            or f"run.audit: {path} cannot be written ({error.strerror}): make room, or turn it off"
+        ) from None

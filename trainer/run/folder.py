@@ -46,7 +46,7 @@ from regraft.contract import (
 )
 from regraft.contract import CONFIG_HEADER as HEADER
 from trainer.errors import UserError
-from trainer.run.atomic import write_text_atomically
+from trainer.run.atomic import describe_missing, write_text_atomically
 
 INITIAL, FINE_TUNED, WISE = "initial.safetensors", "fine-tuned.safetensors", "wise.json"
 OUR_FILES = (CONFIG, METRICS, MODEL, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT, IMAGES, INITIAL, FINE_TUNED, WISE)
@@ -266,6 +266,7 @@ def saving_to(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path}: the state of the run could not be saved ({error}). What was saved before is whole: make room, "
+            describe_missing(path, error)
+            or f"{path}: the state of the run could not be saved ({error}). What was saved before is whole: make room, "
             "and the same command resumes from there"
         ) from None

@@ -28,7 +28,7 @@ from regraft.contract import (
     read_attempt,
 )
 from trainer.errors import UserError
-from trainer.run.atomic import write_text_atomically
+from trainer.run.atomic import describe_missing, write_text_atomically
 from trainer.text import escape_unprintable
 
 HEARTBEAT_SECONDS = 10.0
@@ -80,8 +80,10 @@ class RunLock:
         return cls(folder, record)
 
     def check(self) -> None:
-        """Raise a UserError if this attempt is no longer the run's latest."""
+        """Raise a UserError if this attempt is no longer the run's latest, or the run folder is gone."""
         number = latest_attempt_number(self.folder)
+        if number < self.record.attempt and (message := describe_missing(self._path / "_")) is not None:
+            raise UserError(message)
         latest = read_attempt(attempt_path(self.folder, number))
         if number != self.record.attempt or latest is None or latest.lease_id != self.record.lease_id:
             who = f"attempt {number} on {latest.host}, process {latest.pid}" if latest else "another attempt"
@@ -104,8 +106,9 @@ class RunLock:
                 write_text_atomically(self._path, self.record.to_json())
         except OSError as error:
             raise UserError(
-                f"{self._path}: cannot be written ({error.strerror}). What was saved before is whole: make room, and "
-                "the same command resumes from there"
+                describe_missing(self._path, error)
+                or f"{self._path}: cannot be written ({error.strerror}). What was saved before is whole: make room, "
+                "and the same command resumes from there"
             ) from None
 
     def end(self, state: AttemptState, reason: str | None = None) -> None:

@@ -201,4 +201,6 @@ def _record_error(lock: RunLock, error: BaseException) -> None:
     try:
         lock.end(state, str(error) or type(error).__name__)
     except UserError as record_error:
+        if str(record_error) == str(error):  # the run folder is gone
+            return
         error.add_note(f"(the end could not be recorded in {lock.folder} either: {record_error})")

@@ -1,6 +1,10 @@
 """Checkpoint states and files for tests."""
 
+import copy
 import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,3 +65,42 @@ def make_files(checkpoint: CheckpointId) -> dict[str, bytes]:
         STATE: make_state(*checkpoint).to_json(),
         METRICS: "".join(f'{{"kind": "train", "epoch": {n}}}\n' for n in range(checkpoint.step)).encode(),
     }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the content of each file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Damaged JSON
+
+JsonPath = tuple[str | int, ...]
+_NOT_NUMBERS = (None, True, "x", [], {}, math.inf, -(10**400))
+INVALID: dict[type, tuple[Any, ...]] = {
+    str: (None, True, 1.5, [], {}),
+    int: _NOT_NUMBERS,
+    float: _NOT_NUMBERS,
+    list: (None, True, 1.5, "x", [], {}, [[]]),
+    dict: (None, True, 1.5, "x", [], [1]),
+}
+"""Values that are invalid in place of a value of a type."""
+
+
+def json_entries(value: Any, path: JsonPath = ()) -> Iterator[tuple[JsonPath, Any]]:
+    """Yield (path, value) of everything in JSON."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*path, key), child
+        yield from json_entries(child, (*path, key))
+
+
+def edited(content: Any, path: JsonPath, *value: Any) -> Any:
+    """Return a copy of JSON with another value at a path, or without that path."""
+    result = parent = copy.deepcopy(content)
+    for key in path[:-1]:
+        parent = parent[key]
+    if value:
+        parent[path[-1]] = value[0]
+    else:
+        del parent[path[-1]]
+    return result

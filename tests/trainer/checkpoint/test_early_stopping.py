@@ -7,9 +7,7 @@ from trainer.checkpoint.early_stopping import EarlyStopping
     ("accuracies", "losses", "patience", "stops"),
     [
         ([], {}, 1, False),
-        ([0.5, 0.6], {}, 1, False),
         ([0.6, 0.5], {}, 1, True),
-        ([0.6, 0.5], {}, 2, False),
         ([0.6, 0.5], {}, None, False),
         ([0.6, 0.5, 0.7, 0.6, 0.6], {}, 3, False),
         ([0.6, 0.5, 0.7, 0.6, 0.6, 0.6], {}, 3, True),

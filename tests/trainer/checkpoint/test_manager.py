@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import nn
 
 from regraft.contract import CHECKPOINTS, MODEL, STOP, read_attempt
-from tests.trainer.checkpoint.checkpoints import METADATA
+from tests.trainer.checkpoint.checkpoints import METADATA, contents
 from tests.trainer.runs import MODEL_METADATA, make_run, printed, stop_heartbeat
 from trainer.checkpoint import manager as manager_module
 from trainer.checkpoint import saver as saver_module
@@ -43,6 +43,7 @@ from trainer.state import TrainState
 STEPS = 2
 """Updates of an epoch."""
 SUMS = MetricState(rows=((0.5, 2, 4),), seconds=2.0, compute_seconds=1.0)
+AVERAGE = 77.0  # weights of the moving average, which no test updates
 NEVER = RetentionPolicy(every_steps=None, every_seconds=None, keep_last=2, keep_best=False, keep_every=None)
 EVERY_EPOCH = dataclasses.replace(NEVER, every_steps=STEPS, keep_best=True)
 CONTINUE = StepDecision(save=False, stop=None)
@@ -102,11 +103,22 @@ class Training:
     def path(self, step: int, epoch: int) -> Path:
         return self.run.folder / CHECKPOINTS / CheckpointId(step, epoch).name
 
-    def model_file(self) -> tuple[float, Any]:
-        """Return a weight of the model file, and the epoch in its header."""
+    def model_metrics(self) -> Any:
+        """Return the metrics in the header of the model file."""
         metadata = read_metadata(self.run.folder / MODEL)
         assert metadata is not None
-        return load_file(self.run.folder / MODEL)["0.weight"].flatten()[0].item(), metadata.metrics["epoch"]
+        return metadata.metrics
+
+    def model_file(self) -> tuple[float, Any]:
+        """Return a weight of the model file, and the epoch in its header."""
+        return load_file(self.run.folder / MODEL)["0.weight"].flatten()[0].item(), self.model_metrics()["epoch"]
+
+    def recorded_position(self) -> tuple[int, int, int, int]:
+        """Return step, steps, epoch and epochs of the attempt's record."""
+        assert self.saver.wait()
+        record = read_attempt(self.run.root / "attempts" / f"{self.run.attempt:04}.json")
+        assert record is not None
+        return record.step, record.steps, record.epoch, record.epochs
 
 
 @pytest.fixture
@@ -146,7 +158,7 @@ def make(tmp_path: Path, clock: SimpleNamespace, ctx: DistributedContext) -> Ite
         state = TrainState(model=model, optimizer=optimizer, ema=ModelEma(model, 0.9 if ema else None), **position)
         if ema:
             for parameter in state.ema.model.parameters():
-                parameter.data.fill_(77)  # no test updates the average
+                parameter.data.fill_(AVERAGE)
         early_stopping, log = EarlyStopping(split=split, patience=patience), Log()
         saver = CheckpointSaver(
             run,
@@ -167,10 +179,6 @@ def make(tmp_path: Path, clock: SimpleNamespace, ctx: DistributedContext) -> Ite
         stop_heartbeat(lock)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 # --- flags
 
 
@@ -178,53 +186,37 @@ def test_heartbeat_ticks_at_each_update_and_allows_more_time_to_save(make: Make)
     training = make(NEVER)
     heartbeat = training.manager.heartbeat
     with training.manager:
-        for step in (1, 2):
-            training.sync(step)
-            assert (heartbeat.ticks, heartbeat.step, heartbeat.timeout_extended) == (step, step, False)
+        training.sync(1)
+        assert (heartbeat.ticks, heartbeat.step, heartbeat.timeout_extended) == (1, 1, False)
         training.save(1, 3)
         assert heartbeat.timeout_extended
         training.sync(4)
         assert not heartbeat.timeout_extended
         training.end_epoch(3, 0.5)
         assert heartbeat.timeout_extended
-    assert (heartbeat.ticks, heartbeat.step) == (5, 6)
+    assert (heartbeat.ticks, heartbeat.step) == (4, 6)
 
 
 def test_save_is_due_by_steps_and_by_seconds_since_the_last_checkpoint(make: Make, clock: SimpleNamespace) -> None:
-    training = make(dataclasses.replace(NEVER, every_steps=3))
+    training = make(dataclasses.replace(NEVER, every_steps=3, every_seconds=60.0))
     with training.manager:
-        assert [training.sync(step).save for step in range(1, 8)] == [step % 3 == 0 for step in range(1, 8)]
-    training = make(dataclasses.replace(NEVER, every_seconds=60.0))
-    with training.manager:
-        clock.now += 59.9
-        assert not training.sync(1).save
-        clock.now += 0.1
-        assert training.sync(1).save
-        training.save(0, 1)
-        assert not training.sync(2).save
+        assert [training.sync(step).save for step in range(1, 6)] == [False, False, True, False, False]
         clock.now += 60
-        assert training.sync(3).save
-
-
-def test_a_signal_is_the_reason_to_stop(make: Make) -> None:
-    training = make(NEVER)
-    with training.manager:
-        assert training.sync(1) == CONTINUE
-        training.run.signals.received = signal.SIGUSR1
-        assert training.sync(2) == training.sync(3) == StepDecision(save=False, stop="SIGUSR1")
+        assert training.sync(7).save
+        training.save(0, 7)
+        assert not training.sync(8).save
+        clock.now += 60
+        assert training.sync(10).save
 
 
 def stop_by_file(training: Training, clock: SimpleNamespace) -> None:
     with training.manager:
         assert training.sync(1) == CONTINUE
         (training.run.root / STOP).touch()
-        clock.now += 0.5
-        assert training.sync(2) == CONTINUE, "it is looked for once a second"
-        clock.now += 0.6
-        decision = training.sync(3)
-        assert decision == training.sync(3) == StepDecision(save=False, stop="the file STOP")
+        clock.now += 2  # it is looked for once a second
+        assert training.sync(2) == StepDecision(save=False, stop="the file STOP")
         training.save(1, 3)
-        raise Stopped(str(decision.stop))
+        raise Stopped("the file STOP")
 
 
 def test_stop_file_is_removed_once_the_run_has_stopped(make: Make, clock: SimpleNamespace) -> None:
@@ -315,52 +307,25 @@ def test_a_failure_of_the_logger_or_of_the_last_checkpoint_is_raised(
 # --- checkpoints
 
 
-def test_within_an_epoch_state_and_metrics_are_copied(make: Make) -> None:
-    training = make()
-    training.log.epochs.append({"kind": "train", "epoch": 0.5})
-    with training.manager:
-        training.set_weights(0.25)
-        training.save(0, 1)
-        training.set_weights(0.5)  # training continues while the copy is written
-    loaded = store.read(training.path(1, 0))
-    state = loaded.state
-    assert (state.step, state.epoch, state.metrics, state.best) == (1, 0, SUMS, None)
-    assert (state.order_digest, state.run.steps_per_epoch) == ("order of epoch 0", STEPS)
-    assert loaded.metrics == training.log.text
-    assert load_file(loaded.path / store.MODEL)["0.weight"].unique().tolist() == [0.25]
-    names = {f"momentum_buffer.{name}" for name, _ in training.state.model.named_parameters()}
-    assert set(load_file(loaded.path / store.OPTIMIZER)) == names
-    assert not (training.run.folder / MODEL).exists(), "no epoch was evaluated"
-
-
 def test_attempt_records_the_position_of_the_last_checkpoint(make: Make) -> None:
     training = make(dataclasses.replace(NEVER, every_steps=4), epoch=1, step=2)
-
-    def position() -> tuple[int, int, int, int]:
-        assert training.saver.wait()
-        record = read_attempt(training.run.root / "attempts" / "0001.json")
-        assert record is not None
-        return record.step, record.steps, record.epoch, record.epochs
-
     with training.manager:
-        assert position() == (2, 8, 1, 4), "where the run resumes"
-        training.save(1, 3)
-        assert position() == (3, 8, 1, 4)
-        training.end_epoch(2, 0.5)
-        assert position() == (4, 8, 2, 4)
-        training.end_epoch(3, 0.5)
-        assert position() == (4, 8, 2, 4), "no checkpoint was due"
-        training.end_epoch(4, 0.5)
-    assert read_attempt(training.run.root / "attempts" / "0001.json").step == 8  # type: ignore[union-attr]
+        assert training.recorded_position() == (2, 8, 1, 4), "where the run resumes"
+        for epoch, position in ((2, (4, 8, 2, 4)), (3, (4, 8, 2, 4)), (4, (8, 8, 4, 4))):
+            training.end_epoch(epoch, 0.5)
+            assert training.recorded_position() == position, "after epoch 3, no checkpoint is due"
 
 
-def test_a_position_is_saved_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_position_is_saved_once_and_training_goes_on_while_its_copy_is_written(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that resumes where its evaluation was interrupted may be stopped there again."""
-    training, write, written = make(epoch=0, step=2), store.write, list[CheckpointId]()
+    training, write, written = make(epoch=0, step=2), store.write, dict[CheckpointId, set[float]]()
 
-    def record(folder: Path, checkpoint: CheckpointId, *arguments: Any, **options: Any) -> None:
-        written.append(checkpoint)
-        write(folder, checkpoint, *arguments, **options)
+    def record(folder: Path, checkpoint: CheckpointId, files: Mapping[str, bytes], **options: Any) -> None:
+        assert checkpoint not in written
+        written[checkpoint] = set(load(files[store.MODEL])["0.weight"].flatten().tolist())
+        write(folder, checkpoint, files, **options)
 
     monkeypatch.setattr(store, "write", record)
     with training.manager:
@@ -369,8 +334,9 @@ def test_a_position_is_saved_once(make: Make, monkeypatch: pytest.MonkeyPatch) -
         for epoch, step in ((1, 3), (1, 3), (1, 4), (2, 5)):
             training.set_weights(step)
             training.save(epoch, step)
-    assert written == [(2, 1), (3, 1), (4, 1), (5, 2)]
-    assert load_file(training.path(5, 2) / store.MODEL)["0.weight"].unique().tolist() == [5]
+            training.set_weights(99)
+    assert written == {(2, 1): {1}, (3, 1): {3}, (4, 1): {4}, (5, 2): {5}}
+    assert store.read(training.path(5, 2)).state.metrics == SUMS
 
 
 @pytest.mark.parametrize(
@@ -392,10 +358,7 @@ def test_the_best_epoch_is_the_model_file_whatever_is_saved(
             assert training.checkpoints == checkpoints[epoch - 1]
             assert training.model_file() == (min(epoch, 2), min(epoch, 2))
     assert store.read(training.path(8, 4)).state.best == BestEpoch(epoch=2, step=4, accuracy=0.9, loss=1.0)
-    metadata = read_metadata(training.run.folder / MODEL)
-    assert metadata is not None
-    assert metadata.classes == ("a", "图")
-    assert metadata.metrics == {**training.log.epochs[1], "selected_on": "test"}
+    assert training.model_metrics() == {**training.log.epochs[1], "selected_on": "test"}
 
 
 def test_of_equal_accuracies_the_lower_loss_then_the_first_is_the_best(make: Make) -> None:
@@ -409,9 +372,7 @@ def test_of_equal_accuracies_the_lower_loss_then_the_first_is_the_best(make: Mak
             assert training.state.best is not None
             assert training.state.best.epoch == best
             assert (training.run.folder / MODEL).exists() == (epoch >= 4), "a worse epoch does not replace it"
-    metadata = read_metadata(training.run.folder / MODEL)
-    assert metadata is not None
-    assert metadata.metrics["selected_on"] == "val"
+    assert training.model_metrics()["selected_on"] == "val"
 
 
 def test_a_stop_at_the_end_of_an_epoch_saves_a_checkpoint_and_an_early_one_records_its_length(make: Make) -> None:
@@ -428,9 +389,7 @@ def test_a_stop_at_the_end_of_an_epoch_saves_a_checkpoint_and_an_early_one_recor
             training.end_epoch(epoch, accuracy, split="val")
             assert manager.stopped_early == (epoch == 3)
     assert training.checkpoints == [(6, 3), (4, 2)]
-    record = read_attempt(training.run.root / "attempts" / "0002.json")
-    assert record is not None
-    assert (record.step, record.steps, record.epoch, record.epochs) == (6, 6, 3, 3)
+    assert training.recorded_position() == (6, 6, 3, 3)
 
 
 def test_other_ranks_write_nothing(make: Make) -> None:
@@ -444,39 +403,26 @@ def test_other_ranks_write_nothing(make: Make) -> None:
     assert [path.name for path in training.run.root.iterdir()] == [STOP]
 
 
-def test_the_model_file_is_the_average_and_a_checkpoint_holds_both(make: Make) -> None:
-    training = make(NEVER, epochs=2, ema=True)
-    with training.manager:
-        training.end_epoch(1, 0.9)
-        training.end_epoch(2, 0.8)
-    assert training.model_file() == (77, 1)
-    for name, weight in ((store.MODEL, 2.0), (store.EMA, 77.0)):
-        assert load_file(training.path(4, 2) / name)["0.weight"].unique().tolist() == [weight]
-
-
 # --- repair
 
 
-@pytest.mark.parametrize("ema", [False, True])
-def test_a_model_of_a_lost_epoch_is_restored_from_the_best_checkpoint(ema: bool, make: Make) -> None:
-    killed = make(ema=ema)
+def test_a_model_of_a_lost_epoch_is_restored_from_the_best_checkpoint(make: Make) -> None:
+    killed = make(ema=True)
     with killed.manager:
         killed.end_epoch(1, 0.5)
         best = killed.state.best
         killed.end_epoch(2, 0.9)  # its model file was written, its checkpoint not
-    expected = (77.0 if ema else 1.0, 1)
-    training = make(ema=ema, epoch=1, step=2, best=best)
+    training = make(ema=True, epoch=1, step=2, best=best)
     training.log.epochs = killed.log.epochs[:1]
     training.manager.repair_best_model()
-    assert training.model_file() == expected
+    assert training.model_file() == (AVERAGE, 1)
     line = f"{MODEL} was not of the best epoch (1): restored from its checkpoint\n"
     assert printed(training.run) == line
     training.manager.repair_best_model()
     assert printed(training.run) == line, "it is, now"
-    for damage in (Path.unlink, lambda path: path.write_bytes(b"damaged")):
-        damage(training.run.folder / MODEL)  # type: ignore[operator]
-        training.manager.repair_best_model()
-        assert training.model_file() == expected
+    (training.run.folder / MODEL).write_bytes(b"damaged")
+    training.manager.repair_best_model()
+    assert training.model_file() == (AVERAGE, 1)
 
 
 def test_without_the_best_checkpoint_the_best_epoch_is_selected_anew_or_its_loss_reported(make: Make) -> None:
@@ -491,15 +437,3 @@ def test_without_the_best_checkpoint_the_best_epoch_is_selected_anew_or_its_loss
     (training.run.folder / MODEL).unlink()
     with pytest.raises(UserError, match=r"model\.safetensors of the best epoch \(1\) is gone"):
         make(epoch=1, step=2, best=best).manager.repair_best_model()
-
-
-def test_the_model_file_is_written_before_the_checkpoint(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill between the two leaves a model that `repair_best_model` replaces, never a best epoch without one."""
-    calls: list[str] = []
-    monkeypatch.setattr(saver_module, "write_model", lambda *_: calls.append("model"))
-    monkeypatch.setattr(store, "write", lambda *_, check: calls.append("checkpoint"))
-    training = make()
-    with training.manager:
-        training.end_epoch(1, 0.5)
-        training.end_epoch(2, 0.4)
-    assert calls == ["model", "checkpoint", "checkpoint"]

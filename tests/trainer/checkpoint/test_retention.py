@@ -18,7 +18,6 @@ policy = partial(replace, POLICY)
         ({}, 1e9, []),
         ({"every_steps": 3}, 0.0, [3, 6]),
         ({"every_seconds": 10.0}, 10.0, [1, 2, 3, 4, 5, 6]),
-        ({"every_steps": 3, "every_seconds": 10.0}, 9.0, [3, 6]),
         ({"every_steps": 3, "every_seconds": 10.0}, 11.0, [1, 2, 3, 4, 5, 6]),
     ],
 )

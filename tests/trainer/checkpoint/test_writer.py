@@ -4,7 +4,6 @@ from collections.abc import Iterator
 import pytest
 
 from trainer.checkpoint.writer import AsyncWriter
-from trainer.errors import UserError
 
 TIMEOUT = 30.0
 
@@ -45,22 +44,9 @@ def test_submit_and_close_wait_for_the_job_in_progress(call: str, writer: AsyncW
     assert done[1:] == (["second"] if call == "submit" else [])
 
 
-@pytest.mark.parametrize("error", [UserError("a full disk"), ValueError("a defect"), OSError(28, "full")])
-def test_a_failure_is_returned_or_raised_and_later_jobs_are_dropped(writer: AsyncWriter, error: Exception) -> None:
-    def fail() -> None:
-        raise error
-
-    done: list[int] = []
-    writer.submit(fail)
-    for _ in range(2):
-        assert not writer.wait()
-        if isinstance(error, UserError):
-            assert writer.failure is error
-        else:
-            with pytest.raises(type(error)) as caught:
-                _ = writer.failure
-            assert caught.value is error
-    if isinstance(error, UserError):
-        writer.submit(lambda: done.append(1))
-        assert not writer.wait()
+def test_jobs_after_a_failed_one_are_dropped(writer: AsyncWriter) -> None:
+    done: list[str] = []
+    writer.submit(lambda: done.append(str(1 / 0)))
+    writer.submit(lambda: done.append("second"))
+    assert not writer.wait()
     assert not done

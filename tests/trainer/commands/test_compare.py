@@ -86,6 +86,7 @@ def test_strategy_wins_over_common_options_and_a_variants_options_win_over_it(op
         (["--strategies=fast"], "strategy fast: transfer.strategy 'fast': there is no such strategy"),
         (["--strategies=d2l,d2l@optim.lrr=1"], "strategy d2l@optim.lrr=1: command line: there is no option"),
         (["--strategies=d2l", "--transfer.strategy=d2l"], "from --strategies; leave it out"),
+        (["--strategies=d2l", "--strategies", "lp-ft"], "--strategies is given more than once"),
         (["--strategies=d2l", "--debug"], "--debug cannot be compared"),
         (["--strategies=d2l", "--seeds=0"], "--seeds 0: expected 1 to 100"),
         (["--strategies=d2l", "--data.root=nowhere/at-all"], "nowhere/at-all"),

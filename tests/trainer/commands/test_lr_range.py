@@ -52,6 +52,23 @@ def test_losses_after_an_explosion_are_ignored() -> None:
     assert suggestion.tenth < 1e-3, "the minimum before the explosion, not the lower loss after it"
 
 
+# Losses of ants and bees, three images of each: of a pretrained squeezenet1_1 in batches of 1 and 2, and of a random
+# shufflenet_v2_x0_5 in batches of 6 and 1. The rates are 1e-7 at first, and would not change the model yet.
+FEW_IMAGES = [
+    [27.43, 0, 0, 0, 19.49, 0.29, 40.41, 0, 12, 27, 0, 0, 0, 38],
+    [13.72, 0.58, 0.39, 38.28, 0, 4.51, 11.1, 0, 17.23, 11.64, 12.45, 0, 7.12, 0.82, 12.94, 0.01],
+    [0.61, 1.25, 0.82, 0.69, 0.65, 0.79, 0.62, 0.53, 0.76, 0.6, 0.5, 0.65, 0.63, 0.83, 0.72, 0.86, 0.86, 0.64],
+    [0.92, 0.46, 0.92, 0.51, 0.48, 0.91, 0.96, 0.91, 0.51, 0.55, 0.53, 0.91, 0.96, 0.99, 0.88, 0.6, 0.59, 0.64],
+]
+
+
+@pytest.mark.parametrize("losses", FEW_IMAGES)
+def test_noise_of_few_images_is_neither_divergence_nor_a_suggestion(losses: list[float]) -> None:
+    assert not any(has_diverged(losses[: count + 1]) for count in range(len(losses)))
+    assert suggest(rates(1e-7, 1e-5, len(losses)), losses).lr is None
+    assert has_diverged([*losses, 1e4])
+
+
 @pytest.mark.parametrize("losses", [[2.0] * 20, list(np.linspace(2, 7, 20)), [2.0, 1.95] * 10, [], [2.0]])
 def test_no_suggestion_if_the_loss_does_not_fall(losses: list[float]) -> None:
     suggestion = suggest(rates(1e-5, 1, 20)[: len(losses)], losses)

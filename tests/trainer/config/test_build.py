@@ -169,7 +169,10 @@ def test_source_classes_of_a_model_file_are_those_in_its_metadata(tmp_path: Path
 
 def context(*, world_size: int = 1, device: str = "cpu") -> Any:
     """Return the properties of a process group, without the processes."""
-    return SimpleNamespace(world_size=world_size, rank=0, device=torch.device(device), cores=1, threads=1)
+    processes = {"world_size": world_size, "local_world_size": world_size, "rank": 0}
+    return SimpleNamespace(
+        **processes, device=torch.device(device), cores=1, threads=1, raise_on_all_ranks=lambda error: None
+    )
 
 
 def synchronized(*options: str) -> ResolvedConfig:

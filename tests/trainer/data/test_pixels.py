@@ -8,7 +8,8 @@ from PIL import Image
 from tests.folders import noise_image
 from tests.trainer.data.image_files import write_png, write_tiff
 from trainer.data.decode import decode_file, open_image_file
-from trainer.data.pixels import RgbImage, UnreadableImage, is_one_color
+from trainer.data.pixels import RgbImage, is_one_color
+from trainer.data.sample_format import UnreadableImage
 
 MAX_SAMPLE_VALUE, SMIN, SMAX = 281, 340, 341  # TIFF tags
 Write = Callable[[Path], Path]
@@ -66,12 +67,13 @@ def test_values_span_the_bits_that_they_use(
     write: Callable[[Path, np.ndarray], Path], white: int, tmp_path: Path
 ) -> None:
     values = ramp(white)
-    image, conversion = decoded(write(tmp_path, values))
+    image, conversions = decoded(write(tmp_path, values))
     largest_difference = np.abs(np.asarray(image).astype(int) - expected(values, white)).max()
-    is_upper_byte = white == 65535 and conversion is None  # of 16-bit colors, which Pillow does not round
+    is_upper_byte = white == 65535 and not conversions  # of 16-bit colors, which Pillow does not round
     assert largest_difference <= is_upper_byte
     if not is_upper_byte:
-        assert f"scaled from 0..{white}, judged by the largest value of each image" in str(conversion)
+        (conversion,) = conversions
+        assert conversion.endswith(f" values scaled from 0..{white}, judged by the largest value of each image")
 
 
 DARK = ramp(900)
@@ -96,9 +98,9 @@ REPEATED = DARK << 4 | DARK >> 8  # 12 bits, scaled up to 16
     ],
 )  # fmt: skip
 def test_the_range_that_a_file_declares_is_used(write: Write, values: np.ndarray, white: int, tmp_path: Path) -> None:
-    image, conversion = decoded(write(tmp_path / "x"))
+    image, conversions = decoded(write(tmp_path / "x"))
     assert np.array_equal(image, expected(values, white))
-    assert "judged" not in str(conversion)
+    assert "judged" not in str(conversions)
 
 
 def test_a_black_image_is_black_and_white_may_be_zero(tmp_path: Path) -> None:
@@ -143,8 +145,23 @@ def test_values_without_a_range_are_refused(tmp_path: Path) -> None:
         changed = np.where(values == 1, np.float32(wrong), values)
         with pytest.raises(UnreadableImage, match=reason):
             decoded(write_tiff(tmp_path / "x.tif", changed))
-    with pytest.raises(UnreadableImage, match="gray values from 0 to 65536, expected 0 to 65535"):
-        decoded(write_tiff(tmp_path / "x.tif", np.array([[0, 65536]], dtype=np.int32)))
+    for largest, dtype in ((65536, np.int32), (2**32 - 1, np.uint32)):
+        with pytest.raises(
+            UnreadableImage, match=f"gray values from 0 to {largest:g}, expected 0 to 65535".replace("+", ".")
+        ):
+            decoded(write_tiff(tmp_path / "x.tif", np.array([[0, largest]], dtype=dtype)))
+
+
+def test_colors_that_pillow_reads_wrongly_are_refused(tmp_path: Path) -> None:
+    dark = ramp(4095)
+    for values, tag, reason in (
+        (np.dstack([ramp(65535)] * 3), {284: 2}, "uncompressed planes of 16 bits, which is not supported"),
+        (np.dstack([dark] * 4), {338: 1}, "16-bit colors that use 14 bits or fewer, .* not supported"),
+        (ramp(255).astype(np.int8), {}, "gray values from -127 to 125"),
+    ):
+        with pytest.raises(UnreadableImage, match=reason):
+            decoded(write_tiff(tmp_path / "x.tif", values, tags=tag))
+    assert np.array_equal(pixels(write_tiff(tmp_path / "x.tif", ramp(127, np.int8)))[..., 0], ramp(127))
 
 
 # Transparency
@@ -156,6 +173,7 @@ def test_a_transparent_gray_becomes_white(bits: int, tmp_path: Path) -> None:
     values = np.array([[0, white // 3, white]])
     transparent = white // 3
     path = write_png(tmp_path / "x.png", values, bits=bits, chunks={b"tRNS": transparent.to_bytes(2, "big")})
+    assert decoded(path).conversions[-1] == "transparent pixels, composited over white"
     assert pixels(path)[0, :, 0].tolist() == [0 if transparent else 255, 255, 255]
 
 
@@ -177,7 +195,7 @@ def test_alpha_that_is_0_everywhere_is_ignored(mode: str, tmp_path: Path) -> Non
         image.save(tmp_path / "x.png")
     found = decoded(tmp_path / "x.png")
     assert np.array_equal(found.image, image.convert("RGB"))
-    assert found.conversion == "alpha is 0 everywhere and was ignored"
+    assert found.conversions == ("an alpha channel of 0 everywhere, which is ignored",)
     image.convert("RGBA").point(lambda value: 0).save(tmp_path / "x.png")
     assert (pixels(tmp_path / "x.png") == 255).all(), "without colors, there is nothing but a white background"
 

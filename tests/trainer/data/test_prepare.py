@@ -86,9 +86,9 @@ def test_conversions_and_images_of_one_color_are_reported(tmp_path: Path) -> Non
         Image.new("RGB", (3, 3), (number, 2, 3)).save(root / "train" / "b" / f"one color {number}\n.png")
     *_, conversion, one_color = prepare(config(root), workers=1).notes
     scaled = "gray values scaled from 0..4095, judged by the largest value of each image"
-    assert conversion == f"2 images, such as {root}/train/a/000.png: {scaled}"
+    assert conversion == f"images with {scaled}: 2, such as {root}/train/a/000.png"
     names = ", ".join(rf"{root}/train/b/one color {number}\n.png" for number in range(4))
-    assert one_color == f"4 images have one color only: {names}"
+    assert one_color == f"images of one color only: 4 ({names})"
 
 
 def test_the_content_digest_depends_on_the_contents_alone(tmp_path: Path) -> None:
@@ -161,6 +161,6 @@ def test_images_of_two_splits_or_classes_are_named(tmp_path: Path) -> None:
     (root / "val/a/again.png").write_bytes((root / "train/a/000.png").read_bytes())
     (root / "train/b/as a.png").write_bytes((root / "train/a/001.png").read_bytes())
     repeated, conflict = [note for note in prepare(config(root), workers=1).notes if "content of" in note]
-    assert repeated.startswith("WARNING: 1 of 5 images to report on have the content of a training image")
-    assert repeated.endswith(f": {root}/val/a/again.png and {root}/train/a/000.png")
-    assert conflict.endswith(f"another class, such as {root}/train/b/as a.png (b) and {root}/train/a/001.png (a)")
+    assert repeated.startswith("WARNING: images to report on with the content of a training image")
+    assert repeated.endswith(f": 1 of 5, such as {root}/val/a/again.png and {root}/train/a/000.png")
+    assert conflict.endswith(f"another class: 1, such as {root}/train/b/as a.png (b) and {root}/train/a/001.png (a)")

@@ -133,9 +133,9 @@ def test_conversions_and_images_of_one_color_are_cached(tmp_path: Path, cache: P
     noise_image(1, size=(4, 3)).save(paths[2])
     for decoded in (sorted(names), []):
         results = check_images(paths, cache=cache, workers=1, on_progress=None)
-        found = [(result.conversion, result.is_one_color) for result in results.values()]
+        found = [(result.conversions, result.is_one_color) for result in results.values()]
         conversion = "gray values scaled from 0..4095, judged by the largest value of each image"
-        assert found == [(conversion, False), (None, True), (None, False)]
+        assert found == [((conversion,), False), ((), True), ((), False)]
         assert decoder.pop_names() == decoded
 
 
@@ -176,8 +176,8 @@ def test_results_of_other_images_are_kept_while_their_files_exist(
         "[" * 100_000,
         '{"rules": "RULES", "folder": "FOLDER", "images": []}',
         '{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [1, 2]}}',
-        '{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [[1, 2, "3"], "", null, null, false]}}',
-        '{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [[1, 2, 3], "", 4, null, false]}}',
+        '{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [[1, 2, "3"], "", null, [], false]}}',
+        '{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [[1, 2, 3], "", null, [4], false]}}',
     ],
 )
 def test_damaged_cache_file_is_replaced(tmp_path: Path, cache: Path, decoder: Decoder, content: str) -> None:

@@ -56,7 +56,7 @@ def test_a_worker_ignores_stop_signals_and_ends_with_its_trainer(
 @pytest.mark.parametrize(
     ("number", "error", "message"),
     [
-        (signal.SIGBUS, UserError, "/dev/shm is full, .*docker run --shm-size 8g.*--data.num_workers 0"),
+        (signal.SIGBUS, UserError, "/dev/shm is full: .*docker run --shm-size 8g.*--data.num_workers 0"),
         (signal.SIGKILL, RuntimeError, r"DataLoader worker \(pid"),  # launchers restart the run
     ],
 )
@@ -94,8 +94,10 @@ def test_batches_that_do_not_fit_into_shared_memory_are_refused(
         text = re.escape(f"the batches of 4 worker processes need 36 MB of shared memory, but {folder} has 21 MB free")
         with pytest.raises(UserError, match=rf"^data\.num_workers: {text}\. .*--shm-size 1g.*--data\.num_workers 0"):
             check_shared_memory(num_workers=2, processes=2, batch_bytes=2_000_000)
-    monkeypatch.setattr(workers, "SHARED_MEMORY", str(tmp_path / "none"))
-    check_shared_memory(num_workers=2, processes=2, batch_bytes=2_000_000)
+    with disk(tmp_path / "unlimited", "0") as folder:
+        for path in (folder, tmp_path / "none"):
+            monkeypatch.setattr(workers, "SHARED_MEMORY", str(path))
+            check_shared_memory(num_workers=2, processes=2, batch_bytes=2_000_000)
 
 
 PROGRAM = """
@@ -121,4 +123,4 @@ def test_full_shared_memory_ends_the_program_at_once_with_one_sentence(repositor
     command = [*with_small_shared_memory("2m"), sys.executable, "-c", PROGRAM]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 2
-    assert re.fullmatch(r"error: /dev/shm is full, .*docker run --shm-size 8g.*\n", result.stderr), result.stderr
+    assert re.fullmatch(r"error: /dev/shm is full: .*docker run --shm-size 8g.*\n", result.stderr), result.stderr

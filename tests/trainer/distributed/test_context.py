@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from trainer.distributed.context import DistributedContext, init_distributed, le
 from trainer.distributed.launch_checks import (
     check_accelerate_variables,
     check_process_group,
-    check_world_size_variables,
+    check_threads,
+    read_process_group,
 )
 from trainer.distributed.precision import choose_precision
 from trainer.errors import UserError
 
 GROUP = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+RANKS = ("RANK", "LOCAL_RANK")
 
 
 @pytest.fixture(autouse=True)
@@ -115,21 +118,41 @@ def test_precision(
         assert choose_precision(option, on_cpu=on_cpu, **options)[0] == expected  # type: ignore[arg-type]
 
 
+MPI = {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMI_RANK": "0", "PMIX_RANK": "0", "PMI_SIZE": "1"}
+
+
 @pytest.mark.parametrize(
     ("environment", "error"),
     [
-        ({}, None),
-        (GROUP, None),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        *((environment, None) for environment in ({}, MPI, {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "1"})),
+        *((environment, None) for environment in ({"LOCAL_RANK": "0"}, {"WORLD_SIZE": "", "RANK": " "})),
+        ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "a host that is gone", "MASTER_PORT": "x"}, None),
         ({"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "1"}, None),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "4 tasks"),
-        *((GROUP | {missing: None}, f"WORLD_SIZE is 2, but {missing} is not set") for missing in list(GROUP)[1:]),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun has started 4 tasks .* unset SLURM_STEP_NUM_TASKS"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started 2 tasks .* unset OMPI_COMM_WORLD_SIZE"),
+        ({"PMIX_RANK": "1"}, r"one of several tasks \(PMIX_RANK=1\)"),
+        ({"RANK": "3"}, "RANK is 3, but WORLD_SIZE is not set: .* unset RANK"),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "1"}, "LOCAL_RANK is 1, but WORLD_SIZE is 1"),
+        *((GROUP | {missing: ""}, f"WORLD_SIZE is 2, but {missing} is not set") for missing in list(GROUP)[1:]),
+        *((GROUP | {name: "abc"}, f"{name} is 'abc', expected a whole number") for name in GROUP if name[-1] != "R"),
+        *((GROUP | {name: "2"}, f"{name} is '2', .* from 0 to 1: .* unset WORLD_SIZE RANK") for name in RANKS),
+        *(
+            (GROUP | {"MASTER_PORT": port}, "MASTER_PORT is .* from 1 to 65535")
+            for port in ("0", "99999", "-1", "9" * 99)
+        ),
     ],
 )
-def test_processes_that_cannot_find_each_other_are_refused(environment: dict[str, Any], error: str | None) -> None:
-    environment = {name: value for name, value in environment.items() if value}
+def test_variables_of_a_launcher(environment: dict[str, str], error: str | None) -> None:
+    environment = {"HOME": "/", **environment}
     with refused(error):
-        check_world_size_variables(environment)
+        assert read_process_group(environment) is None
+        assert not any(
+            name.startswith(("WORLD_SIZE", "RANK", "LOCAL_", "MASTER_", "OMPI", "PMI")) for name in environment
+        )
+    group = read_process_group(GROUP | MPI)
+    assert group is not None
+    assert (group.rank, group.world_size, group.address, group.port) == (1, 2, "127.0.0.1", 1)
+    assert group.description.startswith("WORLD_SIZE=2, RANK=1, LOCAL_RANK=1, MASTER_ADDR=127.0.0.1")
 
 
 @pytest.mark.parametrize(
@@ -138,6 +161,10 @@ def test_processes_that_cannot_find_each_other_are_refused(environment: dict[str
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "4"),
         ("ACCELERATE_DYNAMO_BACKEND", ("", "NO", "no"), "INDUCTOR"),
         ("ACCELERATE_MIXED_PRECISION", ("no", "bf16", "fp16"), "fp8"),
+        ("ACCELERATE_MIXED_PRECISION", (), "foo"),
+        ("ACCELERATE_TORCH_DEVICE", ("", " "), "cuda:7"),
+        ("ACCELERATE_USE_CPU", ("", "true", "0", "No"), "foo"),
+        ("ACCELERATE_DEBUG_MODE", ("1",), "abc"),
     ],
 )
 def test_settings_of_accelerate_that_change_a_run_are_refused(
@@ -149,19 +176,44 @@ def test_settings_of_accelerate_that_change_a_run_are_refused(
         check_accelerate_variables({variable: refused})
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron-LM", "a parallelism config"])
+def test_another_kind_of_parallelism_is_refused(name: str) -> None:
+    variable = f"ACCELERATE_USE_{name.removeprefix('a ').upper().replace('-', '_').replace(' ', '_')}"
+    check_accelerate_variables({variable: "false"})
+    with pytest.raises(UserError, match=f"accelerate is set to {name} .{variable}=true.*plain data parallelism"):
+        check_accelerate_variables({variable: "true"})
+
+
+def test_number_of_threads_of_openmp() -> None:
+    for value, expected in (("4", "4"), ("4,3,2", "4"), ("", None), (" 2 ", "2")):
+        environment = {"OMP_NUM_THREADS": value}
+        check_threads(environment)
+        assert environment.get("OMP_NUM_THREADS") == expected
+    for value in ("abc", "-1", "4,x", "1.5"):
+        with pytest.raises(UserError, match=f"OMP_NUM_THREADS is '{value}', expected a number of threads"):
+            check_threads({"OMP_NUM_THREADS": value})
+
+
+def test_errors_of_accelerate_are_user_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_NEW_OPTION", "1")
+    monkeypatch.setattr(context, "Accelerator", Mock(side_effect=ImportError("NewParallel is not installed")))
+    with pytest.raises(UserError, match=r"NewParallel is not installed.*ACCELERATE_NEW_OPTION"):
+        init_distributed(device="cpu", precision="fp32", threads=1)
+
+
 @pytest.mark.parametrize(
     ("world_size", "kind", "error"),
     [
-        ("1", DistributedType.NO, None),
-        ("2", DistributedType.NO, r"WORLD_SIZE is 2.*torchrun --nproc-per-node 2"),
-        ("1", DistributedType.FSDP, "FSDP"),
+        (1, DistributedType.NO, None),
+        (2, DistributedType.NO, r"WORLD_SIZE is 2.*torchrun --nproc-per-node 2"),
+        (1, DistributedType.FSDP, "FSDP"),
     ],
 )
-def test_another_process_group_is_refused(world_size: str, kind: DistributedType, error: str | None) -> None:
+def test_another_process_group_is_refused(world_size: int, kind: DistributedType, error: str | None) -> None:
     """Under torchrun, accelerate forms no group if it is not told that the device is a CPU."""
     accelerator: Any = SimpleNamespace(num_processes=1, distributed_type=kind)
     with refused(error):
-        check_process_group(accelerator, {"WORLD_SIZE": world_size})
+        check_process_group(accelerator, world_size)
 
 
 def test_only_rank_0_continues_without_the_process_group() -> None:

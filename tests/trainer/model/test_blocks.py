@@ -42,18 +42,18 @@ def test_the_execution_order_is_that_of_the_forward_pass() -> None:
     assert [block.name for block in analyze_blocks(Reversed(), 8).blocks] == ["early", "late", "head"]
 
 
-@pytest.mark.parametrize(
-    ("name", "names"),
-    [
-        ("resnet18", RESNET),
-        ("squeezenet1_1", [*(f"features.{i}" for i in (0, 3, 4, 6, 7, 9, 10, 11, 12)), "classifier"]),
-        ("convnext_tiny", [*(f"features.{i}" for i in range(8)), "classifier"]),
-        ("vit_b_32", ["conv_proj", *(f"encoder.layers.encoder_layer_{i}" for i in range(12)), "heads"]),
-    ],
-)
-def test_blocks_have_the_expected_names(name: str, names: list[str]) -> None:
+BLOCKS = {
+    "resnet18": RESNET,
+    "squeezenet1_1": [*(f"features.{i}" for i in (0, 3, 4, 6, 7, 9, 10, 11, 12)), "classifier"],
+    "convnext_tiny": [*(f"features.{i}" for i in range(8)), "classifier"],
+    "vit_b_32": ["conv_proj", *(f"encoder.layers.encoder_layer_{i}" for i in range(12)), "heads"],
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_have_the_expected_names(name: str) -> None:
     model = build(name, image_size=64, empty=True)
-    assert [block.name for block in analyze_blocks(model, 64).blocks] == names
+    assert [block.name for block in analyze_blocks(model, 64).blocks] == BLOCKS[name]
 
 
 def test_norms_belong_to_the_block_before(resnet: tuple[nn.Module, LayerOrder]) -> None:
@@ -62,21 +62,22 @@ def test_norms_belong_to_the_block_before(resnet: tuple[nn.Module, LayerOrder]) 
     assert resnet[1].depth["fc.weight"] == 0
 
 
-@pytest.mark.parametrize(
-    ("selection", "blocks"),
-    [
-        ("all", RESNET),
-        ("head", ["fc"]),
-        ("from:layer3", ["layer3", "layer4", "fc"]),
-        ("last:2", ["layer4", "fc"]),
-        ("last:6", RESNET),
-        ("layer1", ["layer1", "fc"]),
-        ("layer1, layer4.*", ["layer1", "layer4", "fc"]),
-    ],
-)
-def test_a_selection_of_blocks(selection: str, blocks: list[str], resnet: tuple[nn.Module, LayerOrder]) -> None:
+SELECTIONS = {
+    "all": RESNET,
+    "head": ["fc"],
+    "from:layer3": ["layer3", "layer4", "fc"],
+    "last:2": ["layer4", "fc"],
+    "last:6": RESNET,
+    "layer1": ["layer1", "fc"],
+    "layer1, layer4.*": ["layer1", "layer4", "fc"],
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_selection_of_blocks(selection: str, resnet: tuple[nn.Module, LayerOrder]) -> None:
     model, layer_order = resnet
-    expected = {name for block in layer_order.blocks if block.name in blocks for name in block.parameters}
+    blocks = [block for block in layer_order.blocks if block.name in SELECTIONS[selection]]
+    expected = {name for block in blocks for name in block.parameters}
     assert trainable_parameters(selection, model, ["fc"], layer_order) == expected
 
 
@@ -89,23 +90,22 @@ def test_a_selection_of_patterns_and_inner_modules(resnet: tuple[nn.Module, Laye
     assert inner == {"layer4.1.conv2.weight", "layer4.1.bn2.weight", "layer4.1.bn2.bias"} | head
 
 
-@pytest.mark.parametrize(
-    ("selection", "message"),
-    [
-        ("from:layer5", "no module 'layer5' with parameters. Did you mean layer4 or"),
-        ("from:relu", "no module 'relu'"),
-        ("last:0", "expected last:1 to last:6; the blocks of this model are conv1, layer1"),
-        ("last:7", "expected last:1 to last:6"),
-        ("last:two", "expected last:1 to last:6"),
-        ("lastly", "'lastly' matches no parameter of this model, such as conv1.weight, bn1.weight"),
-        ("layer1, layre2", "'layre2' matches no parameter"),
-        ("layer1,", "'' matches no parameter"),
-    ],
-)
-def test_a_wrong_selection_is_an_error_with_alternatives(
-    selection: str, message: str, resnet: tuple[nn.Module, LayerOrder]
-) -> None:
+WRONG = {
+    "from:layer5": "no module 'layer5' with parameters. Did you mean layer4 or",
+    "from:": "no module '' with parameters",
+    "from:relu": "no module 'relu'",
+    "last:0": "expected last:1 to last:6; the blocks of this model are conv1, layer1",
+    "last:7": "expected last:1 to last:6",
+    "last:two": "expected last:1 to last:6",
+    "lastly": "'lastly' matches no parameter of this model, such as conv1.weight, bn1.weight",
+    "layer1, layre2": "'layre2' matches no parameter",
+    "layer1,": "'' matches no parameter",
+}
+
+
+@pytest.mark.parametrize("selection", WRONG)
+def test_a_wrong_selection_is_an_error_with_alternatives(selection: str, resnet: tuple[nn.Module, LayerOrder]) -> None:
     model, layer_order = resnet
-    with pytest.raises(UserError, match=re.escape(message)) as error:
+    with pytest.raises(UserError, match=re.escape(WRONG[selection])) as error:
         trainable_parameters(selection, model, ["fc"], layer_order)
     assert f"transfer.trainable is '{selection}'" in str(error.value)

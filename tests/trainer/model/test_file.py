@@ -15,12 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.transforms import functional
 
 import regraft
-from trainer.data.augment import Normalize, Preprocessing, eval_transform
-from trainer.data.dataset import ImageDataset
-from trainer.data.sampler import SampleKey
+from trainer.data.augment import Preprocessing
 from trainer.errors import UserError
 from trainer.model.batch_norm import freeze_batch_norm
 from trainer.model.create import build_model
@@ -153,38 +150,6 @@ def test_the_loaded_model_is_fp32_and_independent_of_the_file(model_file: Path, 
     with torch.no_grad():
         next(model.parameters()).add_(1)
     assert not any(path.read_bytes())
-
-
-# Preprocessing --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("resize", "interpolation"), [("squash", "bilinear"), ("shorter", "bicubic")])
-def test_preprocessing_equals_that_of_the_evaluation(
-    model_file: Path, tmp_path: Path, resize: Any, interpolation: Any
-) -> None:
-    preprocessing = dataclasses.replace(PREPROCESSING, resize=resize, interpolation=interpolation)
-    path, image_path = tmp_path / "model.safetensors", tmp_path / "image.png"
-    write_model(path, load_file(model_file), make_metadata(preprocessing=preprocessing))
-    preprocess = load(path).preprocess
-    image = make_image(5, size=(100, 80))
-    image.save(image_path)
-
-    result = preprocess(image_path)
-
-    assert (result.shape, result.dtype) == ((3, 64, 64), torch.float32)
-    assert torch.equal(result, preprocess(image))
-    assert torch.equal(result, preprocess(str(image_path)))
-    # The run's loader and evaluation:
-    dataset = ImageDataset([(str(image_path), 0)], eval_transform(preprocessing), seed=0)
-    array, _, _ = dataset[SampleKey(0, 0)]
-    batch = torch.from_numpy(np.stack([array])).permute(0, 3, 1, 2)
-    assert torch.equal(result, Normalize(preprocessing, torch.device("cpu"))(batch)[0])
-    # torchvision's functions:
-    size = [72, 72] if resize == "squash" else [72]
-    resized = functional.resize(image, size, functional.InterpolationMode(interpolation), antialias=True)
-    cropped = functional.to_tensor(functional.center_crop(resized, [64]))
-    expected = functional.normalize(cropped, list(PREPROCESSING.mean), list(PREPROCESSING.std))
-    torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)
 
 
 # Hostile files --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import functional
 
-from trainer.data.augment import Preprocessing
+from trainer.data.augment import Normalize, Preprocessing, eval_transform
+from trainer.data.dataset import ImageDataset
+from trainer.data.sampler import SampleKey
 from trainer.errors import UserError
 from trainer.model.images import Preprocess
 
@@ -51,6 +55,25 @@ def test_an_image_of_any_form_gives_the_same_input(form: str, preprocess: Prepro
     for images in ([FORMS[form](path), other], (FORMS[form](path), other)):
         assert torch.equal(preprocess(images), torch.stack([expected, preprocess(other)]))
     assert preprocess([]).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("resize", "interpolation"), [("squash", "bilinear"), ("shorter", "bicubic")])
+def test_the_input_equals_that_of_the_evaluation(tmp_path: Path, resize: Any, interpolation: Any) -> None:
+    preprocessing = replace(PREPROCESSING, resize=resize, interpolation=interpolation)
+    image, path = make_image(5, size=(100, 80)), tmp_path / "image.png"
+    image.save(path)
+    result = Preprocess(preprocessing)(path)
+    # The run's loader and evaluation:
+    dataset = ImageDataset([(str(path), 0)], eval_transform(preprocessing), seed=0)
+    array, _, _ = dataset[SampleKey(0, 0)]
+    batch = torch.tensor(array)[None].permute(0, 3, 1, 2)
+    assert torch.equal(result, Normalize(preprocessing, torch.device("cpu"))(batch)[0])
+    # torchvision's functions:
+    size = [18, 18] if resize == "squash" else [18]
+    resized = functional.resize(image, size, functional.InterpolationMode(interpolation), antialias=True)
+    cropped = functional.to_tensor(functional.center_crop(resized, [16]))
+    expected = functional.normalize(cropped, list(PREPROCESSING.mean), list(PREPROCESSING.std))
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)
 
 
 def test_a_path_may_start_with_the_home_folder(

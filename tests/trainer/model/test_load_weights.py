@@ -183,13 +183,22 @@ def test_position_embeddings_are_interpolated_by_torchvisions_function(size: int
 
 def test_position_embeddings_that_cannot_be_interpolated_are_an_error() -> None:
     model, heads = with_new_head(small_vit(48), size=48)
-    for shape in ((1, 7, 16), (1, 1, 16), (17, 16), (1, 17, 8), (2, 17, 16), ()):
+    for shape in ((1, 7, 16), (1, 1, 16), (17, 16), (2, 17, 16), ()):
         message = (
             f"the file: its position embedding {list(shape)} cannot be interpolated to [1, 37, 16], which images of "
             "48 px need: expected [1, 1 + n x n patches, 16]"
         )
         with pytest.raises(UserError, match=re.escape(message)):
             load(model, heads, {**small_vit(32).state_dict(), "encoder.pos_embedding": torch.zeros(shape)}, size=48)
+    with pytest.raises(UserError, match=r"encoder.pos_embedding \[1, 17, 8\], expected \[1, 37, 16\]"):
+        load(model, heads, {**small_vit(32).state_dict(), "encoder.pos_embedding": torch.zeros(1, 17, 8)}, size=48)
+
+
+def test_positions_in_half_precision_are_interpolated() -> None:
+    model, heads = with_new_head(small_vit(48), size=48)
+    report = load(model, heads, {key: tensor.half() for key, tensor in small_vit(32).state_dict().items()}, size=48)
+    assert (report.missing, report.mismatched) == ((), ())
+    assert report.interpolated
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,3 @@ def test_balanced_weights_give_every_class_the_same_gradient_and_have_a_mean_of_
     (balanced,) = torch.autograd.grad(Criterion(class_weights=weights)(logits, labels), bias)
     assert plain[0] < plain[1] < plain[3]
     torch.testing.assert_close(balanced[[0, 1, 3]], balanced[0].expand(3))
-
-
-def test_a_slice_of_a_mixed_target_has_the_labels_of_its_micro_batch() -> None:
-    part = MixedTarget(torch.arange(6), 0.25)[2:5]
-    assert (part.labels.tolist(), part.lam) == ([2, 3, 4], 0.25)

@@ -23,31 +23,25 @@ def test_a_duration_becomes_steps(text: str, steps: int) -> None:
     assert to_steps(parse_duration("optim.warmup", text), steps_per_epoch=10, total_steps=40) == steps
 
 
-@pytest.mark.parametrize("text", ["", "7", "seven steps", "-1 steps", "200%", "1e3 steps", "5 minutes"])
-def test_other_texts_are_not_durations(text: str) -> None:
-    with pytest.raises(UserError, match=r"optim\.warmup"):
-        parse_duration("optim.warmup", text)
+@pytest.mark.parametrize(
+    ("text", "interval"),
+    [
+        ("3 steps", Interval(training=Duration(3, "step"))),
+        (" 2.5 % ", Interval(training=Duration(2.5, "%"))),
+        ("0.5s", Interval(seconds=0.5)),
+        ("10 min", Interval(seconds=600)),
+        ("1.5 h", Interval(seconds=5400)),
+    ],
+)
+def test_an_interval_is_a_duration_or_a_time(text: str, interval: Interval) -> None:
+    assert parse_interval("checkpoint.every", text) == interval
 
 
-def test_an_interval_is_a_duration_or_a_time() -> None:
-    intervals = {
-        "3 steps": Interval(training=Duration(3, "step")),
-        "0.5 epochs": Interval(training=Duration(0.5, "epoch")),
-        " 2.5 % ": Interval(training=Duration(2.5, "%")),
-        "0.5s": Interval(seconds=0.5),
-        "10 min": Interval(seconds=600),
-        "1.5 h": Interval(seconds=5400),
-    }
-    assert {text: parse_interval("checkpoint.every", text) for text in intervals} == intervals
-
-
-@pytest.mark.parametrize("text", ["", "7", "null", "ten min", "-1 min", "1e3 s", "5 minutes", "1 h 30 min", "200%"])
-def test_other_texts_are_not_intervals(text: str) -> None:
-    with pytest.raises(UserError) as caught:
-        parse_interval("checkpoint.every", text)
-    assert str(caught.value) == (
-        f"checkpoint.every is {text!r}: expected an interval, as in '100 steps', '1 epoch', '10%', '10 min' or '2 h'"
-    )
+@pytest.mark.parametrize("text", ["", "7", "null", "seven steps", "-1 steps", "200%", "5 minutes", "1 h 1 s"])
+def test_other_texts_are_neither_durations_nor_intervals(text: str) -> None:
+    for parse in (parse_duration, parse_interval):
+        with pytest.raises(UserError, match=f"^optim.warmup is {text!r}: expected "):
+            parse("optim.warmup", text)
 
 
 @pytest.mark.parametrize("text", ["0 steps", "0%", "0.0 h"])

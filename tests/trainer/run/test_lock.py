@@ -202,13 +202,18 @@ def test_an_attempt_that_was_taken_over_writes_nothing(acquire: Acquire, tmp_pat
         lock.check()
 
 
-def test_an_archived_run_is_not_written_any_more(acquire: Acquire, tmp_path: Path) -> None:
+def test_a_run_that_was_moved_is_not_written_any_more(acquire: Acquire, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     old = acquire(folder)
     folder.rename(tmp_path / "run.earlier-1")
-    with pytest.raises(UserError, match="has taken over this run from attempt 1"):
-        old.check()
+    for write in (old.check, lambda: old.update(step=9)):
+        with pytest.raises(UserError, match=rf"^{folder} is gone: it was deleted or moved"):
+            write()
     assert not folder.exists()
+    (folder / ATTEMPTS).mkdir(parents=True)
+    (folder / ATTEMPTS).rename(folder / "elsewhere")
+    with pytest.raises(UserError, match=rf"^{folder / ATTEMPTS} is gone"):
+        old.check()
     new = acquire(folder)
     assert new.record.attempt == old.record.attempt
     with pytest.raises(UserError, match=rf"attempt 1 on .* process {os.getpid()} has taken over this run"):

@@ -14,7 +14,7 @@ from tests.trainer.runs import make_run, printed, stop_heartbeat
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped
 from trainer.errors import UserError
-from trainer.run.folder import HEADER
+from trainer.run.folder import HEADER, saving_to
 from trainer.run.session import OpenRun, open_run
 
 CONFIG_TEXT, OTHER_CONFIG = "optim:\n  lr: 0.1\n", "optim:\n  lr: 0.2\n"
@@ -166,4 +166,13 @@ def test_the_end_is_recorded_once(error: BaseException, state: str, reason: str,
     folder.rename(folder.with_name("away"))
     again.end_with_error(error)
     (note,) = error.__notes__
-    assert note.startswith(f"(the end could not be recorded in {folder} either: ")
+    assert note.startswith(f"(the end could not be recorded in {folder} either: {folder} is gone")
+
+
+def test_a_run_folder_that_is_gone_is_said_once(open_: Open, folder: Path) -> None:
+    run = open_()
+    folder.rename(folder.with_name("away"))
+    with pytest.raises(UserError, match=rf"^{folder} is gone: it was deleted or moved") as caught, saving_to(folder):
+        (folder / "checkpoints").mkdir()
+    run.end_with_error(caught.value)
+    assert not hasattr(caught.value, "__notes__")

@@ -55,8 +55,7 @@ def test_each_stage_updates_its_own_and_earlier_parameters_only(ctx: Distributed
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_a_resumed_run_starts_in_the_stage_of_its_epoch(epoch: int, ctx: DistributedContext) -> None:
-    lines: list[str] = []
-    unfreezing = make_unfreezing(ctx, lines)
+    unfreezing = make_unfreezing(ctx, [])
     unfreezing.restore_stage(epoch)
     trainable = {name for name, p in unfreezing.unwrapped.named_parameters() if p.requires_grad}
     assert children(trainable) == UPDATED[epoch]

@@ -1,10 +1,10 @@
 """L2-SP in closed form."""
 
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tests.trainer.training import Batches, make_net, make_train_step
@@ -55,26 +55,22 @@ def test_without_gradients_parameters_decay_geometrically_to_their_initial_value
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_with_initial_values_of_zero_it_is_weight_decay(name: Name, ctx: DistributedContext) -> None:
-    def train(*, use_l2_sp: bool) -> nn.Module:
-        net = make_net()
+    nets = []
+    for use_l2_sp in (False, True):
+        net, l2_sp, batches = make_net(), L2SP([], 0.0, decoupled=False), Batches()
         groups = make_groups(net, decay=STRENGTH)
-        l2_sp = L2SP([], 0.0, decoupled=False)
         if use_l2_sp:
-            initial = {key: value.clone() for key, value in net.state_dict().items()}
             for parameter in net.parameters():
                 nn.init.zeros_(parameter)
             l2_sp = make_l2_sp(net, decoupled=name == "adamw")
-            net.load_state_dict(initial)
+            net.load_state_dict(make_net().state_dict())
             groups = without_weight_decay(groups, backbone_parameters(net, ["fc"]))
-        model, optimizer = ctx.prepare(net, create_optimizer(name, groups, momentum=0.9))
-        train_step, batches = make_train_step(ctx, l2_sp=l2_sp), Batches()
+        optimizer = create_optimizer(name, groups, momentum=0.9)
         for step in range(6):
-            train_step(model, optimizer, next(batches), step, 4)
-        return net
-
-    pairs = zip(train(use_l2_sp=False).parameters(), train(use_l2_sp=True).parameters(), strict=True)
-    for weight_decay, l2_sp in pairs:
-        torch.testing.assert_close(weight_decay, l2_sp, rtol=1e-5, atol=1e-7)
+            make_train_step(ctx, l2_sp=l2_sp)(net, optimizer, next(batches), step, 4)
+        nets.append(net)
+    for weight_decay, decayed in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(weight_decay, decayed, rtol=1e-5, atol=1e-7)
 
 
 def test_it_adds_the_gradient_of_the_penalty_after_clipping(ctx: DistributedContext) -> None:
@@ -107,55 +103,23 @@ def test_gradients_of_fp16_are_unscaled_first(
     max_grad_norm: float | None, ctx: DistributedContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Uses a loss scaler of the CPU, since training in fp16 needs a GPU."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-
-    class ScaledOptimizer:
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
-            self.zero_grad = optimizer.zero_grad
-
-        def step(self) -> None:
-            scaler.step(self.optimizer)
-            scaler.update()
-
-    class ScaledAccelerator:
-        def __init__(self, optimizer: ScaledOptimizer) -> None:
-            self.optimizer = optimizer
-
-        def backward(self, loss: Tensor) -> None:
-            scaler.scale(loss).backward()
-
-        def unscale_gradients(self, optimizer: ScaledOptimizer) -> None:
-            scaler.unscale_(optimizer.optimizer)  # raises if called twice
-
-        def clip_grad_norm_(self, parameters: Any, norm: float) -> None:
-            self.unscale_gradients(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, norm)
-
     weights = []
     for is_scaled in (False, True):
+        if is_scaled:
+            monkeypatch.setattr(ctx.accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=1024.0))
+            monkeypatch.setattr(ctx.accelerator, "native_amp", True)
+            monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
         net = make_net()
         l2_sp = make_l2_sp(net)
         add_to_all(net, 0.5)
-        optimizer: Any = create_optimizer("sgd", make_groups(net), momentum=0.0)
-        step_ctx = ctx
-        if is_scaled:
-            optimizer = ScaledOptimizer(optimizer)
-            step_ctx = replace(ctx, accelerator=ScaledAccelerator(optimizer))  # type: ignore[arg-type]
-            monkeypatch.setattr(DistributedContext, "rank", 0)
-            monkeypatch.setattr(DistributedContext, "world_size", 1)
-        train_step = replace(make_train_step(ctx, l2_sp=l2_sp, max_grad_norm=max_grad_norm), ctx=step_ctx)
+        optimizer = ctx.accelerator.prepare_optimizer(create_optimizer("sgd", make_groups(net), momentum=0.0))
+        train_step = make_train_step(ctx, l2_sp=l2_sp, max_grad_norm=max_grad_norm)
         train_step(net, optimizer, next(Batches()), 0, 4)
         weights.append(net.conv.weight.detach().clone())
     torch.testing.assert_close(weights[0], weights[1])
 
 
-def test_weight_decay_is_left_to_the_output_layer() -> None:
+def test_a_group_of_both_output_layers_and_pretrained_parameters_is_an_error() -> None:
     net = make_net()
-    groups = make_groups(net, decay=0.1)
-    backbone = backbone_parameters(net, ["fc"])
-    changed = without_weight_decay(groups, backbone)
-    assert [(g.name, g.weight_decay) for g in changed] == [("backbone", 0.0), ("head", 0.1)]
-    assert [g.parameters for g in changed] == [g.parameters for g in groups]
     with pytest.raises(RuntimeError, match="the group all"):
-        without_weight_decay([ParamGroup("all", tuple(net.parameters()), LR, 0.1)], backbone)
+        without_weight_decay([ParamGroup("all", tuple(net.parameters()), LR, 0.1)], backbone_parameters(net, ["fc"]))

@@ -1,3 +1,4 @@
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -98,26 +99,19 @@ def test_the_head_is_the_logistic_regression_on_its_inputs(name: str, size: int,
     assert f"penalty {solution.penalty:g}, selected on 3 held-out images" in log
 
 
-class Net(nn.Module):
-    """A backbone, an output layer, and something after it."""
-
-    def __init__(self, backbone: nn.Module, last: nn.Module, after: nn.Module | None = None) -> None:
-        super().__init__()
-        self.backbone, self.last, self.after = backbone, last, after or nn.Identity()
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.after(self.last(self.backbone(images)))
-        return logits
+def make_net(backbone: nn.Module, last: nn.Module, after: nn.Module | None = None) -> nn.Module:
+    """Return a backbone, an output layer, and something after it."""
+    return nn.Sequential(OrderedDict(backbone=backbone, last=last, after=after or nn.Identity()))
 
 
-def pooled_net(last: nn.Module, after: nn.Module | None = None) -> Net:
+def pooled_net(last: nn.Module, after: nn.Module | None = None) -> nn.Module:
     torch.manual_seed(0)
     pooled = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return Net(pooled, last, after)
+    return make_net(pooled, last, after)
 
 
-def mean_net(last: nn.Module, pool: nn.Module | None = None, *between: nn.Module) -> Net:
-    return Net(nn.Conv2d(3, 6, 3), last, nn.Sequential(*between, pool or nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+def mean_net(last: nn.Module, pool: nn.Module | None = None) -> nn.Module:
+    return make_net(nn.Conv2d(3, 6, 3), last, nn.Sequential(pool or nn.AdaptiveAvgPool2d(1), nn.Flatten()))
 
 
 TOKENS = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.Flatten(2), nn.Linear(9, 9))
@@ -128,10 +122,9 @@ TOKENS = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.Flatten(2), nn.Linear(9,
     [
         (mean_net(nn.Conv2d(6, CLASSES, 3)), "last is a Conv2d on inputs .*Choose xavier or source-labels"),
         (mean_net(nn.Conv2d(6, CLASSES, 1, stride=2)), "last is a Conv2d on inputs"),
-        (mean_net(nn.Conv2d(6, CLASSES, 1, padding=1)), "last is a Conv2d on inputs"),
-        (Net(TOKENS, nn.Linear(9, CLASSES), nn.Flatten()), r"last is a Linear on inputs \[2, 6, 9\]"),
+        (make_net(TOKENS, nn.Linear(9, CLASSES), nn.Flatten()), r"last is a Linear on inputs \[2, 6, 9\]"),
     ],
-    ids=["kernel", "stride", "padding", "tokens"],
+    ids=["kernel", "stride", "tokens"],
 )
 def test_a_layer_that_is_not_pointwise_is_refused(model: nn.Module, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -140,13 +133,8 @@ def test_a_layer_that_is_not_pointwise_is_refused(model: nn.Module, message: str
 
 @pytest.mark.parametrize(
     "model",
-    [
-        pooled_net(nn.Linear(6, CLASSES), nn.Tanh()),
-        pooled_net(nn.Linear(6, CLASSES), nn.LayerNorm(CLASSES)),
-        mean_net(nn.Conv2d(6, CLASSES, 1), None, nn.ReLU()),
-        mean_net(nn.Conv2d(6, CLASSES, 1), nn.AdaptiveMaxPool2d(1)),
-    ],
-    ids=["tanh", "norm", "relu before the mean", "maximum"],
+    [pooled_net(nn.Linear(6, CLASSES), nn.Tanh()), mean_net(nn.Conv2d(6, CLASSES, 1), nn.AdaptiveMaxPool2d(1))],
+    ids=["tanh", "maximum"],
 )
 def test_a_nonlinear_model_is_refused_before_the_pass(model: nn.Module, ctx: DistributedContext) -> None:
     require_linear(model, "last", 12)  # shapes do not show it
