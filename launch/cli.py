@@ -30,7 +30,6 @@ from regraft.contract import (
     available_cores,
     own_version,
 )
-from regraft.files import CONFIGS
 from regraft.streams import discard_output, flush_output, prepare_streams
 
 _HELP = """\
@@ -202,7 +201,6 @@ def _status_parser() -> argparse.ArgumentParser:
 def _completion(argv: list[str]) -> int:
     from launch import completion  # noqa: PLC0415
     from launch.doctor.main import make_parser as doctor_parser  # noqa: PLC0415
-    from launch.slurm.settings import RUNTIMES  # noqa: PLC0415
     from launch.slurm.submit import make_parser as submit_parser  # noqa: PLC0415
 
     if len(argv) != 1 or argv[0] in ("-h", "--help"):
@@ -219,8 +217,6 @@ def _completion(argv: list[str]) -> int:
     options |= {"lr-find": ["--from", "--to", "--steps", *trainer]}
     options |= {"compare": ["--strategies", "--seeds", *trainer]}
     options |= {"status": completion.parser_options(_status_parser()), "completion": []}
-    strategies = sorted(path.stem for path in (CONFIGS / "strategies").glob("*.yaml"))
-    values |= {"--transfer.strategy": strategies, "--strategies": strategies, "--container-runtime": list(RUNTIMES)}
     print(completion.render_script(argv[0], options, values), end="")
     return DONE
 
