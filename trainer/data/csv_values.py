@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from trainer.data.split_names import SplitKind, split_kind
 
-Counts = Mapping[int, "Counter[str] | None"]
-"""Position of a column -> number of rows for each value, in lower case; None if it has many values."""
+Counts = Mapping[int, Counter[str]]
+"""Position of a column -> number of rows for each value, in lower case; columns with many values are missing."""
 
 _TRUE = frozenset({"1", "1.0", "true", "t", "yes", "y"})
 _FALSE = frozenset({"0", "0.0", "-1", "false", "f", "no", "n"})
@@ -62,19 +62,30 @@ class SplitColumns:
 
 def fit_fields(record: list[str], count: int) -> list[str] | None:
     """Return the first `count` fields of a row; None if it has fewer, or others that are not empty."""
-    return record[:count] if len(record) >= count and not any(map(str.strip, record[count:])) else None
+    if len(record) == count:
+        return record
+    return record[:count] if len(record) > count and not any(map(str.strip, record[count:])) else None
 
 
-def count_values(rows: Iterable[Sequence[str]], count: int) -> Counts:
-    """Return how often each value of the first `count` columns occurs, for the columns with few values."""
-    counts: dict[int, Counter[str] | None] = {position: Counter() for position in range(count)}
+def count_values(rows: Iterable[Sequence[str]], positions: Iterable[int]) -> Counts:
+    """Return how often each value of these columns occurs, for those with few values."""
+    counts: dict[int, Counter[str]] = {position: Counter() for position in positions}
     for fields in rows:
-        for position, values in counts.items():
-            if values is not None:
-                values[fields[position].strip().lower()] += 1
-                if len(values) > _MAX_VALUES:
-                    counts[position] = None
-    return counts
+        for position, values in [*counts.items()]:
+            values[fields[position]] += 1
+            if len(values) > _MAX_VALUES:
+                del counts[position]
+        if not counts:
+            break
+    return {position: _merge(values) for position, values in counts.items()}
+
+
+def _merge(counts: Counter[str]) -> Counter[str]:
+    """Return the counts of the values in lower case, without spaces."""
+    merged = Counter[str]()
+    for value, count in counts.items():
+        merged[value.strip().lower()] += count
+    return merged
 
 
 def read_split_column(position: int, name: str, counts: Counter[str] | None) -> SplitColumns | None:

@@ -89,7 +89,7 @@ def find_leftovers(folders: Sequence[Folder], images: Mapping[str, Sequence[str]
             yield Leftover(problem, "Move such folders away, or list the images in a CSV.")
         if _compact(name) in _MASKS or _MASK_FOLDER.fullmatch(_compact(name)):
             yield Leftover(f"{name}/ looks like masks or labels rather than a class", "Move it away.")
-        if name.lower() in _PROJECT:
+        if name.lower() in _PROJECT and len(folders) > 2:
             yield Leftover(f"{name}/ looks like a folder of a project rather than a class", "Move it away.")
         if _UNNAMED.fullmatch(name):
             yield Leftover(f"{name}/ has the name of a new folder", "Rename it to the class, or move it away.")

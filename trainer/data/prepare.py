@@ -124,11 +124,11 @@ def _describe_repeats(index: DatasetIndex, results: Mapping[str, ValidationResul
         if pairs:
             shown = " and ".join(escape_unprintable(path) for path, _ in pairs[0])
             yield (
-                f"WARNING: {len(pairs)} of {len(examples)} images {purpose} have the content of a training image, "
-                f"so the accuracy is too high: {shown}"
+                f"WARNING: images {purpose} with the content of a training image, which make the accuracy too high: "
+                f"{len(pairs)} of {len(examples)}, such as {shown}"
             )
     if conflicts:
         shown = " and ".join(
             f"{escape_unprintable(path)} ({escape_unprintable(index.classes[label])})" for path, label in conflicts[0]
         )
-        yield f"WARNING: {len(conflicts)} images have the content of an image of another class, such as {shown}"
+        yield f"WARNING: images with the content of an image of another class: {len(conflicts)}, such as {shown}"

@@ -27,6 +27,8 @@ from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
 
 _MAX_PROBLEMS_SHOWN = 10
+_MISSING = frozenset({"nan", "<na>", "#n/a", "#name?", "#ref!", "#value!"})
+"""Labels that pandas and spreadsheet programs write for a missing value or an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class TableFormat:
 
     def folder(self, file: Path) -> Path:
         """Return the folder that relative paths of a CSV start from; raises a UserError if there is none."""
-        folder = file.parent / self.root if self.root else file.parent
+        folder = file.parent / Path(self.root).expanduser() if self.root else file.parent
         if not folder.is_dir():
             raise UserError(f"data.csv_root is {escape_unprintable(str(self.root))}: there is no such folder")
         return folder
@@ -150,7 +152,8 @@ def _find_columns(file: Path, table: TableFormat) -> tuple[_Columns, list[str]]:
     if {*roles} == {"path", "label"} and len(header) == 2:
         return (columns := _Columns(header, roles, None, [])), columns.describe()
     records = itertools.islice(read_records(file), 1, None)
-    counts = count_values(filter(None, (fit_fields(record, len(header)) for _, record in records)), len(header))
+    rows = filter(None, (fit_fields(record, len(header)) for _, record in records))
+    counts = count_values(rows, {*range(len(header))} - {*roles.values()} | {roles.get("split", roles["path"])})
     splits = _find_splits(file, header, roles, counts, is_guess=is_guess)
     columns = _Columns(header, roles, splits, [] if "label" in roles else _find_one_hot(file, header, roles, counts))
     return columns, columns.describe()
@@ -162,7 +165,7 @@ def _find_splits(
     """Return the columns that say the split. Update the one in `roles`, which may be a wrong guess or missing."""
     if "split" in roles:
         position = roles["split"]
-        if found := read_split_column(position, header[position], counts[position]):
+        if found := read_split_column(position, header[position], counts.get(position)):
             return found
         if not is_guess:
             return SplitColumns(names=position)
@@ -208,7 +211,7 @@ def _find_label_problem(label: str, *, may_be_nan: bool) -> str | None:
     """Return why a label is not the name of a class, or None if it is one."""
     if not label.strip():
         return "the label consists of spaces" if label else "the label is empty"
-    if label.strip().lower() == "nan" and not may_be_nan:
+    if label.strip().lower() in _MISSING and not may_be_nan:
         return f"the label is {label.strip()}, which stands for a missing value, not for a class"
     return None
 

@@ -224,5 +224,11 @@ def test_output_of_regraft_is_no_data(tmp_path: Path) -> None:
     assert read(root).classes == index.classes
 
 
+def test_class_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
+    build(tmp_path, CD, "birds/3*.jpg", f"dogs/{ATTEMPTS}/0001.json", "dogs/curves.png")
+    with pytest.raises(UserError, match=r"dogs: holds a run of regraft and 3 other images, such as 0\.jpg"):
+        read(tmp_path)
+
+
 def test_letters_may_differ_in_case(tmp_path: Path) -> None:
     assert read(build(tmp_path, "{A,a,B}/3*.jpg")).classes == ("A", "B", "a")

@@ -161,6 +161,6 @@ def test_images_of_two_splits_or_classes_are_named(tmp_path: Path) -> None:
     (root / "val/a/again.png").write_bytes((root / "train/a/000.png").read_bytes())
     (root / "train/b/as a.png").write_bytes((root / "train/a/001.png").read_bytes())
     repeated, conflict = [note for note in prepare(config(root), workers=1).notes if "content of" in note]
-    assert repeated.startswith("WARNING: 1 of 5 images to report on have the content of a training image")
-    assert repeated.endswith(f": {root}/val/a/again.png and {root}/train/a/000.png")
-    assert conflict.endswith(f"another class, such as {root}/train/b/as a.png (b) and {root}/train/a/001.png (a)")
+    assert repeated.startswith("WARNING: images to report on with the content of a training image")
+    assert repeated.endswith(f": 1 of 5, such as {root}/val/a/again.png and {root}/train/a/000.png")
+    assert conflict.endswith(f"another class: 1, such as {root}/train/b/as a.png (b) and {root}/train/a/001.png (a)")

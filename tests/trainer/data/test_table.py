@@ -137,8 +137,8 @@ def test_invalid_rows_are_listed_by_line(tmp_path: Path) -> None:
         ("path,label\na1.jpg,a\na2.jpg,a \nb1.jpg,b\n", "the classes 'a' and 'a ' differ only in spaces"),
         ("path,label,split\na1.jpg,a,test\n", "no row has the split train"),
         (
-            'path,label\na1.jpg,nan\na2.jpg,\na3.jpg,"  "\n',
-            r"(?s)line 2: the label is nan, .*3: .*empty.*4: .* of spaces",
+            'path,label\na1.jpg,#N/A\na2.jpg,\na3.jpg,"  "\n',
+            r"(?s)line 2: the label is #N/A, .*3: .*empty.*4: .* of spaces",
         ),
         ("path,label\na1.jpg ,a\n", r"no such file: '.*/a1\.jpg ' \(the path begins .* one without the spaces\)"),
         ("path,label\nC:\\data\\a1.jpg,a\n", r"C:\\data\\a1\.jpg \(a path of Windows"),
