@@ -164,7 +164,8 @@ def _state(run: Path, attempt: AttemptRecord, age: float, *, dead: bool) -> str:
 
 
 def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0]
+    # The trainer escapes the line breaks of a reason.
+    return (text or "").strip().partition("\n")[0].partition("\\n")[0]
 
 
 def _progress(run: Path, attempt: AttemptRecord, *, dead: bool) -> list[str]:

@@ -170,7 +170,7 @@ def test_each_phase_has_its_own_metrics_and_an_incomplete_last_line_is_skipped(t
     [
         ({"state": "done", "step": 200}, 0, "done"),
         ({"state": "stopped", "reason": "SIGTERM"}, 3, "stopped (SIGTERM)"),
-        ({"state": "failed", "reason": "ValueError: x\nmore"}, 3, "failed (ValueError: x)"),
+        ({"state": "failed", "reason": "ValueError: x\\nmore"}, 3, "failed (ValueError: x)"),
         ({"seen": NOW - 3661.0}, 3, "no heartbeat for 1:01:01: probably killed"),
     ],
 )
