@@ -68,7 +68,7 @@ MADE = "a split of 40 %"
          "cats dogs", (6, 0, 6), "ISIC_2018_Test_Input/"),
         # ImageNet and Tiny-ImageNet after their validation images are sorted
         (["train/{n01440764,n01443537}/images/3*.JPEG", "train/{n01440764,n01443537}/boxes.txt",
-          "val/{n01440764,n01443537}/3*.JPEG"], "n01440764 n01443537", (6, 0, 6), "val/"),
+          "val/{n01440764,n01443537}/3*.JPEG", "test/3*.JPEG"], "n01440764 n01443537", (6, 0, 6), "val/"),
         # Class folders alone: EuroSAT, classes that are named like a split, classes with subfolders
         (["{Forest,River}/3*.jpg", "{train,test,validation}.csv", "label_map.json"], "Forest River", (4, 0, 2), MADE),
         (["{bus,train,car}/3*.jpg"], "bus car train", (5, 0, 4), MADE),

@@ -121,7 +121,7 @@ def test_progress_is_reported_and_results_are_saved_in_the_configured_cache(tmp_
     data = config(make_small_folder(tmp_path / "data"), cache=str(tmp_path / "cache"))
     prepare(data, workers=1, displays=ProgressHooks(checking=show))
     assert (events[0], *events[-2:]) == ("open", (12, 12), "closed")
-    assert len(list((tmp_path / "cache" / "verdicts").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "validation").iterdir())) == 1
 
 
 def test_options_are_passed_to_the_index(tmp_path: Path) -> None:
