@@ -12,13 +12,15 @@ if __name__ == "__main__":
 
 import argparse
 import difflib
+import errno
 import os
 from collections.abc import Callable, Sequence
 
 from launch import machine
 from launch.errors import LaunchError
 from launch.options import nonnegative_int, process_count, split_options
-from launch.trainer_options import new_logs, run_folder, trainer_folder
+from launch.text import escape_lines
+from launch.trainer_options import choose_run_folder, new_logs, trainer_folder
 from regraft.contract import (
     COMMAND,
     DEFAULT_RUN_DIR,
@@ -29,7 +31,7 @@ from regraft.contract import (
     available_cores,
     own_version,
 )
-from regraft.files import CONFIGS
+from regraft.streams import discard_output, flush_output, prepare_streams
 
 _HELP = """\
 usage: regraft VERB [options] [FOLDER] [--config FILE] [--section.key VALUE ...]
@@ -64,6 +66,19 @@ shell:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb on the command line, and return the exit code."""
+    prepare_streams()
+    try:
+        code = _run_verb(argv)
+    except OSError as error:
+        if error.filename is not None or error.errno != errno.ENOSPC:  # not of standard output
+            raise
+        print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        discard_output()
+        return FAILED
+    return code if flush_output() else FAILED
+
+
+def _run_verb(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
     try:
@@ -76,25 +91,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"regraft {own_version()}")
             return 0
         if verb not in VERBS:
-            raise LaunchError(_unknown_verb(verb))
+            *others, last = VERBS
+            close = difflib.get_close_matches(verb.lower().replace("_", "-"), VERBS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; expected {', '.join(others)} or {last}"
+            raise LaunchError(f"there is no verb {verb!r}{hint}")
         return VERBS[verb](rest)
     except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_lines(str(error))}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has closed it, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return FAILED
-
-
-def _unknown_verb(verb: str) -> str:
-    *others, last = VERBS
-    near = difflib.get_close_matches(verb.lower().replace("_", "-"), VERBS, n=1)
-    if verb.startswith("-") or Path(verb).is_dir():
-        near = [f"train {verb}"]
-    hint = f". Did you mean `regraft {near[0]}`?" if near else ""
-    return f"there is no verb {verb!r}; expected {', '.join(others)} or {last}{hint}"
 
 
 def _train(argv: list[str]) -> int:
@@ -112,13 +121,15 @@ def _train(argv: list[str]) -> int:
     processes, threads = machine.processes_and_threads(
         arguments.nproc, gpus=machine.gpus(os.environ), cores=available_cores()
     )
-    folder = run_folder(options)
+    folder = choose_run_folder(options)
+    if folder is None:
+        return USER_ERROR
     config = TorchrunConfig(
         processes=processes,
         threads=threads,
         max_restarts=arguments.max_restarts,
         trainer=trainer_folder(),
-        options=tuple(options),
+        options=(*options, f"--run.dir={folder}"),
         logs=new_logs(folder),
     )
     return run(config, folder)
@@ -179,16 +190,18 @@ def _status_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regraft status",
         allow_abbrev=False,
-        description="Show the state of a run from its folder: attempt, step, accuracy, ETA and last failure. "
-        "Exit code 3: the run has ended before it was done.",
+        description="Show the state of a run from its folder: attempt, step, accuracy, ETA and last failure. Of a "
+        "folder with several runs, show each, and the options in which they differ.",
+        epilog="Exit codes: 0: every run is done, or still runs or waits; 2: there is no run, or a wrong option; "
+        "3: a run has ended before it was done.",
     )
     parser.add_argument(
         "run",
         nargs="?",
-        default=DEFAULT_RUN_DIR,
+        default=None,
         type=Path,
         metavar="RUN",
-        help=f"run folder (default: {DEFAULT_RUN_DIR})",
+        help=f"run folder, or a folder of runs (default: {DEFAULT_RUN_DIR}, or all runs beside it)",
     )
     parser.add_argument("--watch", action="store_true", help="update the display until the run ends")
     return parser
@@ -197,7 +210,6 @@ def _status_parser() -> argparse.ArgumentParser:
 def _completion(argv: list[str]) -> int:
     from launch import completion  # noqa: PLC0415
     from launch.doctor.main import make_parser as doctor_parser  # noqa: PLC0415
-    from launch.slurm.settings import RUNTIMES  # noqa: PLC0415
     from launch.slurm.submit import make_parser as submit_parser  # noqa: PLC0415
 
     if len(argv) != 1 or argv[0] in ("-h", "--help"):
@@ -214,8 +226,6 @@ def _completion(argv: list[str]) -> int:
     options |= {"lr-find": ["--from", "--to", "--steps", *trainer]}
     options |= {"compare": ["--strategies", "--seeds", *trainer]}
     options |= {"status": completion.parser_options(_status_parser()), "completion": []}
-    strategies = sorted(path.stem for path in (CONFIGS / "strategies").glob("*.yaml"))
-    values |= {"--transfer.strategy": strategies, "--strategies": strategies, "--container-runtime": list(RUNTIMES)}
     print(completion.render_script(argv[0], options, values), end="")
     return DONE
 

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from launch.errors import LaunchError
+from launch.slurm.settings import RUNTIMES
+from regraft.files import CONFIGS
 
 SHELLS = ("bash", "zsh")
 MODELS = "models"
@@ -91,11 +93,14 @@ def parser_options(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def trainer_options() -> tuple[list[str], dict[str, list[str]]]:
-    """Return the trainer's options, and option -> values of those that have few values."""
+    """Return the trainer's options, and option -> values of those of any verb that have few values."""
     lines = _ask_trainer("from trainer.config.help import completions; print(*completions(), sep='\\n')").split("\n")
     values = {f"--{option}": words for option, *words in map(str.split, filter(None, lines))}
     general = ["--config", "--print_config", "--help", "--version"]
-    return [*general, *values], {option: words for option, words in values.items() if words}
+    strategies = sorted(path.stem for path in (CONFIGS / "strategies").glob("*.yaml"))
+    few = {option: words for option, words in values.items() if words}
+    few |= {"--transfer.strategy": strategies, "--strategies": strategies, "--container-runtime": list(RUNTIMES)}
+    return [*general, *values], few
 
 
 def models() -> list[str]:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import LaunchError
+from launch.experiments import differing_options, find_runs
 from launch.slurm import allocation
 from launch.stop_signal import read_stop_signal
 from launch.text import escape_unprintable
 from regraft.contract import (
     ATTEMPTS,
     BASELINE,
+    DEFAULT_RUN_DIR,
     JOB_ID,
     LOGS,
     METRICS,
@@ -41,8 +43,13 @@ SlurmQuery = Callable[[str], tuple[str, str]]
 """Job id -> state and reason in Slurm."""
 
 
-def show(run: Path, *, watch: bool, say: Callable[[str], object] = print) -> int:
+def show(run: Path | None, *, watch: bool, say: Callable[[str], object] = print) -> int:
     """Print the state of a run, with `watch` until it ends; return 0 while it runs or is done, 3 otherwise.
+
+    Args:
+        run: a run folder, or a folder of several runs; None: the default folder.
+        watch: whether to repeat it until the run, or the last of several, has ended.
+        say: prints text.
 
     Raises:
         LaunchError: the folder contains no run.
@@ -50,7 +57,8 @@ def show(run: Path, *, watch: bool, say: Callable[[str], object] = print) -> int
     """
     lines_shown = 0
     while True:
-        text, code, ended = describe(run, now=time.time(), query=_query_slurm if shutil.which("squeue") else None)
+        query = _query_slurm if shutil.which("squeue") else None
+        text, code, ended = describe_all(run, now=time.time(), query=query)
         if lines_shown and sys.stdout.isatty():
             say(f"\x1b[{lines_shown}A\x1b[J{text}")
         else:
@@ -59,6 +67,35 @@ def show(run: Path, *, watch: bool, say: Callable[[str], object] = print) -> int
             return code
         lines_shown = text.count("\n") + 1
         time.sleep(_POLL_SECONDS)
+
+
+def describe_all(run: Path | None, *, now: float, query: SlurmQuery | None = None) -> tuple[str, int, bool]:
+    """Return what `describe` returns, for a run or for all runs of a folder; the highest exit code of several runs.
+
+    Raises:
+        LaunchError: the folder contains no run, or cannot be read.
+
+    """
+    folder = Path(DEFAULT_RUN_DIR) if run is None else run
+    parent = folder.parent if run is None else folder
+    try:
+        is_run = (folder / ATTEMPTS).exists()
+        runs = find_runs(parent) if parent.is_dir() and (run is None or not is_run) else []
+    except OSError as error:
+        raise LaunchError(f"{parent}: cannot be read ({error.strerror or error})") from None
+    if not runs or (run is None and runs == [folder]):
+        return describe(folder, now=now, query=query)
+    texts, codes, ends = [], [], []
+    for path, options in zip(runs, differing_options(runs), strict=True):
+        try:
+            text, code, ended = describe(path, now=now, query=query)
+        except LaunchError as error:
+            text, code, ended = str(error), 0, True
+        lines = [*text.split("\n"), *([f"options: {options}"] if options else [])]
+        texts.append("\n  ".join(map(escape_unprintable, lines)))
+        codes.append(code)
+        ends.append(ended)
+    return "\n\n".join(texts), max(codes), all(ends)
 
 
 def describe(run: Path, *, now: float, query: SlurmQuery | None = None) -> tuple[str, int, bool]:
@@ -127,7 +164,8 @@ def _state(run: Path, attempt: AttemptRecord, age: float, *, dead: bool) -> str:
 
 
 def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0]
+    # The trainer escapes the line breaks of a reason.
+    return (text or "").strip().partition("\n")[0].partition("\\n")[0]
 
 
 def _progress(run: Path, attempt: AttemptRecord, *, dead: bool) -> list[str]:

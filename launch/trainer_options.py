@@ -1,5 +1,7 @@
 """The trainer's options as far as the launcher reads them: the run folder, and values given on the command line."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from datetime import date
 from importlib.util import find_spec
@@ -8,7 +10,7 @@ from pathlib import Path
 from launch.errors import LaunchError
 from regraft import yaml_file
 from regraft.command_line import is_dataset, join_values
-from regraft.contract import DEFAULT_RUN_DIR, LOGS, latest_attempt_number
+from regraft.contract import CONFIG, DEFAULT_RUN_DIR, LOGS, latest_attempt_number
 from regraft.files import CONFIGS, find_config
 
 
@@ -37,6 +39,20 @@ def run_folder(options: Sequence[str]) -> Path:
     if not any(is_dataset(word) or word.startswith(("--config=", "--data.root=")) for word in join_values(options)):
         value = value or _value(CONFIGS / "quickstart.yaml", "run", "dir")
     return absolute_path("run.dir", value or DEFAULT_RUN_DIR)
+
+
+def choose_run_folder(options: Sequence[str]) -> Path | None:
+    """Return the run folder of a training run; None if the trainer refuses the options, and has said why.
+
+    If the default folder holds a run, the trainer decides whether these options belong to it.
+    """
+    folder = run_folder(options)
+    is_default = folder == absolute_path("run.dir", DEFAULT_RUN_DIR) and option_value(options, "run", "dir") is None
+    if not is_default or not (folder / CONFIG).exists():
+        return folder
+    command = [sys.executable, str(trainer_folder() / "commands" / "run_folder.py"), *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    return Path(done.stdout.rstrip("\n")) if done.returncode == 0 else None
 
 
 def absolute_path(key: str, path: str) -> Path:

@@ -41,6 +41,8 @@ CONFIG_HEADER = "# Written by regraft: every option of this run. --config with t
 OUTPUT_MARK = ".regraft"
 """Empty file in a folder that regraft created for its output, so that the folder is never read as data."""
 RUN_SUBFOLDERS = frozenset({CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS, PRETRAIN, BASELINE})
+OUTPUT_IMAGES = frozenset({CURVES, "preview.png", "lr-find.png"})
+"""Images that regraft writes into a run folder."""
 # Before OUTPUT_MARK, these were written into a run folder in which no run was started.
 _UNMARKED_OUTPUT = frozenset({"preview.png", "lr-find.png", "lr-find.json"})
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from regraft.contract import DONE, FAILED, INTERRUPTED, STOPPED, USER_ERROR
+from regraft.streams import discard_output, flush_output, has_reader, prepare_streams
 from trainer.data.workers import full_shared_memory_as_user_error
 from trainer.distributed.error_file import write_error_file
 from trainer.distributed.signals import STOP_SIGNALS, Stopped, StopSignals, exit_with_parent, has_launcher
@@ -28,25 +29,39 @@ def run_cli(work: Callable[[StopSignals], object], *, on_restart: str = RESUMES)
         on_restart: sentence for the message of a stop: what the same command does when it is started again.
 
     """
+    prepare_streams()
     with StopSignals() as signals:
         if has_launcher(os.environ):
             exit_with_parent()
         try:
             with full_shared_memory_as_user_error():
                 work(signals)
+            flush_output()
         except UserError as error:
             write_error_file(error)
-            _print_error("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+            _print_error("\n".join([f"error: {error}", *getattr(error, "__notes__", []), *_launcher_note()]))
             return USER_ERROR
         except Stopped as stop:
-            if _rank() == 0 or not has_launcher(os.environ):  # the ranks of a launcher stop together
+            if _rank() == 0:  # all ranks stop together
                 saved = f"saved at {stop.saved}" if stop.saved else "there was nothing new to save"
                 _print_error(f"stopped by {stop.reason}: {saved}. {on_restart}")
             return stopped_exit_code(os.environ)
         except KeyboardInterrupt:
             _print_error(f"interrupted before the state could be saved: the run folder is intact. {on_restart}")
             return INTERRUPTED
+        except BrokenPipeError:
+            if has_reader():  # another pipe
+                raise
+            discard_output()
+            return FAILED
     return DONE
+
+
+def _launcher_note() -> list[str]:
+    """Return a line about the traceback that `accelerate launch` prints for every exit code except 0."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or not has_launcher(os.environ):
+        return []
+    return ["(a traceback of `accelerate launch` itself may follow: it reports the exit code. --quiet leaves it out)"]
 
 
 def stopped_exit_code(environment: Mapping[str, str]) -> int:
@@ -85,10 +100,9 @@ def _print_error(text: str) -> None:
     for number in STOP_SIGNALS:  # a repeated signal must not interrupt the message
         signal.signal(number, signal.SIG_IGN)
     rank = _rank()
-    if rank and has_launcher(os.environ):
+    if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher sends it after rank 0 has failed
         time.sleep(_SECONDS_FOR_RANK_0)
-    if rank:
         text = f"[rank {rank}] {text}"
     with suppress(OSError):  # the terminal may be closed
         print(text, file=sys.stderr, flush=True)

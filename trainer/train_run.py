@@ -97,7 +97,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     logger, progress_bar = make_logger(
         run,
         schedule,
-        title=f"{config.model.name}, {built.source}",
+        title=f"{index.root.name}: {config.model.name}, {built.source}",
         done_steps=state.step,
         metrics=checkpoint.metrics if checkpoint else "",
     )

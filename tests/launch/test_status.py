@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from launch.errors import LaunchError
-from launch.status import describe, show
+from launch.status import describe, describe_all, show
 from launch.stop_signal import write_stop_signal
 from regraft.contract import METRICS, attempt_path
 from tests.launching import attempt
@@ -170,7 +170,7 @@ def test_each_phase_has_its_own_metrics_and_an_incomplete_last_line_is_skipped(t
     [
         ({"state": "done", "step": 200}, 0, "done"),
         ({"state": "stopped", "reason": "SIGTERM"}, 3, "stopped (SIGTERM)"),
-        ({"state": "failed", "reason": "ValueError: x\nmore"}, 3, "failed (ValueError: x)"),
+        ({"state": "failed", "reason": "ValueError: x\\nmore"}, 3, "failed (ValueError: x)"),
         ({"seen": NOW - 3661.0}, 3, "no heartbeat for 1:01:01: probably killed"),
     ],
 )
@@ -246,3 +246,26 @@ def test_watch_returns_when_the_run_ends(tmp_path: Path) -> None:
 
     assert show(folder, watch=True, say=say) in (0, 3)
     assert re.search(": done", str(printed[-1]))
+
+
+def test_all_runs_of_a_folder_are_shown_with_the_options_in_which_they_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, lr, state in (("default", 0.1, "done"), ("default-2", 0.2, "failed"), ("odd", None, "running")):
+        make_run(tmp_path / "runs" / name, seen=NOW, state=state)
+        if lr is not None:
+            config = f"run: {{dir: {name}}}\noptim: {{lr: {lr}}}\ntrain: {{epochs: 5}}\n"
+            (tmp_path / "runs" / name / "config.yaml").write_text(config)
+    os.mkfifo(tmp_path / "runs" / "odd" / "config.yaml")
+    make_run(tmp_path / "runs" / "default.earlier-1")
+    for run in (None, Path("runs")):
+        text, code, ended = describe_all(run, now=NOW)
+        lines = [one.splitlines() for one in text.split("\n\n")]
+        states = ["runs/default: done", "runs/default-2: failed", "runs/odd: running"]
+        assert [one[0] for one in lines] == states
+        assert [one[-1] for one in lines[:2]] == ["  options: optim.lr 0.1", "  options: optim.lr 0.2"]
+        assert (code, ended) == (3, False)
+    assert describe_all(Path("runs/default"), now=NOW) == describe(Path("runs/default"), now=NOW)
+    with pytest.raises(LaunchError, match="no such folder"):
+        describe_all(Path("nowhere"), now=NOW)

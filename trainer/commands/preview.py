@@ -3,6 +3,7 @@
 Draws the first training images of every class, and the same images with the augmentation of epoch 1.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def preview(argv: Sequence[str]) -> Path:
     classes = len(prepared.index.classes)
     shown = f"the first {MAX_CLASSES} of {classes} classes" if classes > MAX_CLASSES else f"all {classes} classes"
     titles = (f"training images of {shown}", f"as seen in epoch 1 ({augmentation})")
+    folders = {os.path.dirname(path) for path, _ in prepared.examples}  # noqa: PTH120 (faster than a Path for each)
+    if output.parent.resolve() in {Path(folder).resolve() for folder in folders}:
+        raise UserError(f"{output}: would be an image of the dataset; set --output or run.dir to another folder")
     try:
         create_output_folder(output.parent)
         write_image_grid(samples, output, titles=titles)

@@ -30,7 +30,7 @@ class RunConfig:
     """Run folder, seed, device and resume."""
 
     dir: str = "runs/default"
-    """Run folder, which receives all output files."""
+    """Run folder, which receives all output files; if not set, a run with other options than that of runs/default goes to runs/default-2."""
     seed: int = 0
     """Random seed of the initialization, the order of the examples and their augmentation."""
     resume: Literal["auto", "never", "must"] = "auto"

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from regraft.contract import create_output_folder
+from trainer.config.default_folder import default_run_folder
 from trainer.config.dump import dump
 from trainer.config.pretrained import check_pretrained_weights
 from trainer.config.resolve import ResolvedConfig, resolve
@@ -26,6 +27,8 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
 
     """
     resolved = resolve(config)
+    folder, message = default_run_folder(config, resolved)
+    resolved = replace(resolved, run=replace(resolved.run, dir=folder))
     may_resume = resolved.run.resume != "never" and not resolved.debug
     ctx = init_distributed(
         device=resolved.run.device,
@@ -34,8 +37,10 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
         saved_precision=saved_precision(Path(resolved.run.dir)) if may_resume else None,
     )
     console = make_console(enabled=ctx.is_main_process)
-    for note in ctx.notes:
+    for note in (*ctx.notes, *([message] if message is not None else [])):
         console.print(note)
+    # Every process has chosen the folder for itself; another command may have taken it meanwhile.
+    resolved = replace(resolved, run=replace(resolved.run, dir=ctx.broadcast(folder)))
     # Before images are decoded. One process of each machine reads its file.
     is_first = ctx.accelerator.is_local_main_process
     ctx.main_process_first(lambda: check_pretrained_weights(resolved) if is_first else None, local=True)

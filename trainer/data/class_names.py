@@ -49,10 +49,16 @@ def describe_difference(one: str, other: str) -> str:
 
 
 def _appearance(name: str) -> str:
-    shown = _visible(name).translate(_SAME_GLYPHS)
+    shown = "".join(map(_plain, _visible(name))).translate(_SAME_GLYPHS)
     if number := _WHOLE_NUMBER.fullmatch(shown):
         return number["sign"] + (number["digits"] or "0")
     return shown if len(shown) == 1 else unicodedata.normalize("NFC", _SEPARATORS.sub(" ", shown.lower()))
+
+
+def _plain(character: str) -> str:
+    """Return the plain letters or digit for a full-width one or a ligature."""
+    is_letter = unicodedata.category(character) in {"Ll", "Lu", "Lo", "Nd"}
+    return unicodedata.normalize("NFKC", character) if is_letter and not character.isascii() else character
 
 
 def _visible(name: str) -> str:

@@ -24,8 +24,8 @@ _NAMES: dict[str, tuple[frozenset[str], ...]] = {
         | {"disease", "dx", "emotion"},
     ),
     "split": (
-        frozenset({"split"}),
-        frozenset({"set", "dataset", "datasplit", "subset", "partition", "phase", "usage", "splitname", "splitset"}),
+        frozenset({"split", "partition", "datasplit", "splitname", "splitset"}),
+        frozenset({"set", "dataset", "subset", "phase", "usage"}),
     ),
 }
 
@@ -33,7 +33,8 @@ _NAMES: dict[str, tuple[frozenset[str], ...]] = {
 def find_columns(where: str, header: Sequence[str], given: Mapping[str, str]) -> tuple[dict[str, int], bool]:
     """Return role -> position of its column, and whether the split column is a guess.
 
-    It is a guess if its name is a general one, such as `set`, which may mean something else.
+    It is a guess if its name is a general one, such as `set`, which may mean something else. The label may be missing:
+    each class may have a column.
 
     Args:
         where: the CSV, for messages.
@@ -41,7 +42,7 @@ def find_columns(where: str, header: Sequence[str], given: Mapping[str, str]) ->
         given: role -> name of its column, from the option `data.csv_columns`; the others are recognized.
 
     Raises:
-        UserError: no column for the path or the label, several of them, or a given column that does not exist.
+        UserError: no column for the path, several for one role, or a given column that does not exist.
 
     """
     names = [_simplify(name) for name in header]
@@ -57,40 +58,45 @@ def find_columns(where: str, header: Sequence[str], given: Mapping[str, str]) ->
             positions[role] = found[0]
         elif role in given:
             problem = "several columns have" if found else "no column has"
-            raise _error(where, header, f"data.csv_columns says {role}: {given[role]}, but {problem} this name")
+            raise columns_error(where, header, f"data.csv_columns says {role}: {given[role]}, but {problem} this name")
         elif found:
             candidates = join_truncated(header[i] for i in found)
-            raise _error(where, header, f"several columns may be the {role}: {candidates}")
-    missing_roles = [role for role in ("path", "label") if role not in positions]
-    if missing_roles:
-        one_hot = "; if each class has a column, write the name of the class into one" * (
-            len(header) > 2 and missing_roles == ["label"]
-        )
-        raise _error(where, header, f"no column for the {' and the '.join(missing_roles)} is recognized{one_hot}")
+            raise columns_error(where, header, f"several columns may be the {role}: {candidates}")
+    if "path" not in positions:
+        roles = "path" if "label" in positions else "path and the label"
+        raise columns_error(where, header, f"no column for the {roles} is recognized{_hint_at_header(header)}")
     if len(set(positions.values())) < len(positions):
-        raise _error(where, header, "one column has two roles")
-    return positions, "split" in positions and "split" not in given and names[positions["split"]] != "split"
+        raise columns_error(where, header, "one column has two roles")
+    is_guess = "split" in positions and "split" not in given
+    return positions, is_guess and names[positions["split"]] not in _NAMES["split"][0]
 
 
-def describe_columns(header: Sequence[str], positions: Mapping[str, int]) -> list[str]:
-    """Return notes about columns with other names than their roles, and columns that are ignored."""
+def describe_columns(header: Sequence[str], positions: Mapping[str, int], used: set[int]) -> list[str]:
+    """Return notes about columns with other names than their roles, and columns that are not `used`."""
     notes = []
     if any(header[position].strip().lower() != role for role, position in positions.items()):
-        used = join_truncated(f"{role}: {header[position].strip()}" for role, position in positions.items())
-        notes.append(f"columns of the CSV: {used}")
-    others = [name.strip() for position, name in enumerate(header) if position not in positions.values()]
-    if others:
-        notes.append(f"columns of the CSV that are ignored: {join_truncated(others)}")
+        shown = join_truncated(f"{role}: {header[position].strip()}" for role, position in positions.items())
+        notes.append(f"columns of the CSV: {shown}")
+    others = [name.strip() for position, name in enumerate(header) if position not in used]
+    if any(others):
+        notes.append(f"columns of the CSV that are ignored: {join_truncated(filter(None, others))}")
     return notes
 
 
-def _error(where: str, header: Sequence[str], problem: str) -> UserError:
+def columns_error(where: str, header: Sequence[str], problem: str) -> UserError:
+    """Return the error to raise if the columns of a CSV are not understood."""
     shown = join_truncated((repr(name) if name != name.strip() else name for name in header), limit=8)
     example = escape_unprintable(header[0].strip()) or "FILE"
     return UserError(
         f"{where}: {problem}. Expected a CSV with the columns path, label and optionally split, or data.csv_columns "
         f"with their names, such as {{path: {example}, label: CLASS}}. Its first line is {shown[:300] or 'empty'}"
     )
+
+
+def _hint_at_header(header: Sequence[str]) -> str:
+    """Return a hint if the first line of the CSV is an image."""
+    has_image = any(re.search(r"\.(?:jpe?g|png|gif|bmp|tiff?|webp)\b", name, re.IGNORECASE) for name in header)
+    return ". The first line seems to be a row: put a line with the names of the columns before it" * has_image
 
 
 def _simplify(name: str) -> str:

@@ -4,6 +4,7 @@ import csv
 import itertools
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -14,7 +15,7 @@ _MAX_LINE_LENGTH = 1 << 20  # characters; a file without line ends is not a tabl
 
 
 def read_records(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (first line number of the record, fields) of a CSV with any delimiter; skip blank lines.
+    """Yield (first line number of the record, fields) of a CSV with any delimiter; skip blank lines and empty rows.
 
     Raises:
         UserError: the file cannot be read, or is not a CSV in UTF-8.
@@ -47,12 +48,14 @@ def _records(file: Path, stream: TextIO) -> Iterator[tuple[int, list[str]]]:
     marked = re.fullmatch(r'"?sep=(.)"?\s*', header)  # Excel's line before the header, which names the delimiter
     if marked:
         skipped, header = skipped + 1, next(lines, "")
-    delimiter = marked[1] if marked else _find_delimiter(header)
-    reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True, skipinitialspace=True)
+    second = next(lines, "")
+    delimiter = marked[1] if marked else _find_delimiter(header, second)
+    all_lines = itertools.chain([header], [second] if second else [], lines)
+    reader = csv.reader(all_lines, delimiter=delimiter, strict=True, skipinitialspace=delimiter != " ")
     first_line = skipped + 1
     try:
         for fields in reader:
-            if fields:
+            if any(map(str.strip, fields)):
                 yield first_line, fields
             first_line = skipped + reader.line_num + 1
     except csv.Error as error:
@@ -62,13 +65,23 @@ def _records(file: Path, stream: TextIO) -> Iterator[tuple[int, list[str]]]:
         ) from None
 
 
-def _find_delimiter(header: str) -> str:
-    """Return the delimiter that divides a header line into the most fields."""
+def _find_delimiter(header: str, second: str) -> str:
+    """Return the delimiter that divides the header into the most fields; those that divide the second line alike first.
 
-    def count_fields(delimiter: str) -> int:
-        return len(next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), ()))
+    Spaces and colons count only if the header has none of the others.
+    """
 
-    return max(",;\t|", key=count_fields)
+    def count_fields(line: str, delimiter: str) -> int:
+        with suppress(csv.Error):  # the reader of the records tells the line
+            return len(next(csv.reader([line], delimiter=delimiter, skipinitialspace=delimiter != " "), ()))
+        return 0
+
+    def rank(delimiter: str) -> tuple[bool, int]:
+        count = count_fields(header, delimiter)
+        return count > 1 and count_fields(second, delimiter) == count, count
+
+    best = max(",;\t|", key=rank)
+    return best if rank(best)[1] > 1 else max(f"{best} :", key=rank)
 
 
 def _checked_lines(file: Path, stream: TextIO) -> Iterator[str]:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trainer.data.class_names import describe_difference, find_lookalikes
+from trainer.data.csv_write import write_table
 from trainer.data.layout import Listing, read_folder
 from trainer.data.scan import Scan
 from trainer.data.split import PathsByClass, grouped_split
 from trainer.data.split_folders import find_split_folders
-from trainer.data.table import TableFormat, read_table, write_table
+from trainer.data.table import TableFormat, read_table
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
 

@@ -19,7 +19,8 @@ from trainer.text import escape_unprintable, has_invalid_utf8, join_truncated
 _TEXTS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".md", ".rst", ".html", ".htm")
 _DOCUMENTS = (".pdf", ".doc", ".docx", ".xls", ".xlsx", ".log", ".py", ".ipynb", ".sh", ".m")
 _ARCHIVES = (".zip", ".gz", ".tar", ".rar", ".7z", ".mat", ".pkl", ".pt", ".pth", ".onnx", ".h5", ".safetensors")
-_NOT_IMAGES = frozenset({*_TEXTS, *_DOCUMENTS, *_ARCHIVES})
+_CODE = (".c", ".h", ".cpp", ".cu", ".js", ".ts", ".css", ".cfg", ".ini", ".pyc", ".so", ".lock", ".db", ".tex", ".bib")
+_NOT_IMAGES = frozenset({*_TEXTS, *_DOCUMENTS, *_ARCHIVES, *_CODE})
 
 _PLAIN_NAMES = frozenset({".", "train", "val", "test"})
 

@@ -12,6 +12,11 @@ from typing import NamedTuple
 _IMAGES = frozenset({"image", "images", "img", "imgs"})
 _MASKS = frozenset({"masks", "annotations", "labels", "groundtruth", "gt", "segmentation", "segmentations", "trimaps"})
 _MASKS_BESIDE_IMAGES = _MASKS | {"mask", "label", "annotation"}
+_MASK_FOLDER = re.compile(r".*(?:groundtruth|annotations|trimaps)|segmentation(?:class|object|masks?)")
+_PROJECT = frozenset(
+    {"doc", "docs", "asset", "assets", "output", "outputs", "result", "results", "log", "logs", "plot", "plots"}
+    | {"checkpoints", "notebooks", "scripts", "src"}
+)
 # What file managers and people add to the name of a copy; the rest of the name is the original's.
 _COPY = re.compile(
     r"(?:copy|kopie|copie|copia)[ _](?:of|von|de)[ _](?P<original>.+)"
@@ -82,8 +87,10 @@ def find_leftovers(folders: Sequence[Folder], images: Mapping[str, Sequence[str]
         if masks and (folder.is_flat or len(folder.inner) > 1):
             problem = f"{name}/{masks[0]}/ looks like masks or labels of the other images of the class"
             yield Leftover(problem, "Move such folders away, or list the images in a CSV.")
-        if _compact(name) in _MASKS:
+        if _compact(name) in _MASKS or _MASK_FOLDER.fullmatch(_compact(name)):
             yield Leftover(f"{name}/ looks like masks or labels rather than a class", "Move it away.")
+        if name.lower() in _PROJECT and len(folders) > 2:
+            yield Leftover(f"{name}/ looks like a folder of a project rather than a class", "Move it away.")
         if _UNNAMED.fullmatch(name):
             yield Leftover(f"{name}/ has the name of a new folder", "Rename it to the class, or move it away.")
         copy = _COPY.fullmatch(name)

@@ -89,7 +89,7 @@ def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROG
         index = without_images(index, unreadable)
         skipped = "".join(f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items()))
         notes.append(f"{len(unreadable)} of {len(paths)} images cannot be read and are skipped:{skipped}")
-    prepared = Prepared(index, (*notes, *_describe_pixels(results)))
+    prepared = Prepared(index, (*notes, *_describe_repeats(index, results), *_describe_pixels(results)))
     return replace(prepared, digests=tuple(results[path].digest for path, _ in prepared.examples))
 
 
@@ -104,3 +104,31 @@ def _describe_pixels(results: Mapping[str, ValidationResult]) -> Iterator[str]:
     if paths := [path for path, result in results.items() if result.is_one_color]:
         names = join_truncated(map(escape_unprintable, paths), limit=5)
         yield f"images of one color only: {len(paths)} ({names})"
+
+
+def _describe_repeats(index: DatasetIndex, results: Mapping[str, ValidationResult]) -> Iterator[str]:
+    """Yield a line if images to evaluate on are training images too, and one if an image has two classes."""
+    first: dict[str, Example] = {}
+    conflicts = []
+    for example in index.train:
+        other = first.setdefault(results[example.path].digest, example)
+        if other.label != example.label:
+            conflicts.append((example, other))
+    for examples, purpose in ((index.val, "to select the best epoch on"), (index.test, "to report on")):
+        pairs = [
+            (example, first[results[example.path].digest])
+            for example in examples
+            if results[example.path].digest in first
+        ]
+        conflicts += [(example, other) for example, other in pairs if example.label != other.label]
+        if pairs:
+            shown = " and ".join(escape_unprintable(path) for path, _ in pairs[0])
+            yield (
+                f"WARNING: images {purpose} with the content of a training image, which make the accuracy too high: "
+                f"{len(pairs)} of {len(examples)}, such as {shown}"
+            )
+    if conflicts:
+        shown = " and ".join(
+            f"{escape_unprintable(path)} ({escape_unprintable(index.classes[label])})" for path, label in conflicts[0]
+        )
+        yield f"WARNING: images with the content of an image of another class: {len(conflicts)}, such as {shown}"

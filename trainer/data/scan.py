@@ -4,17 +4,28 @@ Paths are plain strings from `os.scandir`: a million files are listed in seconds
 """
 
 # Creating a Path for each of a million files would take longer than listing them.
-# ruff: noqa: PTH116, PTH118, PTH122
+# ruff: noqa: PTH116, PTH118, PTH122, PTH208
 
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from regraft.contract import RUN_SUBFOLDERS, holds_only_output, is_run_folder
+from regraft.contract import (
+    ATTEMPTS,
+    CONFIG,
+    OUTPUT_IMAGES,
+    OUTPUT_MARK,
+    RUN_SUBFOLDERS,
+    holds_only_output,
+    is_run_folder,
+)
 from trainer.data.system_files import is_hidden
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
+
+_VIRTUAL_ENVIRONMENT = "pyvenv.cfg"
+"""File of a virtual environment of Python, whose packages hold images."""
 
 
 class DirEntries(NamedTuple):
@@ -48,13 +59,15 @@ class Scan:
         """Return the entries of a folder that contains the class folders, without regraft's output.
 
         Raises:
-            UserError: the folder cannot be read.
+            UserError: the folder cannot be read, or a folder holds a run and other images.
 
         """
         self._owners[_identity(folder)] = ""
         entries = scan_dir(folder)
         self.hidden += entries.hidden
         outputs = [name for name in entries.folders if holds_only_output(os.path.join(folder, name))]
+        for name in outputs:
+            self._check_output(os.path.join(folder, name))
         if is_run_folder(folder):  # run.dir is the folder of the dataset
             outputs += [name for name in entries.folders if name in RUN_SUBFOLDERS or name.startswith("earlier-")]
         self.outputs += [os.path.join(folder, name) for name in outputs]
@@ -82,6 +95,9 @@ class Scan:
                 continue
             entries = scan_dir(folder)
             self.hidden += entries.hidden
+            if _VIRTUAL_ENVIRONMENT in entries.files:
+                self.hidden += 1
+                continue
             pending += [os.path.join(folder, name) for name in reversed(entries.folders)]
             images = []
             for name in entries.files:
@@ -92,6 +108,18 @@ class Scan:
             found.append((folder, images))
         self.ignored += ignored
         return [path for _, images in sorted(found) for path in images], ignored
+
+    def _check_output(self, folder: str) -> None:
+        """Raise a UserError if a folder that regraft writes to, but has not created, holds other images: a class."""
+        if not is_run_folder(folder) or OUTPUT_MARK in os.listdir(folder):
+            return
+        images = [name for name in scan_dir(folder).files if self.is_image(name) and name not in OUTPUT_IMAGES]
+        if images:
+            raise UserError(
+                f"{escape_unprintable(folder)}: holds a run of regraft and {len(images)} other images, such as "
+                f"{escape_unprintable(images[0])}. Move the run ({CONFIG}, {ATTEMPTS}/, ...) or the images away, and "
+                "set run.dir to a folder of its own"
+            )
 
     def is_image(self, name: str) -> bool:
         """Return whether the file name has the extension of an image."""

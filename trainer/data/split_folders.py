@@ -85,13 +85,16 @@ def _find_by_name(
     if not any(map(holds_classes, named.get("train", ()))):
         return {}
     named.pop("unlabeled", None)
+    if any(entries[folder].folders for folder in named.get("val", ())):
+        # ImageNet and Kaggle have a test split without labels: with a validation split, it is not needed.
+        named["test"] = [folder for folder in named.get("test", ()) if entries[folder].folders]
     for split, folders in named.items():
         if len(folders) > 1:
             raise UserError(
                 f"data.root {escape_unprintable(root)}: {' and '.join(f'{name}/' for name in folders)} are the "
                 f"same split, {split}. Keep one, merge them, or set data.train_dir, data.val_dir and data.test_dir"
             )
-    splits = {split: folders[0] for split, folders in named.items()}
+    splits = {split: folders[0] for split, folders in named.items() if folders}
     classes = entries[splits["train"]].folders
     others = [_unwrap(root, name) for name in top.folders if name not in (*kinds, *map(_top_folder, given.values()))]
     _check_other_folders(root, splits["train"], classes, others, is_image)

@@ -1,7 +1,7 @@
 """Recognize the names that people give to the splits of a dataset: `train`, `training_set`, `seg_train`, `dev`, ..."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -44,21 +44,31 @@ def split_kinds(names: Iterable[str]) -> dict[str, SplitKind]:
     """Return folder name -> split, for those of the folders of a dataset that are named as splits.
 
     Beside the names that `split_kind` recognizes, these are names that differ only in the word for the split, such as
-    `alphabet_train` and `alphabet_test`, or `trainA` and `testA`.
+    `alphabet_train` and `alphabet_test`, `trainA` and `testA`, or `A_train_input` and `A_test_input`.
     """
     names = list(names)
     kinds = {name: kind for name in names if (kind := split_kind(name))}
     groups: dict[str, dict[str, SplitKind]] = {}
     for name in names:
-        compact = _compact(name)
-        for kind, words in _WORDS.items():
-            for rest in (re.sub(rf"^(?:{words})", "", compact), re.sub(rf"(?:{words})$", "", compact)):
-                if rest != compact and name not in kinds:
-                    groups.setdefault(rest, {})[name] = kind
+        for rest, kind in _without_split_word(name):
+            if name not in kinds:
+                groups.setdefault(rest, {})[name] = kind
     for group in groups.values():
         if len(set(group.values())) > 1:
             kinds |= group
     return kinds
+
+
+def _without_split_word(name: str) -> Iterator[tuple[str, SplitKind]]:
+    """Yield the rest of a name and the split for each word of a split in it."""
+    compact, words_of_name = _compact(name), re.split(r"[\W_]+", name.lower())
+    for kind, words in _WORDS.items():
+        for rest in (re.sub(rf"^(?:{words})", "", compact), re.sub(rf"(?:{words})$", "", compact)):
+            if rest != compact:
+                yield rest, kind
+        for position, word in enumerate(words_of_name):
+            if re.fullmatch(words, word):
+                yield "".join((*words_of_name[:position], " ", *words_of_name[position + 1 :])), kind
 
 
 def is_wrapper(name: str, parent: str) -> bool:

@@ -1,25 +1,34 @@
-"""Read and write a dataset as a CSV file with one row per image: its path, its label, and optionally its split."""
+"""Read a dataset from a CSV file with one row per image: its path, its label, and optionally its split."""
 
 # Creating a Path for each of a million rows would take longer than reading them.
-# ruff: noqa: PTH109, PTH118
 
-import csv
+import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.csv_columns import describe_columns, find_columns
+from trainer.data.csv_columns import columns_error, describe_columns, find_columns
 from trainer.data.csv_images import ImageFiles
 from trainer.data.csv_records import check_utf8, location, read_records
-from trainer.data.split_names import split_kind
+from trainer.data.csv_values import (
+    Counts,
+    SplitColumns,
+    count_values,
+    find_class_columns,
+    find_split_columns,
+    fit_fields,
+    is_true,
+    read_split_column,
+)
+from trainer.data.csv_write import COLUMNS
 from trainer.errors import UserError
-from trainer.run.atomic import write_atomically
-from trainer.text import escape_unprintable
+from trainer.text import escape_unprintable, join_truncated
 
-_COLUMNS = ("path", "label", "split")
 _MAX_PROBLEMS_SHOWN = 10
+_MISSING = frozenset({"nan", "<na>", "#n/a", "#name?", "#ref!", "#value!"})
+"""Labels that pandas and spreadsheet programs write for a missing value or an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +44,7 @@ class TableFormat:
 
     def folder(self, file: Path) -> Path:
         """Return the folder that relative paths of a CSV start from; raises a UserError if there is none."""
-        folder = file.parent / self.root if self.root else file.parent
+        folder = file.parent / Path(self.root).expanduser() if self.root else file.parent
         if not folder.is_dir():
             raise UserError(f"data.csv_root is {escape_unprintable(str(self.root))}: there is no such folder")
         return folder
@@ -62,34 +71,27 @@ def read_table(file: Path, table: TableFormat | None = None) -> tuple[list[Row],
 
     """
     table = table or TableFormat()
-    records = read_records(file)
-    _, header = next(records, (1, [""]))
-    for name in header:
-        check_utf8(name, file, 1)
-    columns, split_is_guessed = find_columns(location(file), header, table.columns)
-    if split_is_guessed and not _has_split_names(file, columns["split"]):
-        del columns["split"]
-    notes = describe_columns(header, columns)
+    columns, notes = _find_columns(file, table)
     files = ImageFiles(str(table.folder(file)), suffix=table.suffix or "", search=table.root is not None)
     is_ours = _is_written_table(file)
     rows: list[Row] = []
     problems = _Problems()
     seen = _SeenFiles()
     unlabeled = 0
-    for line, fields in records:
-        if len(fields) != len(header):
-            problems.add(line, f"{len(fields)} fields, expected {len(header)} as in the header")
+    for line, record in itertools.islice(read_records(file), 1, None):
+        fields = fit_fields(record, len(columns.header))
+        if fields is None:
+            problems.add(line, f"{len(record)} fields, expected {len(columns.header)} as in the header")
             continue
-        values = {role: fields[position] for role, position in columns.items()}
-        name, label, split = values["path"], values["label"], None
+        name, label, split = fields[columns.roles["path"]], columns.label(fields), None
         check_utf8(label, file, line)
-        if "split" in values:
-            split = split_kind(values["split"])
+        if columns.splits:
+            split = columns.splits.read(fields)
             if split == "unlabeled":
                 unlabeled += 1
                 continue
             if split is None:
-                shown = escape_unprintable(values["split"])
+                shown = escape_unprintable(columns.splits.show(fields))
                 problems.add(line, f"the split is '{shown}', expected train, val or test")
         if reason := _find_label_problem(label, may_be_nan=is_ours):
             problems.add(line, reason)
@@ -98,7 +100,7 @@ def read_table(file: Path, table: TableFormat | None = None) -> tuple[list[Row],
         except FileNotFoundError as error:
             problems.add(line, str(error), missing=name)
             continue
-        row = Row(path, label, split, values.get("group"))
+        row = Row(path, label, split, fields[columns.roles["group"]] if "group" in columns.roles else None)
         if earlier := seen.find_or_add(identity, line, row):
             conflict = _describe_conflict(earlier[1], row)
             problems.add(line, f"{escape_unprintable(name)} is already on line {earlier[0]}{conflict}")
@@ -111,44 +113,96 @@ def read_table(file: Path, table: TableFormat | None = None) -> tuple[list[Row],
     return rows, notes
 
 
-def write_table(file: Path, rows: Iterable[tuple[str, str, str]]) -> None:
-    """Write rows of (path, label, split) as a CSV that `read_table` reads unchanged.
+class _Columns(NamedTuple):
+    """The columns of a CSV that are used."""
 
-    Paths below the folder of the CSV are written relative to it, all others as absolute paths. Every field is
-    quoted, so that commas, quotes, spaces and line ends in names are preserved.
+    header: list[str]
+    roles: dict[str, int]
+    """path, label, split, group -> position."""
+    splits: SplitColumns | None
+    classes: list[int]
+    """Columns of one-hot labels, if there is no column for the label."""
 
-    Raises:
-        UserError: the file cannot be written.
+    def label(self, fields: Sequence[str]) -> str:
+        """Return the label of a row."""
+        if self.classes:
+            return next(self.header[position].strip() for position in self.classes if is_true(fields[position]))
+        return fields[self.roles["label"]]
 
-    """
-    cwd = os.getcwd()
-    folder = os.path.join(cwd, file.parent, "")
-
-    def relative_if_inside(path: str) -> str:
-        absolute = os.path.join(cwd, path)
-        return absolute[len(folder) :].lstrip("/") if absolute.startswith(folder) else absolute
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            writer = csv.writer(stream, quoting=csv.QUOTE_ALL, lineterminator="\n")
-            writer.writerow(_COLUMNS)
-            writer.writerows((relative_if_inside(path), label, split) for path, label, split in rows)
-
-    try:
-        write_atomically(file, write)
-    except OSError as error:
-        raise UserError(f"{escape_unprintable(str(file))}: the split cannot be written ({error.strerror})") from None
+    def describe(self) -> list[str]:
+        """Return notes about the columns."""
+        used = {*self.roles.values(), *self.classes, *(self.splits.positions if self.splits else ())}
+        notes = describe_columns(self.header, self.roles, used)
+        if self.splits and (note := self.splits.describe(self.header)):
+            notes.append(note)
+        if self.classes:
+            names = join_truncated(self.header[position].strip() for position in self.classes)
+            notes.append(f"columns of the CSV that are classes: {names}")
+        return notes
 
 
-def _has_split_names(file: Path, position: int) -> bool:
-    """Return whether a column holds names of splits: one that is named `set` may hold something else."""
-    rows = (fields for line, fields in read_records(file) if line > 1)
-    return any(position < len(fields) and split_kind(fields[position]) for fields in rows)
+def _find_columns(file: Path, table: TableFormat) -> tuple[_Columns, list[str]]:
+    """Return the columns of a CSV, by their names and values, and notes about them."""
+    _, header = next(read_records(file), (1, [""]))
+    while len(header) > 1 and not header[-1].strip():
+        header.pop()
+    for name in header:
+        check_utf8(name, file, 1)
+    roles, is_guess = find_columns(location(file), header, table.columns)
+    if {*roles} == {"path", "label"} and len(header) == 2:
+        return (columns := _Columns(header, roles, None, [])), columns.describe()
+    records = itertools.islice(read_records(file), 1, None)
+    rows = filter(None, (fit_fields(record, len(header)) for _, record in records))
+    counts = count_values(rows, {*range(len(header))} - {*roles.values()} | {roles.get("split", roles["path"])})
+    splits = _find_splits(file, header, roles, counts, is_guess=is_guess)
+    columns = _Columns(header, roles, splits, [] if "label" in roles else _find_one_hot(file, header, roles, counts))
+    return columns, columns.describe()
+
+
+def _find_splits(
+    file: Path, header: Sequence[str], roles: dict[str, int], counts: Counts, *, is_guess: bool
+) -> SplitColumns | None:
+    """Return the columns that say the split. Update the one in `roles`, which may be a wrong guess or missing."""
+    if "split" in roles:
+        position = roles["split"]
+        if found := read_split_column(position, header[position], counts.get(position)):
+            return found
+        if not is_guess:
+            return SplitColumns(names=position)
+        del roles["split"]
+    candidates = find_split_columns(header, {*roles.values()}, counts) if "label" in roles else []
+    if len(candidates) > 1:
+        names = join_truncated(header[position].strip() for found in candidates for position in found.positions)
+        raise columns_error(location(file), header, f"several columns may be the split: {names}")
+    for found in candidates:
+        if found.names is not None:
+            roles["split"] = found.names
+        return found
+    return None
+
+
+def _find_one_hot(file: Path, header: Sequence[str], roles: Mapping[str, int], counts: Counts) -> list[int]:
+    """Return the columns of the classes if each row marks one; raise a UserError if there are none."""
+    classes = find_class_columns({*roles.values()}, counts)
+    if not classes:
+        raise columns_error(location(file), header, "no column for the label is recognized")
+    for line, record in itertools.islice(read_records(file), 1, None):
+        fields = fit_fields(record, len(header))
+        marked = [header[position].strip() for position in classes if fields and is_true(fields[position])]
+        if fields and len(marked) != 1:
+            names = join_truncated((header[position].strip() for position in classes), limit=5)
+            shown = f" ({join_truncated(marked)})" if marked else ""
+            problem = (
+                f"no column for the label is recognized. The columns {names} hold 0 and 1, but this row has "
+                f"{len(marked)} of these classes{shown}, and an image must have one"
+            )
+            raise columns_error(location(file, line), header, problem)
+    return classes
 
 
 def _is_written_table(file: Path) -> bool:
     """Return whether `write_table` wrote the file: its labels are names of folders, and one may be `nan`."""
-    expected = (",".join(f'"{name}"' for name in _COLUMNS) + "\n").encode()
+    expected = (",".join(f'"{name}"' for name in COLUMNS) + "\n").encode()
     with file.open("rb") as stream:
         return stream.read(len(expected)) == expected
 
@@ -157,7 +211,7 @@ def _find_label_problem(label: str, *, may_be_nan: bool) -> str | None:
     """Return why a label is not the name of a class, or None if it is one."""
     if not label.strip():
         return "the label consists of spaces" if label else "the label is empty"
-    if label.strip().lower() == "nan" and not may_be_nan:
+    if label.strip().lower() in _MISSING and not may_be_nan:
         return f"the label is {label.strip()}, which stands for a missing value, not for a class"
     return None
 

@@ -57,7 +57,7 @@ def check_images(
 ) -> dict[str, ValidationResult]:
     """Return path -> validation result of each image.
 
-    Results are cached in `cache`/verdicts, in one file per dataset folder. An image is read again if its size or one
+    Results are cached in `cache`/validation, in one file per dataset folder. An image is read again if its size or one
     of its times has changed, and decoded again if its content has. The results so far are saved on an interruption.
 
     Args:
@@ -74,7 +74,7 @@ def check_images(
     if not images:
         return {}
     folder = _common_folder(images.values())
-    file = cache / "verdicts" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.json"
+    file = cache / "validation" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.json"
     cached = _read_cache(file, folder)
     results: dict[str, ValidationResult] = {}
     pending: list[_Task] = []

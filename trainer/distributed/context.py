@@ -24,7 +24,12 @@ from accelerate.utils import (
 from torch import nn
 
 from regraft.contract import available_cores
-from trainer.distributed.launch_checks import check_accelerate_variables, check_process_group, read_process_group
+from trainer.distributed.launch_checks import (
+    check_accelerate_variables,
+    check_process_group,
+    check_threads,
+    read_process_group,
+)
 from trainer.distributed.precision import Precision, choose_precision
 from trainer.distributed.process_group import VARIABLES
 from trainer.distributed.rendezvous import QUIET_SECONDS, join_process_group
@@ -195,6 +200,7 @@ def init_distributed(
     """
     group = read_process_group(os.environ)
     check_accelerate_variables(os.environ)
+    check_threads(os.environ)
     forces_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # overrides the arguments of Accelerator
     if forces_cpu and device == "cuda":
         raise UserError(
@@ -210,22 +216,30 @@ def init_distributed(
     _reset_accelerate()
     quiet_seconds = QUIET_SECONDS if has_launcher(os.environ) else 0.0
     join_process_group(group, "gloo" if on_cpu else "nccl", timeout=_TIMEOUT, quiet_seconds=quiet_seconds)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=_ACCELERATE_PRECISION[chosen],
-        kwargs_handlers=[
-            # BatchNorm statistics are averaged before each evaluation, so DDP need not broadcast them in every forward.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=_TIMEOUT),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=_ACCELERATE_PRECISION[chosen],
+            kwargs_handlers=[
+                # BatchNorm statistics are averaged before each evaluation: DDP need not broadcast them every time.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=_TIMEOUT),
+            ],
+        )
+    except (ValueError, ImportError, NotImplementedError) as error:  # of a variable that is not checked above
+        settings = ", ".join(name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "NCCL_")))
+        raise UserError(
+            f"accelerate cannot be set up ({error}): check these variables of the environment: {settings or 'none'}"
+        ) from error
     check_process_group(accelerator, group.world_size if group is not None else 1)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = max(1, available_cores() // local_world_size)
     num_threads = threads or (cores if on_cpu else max(1, cores // 2))
     torch.set_num_threads(num_threads)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = f" (CUDA_VISIBLE_DEVICES={visible!r})" if device == "auto" and on_cpu and visible is not None else ""
     notes = (
-        f"device {accelerator.device} x {accelerator.num_processes}, {num_threads} CPU "
+        f"device {accelerator.device} x {accelerator.num_processes}{hidden}, {num_threads} CPU "
         f"thread{'s' * (num_threads > 1)} each",
         f"precision {chosen}: {reason}",
     )

@@ -15,6 +15,16 @@ from trainer.errors import UserError
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _TASK_NUMBERS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 _MPI_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "MV2_COMM_", "MPI_LOCAL")
+_STRATEGIES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
+_FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")
+_TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
+"""Words that accelerate reads as true and false."""
 _MAX_PORT, _MAX_DIGITS = 65535, 9
 
 
@@ -94,23 +104,49 @@ def _advice(environment: Mapping[str, str]) -> str:
     )
 
 
-def check_accelerate_variables(environment: Mapping[str, str]) -> None:
+def check_accelerate_variables(environment: MutableMapping[str, str]) -> None:
     """Raise a UserError for settings of `accelerate launch` or its config file that would override the run's config.
 
     Accelerate applies them without a message: gradient accumulation would divide every gradient, and a compiled model
-    would be saved with other parameter names.
+    would be saved with other parameter names. It raises a plain ValueError for malformed values.
     """
+    for name in [name for name in environment if name.startswith("ACCELERATE_") and not environment[name].strip()]:
+        del environment[name]
+    advice = "Leave that option out, or name another file with accelerate launch --config_file"
     for variable, allowed, instead in (
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "use train.grad_accum_steps to split a batch"),
-        ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "regraft does not compile models"),
-        ("ACCELERATE_MIXED_PRECISION", ("", "no", "bf16", "fp16"), "train.precision is fp32, bf16 or fp16"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1",), "use train.grad_accum_steps to split a batch"),
+        ("ACCELERATE_DYNAMO_BACKEND", ("no",), "regraft does not compile models"),
+        ("ACCELERATE_MIXED_PRECISION", ("no", "bf16", "fp16"), "train.precision is fp32, bf16 or fp16"),
+        ("ACCELERATE_TORCH_DEVICE", (), "use run.device"),
     ):
-        value = environment.get(variable, "")
-        if value.lower() not in allowed:
+        value = environment.get(variable)
+        if value is not None and value.lower() not in allowed:
             raise UserError(
-                f"{variable} is {value!r}, set by accelerate launch or its config file: {instead}. Leave that option "
-                "out, or name another file with accelerate launch --config_file"
+                f"{variable} is {value!r}, set by accelerate launch or its config file: {instead}. {advice}"
             )
+    for variable in (*_STRATEGIES, *_FLAGS):
+        value = environment.get(variable, "false")
+        if value.lower() not in (*_TRUE, *_FALSE):
+            raise UserError(f"{variable} is {value!r}, expected true or false: correct it, or unset {variable}")
+        if value.lower() in _TRUE and variable in _STRATEGIES:
+            raise UserError(
+                f"accelerate is set to {_STRATEGIES[variable]} ({variable}={value}), but regraft trains with plain "
+                f"data parallelism. {advice}; or launch with torchrun or regraft train"
+            )
+
+
+def check_threads(environment: MutableMapping[str, str]) -> None:
+    """Raise a UserError if OMP_NUM_THREADS is malformed. Of a list, which OpenMP allows, the first number stays."""
+    value = environment.get("OMP_NUM_THREADS", "").strip()
+    if not value:
+        environment.pop("OMP_NUM_THREADS", None)
+        return
+    counts = [count.strip() for count in value.split(",")]
+    if not all(count.isascii() and count.isdigit() and len(count) <= _MAX_DIGITS for count in counts):
+        raise UserError(
+            f"OMP_NUM_THREADS is {value!r}, expected a number of threads: correct it, or unset OMP_NUM_THREADS"
+        )
+    environment["OMP_NUM_THREADS"] = counts[0]
 
 
 def check_process_group(accelerator: Accelerator, expected: int) -> None:

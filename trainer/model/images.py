@@ -1,7 +1,7 @@
 """Convert images of any common form to a model's input, as the evaluation of a run does."""
 
+import io
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, cast
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.data.augment import Normalize, Preprocessing, eval_transform, to_array
-from trainer.data.decode import UnreadableImage, decode, upright_rgb
+from trainer.data.decode import UnreadableImage, decode, decode_file, upright_rgb
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
 
@@ -79,10 +79,9 @@ def _read_image(image: ImageInput, name: str) -> Image.Image:
 
 
 def _decode_content(content: bytes | bytearray | memoryview) -> Image.Image:
-    with tempfile.NamedTemporaryFile(prefix="regraft-") as file:  # `decode` opens a file by its path
-        file.write(content)
-        file.flush()
-        return decode(file.name)
+    if not content:
+        raise UnreadableImage("empty (0 bytes)")
+    return decode_file(io.BytesIO(content), "").image
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

@@ -22,7 +22,7 @@ STOP                a person creates this file to stop the run
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from regraft.contract import (
     MODEL,
     PRETRAIN,
     SPLIT,
+    latest_attempt,
     read_attempts,
 )
 from regraft.contract import CONFIG_HEADER as HEADER
@@ -79,6 +80,9 @@ _MAY_CHANGE = frozenset(
         "checkpoint.keep_every",
     }
 )
+
+
+_MAX_DIFFERENCES = 3
 
 
 def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never", "must"]) -> str | None:
@@ -123,6 +127,43 @@ def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never
             "Choose another run.dir, or --run.resume never, which archives that run"
         )
     return None if can_resume else "an earlier start in this folder has saved no checkpoint: starting anew"
+
+
+def choose_folder(folder: Path, config: str, *, ignored: Set[str]) -> tuple[Path, str | None]:
+    """Return the first of FOLDER, FOLDER-2, FOLDER-3, ... that holds no run, or a run of this config.
+
+    Args:
+        folder: the first candidate.
+        config: the resolved config as YAML.
+        ignored: options that are not compared.
+
+    Returns:
+        The folder, and a line to print if it is not the first one and holds no run yet.
+
+    """
+    number, candidate, reason = 1, folder, ""
+    while (other := _other_run(candidate, config, ignored)) is not None:
+        reason = reason or f"{candidate} holds {other}"
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    message = f"run.dir is not set, and {reason}: this run is in {candidate}" if reason else None
+    return candidate, message
+
+
+def _other_run(folder: Path, config: str, ignored: Set[str]) -> str | None:
+    """Return in a few words which other run a folder holds; None if this run may use the folder."""
+    try:
+        if not holds_run(folder):
+            check_resumable(folder, config, resume="auto")
+            return None
+        differences = list(_differences(folder / CONFIG, config, (_MAY_CHANGE | ignored) - {"data.root"}))
+    except UserError:
+        return "other files"
+    latest = latest_attempt(folder)
+    has_results = has_checkpoint(folder) or (folder / MODEL).exists()
+    if not differences or not (has_results or (latest is not None and latest.state == "running")):
+        return None
+    return f"a run with other options ({'; '.join(differences[:_MAX_DIFFERENCES])})"
 
 
 def _check_checkpoints_exist(folder: Path) -> None:
@@ -223,7 +264,7 @@ def _archive_path(folder: Path) -> Path:
     return archive
 
 
-def _differences(saved: Path, config: str) -> Iterator[str]:
+def _differences(saved: Path, config: str, may_change: Set[str] = _MAY_CHANGE) -> Iterator[str]:
     """Yield a line for each option that differs between a saved config and this run's, and may not change."""
     after = dict(_flatten(yaml.safe_load(config)))
     try:
@@ -233,7 +274,7 @@ def _differences(saved: Path, config: str) -> Iterator[str]:
             f"{saved}: damaged ({' '.join(str(error).split())}). Restore the file, or --run.resume never, which "
             "archives the run"
         ) from None
-    for key in sorted((before.keys() | after.keys()) - _MAY_CHANGE):
+    for key in sorted((before.keys() | after.keys()) - may_change):
         if key == "train.epochs" and _is_greater(before.get(key), after.get(key)):
             continue
         if key == "regularization.early_stopping" and _is_more_patient(before.get(key), after.get(key)):

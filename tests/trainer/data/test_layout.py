@@ -64,9 +64,11 @@ MADE = "a split of 40 %"
           for train, val in [("train", "dev"), ("TRAIN", "EVAL"), ("trainset", "valset"), ("train_images", "val_img"),
                              ("Training Data", "Validation Data"), ("train2017", "val2017"), ("训练集", "测试集"),
                              ("train-set", "hold-out"), ("1_train", "2_test"), ("images_train", "images_development")]),
+        ([f"ISIC_2018_Training_Input/{CD}", f"ISIC_2018_Test_Input/{CD}"],
+         "cats dogs", (6, 0, 6), "ISIC_2018_Test_Input/"),
         # ImageNet and Tiny-ImageNet after their validation images are sorted
         (["train/{n01440764,n01443537}/images/3*.JPEG", "train/{n01440764,n01443537}/boxes.txt",
-          "val/{n01440764,n01443537}/3*.JPEG"], "n01440764 n01443537", (6, 0, 6), "val/"),
+          "val/{n01440764,n01443537}/3*.JPEG", "test/3*.JPEG"], "n01440764 n01443537", (6, 0, 6), "val/"),
         # Class folders alone: EuroSAT, classes that are named like a split, classes with subfolders
         (["{Forest,River}/3*.jpg", "{train,test,validation}.csv", "label_map.json"], "Forest River", (4, 0, 2), MADE),
         (["{bus,train,car}/3*.jpg"], "bus car train", (5, 0, 4), MADE),
@@ -82,6 +84,7 @@ MADE = "a split of 40 %"
           "dogs/SYNOPHOTO_THUMB_XL.jpg", "{$RECYCLE.BIN,lost+found,@eaDir,#recycle}/3*.jpg", "cats/._0.jpg"],
          "cats dogs", (4, 0, 2), MADE),
         ([CD, "runs/{default,two}/preview.png"], "cats dogs", (4, 0, 2), MADE),
+        ([CD, "env/{pyvenv.cfg,bin/python,share/logo.png}", "web/node_modules/3*.png"], "cats dogs", (4, 0, 2), MADE),
         ([CD, "runs/a/b/{attempts/0001.json,x.png}", "cats/mine/{x.png,.regraft}"], "cats dogs", (4, 0, 2), MADE),
         ([f"train/{CD}", f"val/{CD}", "train/runs/default/{preview.png,.regraft}"], "cats dogs", (6, 0, 6), "val/"),
         # Folders without images are no classes
@@ -123,6 +126,9 @@ def test_layout_is_read(
         ([CD, "cats/cats/3*.jpg"], "cats/cats/ has the name of the class cats/"),
         ([CD, "New folder (2)/3*.jpg"], "has the name of a new folder"),
         ([CD, "Ground_Truth/3*.png"], "Ground_Truth/ looks like masks or labels"),
+        (["ISIC_Training_Data/3*.jpg", "ISIC_Training_GroundTruth/3*.png"], "GroundTruth/ looks like masks"),
+        (["ISIC_2018_Training_Input/3*.jpg", "ISIC_2018_Test_Input/3*.jpg"], "look like splits of a dataset"),
+        ([CD, "docs/images/3*.png"], "docs/ looks like a folder of a project"),
         ([CD, "{cats,dogs}/masks/3*.png"], "cats/masks/ looks like masks or labels"),
         ([CD, "cats/3*_mask_1.png"], "cats/ holds 3 files named as masks of other images, such as 0_mask_1.png"),
         ([CD, "test/3*.jpg"], "test/ looks like a split of a dataset without class folders"),
@@ -164,6 +170,7 @@ def test_layout_is_read(
         (["{cat,c\u200bat,dog}/3*.jpg"], "differ only in invisible characters"),
         (["{cat,\u0441\u0430t,dog}/3*.jpg"], "look the same"),
         (["{hot dog,hot_dog,pizza}/3*.jpg"], "differ only in spaces, hyphens and underscores"),
+        (["{cat,ｃat,dog}/3*.jpg"], r"uff43at' differ only in .* look the same"),
         (["{1,01.0,2}/3*.jpg"], "differ only in how the number is written"),
         (["train/{cat,dog}/3*.jpg", "val/{Cat,dog}/3*.jpg"], "'Cat' and 'cat' differ only in upper"),
         # Folders without images where it matters
@@ -215,6 +222,12 @@ def test_output_of_regraft_is_no_data(tmp_path: Path) -> None:
     # run.dir is the folder of the dataset
     build(root, f"{ATTEMPTS}/0001.json", "checkpoints/step/model.safetensors", "logs/plot.png", "earlier-1-x/model.png")
     assert read(root).classes == index.classes
+
+
+def test_class_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
+    build(tmp_path, CD, "birds/3*.jpg", f"dogs/{ATTEMPTS}/0001.json", "dogs/curves.png")
+    with pytest.raises(UserError, match=r"dogs: holds a run of regraft and 3 other images, such as 0\.jpg"):
+        read(tmp_path)
 
 
 def test_letters_may_differ_in_case(tmp_path: Path) -> None:

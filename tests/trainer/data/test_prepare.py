@@ -121,7 +121,7 @@ def test_progress_is_reported_and_results_are_saved_in_the_configured_cache(tmp_
     data = config(make_small_folder(tmp_path / "data"), cache=str(tmp_path / "cache"))
     prepare(data, workers=1, displays=ProgressHooks(checking=show))
     assert (events[0], *events[-2:]) == ("open", (12, 12), "closed")
-    assert len(list((tmp_path / "cache" / "verdicts").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "validation").iterdir())) == 1
 
 
 def test_options_are_passed_to_the_index(tmp_path: Path) -> None:
@@ -153,3 +153,14 @@ def test_fingerprint_depends_on_the_examples_but_not_on_the_folder(
     assert first != fingerprint(tmp_path / "other")
     (tmp_path / "one" / "val" / "a" / "000.png").unlink()
     assert first != fingerprint(tmp_path / "one"), "the best epoch is selected on these"
+
+
+def test_images_of_two_splits_or_classes_are_named(tmp_path: Path) -> None:
+    root = make_small_folder(tmp_path)
+    assert not any("content of" in note for note in prepare(config(root), workers=1).notes)
+    (root / "val/a/again.png").write_bytes((root / "train/a/000.png").read_bytes())
+    (root / "train/b/as a.png").write_bytes((root / "train/a/001.png").read_bytes())
+    repeated, conflict = [note for note in prepare(config(root), workers=1).notes if "content of" in note]
+    assert repeated.startswith("WARNING: images to report on with the content of a training image")
+    assert repeated.endswith(f": 1 of 5, such as {root}/val/a/again.png and {root}/train/a/000.png")
+    assert conflict.endswith(f"another class: 1, such as {root}/train/b/as a.png (b) and {root}/train/a/001.png (a)")

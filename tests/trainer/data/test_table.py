@@ -120,7 +120,15 @@ def test_invalid_rows_are_listed_by_line(tmp_path: Path) -> None:
         ("path,label,path\na1.jpg,a,a1.jpg\n", "several columns may be the path: path, path"),
         ("image,class,category\n", r"several columns may be the label: class, category.*data\.csv_columns"),
         ("filename,width\na1.jpg,1\n", r"no column for the label is recognized\. .*\{path: filename, label: CLASS\}"),
-        ("filename,cat,dog\na1.jpg,1,0\n", "no column for the label is recognized; if each class has a column"),
+        ("gs://bucket/a1.jpg,a\n", "The first line seems to be a row: put a line with the names"),
+        ("path,label,split\na1.jpg,a,0\na2.jpg,a,1\n", "line 2: the split is '0', expected train, val or test"),
+        (
+            "path,label,type,stage\na1.jpg,a,train,train\na2.jpg,a,val,val\n",
+            "several columns may be the split: type, st",
+        ),
+        ("path,label\nx/deep/a1.jpg,a\n", r"a1\.jpg exists, but in another folder: correct the paths"),
+        ("path,label\nhttp://x.org/a1.jpg,a\n", r"(?s)a URL, but images must be files.*set data\.csv_root to "),
+        ("filename,cat,dog\na1.jpg,1,0\na2.jpg,1,1\n", r"line 3: no column for .* 2 of these classes \(cat, dog\)"),
         ("path,label\n", "there are no rows after the header"),
         (
             "path,label\n" + "".join(f"gone{i}.jpg,a\n" for i in range(25)),
@@ -129,8 +137,8 @@ def test_invalid_rows_are_listed_by_line(tmp_path: Path) -> None:
         ("path,label\na1.jpg,a\na2.jpg,a \nb1.jpg,b\n", "the classes 'a' and 'a ' differ only in spaces"),
         ("path,label,split\na1.jpg,a,test\n", "no row has the split train"),
         (
-            'path,label\na1.jpg,nan\na2.jpg,\na3.jpg,"  "\n',
-            r"(?s)line 2: the label is nan, .*3: .*empty.*4: .* of spaces",
+            'path,label\na1.jpg,#N/A\na2.jpg,\na3.jpg,"  "\n',
+            r"(?s)line 2: the label is #N/A, .*3: .*empty.*4: .* of spaces",
         ),
         ("path,label\na1.jpg ,a\n", r"no such file: '.*/a1\.jpg ' \(the path begins .* one without the spaces\)"),
         ("path,label\nC:\\data\\a1.jpg,a\n", r"C:\\data\\a1\.jpg \(a path of Windows"),
@@ -170,6 +178,16 @@ IDS = "id;breed\na1;a\na2;a\nb1;b\nb2;b\n"
         (IDS, {"suffix": ".jpg"}, "path: id, label: breed"),
         (IDS, {"suffix": ".jpg", "root": ".."}, "4 images"),  # found by name below the folder
         ("x,y,z\na1.jpg,,a\na2.jpg,,a\nb1.jpg,,b\nb2.jpg,,b\n", {"columns": {"path": "x", "label": "Z"}}, "ignored: y"),
+        # columns of one-hot labels: Roboflow, ISIC
+        ("filename, a, b\na1.jpg, 1, 0\na2.jpg, 1, 0\nb1.jpg, 0, 1\nb2.jpg, 0, 1\n", {}, "that are classes: a, b"),
+        ("image,a,c,b\na1,1.0,0.0,0.0\na2,1.0,0.0,0.0\nb1,0.0,0.0,1.0\nb2,0.0,0.0,1.0\n", {"suffix": ".jpg"}, "a, c"),
+        # spaces; commas in a header with semicolons; empty fields and rows
+        ("path label\na1.jpg a\na2.jpg a\nb1.jpg b\nb2.jpg b\n", {}, "4 images"),
+        ("path;label;size (w,h,d,e)\na1.jpg;a;0,5\na2.jpg;a;1,5\nb1.jpg;b;2\nb2.jpg;b;3,5\n", {}, "size (w,h,d,e)"),
+        ("path,label,,\na1.jpg,a\na2.jpg,a,\nb1.jpg,b,,\n,,\nb2.jpg,b,,,,\n", {}, "4 images"),
+        # paths of another machine
+        ("path,label\n/x/img/a1.jpg,a\n/x/img/a2.jpg,a\n/x/img/b1.jpg,b\n/x/img/b2.jpg,b\n", {"root": "."}, "4 images"),
+        ("path,label\nC:\\x\\a1.jpg,a\nC:\\x\\a2.jpg,a\nC:\\x\\b1.jpg,b\nC:\\x\\b2.jpg,b\n", {"root": "../img"}, "4 i"),
         ("id,label,dataset\na1.jpg,a,rosendahl\na2.jpg,a,vidir\nb1.jpg,b,x\nb2.jpg,b,y\n", {}, "ignored: dataset"),
     ],
 )  # fmt: skip
@@ -192,6 +210,42 @@ def test_splits_of_a_csv_have_any_common_spelling(tmp_path: Path) -> None:
     index = read(make_csv(tmp_path, "filepaths,labels,data set\n" + "\n".join(rows)))
     assert [names(split) for split in (index.train, index.val, index.test)] == [["a1", "b1"], ["a2", "b2"], ["a3"]]
     assert any("split has no labels, ignored: 1" in note for note in index.notes)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "sizes", "note"),
+    [
+        ("is_valid", "False False True False False True", (4, 0, 2), "is_valid marks val"),  # fastai
+        ("is_train", "1 1 0 1 1 0", (4, 0, 2), "is_train marks train"),
+        ("is_val,is_test", "0,0 1,0 0,1 0,0 1,0 0,1", (2, 2, 2), "is_val marks val, is_test marks test"),
+        ("partition", "0 0 1 0 0 2", (4, 1, 1), "0 is train, 1 is val, 2 is test"),  # CelebA
+        ("set", "1.0 1.0 2.0 1.0 1.0 3.0", (4, 1, 1), "1.0 is train, 2.0 is val, 3.0 is test"),
+        ("ML use", "TRAIN TRAIN VALIDATE TRAIN TRAIN TEST", (4, 1, 1), "split: ML use"),
+        # an image that is not damaged; folds
+        ("is_valid", "1 1 1 1 0 1", (4, 0, 2), "ignored: is_valid"),
+        ("fold", "0 1 2 0 1 2", (4, 0, 2), "ignored: fold"),
+    ],
+)
+def test_split_is_found_by_the_values_of_a_column(
+    tmp_path: Path, column: str, values: str, sizes: tuple[int, ...], note: str
+) -> None:
+    images = ["a1", "a2", "a3", "b1", "b2", "b3"]
+    rows = "".join(f"{name}.jpg,{name[0]},{value}\n" for name, value in zip(images, values.split(), strict=True))
+    index = read(make_csv(tmp_path, f"path,label,{column}\n{rows}"))
+    assert (len(index.train), len(index.val), len(index.test)) == sizes
+    assert any(note in text for text in index.notes)
+
+
+def test_paths_of_another_machine_have_one_root(tmp_path: Path) -> None:
+    for name in ("cats/1.jpg", "dogs/1.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    file = make_csv(tmp_path, "path,label\n/content/cats/1.jpg,a\n/content/dogs/1.jpg,b\n", images="")
+    assert [Path(row.path).parent.name for row in read_table(file, TableFormat(root="."))[0]] == ["cats", "dogs"]
+    with pytest.raises(UserError, match=r"line 3: no such file: /content/dogs/1\.jpg"):
+        read_table(file, TableFormat(root="cats"))
+    with pytest.raises(UserError, match=rf"cats/1\.jpg exists: set data\.csv_root to {tmp_path}\n"):
+        read_table(file)
 
 
 def test_no_split_divides_a_group(tmp_path: Path) -> None:

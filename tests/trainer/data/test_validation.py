@@ -71,7 +71,7 @@ def check(paths: list[str], cache: Path, *, workers: int = 2) -> dict[str, str]:
 
 
 def files(cache: Path) -> list[Path]:
-    return sorted((cache / "verdicts").iterdir())
+    return sorted((cache / "validation").iterdir())
 
 
 @pytest.mark.parametrize("workers", [0, 3])

@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,12 @@ from accelerate.utils import DistributedType
 from regraft.contract import available_cores
 from trainer.distributed import context
 from trainer.distributed.context import DistributedContext, init_distributed, leave_process_group_env
-from trainer.distributed.launch_checks import check_accelerate_variables, check_process_group, read_process_group
+from trainer.distributed.launch_checks import (
+    check_accelerate_variables,
+    check_process_group,
+    check_threads,
+    read_process_group,
+)
 from trainer.distributed.precision import choose_precision
 from trainer.errors import UserError
 
@@ -155,6 +161,10 @@ def test_variables_of_a_launcher(environment: dict[str, str], error: str | None)
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "4"),
         ("ACCELERATE_DYNAMO_BACKEND", ("", "NO", "no"), "INDUCTOR"),
         ("ACCELERATE_MIXED_PRECISION", ("no", "bf16", "fp16"), "fp8"),
+        ("ACCELERATE_MIXED_PRECISION", (), "foo"),
+        ("ACCELERATE_TORCH_DEVICE", ("", " "), "cuda:7"),
+        ("ACCELERATE_USE_CPU", ("", "true", "0", "No"), "foo"),
+        ("ACCELERATE_DEBUG_MODE", ("1",), "abc"),
     ],
 )
 def test_settings_of_accelerate_that_change_a_run_are_refused(
@@ -164,6 +174,31 @@ def test_settings_of_accelerate_that_change_a_run_are_refused(
         check_accelerate_variables({variable: value})
     with pytest.raises(UserError, match=f"{variable} is '{refused}'"):
         check_accelerate_variables({variable: refused})
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron-LM", "a parallelism config"])
+def test_another_kind_of_parallelism_is_refused(name: str) -> None:
+    variable = f"ACCELERATE_USE_{name.removeprefix('a ').upper().replace('-', '_').replace(' ', '_')}"
+    check_accelerate_variables({variable: "false"})
+    with pytest.raises(UserError, match=f"accelerate is set to {name} .{variable}=true.*plain data parallelism"):
+        check_accelerate_variables({variable: "true"})
+
+
+def test_number_of_threads_of_openmp() -> None:
+    for value, expected in (("4", "4"), ("4,3,2", "4"), ("", None), (" 2 ", "2")):
+        environment = {"OMP_NUM_THREADS": value}
+        check_threads(environment)
+        assert environment.get("OMP_NUM_THREADS") == expected
+    for value in ("abc", "-1", "4,x", "1.5"):
+        with pytest.raises(UserError, match=f"OMP_NUM_THREADS is '{value}', expected a number of threads"):
+            check_threads({"OMP_NUM_THREADS": value})
+
+
+def test_errors_of_accelerate_are_user_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_NEW_OPTION", "1")
+    monkeypatch.setattr(context, "Accelerator", Mock(side_effect=ImportError("NewParallel is not installed")))
+    with pytest.raises(UserError, match=r"NewParallel is not installed.*ACCELERATE_NEW_OPTION"):
+        init_distributed(device="cpu", precision="fp32", threads=1)
 
 
 @pytest.mark.parametrize(

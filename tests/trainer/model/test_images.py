@@ -154,8 +154,8 @@ def test_an_unreadable_image_is_an_error_with_its_path(preprocess: Preprocess, t
         with pytest.raises(UserError) as error:
             preprocess(tmp_path / name)
         assert str(error.value) == f"{tmp_path / name}: {reason}; expected an image file"
-    with pytest.raises(UserError, match="the image: floating-point values"):
-        preprocess(Image.fromarray(np.full((4, 4), 7.0, dtype=np.float32)))
-    for content, reason in ((b"", "an empty file"), (b"hello", "a text file, not an image")):
+    with pytest.raises(UserError, match="the image: gray values that are not finite"):
+        preprocess(Image.fromarray(np.full((4, 4), np.nan, dtype=np.float32)))
+    for content, reason in ((b"", "empty"), (b"hello", "a text file, not an image")):
         with pytest.raises(UserError, match=rf"^images\[1\]: {reason}"):
             preprocess([make_image(1), content])

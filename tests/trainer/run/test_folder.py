@@ -21,6 +21,7 @@ from trainer.run.folder import (
     archive_run,
     check_resumable,
     check_visible,
+    choose_folder,
     holds_run,
     saved_precision,
     saving_to,
@@ -287,3 +288,45 @@ def test_a_folder_that_cannot_be_written_is_refused(
     assert refusal(folder, resume=resume) == expected
     with pytest.raises(UserError, match=r"could not be saved .*resumes from there"), saving_to(folder):
         denied()
+
+
+def choose(folder: Path, config: str = FIRST) -> str:
+    chosen, message = choose_folder(folder, config, ignored={"train.precision"})
+    assert (message is None) == (chosen == folder)
+    assert message is None or re.fullmatch(
+        rf"run\.dir is not set, and {folder} holds .*: this run is in {chosen}", message
+    )
+    return chosen.name.removeprefix(folder.name)
+
+
+def test_each_config_has_its_own_default_folder(folder: Path) -> None:
+    third = FIRST.replace("0.1", "0.3")
+    assert choose(folder) == ""
+    make_finished_run(folder)
+    assert [choose(folder, config) for config in (FIRST, OTHER, third)] == ["", "-2", "-2"]
+    make_finished_run(folder.with_name(f"{folder.name}-2"), OTHER)
+    assert [choose(folder, config) for config in (FIRST, OTHER, third)] == ["", "-2", "-3"]
+    make_finished_run(folder.with_name(f"{folder.name}-3"), third)
+    assert [choose(folder, config) for config in (FIRST, OTHER, third)] == ["", "-2", "-3"]
+
+
+@pytest.mark.parametrize(
+    ("key", "same"),
+    [("data.root", False), ("run.seed", False), ("run.device", True), ("train.precision", True), ("run.resume", True)],
+)
+def test_another_data_set_has_another_default_folder(key: str, same: bool, folder: Path) -> None:
+    make_finished_run(folder, DEFAULT)
+    assert choose(folder, edited(key)) == ("" if same else "-2")
+
+
+def test_default_folders_that_are_not_used(folder: Path) -> None:
+    start(folder)
+    write_attempt(folder, state="failed", step=0)
+    assert choose(folder, OTHER) == "", "a start without results may be followed by another one"
+    write_attempt(folder, state="running", step=0)
+    assert (choose(folder, FIRST), choose(folder, OTHER)) == ("", "-2"), "it may still run"
+    (folder / CONFIG).write_text(HEADER + "[damaged")
+    assert choose(folder) == "-2"
+    (folder / CONFIG).unlink()
+    (folder / MODEL).write_text("somebody's")
+    assert choose(folder) == "-2"
