@@ -1,14 +1,11 @@
 """The runs in one folder, such as `runs/`: the state of each, and the options in which they differ."""
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from regraft import yaml_file
+from regraft.contract import ATTEMPTS, CONFIG, JOB_ID
 
-from regraft.contract import ATTEMPTS, CONFIG, JOB_ID, read_file
-
-_MAX_CONFIG_BYTES = 1 << 20
 _NOT_COMPARED = ("run.dir", "run.resume")
 
 
@@ -30,15 +27,7 @@ def differing_options(runs: list[Path]) -> list[str]:
 def _read_config(run: Path) -> dict[str, Any]:
     """Return the options of a run by their dotted names; empty if its config cannot be read."""
     try:
-        values = yaml.safe_load(read_file(run / CONFIG, max_bytes=_MAX_CONFIG_BYTES))
-        return dict(_flatten(values)) if isinstance(values, dict) else {}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        values = yaml_file.load(run / CONFIG)
+    except yaml_file.ERRORS:
         return {}
-
-
-def _flatten(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return dict(yaml_file.flatten(values)) if isinstance(values, dict) else {}

@@ -3,6 +3,7 @@
 import re
 import stat
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def load(path: Path) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each option of a config under its dotted name, as `optim.lr`."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _read(path: Path) -> str:

@@ -25,11 +25,12 @@ import socket
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from safetensors import SafetensorError
 
+from regraft import yaml_file
 from regraft.contract import (
     ATTEMPTS,
     BASELINE,
@@ -241,7 +242,7 @@ def saved_precision(folder: Path) -> Literal["fp32", "bf16", "fp16"] | None:
     try:
         if not (folder / CONFIG).read_bytes().startswith(HEADER.encode()) or not has_checkpoint(folder):
             return None
-        options = dict(_flatten(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))))
+        options = dict(yaml_file.flatten(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))))
     except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, RecursionError):
         return None  # `check_resumable` reports what is wrong with the file
     precision = options.get("train.precision")
@@ -266,9 +267,9 @@ def _archive_path(folder: Path) -> Path:
 
 def _differences(saved: Path, config: str, may_change: Set[str] = _MAY_CHANGE) -> Iterator[str]:
     """Yield a line for each option that differs between a saved config and this run's, and may not change."""
-    after = dict(_flatten(yaml.safe_load(config)))
+    after = dict(yaml_file.flatten(yaml.safe_load(config)))
     try:
-        before = dict(_flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))))
+        before = dict(yaml_file.flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{saved}: damaged ({' '.join(str(error).split())}). Restore the file, or --run.resume never, which "
@@ -290,14 +291,6 @@ def _is_greater(before: object, after: object) -> bool:
 def _is_more_patient(before: object, after: object) -> bool:
     """Return whether early stopping is turned off, or waits longer than before."""
     return isinstance(before, int) and (after is None or _is_greater(before, after))
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 @contextmanager
