@@ -1,4 +1,11 @@
-"""Training speed of regraft and of other programs: paired runs, median ratios with an interval, and an A/A control."""
+"""Training speed of regraft and of other programs: paired runs, median ratios with an interval, and an A/A control.
+
+    pip install -e '.[bench]'
+    python -m benchmarks peers --pairs 5
+    python -m benchmarks peers --ours regraft:fp32 --peers d2l_loop:fp32 accelerate_loop:fp32     # equal arithmetic
+
+Each run is a fresh process. A program whose package is not installed is left out.
+"""
 
 import argparse
 import importlib.metadata

@@ -1,11 +1,17 @@
 """accelerate's computer-vision example: everything prepared by `Accelerator`, its own sharding of the loaders."""
 
-import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
 
-from benchmarks.peers.common import Recorder, accuracy, image_folders, read_settings, torchvision_model
+from benchmarks.peers.common import (
+    Recorder,
+    accuracy,
+    image_folders,
+    loaders,
+    read_settings,
+    recipe_optimizer,
+    torchvision_model,
+)
 
 
 def main() -> None:
@@ -16,16 +22,8 @@ def main() -> None:
     )
     train, val = image_folders(settings)
     model, backbone, head = torchvision_model(settings, len(train.classes))
-    optimizer = torch.optim.SGD(
-        [{"params": backbone}, {"params": head, "lr": 10 * settings.lr}], lr=settings.lr, weight_decay=1e-3
-    )
-    workers = {"num_workers": settings.workers, "persistent_workers": settings.workers > 0}
-    model, optimizer, train_batches, val_batches = accelerator.prepare(
-        model,
-        optimizer,
-        DataLoader(train, batch_size=settings.batch_size, shuffle=True, **workers),
-        DataLoader(val, batch_size=settings.batch_size, **workers),
-    )
+    optimizer = recipe_optimizer(settings, backbone, head)
+    model, optimizer, train_batches, val_batches = accelerator.prepare(model, optimizer, *loaders(settings, train, val))
     loss_of = nn.CrossEntropyLoss()
     recorder = Recorder(settings)
     for _ in range(settings.epochs):

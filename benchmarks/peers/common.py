@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, models, transforms
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -88,6 +89,23 @@ def image_folders(settings: Settings) -> tuple[datasets.ImageFolder, datasets.Im
     )
     train = datasets.ImageFolder(settings.data_root / "train", evaluated if settings.fixed_views else augmented)
     return train, datasets.ImageFolder(settings.data_root / "val", evaluated)
+
+
+def loaders(settings: Settings, train: Dataset[Any], val: Dataset[Any]) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Return PyTorch's loaders of (train, val)."""
+    workers = {"num_workers": settings.workers, "persistent_workers": settings.workers > 0}
+    return (
+        DataLoader(train, batch_size=settings.batch_size, shuffle=True, **workers),
+        DataLoader(val, batch_size=settings.batch_size, **workers),
+    )
+
+
+def recipe_optimizer(
+    settings: Settings, backbone: list[nn.Parameter], head: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Return SGD with 10 times the learning rate for the head, as in the D2L recipe."""
+    groups = [{"params": backbone}, {"params": head, "lr": 10 * settings.lr}]
+    return torch.optim.SGD(groups, lr=settings.lr, weight_decay=1e-3)
 
 
 def torchvision_model(settings: Settings, classes: int) -> tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]]:

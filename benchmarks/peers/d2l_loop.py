@@ -6,9 +6,16 @@ channels_last.
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from benchmarks.peers.common import Recorder, accuracy, image_folders, read_settings, torchvision_model
+from benchmarks.peers.common import (
+    Recorder,
+    accuracy,
+    image_folders,
+    loaders,
+    read_settings,
+    recipe_optimizer,
+    torchvision_model,
+)
 
 
 def main() -> None:
@@ -19,12 +26,8 @@ def main() -> None:
     model.to(settings.device)
     if settings.precision == "bf16":
         model.to(memory_format=torch.channels_last)
-    workers = {"num_workers": settings.workers, "persistent_workers": settings.workers > 0}
-    train_batches = DataLoader(train, batch_size=settings.batch_size, shuffle=True, **workers)
-    val_batches = DataLoader(val, batch_size=settings.batch_size, **workers)
-    optimizer = torch.optim.SGD(
-        [{"params": backbone}, {"params": head, "lr": 10 * settings.lr}], lr=settings.lr, weight_decay=1e-3
-    )
+    train_batches, val_batches = loaders(settings, train, val)
+    optimizer = recipe_optimizer(settings, backbone, head)
     loss_of = nn.CrossEntropyLoss()
     recorder = Recorder(settings)
     for _ in range(settings.epochs):

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.peers.common import Recorder, accuracy, image_folders, read_settings, torchvision_model
+from benchmarks.peers.common import (
+    Recorder,
+    accuracy,
+    image_folders,
+    loaders,
+    read_settings,
+    recipe_optimizer,
+    torchvision_model,
+)
 
 
 class WithLoss(nn.Module):
@@ -50,10 +58,8 @@ def main() -> None:
     settings = read_settings()
     train, val = image_folders(settings)
     model, backbone, head = torchvision_model(settings, len(train.classes))
-    optimizer = torch.optim.SGD(
-        [{"params": backbone}, {"params": head, "lr": 10 * settings.lr}], lr=settings.lr, weight_decay=1e-3
-    )
-    val_batches = torch.utils.data.DataLoader(val, batch_size=settings.batch_size, num_workers=settings.workers)
+    optimizer = recipe_optimizer(settings, backbone, head)
+    _, val_batches = loaders(settings, train, val)
 
     def evaluate() -> float:
         model.eval()

@@ -3,9 +3,8 @@
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from benchmarks.peers.common import Recorder, image_folders, read_settings, torchvision_model
+from benchmarks.peers.common import Recorder, image_folders, loaders, read_settings, recipe_optimizer, torchvision_model
 
 
 class Classifier(lightning.LightningModule):
@@ -50,9 +49,7 @@ def main() -> None:
     settings = read_settings()
     train, val = image_folders(settings)
     model, backbone, head = torchvision_model(settings, len(train.classes))
-    optimizer = torch.optim.SGD(
-        [{"params": backbone}, {"params": head, "lr": 10 * settings.lr}], lr=settings.lr, weight_decay=1e-3
-    )
+    optimizer = recipe_optimizer(settings, backbone, head)
     trainer = lightning.Trainer(
         max_epochs=settings.epochs,
         precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
@@ -64,12 +61,7 @@ def main() -> None:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    workers = {"num_workers": settings.workers, "persistent_workers": settings.workers > 0}
-    trainer.fit(
-        Classifier(model, optimizer, Recorder(settings), len(train)),
-        DataLoader(train, batch_size=settings.batch_size, shuffle=True, **workers),
-        DataLoader(val, batch_size=settings.batch_size, **workers),
-    )
+    trainer.fit(Classifier(model, optimizer, Recorder(settings), len(train)), *loaders(settings, train, val))
 
 
 if __name__ == "__main__":
