@@ -1,13 +1,14 @@
 """Transforms from a decoded image to the model's input.
 
-The randomness of a transform belongs to the example: PyTorch's generator is seeded from (seed, epoch, example) while
-it runs, so the crop is the same in every process and worker. Transforms take and return PIL images, whose resize is
-antialiased, as in the D2L recipe. Batches are converted to floats and normalized on the device (`Normalize`).
+The randomness of a transform belongs to the example: its generator is seeded from (seed, epoch, example), so the crop
+is the same in every process, worker and thread. Every resize is antialiased, as in the D2L recipe. Batches are
+converted to floats and normalized on the device (`Normalize`).
 """
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,14 +18,17 @@ from torchvision.transforms import InterpolationMode, v2
 
 from trainer.data.normalization import find_wrong_normalization
 
-Transform = Callable[[Image.Image], Image.Image]
 Augmentation = Literal["basic", "none", "trivialaugment", "randaugment", "augmix"]
 
-_POLICIES: dict[str, Callable[[InterpolationMode], torch.nn.Module]] = {
-    "trivialaugment": lambda mode: v2.TrivialAugmentWide(interpolation=mode),
-    "randaugment": lambda mode: v2.RandAugment(interpolation=mode),
-    "augmix": lambda mode: v2.AugMix(interpolation=mode),
-}
+_POLICIES = {"trivialaugment": v2.TrivialAugmentWide, "randaugment": v2.RandAugment, "augmix": v2.AugMix}
+_global_generator = threading.Lock()
+
+
+class Transform(Protocol):
+    """Maps a decoded image to an image of the model's size."""
+
+    def __call__(self, image: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """Return uint8 [S, S, 3] of an RGB image, uint8 [H, W, 3], which may be a read-only view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,54 +77,73 @@ class Preprocessing:
         return InterpolationMode(self.interpolation)
 
 
-def eval_transform(preprocessing: Preprocessing) -> Transform:
-    """Return the transform for evaluation: resize and central crop to [image_size, image_size]."""
-    size = preprocessing.resize_size
-    target = [size, size] if preprocessing.resize == "squash" else [size]
-    return v2.Compose(
-        [v2.Resize(target, interpolation=preprocessing.mode, antialias=True), v2.CenterCrop(preprocessing.image_size)]
-    )
+class EvalTransform:
+    """Resize and central crop to [image_size, image_size], by Pillow."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        size = preprocessing.resize_size
+        target = [size, size] if preprocessing.resize == "squash" else [size]
+        self._transform = v2.Compose(
+            [
+                v2.Resize(target, interpolation=preprocessing.mode, antialias=True),
+                v2.CenterCrop(preprocessing.image_size),
+            ]
+        )
+
+    def __call__(self, image: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
+        """Return uint8 [image_size, image_size, 3]; nothing is drawn from the generator."""
+        return np.asarray(self._transform(Image.fromarray(image)))
 
 
-def train_transform(
-    preprocessing: Preprocessing, augment: Augmentation, crop_scale: tuple[float, float], *, random_erasing: float = 0.0
-) -> Transform:
-    """Return the random transform for training, to [image_size, image_size].
+class TrainTransform:
+    """Random crop and flip to [image_size, image_size], then a policy and random erasing.
 
-    `random_erasing` is the probability that a rectangle is set to the mean, which normalization maps to 0.
+    torchvision draws from PyTorch's global generator. It is seeded while the transform runs, and restored.
     """
-    transform = _augment(preprocessing, augment, crop_scale)
-    if not random_erasing:
-        return transform
-    mean = [min(255, max(0, round(255 * value))) for value in preprocessing.mean]
-    # torchvision's defaults are those of Zhong et al. 2020, except for the largest area: 1/3 of the image, not 0.4.
-    return v2.Compose([transform, v2.RandomErasing(random_erasing, value=mean)])  # type: ignore[arg-type]
 
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        augment: Augmentation,
+        crop_scale: tuple[float, float],
+        *,
+        random_erasing: float = 0.0,
+    ) -> None:
+        """Create the transform.
 
-def _augment(preprocessing: Preprocessing, augment: Augmentation, crop_scale: tuple[float, float]) -> Transform:
-    if augment == "none":
-        return eval_transform(preprocessing)
-    steps: list[torch.nn.Module] = [
-        v2.RandomResizedCrop(
-            preprocessing.image_size, scale=crop_scale, interpolation=preprocessing.mode, antialias=True
-        ),
-        v2.RandomHorizontalFlip(),
-    ]
-    if augment != "basic":
-        steps.append(_POLICIES[augment](preprocessing.mode))
-    return v2.Compose(steps)
+        Args:
+            preprocessing: size, interpolation, and the mean that erased pixels are set to.
+            augment: steps of the transform; "none" resizes and crops as evaluation does.
+            crop_scale: smallest and largest area of the crop, as fractions of the image.
+            random_erasing: probability that a rectangle is set to the mean, which normalization maps to 0.
 
+        """
+        self._resize = EvalTransform(preprocessing) if augment == "none" else None
+        mode = preprocessing.mode
+        steps: list[torch.nn.Module] = []
+        if self._resize is None:
+            size = preprocessing.image_size
+            steps = [
+                v2.RandomResizedCrop(size, scale=crop_scale, interpolation=mode, antialias=True),
+                v2.RandomHorizontalFlip(),
+            ]
+        if augment in _POLICIES:
+            steps.append(_POLICIES[augment](interpolation=mode))
+        if random_erasing:
+            mean = [min(255.0, max(0.0, round(255 * value))) for value in preprocessing.mean]
+            # The defaults are those of Zhong et al. 2020, except for the largest area: 1/3 of the image, not 0.4.
+            steps.append(v2.RandomErasing(random_erasing, value=mean))  # type: ignore[arg-type]
+        self._random = v2.Compose(steps) if steps else None
 
-def apply_seeded(transform: Transform, image: Image.Image, seed: int) -> Image.Image:
-    """Return `transform(image)` with randomness from `seed`; the state of PyTorch's generator is preserved."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return transform(image)
-
-
-def to_array(image: Image.Image) -> np.ndarray:
-    """Return an RGB image as uint8 [height, width, 3]."""
-    return np.asarray(image)
+    def __call__(self, image: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """Return uint8 [image_size, image_size, 3]."""
+        if self._resize is not None:
+            image = self._resize(image)
+        if self._random is None:
+            return image
+        with _global_generator, torch.random.fork_rng(devices=[]):
+            torch.default_generator.set_state(generator.get_state())
+            return np.asarray(self._random(Image.fromarray(image)))
 
 
 class Normalize:
