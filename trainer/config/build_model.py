@@ -65,7 +65,7 @@ def make_model(
         require_linear(built.model, built.heads[0], config.data.image_size)
     if config.transfer.batch_norm == "sync" and world_size > 1:
         built = replace(built, model=nn.SyncBatchNorm.convert_sync_batchnorm(built.model))
-    if config.train.channels_last:
+    if config.train.uses_channels_last:
         built.model.to(memory_format=torch.channels_last)
     stages = make_stages(config.transfer.trainable, built.model, built.heads, built.layer_order)
     apply_stage(built.model, stages[0], config.transfer.batch_norm)
