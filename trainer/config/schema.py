@@ -290,6 +290,8 @@ class TrainConfig:
     """Precision of forward and backward; auto chooses bf16 or fp16 on a GPU and fp32 on a CPU."""
     channels_last: bool = True
     """Memory format channels_last for images and convolutions; results differ by rounding only."""
+    gradient_checkpointing: bool = False
+    """Gradient checkpointing: recompute the activations of each block in backward, which saves memory, takes longer and leaves results the same."""
     logs_per_epoch: int = 5
     """Logs per epoch: how often metrics are read from the device, shown and written."""
 
