@@ -290,6 +290,8 @@ class TrainConfig:
     """Precision of forward and backward; auto measures the first updates and takes the fastest that is accurate."""
     channels_last: bool | Literal["auto"] = "auto"
     """Memory format channels_last for images and convolutions; auto measures which is faster; results differ by rounding only."""
+    gradient_checkpointing: bool = False
+    """Gradient checkpointing: recompute the activations of each block in backward, which saves memory, takes longer and leaves results the same."""
     logs_per_epoch: int = 5
     """Logs per epoch: how often metrics are read from the device, shown and written."""
 

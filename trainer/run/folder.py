@@ -75,6 +75,7 @@ _MAY_CHANGE = frozenset(
         "data.on_changed",
         "transfer.strategy",  # a name for options, all of which are compared
         "train.grad_accum_steps",
+        "train.gradient_checkpointing",
         "train.logs_per_epoch",
         "checkpoint.every",
         "checkpoint.keep_last",
