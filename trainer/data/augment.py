@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from trainer.data.normalization import find_wrong_normalization
-from trainer.data.random_crop import flip, resized_crop, sample_crop, sample_erasing
+from trainer.data.random_crop import Box, flip, resized_crop, sample_crop, sample_erasing
 
 Augmentation = Literal["basic", "none", "trivialaugment", "randaugment", "augmix"]
 
@@ -117,11 +117,20 @@ class TrainTransform:
             random_erasing: probability that a rectangle is set to the mean, which normalization maps to 0.
 
         """
-        self._size, self._mode, self._crop_scale = preprocessing.image_size, preprocessing.mode, crop_scale
+        self.preprocessing, self.augment, self.random_erasing = preprocessing, augment, random_erasing
+        self.mean = [min(255, max(0, round(255 * value))) for value in preprocessing.mean]
+        """Red, green and blue of erased pixels, in 0 to 255."""
+        self._crop_scale = crop_scale
         self._resize = EvalTransform(preprocessing) if augment == "none" else None
-        self._policy = _POLICIES[augment](interpolation=self._mode) if augment in _POLICIES else None
-        self._random_erasing = random_erasing
-        self._mean = [min(255, max(0, round(255 * value))) for value in preprocessing.mean]
+        self._policy = _POLICIES[augment](interpolation=preprocessing.mode) if augment in _POLICIES else None
+
+    def sample(self, height: int, width: int, generator: torch.Generator) -> tuple[Box, bool, Box | None]:
+        """Return what is drawn for an image if `augment` is "basic": crop, whether to flip, and erased rectangle."""
+        return *sample_crop(height, width, self._crop_scale, generator), self._sample_erasing(generator)
+
+    def _sample_erasing(self, generator: torch.Generator) -> Box | None:
+        size = self.preprocessing.image_size
+        return sample_erasing(size, size, self.random_erasing, generator) if self.random_erasing else None
 
     def __call__(self, image: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Return uint8 [image_size, image_size, 3]."""
@@ -130,15 +139,14 @@ class TrainTransform:
         else:
             height, width, _ = image.shape
             box, flipped = sample_crop(height, width, self._crop_scale, generator)
-            image = resized_crop(image, box, self._size, self._mode)
+            image = resized_crop(image, box, self.preprocessing.image_size, self.preprocessing.mode)
             image = flip(image) if flipped else image
         if self._policy is not None:
             image = _apply_policy(self._policy, image, generator)
-        if self._random_erasing:
-            erased = sample_erasing(self._size, self._size, self._random_erasing, generator)
-            if erased is not None:
-                image = image.copy()  # the result of Pillow is read-only
-                image[erased.slices] = self._mean
+        erased = self._sample_erasing(generator)
+        if erased is not None:
+            image = image.copy()  # the result of Pillow is read-only
+            image[erased.slices] = self.mean
         return image
 
 
