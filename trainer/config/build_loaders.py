@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from trainer.config.resolve import ResolvedConfig, ResolvedDataConfig
-from trainer.data.augment import Normalize, Transform, eval_transform, train_transform
+from trainer.data.augment import EvalTransform, Normalize, TrainTransform, Transform
 from trainer.data.dataset import ImageDataset
 from trainer.data.index import DatasetIndex, Example
 from trainer.data.loader import Batch, TrainBatches, make_dataloader
@@ -23,9 +23,9 @@ from trainer.run.audit import with_audit
 from trainer.run.session import OpenRun
 
 
-def make_train_transform(data: ResolvedDataConfig) -> Transform:
+def make_train_transform(data: ResolvedDataConfig) -> TrainTransform:
     """Return the random transform of a training image."""
-    return train_transform(data.preprocessing, data.augment, data.crop_scale, random_erasing=data.random_erasing)
+    return TrainTransform(data.preprocessing, data.augment, data.crop_scale, random_erasing=data.random_erasing)
 
 
 def make_dataset(
@@ -55,7 +55,7 @@ def make_loader(
 
 def make_eval_loader(examples: Sequence[Example], config: ResolvedConfig, ctx: DistributedContext) -> DataLoader[Batch]:
     """Return this process's batches of one pass over examples, as they are evaluated."""
-    dataset = make_dataset(examples, eval_transform(config.data.preprocessing), config, ctx)
+    dataset = make_dataset(examples, EvalTransform(config.data.preprocessing), config, ctx)
     sampler = EvalBatchSampler(
         len(examples), batch_size=eval_batch_size(config, ctx), rank=ctx.rank, world_size=ctx.world_size
     )
