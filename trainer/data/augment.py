@@ -17,11 +17,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from trainer.data.normalization import find_wrong_normalization
+from trainer.data.random_crop import Box, flip, resized_crop, sample_crop, sample_erasing
 
 Augmentation = Literal["basic", "none", "trivialaugment", "randaugment", "augmix"]
 
 _POLICIES = {"trivialaugment": v2.TrivialAugmentWide, "randaugment": v2.RandAugment, "augmix": v2.AugMix}
 _global_generator = threading.Lock()
+"""Held by the thread whose policy draws from PyTorch's global generator."""
 
 
 class Transform(Protocol):
@@ -96,10 +98,7 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Random crop and flip to [image_size, image_size], then a policy and random erasing.
-
-    torchvision draws from PyTorch's global generator. It is seeded while the transform runs, and restored.
-    """
+    """Random crop and flip to [image_size, image_size], then a policy and random erasing."""
 
     def __init__(
         self,
@@ -118,32 +117,46 @@ class TrainTransform:
             random_erasing: probability that a rectangle is set to the mean, which normalization maps to 0.
 
         """
+        self.preprocessing, self.augment, self.random_erasing = preprocessing, augment, random_erasing
+        self.mean = [min(255, max(0, round(255 * value))) for value in preprocessing.mean]
+        """Red, green and blue of erased pixels, in 0 to 255."""
+        self._crop_scale = crop_scale
         self._resize = EvalTransform(preprocessing) if augment == "none" else None
-        mode = preprocessing.mode
-        steps: list[torch.nn.Module] = []
-        if self._resize is None:
-            size = preprocessing.image_size
-            steps = [
-                v2.RandomResizedCrop(size, scale=crop_scale, interpolation=mode, antialias=True),
-                v2.RandomHorizontalFlip(),
-            ]
-        if augment in _POLICIES:
-            steps.append(_POLICIES[augment](interpolation=mode))
-        if random_erasing:
-            mean = [min(255.0, max(0.0, round(255 * value))) for value in preprocessing.mean]
-            # The defaults are those of Zhong et al. 2020, except for the largest area: 1/3 of the image, not 0.4.
-            steps.append(v2.RandomErasing(random_erasing, value=mean))  # type: ignore[arg-type]
-        self._random = v2.Compose(steps) if steps else None
+        self._policy = _POLICIES[augment](interpolation=preprocessing.mode) if augment in _POLICIES else None
+
+    def sample(self, height: int, width: int, generator: torch.Generator) -> tuple[Box, bool, Box | None]:
+        """Return what is drawn for an image if `augment` is "basic": crop, whether to flip, and erased rectangle."""
+        return *sample_crop(height, width, self._crop_scale, generator), self._sample_erasing(generator)
+
+    def _sample_erasing(self, generator: torch.Generator) -> Box | None:
+        size = self.preprocessing.image_size
+        return sample_erasing(size, size, self.random_erasing, generator) if self.random_erasing else None
 
     def __call__(self, image: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Return uint8 [image_size, image_size, 3]."""
         if self._resize is not None:
             image = self._resize(image)
-        if self._random is None:
-            return image
-        with _global_generator, torch.random.fork_rng(devices=[]):
-            torch.default_generator.set_state(generator.get_state())
-            return np.asarray(self._random(Image.fromarray(image)))
+        else:
+            height, width, _ = image.shape
+            box, flipped = sample_crop(height, width, self._crop_scale, generator)
+            image = resized_crop(image, box, self.preprocessing.image_size, self.preprocessing.mode)
+            image = flip(image) if flipped else image
+        if self._policy is not None:
+            image = _apply_policy(self._policy, image, generator)
+        erased = self._sample_erasing(generator)
+        if erased is not None:
+            image = image.copy()  # the result of Pillow is read-only
+            image[erased.slices] = self.mean
+        return image
+
+
+def _apply_policy(policy: torch.nn.Module, image: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    """Apply a policy of torchvision, by Pillow. It draws from PyTorch's global generator, which is restored."""
+    with _global_generator, torch.random.fork_rng(devices=[]):
+        torch.default_generator.set_state(generator.get_state())
+        image = np.asarray(policy(Image.fromarray(image)))
+        generator.set_state(torch.default_generator.get_state())
+    return image
 
 
 class Normalize:

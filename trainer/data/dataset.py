@@ -65,7 +65,7 @@ class ImageDataset(Dataset[Item]):
             examples: (path, label) pairs.
             transform: maps a decoded image to an image of the model's size.
             seed: seed of the run.
-            threads: number of images that are read at once.
+            threads: number of images that are read and transformed at once.
             reader: reads the image of an example; None decodes its file.
 
         """
@@ -81,22 +81,15 @@ class ImageDataset(Dataset[Item]):
 
     def __getitem__(self, key: SampleKey) -> Item:
         """Return the image, its label and its index; raises ImageReadError."""
-        return self._transform(key, self.read(key.example))
+        image = self.transform(self.read(key.example), key.generator(self.seed))
+        return image, int(self.labels[key.example]), key.example
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[Item]:
         """Return the items of a local batch; DataLoader calls this if it exists.
 
-        Pillow releases the GIL while it decodes. At most `threads` decoded images are in memory at once, since some
-        are large.
+        Decoding and resizing release the GIL. Each thread has one decoded image in memory, since some are large.
         """
         if self.threads == 1:
             return [self[key] for key in keys]
-        items: list[Item] = []
         with ThreadPoolExecutor(self.threads) as pool:
-            for start in range(0, len(keys), self.threads):
-                chunk = keys[start : start + self.threads]
-                items += map(self._transform, chunk, pool.map(self.read, [key.example for key in chunk]))
-        return items
-
-    def _transform(self, key: SampleKey, image: np.ndarray) -> Item:
-        return self.transform(image, key.generator(self.seed)), int(self.labels[key.example]), key.example
+            return list(pool.map(self.__getitem__, keys))

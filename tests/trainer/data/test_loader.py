@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data import DataLoader
 
 from tests.folders import image_folder
-from trainer.data.augment import EvalTransform, Preprocessing, TrainTransform
+from trainer.data.augment import Augmentation, EvalTransform, Preprocessing, TrainTransform
 from trainer.data.dataset import ImageDataset
 from trainer.data.decode import decode
 from trainer.data.index import Example, read_index
@@ -74,8 +74,12 @@ def test_crop_depends_on_seed_epoch_and_sample_only(examples: Sequence[Example],
     assert not np.array_equal(twice[SampleKey(0, 0)][0], twice[SampleKey(0, 1)][0]), "equal images"
 
 
-def test_threads_do_not_change_the_items(examples: Sequence[Example], dataset: ImageDataset) -> None:
+@pytest.mark.parametrize("augment", ["basic", "randaugment"])
+def test_threads_do_not_change_the_items(
+    augment: Augmentation, examples: Sequence[Example], preprocessing: Preprocessing
+) -> None:
     keys = [SampleKey(1, example) for example in (4, 0, 7, 2, 2, 9, 5)]
+    dataset = ImageDataset(examples, TrainTransform(preprocessing, augment, (0.08, 1.0)), seed=5)
     for threads in (2, 3, 20):
         threaded = ImageDataset(examples, dataset.transform, seed=dataset.seed, threads=threads)
         for one, other in zip(dataset.__getitems__(keys), threaded.__getitems__(keys), strict=True):
