@@ -51,7 +51,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         check_images_unchanged(config, data, run, resumed=checkpoint is not None)
     write_split_file(data, run)
     wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
-    evaluator = Evaluator(index, config, ctx)
+    evaluator = Evaluator(index, config, ctx, data.images)
     result = TrainResult(folder=run.folder, examples=(len(index.train), len(index.test)), val_split=index.val_split)
     if checkpoint is not None and resume_point.is_finished:
         rows = resume_point.finish()
@@ -74,7 +74,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     l2_sp = make_l2_sp(built, config)  # towards the pretrained weights, not those of a checkpoint
     probe_seconds = 0.0
     if checkpoint is None and config.model.head_init == "linear-probe":
-        loader, labels = make_eval_loader(index.train, config, ctx), [label for _, label in index.train]
+        loader, labels = make_eval_loader(index.train, config, ctx, data.images), [label for _, label in index.train]
         probe_seconds = fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=run.watchdog)
     groups = make_param_groups(built, config)
     console.print(block_table(built, groups))
@@ -93,7 +93,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     wise_ft.save_initial_weights(state.model, model_metadata, resumed=checkpoint is not None)
 
     # 7. The loader, from that position on; logger and checkpoints.
-    batches = make_train_batches(config, index, data.order, run, schedule, start_step=state.step)
+    batches = make_train_batches(config, index, data.order, run, schedule, start_step=state.step, images=data.images)
     logger, progress_bar = make_logger(
         run,
         schedule,

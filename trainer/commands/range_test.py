@@ -64,7 +64,7 @@ def run_range_test(
     built.model.to(ctx.device)
     l2_sp = make_l2_sp(built, config)
     if config.model.head_init == "linear-probe":
-        loader = make_eval_loader(data.index.train, config, ctx)
+        loader = make_eval_loader(data.index.train, config, ctx, data.images)
         labels = [label for _, label in data.index.train]
         fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=nullcontext)
     if len(built.unfreeze_stages) > 1:
@@ -75,7 +75,8 @@ def run_range_test(
     model, optimizer = ctx.prepare(built.model, make_optimizer(groups, config))
     train_step = make_train_step(config, data.examples_per_class, ctx, l2_sp)
     sizes = data.order.batch_sizes
-    batches = make_batches(config, data.index, data.order, ctx, epochs=-(-len(rates) // len(sizes)))
+    epochs = -(-len(rates) // len(sizes))
+    batches = make_batches(config, data.index, data.order, ctx, epochs=epochs, images=data.images)
     losses: list[float] = []
     diverged = False
     model.train()

@@ -111,7 +111,9 @@ class DataConfig:
     num_workers: int | None = None
     """Worker processes per training process that decode images; null chooses by available cores; 0 decodes in the training process."""
     cache: str | None = None
-    """Cache folder of downloads, synthetic datasets and validation results; null uses $REGRAFT_CACHE, else ~/.cache/regraft."""
+    """Cache folder of downloads, synthetic datasets, validation results and decoded images; null uses $REGRAFT_CACHE, else ~/.cache/regraft."""
+    cache_images: Literal["auto", "off", "disk", "ram"] = "auto"
+    """Image cache of decoded images: up to half of the available memory (auto) or disk (disk), in memory alone (ram), or none (off)."""
 
     def __post_init__(self) -> None:
         wrong_roles = sorted({*self.csv_columns} - {*CSV_ROLES})

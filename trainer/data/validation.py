@@ -12,17 +12,25 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping, 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import PIL
+from PIL import Image
 
-from trainer.data.decode import DECODE_VERSION, UnreachableImage, UnreadableImage, decode_file, open_image_file
-from trainer.data.image_formats import HEIF_VERSION
+from trainer.data.decode import (
+    UnreachableImage,
+    UnreadableImage,
+    decode_file,
+    decoder_version,
+    hash_file,
+    open_image_file,
+)
 from trainer.data.pixels import is_one_color
 from trainer.errors import UserError
 from trainer.run.atomic import write_text_atomically
 from trainer.text import escape_unprintable
 
+OnDecoded = Callable[[str, str, Image.Image], None]
+"""Called with (path, digest, decoded image), from several threads."""
 _BATCH_SIZE = 16  # images that a thread decodes per task
 
 
@@ -53,7 +61,12 @@ class ValidationResult(NamedTuple):
 
 
 def check_images(
-    paths: Iterable[str], *, cache: Path, workers: int, on_progress: Callable[[int, int], None] | None
+    paths: Iterable[str],
+    *,
+    cache: Path,
+    workers: int,
+    on_progress: Callable[[int, int], None] | None,
+    on_decoded: OnDecoded | None = None,
 ) -> dict[str, ValidationResult]:
     """Return path -> validation result of each image.
 
@@ -65,6 +78,7 @@ def check_images(
         cache: cache folder; created if needed.
         workers: number of threads that decode (Pillow releases the GIL while it decodes).
         on_progress: called from time to time with (images checked, total images).
+        on_decoded: called for each readable image that is decoded.
 
     Raises:
         UserError: the cache cannot be written.
@@ -86,7 +100,7 @@ def check_images(
             pending.append(_Task(path, version, result))
     if pending:
         _check_writable(file.parent)
-        with closing(_validate_batches(pending, workers)) as batches:
+        with closing(_validate_batches(pending, workers, on_decoded)) as batches:
             try:
                 for batch in batches:
                     for path, result, permanent in batch:
@@ -122,13 +136,17 @@ class _Task(NamedTuple):
 
 
 def _validate_batches(
-    tasks: Sequence[_Task], workers: int
+    tasks: Sequence[_Task], workers: int, on_decoded: OnDecoded | None
 ) -> Generator[list[tuple[str, ValidationResult, bool]], None, None]:
     """Yield batches of (path, result, whether the result is permanent)."""
     stop = threading.Event()
 
     def validate(start: int) -> list[tuple[str, ValidationResult, bool]]:
-        return [(task.path, *_validate(task)) for task in tasks[start : start + _BATCH_SIZE] if not stop.is_set()]
+        return [
+            (task.path, *_validate(task, on_decoded))
+            for task in tasks[start : start + _BATCH_SIZE]
+            if not stop.is_set()
+        ]
 
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="check") as pool:
         try:
@@ -137,27 +155,21 @@ def _validate_batches(
             stop.set()  # after Ctrl-C, each thread finishes the image that it is decoding
 
 
-def _validate(task: _Task) -> tuple[ValidationResult, bool]:
+def _validate(task: _Task, on_decoded: OnDecoded | None) -> tuple[ValidationResult, bool]:
     digest = ""
     try:
         with open_image_file(task.path) as file:
-            digest = _hash(file)
+            digest = hash_file(file)
             if task.cached is not None and task.cached.digest == digest:  # touched or copied
                 return task.cached._replace(version=task.version), True
             image, conversions = decode_file(file, task.path)
     except UnreadableImage as error:
         is_permanent = task.version is not None and not isinstance(error, UnreachableImage)
         return ValidationResult(task.version, digest, str(error), (), is_one_color=False), is_permanent
+    if on_decoded is not None and task.version is not None and _file_version(task.path) == task.version:
+        on_decoded(task.path, digest, image)  # a file that changes just now may be decoded to other pixels
     result = ValidationResult(task.version, digest, None, conversions, is_one_color=is_one_color(image))
     return result, task.version is not None
-
-
-def _hash(file: BinaryIO) -> str:
-    try:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))  # type: ignore[arg-type]
-    except OSError as error:
-        raise UnreachableImage(f"cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
 
 
 def _file_version(path: str) -> FileVersion | None:
@@ -186,7 +198,7 @@ def _read_cache(file: Path, folder: str) -> dict[str, ValidationResult]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content["rules"] != _decoder_version() or content["folder"] != folder:
+        if content["rules"] != decoder_version() or content["folder"] != folder:
             return {}
         return {name: _parse_result(entry) for name, entry in content["images"].items()}
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
@@ -206,14 +218,9 @@ def _write_cache(file: Path, folder: str, results: Mapping[str, ValidationResult
     """Write the results; those of images outside `current` are kept if their files exist."""
     kept = {name: r for name, r in results.items() if name in current or os.path.lexists(folder + name)}
     try:
-        write_text_atomically(file, json.dumps({"rules": _decoder_version(), "folder": folder, "images": kept}))
+        write_text_atomically(file, json.dumps({"rules": decoder_version(), "folder": folder, "images": kept}))
     except OSError as error:
         raise _unwritable(file.parent, error) from None
-
-
-def _decoder_version() -> str:
-    """Return the version of the decoder; results of another version are ignored."""
-    return f"{DECODE_VERSION}, Pillow {PIL.__version__}, pillow-heif {HEIF_VERSION}"
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

@@ -69,6 +69,7 @@ _MAY_CHANGE = frozenset(
         "data.csv_root",
         "data.num_workers",
         "data.cache",
+        "data.cache_images",
         "data.extensions",
         "data.on_unreadable",
         "data.on_changed",

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.folders import noise_image
-from trainer.data import validation
+from trainer.data import decode, validation
 from trainer.data.decode import decode_file
 from trainer.data.pixels import RgbImage
 from trainer.data.validation import check_images, unreadable_error
@@ -200,7 +200,7 @@ def test_results_of_another_decoder_version_are_ignored(
 ) -> None:
     paths = images(tmp_path / "data", 3)
     check(paths, cache)
-    for module, name, value in ((validation.PIL, "__version__", "999"), (validation, "DECODE_VERSION", -1)):
+    for module, name, value in ((decode.PIL, "__version__", "999"), (decode, "DECODE_VERSION", -1)):
         decoder.pop_names()
         monkeypatch.setattr(module, name, value)
         check(paths, cache)
