@@ -83,6 +83,18 @@ def test_augmentation_depends_on_the_seed_only(augment: Augmentation) -> None:
         assert sum(not np.array_equal(a, b) for a, b in zip(first, basic, strict=True)) >= 5
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("augment", ["none", "basic", "augmix"])
+def test_a_read_only_view_is_transformed_without_a_warning_and_not_changed(augment: Augmentation) -> None:
+    image = np.asarray(noise_image(8, size=(50, 40)))
+    image.flags.writeable = False
+    before = image.copy()
+    transform = TrainTransform(SMALL, augment, (1.0, 1.0), random_erasing=1.0)
+    for seed in range(4):
+        assert transform(image, torch.Generator().manual_seed(seed)).shape == (32, 32, 3)
+    assert np.array_equal(image, before)
+
+
 def test_without_augmentation_training_images_equal_evaluation_images() -> None:
     image = noise_image(5, size=(80, 60))
     (result,) = augmented(D2L, "none", image, 1)
