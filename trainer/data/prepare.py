@@ -78,6 +78,7 @@ def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROG
         extensions=data.extensions,
         split_dirs={"train": data.train_dir, "val": data.val_dir, "test": data.test_dir},
         table=TableFormat(columns=data.csv_columns, root=data.csv_root, suffix=data.csv_suffix),
+        cache=cache,
     )
     if not check:
         return Prepared(index, index.notes)
