@@ -2,9 +2,9 @@
 
 import argparse
 
-from benchmarks import checkpoint, compare_peers, throughput
+from benchmarks import checkpoint, compare_peers, index, throughput
 
-BENCHMARKS = {"peers": compare_peers, "throughput": throughput, "checkpoint": checkpoint}
+BENCHMARKS = {"peers": compare_peers, "throughput": throughput, "checkpoint": checkpoint, "index": index}
 
 
 def main() -> None:
