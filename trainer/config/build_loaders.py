@@ -60,7 +60,7 @@ def make_loader(
         dataset,
         sampler,
         image_size=config.data.image_size,
-        channels_last=config.train.channels_last,
+        channels_last=config.train.uses_channels_last,
         num_workers=num_loader_workers(config.data.num_workers, ctx),
         accelerator=ctx.accelerator,
     )
