@@ -17,7 +17,6 @@ from trainer.model.built import BuiltModel
 from trainer.model.create import build_model
 from trainer.model.freeze import apply_stage, make_stages
 from trainer.model.gradient_checkpointing import enable_gradient_checkpointing
-from trainer.model.metadata import read_weights_metadata
 from trainer.model.patterns import match_names
 from trainer.model.source_classes import ClassMapping
 from trainer.optim.param_groups import ParamGroup, create_optimizer, group_parameters
@@ -92,12 +91,8 @@ def _class_mapping(config: ResolvedConfig, classes: Sequence[str], weights: str 
     """Return the class names that head_init source-labels matches; None for other kinds of start."""
     if config.model.head_init != "source-labels" or weights is None:
         return None
-    metadata = read_weights_metadata(weights)
-    return ClassMapping(
-        targets=tuple(classes),
-        sources=config.model.source_labels,
-        in_weights_file=metadata.classes if metadata else None,
-        aliases=config.model.aliases,
+    return ClassMapping.from_weights(
+        weights, targets=tuple(classes), sources=config.model.source_labels, aliases=config.model.aliases
     )
 
 
