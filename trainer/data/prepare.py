@@ -80,8 +80,9 @@ def list_examples(data: DataConfig, *, displays: ProgressHooks = NO_PROGRESS) ->
 
     """
     assert data.root is not None  # for mypy: `resolve` has checked it
+    cache = cache_folder(data.cache)
     with displays.downloading(data.root) as on_progress:
-        folder = resolve_root(data.root, cache=cache_folder(data.cache), seed=data.seed, on_progress=on_progress)
+        folder = resolve_root(data.root, cache=cache, seed=data.seed, on_progress=on_progress)
     return read_index(
         folder,
         val_fraction=data.val_fraction,
