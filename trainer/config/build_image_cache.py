@@ -10,13 +10,13 @@ import torchvision
 from accelerate.utils import gather_object
 from rich.filesize import decimal
 
+from regraft.memory import available_memory, total_memory
 from trainer.config.resolve import ResolvedDataConfig
 from trainer.data.augment import EvalTransform
 from trainer.data.decode import decoder_version
 from trainer.data.image_cache.build import CacheBuilder, CacheForm
 from trainer.data.image_cache.cached import CachedImages
 from trainer.data.image_cache.folder import PackFolder
-from trainer.data.image_cache.limits import available_memory, total_memory
 from trainer.data.image_cache.memory import PackMemory, open_packs
 from trainer.data.image_cache.pack import Pack
 from trainer.data.image_cache.store import MISSING, ImageStore, parse_digests, variant
