@@ -80,8 +80,9 @@ def list_examples(data: DataConfig, *, displays: ProgressHooks = NO_PROGRESS) ->
 
     """
     assert data.root is not None  # for mypy: `resolve` has checked it
+    cache = cache_folder(data.cache)
     with displays.downloading(data.root) as on_progress:
-        folder = resolve_root(data.root, cache=cache_folder(data.cache), seed=data.seed, on_progress=on_progress)
+        folder = resolve_root(data.root, cache=cache, seed=data.seed, on_progress=on_progress)
     return read_index(
         folder,
         val_fraction=data.val_fraction,
@@ -90,6 +91,7 @@ def list_examples(data: DataConfig, *, displays: ProgressHooks = NO_PROGRESS) ->
         extensions=data.extensions,
         split_dirs={"train": data.train_dir, "val": data.val_dir, "test": data.test_dir},
         table=TableFormat(columns=data.csv_columns, root=data.csv_root, suffix=data.csv_suffix),
+        cache=cache,
     )
 
 
@@ -152,25 +154,30 @@ def _describe_repeats(index: DatasetIndex, digests: np.ndarray) -> Iterator[str]
         digests: uint64 [N], the hash of each one, in the order train, val, test.
 
     """
-    ends = np.cumsum([len(index.train), len(index.val)])
-    in_train, in_val, in_test = np.split(digests, ends)
+    in_train = digests[: len(index.train)]
     first_digests, first = np.unique(in_train, return_index=True)
-
-    def pairs(examples: Sequence[Example], searched: np.ndarray) -> list[tuple[Example, Example]]:
-        """Return the examples with the content of a training image, and the first such image."""
-        places = np.searchsorted(first_digests, searched).clip(max=len(first_digests) - 1)
-        rows = np.flatnonzero(first_digests[places] == searched).tolist()
-        return [(examples[row], index.train[place]) for row, place in zip(rows, first[places[rows]], strict=True)]
-
-    conflicts = [(example, other) for example, other in pairs(index.train, in_train) if example.label != other.label]
-    for examples, searched, purpose in (
-        (index.val, in_val, "to select the best epoch on"),
-        (index.test, in_test, "to report on"),
+    labels = np.array([label for _, label in index.train])
+    conflicts: list[tuple[Example, Example]] = []
+    start = 0
+    for examples, purpose in (
+        (index.train, None),
+        (index.val, "to select the best epoch on"),
+        (index.test, "to report on"),
     ):
-        repeated = pairs(examples, searched)
-        conflicts += [(example, other) for example, other in repeated if example.label != other.label]
-        if repeated:
-            shown = " and ".join(escape_unprintable(path) for path, _ in repeated[0])
+        searched = digests[start : start + len(examples)]
+        start += len(examples)
+        places = np.searchsorted(first_digests, searched).clip(max=len(first_digests) - 1)
+        repeated = np.flatnonzero(first_digests[places] == searched)
+        others = first[places[repeated]]  # the first training image of the same content
+        differs = labels[others] != np.array([label for _, label in examples], dtype=np.int64)[repeated]
+        conflicts += [
+            (examples[row], index.train[other])
+            for row, other in zip(repeated[differs].tolist(), others[differs].tolist(), strict=True)
+        ]
+        if purpose is not None and len(repeated):
+            shown = " and ".join(
+                escape_unprintable(example.path) for example in (examples[repeated[0]], index.train[others[0]])
+            )
             yield (
                 f"WARNING: images {purpose} with the content of a training image, which make the accuracy too high: "
                 f"{len(repeated)} of {len(examples)}, such as {shown}"
