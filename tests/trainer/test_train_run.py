@@ -28,8 +28,9 @@ from trainer.config.build_model import make_model
 from trainer.config.build_training import make_train_step
 from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.schema import Config
-from trainer.data.augment import Normalize, apply_seeded
+from trainer.data.augment import Normalize
 from trainer.data.decode import decode
+from trainer.data.sampler import SampleKey
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped
 from trainer.distributed.watchdog import Heartbeat
@@ -111,10 +112,9 @@ def test_the_first_loss_is_that_of_balanced_augmented_erased_and_mixed_images(
     model = make_model(finished, "ab", finished.model.weights, on_progress=print).model.train()
     transform, images, repeats = make_train_transform(finished.data), [], Counter[int]()
     for example in drawn[:4]:
-        key = (0, example, repeats[example]) if repeats[example] else (0, example)
+        generator = SampleKey(0, example, repeats[example]).generator(0)
         repeats[example] += 1
-        image = decode(index.train[example].path)
-        images.append(np.asarray(apply_seeded(transform, image, derive_seed("crop", 0, *key))))
+        images.append(transform(np.asarray(decode(index.train[example].path)), generator))
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     labels = torch.tensor([index.train[example].label for example in drawn[:4]])
     params = sample_params(mixup_alpha=ALPHAS["mixup"], cutmix_alpha=ALPHAS["cutmix"], seed=0, step=0, size=4)

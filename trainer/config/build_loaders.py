@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from trainer.config.resolve import ResolvedConfig, ResolvedDataConfig
-from trainer.data.augment import Normalize, Transform, eval_transform, train_transform
-from trainer.data.dataset import ImageDataset
+from trainer.data.augment import EvalTransform, Normalize, TrainTransform, Transform
+from trainer.data.dataset import FileReader, ImageDataset
+from trainer.data.image_cache.cached import NOT_CACHED, CachedImages, unchanged
 from trainer.data.index import DatasetIndex, Example
 from trainer.data.loader import Batch, TrainBatches, make_dataloader
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
@@ -24,16 +25,28 @@ from trainer.run.session import OpenRun
 
 
 def make_train_transform(data: ResolvedDataConfig) -> Transform:
-    """Return the random transform of a training image."""
-    return train_transform(data.preprocessing, data.augment, data.crop_scale, random_erasing=data.random_erasing)
+    """Return the transform of a training image."""
+    if not data.has_random_transform:
+        return EvalTransform(data.preprocessing)
+    return TrainTransform(data.preprocessing, data.augment, data.crop_scale, random_erasing=data.random_erasing)
 
 
 def make_dataset(
-    examples: Sequence[Example], transform: Transform, config: ResolvedConfig, ctx: DistributedContext
+    examples: Sequence[Example],
+    transform: Transform,
+    config: ResolvedConfig,
+    ctx: DistributedContext,
+    images: CachedImages = NOT_CACHED,
 ) -> ImageDataset:
     """Return the images of a split under a transform."""
+    paths = [path for path, _ in examples]
+    files = FileReader(paths)
+    if isinstance(transform, EvalTransform):
+        reader, transform = images.output_reader(paths, files, transform), unchanged
+    else:
+        reader = images.reader(paths, files)
     threads = decoding_threads(config.data.num_workers, ctx)
-    return ImageDataset(examples, transform, seed=config.run.seed, threads=threads)
+    return ImageDataset(examples, transform, seed=config.run.seed, threads=threads, reader=reader)
 
 
 def make_loader(
@@ -47,15 +60,17 @@ def make_loader(
         dataset,
         sampler,
         image_size=config.data.image_size,
-        channels_last=config.train.channels_last,
+        channels_last=config.train.uses_channels_last,
         num_workers=num_loader_workers(config.data.num_workers, ctx),
         accelerator=ctx.accelerator,
     )
 
 
-def make_eval_loader(examples: Sequence[Example], config: ResolvedConfig, ctx: DistributedContext) -> DataLoader[Batch]:
+def make_eval_loader(
+    examples: Sequence[Example], config: ResolvedConfig, ctx: DistributedContext, images: CachedImages = NOT_CACHED
+) -> DataLoader[Batch]:
     """Return this process's batches of one pass over examples, as they are evaluated."""
-    dataset = make_dataset(examples, eval_transform(config.data.preprocessing), config, ctx)
+    dataset = make_dataset(examples, EvalTransform(config.data.preprocessing), config, ctx, images)
     sampler = EvalBatchSampler(
         len(examples), batch_size=eval_batch_size(config, ctx), rank=ctx.rank, world_size=ctx.world_size
     )
@@ -70,9 +85,10 @@ def make_batches(
     *,
     epochs: int,
     start_step: int = 0,
+    images: CachedImages = NOT_CACHED,
 ) -> TrainBatches:
     """Return this process's local batches of the updates from `start_step` (counted from 0 over the run) on."""
-    dataset = make_dataset(index.train, make_train_transform(config.data), config, ctx)
+    dataset = make_dataset(index.train, make_train_transform(config.data), config, ctx, images)
     sampler = DistributedBatchSampler(
         order, epochs=epochs, start_step=start_step, rank=ctx.rank, world_size=ctx.world_size
     )
@@ -87,9 +103,10 @@ def make_train_batches(
     schedule: TrainSchedule,
     *,
     start_step: int,
+    images: CachedImages = NOT_CACHED,
 ) -> TrainBatches:
     """Return the local batches from `start_step` to the end of the run, recorded in `audit/` if run.audit is on."""
-    batches = make_batches(config, index, order, run.ctx, epochs=schedule.epochs, start_step=start_step)
+    batches = make_batches(config, index, order, run.ctx, epochs=schedule.epochs, start_step=start_step, images=images)
     if not config.run.audit:
         return batches
     record = partial(
@@ -164,13 +181,15 @@ def eval_splits(index: DatasetIndex) -> dict[str, tuple[Example, ...]]:
 class Evaluator:
     """Evaluates the splits of a data set. Its worker processes stay alive between epochs."""
 
-    def __init__(self, index: DatasetIndex, config: ResolvedConfig, ctx: DistributedContext) -> None:
+    def __init__(
+        self, index: DatasetIndex, config: ResolvedConfig, ctx: DistributedContext, images: CachedImages = NOT_CACHED
+    ) -> None:
         self._ctx = ctx
         self._classes = len(index.classes)
         self._normalize = Normalize(config.data.preprocessing, ctx.device)
         self._batch_size = eval_batch_size(config, ctx)
         self._splits = {
-            name: (len(examples), make_eval_loader(examples, config, ctx))
+            name: (len(examples), make_eval_loader(examples, config, ctx, images))
             for name, examples in eval_splits(index).items()
         }
 

@@ -13,7 +13,7 @@ from trainer.data.index import DatasetIndex, Example, read_index, without_images
 from trainer.data.progress import NO_PROGRESS, ProgressHooks
 from trainer.data.registry import cache_folder, resolve_root
 from trainer.data.table import TableFormat
-from trainer.data.validation import check_images, unreadable_error
+from trainer.data.validation import OnDecoded, check_images, unreadable_error
 from trainer.data.validation_results import ValidationResults
 from trainer.text import escape_unprintable, join_truncated
 
@@ -66,11 +66,24 @@ def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROG
         UserError: no such dataset, an unknown layout, or unreadable images.
 
     """
+    index = list_examples(data, displays=displays)
+    if not check:
+        return Prepared(index, index.notes)
+    return validate_examples(index, data, workers=workers, displays=displays)
+
+
+def list_examples(data: DataConfig, *, displays: ProgressHooks = NO_PROGRESS) -> DatasetIndex:
+    """List the images of a dataset; download or generate a named dataset first. No image is read.
+
+    Raises:
+        UserError: no such dataset, or an unknown layout.
+
+    """
     assert data.root is not None  # for mypy: `resolve` has checked it
     cache = cache_folder(data.cache)
     with displays.downloading(data.root) as on_progress:
         folder = resolve_root(data.root, cache=cache, seed=data.seed, on_progress=on_progress)
-    index = read_index(
+    return read_index(
         folder,
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
@@ -80,11 +93,34 @@ def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROG
         table=TableFormat(columns=data.csv_columns, root=data.csv_root, suffix=data.csv_suffix),
         cache=cache,
     )
-    if not check:
-        return Prepared(index, index.notes)
+
+
+def validate_examples(
+    index: DatasetIndex,
+    data: DataConfig,
+    *,
+    workers: int,
+    displays: ProgressHooks = NO_PROGRESS,
+    on_decoded: OnDecoded | None = None,
+) -> Prepared:
+    """Decode and hash every image once, except those with a cached validation result.
+
+    Args:
+        index: the examples.
+        data: the data section of the config.
+        workers: number of threads.
+        displays: progress displays.
+        on_decoded: called for each readable image that is decoded.
+
+    Raises:
+        UserError: unreadable images.
+
+    """
     paths = [example.path for example in Prepared(index, ()).examples]
     with displays.checking() as on_checked:
-        results = check_images(paths, cache=cache, workers=workers, on_progress=on_checked)
+        results = check_images(
+            paths, cache=cache_folder(data.cache), workers=workers, on_progress=on_checked, on_decoded=on_decoded
+        )
     unreadable = results.unreadable(paths)
     if unreadable and data.on_unreadable == "stop":
         raise unreadable_error(unreadable, len(paths))

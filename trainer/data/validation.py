@@ -11,13 +11,19 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import PIL
+from PIL import Image
 
-from trainer.data.decode import DECODE_VERSION, UnreachableImage, UnreadableImage, decode_file, open_image_file
-from trainer.data.image_formats import HEIF_VERSION
+from trainer.data.decode import (
+    UnreachableImage,
+    UnreadableImage,
+    decode_file,
+    decoder_version,
+    hash_file,
+    open_image_file,
+)
 from trainer.data.pixels import is_one_color
 from trainer.data.validation_results import (
     SEPARATOR,
@@ -33,11 +39,18 @@ from trainer.data.validation_results import (
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
 
+OnDecoded = Callable[[str, str, Image.Image], None]
+"""Called with (path, digest, decoded image), from several threads."""
 _BATCH_SIZE = 16  # images that a thread decodes per task
 
 
 def check_images(
-    paths: Sequence[str], *, cache: Path, workers: int, on_progress: Callable[[int, int], None] | None
+    paths: Sequence[str],
+    *,
+    cache: Path,
+    workers: int,
+    on_progress: Callable[[int, int], None] | None,
+    on_decoded: OnDecoded | None = None,
 ) -> ValidationResults:
     """Return the validation result of each image, in the order of the paths.
 
@@ -49,6 +62,7 @@ def check_images(
         cache: cache folder; created if needed.
         workers: number of threads that decode (Pillow releases the GIL while it decodes).
         on_progress: called from time to time with (images checked, total images).
+        on_decoded: called for each readable image that is decoded.
 
     Raises:
         UserError: the cache cannot be written.
@@ -59,7 +73,7 @@ def check_images(
         return results
     folder, names = _relative_names(paths)
     cache_file = cache / "validation" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.safetensors"
-    metadata = {"rules": _decoder_version(), "folder": folder}
+    metadata = {"rules": decoder_version(), "folder": folder}
     cached_names, cached = read_results(cache_file, metadata)
     rows = _find_rows(names, cached_names)
     is_valid = np.zeros(len(paths), dtype=bool)
@@ -76,7 +90,7 @@ def check_images(
     ]
     done = len(paths) - len(pending)
     remaining = iter(pending)  # the batches have the order of the tasks
-    with closing(_validate_batches(tasks, workers)) as batches:
+    with closing(_validate_batches(tasks, workers, on_decoded)) as batches:
         try:
             for batch in batches:
                 for (_, result, permanent), i in zip(batch, remaining, strict=False):
@@ -126,13 +140,14 @@ class _Task(NamedTuple):
 
 
 def _validate_batches(
-    tasks: Sequence[_Task], workers: int
+    tasks: Sequence[_Task], workers: int, on_decoded: OnDecoded | None
 ) -> Generator[list[tuple[str, ValidationResult, bool]], None, None]:
     """Yield batches of (path, result, whether the result is permanent)."""
     stop = threading.Event()
 
     def validate(start: int) -> list[tuple[str, ValidationResult, bool]]:
-        return [(task.path, *_validate(task)) for task in tasks[start : start + _BATCH_SIZE] if not stop.is_set()]
+        batch = tasks[start : start + _BATCH_SIZE]
+        return [(task.path, *_validate(task, on_decoded)) for task in batch if not stop.is_set()]
 
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="check") as pool:
         try:
@@ -141,35 +156,21 @@ def _validate_batches(
             stop.set()  # after Ctrl-C, each thread finishes the image that it is decoding
 
 
-def _validate(task: _Task) -> tuple[ValidationResult, bool]:
+def _validate(task: _Task, on_decoded: OnDecoded | None) -> tuple[ValidationResult, bool]:
     digest = ""
     try:
         with open_image_file(task.path) as file:
-            digest = _hash(file)
+            digest = hash_file(file)
             if task.cached is not None and task.cached.digest == digest:  # touched or copied
                 return task.cached._replace(version=task.version), True
             image, conversions = decode_file(file, task.path)
     except UnreadableImage as error:
         is_permanent = task.version is not None and not isinstance(error, UnreachableImage)
         return ValidationResult(task.version, digest, str(error), (), is_one_color=False), is_permanent
+    if on_decoded is not None and tuple(read_versions([task.path])[0].tolist()) == task.version:
+        on_decoded(task.path, digest, image)  # a file that changes just now may be decoded to other pixels
     result = ValidationResult(task.version, digest, None, conversions, is_one_color=is_one_color(image))
     return result, task.version is not None
-
-
-def _hash(file: BinaryIO) -> str:
-    try:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))  # type: ignore[arg-type]
-    except OSError as error:
-        raise UnreachableImage(f"cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
-
-
-def _file_version(path: str) -> FileVersion | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return FileVersion(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _check_writable(folder: Path) -> None:
@@ -214,11 +215,6 @@ def _write_cache(file: Path, names: str, results: ValidationResults, metadata: M
         write_results(file, names, results, metadata)
     except OSError as error:
         raise _unwritable(file.parent, error) from None
-
-
-def _decoder_version() -> str:
-    """Return the version of the decoder; results of another version are ignored."""
-    return f"{DECODE_VERSION}, Pillow {PIL.__version__}, pillow-heif {HEIF_VERSION}"
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from tests.folders import noise_image
-from trainer.data import validation, validation_results
+from trainer.data import decode, validation, validation_results
 from trainer.data.decode import decode_file
 from trainer.data.pixels import RgbImage
 from trainer.data.validation import check_images, unreadable_error
@@ -252,7 +252,7 @@ def test_results_of_another_decoder_version_are_ignored(
 ) -> None:
     paths = images(tmp_path / "data", 3)
     check(paths, cache)
-    for module, name, value in ((validation.PIL, "__version__", "999"), (validation, "DECODE_VERSION", -1)):
+    for module, name, value in ((decode.PIL, "__version__", "999"), (decode, "DECODE_VERSION", -1)):
         decoder.pop_names()
         monkeypatch.setattr(module, name, value)
         check(paths, cache)
