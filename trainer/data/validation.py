@@ -1,7 +1,7 @@
 """Validate images: decode and hash each image once and cache the result for the next start."""
 
 # Creating a Path for each of a million images would take longer than the cache lookup.
-# ruff: noqa: PTH100, PTH116, PTH118
+# ruff: noqa: PTH100, PTH118
 
 import hashlib
 import os
