@@ -81,6 +81,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     if checkpoint is None and config.model.head_init == "linear-probe":
         loader, labels = make_eval_loader(index.train, config, ctx, data.images), [label for _, label in index.train]
         probe_seconds = fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=run.watchdog)
+        del loader  # ends its worker processes, and frees the images that it keeps on the device
     groups = make_param_groups(built, config)
     console.print(block_table(built, groups))
     optimizer = make_optimizer(groups, config)

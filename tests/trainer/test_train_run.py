@@ -238,6 +238,22 @@ def test_a_killed_run_resumes_bit_identically(copy: ResolvedConfig, finished: Re
     assert (last["step"], last["attempt"]) == (5, 2)
 
 
+def test_a_run_with_images_on_the_device_resumes_bit_identically(
+    quick: ResolvedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.config.preflight._check_image_cache", lambda *_: None)  # it is refused on a CPU
+    config = with_options(in_folder(quick, tmp_path / "device"), data={"cache_images": "device"})
+    train(config)
+    resumed = copy_run(config, tmp_path / "resumed")
+    rewind(resumed, 3, 1)
+    train(resumed)
+    assert_equal_runs(resumed, config)
+    for row, on_host in zip(audit_rows(config), audit_rows(quick), strict=True):
+        assert row["examples"] == on_host["examples"]
+    last, on_host = rows(config, "epoch")[0], rows(quick, "epoch")[0]
+    assert last["train_loss"] == pytest.approx(on_host["train_loss"], rel=0.02), "crops within 2 gray levels"
+
+
 def test_a_resumed_run_names_an_image_whose_content_has_changed(copy: ResolvedConfig, tmp_path: Path) -> None:
     root = Path(shutil.copytree(copy.data.root, tmp_path / "images"))
     config = with_options(copy, data={"root": str(root)})

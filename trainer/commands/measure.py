@@ -17,9 +17,8 @@ from trainer.config.build_training import make_train_step
 from trainer.config.execution import Workload, choose_execution
 from trainer.config.parse import parse
 from trainer.config.resolve import resolve, without_weights
-from trainer.data.dataset import ImageDataset
+from trainer.data.dataset import Batch, ImageDataset
 from trainer.data.index import Example
-from trainer.data.loader import Batch
 from trainer.data.prepare import prepare
 from trainer.data.registry import is_known
 from trainer.data.sampler import SampleKey

@@ -1,7 +1,7 @@
 """From a config to the image cache: which images are cached in which form, where, and up to which size."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class ImageCache:
         self._output = CacheForm(
             variant(decoder, torchvision.__version__, resize), EvalTransform(like), 3 * like.image_size**2
         )
+        self._store: ImageStore | None = None  # while nothing was added to it
         self._messages: list[str] = []
         self._problem: str | None = None
         self._added, self._seconds = 0, 0.0
@@ -69,12 +70,13 @@ class ImageCache:
         else:
             self._folder.remove_leftovers()
             packs, self._messages = self._folder.read_packs()
+        self._store = store = ImageStore(packs)
         writer = ImageWriter(_memory if self._mode == "ram" else self._folder)
-        paths = [path for split in (index.train, index.val, index.test) for path, _ in split]
+        paths = _paths(index)
         builder = CacheBuilder(
             {form: paths[part] for form, part in self._forms(index).items()},
             original=self._original,
-            store=ImageStore(packs),
+            store=store,
             writer=writer,
             limit=self._limit,
         )
@@ -85,6 +87,8 @@ class ImageCache:
                 writer.close()
             except OSError as error:
                 builder.error = error
+        if writer.images:
+            self._store = None
         self._added, self._seconds = writer.images, time.monotonic() - began
         if builder.error is not None:
             self._problem = f"{self._where} cannot be written to ({builder.error.strerror})"
@@ -94,11 +98,10 @@ class ImageCache:
                     "with room, or set data.cache_images to auto"
                 )
 
-    def by_form(self, index: DatasetIndex, digests: Sequence[str]) -> Mapping[CacheForm, list[tuple[str, str]]]:
-        """Return (path, digest) of the images that are cached in each form; `digests` are those of all examples."""
-        paths = [path for split in (index.train, index.val, index.test) for path, _ in split]
-        images = list(zip(paths, digests, strict=True))
-        return {form: images[part] for form, part in self._forms(index).items()}
+    def by_form(self, index: DatasetIndex, digests: Sequence[str]) -> dict[CacheForm, tuple[list[str], Sequence[str]]]:
+        """Return paths and digests of the images that are cached in each form; `digests` are those of all examples."""
+        paths = _paths(index)
+        return {form: (paths[part], digests[part]) for form, part in self._forms(index).items()}
 
     def open(
         self, index: DatasetIndex, digests: Sequence[str], ctx: DistributedContext
@@ -109,14 +112,19 @@ class ImageCache:
             UserError: a process cannot open what another one has stored in memory.
 
         """
-        store = ImageStore(_open_memory(ctx) if self._mode == "ram" else self._folder.read_packs()[0])
+        in_memory = _open_memory(ctx) if self._mode == "ram" else None
+        store = self._store or ImageStore(self._folder.read_packs()[0] if in_memory is None else in_memory)
         hashes = parse_digests(digests)
         entries = {form: np.full(len(hashes), MISSING) for form in (self._output, self._original)}
         room = self._limit
         for form, part in self._forms(index).items():
             found = store.locate(hashes[part], form.variant)
-            fits = np.cumsum(store.sizes(found)) <= room
-            room -= int(store.sizes(found[fits]).sum())
+            sizes = store.sizes(found)
+            if sizes.sum() > room:
+                _, first = np.unique(found, return_index=True)
+                sizes[np.setdiff1d(np.arange(len(sizes)), first)] = 0  # repeated images
+            fits = np.cumsum(sizes) <= room
+            room -= int(sizes[fits].sum())
             entries[form][part] = np.where(fits, found, MISSING)
         outputs, originals = entries.values()
         packs = store.packs_of(np.concatenate([outputs, originals]))
@@ -127,7 +135,7 @@ class ImageCache:
                 self._folder.open_pack(pack)
         images = CachedImages(
             store,
-            paths=tuple(path for split in (index.train, index.val, index.test) for path, _ in split),
+            paths=tuple([path for path, _ in split] for split in (index.train, index.val, index.test)),
             originals=originals,
             outputs=outputs,
         )
@@ -144,16 +152,20 @@ class ImageCache:
         return {form: part for form, part in forms.items() if part != slice(0, 0)}
 
     def _describe(self, images: CachedImages) -> str:
-        cached = np.unique(np.concatenate([images.outputs, images.originals]))
-        size = decimal(int(images.store.sizes(cached).sum()))
+        size = decimal(images.store.total_size(np.concatenate([images.outputs, images.originals])))
+        total = len(images.originals)
         count = np.count_nonzero((images.outputs != MISSING) | (images.originals != MISSING))
-        text = f"image cache: {count} of {len(images.paths)} images, {size}, in {self._where}"
+        text = f"image cache: {count} of {total} images, {size}, in {self._where}"
         if self._added:
             text += f"; {self._added} were added in {self._seconds:.1f} s"
-        if count < len(images.paths):
+        if count < total:
             problem = self._problem or f"they do not fit into half of the available memory, {decimal(self._limit)}"
             text += f". The others are decoded in every epoch: {problem}"
         return text
+
+
+def _paths(index: DatasetIndex) -> list[str]:
+    return [path for split in (index.train, index.val, index.test) for path, _ in split]
 
 
 def _open_memory(ctx: DistributedContext) -> list[Pack]:

@@ -5,16 +5,15 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from trainer.config.resolve import ResolvedConfig, ResolvedDataConfig
 from trainer.data.augment import EvalTransform, Normalize, TrainTransform, Transform
-from trainer.data.dataset import FileReader, ImageDataset
+from trainer.data.dataset import Batch, FileReader, ImageDataset
+from trainer.data.device_loader import make_device_loader
 from trainer.data.image_cache.cached import NOT_CACHED, CachedImages, unchanged
 from trainer.data.index import DatasetIndex, Example
-from trainer.data.loader import Batch, TrainBatches, make_dataloader
+from trainer.data.loader import TrainBatches, make_dataloader
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
-from trainer.data.workers import check_shared_memory
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
@@ -54,21 +53,36 @@ def make_loader(
     sampler: DistributedBatchSampler | EvalBatchSampler,
     config: ResolvedConfig,
     ctx: DistributedContext,
-) -> DataLoader[Batch]:
-    """Return the loader of this process's batches."""
+) -> Iterable[Batch]:
+    """Return the loader of this process's batches.
+
+    Raises:
+        UserError: data.cache_images is device, and the images do not fit into its free memory.
+
+    """
+    num_workers = num_loader_workers(config.data.num_workers, ctx)
+    if config.data.cache_images == "device":
+        return make_device_loader(
+            dataset,
+            sampler,
+            device=ctx.device,
+            channels_last=config.train.uses_channels_last,
+            num_workers=min(1, num_workers),
+            threads=max(num_workers, dataset.threads),
+        )
     return make_dataloader(
         dataset,
         sampler,
         image_size=config.data.image_size,
         channels_last=config.train.uses_channels_last,
-        num_workers=num_loader_workers(config.data.num_workers, ctx),
+        num_workers=num_workers,
         accelerator=ctx.accelerator,
     )
 
 
 def make_eval_loader(
     examples: Sequence[Example], config: ResolvedConfig, ctx: DistributedContext, images: CachedImages = NOT_CACHED
-) -> DataLoader[Batch]:
+) -> Iterable[Batch]:
     """Return this process's batches of one pass over examples, as they are evaluated."""
     dataset = make_dataset(examples, EvalTransform(config.data.preprocessing), config, ctx, images)
     sampler = EvalBatchSampler(
@@ -151,26 +165,6 @@ def eval_batch_size(config: ResolvedConfig, ctx: DistributedContext) -> int:
         return max(8, 4 * ctx.threads)
     local = -(-config.train.batch_size // (ctx.world_size * config.train.grad_accum_steps))
     return max(8, local)
-
-
-def check_loader_memory(config: ResolvedConfig, order: EpochOrder, ctx: DistributedContext) -> None:
-    """Check that the batches of the loaders fit into shared memory. Every process must call it.
-
-    Raises:
-        UserError: see `check_shared_memory`.
-
-    """
-    images = -(-max(order.batch_sizes) // ctx.world_size) + eval_batch_size(config, ctx)
-    error = None
-    try:
-        check_shared_memory(
-            num_workers=num_loader_workers(config.data.num_workers, ctx),
-            processes=ctx.local_world_size,
-            batch_bytes=images * 3 * config.data.image_size**2,
-        )
-    except UserError as caught:
-        error = caught
-    ctx.raise_on_all_ranks(error)
 
 
 def eval_splits(index: DatasetIndex) -> dict[str, tuple[Example, ...]]:

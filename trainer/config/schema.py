@@ -112,8 +112,8 @@ class DataConfig:
     """Worker processes per training process that decode images; null chooses by available cores; 0 decodes in the training process."""
     cache: str | None = None
     """Cache folder of downloads, synthetic datasets, validation results and decoded images; null uses $REGRAFT_CACHE, else ~/.cache/regraft."""
-    cache_images: Literal["auto", "off", "disk", "ram"] = "auto"
-    """Image cache of decoded images: up to half of the available memory (auto) or disk (disk), in memory alone (ram), or none (off)."""
+    cache_images: Literal["auto", "off", "disk", "ram", "device"] = "auto"
+    """Image cache: up to half of the available memory (auto) or disk (disk), memory alone (ram), also the GPU's (device), or none (off)."""
 
     def __post_init__(self) -> None:
         wrong_roles = sorted({*self.csv_columns} - {*CSV_ROLES})
@@ -130,6 +130,10 @@ class DataConfig:
         if (self.mean is None) != (self.std is None):
             raise UserError("data.mean and data.std belong together: set both or neither")
         _check("data.random_erasing", self.random_erasing, 0 <= self.random_erasing <= 1, "a probability, 0 to 1")
+        if self.cache_images == "device" and (self.augment, self.random_erasing) != ("none", 0.0):
+            augment = f"{self.augment} with data.random_erasing {self.random_erasing}"
+            expected = "basic, or none without random erasing, if data.cache_images is device"
+            _check("data.augment", augment, self.augment == "basic", expected)
         low, high = self.crop_scale
         _check("data.crop_scale", self.crop_scale, 0 < low <= high <= 1, "0 < smallest <= largest <= 1")
         for key in ("val_fraction", "test_fraction"):

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from trainer.data.augment import Transform
@@ -16,6 +18,17 @@ ReadImage = Callable[[int], np.ndarray]
 """Example -> its upright RGB image, uint8 [H, W, 3], C-contiguous, possibly a read-only view of a memory map."""
 Item = tuple[np.ndarray, int, int]
 """Image uint8 [H, W, 3], label, and index of the example."""
+
+
+class Batch(NamedTuple):
+    """Local batch: the part of a global batch on one process. B may be 0."""
+
+    images: Tensor
+    """uint8 [B, 3, H, W]."""
+    labels: Tensor
+    """int64 [B]."""
+    examples: Tensor
+    """int64 [B]: indices into the examples of the split."""
 
 
 class ImageReadError(UserError):

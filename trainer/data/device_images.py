@@ -141,12 +141,18 @@ def allocate(*shape: int, device: torch.device) -> Tensor:
 
     """
     needed = int(np.prod(shape, dtype=np.int64))
-    if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
+    if device.type == "cuda" and needed > (free := _free_memory(device)):
         raise UserError(
-            f"data.cache_images device: the images need {needed / 1e9:,.1f} GB, but {device} has {free / 1e9:,.1f} GB "
-            "of free memory, which the model needs too: use data.cache_images ram or auto"
+            f"data.cache_images is device: a split needs {needed / 1e9:,.1f} GB, but {device} has {free / 1e9:,.1f} GB "
+            "of free memory, which the model needs too: set it to auto or ram"
         )
     return torch.empty(shape, dtype=torch.uint8, device=device)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Return the free memory of a GPU, including what PyTorch has reserved and does not use [bytes]."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def resize_weights(

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.augment import TrainTransform
-from trainer.data.dataset import ImageDataset
+from trainer.data.dataset import Batch, ImageDataset
 from trainer.data.device_images import CropParams, DeviceImages, allocate, crop_params, erase, to_device
-from trainer.data.loader import Batch
 from trainer.data.sampler import SampleKey
 from trainer.data.workers import PREFETCH_FACTOR, init_worker
 

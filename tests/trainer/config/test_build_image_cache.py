@@ -17,10 +17,10 @@ from trainer.config.build_loaders import make_batches, make_eval_loader
 from trainer.config.parse import parse
 from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.data import dataset
+from trainer.data.dataset import Batch
 from trainer.data.decode import decode
 from trainer.data.image_cache import build
 from trainer.data.image_cache.store import MISSING
-from trainer.data.loader import Batch
 from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
 
@@ -89,6 +89,23 @@ def assert_equal(one: list[Batch], other: list[Batch]) -> None:
     for a, b in zip(one, other, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
         assert a.images.stride() == b.images.stride()
+
+
+@pytest.mark.parametrize(("augment", "tolerance"), [("basic", 2), ("none", 0)])
+def test_images_on_the_device_give_the_same_batches_within_2_gray_levels(
+    root: Path, ctx: DistributedContext, decoded: Decoded, augment: str, tolerance: int
+) -> None:
+    device, off = (config(root, mode, f"--data.augment={augment}") for mode in ("device", "off"))
+    data, line = load(device, ctx)
+    assert line.startswith(f"image cache: {TRAIN + EVALUATED} of {TRAIN + EVALUATED} images, ")
+    decoded.by_loaders.clear()
+    on_device = batches(device, data, ctx)
+    assert not decoded.by_loaders, "they come from the cache"
+    for one, other in zip(on_device, batches(off, data, ctx), strict=True):
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.examples, other.examples)
+        assert one.images.stride() == other.images.stride()
+        assert (one.images.int() - other.images.int()).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("augment", ["basic", "none"])

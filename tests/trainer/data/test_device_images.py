@@ -81,6 +81,8 @@ def test_crop_does_not_depend_on_its_batch() -> None:
 
 
 def test_images_that_exceed_the_free_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 10**9, 8 * 10**9))
-    with pytest.raises(UserError, match=r"need 3\.0 GB, but cuda has 2\.0 GB of free memory"):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 8 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 10**9)
+    with pytest.raises(UserError, match=r"needs 3\.0 GB, but cuda has 2\.0 GB of free memory"):
         allocate(10**9, 3, device=torch.device("cuda"))

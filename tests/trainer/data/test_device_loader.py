@@ -7,9 +7,9 @@ import torch
 
 from tests.folders import noise_image
 from trainer.data.augment import Augmentation, EvalTransform, Preprocessing, TrainTransform, Transform
-from trainer.data.dataset import ImageDataset
+from trainer.data.dataset import Batch, ImageDataset
 from trainer.data.device_loader import make_device_loader
-from trainer.data.loader import Batch, Collate
+from trainer.data.loader import Collate
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
 
 COUNT = 7

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from tests.folders import image_folder
 from trainer.data.augment import Augmentation, EvalTransform, Preprocessing, TrainTransform
-from trainer.data.dataset import ImageDataset
+from trainer.data.dataset import Batch, ImageDataset
 from trainer.data.decode import decode
 from trainer.data.index import Example, read_index
-from trainer.data.loader import Batch, Collate, make_dataloader
+from trainer.data.loader import Collate, make_dataloader
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler, SampleKey
 from trainer.errors import UserError
 

@@ -1,7 +1,7 @@
 """Build the image cache of a run: decode each image once, in threads, and store it in the form that the run reads."""
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class CacheBuilder:
 
     def __init__(
         self,
-        paths: Mapping[CacheForm, Iterable[str]],
+        paths: Mapping[CacheForm, Sequence[str]],
         *,
         original: CacheForm,
         store: ImageStore,
@@ -59,8 +59,8 @@ class CacheBuilder:
             limit: most bytes of the run's images.
 
         """
-        self._paths = {form: frozenset(of_form) for form, of_form in paths.items()}
-        self._original, self._store, self._writer = original, store, writer
+        self._paths, self._original, self._store, self._writer = paths, original, store, writer
+        self._path_sets: dict[CacheForm, frozenset[str]] = {}
         self._known: dict[CacheForm, frozenset[int]] = {}
         self._added: dict[CacheForm, set[int]] = {form: set() for form in paths}
         self._lock = threading.Lock()
@@ -73,13 +73,13 @@ class CacheBuilder:
 
     def add_decoded(self, path: str, digest: str, image: Image.Image) -> None:
         """Store a decoded image in the forms that the run reads; several threads may call it."""
-        for form, paths in self._paths.items():
-            if path in paths and self._has_room(form) and not self._is_known(digest, form):
+        for form in self._paths:
+            if self._has_room(form) and self._is_wanted(path, digest, form):
                 self._add(digest, form, np.asarray(image))
 
     def add_missing(
         self,
-        images: Mapping[CacheForm, Sequence[tuple[str, str]]],
+        images: Mapping[CacheForm, tuple[Sequence[str], Sequence[str]]],
         *,
         workers: int,
         display: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext,
@@ -87,12 +87,12 @@ class CacheBuilder:
         """Decode and store what is not cached yet.
 
         Args:
-            images: path and digest of the images to store in each form; the first forms take precedence.
+            images: paths and digests of the images to store in each form; the first forms take precedence.
             workers: number of threads.
             display: opens a progress display, which yields a callback for (images stored, images to store).
 
         """
-        tasks = [task for form, of_form in images.items() for task in self._missing(form, of_form)]
+        tasks = [task for form, (paths, digests) in images.items() for task in self._missing(form, paths, digests)]
         if not tasks:
             return
         done, self._full = 0, set()
@@ -106,22 +106,27 @@ class CacheBuilder:
     def _has_room(self, form: CacheForm) -> bool:
         return self.error is None and form not in self._full
 
-    def _is_known(self, digest: str, form: CacheForm) -> bool:
-        if form not in self._known:
-            self._known[form] = self._store.digests(form.variant)
-        return int(digest, 16) in self._known[form] or int(digest, 16) in self._added[form]
+    def _is_wanted(self, path: str, digest: str, form: CacheForm) -> bool:
+        with self._lock:
+            if form not in self._known:  # only if the validation decodes images at all
+                self._path_sets[form] = frozenset(self._paths[form])
+                self._known[form] = self._store.digests(form.variant)
+        number = int(digest, 16)
+        return path in self._path_sets[form] and number not in self._known[form] and number not in self._added[form]
 
-    def _missing(self, form: CacheForm, images: Sequence[tuple[str, str]]) -> list[_Task]:
+    def _missing(self, form: CacheForm, paths: Sequence[str], digests: Sequence[str]) -> list[_Task]:
         """Return a task for each image that is not cached, and subtract those that are from the limit."""
-        hashes, first = np.unique(parse_digests([digest for _, digest in images]), return_index=True)
+        hashes = parse_digests(digests)
         entries = self._store.locate(hashes, form.variant)
-        self._free -= int(self._store.sizes(entries).sum())
-        first = first[entries == MISSING]
-        originals = self._store.locate(hashes[entries == MISSING], self._original.variant)
+        self._free -= self._store.total_size(entries)
+        (positions,) = np.nonzero(entries == MISSING)
+        _, first = np.unique(hashes[positions], return_index=True)
+        positions = positions[first]
+        originals = self._store.locate(hashes[positions], self._original.variant)
         return [
-            _Task(path, digest, form, original)
-            for (path, digest), original in zip((images[k] for k in first.tolist()), originals.tolist(), strict=True)
-            if int(digest, 16) not in self._added[form]
+            _Task(paths[position], digests[position], form, original)
+            for position, original in zip(positions.tolist(), originals.tolist(), strict=True)
+            if int(digests[position], 16) not in self._added[form]
         ]
 
     def _store_batches(self, tasks: Sequence[_Task], workers: int) -> Generator[int, None, None]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -52,12 +53,12 @@ class CachedImages:
     """The cached images of a run. By default there are none."""
 
     store: ImageStore = field(default_factory=ImageStore)
-    paths: Sequence[str] = ()
-    """Paths of all examples of the run."""
+    paths: Sequence[Sequence[str]] = ()
+    """Paths of the examples of each split."""
     originals: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """Entry of the decoded image of each example in the store, or `MISSING`."""
+    """Entry of the decoded image of each example of all splits in the store, or `MISSING`."""
     outputs: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """Entry of the output of the evaluation transform of each example, or `MISSING`."""
+    """Entry of the output of the evaluation transform of each example of all splits, or `MISSING`."""
 
     def reader(self, paths: Sequence[str], fallback: ReadImage) -> ReadImage:
         """Return a reader of decoded images.
@@ -67,17 +68,22 @@ class CachedImages:
             fallback: decodes an image that is not cached.
 
         """
-        return CachedReader(self.store, self._select(self.originals, paths), fallback) if len(self.paths) else fallback
+        return CachedReader(self.store, self._select(self.originals, paths), fallback) if self.paths else fallback
 
     def output_reader(
         self, paths: Sequence[str], fallback: ReadImage, transform: Callable[[np.ndarray], np.ndarray]
     ) -> ReadImage:
         """Return a reader of the evaluation transform's outputs; see `reader`."""
         fallback = TransformedReader(self.reader(paths, fallback), transform)
-        return CachedReader(self.store, self._select(self.outputs, paths), fallback) if len(self.paths) else fallback
+        return CachedReader(self.store, self._select(self.outputs, paths), fallback) if self.paths else fallback
 
     def _select(self, entries: np.ndarray, paths: Sequence[str]) -> np.ndarray:
-        positions = {path: position for position, path in enumerate(self.paths)}
+        start = 0
+        for of_split in self.paths:
+            if of_split == paths:
+                return entries[start : start + len(paths)]
+            start += len(of_split)
+        positions = {path: position for position, path in enumerate(chain.from_iterable(self.paths))}
         return entries[[positions[path] for path in paths]]
 
 

@@ -1,6 +1,5 @@
-"""How many bytes of images are cached: the limits of memory, control groups and the disk."""
+"""The memory that a process may use: that of the machine, or of its control group (container, Slurm job)."""
 
-import shutil
 from pathlib import Path
 
 _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
@@ -14,13 +13,6 @@ def total_memory() -> int:
 def available_memory() -> int:
     """Return the memory that can be used without swapping [bytes]: caches of files count as available."""
     return min([_meminfo()["MemAvailable"], *(max(0, limit - used) for limit, used in _cgroup_limits())])
-
-
-def free_disk(folder: Path) -> int:
-    """Return the free space of the disk of a folder, which need not exist [bytes]."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def _meminfo() -> dict[str, int]:

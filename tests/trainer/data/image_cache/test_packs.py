@@ -63,11 +63,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def images_of(data: Path) -> list[tuple[str, str]]:
+    """Return path and digest of each image."""
     images = []
     for path in sorted(data.iterdir()):
         with path.open("rb") as file:
             images.append((str(path), hash_file(file)))
     return images
+
+
+def columns(images: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    return [path for path, _ in images], [digest for _, digest in images]
 
 
 def make_builder(files: PackFolder | PackMemory, store: ImageStore, limit: int = 2**40) -> CacheBuilder:
@@ -79,7 +84,7 @@ def build(cache: Path, data: Path, **options: object) -> CacheBuilder:
     files = PackFolder(cache, max_bytes=5_000_000)
     files.remove_leftovers()
     builder = make_builder(files, ImageStore(files.read_packs()[0]))
-    builder.add_missing({ORIGINAL: images_of(data)}, workers=2, **options)  # type: ignore[arg-type]
+    builder.add_missing({ORIGINAL: columns(images_of(data))}, workers=2, **options)  # type: ignore[arg-type]
     builder._writer.close()
     return builder
 
@@ -238,7 +243,7 @@ def test_the_limit_counts_what_is_cached_already(tmp_path: Path, data: Path) -> 
     for limit, total in ((10 * size, 10), (15 * size - 1, 14), (COUNT * size, COUNT)):
         files = PackFolder(tmp_path)
         builder = make_builder(files, ImageStore(files.read_packs()[0]), limit)
-        builder.add_missing({ORIGINAL: images_of(data)}, workers=2)
+        builder.add_missing({ORIGINAL: columns(images_of(data))}, workers=2)
         builder._writer.close()
         assert np.count_nonzero(locate(tmp_path, data)[1] != MISSING) == total
 
@@ -250,7 +255,7 @@ def test_a_full_disk_ends_the_build_and_keeps_complete_packs(
     monkeypatch.setattr(folder_module, "MAX_PACKS", 2**30)
     with disk(tmp_path / "disk", "64k") as cache:
         builder = make_builder(PackFolder(cache), ImageStore())
-        builder.add_missing({ORIGINAL: images_of(data)}, workers=1)
+        builder.add_missing({ORIGINAL: columns(images_of(data))}, workers=1)
         assert builder.error is not None
         assert builder.error.errno == errno.ENOSPC
         with suppress(OSError):
@@ -263,7 +268,7 @@ def test_a_full_disk_ends_the_build_and_keeps_complete_packs(
 def test_packs_in_memory_are_shared_with_other_processes_and_freed(data: Path) -> None:
     memory = PackMemory()
     builder = make_builder(memory, ImageStore())
-    builder.add_missing({ORIGINAL: images_of(data)}, workers=2)
+    builder.add_missing({ORIGINAL: columns(images_of(data))}, workers=2)
     builder._writer.close()
     assert memory.size > COUNT * 3600
     code = "import sys, trainer.data.image_cache.memory as m; print(len(m.open_packs(sys.argv[1:])[0].records))"
@@ -281,5 +286,5 @@ def test_packs_in_memory_are_shared_with_other_processes_and_freed(data: Path) -
 def test_a_file_that_changed_after_its_validation_is_not_cached(tmp_path: Path, data: Path) -> None:
     (path, _), (_, digest), *_ = images_of(data)
     builder = make_builder(PackFolder(tmp_path), ImageStore())
-    builder.add_missing({ORIGINAL: [(path, digest)]}, workers=1)
+    builder.add_missing({ORIGINAL: ([path], [digest])}, workers=1)
     assert builder._writer._pack is None
