@@ -6,6 +6,7 @@ from dataclasses import replace
 from trainer.config.build_checkpoints import find_resume_point, make_checkpoint_manager, make_model_metadata
 from trainer.config.build_data import check_images_unchanged, load_run_data, make_schedule, write_split_file
 from trainer.config.build_loaders import Evaluator, make_eval_loader, make_train_batches
+from trainer.config.build_micro_batch import MicroBatches
 from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_state, make_train_step
 from trainer.config.preflight import check_run_data
@@ -50,6 +51,8 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     if not resume_point.is_finished:
         check_images_unchanged(config, data, run, resumed=checkpoint is not None)
     write_split_file(data, run)
+    micro_batches = MicroBatches(config, run)
+    config = micro_batches.config
     wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
     evaluator = Evaluator(index, config, ctx)
     result = TrainResult(folder=run.folder, examples=(len(index.train), len(index.test)), val_split=index.val_split)
@@ -91,6 +94,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         console.print(resume_point.describe(batch_norm=config.transfer.batch_norm))
     model_metadata = make_model_metadata(config, data, built)
     wise_ft.save_initial_weights(state.model, model_metadata, resumed=checkpoint is not None)
+    train_step = micro_batches.limit(make_train_step(config, data.examples_per_class, ctx, l2_sp), state, unfreezing)
 
     # 7. The loader, from that position on; logger and checkpoints.
     batches = make_train_batches(config, index, data.order, run, schedule, start_step=state.step)
@@ -109,12 +113,18 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         with run.watchdog() as heartbeat:
             logger.log_start(evaluator.evaluate_initial(state.model, heartbeat), probe_seconds)
     try:
-        with run.signals.deferred(), progress_bar.show(), run.watchdog(checkpoints.heartbeat), checkpoints:
+        with (
+            run.signals.deferred(),
+            progress_bar.show(),
+            run.watchdog(checkpoints.heartbeat),
+            checkpoints,
+            micro_batches.halved_if_out_of_memory(train_step),
+        ):
             fit(
                 state,
                 batches,
                 schedule,
-                make_train_step(config, data.examples_per_class, ctx, l2_sp),
+                train_step,
                 start_epoch=unfreezing.start_epoch,
                 evaluate=evaluator,
                 checkpoints=checkpoints,

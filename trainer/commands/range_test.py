@@ -10,6 +10,7 @@ from rich.console import Console
 from trainer.commands.lr_range import Suggestion, has_diverged, suggest
 from trainer.config.build_data import load_run_data
 from trainer.config.build_loaders import make_batches, make_eval_loader
+from trainer.config.build_micro_batch import with_largest_micro_batch
 from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_step
 from trainer.config.preflight import check_run_data
@@ -74,6 +75,7 @@ def run_range_test(
     console.print(block_table(built, groups))
     model, optimizer = ctx.prepare(built.model, make_optimizer(groups, config))
     train_step = make_train_step(config, data.examples_per_class, ctx, l2_sp)
+    train_step = with_largest_micro_batch(train_step, ctx.unwrap(model), optimizer, config, console)
     sizes = data.order.batch_sizes
     batches = make_batches(config, data.index, data.order, ctx, epochs=-(-len(rates) // len(sizes)))
     losses: list[float] = []

@@ -16,7 +16,6 @@ from trainer.errors import UserError
 from trainer.model.built import BuiltModel
 from trainer.model.create import build_model
 from trainer.model.freeze import apply_stage, make_stages
-from trainer.model.gradient_checkpointing import enable_gradient_checkpointing
 from trainer.model.metadata import read_weights_metadata
 from trainer.model.patterns import match_names
 from trainer.model.source_classes import ClassMapping
@@ -60,6 +59,7 @@ def make_model(
         class_mapping=_class_mapping(config, classes, weights),
         dropout=config.model.dropout,
         stochastic_depth=config.model.stochastic_depth,
+        gradient_checkpointing=config.train.gradient_checkpointing,
         on_progress=on_progress,
     )
     if config.model.head_init == "linear-probe":
@@ -76,10 +76,6 @@ def make_model(
         for stage in stages
         if stage.start_epoch >= config.train.epochs
     ]
-    if config.train.gradient_checkpointing:
-        blocks = [block.name for block in built.layer_order.blocks]
-        names = enable_gradient_checkpointing(built.model, blocks, built.heads)
-        notes.append(f"train.gradient_checkpointing: {len(names)} blocks, {names[0]} to {names[-1]}")
     if weights is None and len(stages[-1].trainable) < len(list(built.model.parameters())):
         notes.append(
             "transfer.trainable: frozen parameters keep their random values, since there are no pretrained weights. "

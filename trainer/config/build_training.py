@@ -47,8 +47,11 @@ def make_train_state(
 def make_train_step(
     config: ResolvedConfig, examples_per_class: Sequence[int], ctx: DistributedContext, l2_sp: L2SP
 ) -> TrainStep:
-    """Return the update; balanced class weights come from the number of training examples of each class."""
-    regularization = config.regularization
+    """Return the update; balanced class weights come from the number of training examples of each class.
+
+    With train.micro_batch_size auto, which is found later, it does not split the batch.
+    """
+    regularization, micro_batch_size = config.regularization, config.train.micro_batch_size
     weights = None
     if regularization.class_weights == "balanced":
         weights = balanced_weights(examples_per_class).to(ctx.device)
@@ -67,6 +70,7 @@ def make_train_step(
         l2_sp=l2_sp,
         loss_reduction=config.optim.loss_reduction,
         grad_accum_steps=config.train.grad_accum_steps,
+        micro_batch_size=None if micro_batch_size == "auto" else micro_batch_size,
         max_grad_norm=config.optim.max_grad_norm,
         seed=config.run.seed,
     )

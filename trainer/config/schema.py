@@ -286,6 +286,8 @@ class TrainConfig:
     """Batch size of one update over all processes (global batch)."""
     grad_accum_steps: int = 1
     """Gradient accumulation steps per update, which save memory and leave the update the same."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Micro-batch size: largest number of images per process in one forward and backward; auto finds what fits in memory, null uses grad_accum_steps."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of forward and backward; auto chooses bf16 or fp16 on a GPU and fp32 on a CPU."""
     channels_last: bool = True
@@ -303,6 +305,13 @@ class TrainConfig:
             raise UserError(
                 f"train.grad_accum_steps is {self.grad_accum_steps} and train.batch_size is {self.batch_size}: "
                 "a batch cannot be split into more micro-batches than it has examples"
+            )
+        size = self.micro_batch_size
+        _check("train.micro_batch_size", size, not isinstance(size, int) or size >= 1, "1 or more, auto, or null")
+        if size is not None and self.grad_accum_steps > 1:
+            raise UserError(
+                f"train.micro_batch_size is {size} and train.grad_accum_steps is {self.grad_accum_steps}, but one of "
+                "them splits the batch: set micro_batch_size to null, or grad_accum_steps to 1"
             )
 
 
