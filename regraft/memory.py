@@ -1,42 +1,55 @@
-"""Available memory of this machine or container. It imports the standard library alone."""
+"""The memory that a process may use: that of the machine, or of its control group (container, Slurm job)."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-
-def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the available memory [bytes]: the machine's, or what is left of a limit of a container or a Slurm job."""
-    available = _read_numbers(proc / "meminfo")["MemAvailable:"] * 1024
-    return min([available, *(_left(folder) for folder in _limited(proc, cgroup))])
+_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
-def _limited(proc: Path, cgroup: Path) -> Iterator[Path]:
-    """Yield the folders of this process's control groups that have a limit (cgroup v2)."""
-    try:
-        own = (proc / "self" / "cgroup").read_text(encoding="utf-8").partition("0::/")[2].partition("\n")[0]
-    except OSError:
-        own = ""
-    folder = cgroup / own
-    for group in (folder, *folder.parents):
-        if group.is_relative_to(cgroup) and _limit(group) is not None:
-            yield group
+def total_memory() -> int:
+    """Return the memory of this machine, or of the control group if that is less [bytes]."""
+    return min([_meminfo()["MemTotal"], *(limit for limit, _ in _cgroup_limits())])
 
 
-def _limit(group: Path) -> int | None:
-    try:
-        return int((group / "memory.max").read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no control group, or `max`: no limit
-        return None
+def available_memory() -> int:
+    """Return the memory that can be used without swapping [bytes]: caches of files count as available."""
+    return min([_meminfo()["MemAvailable"], *(max(0, limit - used) for limit, used in _cgroup_limits())])
 
 
-def _left(group: Path) -> int:
-    used = int((group / "memory.current").read_text(encoding="ascii"))
-    # The page cache counts as used, but the kernel frees it when memory is needed.
-    cache = _read_numbers(group / "memory.stat").get("inactive_file", 0)
-    return max(0, (_limit(group) or 0) - used) + cache
+def _meminfo() -> dict[str, int]:
+    lines = (_PROC / "meminfo").read_text(encoding="ascii").splitlines()
+    return {name: 1024 * int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
 
 
-def _read_numbers(path: Path) -> dict[str, int]:
-    """Return name -> number of a file with lines such as `MemAvailable: 5 kB`."""
-    lines = map(str.split, path.read_text(encoding="ascii", errors="replace").splitlines())
-    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+def _cgroup_limits() -> list[tuple[int, int]]:
+    """Return (limit, memory in use without files) of each control group of this process that has a limit [bytes]."""
+    limits = []
+    for folder, limit_name, used_name in _cgroups():
+        try:
+            limit = (folder / limit_name).read_text(encoding="ascii").strip()
+            used = int((folder / used_name).read_text(encoding="ascii"))
+            stat = (folder / "memory.stat").read_text(encoding="ascii").split()
+        except OSError:  # the root group has no limit
+            continue
+        if limit.isdigit():  # "max" in version 2; in version 1, a number that exceeds every memory
+            fields = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+            files = fields.get("total_inactive_file", fields.get("inactive_file", 0))
+            files += fields.get("total_active_file", fields.get("active_file", 0))
+            limits.append((int(limit), max(0, used - files)))
+    return limits
+
+
+def _cgroups() -> list[tuple[Path, str, str]]:
+    """Return the memory groups of this process, up to the root: folder, file of the limit, file of the use."""
+    groups = []
+    for line in (_PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, names = _CGROUP, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = _CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        # In a container, the path may be that of the host: then only the root is there.
+        relative = Path(path.lstrip("/"))
+        groups += [(root / folder, *names) for folder in (relative, *relative.parents)]
+    return groups

@@ -1,29 +1,50 @@
 from pathlib import Path
 
-from regraft.memory import available_memory
+import pytest
 
-GIB = 1 << 30
+from regraft import memory
 
-
-def write_limit(group: Path, limit: object, *, used: int) -> None:
-    group.mkdir(parents=True, exist_ok=True)
-    (group / "memory.max").write_text(f"{limit}\n")
-    (group / "memory.current").write_text(f"{used}\n")
-    (group / "memory.stat").write_text(f"anon 5\ninactive_file {GIB // 4}\n")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file 40\ntotal_active_file 60\n")
+V2 = ("memory.max", "memory.current", "anon 1\ninactive_file 40\nactive_file 60\n")
+HOST = (1024 * 1000, 1024 * 700)  # MemTotal and MemAvailable
 
 
-def test_memory_limits_of_containers_and_slurm_jobs_count(tmp_path: Path) -> None:
-    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
-    (proc / "self").mkdir(parents=True)
-    (proc / "meminfo").write_text("MemTotal: 99999999 kB\nMemAvailable: 8388608 kB\n")
-    assert available_memory(proc, cgroup) == 8 * GIB, "no control groups"
-    write_limit(cgroup, "max", used=5)
-    assert available_memory(proc, cgroup) == 8 * GIB
-    write_limit(cgroup, GIB, used=GIB // 2)
-    assert available_memory(proc, cgroup) == 3 * GIB // 4, "the page cache can be freed"
-    (proc / "self" / "cgroup").write_text("0::/slurm/job_1/step_0\n")
-    write_limit(cgroup / "slurm" / "job_1", GIB // 2, used=GIB)
-    write_limit(cgroup / "slurm" / "job_2", 1, used=1)
-    write_limit(cgroup / "slurm" / "job_1" / "step_0", "max", used=GIB)
-    assert available_memory(proc, cgroup) == GIB // 4
-    assert available_memory() > 0
+@pytest.mark.parametrize(
+    ("line", "folder", "names", "limit", "expected"),
+    [
+        ("0::/", "", V2, None, HOST),
+        ("0::/job/step", "job/step", V2, "max", HOST),
+        ("0::/job/step", "job/step", V2, "5000", (5000, 5000 - 300)),
+        ("0::/job/step", "job", V2, "5000", (5000, 5000 - 300)),
+        ("0::/job", "job", V2, "350", (350, 50)),
+        ("0::/job", "job", V2, "250", (250, 0)),
+        ("0::/../../host/path", "", V2, "5000", (5000, 5000 - 300)),
+        ("4:memory:/job", "memory/job", V1, "5000", (5000, 5000 - 300)),
+        ("4:cpu,memory:/job", "memory/job", V1, "5000", (5000, 5000 - 300)),
+        ("4:memory:/job", "memory/job", V1, "9223372036854771712", HOST),
+        ("4:cpu:/job", "memory/job", V1, "5000", HOST),
+    ],
+)
+def test_the_memory_of_control_groups(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    folder: str,
+    names: tuple[str, str, str],
+    limit: str | None,
+    expected: tuple[int, int],
+) -> None:
+    """The group uses 400 bytes, of which 100 are caches of files."""
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "cgroup")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 700 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(f"2:pids:/\n{line}\n")
+    group = tmp_path / "cgroup" / folder
+    group.mkdir(parents=True)
+    if limit is not None:
+        limit_name, used_name, stat = names
+        (group / limit_name).write_text(f"{limit}\n")
+        (group / used_name).write_text("400\n")
+        (group / "memory.stat").write_text(stat)
+    assert (memory.total_memory(), memory.available_memory()) == expected

@@ -16,7 +16,6 @@ from trainer.errors import UserError
 from trainer.model.built import BuiltModel
 from trainer.model.create import build_model
 from trainer.model.freeze import apply_stage, make_stages
-from trainer.model.metadata import read_weights_metadata
 from trainer.model.patterns import match_names
 from trainer.model.source_classes import ClassMapping
 from trainer.optim.param_groups import ParamGroup, create_optimizer, group_parameters
@@ -66,7 +65,7 @@ def make_model(
         require_linear(built.model, built.heads[0], config.data.image_size)
     if config.transfer.batch_norm == "sync" and world_size > 1:
         built = replace(built, model=nn.SyncBatchNorm.convert_sync_batchnorm(built.model))
-    if config.train.channels_last:
+    if config.train.uses_channels_last:
         built.model.to(memory_format=torch.channels_last)
     stages = make_stages(config.transfer.trainable, built.model, built.heads, built.layer_order)
     apply_stage(built.model, stages[0], config.transfer.batch_norm)
@@ -88,13 +87,14 @@ def _class_mapping(config: ResolvedConfig, classes: Sequence[str], weights: str 
     """Return the class names that head_init source-labels matches; None for other kinds of start."""
     if config.model.head_init != "source-labels" or weights is None:
         return None
-    metadata = read_weights_metadata(weights)
-    return ClassMapping(
-        targets=tuple(classes),
-        sources=config.model.source_labels,
-        in_weights_file=metadata.classes if metadata else None,
-        aliases=config.model.aliases,
+    return ClassMapping.from_weights(
+        weights, targets=tuple(classes), sources=config.model.source_labels, aliases=config.model.aliases
     )
+
+
+def apply_last_stage(built: BuiltModel, config: ResolvedConfig) -> None:
+    """Unfreeze what trains in the last stage of transfer.trainable."""
+    apply_stage(built.model, built.unfreeze_stages[-1], config.transfer.batch_norm)
 
 
 def make_l2_sp(built: BuiltModel, config: ResolvedConfig) -> L2SP:
