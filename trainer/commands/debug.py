@@ -135,6 +135,8 @@ def _skipped(config: ResolvedConfig) -> Iterator[str]:
         yield "skipped: regularization.ema and transfer.l2_sp"
     if isinstance(config.transfer.trainable, dict):
         yield "skipped: all stages of transfer.trainable but the first"
+    if config.train.compile:
+        yield "skipped: train.compile"
     if config.train.micro_batch_size == "auto":
         yield f"skipped: the search of train.micro_batch_size auto; micro-batches have {_MICRO_BATCH} images"
     if config.model.head_init == "linear-probe":
@@ -142,7 +144,7 @@ def _skipped(config: ResolvedConfig) -> Iterator[str]:
 
 
 def _without_options(config: ResolvedConfig) -> ResolvedConfig:
-    train = config.train
+    train = replace(config.train, compile=False)
     return replace(
         config,
         regularization=replace(config.regularization, ema=None),

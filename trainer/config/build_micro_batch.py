@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ _OPTIONS = {
     "data": ("image_size",),
     "model": ("name",),
     "transfer": ("trainable", "batch_norm"),
-    "train": ("batch_size", "grad_accum_steps", "micro_batch_size", "precision", "gradient_checkpointing"),
+    "train": ("batch_size", "grad_accum_steps", "micro_batch_size", "precision", "gradient_checkpointing", "compile"),
 }
 """What the memory of a micro-batch depends on, as far as a resumed run may change it or a restarted one does."""
 
@@ -114,7 +114,8 @@ def with_largest_micro_batch(
     if config.train.micro_batch_size != "auto":
         return train_step
     local = -(-config.train.batch_size // train_step.ctx.world_size)
-    size, how = largest_micro_batch(train_step, model, optimizer, image_size=config.data.image_size, local=local)
+    with torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext():
+        size, how = largest_micro_batch(train_step, model, optimizer, image_size=config.data.image_size, local=local)
     parts = -(-local // size)
     split = f"{parts} micro-batches per update" if parts > 1 else "one micro-batch per update"
     console.print(f"micro-batch size {size}, {how}: {split}")

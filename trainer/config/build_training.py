@@ -9,6 +9,7 @@ from trainer.config.resolve import ResolvedConfig
 from trainer.data.augment import Normalize
 from trainer.distributed.context import DistributedContext
 from trainer.model.built import BuiltModel
+from trainer.model.compile import compile_model
 from trainer.optim.ema import ModelEma
 from trainer.optim.loss import Criterion, balanced_weights
 from trainer.optim.mixup import Mixup
@@ -25,7 +26,10 @@ def make_train_state(
     ctx: DistributedContext,
     console: Console,
 ) -> tuple[TrainState, GradualUnfreezing]:
-    """Wrap model and optimizer by accelerate; return the state before the first update, and what wraps each stage."""
+    """Wrap model and optimizer by accelerate; return the state before the first update, and what wraps each stage.
+
+    With train.compile, the model and its moving average are compiled.
+    """
     ctx.reset()
     unfreezing = GradualUnfreezing(
         ctx,
@@ -41,6 +45,10 @@ def make_train_state(
         ema=ModelEma(unfreezing.unwrapped, config.regularization.ema),
         scaler=ctx.accelerator.scaler,
     )
+    if config.train.compile:
+        compile_model(state.model)
+        if state.ema.enabled:
+            compile_model(state.ema.model)
     return state, unfreezing
 
 

@@ -127,6 +127,7 @@ def test_hotdog_recipe_has_the_values_of_the_d2l_recipe() -> None:
         ("--checkpoint.keep_last 0 --checkpoint.every null", ["checkpoint.keep_last is 0", "1 or more"]),
         ("--transfer.trainable {'1':all}", ["transfer.trainable", "start with epoch 0"]),
         ("--train.grad_accum_steps 64", ["train.grad_accum_steps is 64", "train.batch_size is 32"]),
+        ("--train.compile true --train.gradient_checkpointing true", ["train.compile", "set one of them to false"]),
         ("--train.micro_batch_size 0", ["train.micro_batch_size is 0", "1 or more, auto, or null"]),
         ("--train.micro_batch_size half", ["train.micro_batch_size"]),
         ("--train.micro_batch_size 8 --train.grad_accum_steps 2", ["train.micro_batch_size is 8", "to null"]),
