@@ -7,6 +7,7 @@ BENCHMARKS = {
     "bars": "benchmarks.bars",
     "checkpoint": "benchmarks.checkpoint",
     "fingerprints": "benchmarks.fingerprints",
+    "index": "benchmarks.index",
     "peers": "benchmarks.compare_peers",
     "resident": "benchmarks.resident",
     "step": "benchmarks.step",

@@ -8,12 +8,14 @@ from trainer.config.build_data import check_images_unchanged, load_run_data, mak
 from trainer.config.build_loaders import Evaluator, make_eval_loader, make_train_batches
 from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_state, make_train_step
+from trainer.config.execution import Workload, choose_execution
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
 from trainer.loop import fit
 from trainer.report.block_table import block_table
 from trainer.report.logger import make_logger
 from trainer.report.summary import TrainResult
+from trainer.run.folder import saved_execution
 from trainer.run.session import OpenRun
 from trainer.transfer.wise_ft import WiseFT
 
@@ -44,19 +46,22 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     schedule = make_schedule(config, data.order)
     index = data.index
 
-    # 2. The newest checkpoint, if there is one; every rank takes rank 0's.
+    # 2. Precision and memory layout, then the newest checkpoint, if there is one; every rank takes rank 0's.
+    workload = Workload(config=config, examples=index.train, classes=index.classes, weights=weights)
+    config, ctx = choose_execution(workload, ctx, console, saved=saved_execution(run.folder))
+    run = replace(run, ctx=ctx)
     resume_point = find_resume_point(config, data, run, schedule)
     checkpoint = resume_point.checkpoint
     if not resume_point.is_finished:
         check_images_unchanged(config, data, run, resumed=checkpoint is not None)
     write_split_file(data, run)
     wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
-    evaluator = Evaluator(index, config, ctx)
+    evaluator = Evaluator(index, config, ctx, data.images)
     result = TrainResult(folder=run.folder, examples=(len(index.train), len(index.test)), val_split=index.val_split)
     if checkpoint is not None and resume_point.is_finished:
         rows = resume_point.finish()
         alpha = wise_ft.select_alpha(
-            lambda: wise_ft.load_for_eval(channels_last=config.train.channels_last),
+            lambda: wise_ft.load_for_eval(channels_last=config.train.uses_channels_last),
             evaluator,
             step=checkpoint.state.step,
         )
@@ -74,8 +79,9 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     l2_sp = make_l2_sp(built, config)  # towards the pretrained weights, not those of a checkpoint
     probe_seconds = 0.0
     if checkpoint is None and config.model.head_init == "linear-probe":
-        loader, labels = make_eval_loader(index.train, config, ctx), [label for _, label in index.train]
+        loader, labels = make_eval_loader(index.train, config, ctx, data.images), [label for _, label in index.train]
         probe_seconds = fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=run.watchdog)
+        del loader  # ends its worker processes, and frees the images that it keeps on the device
     groups = make_param_groups(built, config)
     console.print(block_table(built, groups))
     optimizer = make_optimizer(groups, config)
@@ -93,7 +99,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     wise_ft.save_initial_weights(state.model, model_metadata, resumed=checkpoint is not None)
 
     # 7. The loader, from that position on; logger and checkpoints.
-    batches = make_train_batches(config, index, data.order, run, schedule, start_step=state.step)
+    batches = make_train_batches(config, index, data.order, run, schedule, start_step=state.step, images=data.images)
     logger, progress_bar = make_logger(
         run,
         schedule,

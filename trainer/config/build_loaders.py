@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from trainer.config.resolve import ResolvedConfig, ResolvedDataConfig
-from trainer.data.augment import Normalize, Transform, eval_transform, train_transform
-from trainer.data.dataset import ImageDataset
+from trainer.data.augment import EvalTransform, Normalize, TrainTransform, Transform
+from trainer.data.dataset import Batch, FileReader, ImageDataset
+from trainer.data.device_loader import make_device_loader
+from trainer.data.image_cache.cached import NOT_CACHED, CachedImages, unchanged
 from trainer.data.index import DatasetIndex, Example
-from trainer.data.loader import Batch, TrainBatches, make_dataloader
+from trainer.data.loader import TrainBatches, make_dataloader
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
-from trainer.data.workers import check_shared_memory
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
@@ -24,16 +24,28 @@ from trainer.run.session import OpenRun
 
 
 def make_train_transform(data: ResolvedDataConfig) -> Transform:
-    """Return the random transform of a training image."""
-    return train_transform(data.preprocessing, data.augment, data.crop_scale, random_erasing=data.random_erasing)
+    """Return the transform of a training image."""
+    if not data.has_random_transform:
+        return EvalTransform(data.preprocessing)
+    return TrainTransform(data.preprocessing, data.augment, data.crop_scale, random_erasing=data.random_erasing)
 
 
 def make_dataset(
-    examples: Sequence[Example], transform: Transform, config: ResolvedConfig, ctx: DistributedContext
+    examples: Sequence[Example],
+    transform: Transform,
+    config: ResolvedConfig,
+    ctx: DistributedContext,
+    images: CachedImages = NOT_CACHED,
 ) -> ImageDataset:
     """Return the images of a split under a transform."""
+    paths = [path for path, _ in examples]
+    files = FileReader(paths)
+    if isinstance(transform, EvalTransform):
+        reader, transform = images.output_reader(paths, files, transform), unchanged
+    else:
+        reader = images.reader(paths, files)
     threads = decoding_threads(config.data.num_workers, ctx)
-    return ImageDataset(examples, transform, seed=config.run.seed, threads=threads)
+    return ImageDataset(examples, transform, seed=config.run.seed, threads=threads, reader=reader)
 
 
 def make_loader(
@@ -41,21 +53,38 @@ def make_loader(
     sampler: DistributedBatchSampler | EvalBatchSampler,
     config: ResolvedConfig,
     ctx: DistributedContext,
-) -> DataLoader[Batch]:
-    """Return the loader of this process's batches."""
+) -> Iterable[Batch]:
+    """Return the loader of this process's batches.
+
+    Raises:
+        UserError: data.cache_images is device, and the images do not fit into its free memory.
+
+    """
+    num_workers = num_loader_workers(config.data.num_workers, ctx)
+    if config.data.cache_images == "device":
+        return make_device_loader(
+            dataset,
+            sampler,
+            device=ctx.device,
+            channels_last=config.train.uses_channels_last,
+            num_workers=min(1, num_workers),
+            threads=max(num_workers, dataset.threads),
+        )
     return make_dataloader(
         dataset,
         sampler,
         image_size=config.data.image_size,
-        channels_last=config.train.channels_last,
-        num_workers=num_loader_workers(config.data.num_workers, ctx),
+        channels_last=config.train.uses_channels_last,
+        num_workers=num_workers,
         accelerator=ctx.accelerator,
     )
 
 
-def make_eval_loader(examples: Sequence[Example], config: ResolvedConfig, ctx: DistributedContext) -> DataLoader[Batch]:
+def make_eval_loader(
+    examples: Sequence[Example], config: ResolvedConfig, ctx: DistributedContext, images: CachedImages = NOT_CACHED
+) -> Iterable[Batch]:
     """Return this process's batches of one pass over examples, as they are evaluated."""
-    dataset = make_dataset(examples, eval_transform(config.data.preprocessing), config, ctx)
+    dataset = make_dataset(examples, EvalTransform(config.data.preprocessing), config, ctx, images)
     sampler = EvalBatchSampler(
         len(examples), batch_size=eval_batch_size(config, ctx), rank=ctx.rank, world_size=ctx.world_size
     )
@@ -70,9 +99,10 @@ def make_batches(
     *,
     epochs: int,
     start_step: int = 0,
+    images: CachedImages = NOT_CACHED,
 ) -> TrainBatches:
     """Return this process's local batches of the updates from `start_step` (counted from 0 over the run) on."""
-    dataset = make_dataset(index.train, make_train_transform(config.data), config, ctx)
+    dataset = make_dataset(index.train, make_train_transform(config.data), config, ctx, images)
     sampler = DistributedBatchSampler(
         order, epochs=epochs, start_step=start_step, rank=ctx.rank, world_size=ctx.world_size
     )
@@ -87,9 +117,10 @@ def make_train_batches(
     schedule: TrainSchedule,
     *,
     start_step: int,
+    images: CachedImages = NOT_CACHED,
 ) -> TrainBatches:
     """Return the local batches from `start_step` to the end of the run, recorded in `audit/` if run.audit is on."""
-    batches = make_batches(config, index, order, run.ctx, epochs=schedule.epochs, start_step=start_step)
+    batches = make_batches(config, index, order, run.ctx, epochs=schedule.epochs, start_step=start_step, images=images)
     if not config.run.audit:
         return batches
     record = partial(
@@ -136,26 +167,6 @@ def eval_batch_size(config: ResolvedConfig, ctx: DistributedContext) -> int:
     return max(8, local)
 
 
-def check_loader_memory(config: ResolvedConfig, order: EpochOrder, ctx: DistributedContext) -> None:
-    """Check that the batches of the loaders fit into shared memory. Every process must call it.
-
-    Raises:
-        UserError: see `check_shared_memory`.
-
-    """
-    images = -(-max(order.batch_sizes) // ctx.world_size) + eval_batch_size(config, ctx)
-    error = None
-    try:
-        check_shared_memory(
-            num_workers=num_loader_workers(config.data.num_workers, ctx),
-            processes=ctx.local_world_size,
-            batch_bytes=images * 3 * config.data.image_size**2,
-        )
-    except UserError as caught:
-        error = caught
-    ctx.raise_on_all_ranks(error)
-
-
 def eval_splits(index: DatasetIndex) -> dict[str, tuple[Example, ...]]:
     """Return the splits that are evaluated: `test` is reported, `val` (if there is one) selects the best epoch."""
     return {"val": index.val, "test": index.test} if index.val else {"test": index.test}
@@ -164,13 +175,15 @@ def eval_splits(index: DatasetIndex) -> dict[str, tuple[Example, ...]]:
 class Evaluator:
     """Evaluates the splits of a data set. Its worker processes stay alive between epochs."""
 
-    def __init__(self, index: DatasetIndex, config: ResolvedConfig, ctx: DistributedContext) -> None:
+    def __init__(
+        self, index: DatasetIndex, config: ResolvedConfig, ctx: DistributedContext, images: CachedImages = NOT_CACHED
+    ) -> None:
         self._ctx = ctx
         self._classes = len(index.classes)
         self._normalize = Normalize(config.data.preprocessing, ctx.device)
         self._batch_size = eval_batch_size(config, ctx)
         self._splits = {
-            name: (len(examples), make_eval_loader(examples, config, ctx))
+            name: (len(examples), make_eval_loader(examples, config, ctx, images))
             for name, examples in eval_splits(index).items()
         }
 
