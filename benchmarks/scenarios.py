@@ -8,11 +8,12 @@ from benchmarks.measure import REPOSITORY, Program, Result
 
 METRICS: dict[str, Callable[[Result, Result], float]] = {
     "training": lambda ours, other: ours.later / other.later,
+    "first epoch": lambda ours, other: other.cold / ours.cold,
     "work": lambda ours, other: other.work / ours.work,
     "command": lambda ours, other: other.seconds / ours.seconds,
 }
-"""Speed of ours over that of the other, by images per second from the second epoch on, by the time from the end of the
-imports to the end, or by the time of the whole command."""
+"""Speed of ours over that of the other: by images per second from the second epoch on; by the time from the end of the
+imports to the end without the training of the later epochs; by all of that time; by the time of the whole command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,9 @@ def timm(setting: Setting) -> Iterator[Bar]:
 
 
 def first_epoch(setting: Setting) -> Iterator[Bar]:
-    """Compare one epoch with cold caches, the building of the caches included, with timm, tuned."""
-    ours, other = (replace(setting.program(name), epochs=1) for name in ("regraft", "timm_train"))
-    yield Bar(scenario="first_epoch", ours=ours, other=other, metric="work", asked=1.0)
+    """Compare the first epoch with cold caches, all that is done before it included, with timm, tuned."""
+    ours, other = setting.program("regraft"), setting.program("timm_train")
+    yield Bar(scenario="first_epoch", ours=ours, other=other, metric="first epoch", asked=1.0)
 
 
 def equal_arithmetic(setting: Setting) -> Iterator[Bar]:

@@ -22,7 +22,7 @@ class Check:
 def checks(work: Workplace) -> dict[str, Check]:
     """Return name -> check."""
     end_to_end = {
-        f"{model}-{batch_size}": Check(partial(speed.end_to_end, model=model, batch_size=batch_size), 90, True)
+        f"{model}-{batch_size}": Check(partial(speed.end_to_end, model=model, batch_size=batch_size), 100, True)
         for model, batch_size in work.speed_combinations
     }
     return {

@@ -17,11 +17,16 @@ def regraft(work: Workplace, model: str, batch_size: int) -> Program:
 
 
 def end_to_end(work: Workplace, model: str, batch_size: int) -> Details:
-    """Compare training from JPEG files, after the first epoch, with the model alone on a batch in memory."""
+    """Compare training from JPEG files, after the first epoch, with the model alone on a batch in memory.
+
+    The ratio is that of the default settings; that of images in the memory of the device is measured beside it.
+    """
     ours = regraft(work, model, batch_size)
+    on_device = replace(ours, extra=("data.cache_images=device",))
     alone = replace(ours, name="resident_batch", precision="bf16")
-    results = [run(program, work.many_images()) for program in (ours, alone)]
-    return _ratio(results[0].later, results[1].later, ALONE, first_epoch=results[0].first)
+    results = [run(program, work.many_images()) for program in (ours, on_device, alone)]
+    rates = [result.later for result in results]
+    return {**_ratio(rates[0], rates[2], ALONE), "ratio, images on the device": rates[1] / rates[2]}
 
 
 def d2l(work: Workplace) -> Details:
@@ -43,5 +48,5 @@ def timm(work: Workplace) -> Details:
     return _ratio(results[0].later, results[1].later, TIMM)
 
 
-def _ratio(ours: float, other: float, asked: float, **more: float) -> Details:
-    return {"ratio": ours / other, "asked": asked, "images/s": ours, "images/s of the other": other, **more}
+def _ratio(ours: float, other: float, asked: float) -> Details:
+    return {"ratio": ours / other, "asked": asked, "images/s": ours, "images/s of the other": other}

@@ -64,10 +64,10 @@ class Workplace:
         return self._images("loop", train=1024 if self.on_gpu else 8, val=64 if self.on_gpu else 4)
 
     def many_images(self) -> Path:
-        """Return the folder for the measurements of speed: 8,192 files, an eighth of them distinct."""
+        """Return the folder for the measurements of speed: 4,096 files, an eighth of them distinct."""
         if not self.on_gpu:
             return self.loop_images()
-        return self._images("many", train=1024, val=64, copies=8)
+        return self._images("many", train=512, val=64, copies=8)
 
     def _images(self, name: str, *, train: int, val: int, copies: int = 1) -> Path:
         folder, unfinished = self.folder / name, self.folder / f"{name}.unfinished"

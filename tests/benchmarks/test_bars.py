@@ -17,7 +17,8 @@ BAR = Bar(scenario="d2l", ours=OURS, other=OTHER, metric="training", asked=2.0)
 
 def results(speed: float, accuracy: float) -> list[Result]:
     """Return five rounds whose speeds vary by a few percent around `speed`."""
-    return [Result(1, speed * factor, accuracy, 10 / speed, 20 / speed) for factor in (0.98, 0.99, 1.0, 1.01, 1.02)]
+    rates = [speed * factor for factor in (0.98, 0.99, 1.0, 1.01, 1.02)]
+    return [Result(first=1, later=rate, accuracy=accuracy, cold=5, work=10, seconds=20) for rate in rates]
 
 
 @pytest.mark.parametrize(
@@ -62,12 +63,21 @@ def test_equal_arithmetic_fixes_precision_and_layout_of_all_programs() -> None:
 def test_every_program_reads_the_options_that_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from benchmarks.peers.common import Settings, read_settings
 
-    program = replace(OURS, weights=Path("w"), config=Path("c"), fixed_views=True, lr=0.5, reduction="sum", workers=3)
+    program = replace(
+        OURS,
+        weights=Path("w"),
+        config=Path("c"),
+        fixed_views=True,
+        lr=0.5,
+        reduction="sum",
+        workers=3,
+        extra=("a.b=1",),
+    )
     words = [f"--data-root={tmp_path}", f"--record={tmp_path / 'r'}", "--seed=7", *program.options()]
     monkeypatch.setattr("sys.argv", ["program", *words])
     settings = read_settings()
     shared = {field.name for field in fields(Settings)} & {field.name for field in fields(Program)}
-    assert len(shared) == 13
+    assert len(shared) == 14
     assert all(getattr(settings, name) == getattr(program, name) for name in shared)
     assert settings.seed == 7
 
