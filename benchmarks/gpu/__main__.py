@@ -111,9 +111,10 @@ def in_own_process(name: str, folder: Path, device: str, *, limit: float) -> Rec
     """Run a check in its own process, and kill it and its children when its time is over."""
     words = [sys.executable, "-m", "benchmarks.gpu", "--check", name, "--folder", str(folder)]
     words += ["--cpu"] * (device == "cpu")
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
     began = time.monotonic()
     with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
             output, errors = process.communicate(timeout=limit)

@@ -26,13 +26,12 @@ def checks(work: Workplace) -> dict[str, Check]:
         for model, batch_size in work.speed_combinations
     }
     return {
-        "fp32": Check(correctness.fp32, 60),
+        "fp32": Check(correctness.fp32, 100),
         "evaluation": Check(correctness.evaluation, 45),
         "bf16": Check(correctness.bf16, 30),
         "fp16": Check(correctness.fp16, 30),
         "resume": Check(correctness.resume, 90),
         "nccl": Check(correctness.nccl, 45),
-        "augmentation": Check(correctness.augmentation, 45),
         "device_data": Check(correctness.device_data, 45),
         **dict(list(end_to_end.items())[:2]),
         "d2l": Check(speed.d2l, 90, True),

@@ -85,15 +85,11 @@ def channels_last(work: Workplace) -> Details:
     return compare(runs[0], runs[1], ROUNDING)
 
 
-def augmentation(work: Workplace) -> Details:
-    """Compare random crops as the device executes them with those of the CPU."""
-    return compare(train(work, "basic", BASIC), train(work, "basic-cpu", BASIC, "--run.device=cpu"), 2e-2)
-
-
 def device_data(work: Workplace) -> Details:
-    """Compare images that stay on the device with images that are decoded in every epoch."""
-    require_option("data", "cache_images", "device")
-    runs = [train(work, f"images-{value}", BASIC, f"--data.cache_images={value}") for value in ("device", "off")]
+    """Compare images that stay on the device and are cropped there with images that are decoded in every epoch."""
+    require_option("data", "cache_images", work.image_cache)
+    values = (work.image_cache, "off")
+    runs = [train(work, f"images-{value}", BASIC, f"--data.cache_images={value}") for value in values]
     return compare(runs[0], runs[1], 2e-2)
 
 

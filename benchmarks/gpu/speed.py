@@ -22,7 +22,7 @@ def end_to_end(work: Workplace, model: str, batch_size: int) -> Details:
     The ratio is that of the default settings; that of images in the memory of the device is measured beside it.
     """
     ours = regraft(work, model, batch_size)
-    on_device = replace(ours, extra=("data.cache_images=device",))
+    on_device = replace(ours, extra=(f"data.cache_images={work.image_cache}",))
     alone = replace(ours, name="resident_batch", precision="bf16")
     results = [run(program, work.many_images()) for program in (ours, on_device, alone)]
     rates = [result.later for result in results]

@@ -49,6 +49,11 @@ class Workplace:
         return 16 if self.on_gpu else 8
 
     @property
+    def image_cache(self) -> str:
+        """Return the value of data.cache_images that keeps the images closest to the device."""
+        return "device" if self.on_gpu else "ram"
+
+    @property
     def speed_combinations(self) -> list[tuple[str, int]]:
         """Return the models and batch sizes whose speed is measured."""
         if self.on_gpu:
