@@ -52,6 +52,8 @@ def command(work: Workplace, label: str, *options: str, launcher: Sequence[str] 
         "train.logs_per_epoch": 8,
         "checkpoint.every": "null",
     }
+    if not work.on_gpu:
+        defaults["model.dropout"] = 0.0  # the order in which masks are drawn depends on the memory layout
     return [sys.executable, *launcher, *PROGRAM, *(f"--{key}={value}" for key, value in defaults.items()), *options]
 
 
