@@ -185,6 +185,11 @@ def interleaved(
     return results
 
 
+def default_workers(name: str, threads: int) -> int:
+    """Return the loader workers of a program: timm decodes in worker processes (`-j`), the others in the loop."""
+    return threads if name == "timm_train" else 0
+
+
 def is_installed(package: str | None) -> bool:
     """Return whether a package can be imported; None stands for what regraft itself needs."""
     return package is None or importlib.util.find_spec(package) is not None

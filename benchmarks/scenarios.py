@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.measure import REPOSITORY, Program, Result
+from benchmarks.measure import REPOSITORY, Program, Result, default_workers
 
 METRICS: dict[str, Callable[[Result, Result], float]] = {
     "training": lambda ours, other: ours.later / other.later,
@@ -48,14 +48,13 @@ class Setting:
     def program(self, name: str) -> Program:
         """Return a program that trains as its documentation says."""
         precision = {"d2l_loop": "fp32"}.get(name, "default")
-        workers = self.threads if name == "timm_train" else 0  # `-j`: timm decodes in worker processes
         return Program(
             name=name,
             precision=precision,
             epochs=self.epochs,
             batch_size=self.batch_size,
             lr=self.lr,
-            workers=workers,
+            workers=default_workers(name, self.threads),
             threads=self.threads,
         )
 

@@ -26,7 +26,7 @@ def end_to_end(work: Workplace, model: str, batch_size: int) -> Details:
     alone = replace(ours, name="resident_batch", precision="bf16")
     results = [run(program, work.many_images()) for program in (ours, on_device, alone)]
     rates = [result.later for result in results]
-    return {**_ratio(rates[0], rates[2], ALONE), "ratio, images on the device": rates[1] / rates[2]}
+    return {**_ratio(rates[0], rates[2], ALONE), "ratio with images on the device": rates[1] / rates[2]}
 
 
 def d2l(work: Workplace) -> Details:
