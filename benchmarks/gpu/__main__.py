@@ -179,7 +179,9 @@ def table(records: Sequence[Record]) -> str:
 def section(results: Mapping[str, Any]) -> str:
     """Return the results as a section of RESULTS.md."""
     machine = dict(results["machine"])
-    versions = ", ".join(f"{name} {version}" for name, version in machine.pop("versions").items())
+    installed = machine.pop("versions")
+    names = ("torch", "torchvision", "accelerate", "timm")
+    versions = ", ".join(f"{name} {installed[name]}" for name in names if name in installed)
     hardware = ", ".join(f"{name} {value}" for name, value in machine.items())
     return (
         f"## {results['date']}: {machine.get('gpu', 'CPU')}\n\n{hardware}; {versions}.\n\n    benchmarks/gpu.sh\n\n"

@@ -39,5 +39,7 @@ def checks(work: Workplace) -> dict[str, Check]:
         **dict(list(end_to_end.items())[2:]),
         "channels_last": Check(correctness.channels_last, 45),
         "gradient_checkpointing": Check(correctness.gradient_checkpointing, 45),
-        "compiled": Check(correctness.compiled, 90),
+        "cached_features": Check(correctness.cached_features, 45),
+        "micro_batches": Check(correctness.micro_batches, 45),
+        "compiled": Check(correctness.compiled, 150),
     }

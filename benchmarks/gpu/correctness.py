@@ -103,4 +103,20 @@ def gradient_checkpointing(work: Workplace) -> Details:
 def compiled(work: Workplace) -> Details:
     """Compare torch.compile with eager mode."""
     require_option("train", "compile")
-    return compare(train(work, "compiled", "--train.compile=on"), train(work, "fp32"), ROUNDING)
+    if not work.on_gpu:
+        raise CheckSkipped("compiling takes minutes")
+    return compare(train(work, "compiled", "--train.compile=true"), train(work, "fp32"), ROUNDING)
+
+
+def micro_batches(work: Workplace) -> Details:
+    """Let the run find the largest micro-batch, which is the whole batch here, and compare it with the plain run."""
+    require_option("train", "micro_batch_size", "auto")
+    return compare(train(work, "micro-batches", "--train.micro_batch_size=auto"), train(work, "fp32"), ROUNDING)
+
+
+def cached_features(work: Workplace) -> Details:
+    """Compare the training of the head on cached features with that on images."""
+    require_option("train", "cache_features")
+    head = "--transfer.trainable=head"
+    runs = [train(work, f"features-{value}", head, f"--train.cache_features={value}") for value in ("auto", "off")]
+    return compare(runs[0], runs[1], ROUNDING)
