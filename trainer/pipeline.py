@@ -5,7 +5,7 @@ from typing import Literal
 
 from regraft.contract import BASELINE, PRETRAIN
 from trainer.config.build_data import load_run_data
-from trainer.config.parse import dump
+from trainer.config.dump import dump, given_options
 from trainer.config.preflight import preflight
 from trainer.config.resolve import ResolvedConfig, baseline_config, pretrain_config
 from trainer.config.schema import Config
@@ -40,7 +40,7 @@ def run(config: Config, signals: StopSignals) -> TrainResult:
     )
     try:
         with signals.deferred():  # the first phase raises a Stopped for them
-            message = record_environment(opened.root, opened.lock, ctx)
+            message = record_environment(opened.root, opened.lock, ctx, given_options(config))
         if message is not None:
             console.print(message)
         with full_shared_memory_as_user_error():

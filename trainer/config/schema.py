@@ -114,6 +114,8 @@ class DataConfig:
     """Cache folder of downloads, synthetic datasets, validation results and decoded images; null uses $REGRAFT_CACHE, else ~/.cache/regraft."""
     cache_images: Literal["auto", "off", "disk", "ram", "device"] = "auto"
     """Image cache: up to half of the available memory (auto) or disk (disk), memory alone (ram), also the GPU's (device), or none (off)."""
+    cache_resize: int | None = None
+    """Resize of training images before their random crops: shorter side [pixels], which changes the pixels but saves space and time; null does not resize."""
 
     def __post_init__(self) -> None:
         wrong_roles = sorted({*self.csv_columns} - {*CSV_ROLES})
@@ -122,7 +124,7 @@ class DataConfig:
         for key in ("train_dir", "val_dir", "test_dir", "csv_root"):
             folder: str | None = getattr(self, key)
             _check(f"data.{key}", repr(folder), folder is None or bool(folder.strip()), "a folder, or null")
-        for key in ("image_size", "resize_size"):
+        for key in ("image_size", "resize_size", "cache_resize"):
             size: int | None = getattr(self, key)
             _check(f"data.{key}", size, size is None or 1 <= size <= 8192, "1 to 8192 pixels, or null")
         if reason := find_wrong_normalization(self.mean, self.std):
