@@ -32,6 +32,7 @@ def config(tmp_path: Path) -> Iterator[ResolvedConfig]:
             },
             model={"name": "squeezenet1_1", "weights": None},
             transfer={"trainable": {0: "head", 1: "all"}},
+            optim={"name": "adamw"},
             train={"epochs": 2, "batch_size": 8, "precision": "fp32"},
             checkpoint={"keep_last": 9},
         )
@@ -88,7 +89,7 @@ def test_auto_is_found_in_the_last_stage_and_kept(
     assert_equal_runs(auto, three)
     parameters = sum(p.numel() for p in models.squeezenet1_1(num_classes=2).parameters())
     batches = 2 * 8 * 3 * 32 * 32
-    assert budgets == [8 * 10**9 - 4 * parameters - batches], "the momentum of all parameters, and two batches"
+    assert budgets == [8 * 10**9 - 2 * 4 * parameters - batches], "the moments of all parameters, and two batches"
 
 
 def test_out_of_memory_halves_the_micro_batches_of_the_next_attempts(

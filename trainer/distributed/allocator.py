@@ -26,3 +26,11 @@ def keep_freed_memory(environment: Mapping[str, str]) -> bool:
     except (AttributeError, OSError):  # musl, macOS
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST) and mallopt(_TRIM_THRESHOLD, _LARGEST))
+
+
+def return_freed_memory() -> None:
+    """Let glibc return all freed memory to the kernel, so that the resident memory shows what is in use."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):  # another C library
+        return

@@ -16,6 +16,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from regraft.memory import available_memory
+from trainer.distributed.allocator import return_freed_memory
 from trainer.errors import UserError
 from trainer.optim.train_step import TrainStep
 
@@ -73,6 +74,7 @@ def largest_micro_batch(
             else:
                 budget = int((1 - _CPU_MARGIN) * available_memory() / ctx.local_world_size) - reserved
                 least = 4 * 3 * image_size**2 * _MIN_ACTIVATIONS
+                return_freed_memory()
                 base = _read_status("VmRSS")
                 size = extrapolate_largest(lambda size: _peak_memory(run, size) - base, local, budget, least=least)
                 how = f"estimated from the memory of {min(local, _MEASURED_IMAGES)}"
@@ -150,14 +152,14 @@ def extrapolate_largest(measure: Callable[[int], int], local: int, budget: int, 
 
     """
     size, peak = 1, measure(1)
-    per_image, largest = 0.0, local if peak <= budget else 1
+    per_image, largest = float(least), local if peak <= budget else 1
     while peak <= budget and size < min(local, _MEASURED_IMAGES):
         next_size = min(2 * size, local, _MEASURED_IMAGES)
-        if size + (budget - peak) / max(per_image, 1) < next_size:
+        if size + (budget - peak) / per_image < next_size:
             break
         next_peak = measure(next_size)
         # The first pass allocates the gradients too, which the next ones do not: only differences count.
-        per_image = max(least, (next_peak - peak) / (next_size - size))
+        per_image = max(per_image, (next_peak - peak) / (next_size - size))
         size, peak = next_size, next_peak
         largest = size + math.floor((budget - peak) / per_image)
     return max(1, min(local, largest))
@@ -165,6 +167,7 @@ def extrapolate_largest(measure: Callable[[int], int], local: int, budget: int, 
 
 def _peak_memory(run: Callable[[int], None], size: int) -> int:
     """Return the peak of the resident memory [bytes] of this process while a micro-batch runs."""
+    return_freed_memory()
     try:
         _RESET_PEAK.write_text("5", encoding="ascii")  # see proc(5)
     except OSError as error:
