@@ -160,12 +160,15 @@ def eval_batch_size(config: ResolvedConfig, ctx: DistributedContext) -> int:
     """Return how many images a process evaluates at once.
 
     On a CPU a few per thread, so that activations stay in its caches (SqueezeNet at 224 px on two threads: batches of
-    8 take 0.6 of the time of batches of 128). On a GPU as many as it trains on.
+    8 take 0.6 of the time of batches of 128). On a GPU as many as it trains on, and with train.micro_batch_size auto,
+    which is found later, at most 128.
     """
     if ctx.device.type == "cpu":
         return max(8, 4 * ctx.threads)
-    local = -(-config.train.batch_size // (ctx.world_size * config.train.grad_accum_steps))
-    return max(8, local)
+    train = config.train
+    local = -(-train.batch_size // (ctx.world_size * train.grad_accum_steps))
+    limit = 128 if train.micro_batch_size == "auto" else train.micro_batch_size
+    return max(8, local if limit is None else min(local, limit))
 
 
 def eval_splits(index: DatasetIndex) -> dict[str, tuple[Example, ...]]:
