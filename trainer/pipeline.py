@@ -1,6 +1,7 @@
 """The phases of a run: optional pretraining, fine-tuning, and an optional baseline from scratch."""
 
 from pathlib import Path
+from typing import Literal
 
 from regraft.contract import BASELINE, PRETRAIN
 from trainer.config.build_data import load_run_data
@@ -12,6 +13,7 @@ from trainer.config.start import start
 from trainer.data.workers import full_shared_memory_as_user_error
 from trainer.distributed.context import shut_down
 from trainer.distributed.signals import StopSignals
+from trainer.distributed.watchdog import EXTENDED_TIMEOUT
 from trainer.report.summary import TrainResult, comparison, summary
 from trainer.run.environment import record_environment
 from trainer.run.session import OpenRun, open_run
@@ -34,7 +36,7 @@ def run(config: Config, signals: StopSignals) -> TrainResult:
         ctx=ctx,
         console=console,
         signals=signals,
-        hang_timeout=resolved.run.hang_timeout,
+        hang_timeout=_hang_timeout(resolved),
     )
     try:
         with signals.deferred():  # the first phase raises a Stopped for them
@@ -49,6 +51,12 @@ def run(config: Config, signals: StopSignals) -> TrainResult:
     opened.end("done")
     shut_down()
     return result
+
+
+def _hang_timeout(config: ResolvedConfig) -> float | Literal["auto"] | None:
+    """Return run.hang_timeout; with `auto` and train.compile, which builds kernels within steps, a longer one."""
+    timeout = config.run.hang_timeout
+    return EXTENDED_TIMEOUT if timeout == "auto" and config.train.compile else timeout
 
 
 def _run_phases(config: ResolvedConfig, run: OpenRun) -> TrainResult:

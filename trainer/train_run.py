@@ -6,6 +6,7 @@ from dataclasses import replace
 from trainer.config.build_checkpoints import find_resume_point, make_checkpoint_manager, make_model_metadata
 from trainer.config.build_data import check_images_unchanged, load_run_data, make_schedule, write_split_file
 from trainer.config.build_loaders import Evaluator, make_eval_loader, make_train_batches
+from trainer.config.build_micro_batch import MicroBatches
 from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_state, make_train_step
 from trainer.config.execution import Workload, choose_execution
@@ -15,7 +16,6 @@ from trainer.loop import fit
 from trainer.report.block_table import block_table
 from trainer.report.logger import make_logger
 from trainer.report.summary import TrainResult
-from trainer.run.folder import saved_execution
 from trainer.run.session import OpenRun
 from trainer.transfer.wise_ft import WiseFT
 
@@ -48,13 +48,15 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
 
     # 2. Precision and memory layout, then the newest checkpoint, if there is one; every rank takes rank 0's.
     workload = Workload(config=config, examples=index.train, classes=index.classes, weights=weights)
-    config, ctx = choose_execution(workload, ctx, console, saved=saved_execution(run.folder))
+    config, ctx = choose_execution(workload, ctx, console, saved=run.saved_execution)
     run = replace(run, ctx=ctx)
     resume_point = find_resume_point(config, data, run, schedule)
     checkpoint = resume_point.checkpoint
     if not resume_point.is_finished:
         check_images_unchanged(config, data, run, resumed=checkpoint is not None)
     write_split_file(data, run)
+    micro_batches = MicroBatches(config, run)
+    config = micro_batches.config
     wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
     evaluator = Evaluator(index, config, ctx, data.images)
     result = TrainResult(folder=run.folder, examples=(len(index.train), len(index.test)), val_split=index.val_split)
@@ -98,8 +100,9 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     model_metadata = make_model_metadata(config, data, built)
     wise_ft.save_initial_weights(state.model, model_metadata, resumed=checkpoint is not None)
 
-    # 7. The loader, from that position on; logger and checkpoints.
+    # 7. The loader, from that position on; micro-batches that fit in the memory that is left; logger and checkpoints.
     batches = make_train_batches(config, index, data.order, run, schedule, start_step=state.step, images=data.images)
+    train_step = micro_batches.limit(make_train_step(config, data.examples_per_class, ctx, l2_sp), state, unfreezing)
     logger, progress_bar = make_logger(
         run,
         schedule,
@@ -115,12 +118,18 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         with run.watchdog() as heartbeat:
             logger.log_start(evaluator.evaluate_initial(state.model, heartbeat), probe_seconds)
     try:
-        with run.signals.deferred(), progress_bar.show(), run.watchdog(checkpoints.heartbeat), checkpoints:
+        with (
+            run.signals.deferred(),
+            progress_bar.show(),
+            run.watchdog(checkpoints.heartbeat),
+            checkpoints,
+            micro_batches.halved_if_out_of_memory(train_step),
+        ):
             fit(
                 state,
                 batches,
                 schedule,
-                make_train_step(config, data.examples_per_class, ctx, l2_sp),
+                train_step,
                 start_epoch=unfreezing.start_epoch,
                 evaluate=evaluator,
                 checkpoints=checkpoints,

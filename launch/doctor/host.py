@@ -12,6 +12,7 @@ from launch import machine
 from launch.doctor.finding import DoctorContext, Finding, Level, format_bytes, make_finding
 from launch.slurm.allocation import is_port_free
 from regraft.contract import available_cores
+from regraft.memory import available_memory
 
 _GIB, _MIB = 1 << 30, 1 << 20
 _PORTS = range(20_000, 30_000, 1_250)
@@ -117,24 +118,6 @@ def _file_system_problem(folder: Path) -> str | None:
     return None
 
 
-def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the available memory [bytes]: the machine's, or what is left of the container's limit."""
-    available = _read_numbers(proc / "meminfo")["MemAvailable:"] * 1024
-    try:
-        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no control group, or `max`: no limit
-        return available
-    # The page cache counts as used, but the kernel frees it when memory is needed.
-    cache = _read_numbers(cgroup / "memory.stat").get("inactive_file", 0)
-    return min(available, max(0, limit - used) + cache)
-
-
-def _read_numbers(path: Path) -> dict[str, int]:
-    """Return name -> number of a file with lines such as `MemAvailable: 5 kB`."""
-    lines = map(str.split, path.read_text(encoding="ascii", errors="replace").splitlines())
-    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
-
-
 def check_memory(context: DoctorContext) -> list[Finding]:
     """Check that the memory is enough for all processes, by the measured need of one."""
     step = context.measured.get("training step", {})
@@ -147,7 +130,7 @@ def check_memory(context: DoctorContext) -> list[Finding]:
         f"{format_bytes(available)} available; {context.processes} x {format_bytes(each)} needed, "
         f"{'as measured' if measured else 'as an estimate'}"
     )
-    remedy = "use train.grad_accum_steps, fewer data.num_workers, a smaller --nproc, or more memory (--mem)"
+    remedy = "use train.micro_batch_size auto, fewer data.num_workers, a smaller --nproc, or more memory (--mem)"
     return [make_finding("memory", level, message, remedy)]
 
 
