@@ -10,6 +10,7 @@ BENCHMARKS = {
     "index": "benchmarks.index",
     "peers": "benchmarks.compare_peers",
     "resident": "benchmarks.resident",
+    "startup": "benchmarks.startup",
     "step": "benchmarks.step",
     "throughput": "benchmarks.throughput",
 }
