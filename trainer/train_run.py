@@ -5,7 +5,13 @@ from dataclasses import replace
 
 from trainer.config.build_checkpoints import find_resume_point, make_checkpoint_manager, make_model_metadata
 from trainer.config.build_data import check_images_unchanged, load_run_data, make_schedule, write_split_file
-from trainer.config.build_loaders import Evaluator, make_eval_loader, make_train_batches
+from trainer.config.build_features import (
+    make_eval_features,
+    make_frozen_layers,
+    make_stage_batches,
+    make_stage_features,
+)
+from trainer.config.build_loaders import Evaluator, make_eval_loader, with_records
 from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_state, make_train_step
 from trainer.config.preflight import check_run_data
@@ -51,13 +57,12 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         check_images_unchanged(config, data, run, resumed=checkpoint is not None)
     write_split_file(data, run)
     wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
-    evaluator = Evaluator(index, config, ctx)
     result = TrainResult(folder=run.folder, examples=(len(index.train), len(index.test)), val_split=index.val_split)
     if checkpoint is not None and resume_point.is_finished:
         rows = resume_point.finish()
         alpha = wise_ft.select_alpha(
             lambda: wise_ft.load_for_eval(channels_last=config.train.channels_last),
-            evaluator,
+            Evaluator(index, config, ctx),
             step=checkpoint.state.step,
         )
         return replace(result, rows=rows, alpha=alpha, seconds=time.monotonic() - began)
@@ -80,8 +85,12 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     console.print(block_table(built, groups))
     optimizer = make_optimizer(groups, config)
 
-    # 5. Precision and process group: accelerate wraps model and optimizer.
-    state, unfreezing = make_train_state(built, optimizer, config, ctx, console)
+    # 5. Precision and process group: accelerate wraps model and optimizer, or the layers after the frozen ones, whose
+    #    output for each image is then computed once.
+    frozen_layers = make_frozen_layers(config, ctx, console)
+    features = make_stage_features(config, index, built.model, frozen_layers)
+    evaluator = Evaluator(index, config, ctx, make_eval_features(config, index, built.model, frozen_layers))
+    state, unfreezing = make_train_state(built, optimizer, config, ctx, console, features=features)
 
     # 6. Model, optimizer, loss scaling and position from the checkpoint.
     if checkpoint is not None:
@@ -93,7 +102,8 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     wise_ft.save_initial_weights(state.model, model_metadata, resumed=checkpoint is not None)
 
     # 7. The loader, from that position on; logger and checkpoints.
-    batches = make_train_batches(config, index, data.order, run, schedule, start_step=state.step)
+    batches = make_stage_batches(config, index, data.order, ctx, built.unfreeze_stages, features, start_step=state.step)
+    batches = with_records(batches, config, run, schedule, start_step=state.step)
     logger, progress_bar = make_logger(
         run,
         schedule,
@@ -114,7 +124,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
                 state,
                 batches,
                 schedule,
-                make_train_step(config, data.examples_per_class, ctx, l2_sp),
+                replace(make_train_step(config, data.examples_per_class, ctx, l2_sp), normalize=features.to_input),
                 start_epoch=unfreezing.start_epoch,
                 evaluate=evaluator,
                 checkpoints=checkpoints,

@@ -21,6 +21,7 @@ from trainer.evaluate import Evaluations, evaluate
 from trainer.optim.schedule import TrainSchedule
 from trainer.run.audit import with_audit
 from trainer.run.session import OpenRun
+from trainer.transfer.eval_features import EvalFeatures, EvalInputs
 
 
 def make_train_transform(data: ResolvedDataConfig) -> Transform:
@@ -73,23 +74,23 @@ def make_batches(
 ) -> TrainBatches:
     """Return this process's local batches of the updates from `start_step` (counted from 0 over the run) on."""
     dataset = make_dataset(index.train, make_train_transform(config.data), config, ctx)
-    sampler = DistributedBatchSampler(
-        order, epochs=epochs, start_step=start_step, rank=ctx.rank, world_size=ctx.world_size
-    )
+    sampler = make_train_sampler(config, order, ctx, epochs=epochs, start_step=start_step)
     return TrainBatches(iter(make_loader(dataset, sampler, config, ctx)), dataset, order)
 
 
-def make_train_batches(
-    config: ResolvedConfig,
-    index: DatasetIndex,
-    order: EpochOrder,
-    run: OpenRun,
-    schedule: TrainSchedule,
-    *,
-    start_step: int,
+def make_train_sampler(
+    config: ResolvedConfig, order: EpochOrder, ctx: DistributedContext, *, epochs: int, start_step: int
+) -> DistributedBatchSampler:
+    """Return the samples of this process's local batches from `start_step` to the end of epoch `epochs`."""
+    return DistributedBatchSampler(
+        order, epochs=epochs, start_step=start_step, rank=ctx.rank, world_size=ctx.world_size, views=config.data.views
+    )
+
+
+def with_records(
+    batches: TrainBatches, config: ResolvedConfig, run: OpenRun, schedule: TrainSchedule, *, start_step: int
 ) -> TrainBatches:
-    """Return the local batches from `start_step` to the end of the run, recorded in `audit/` if run.audit is on."""
-    batches = make_batches(config, index, order, run.ctx, epochs=schedule.epochs, start_step=start_step)
+    """Return the local batches from `start_step` on, recorded in `audit/` if run.audit is on."""
     if not config.run.audit:
         return batches
     record = partial(
@@ -164,8 +165,11 @@ def eval_splits(index: DatasetIndex) -> dict[str, tuple[Example, ...]]:
 class Evaluator:
     """Evaluates the splits of a data set. Its worker processes stay alive between epochs."""
 
-    def __init__(self, index: DatasetIndex, config: ResolvedConfig, ctx: DistributedContext) -> None:
-        self._ctx = ctx
+    def __init__(
+        self, index: DatasetIndex, config: ResolvedConfig, ctx: DistributedContext, features: EvalFeatures | None = None
+    ) -> None:
+        """Make the loaders. With `features`, what frozen layers compute from an image is computed once."""
+        self._ctx, self._features = ctx, features
         self._classes = len(index.classes)
         self._normalize = Normalize(config.data.preprocessing, ctx.device)
         self._batch_size = eval_batch_size(config, ctx)
@@ -189,21 +193,28 @@ class Evaluator:
 
         """
         accelerator = self._ctx.accelerator
-        return {
-            name: evaluate(
-                model,
+        evaluations: Evaluations = {}
+        for name in self._splits if splits is None else splits:
+            expected, images = self._splits[name]
+            evaluated, batches, normalize = self._inputs(model, name, images)
+            evaluations[name] = evaluate(
+                evaluated,
                 batches,
                 classes=self._classes,
                 expected=expected,
-                normalize=self._normalize,
+                normalize=normalize,
                 reduce=partial(accelerator.reduce, reduction="sum"),
                 device=accelerator.device,
                 num_batches=-(-expected // (self._ctx.world_size * self._batch_size)),
                 interrupted=interrupted,
             )
-            for name, (expected, batches) in self._splits.items()
-            if splits is None or name in splits
-        }
+        return evaluations
+
+    def _inputs(self, model: nn.Module, name: str, images: DataLoader[Batch]) -> EvalInputs:
+        """Return what evaluates a split: a model, batches of its inputs, and their normalization."""
+        if self._features is None:
+            return model, images, self._normalize
+        return self._features.inputs(model, name, images)
 
     def evaluate_initial(self, model: nn.Module, heartbeat: Heartbeat) -> Evaluations:
         """Return the evaluation of each split before the first step. A signal ends the run here: nothing is lost.

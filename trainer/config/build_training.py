@@ -14,6 +14,7 @@ from trainer.optim.loss import Criterion, balanced_weights
 from trainer.optim.mixup import Mixup
 from trainer.optim.train_step import TrainStep
 from trainer.state import TrainState
+from trainer.transfer.frozen_features import NoFeatures, StageFeatures
 from trainer.transfer.gradual_unfreezing import GradualUnfreezing
 from trainer.transfer.l2_sp import L2SP
 
@@ -24,8 +25,13 @@ def make_train_state(
     config: ResolvedConfig,
     ctx: DistributedContext,
     console: Console,
+    *,
+    features: StageFeatures | None = None,
 ) -> tuple[TrainState, GradualUnfreezing]:
-    """Wrap model and optimizer by accelerate; return the state before the first update, and what wraps each stage."""
+    """Wrap model and optimizer by accelerate; return the state before the first update, and what wraps each stage.
+
+    Without `features`, the whole model trains in every stage.
+    """
     ctx.reset()
     unfreezing = GradualUnfreezing(
         ctx,
@@ -33,6 +39,7 @@ def make_train_state(
         optimizer,
         stages=built.unfreeze_stages,
         batch_norm=config.transfer.batch_norm,
+        features=features or NoFeatures(built.model, Normalize(config.data.preprocessing, ctx.device)),
         log=console.print,
     )
     state = TrainState(

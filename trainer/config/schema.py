@@ -91,6 +91,8 @@ class DataConfig:
     """Crop scale: smallest and largest area of a random training crop, as fractions of the image."""
     random_erasing: float = 0.0
     """Random erasing probability of a training image."""
+    views: int | None = None
+    """Number of fixed random views of each training image, which the epochs show in turn; null draws a new one in every epoch."""
     sampling: Literal["shuffled", "balanced"] = "shuffled"
     """Sampling of an epoch: each example once (shuffled) or each class equally often (balanced)."""
     val_fraction: float = 0.0
@@ -128,6 +130,7 @@ class DataConfig:
         if (self.mean is None) != (self.std is None):
             raise UserError("data.mean and data.std belong together: set both or neither")
         _check("data.random_erasing", self.random_erasing, 0 <= self.random_erasing <= 1, "a probability, 0 to 1")
+        _check("data.views", self.views, self.views is None or self.views >= 1, "1 or more, or null")
         low, high = self.crop_scale
         _check("data.crop_scale", self.crop_scale, 0 < low <= high <= 1, "0 < smallest <= largest <= 1")
         for key in ("val_fraction", "test_fraction"):
@@ -290,6 +293,8 @@ class TrainConfig:
     """Precision of forward and backward; auto chooses bf16 or fp16 on a GPU and fp32 on a CPU."""
     channels_last: bool = True
     """Memory format channels_last for images and convolutions; results differ by rounding only."""
+    cache_features: Literal["auto", "off"] = "auto"
+    """Cache what frozen layers compute from images that are the same in every epoch, if it fits in memory (auto), or compute it every time (off)."""
     logs_per_epoch: int = 5
     """Logs per epoch: how often metrics are read from the device, shown and written."""
 
