@@ -294,7 +294,7 @@ class TrainConfig:
     channels_last: bool = True
     """Memory format channels_last for images and convolutions; results differ by rounding only."""
     cache_features: Literal["auto", "off"] = "auto"
-    """Cache what frozen layers compute from images that are the same in every epoch, if it fits in memory (auto), or compute it every time (off)."""
+    """Feature cache: compute the output of frozen layers once for images that are the same in every epoch (auto), or in every step (off)."""
     logs_per_epoch: int = 5
     """Logs per epoch: how often metrics are read from the device, shown and written."""
 
