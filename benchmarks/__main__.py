@@ -1,22 +1,36 @@
 """Run a benchmark: `python -m benchmarks NAME --help`."""
 
 import argparse
+from importlib import import_module
 
-from benchmarks import checkpoint, compare_peers, throughput
+BENCHMARKS = {
+    "bars": "benchmarks.bars",
+    "checkpoint": "benchmarks.checkpoint",
+    "fingerprints": "benchmarks.fingerprints",
+    "index": "benchmarks.index",
+    "peers": "benchmarks.compare_peers",
+    "resident": "benchmarks.resident",
+    "step": "benchmarks.step",
+    "throughput": "benchmarks.throughput",
+}
+"""Name -> module with `add_arguments(parser)` and `main(arguments)`; the first line of its docstring is its summary."""
 
-BENCHMARKS = {"peers": compare_peers, "throughput": throughput, "checkpoint": checkpoint}
 
-
-def main() -> None:
+def main() -> int | None:
     """Parse the command line and run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of regraft.")
     commands = parser.add_subparsers(dest="benchmark", required=True)
-    for name, module in BENCHMARKS.items():
-        summary = (module.__doc__ or "").partition("\n")[0]
-        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    modules = {name: import_module(module) for name, module in BENCHMARKS.items()}
+    for name, module in modules.items():
+        summary, _, rest = (module.__doc__ or "").partition("\n")
+        command = commands.add_parser(
+            name, help=summary, description=summary + "\n" + rest, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
     arguments = parser.parse_args()
-    BENCHMARKS[arguments.benchmark].main(arguments)
+    code: int | None = modules[arguments.benchmark].main(arguments)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

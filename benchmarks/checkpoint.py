@@ -11,8 +11,6 @@ the machine's speed. The ratio is also the overhead of saving after every epoch.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,11 +19,8 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-import torchvision
-
 from benchmarks.images import write_photographs
-from benchmarks.throughput import REPOSITORY
+from benchmarks.measure import REPOSITORY, cores, processor, versions
 
 _SECONDS_BETWEEN_READS = 0.02
 
@@ -70,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--images", type=int, default=512, help="number of synthetic images of an epoch")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--folder", help="parent of the run folder; default: the system's temporary folder")
 
@@ -79,8 +74,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Measure and print the ratios."""
     print(
         f"{arguments.model}, {arguments.precision}, epochs of {arguments.images} images, "
-        f"{arguments.threads} threads; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}"
+        f"{arguments.threads} threads; {processor()}; {versions()}"
     )
     with tempfile.TemporaryDirectory() as folder:
         ends = epoch_ends(write_photographs(Path(folder), train=arguments.images), arguments)
@@ -92,8 +86,13 @@ def main(arguments: argparse.Namespace) -> None:
             f"{saved:6.2f} s with a checkpoint, {before:6.2f} and {after:6.2f} s for the epochs before and after, "
             f"ratio {ratios[-1]:.3f}"
         )
-    print(
-        f"median ratio {statistics.median(ratios):.3f} of {len(ratios)} ({min(ratios):.3f} to "
-        f"{max(ratios):.3f}), mean {statistics.mean(ratios):.3f} "
-        f"(standard error {statistics.stdev(ratios) / len(ratios) ** 0.5:.3f})"
-    )
+    print(summary(ratios))
+
+
+def summary(ratios: list[float]) -> str:
+    """Return median, range and mean of the ratios; of two or more also the standard error of the mean."""
+    mean = f"mean {statistics.mean(ratios):.3f}"
+    if len(ratios) > 1:
+        mean += f" (standard error {statistics.stdev(ratios) / len(ratios) ** 0.5:.3f})"
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    return f"median ratio {statistics.median(ratios):.3f} of {len(ratios)} ({spread}), {mean}"

@@ -1,114 +1,52 @@
-"""Training speed of regraft and of other programs: paired runs, median ratios with an interval, and an A/A control.
+"""Training speed of regraft and of other programs: interleaved runs, median ratios with an interval, an A/A control.
 
     pip install -e '.[bench]'
-    python -m benchmarks peers --pairs 5
-    python -m benchmarks peers --ours regraft:fp32 --peers d2l_loop:fp32 accelerate_loop:fp32     # equal arithmetic
+    python -m benchmarks peers --tier best       # each tuned as its documentation says
+    python -m benchmarks peers --tier equal      # fp32, channels_last and the same updates for all
 
-Each run is a fresh process. A program whose package is not installed is left out.
+Each run is a fresh process. A program whose package is not installed is left out. `--peers d2l_loop:fp32 ...` chooses
+programs, each with an optional precision that replaces the tier's.
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
-import json
-import os
-import platform
-import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.images import write_photographs
+from benchmarks.measure import (
+    Program,
+    Result,
+    cores,
+    installed_peers,
+    interleaved,
+    mean_interval,
+    median_interval,
+    processor,
+    versions,
+)
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PEERS = {
-    "regraft": None,
-    "d2l_loop": None,
-    "timm_train": "timm",
-    "accelerate_loop": None,
-    "lightning_trainer": "lightning",
-    "hf_trainer": "transformers",
-    "fastai_learner": "fastai",
+BEST_PRECISION = {
+    "torchvision_loop": "bf16",
+    "accelerate_loop": "bf16",
+    "lightning_trainer": "bf16",
+    "hf_trainer": "bf16",
 }
-"""Program of benchmarks/peers -> the package that it needs besides torch."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one run of a program measured."""
-
-    first: float
-    """Images per second of the first epoch."""
-    later: float
-    """Images per second of the other epochs."""
-    accuracy: float
-    """Accuracy after the last epoch."""
-    seconds: float
-    """From the command to its end."""
-
-
-def run(peer: str, options: list[str]) -> Result:
-    """Run a program in a fresh process."""
-    name, _, precision = peer.partition(":")
-    with tempfile.TemporaryDirectory() as folder:
-        record = Path(folder) / "record.json"
-        command = [sys.executable, "-m", f"benchmarks.peers.{name}", f"--record={record}", *options]
-        if precision:
-            command.append(f"--precision={precision}")
-        environment = os.environ | {"REGRAFT_CACHE": str(Path(folder) / "cache")}
-        began = time.perf_counter()
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - began
-        if done.returncode:
-            raise SystemExit(f"{peer} failed:\n{done.stdout}{done.stderr}")
-        first, *later = json.loads(record.read_text())["epochs"]
-    return Result(
-        first["images"] / first["seconds"],
-        sum(row["images"] for row in later) / sum(row["seconds"] for row in later),
-        (later or [first])[-1]["accuracy"],
-        seconds,
-    )
-
-
-def median_interval(ratios: list[float], *, resamples: int = 2000) -> tuple[float, float, float]:
-    """Return the median of ratios and its 95 % interval by the bootstrap."""
-    random_ = random.Random(0)
-    medians = sorted(statistics.median(random_.choices(ratios, k=len(ratios))) for _ in range(resamples))
-    return statistics.median(ratios), medians[int(0.025 * resamples)], medians[int(0.975 * resamples)]
-
-
-def versions() -> str:
-    """Return the versions of the packages that are compared."""
-    names = ["torch", "torchvision", "accelerate", *(package for package in PEERS.values() if package)]
-    found = []
-    for name in names:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return f"Python {platform.python_version()}, {', '.join(found)}"
-
-
-def processor() -> str:
-    """Return the name of the processor and the number of cores that this process may use."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(": ")[2] for line in text.splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+"""What a program's documentation recommends; the others choose by themselves, and the D2L loop trains in fp32."""
+CONTROL = " again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
+    parser.add_argument("--tier", choices=("best", "equal"), default="best", help="best of each, or equal arithmetic")
     parser.add_argument(
         "--peers",
         nargs="+",
-        default=[name for name, package in PEERS.items() if name != "regraft" and is_installed(package)],
-        help="programs to compare with, each with an optional precision, as in d2l_loop:fp32; default: all installed",
+        default=installed_peers(),
+        help="programs to compare with, each with an optional precision, as in d2l_loop:bf16; default: all installed",
     )
-    parser.add_argument("--ours", default="regraft", help="regraft or regraft:PRECISION (default: its own choice)")
+    parser.add_argument("--ours", default="regraft", help="regraft or regraft:PRECISION (default: by the tier)")
     parser.add_argument("--data-root", type=Path, help="image folder with train/ and val/; default: drawn photographs")
     parser.add_argument("--images", type=int, default=256, help="number of drawn training images")
     parser.add_argument("--model", default="resnet18")
@@ -118,51 +56,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--trainable", choices=("all", "last", "head"), default="all")
     parser.add_argument("--fixed-views", action="store_true", help="train without random crops")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--workers", type=int, default=0, help="loader workers of the other programs")
     parser.add_argument("--pairs", type=int, default=5)
 
 
-def is_installed(package: str | None) -> bool:
-    """Return whether a package can be imported; None stands for what regraft itself needs."""
-    return package is None or importlib.util.find_spec(package) is not None
+def tier_program(text: str, arguments: argparse.Namespace) -> Program:
+    """Return the program NAME or NAME:PRECISION with the options of the command line and of the tier."""
+    name, _, precision = text.partition(":")
+    is_equal = arguments.tier == "equal"
+    return Program(
+        name=name,
+        precision=precision or ("fp32" if is_equal else BEST_PRECISION.get(name, "default")),
+        layout="channels_last" if is_equal else "default",
+        model=arguments.model,
+        weights=arguments.weights and arguments.weights.absolute(),
+        trainable=arguments.trainable,
+        fixed_views=arguments.fixed_views,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        workers=arguments.workers,
+        threads=arguments.threads,
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Run and print the comparison. In each round every program runs once, in a random order."""
+    ours = arguments.ours
+    names = [ours, *arguments.peers, ours + CONTROL]
+    runs = {name: tier_program(name.removesuffix(CONTROL), arguments) for name in names}
+    print(f"{processor()}; {versions()}\n{' '.join(sys.argv[1:])}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         data = arguments.data_root or write_photographs(Path(folder), train=arguments.images)
-        options = [f"--data-root={data.absolute()}"]
-        for name in ("model", "weights", "epochs", "batch_size", "lr", "trainable", "threads", "workers"):
-            if (value := getattr(arguments, name)) is not None:
-                options.append(f"--{name.replace('_', '-')}={value}")
-        options += ["--fixed-views"] * arguments.fixed_views
-        print(f"{processor()}; {versions()}\n{' '.join(sys.argv[1:])}", flush=True)
-        # The A/A control: the same program twice, whose ratio is 1 but for noise.
-        runs = [arguments.ours, *arguments.peers, f"{arguments.ours} again"]
-        results: dict[str, list[Result]] = {name: [] for name in runs}
-        random_ = random.Random(0)
-        for number in range(arguments.pairs):
-            for name in random_.sample(runs, len(runs)):
-                result = run(name.removesuffix(" again"), options)
-                results[name].append(result)
-                print(
-                    f"round {number + 1}: {name:24} {result.later:7.1f} images/s, first epoch {result.first:7.1f}, "
-                    f"accuracy {result.accuracy:.3f}, {result.seconds:.1f} s",
-                    flush=True,
-                )
-    print(f"\nratios {arguments.ours} / other: median (95 % interval) of {arguments.pairs} rounds")
-    for name in runs[1:]:
-        columns = []
-        for label, ratio in (
-            ("training", lambda a, b: a.later / b.later),
-            ("first epoch", lambda a, b: a.first / b.first),
-            ("whole command", lambda a, b: b.seconds / a.seconds),
-        ):
-            median, low, high = median_interval(
-                [ratio(a, b) for a, b in zip(results[arguments.ours], results[name], strict=True)]
-            )
-            columns.append(f"{label} {median:.2f} ({low:.2f} to {high:.2f})")
-        accuracy = statistics.median(result.accuracy for result in results[name])
-        print(f"  {name:24} {', '.join(columns)}; accuracy {accuracy:.3f}")
-    print(f"  accuracy of {arguments.ours}: {statistics.median(r.accuracy for r in results[arguments.ours]):.3f}")
+        results = interleaved(runs, data, rounds=arguments.pairs, after_round=lambda _: None)
+    print(f"\nratios {ours} / other, tier {arguments.tier}: median (95 % interval) of {arguments.pairs} rounds")
+    for name in names[1:]:
+        print(f"  {name:24} {describe_ratios(results[ours], results[name])}")
+    print(f"  accuracy of {ours}: {statistics.fmean(result.accuracy for result in results[ours]):.3f}")
+
+
+def describe_ratios(ours: list[Result], others: list[Result]) -> str:
+    """Return the ratios of two programs, and the accuracy of the other one with its interval."""
+    columns = []
+    for label, ratio in (
+        ("training", lambda a, b: a.later / b.later),
+        ("first epoch", lambda a, b: a.first / b.first),
+        ("whole command", lambda a, b: b.seconds / a.seconds),
+    ):
+        median, low, high = median_interval([ratio(a, b) for a, b in zip(ours, others, strict=True)])
+        columns.append(f"{label} {median:.2f} ({low:.2f} to {high:.2f})")
+    mean, low, high = mean_interval([result.accuracy for result in others])
+    return f"{', '.join(columns)}; accuracy {mean:.3f} ({low:.3f} to {high:.3f})"

@@ -1,16 +1,16 @@
 """Show that a refactoring changes no result: fingerprints of seeded runs, before and after.
 
-    python benchmarks/fingerprints.py record before.json [--checkout FOLDER] [--only NAME,...]
-    python benchmarks/fingerprints.py compare before.json after.json
+    python -m benchmarks fingerprints record before.json [--checkout FOLDER] [--only NAME,...]
+    python -m benchmarks fingerprints compare before.json after.json
 
 `record` trains small models on the drawn data sets, offline, once per configuration below. Of each run it keeps the
 figures of every step (metrics.jsonl without its times) and the SHA-256 of every tensor in the run's model files.
 `compare` prints a table and exits with 1 unless all of it is equal, bit for bit. Record both on the same machine,
 with the same versions: another processor rounds differently. About 2 minutes on 2 cores.
 
-For an older commit, use its own copy of this script, since options are renamed from time to time:
+`--checkout` trains with another commit's code. If options were renamed since, use that commit's own configurations:
 
-    git worktree add /tmp/before COMMIT && python /tmp/before/benchmarks/fingerprints.py record before.json
+    git worktree add /tmp/before COMMIT && cd /tmp/before && python -m benchmarks fingerprints record before.json
 """
 
 import argparse
@@ -206,23 +206,21 @@ def compare(before: Path, after: Path) -> int:
     return code
 
 
-def main() -> int:
-    """Do what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
     verbs = parser.add_subparsers(dest="verb", required=True)
-    recording = verbs.add_parser("record")
+    recording = verbs.add_parser("record", help="run the configurations and write their fingerprints")
     recording.add_argument("output", type=Path)
     recording.add_argument("--checkout", type=Path, default=Path(__file__).resolve().parent.parent)
     recording.add_argument("--only", type=lambda text: text.split(","), default=[])
-    comparing = verbs.add_parser("compare")
+    comparing = verbs.add_parser("compare", help="compare two recordings")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks for; return the exit code."""
     if arguments.verb == "compare":
         return compare(arguments.before, arguments.after)
     record(arguments.output, arguments.checkout.resolve(), arguments.only)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

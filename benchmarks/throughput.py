@@ -4,27 +4,21 @@
     python -m benchmarks throughput --data-root FOLDER --precisions bf16 --pairs 5
 
 Both train the same model with the same batch size, memory layout, precision and number of threads. regraft's
-throughput includes decoding and augmentation, and excludes evaluation and the first epoch. benchmarks/resident.py
-measures the other one. The two run in turn, and the ratio of each pair is reported, which cancels slow changes of the
-machine's speed.
+throughput includes decoding and augmentation, and excludes evaluation and the first epoch. The other one is that of
+`python -m benchmarks resident`. The two run in turn, and the ratio of each pair is reported, which cancels slow changes
+of the machine's speed.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-import torchvision
-
 from benchmarks.images import write_photographs
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks.measure import REPOSITORY, cores, processor, versions
 
 
 def train(data: Path, arguments: argparse.Namespace, precision: str) -> float:
@@ -59,9 +53,9 @@ def resident(arguments: argparse.Namespace, precision: str, updates: int) -> flo
         "--threads": arguments.threads,
         "--updates": updates,
     }
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / "resident.py")]
+    command = [sys.executable, "-m", "benchmarks", "resident"]
     command += [str(word) for option in options.items() for word in option]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return float(subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--images", type=int, default=192, help="number of synthetic images")
     parser.add_argument("--epochs", type=int, default=3, help="number of epochs; the first is not counted")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--num-workers", type=int, help="option data.num_workers; default: chosen by regraft")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
@@ -79,10 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Measure and print the ratios."""
-    print(
-        f"{arguments.model}, batches of {arguments.batch_size}, {arguments.threads} threads; Python "
-        f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    )
+    print(f"{arguments.model}, batches of {arguments.batch_size}, {arguments.threads} threads")
+    print(f"{processor()}; {versions()}")
     with tempfile.TemporaryDirectory() as folder:
         data = arguments.data_root or write_photographs(Path(folder), train=arguments.images)
         updates = max(4, (arguments.epochs - 1) * arguments.images // arguments.batch_size)

@@ -76,6 +76,7 @@ def options(factory: pytest.TempPathFactory, folder: Path, **changes: object) ->
         "data.root": root, "data.image_size": 64, "data.num_workers": 1, "data.cache": root.parent / "cache",
         "model.name": model, "model.weights": root.parent / f"{model}.safetensors",
         "train.epochs": EPOCHS, "train.batch_size": 4, "train.logs_per_epoch": 99, "checkpoint.every": "2 steps",
+        "train.precision": "fp32", "train.channels_last": "true",
     }  # fmt: skip
     return command_line(settings, changes)
 

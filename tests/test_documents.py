@@ -156,10 +156,10 @@ def check_command(words: list[str]) -> None:
         launched = torchrun_parser().parse_args(arguments)
         assert (REPOSITORY / launched.training_script).is_file()
         parse(trainer_options(launched.training_script_args))
-    elif program == "python" and arguments[0].startswith("benchmarks/"):
-        text = help_text(arguments[0])
-        for word in arguments[1:]:
-            assert Path(word).suffix or word in text, f"{arguments[0]} has no {word}"
+    elif words[:3] == ["python", "-m", "benchmarks"]:
+        text = help_text("-m", "benchmarks", arguments[2])
+        for word in arguments[3:]:
+            assert Path(word).suffix or word in text, f"{arguments[2]} has no {word}"
     elif program == "python":
         module = arguments[1].replace(".", "/") + ".py" if arguments[0] == "-m" else arguments[0]
         run_trainer(module, arguments[2:] if arguments[0] == "-m" else arguments[1:])

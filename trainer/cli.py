@@ -1,13 +1,12 @@
 """Signals, error messages and exit codes of every trainer command."""
 
-import gc
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import NoReturn
 
 from regraft.contract import DONE, FAILED, INTERRUPTED, STOPPED, USER_ERROR
@@ -71,22 +70,6 @@ def stopped_exit_code(environment: Mapping[str, str]) -> int:
     attempt in the run folder says that the run was stopped.
     """
     return DONE if "TORCHELASTIC_RUN_ID" in environment else STOPPED
-
-
-@contextmanager
-def without_gc() -> Iterator[None]:
-    """Disable the cyclic garbage collector during imports, which saves a third of their time.
-
-    Later collections skip the imported objects.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was_enabled:
-            gc.enable()
 
 
 def _rank() -> int:

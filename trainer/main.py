@@ -29,9 +29,10 @@ import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from trainer.cli import exit_after, run_cli, without_gc
+from trainer.cli import exit_after, run_cli
 from trainer.config.parse import parse
 from trainer.distributed.signals import Stopped, StopSignals
+from trainer.run.garbage_collector import without_gc
 
 
 def main(argv: Sequence[str] | None = None) -> int:

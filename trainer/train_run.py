@@ -6,20 +6,22 @@ from dataclasses import replace
 from trainer.config.build_checkpoints import find_resume_point, make_checkpoint_manager, make_model_metadata
 from trainer.config.build_data import check_images_unchanged, load_run_data, make_schedule, write_split_file
 from trainer.config.build_features import (
-    make_eval_features,
+    make_evaluator,
     make_frozen_layers,
-    make_stage_batches,
+    make_probe_loader,
     make_stage_features,
+    make_train_batches,
 )
-from trainer.config.build_loaders import Evaluator, make_eval_loader, with_records
 from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_state, make_train_step
+from trainer.config.execution import Workload, choose_execution
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
 from trainer.loop import fit
 from trainer.report.block_table import block_table
 from trainer.report.logger import make_logger
 from trainer.report.summary import TrainResult
+from trainer.run.folder import saved_execution
 from trainer.run.session import OpenRun
 from trainer.transfer.wise_ft import WiseFT
 
@@ -50,19 +52,23 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     schedule = make_schedule(config, data.order)
     index = data.index
 
-    # 2. The newest checkpoint, if there is one; every rank takes rank 0's.
+    # 2. Precision and memory layout, then the newest checkpoint, if there is one; every rank takes rank 0's.
+    workload = Workload(config=config, examples=index.train, classes=index.classes, weights=weights)
+    config, ctx = choose_execution(workload, ctx, console, saved=saved_execution(run.folder))
+    run = replace(run, ctx=ctx)
     resume_point = find_resume_point(config, data, run, schedule)
     checkpoint = resume_point.checkpoint
     if not resume_point.is_finished:
         check_images_unchanged(config, data, run, resumed=checkpoint is not None)
     write_split_file(data, run)
     wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
+    frozen_layers = make_frozen_layers(config, ctx, console)
     result = TrainResult(folder=run.folder, examples=(len(index.train), len(index.test)), val_split=index.val_split)
     if checkpoint is not None and resume_point.is_finished:
         rows = resume_point.finish()
         alpha = wise_ft.select_alpha(
-            lambda: wise_ft.load_for_eval(channels_last=config.train.channels_last),
-            Evaluator(index, config, ctx),
+            lambda: wise_ft.load_for_eval(channels_last=config.train.uses_channels_last),
+            make_evaluator(config, data, frozen_layers, None),
             step=checkpoint.state.step,
         )
         return replace(result, rows=rows, alpha=alpha, seconds=time.monotonic() - began)
@@ -79,17 +85,17 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     l2_sp = make_l2_sp(built, config)  # towards the pretrained weights, not those of a checkpoint
     probe_seconds = 0.0
     if checkpoint is None and config.model.head_init == "linear-probe":
-        loader, labels = make_eval_loader(index.train, config, ctx), [label for _, label in index.train]
+        loader, labels = make_probe_loader(config, data, ctx), [label for _, label in index.train]
         probe_seconds = fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=run.watchdog)
+        del loader  # ends its worker processes, and frees the images that it keeps on the device
     groups = make_param_groups(built, config)
     console.print(block_table(built, groups))
     optimizer = make_optimizer(groups, config)
 
     # 5. Precision and process group: accelerate wraps model and optimizer, or the layers after the frozen ones, whose
     #    output for each image is then computed once.
-    frozen_layers = make_frozen_layers(config, ctx, console)
-    features = make_stage_features(config, index, built.model, frozen_layers)
-    evaluator = Evaluator(index, config, ctx, make_eval_features(config, index, built.model, frozen_layers))
+    features = make_stage_features(config, data, built.model, frozen_layers)
+    evaluator = make_evaluator(config, data, frozen_layers, built.model)
     state, unfreezing = make_train_state(built, optimizer, config, ctx, console, features=features)
 
     # 6. Model, optimizer, loss scaling and position from the checkpoint.
@@ -102,8 +108,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     wise_ft.save_initial_weights(state.model, model_metadata, resumed=checkpoint is not None)
 
     # 7. The loader, from that position on; logger and checkpoints.
-    batches = make_stage_batches(config, index, data.order, ctx, built.unfreeze_stages, features, start_step=state.step)
-    batches = with_records(batches, config, run, schedule, start_step=state.step)
+    batches = make_train_batches(config, data, run, schedule, built.unfreeze_stages, features, start_step=state.step)
     logger, progress_bar = make_logger(
         run,
         schedule,

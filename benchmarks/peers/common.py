@@ -36,6 +36,12 @@ class Settings:
     lr: float
     precision: Literal["default", "fp32", "bf16"]
     """`default` leaves the choice to the program."""
+    layout: Literal["default", "contiguous", "channels_last"]
+    """Memory layout of images and convolutions; `default`: channels_last in bf16, as PyTorch's documentation says."""
+    reduction: Literal["mean", "sum"]
+    """Whether the loss is the mean or the sum over a batch."""
+    config: Path | None
+    """Recipe (YAML) that regraft trains with; of the other options it then takes the data, the weights and the seed."""
     trainable: Literal["all", "last", "head"]
     """Everything, the last stage and the head, or the head alone."""
     fixed_views: bool
@@ -43,11 +49,25 @@ class Settings:
     threads: int
     workers: int
     """Worker processes of the loader."""
+    seed: int
+    began: float
+    """Time at which the program had imported what it needs [seconds of `time.perf_counter`]."""
 
     @property
     def device(self) -> torch.device:
         """Return the GPU if there is one."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Return PyTorch's name of the layout."""
+        is_last = self.layout == "channels_last" or (self.layout == "default" and self.precision == "bf16")
+        return torch.channels_last if is_last else torch.contiguous_format
+
+    @property
+    def criterion(self) -> nn.Module:
+        """Return the loss."""
+        return nn.CrossEntropyLoss(reduction=self.reduction)
 
     @property
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -68,13 +88,17 @@ def read_settings() -> Settings:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--precision", choices=("default", "fp32", "bf16"), default="default")
+    parser.add_argument("--layout", choices=("default", "contiguous", "channels_last"), default="default")
+    parser.add_argument("--reduction", choices=("mean", "sum"), default="mean")
+    parser.add_argument("--config", type=Path)
     parser.add_argument("--trainable", choices=("all", "last", "head"), default="all")
     parser.add_argument("--fixed-views", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=0)
-    settings = Settings(**vars(parser.parse_args()))
+    parser.add_argument("--seed", type=int, default=0)
+    settings = Settings(**vars(parser.parse_args()), began=time.perf_counter())
     torch.set_num_threads(settings.threads)
-    torch.manual_seed(0)
+    torch.manual_seed(settings.seed)
     return settings
 
 
@@ -111,10 +135,16 @@ def recipe_optimizer(
 def torchvision_model(settings: Settings, classes: int) -> tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]]:
     """Return a torchvision model with a new output layer, and its trainable parameters: (model, backbone, head)."""
     model = models.get_model(settings.model, num_classes=classes)
+    load_weights(model, settings)
+    model.to(settings.device, memory_format=settings.memory_format)
+    return model, *select_parameters(model, settings)
+
+
+def load_weights(model: nn.Module, settings: Settings) -> None:
+    """Copy the pretrained weights, if there are any, except those of the output layer."""
     if settings.weights is not None:
         weights, own = load_file(settings.weights), model.state_dict()
         model.load_state_dict(own | {k: v for k, v in weights.items() if v.shape == own[k].shape})
-    return model, *select_parameters(model, settings)
 
 
 def select_parameters(model: nn.Module, settings: Settings) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -132,7 +162,7 @@ def select_parameters(model: nn.Module, settings: Settings) -> tuple[list[nn.Par
 
 
 class Recorder:
-    """Writes one row per epoch: images, seconds of training, accuracy, and the time since the process began."""
+    """Writes one row per epoch (images, seconds of training, accuracy), and the seconds since all was imported."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._rows = settings, list[dict[str, float]]()
@@ -156,7 +186,8 @@ class Recorder:
     def write(self, rows: list[dict[str, float]]) -> None:
         """Write the rows of all epochs."""
         settings = {key: str(value) for key, value in asdict(self._settings).items()}
-        self._settings.record.write_text(json.dumps({"settings": settings, "epochs": rows}))
+        seconds = time.perf_counter() - self._settings.began
+        self._settings.record.write_text(json.dumps({"settings": settings, "epochs": rows, "seconds": seconds}))
 
 
 def wait(device: torch.device) -> None:
@@ -170,7 +201,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], setting
     """Return the fraction of correct predictions."""
     correct = seen = 0
     for images, labels in batches:
-        logits = model(images.to(settings.device))
+        logits = model(images.to(settings.device, memory_format=settings.memory_format))
         correct += int((logits.argmax(dim=1).cpu() == labels.cpu()).sum())
         seen += len(labels)
     return correct / seen

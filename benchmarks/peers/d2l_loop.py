@@ -4,9 +4,6 @@ In fp32 and in PyTorch's default memory layout, as the lecture trains; `--precis
 channels_last.
 """
 
-import torch
-from torch import nn
-
 from benchmarks.peers.common import (
     Recorder,
     accuracy,
@@ -23,20 +20,15 @@ def main() -> None:
     settings = read_settings()
     train, val = image_folders(settings)
     model, backbone, head = torchvision_model(settings, len(train.classes))
-    model.to(settings.device)
-    if settings.precision == "bf16":
-        model.to(memory_format=torch.channels_last)
     train_batches, val_batches = loaders(settings, train, val)
     optimizer = recipe_optimizer(settings, backbone, head)
-    loss_of = nn.CrossEntropyLoss()
+    loss_of = settings.criterion
     recorder = Recorder(settings)
     for _ in range(settings.epochs):
         model.train()
         recorder.start_epoch()
         for batch, labels in train_batches:
-            images = batch.to(settings.device)
-            if settings.precision == "bf16":
-                images = images.to(memory_format=torch.channels_last)
+            images = batch.to(settings.device, memory_format=settings.memory_format)
             with settings.autocast:
                 loss = loss_of(model(images), labels.to(settings.device))
             optimizer.zero_grad()

@@ -1,4 +1,7 @@
-"""Hugging Face's `Trainer` on a torchvision model, without logging and checkpoints."""
+"""Hugging Face's `Trainer` on a torchvision model, without logging and checkpoints.
+
+Its documentation recommends `bf16=True`: `--precision bf16`.
+"""
 
 import tempfile
 from typing import Any
@@ -10,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.peers.common import (
     Recorder,
+    Settings,
     accuracy,
     image_folders,
     loaders,
@@ -22,14 +26,14 @@ from benchmarks.peers.common import (
 class WithLoss(nn.Module):
     """Returns loss and logits, as `Trainer` expects."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.loss_of, self.memory_format = model, settings.criterion, settings.memory_format
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the loss and the logits."""
-        logits = self.model(images)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        logits = self.model(images.to(memory_format=self.memory_format))
+        return {"loss": self.loss_of(logits, labels), "logits": logits}
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -77,6 +81,7 @@ def main() -> None:
             use_cpu=settings.device.type == "cpu",
             dataloader_num_workers=settings.workers,
             dataloader_persistent_workers=settings.workers > 0,
+            seed=settings.seed,
             lr_scheduler_type="constant",
             save_strategy="no",
             logging_strategy="no",
@@ -87,7 +92,7 @@ def main() -> None:
         )
         examples: ImageFolder = train
         Trainer(
-            model=WithLoss(model),
+            model=WithLoss(model, settings),
             args=arguments,
             train_dataset=examples,
             data_collator=collate,

@@ -1,24 +1,39 @@
-"""Lightning: a `LightningModule` trained by its `Trainer`, without logger and checkpoints."""
+"""Lightning: a `LightningModule` trained by its `Trainer`, without logger and checkpoints.
+
+Its documentation recommends `precision="bf16-mixed"`: `--precision bf16`.
+"""
 
 import lightning
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.common import Recorder, image_folders, loaders, read_settings, recipe_optimizer, torchvision_model
+from benchmarks.peers.common import (
+    Recorder,
+    Settings,
+    image_folders,
+    loaders,
+    read_settings,
+    recipe_optimizer,
+    torchvision_model,
+)
 
 
 class Classifier(lightning.LightningModule):
     """A torchvision model with its loss and optimizer."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder, examples: int) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, recorder: Recorder, examples: int
+    ) -> None:
         super().__init__()
         self.model, self.optimizer, self.recorder, self.examples = model, optimizer, recorder, examples
+        self.loss_of, self.memory_format = settings.criterion, settings.memory_format
         self.correct = self.seen = 0
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Return the loss."""
         images, labels = batch
-        return nn.functional.cross_entropy(self.model(images), labels)
+        loss: Tensor = self.loss_of(self.model(images.to(memory_format=self.memory_format)), labels)
+        return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Count correct predictions."""
@@ -61,7 +76,8 @@ def main() -> None:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(Classifier(model, optimizer, Recorder(settings), len(train)), *loaders(settings, train, val))
+    classifier = Classifier(model, optimizer, settings, Recorder(settings), len(train))
+    trainer.fit(classifier, *loaders(settings, train, val))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,26 @@
-"""timm's data pipeline, model and optimizer in a plain loop, tuned as its documentation says for training.
+"""timm's data pipeline and model in a plain loop, tuned as its documentation says for training.
 
-bf16 autocast, channels_last and its uint8 prefetching loader; `--precision fp32` trains without autocast. timm's own
-`train.py` is not part of its wheel; this is the same loader, model, loss and update without its logging.
+bf16 autocast and channels_last (`--amp --amp-dtype bfloat16 --channels-last`), and its uint8 prefetching loader;
+`--precision fp32` trains without autocast. timm's own `train.py` is not part of its wheel; this is the same loader,
+model, loss and update without its logging. It augments as the other programs do: color jitter, which is on by default
+in timm, is off.
 """
 
-import timm
-import torch
-from timm.data import create_dataset, create_loader
-from timm.optim import create_optimizer_v2
-from torch import nn
+from dataclasses import replace
 
-from benchmarks.peers.common import MEAN, STD, Recorder, accuracy, read_settings, select_parameters
+import timm
+from timm.data import create_dataset, create_loader
+
+from benchmarks.peers.common import (
+    MEAN,
+    STD,
+    Recorder,
+    accuracy,
+    load_weights,
+    read_settings,
+    recipe_optimizer,
+    select_parameters,
+)
 
 NAMES = {"mobilenet_v3_small": "mobilenetv3_small_100", "squeezenet1_1": None}
 """torchvision's name -> timm's; None: timm has no such model."""
@@ -19,6 +29,8 @@ NAMES = {"mobilenet_v3_small": "mobilenetv3_small_100", "squeezenet1_1": None}
 def main() -> None:
     """Train and evaluate."""
     settings = read_settings()
+    if settings.precision == "default":
+        settings = replace(settings, precision="bf16")
     name = NAMES.get(settings.model, settings.model)
     if name is None:
         raise SystemExit(f"timm has no {settings.model}")
@@ -27,34 +39,35 @@ def main() -> None:
         for part in ("train", "val")
     }
     classes = len(splits["train"].reader.class_to_idx)
-    model = timm.create_model(name, num_classes=classes).to(settings.device, memory_format=torch.channels_last)
-    select_parameters(model, settings)
-    use_bf16 = settings.precision != "fp32"
-    autocast = torch.autocast(settings.device.type, torch.bfloat16, enabled=use_bf16)
+    model = timm.create_model(name, num_classes=classes)
+    load_weights(model, settings)
+    model.to(settings.device, memory_format=settings.memory_format)
     shared = {
         "input_size": (3, 224, 224), "batch_size": settings.batch_size, "mean": MEAN, "std": STD,
         "num_workers": settings.workers, "device": settings.device, "use_prefetcher": True,
         "persistent_workers": settings.workers > 0, "pin_memory": settings.device.type == "cuda",
     }  # fmt: skip
-    train_batches = create_loader(splits["train"], is_training=True, no_aug=settings.fixed_views, **shared)
+    train_batches = create_loader(
+        splits["train"], is_training=True, no_aug=settings.fixed_views, color_jitter=None, **shared
+    )
     val_batches = create_loader(splits["val"], is_training=False, crop_pct=0.875, **shared)
-    optimizer = create_optimizer_v2(model, opt="sgd", lr=settings.lr, weight_decay=1e-3, momentum=0.9)
-    loss_of = nn.CrossEntropyLoss()
+    optimizer = recipe_optimizer(settings, *select_parameters(model, settings))
+    loss_of = settings.criterion
     recorder = Recorder(settings)
     for _ in range(settings.epochs):
         model.train()
         seen = 0
         recorder.start_epoch()
         for images, labels in train_batches:
-            with autocast:
-                loss = loss_of(model(images.contiguous(memory_format=torch.channels_last)), labels)
+            with settings.autocast:
+                loss = loss_of(model(images.contiguous(memory_format=settings.memory_format)), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             seen += len(labels)
         recorder.end_training(seen)
         model.eval()
-        with autocast:
+        with settings.autocast:
             recorder.end_epoch(accuracy(model, val_batches, settings))
 
 

@@ -16,7 +16,7 @@ def test_resume_on_two_then_three_then_one_process(tmp_path: Path, tmp_path_fact
     starts = [
         (1, {"data__num_workers": 1}),
         (2, {"data__num_workers": 0, "train__grad_accum_steps": 1}),
-        (3, {"data__num_workers": 1}),
+        (3, {"data__num_workers": 1, "train__gradient_checkpointing": "true"}),
         (1, {"data__num_workers": 0}),
     ]
     for number, (processes, more) in enumerate(starts, 1):

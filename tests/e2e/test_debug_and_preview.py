@@ -14,7 +14,7 @@ from tests.folders import image_folder
 from tests.launching import MAIN, run, torchrun
 from trainer.commands.preview import preview
 from trainer.data import dataset
-from trainer.data.augment import apply_seeded
+from trainer.data.decode import decode
 from trainer.errors import UserError
 
 
@@ -23,11 +23,11 @@ def test_debug_prints_every_step_and_writes_nothing(
 ) -> None:
     pids: set[int] = set()
 
-    def record_process(*arguments: Any) -> Any:
+    def record_process(path: str) -> Any:
         pids.add(os.getpid())
-        return apply_seeded(*arguments)
+        return decode(path)
 
-    monkeypatch.setattr(dataset, "apply_seeded", record_process)
+    monkeypatch.setattr(dataset, "decode", record_process)
     output = train(0, ["--debug", *options(optim__lr=0.002, data__num_workers=2)])
     for step in ("data", "model", "first batch", "normalize", "forward, layer by layer", "train on 3 batches"):
         assert step in output

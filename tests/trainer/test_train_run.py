@@ -28,8 +28,9 @@ from trainer.config.build_model import make_model
 from trainer.config.build_training import make_train_step
 from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.schema import Config
-from trainer.data.augment import Normalize, apply_seeded
+from trainer.data.augment import Normalize
 from trainer.data.decode import decode
+from trainer.data.sampler import SampleKey
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped
 from trainer.distributed.watchdog import Heartbeat
@@ -111,10 +112,9 @@ def test_the_first_loss_is_that_of_balanced_augmented_erased_and_mixed_images(
     model = make_model(finished, "ab", finished.model.weights, on_progress=print).model.train()
     transform, images, repeats = make_train_transform(finished.data), [], Counter[int]()
     for example in drawn[:4]:
-        key = (0, example, repeats[example]) if repeats[example] else (0, example)
+        generator = SampleKey(0, example, repeats[example]).generator(0)
         repeats[example] += 1
-        image = decode(index.train[example].path)
-        images.append(np.asarray(apply_seeded(transform, image, derive_seed("crop", 0, *key))))
+        images.append(transform(np.asarray(decode(index.train[example].path)), generator))
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     labels = torch.tensor([index.train[example].label for example in drawn[:4]])
     params = sample_params(mixup_alpha=ALPHAS["mixup"], cutmix_alpha=ALPHAS["cutmix"], seed=0, step=0, size=4)
@@ -236,6 +236,22 @@ def test_a_killed_run_resumes_bit_identically(copy: ResolvedConfig, finished: Re
     *before, last = audit_rows(copy)
     assert [row | {"attempt": 1} for row in (*before[:5], last)] == audit_rows(finished)
     assert (last["step"], last["attempt"]) == (5, 2)
+
+
+def test_a_run_with_images_on_the_device_resumes_bit_identically(
+    quick: ResolvedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.config.preflight._check_image_cache", lambda *_: None)  # it is refused on a CPU
+    config = with_options(in_folder(quick, tmp_path / "device"), data={"cache_images": "device"})
+    train(config)
+    resumed = copy_run(config, tmp_path / "resumed")
+    rewind(resumed, 3, 1)
+    train(resumed)
+    assert_equal_runs(resumed, config)
+    for row, on_host in zip(audit_rows(config), audit_rows(quick), strict=True):
+        assert row["examples"] == on_host["examples"]
+    last, on_host = rows(config, "epoch")[0], rows(quick, "epoch")[0]
+    assert last["train_loss"] == pytest.approx(on_host["train_loss"], rel=0.02), "crops within 2 gray levels"
 
 
 def test_a_resumed_run_names_an_image_whose_content_has_changed(copy: ResolvedConfig, tmp_path: Path) -> None:

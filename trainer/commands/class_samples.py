@@ -3,16 +3,16 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 
 from trainer.config.build_loaders import make_train_transform
 from trainer.config.resolve import ResolvedConfig
-from trainer.data.augment import apply_seeded
 from trainer.data.decode import UnreadableImage, decode
 from trainer.data.index import DatasetIndex
+from trainer.data.sampler import SampleKey
 from trainer.errors import UserError
 from trainer.report.image_grid import IMAGES_PER_CLASS, ClassSamples
-from trainer.seeds import derive_seed
 from trainer.text import escape_unprintable
 
 MAX_CLASSES = 24
@@ -38,12 +38,15 @@ def _sample_class(index: DatasetIndex, label: int, positions: Sequence[int], con
     shown = positions[:IMAGES_PER_CLASS]
     images = [_read_image(index.train[position].path) for position in shown]
     transform = make_train_transform(config.data)
-    # The seeds of epoch 1: the run trains on exactly these images.
-    seeds = [derive_seed("crop", config.run.seed, 0, position) for position in shown]
+    # The generators of epoch 1: the run trains on exactly these images.
+    generators = [SampleKey(0, position).generator(config.run.seed) for position in shown]
     return ClassSamples(
         caption=f"{escape_unprintable(index.classes[label])} ({len(positions)})",
         originals=images,
-        augmented=[apply_seeded(transform, image, seed) for image, seed in zip(images, seeds, strict=True)],
+        augmented=[
+            Image.fromarray(transform(np.asarray(image), generator))
+            for image, generator in zip(images, generators, strict=True)
+        ],
     )
 
 

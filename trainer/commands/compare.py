@@ -74,7 +74,7 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
 
     def check_folders() -> None:
         for config in runs.values() if ctx.is_main_process else ():
-            check_run_folder(config, ctx)
+            check_run_folder(config)
 
     ctx.main_process_first(check_folders)
     trials, failures = _run_all(runs, console, signals, is_main_process=ctx.is_main_process)

@@ -51,7 +51,7 @@ def debug(config: Config) -> None:
         return
     try:
         with torch.autograd.set_detect_anomaly(True):
-            _run_steps(replace(config, data=replace(config.data, num_workers=0)))
+            _run_steps(replace(config, data=replace(config.data, num_workers=0, cache_images="off")))
     except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:

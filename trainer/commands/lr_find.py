@@ -137,7 +137,7 @@ def _write(folder: Path, result: RangeTest, config: ResolvedConfig, ctx: Distrib
         "loss_reduction": config.optim.loss_reduction,
         "batch_size": config.train.batch_size,
         "seed": config.run.seed,
-        "precision": ctx.precision,
+        "precision": result.precision,
         "processes": ctx.world_size,
         "diverged": result.diverged,
         "lr": list(result.rates),

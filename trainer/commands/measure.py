@@ -2,20 +2,23 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 
 from trainer.config.build_loaders import make_train_transform, num_loader_workers
 from trainer.config.build_model import make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_step
+from trainer.config.execution import Workload, choose_execution
 from trainer.config.parse import parse
 from trainer.config.resolve import resolve, without_weights
-from trainer.data.dataset import ImageDataset
-from trainer.data.loader import Batch
+from trainer.data.dataset import Batch, ImageDataset
+from trainer.data.index import Example
 from trainer.data.prepare import prepare
 from trainer.data.registry import is_known
 from trainer.data.sampler import SampleKey
@@ -42,15 +45,15 @@ class MeasuredRun:
         self._config = config = resolve(parse(options))
         self._processes = processes
         if is_known(config.data.root):  # it may have to be downloaded
-            examples, self._classes = write_images(folder), 10
+            self._examples: Sequence[Example] = write_images(folder)
+            self._classes: Sequence[str] = [str(number) for number in range(10)]
             images = f"synthetic JPEG files of 500 x 375 instead of {config.data.root}"
         else:
             index = prepare(config.data, workers=1, check=False).index
             every = max(1, len(index.train) // _MAX_IMAGES)
-            examples = [(one.path, one.label) for one in index.train[::every][:_MAX_IMAGES]]
-            self._classes = len(index.classes)
-            images = f"{len(examples)} of {len(index.train)} images in {config.data.root}"
-        self._images = ImageDataset(examples, make_train_transform(config.data), seed=0)
+            self._examples, self._classes = index.train[::every][:_MAX_IMAGES], index.classes
+            images = f"{len(self._examples)} of {len(index.train)} images in {config.data.root}"
+        self._images = ImageDataset(self._examples, make_train_transform(config.data), seed=0)
         self.description = {"model": config.model.name, "images": images}
 
     def decoding(self) -> dict[str, Any]:
@@ -65,21 +68,22 @@ class MeasuredRun:
     def build_model(self) -> dict[str, Any]:
         """Build the model; return the size of gradients and checkpoints [bytes], and the cores that decode images."""
         config = self._config
-        ctx = self._ctx = init_distributed(
-            device=config.run.device, precision=config.train.precision, threads=config.run.threads
+        ctx = init_distributed(device=config.run.device, precision=config.train.precision, threads=config.run.threads)
+        workload = Workload(
+            config=without_weights(config), examples=self._examples, classes=self._classes, weights=None
         )
-        self._device = ctx.device
+        chosen, ctx = choose_execution(workload, ctx, Console(quiet=True))
+        config = self._config = replace(config, train=chosen.train)
+        self._ctx, self._device = ctx, ctx.device
         # The pretrained weights would have to be downloaded, and the speed does not depend on them.
-        created = make_model(
-            without_weights(config), [str(number) for number in range(self._classes)], None, on_progress=lambda _: None
-        )
+        created = make_model(chosen, self._classes, None, on_progress=lambda _: None)
         created.model.to(self._device)
         optimizer = make_optimizer(make_param_groups(created, config), config)
         set_lr(optimizer, 0.0)
         model_bytes = _bytes(created.model.state_dict().values())
         gradient_bytes = _bytes(created.model.parameters())
-        l2_sp = make_l2_sp(created, without_weights(config))
-        self._train_step = make_train_step(config, [1] * self._classes, ctx, l2_sp).plain()
+        l2_sp = make_l2_sp(created, chosen)
+        self._train_step = make_train_step(config, [1] * len(self._classes), ctx, l2_sp).plain()
         self._model, self._optimizer = ctx.prepare(created.model, optimizer)
         moments = 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
         averages = int(config.regularization.ema is not None)
@@ -102,10 +106,10 @@ class MeasuredRun:
         local_batch = -(-config.train.batch_size // self._processes)
         count = local_batch if on_gpu else min(local_batch, _MAX_CPU_BATCH)
         images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8).to(device)
-        layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        layout = torch.channels_last if config.train.uses_channels_last else torch.contiguous_format
         batch = Batch(
             images.contiguous(memory_format=layout),
-            torch.randint(0, self._classes, (count,), device=device),
+            torch.randint(0, len(self._classes), (count,), device=device),
             torch.arange(count, device=device),
         )
         torch.set_num_threads(self._ctx.threads)
@@ -132,8 +136,8 @@ class MeasuredRun:
         }
 
 
-def write_images(folder: Path) -> list[tuple[str, int]]:
-    """Write JPEG files that are as large and as slow to decode as photographs; return (path, 0) pairs."""
+def write_images(folder: Path) -> list[Example]:
+    """Write JPEG files that are as large and as slow to decode as photographs; return them with label 0."""
     random = np.random.default_rng(0)
     paths = [str(folder / f"{number}.jpg") for number in range(_SYNTHETIC_IMAGES)]
     for path in paths:
@@ -141,7 +145,7 @@ def write_images(folder: Path) -> list[tuple[str, int]]:
         smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16)
         noisy = smooth + random.integers(-6, 7, smooth.shape, dtype=np.int16)
         Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(path, quality=85)
-    return [(path, 0) for path in paths]
+    return [Example(path, 0) for path in paths]
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

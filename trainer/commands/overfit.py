@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from trainer.data.loader import Batch
+from trainer.data.dataset import Batch
 from trainer.optim.param_groups import set_lr
 from trainer.optim.train_step import TrainStep
 from trainer.state import TrainState

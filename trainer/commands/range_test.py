@@ -12,9 +12,11 @@ from trainer.config.build_data import load_run_data
 from trainer.config.build_loaders import make_batches, make_eval_loader
 from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_step
+from trainer.config.execution import Workload, choose_execution
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
 from trainer.distributed.context import DistributedContext
+from trainer.distributed.precision import Precision
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.model.freeze import apply_stage
 from trainer.optim.param_groups import set_lr
@@ -33,6 +35,8 @@ class RangeTest:
     diverged: bool
     """Whether the loss diverged before the last rate."""
     suggestion: Suggestion
+    precision: Precision
+    """Precision that the updates were computed in."""
 
 
 def run_range_test(
@@ -54,17 +58,17 @@ def run_range_test(
     """
     data = load_run_data(config, ctx, console)
     check_run_data(config, data, ctx)
+    weights, examples, classes = config.model.weights, data.index.train, data.index.classes
+    workload = Workload(config=config, examples=examples, classes=classes, weights=weights)
+    config, ctx = choose_execution(workload, ctx, console)
     built = ctx.main_process_first(
-        lambda: make_model(
-            config, data.index.classes, config.model.weights, world_size=ctx.world_size, on_progress=console.print
-        ),
-        local=True,
+        lambda: make_model(config, classes, weights, world_size=ctx.world_size, on_progress=console.print), local=True
     )
     console.print("\n".join(built.summary))
     built.model.to(ctx.device)
     l2_sp = make_l2_sp(built, config)
     if config.model.head_init == "linear-probe":
-        loader = make_eval_loader(data.index.train, config, ctx)
+        loader = make_eval_loader(data.index.train, config, ctx, data.images)
         labels = [label for _, label in data.index.train]
         fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=nullcontext)
     if len(built.unfreeze_stages) > 1:
@@ -75,7 +79,8 @@ def run_range_test(
     model, optimizer = ctx.prepare(built.model, make_optimizer(groups, config))
     train_step = make_train_step(config, data.examples_per_class, ctx, l2_sp)
     sizes = data.order.batch_sizes
-    batches = make_batches(config, data.index, data.order, ctx, epochs=-(-len(rates) // len(sizes)))
+    epochs = -(-len(rates) // len(sizes))
+    batches = make_batches(config, data.index, data.order, ctx, epochs=epochs, images=data.images)
     losses: list[float] = []
     diverged = False
     model.train()
@@ -95,4 +100,4 @@ def run_range_test(
                 break
     finite = losses[:-1] if diverged else losses
     used = tuple(rates[: len(finite)])
-    return RangeTest(used, tuple(finite), diverged, suggest(used, finite))
+    return RangeTest(used, tuple(finite), diverged, suggest(used, finite), ctx.precision)

@@ -65,7 +65,7 @@ def make_run_metadata(config: ResolvedConfig, data: RunData, run: OpenRun) -> Ru
             "warmup_steps": warmup_steps(config.optim.warmup, steps_per_epoch=steps, total_steps=total),
             "total_steps": total,
         },
-        auto_resolved={"precision": run.ctx.precision, "channels_last": config.train.channels_last},
+        auto_resolved={"precision": run.ctx.precision, "channels_last": config.train.uses_channels_last},
         world_size=run.ctx.world_size,
         threads=run.ctx.threads,
         attempt=run.attempt,

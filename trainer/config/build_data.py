@@ -7,10 +7,12 @@ from functools import cached_property, partial
 from rich.console import Console
 
 from regraft.contract import IMAGES, SPLIT
+from trainer.config.build_image_cache import ImageCache
 from trainer.config.resolve import ResolvedConfig
 from trainer.data.digests import read_digests, write_digests
+from trainer.data.image_cache.cached import NOT_CACHED, CachedImages
 from trainer.data.index import DatasetIndex, write_split
-from trainer.data.prepare import Prepared, prepare
+from trainer.data.prepare import Prepared, list_examples, validate_examples
 from trainer.data.sampler import EpochOrder
 from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
@@ -23,10 +25,11 @@ from trainer.text import escape_unprintable, join_truncated
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """The examples of a run, and the order in which it trains on them."""
+    """The examples of a run, their cached images, and the order in which it trains on them."""
 
     prepared: Prepared
     order: EpochOrder
+    images: CachedImages = NOT_CACHED
 
     @property
     def index(self) -> DatasetIndex:
@@ -41,21 +44,39 @@ class RunData:
 
 
 def load_run_data(config: ResolvedConfig, ctx: DistributedContext, console: Console, *, check: bool = True) -> RunData:
-    """Return the checked examples. One process of each machine downloads and checks them; the others find them.
+    """Return the checked examples and their cached images.
 
-    Every process must call it. `check` decodes every image once, unless an earlier start did.
+    One process of each machine downloads, checks and caches them; the others find them. Every process must call it.
+    `check` decodes every image once, unless an earlier start did; without it, no image is cached.
 
     Raises:
         UserError: see `data.prepare`; or the machines see different images.
 
     """
     hooks = progress_hooks(console)
-    prepared = ctx.main_process_first(
-        lambda: prepare(config.data, workers=ctx.cores, displays=hooks, check=check), local=True
-    )
+    cache = ImageCache(config.data) if check and config.data.cache_images != "off" else None
+
+    def load() -> Prepared:
+        index = list_examples(config.data, displays=hooks)
+        if not check:
+            return Prepared(index, index.notes)
+        validate = partial(validate_examples, index, config.data, workers=ctx.cores, displays=hooks)
+        if cache is None or not ctx.accelerator.is_local_main_process:
+            return validate()
+        with cache.building(index) as builder:
+            prepared = validate(on_decoded=builder.add_decoded)
+            images = cache.by_form(prepared.index, prepared.digests)
+            builder.add_missing(images, workers=ctx.cores, display=hooks.caching)
+        return prepared
+
+    prepared = ctx.main_process_first(load, local=True)
     console.print(dataset_summary(prepared))
     ctx.check_equal_across_ranks((prepared.fingerprint, prepared.content_digest), "the images")
-    return RunData(prepared=prepared, order=make_epoch_order(config, prepared.index))
+    images = NOT_CACHED
+    if cache is not None:
+        images, messages = cache.open(prepared.index, prepared.digests, ctx)
+        console.print("\n".join(messages))
+    return RunData(prepared=prepared, order=make_epoch_order(config, prepared.index), images=images)
 
 
 def dataset_summary(prepared: Prepared) -> str:

@@ -1,27 +1,34 @@
 """From a config to what trains in each stage, and on what: images, or features of frozen layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from trainer.config.build_data import RunData
 from trainer.config.build_loaders import (
+    Evaluator,
     eval_batch_size,
     eval_splits,
     make_batches,
     make_dataset,
+    make_eval_loader,
     make_loader,
     make_train_sampler,
     make_train_transform,
 )
 from trainer.config.resolve import ResolvedConfig
 from trainer.data.augment import Normalize
-from trainer.data.index import DatasetIndex
-from trainer.data.loader import Batch, TrainBatches
+from trainer.data.dataset import Batch, ImageDataset
+from trainer.data.loader import TrainBatches
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
 from trainer.distributed.context import DistributedContext
 from trainer.model.built import UnfreezeStage
+from trainer.optim.schedule import TrainSchedule
+from trainer.run.audit import with_audit
+from trainer.run.session import OpenRun
 from trainer.transfer.eval_features import EvalFeatures
 from trainer.transfer.feature_store import FrozenLayers
 from trainer.transfer.frozen_features import FixedViews, FrozenFeatures, NoFeatures, StageFeatures
@@ -34,34 +41,27 @@ def make_frozen_layers(config: ResolvedConfig, ctx: DistributedContext, console:
     return FrozenLayers(
         ctx=ctx,
         normalize=Normalize(config.data.preprocessing, ctx.device),
-        blank=blank if config.train.channels_last else blank.contiguous(),
+        blank=blank if config.train.uses_channels_last else blank.contiguous(),
         log=console.print,
     )
 
 
-def has_fixed_images(config: ResolvedConfig) -> bool:
-    """Return whether training images are the same in every epoch, since they are not augmented."""
-    return config.data.augment == "none" and not config.data.random_erasing
-
-
-def make_stage_features(
-    config: ResolvedConfig, index: DatasetIndex, model: nn.Module, layers: FrozenLayers
-) -> StageFeatures:
+def make_stage_features(config: ResolvedConfig, data: RunData, model: nn.Module, layers: FrozenLayers) -> StageFeatures:
     """Return what trains in each stage. It is the whole model if training images are not the same in every epoch.
 
     Args:
         config: the run's.
-        index: the images.
+        data: the images.
         model: unwrapped, on its device.
         layers: computes the features.
 
     """
-    views = 1 if has_fixed_images(config) else config.data.views
+    views = config.data.views if config.data.has_random_transform else 1
     mixes = config.regularization.mixup > 0 or config.regularization.cutmix > 0
     if config.train.cache_features == "off" or views is None or mixes:
         return NoFeatures(model, layers.normalize)
-    ctx, examples = layers.ctx, len(index.train)
-    dataset = make_dataset(index.train, make_train_transform(config.data), config, ctx)
+    ctx, examples = layers.ctx, len(data.index.train)
+    dataset = make_dataset(data.index.train, make_train_transform(config.data), config, ctx, data.images)
     batch_size = eval_batch_size(config, ctx)
 
     def batches(view: int) -> Iterator[Batch]:
@@ -79,51 +79,80 @@ def make_stage_features(
     return FrozenFeatures(model, layers, train)
 
 
-def make_eval_features(
-    config: ResolvedConfig, index: DatasetIndex, model: nn.Module, layers: FrozenLayers
-) -> EvalFeatures | None:
-    """Return what evaluates on features of frozen layers; None if train.cache_features is off."""
-    if config.train.cache_features == "off":
-        return None
-    num_images = sum(-(-len(examples) // layers.ctx.world_size) for examples in eval_splits(index).values())
-    return EvalFeatures(model, layers, num_images=num_images)
+def make_evaluator(config: ResolvedConfig, data: RunData, layers: FrozenLayers, model: nn.Module | None) -> Evaluator:
+    """Return the evaluation of each split; with a model, it keeps features of the model's frozen layers."""
+    features = None
+    if model is not None and config.train.cache_features != "off":
+        world_size = layers.ctx.world_size
+        num_images = sum(-(-len(examples) // world_size) for examples in eval_splits(data.index).values())
+        features = EvalFeatures(model, layers, num_images=num_images)
+    return Evaluator(data.index, config, layers.ctx, data.images, features=features)
 
 
-def make_stage_batches(  # noqa: PLR0917 (each is another object)
+def make_probe_loader(config: ResolvedConfig, data: RunData, ctx: DistributedContext) -> Iterable[Batch]:
+    """Return this process's batches of one pass over the training images, as they are evaluated."""
+    return make_eval_loader(data.index.train, config, ctx, data.images)
+
+
+def make_train_batches(  # noqa: PLR0917 (each is another object)
     config: ResolvedConfig,
-    index: DatasetIndex,
-    order: EpochOrder,
-    ctx: DistributedContext,
+    data: RunData,
+    run: OpenRun,
+    schedule: TrainSchedule,
     stages: Sequence[UnfreezeStage],
     features: StageFeatures,
     *,
     start_step: int,
 ) -> TrainBatches:
-    """Return the local batches from `start_step` to the end of the run: of images, or in some stages of features.
+    """Return the local batches from `start_step` to the end of the run, recorded in `audit/` if run.audit is on.
 
-    A stage that trains on features decodes no images.
+    They hold images, or in stages that train on features, these; no image is decoded then.
     """
-    epochs = config.train.epochs
+    ctx, index, order = run.ctx, data.index, data.order
     if isinstance(features, NoFeatures):
-        return make_batches(config, index, order, ctx, epochs=epochs, start_step=start_step)
-    labels = torch.tensor([example.label for example in index.train], device=ctx.device)
-    dataset = make_dataset(index.train, make_train_transform(config.data), config, ctx)
+        batches = make_batches(
+            config, index, order, ctx, epochs=schedule.epochs, start_step=start_step, images=data.images
+        )
+    else:
+        dataset = make_dataset(index.train, make_train_transform(config.data), config, ctx, data.images)
+        batches = TrainBatches(_by_stage(config, dataset, order, ctx, stages, features, start_step), dataset, order)
+    if not config.run.audit:
+        return batches
+    record = partial(
+        with_audit,
+        folder=run.folder,
+        start_step=start_step,
+        steps_per_epoch=schedule.steps_per_epoch,
+        rank=ctx.rank,
+        world_size=ctx.world_size,
+        attempt=run.attempt,
+        lr_multiplier=schedule.lr_multiplier,
+    )
+    return batches.through(record)
 
-    def batches() -> Iterator[Batch]:
-        step = start_step
-        for end in (*(stage.start_epoch for stage in stages[1:]), epochs):
-            end_step = min(end, epochs) * order.steps_per_epoch
-            if step < end_step:  # the stage is not over yet; the loop has started it
-                sampler = make_train_sampler(config, order, ctx, epochs=min(end, epochs), start_step=step)
-                is_active = features.is_active
-                yield from (
-                    _feature_batches(sampler, labels, features)
-                    if is_active
-                    else make_loader(dataset, sampler, config, ctx)
-                )
-                step = end_step
 
-    return TrainBatches(batches(), dataset, order)
+def _by_stage(  # noqa: PLR0917 (each is another object)
+    config: ResolvedConfig,
+    dataset: ImageDataset,
+    order: EpochOrder,
+    ctx: DistributedContext,
+    stages: Sequence[UnfreezeStage],
+    features: StageFeatures,
+    start_step: int,
+) -> Iterator[Batch]:
+    """Yield the batches of each stage. The loop starts a stage before it asks for the stage's first batch."""
+    labels = torch.from_numpy(dataset.labels).to(ctx.device)
+    step, epochs = start_step, config.train.epochs
+    for end in (*(stage.start_epoch for stage in stages[1:]), epochs):
+        end_epoch = min(end, epochs)
+        if step >= end_epoch * order.steps_per_epoch:
+            continue  # the run resumes in a later stage
+        sampler = make_train_sampler(config, order, ctx, epochs=end_epoch, start_step=step)
+        if features.is_active:
+            yield from _feature_batches(sampler, labels, features)
+        else:
+            yield from make_loader(dataset, sampler, config, ctx)
+        step = end_epoch * order.steps_per_epoch
 
 
 def _feature_batches(sampler: DistributedBatchSampler, labels: Tensor, features: StageFeatures) -> Iterator[Batch]:

@@ -5,36 +5,45 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from trainer.config.resolve import ResolvedConfig, ResolvedDataConfig
-from trainer.data.augment import Normalize, Transform, eval_transform, train_transform
-from trainer.data.dataset import ImageDataset
+from trainer.data.augment import EvalTransform, Normalize, TrainTransform, Transform
+from trainer.data.dataset import Batch, FileReader, ImageDataset
+from trainer.data.device_loader import make_device_loader
+from trainer.data.image_cache.cached import NOT_CACHED, CachedImages, unchanged
 from trainer.data.index import DatasetIndex, Example
-from trainer.data.loader import Batch, TrainBatches, make_dataloader
+from trainer.data.loader import TrainBatches, make_dataloader
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
-from trainer.data.workers import check_shared_memory
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
 from trainer.evaluate import Evaluations, evaluate
-from trainer.optim.schedule import TrainSchedule
-from trainer.run.audit import with_audit
-from trainer.run.session import OpenRun
 from trainer.transfer.eval_features import EvalFeatures, EvalInputs
 
 
 def make_train_transform(data: ResolvedDataConfig) -> Transform:
-    """Return the random transform of a training image."""
-    return train_transform(data.preprocessing, data.augment, data.crop_scale, random_erasing=data.random_erasing)
+    """Return the transform of a training image."""
+    if not data.has_random_transform:
+        return EvalTransform(data.preprocessing)
+    return TrainTransform(data.preprocessing, data.augment, data.crop_scale, random_erasing=data.random_erasing)
 
 
 def make_dataset(
-    examples: Sequence[Example], transform: Transform, config: ResolvedConfig, ctx: DistributedContext
+    examples: Sequence[Example],
+    transform: Transform,
+    config: ResolvedConfig,
+    ctx: DistributedContext,
+    images: CachedImages = NOT_CACHED,
 ) -> ImageDataset:
     """Return the images of a split under a transform."""
+    paths = [path for path, _ in examples]
+    files = FileReader(paths)
+    if isinstance(transform, EvalTransform):
+        reader, transform = images.output_reader(paths, files, transform), unchanged
+    else:
+        reader = images.reader(paths, files)
     threads = decoding_threads(config.data.num_workers, ctx)
-    return ImageDataset(examples, transform, seed=config.run.seed, threads=threads)
+    return ImageDataset(examples, transform, seed=config.run.seed, threads=threads, reader=reader)
 
 
 def make_loader(
@@ -42,21 +51,38 @@ def make_loader(
     sampler: DistributedBatchSampler | EvalBatchSampler,
     config: ResolvedConfig,
     ctx: DistributedContext,
-) -> DataLoader[Batch]:
-    """Return the loader of this process's batches."""
+) -> Iterable[Batch]:
+    """Return the loader of this process's batches.
+
+    Raises:
+        UserError: data.cache_images is device, and the images do not fit into its free memory.
+
+    """
+    num_workers = num_loader_workers(config.data.num_workers, ctx)
+    if config.data.cache_images == "device":
+        return make_device_loader(
+            dataset,
+            sampler,
+            device=ctx.device,
+            channels_last=config.train.uses_channels_last,
+            num_workers=min(1, num_workers),
+            threads=max(num_workers, dataset.threads),
+        )
     return make_dataloader(
         dataset,
         sampler,
         image_size=config.data.image_size,
-        channels_last=config.train.channels_last,
-        num_workers=num_loader_workers(config.data.num_workers, ctx),
+        channels_last=config.train.uses_channels_last,
+        num_workers=num_workers,
         accelerator=ctx.accelerator,
     )
 
 
-def make_eval_loader(examples: Sequence[Example], config: ResolvedConfig, ctx: DistributedContext) -> DataLoader[Batch]:
+def make_eval_loader(
+    examples: Sequence[Example], config: ResolvedConfig, ctx: DistributedContext, images: CachedImages = NOT_CACHED
+) -> Iterable[Batch]:
     """Return this process's batches of one pass over examples, as they are evaluated."""
-    dataset = make_dataset(examples, eval_transform(config.data.preprocessing), config, ctx)
+    dataset = make_dataset(examples, EvalTransform(config.data.preprocessing), config, ctx, images)
     sampler = EvalBatchSampler(
         len(examples), batch_size=eval_batch_size(config, ctx), rank=ctx.rank, world_size=ctx.world_size
     )
@@ -71,9 +97,10 @@ def make_batches(
     *,
     epochs: int,
     start_step: int = 0,
+    images: CachedImages = NOT_CACHED,
 ) -> TrainBatches:
     """Return this process's local batches of the updates from `start_step` (counted from 0 over the run) on."""
-    dataset = make_dataset(index.train, make_train_transform(config.data), config, ctx)
+    dataset = make_dataset(index.train, make_train_transform(config.data), config, ctx, images)
     sampler = make_train_sampler(config, order, ctx, epochs=epochs, start_step=start_step)
     return TrainBatches(iter(make_loader(dataset, sampler, config, ctx)), dataset, order)
 
@@ -85,25 +112,6 @@ def make_train_sampler(
     return DistributedBatchSampler(
         order, epochs=epochs, start_step=start_step, rank=ctx.rank, world_size=ctx.world_size, views=config.data.views
     )
-
-
-def with_records(
-    batches: TrainBatches, config: ResolvedConfig, run: OpenRun, schedule: TrainSchedule, *, start_step: int
-) -> TrainBatches:
-    """Return the local batches from `start_step` on, recorded in `audit/` if run.audit is on."""
-    if not config.run.audit:
-        return batches
-    record = partial(
-        with_audit,
-        folder=run.folder,
-        start_step=start_step,
-        steps_per_epoch=schedule.steps_per_epoch,
-        rank=run.ctx.rank,
-        world_size=run.ctx.world_size,
-        attempt=run.attempt,
-        lr_multiplier=schedule.lr_multiplier,
-    )
-    return batches.through(record)
 
 
 def num_loader_workers(option: int | None, ctx: DistributedContext) -> int:
@@ -137,26 +145,6 @@ def eval_batch_size(config: ResolvedConfig, ctx: DistributedContext) -> int:
     return max(8, local)
 
 
-def check_loader_memory(config: ResolvedConfig, order: EpochOrder, ctx: DistributedContext) -> None:
-    """Check that the batches of the loaders fit into shared memory. Every process must call it.
-
-    Raises:
-        UserError: see `check_shared_memory`.
-
-    """
-    images = -(-max(order.batch_sizes) // ctx.world_size) + eval_batch_size(config, ctx)
-    error = None
-    try:
-        check_shared_memory(
-            num_workers=num_loader_workers(config.data.num_workers, ctx),
-            processes=ctx.local_world_size,
-            batch_bytes=images * 3 * config.data.image_size**2,
-        )
-    except UserError as caught:
-        error = caught
-    ctx.raise_on_all_ranks(error)
-
-
 def eval_splits(index: DatasetIndex) -> dict[str, tuple[Example, ...]]:
     """Return the splits that are evaluated: `test` is reported, `val` (if there is one) selects the best epoch."""
     return {"val": index.val, "test": index.test} if index.val else {"test": index.test}
@@ -166,7 +154,13 @@ class Evaluator:
     """Evaluates the splits of a data set. Its worker processes stay alive between epochs."""
 
     def __init__(
-        self, index: DatasetIndex, config: ResolvedConfig, ctx: DistributedContext, features: EvalFeatures | None = None
+        self,
+        index: DatasetIndex,
+        config: ResolvedConfig,
+        ctx: DistributedContext,
+        images: CachedImages = NOT_CACHED,
+        *,
+        features: EvalFeatures | None = None,
     ) -> None:
         """Make the loaders. With `features`, what frozen layers compute from an image is computed once."""
         self._ctx, self._features = ctx, features
@@ -174,7 +168,7 @@ class Evaluator:
         self._normalize = Normalize(config.data.preprocessing, ctx.device)
         self._batch_size = eval_batch_size(config, ctx)
         self._splits = {
-            name: (len(examples), make_eval_loader(examples, config, ctx))
+            name: (len(examples), make_eval_loader(examples, config, ctx, images))
             for name, examples in eval_splits(index).items()
         }
 
@@ -194,8 +188,9 @@ class Evaluator:
         """
         accelerator = self._ctx.accelerator
         evaluations: Evaluations = {}
-        for name in self._splits if splits is None else splits:
-            expected, images = self._splits[name]
+        for name, (expected, images) in self._splits.items():
+            if splits is not None and name not in splits:
+                continue
             evaluated, batches, normalize = self._inputs(model, name, images)
             evaluations[name] = evaluate(
                 evaluated,
@@ -210,11 +205,12 @@ class Evaluator:
             )
         return evaluations
 
-    def _inputs(self, model: nn.Module, name: str, images: DataLoader[Batch]) -> EvalInputs:
+    def _inputs(self, model: nn.Module, name: str, images: Iterable[Batch]) -> EvalInputs:
         """Return what evaluates a split: a model, batches of its inputs, and their normalization."""
         if self._features is None:
             return model, images, self._normalize
-        return self._features.inputs(model, name, images)
+        count = len(range(self._ctx.rank, self._splits[name][0], self._ctx.world_size))
+        return self._features.inputs(model, name, images, count)
 
     def evaluate_initial(self, model: nn.Module, heartbeat: Heartbeat) -> Evaluations:
         """Return the evaluation of each split before the first step. A signal ends the run here: nothing is lost.

@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.model.built import BuiltModel
 from trainer.model.create import build_model
 from trainer.model.freeze import apply_stage, make_stages
-from trainer.model.metadata import read_weights_metadata
+from trainer.model.gradient_checkpointing import enable_gradient_checkpointing
 from trainer.model.patterns import match_names
 from trainer.model.source_classes import ClassMapping
 from trainer.optim.param_groups import ParamGroup, create_optimizer, group_parameters
@@ -65,7 +65,7 @@ def make_model(
         require_linear(built.model, built.heads[0], config.data.image_size)
     if config.transfer.batch_norm == "sync" and world_size > 1:
         built = replace(built, model=nn.SyncBatchNorm.convert_sync_batchnorm(built.model))
-    if config.train.channels_last:
+    if config.train.uses_channels_last:
         built.model.to(memory_format=torch.channels_last)
     stages = make_stages(config.transfer.trainable, built.model, built.heads, built.layer_order)
     apply_stage(built.model, stages[0], config.transfer.batch_norm)
@@ -75,6 +75,10 @@ def make_model(
         for stage in stages
         if stage.start_epoch >= config.train.epochs
     ]
+    if config.train.gradient_checkpointing:
+        blocks = [block.name for block in built.layer_order.blocks]
+        names = enable_gradient_checkpointing(built.model, blocks, built.heads)
+        notes.append(f"train.gradient_checkpointing: {len(names)} blocks, {names[0]} to {names[-1]}")
     if weights is None and len(stages[-1].trainable) < len(list(built.model.parameters())):
         notes.append(
             "transfer.trainable: frozen parameters keep their random values, since there are no pretrained weights. "
@@ -87,12 +91,8 @@ def _class_mapping(config: ResolvedConfig, classes: Sequence[str], weights: str 
     """Return the class names that head_init source-labels matches; None for other kinds of start."""
     if config.model.head_init != "source-labels" or weights is None:
         return None
-    metadata = read_weights_metadata(weights)
-    return ClassMapping(
-        targets=tuple(classes),
-        sources=config.model.source_labels,
-        in_weights_file=metadata.classes if metadata else None,
-        aliases=config.model.aliases,
+    return ClassMapping.from_weights(
+        weights, targets=tuple(classes), sources=config.model.source_labels, aliases=config.model.aliases
     )
 
 

@@ -17,7 +17,5 @@ def default_run_folder(config: Config, resolved: ResolvedConfig) -> tuple[str, s
     """
     if config.run.dir != DEFAULT_RUN_DIR or config.debug:
         return resolved.run.dir, None
-    # A run without `train.precision` has the precision that its device needs.
-    ignored = {"train.precision"} if config.train.precision == "auto" else set()
-    folder, message = choose_folder(Path(resolved.run.dir), dump(resolved), ignored=ignored)
+    folder, message = choose_folder(Path(resolved.run.dir), dump(resolved))
     return str(folder), message

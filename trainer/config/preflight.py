@@ -1,11 +1,12 @@
 """Checks before the long work: report errors before images are decoded or a job is queued."""
 
 from trainer.config.build_data import RunData, make_schedule
-from trainer.config.build_loaders import check_loader_memory
+from trainer.config.build_loaders import eval_batch_size, num_loader_workers
 from trainer.config.build_model import make_model, make_param_groups
 from trainer.config.resolve import ResolvedConfig, without_weights
 from trainer.data.index import DatasetIndex
 from trainer.data.sampler import EpochOrder
+from trainer.data.workers import check_shared_memory
 from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
 from trainer.model.source_classes import check_targets
@@ -34,11 +35,20 @@ def preflight(config: ResolvedConfig, data: RunData, ctx: DistributedContext | N
 
 
 def check_run_data(config: ResolvedConfig, data: RunData, ctx: DistributedContext | None) -> None:
-    """Raise a UserError for options that do not fit the examples or the number of processes."""
+    """Raise a UserError for options that do not fit the examples, the device or the number of processes."""
     if ctx is not None:
+        _check_image_cache(config, ctx)
         _check_sync_batch_norm(config, data.order, ctx)
-        check_loader_memory(config, data.order, ctx)
+        _check_loader_memory(config, data.order, ctx)
     _check_val_split(config, data.index)
+
+
+def _check_image_cache(config: ResolvedConfig, ctx: DistributedContext) -> None:
+    if config.data.cache_images == "device" and ctx.device.type == "cpu":
+        raise UserError(
+            "data.cache_images is device, but the run trains on the CPU, which crops images one by one faster than in "
+            "batches: set it to auto or ram"
+        )
 
 
 def _check_sync_batch_norm(config: ResolvedConfig, order: EpochOrder, ctx: DistributedContext) -> None:
@@ -67,6 +77,28 @@ def _check_sync_batch_norm(config: ResolvedConfig, order: EpochOrder, ctx: Distr
             f"{option}, but {order.examples} examples leave a batch of {min(order.batch_sizes)}, fewer than "
             f"the {ctx.world_size} processes: choose another train.batch_size"
         )
+
+
+def _check_loader_memory(config: ResolvedConfig, order: EpochOrder, ctx: DistributedContext) -> None:
+    """Check that the batches of the loaders fit into shared memory. Every process must call it.
+
+    Raises:
+        UserError: see `check_shared_memory`.
+
+    """
+    if config.data.cache_images == "device":
+        return
+    images = -(-max(order.batch_sizes) // ctx.world_size) + eval_batch_size(config, ctx)
+    error = None
+    try:
+        check_shared_memory(
+            num_workers=num_loader_workers(config.data.num_workers, ctx),
+            processes=ctx.local_world_size,
+            batch_bytes=images * 3 * config.data.image_size**2,
+        )
+    except UserError as caught:
+        error = caught
+    ctx.raise_on_all_ranks(error)
 
 
 def _check_val_split(config: ResolvedConfig, index: DatasetIndex) -> None:

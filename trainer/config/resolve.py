@@ -48,6 +48,11 @@ class ResolvedDataConfig(DataConfig):
             std=self.std,
         )
 
+    @property
+    def has_random_transform(self) -> bool:
+        """Return whether training images are augmented; otherwise they are transformed as in evaluation."""
+        return self.augment != "none" or self.random_erasing > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(Config):

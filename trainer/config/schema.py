@@ -113,7 +113,9 @@ class DataConfig:
     num_workers: int | None = None
     """Worker processes per training process that decode images; null chooses by available cores; 0 decodes in the training process."""
     cache: str | None = None
-    """Cache folder of downloads, synthetic datasets and validation results; null uses $REGRAFT_CACHE, else ~/.cache/regraft."""
+    """Cache folder of downloads, synthetic datasets, validation results and decoded images; null uses $REGRAFT_CACHE, else ~/.cache/regraft."""
+    cache_images: Literal["auto", "off", "disk", "ram", "device"] = "auto"
+    """Image cache: up to half of the available memory (auto) or disk (disk), memory alone (ram), also the GPU's (device), or none (off)."""
 
     def __post_init__(self) -> None:
         wrong_roles = sorted({*self.csv_columns} - {*CSV_ROLES})
@@ -131,6 +133,10 @@ class DataConfig:
             raise UserError("data.mean and data.std belong together: set both or neither")
         _check("data.random_erasing", self.random_erasing, 0 <= self.random_erasing <= 1, "a probability, 0 to 1")
         _check("data.views", self.views, self.views is None or self.views >= 1, "1 or more, or null")
+        if self.cache_images == "device" and (self.augment, self.random_erasing) != ("none", 0.0):
+            augment = f"{self.augment} with data.random_erasing {self.random_erasing}"
+            expected = "basic, or none without random erasing, if data.cache_images is device"
+            _check("data.augment", augment, self.augment == "basic", expected)
         low, high = self.crop_scale
         _check("data.crop_scale", self.crop_scale, 0 < low <= high <= 1, "0 < smallest <= largest <= 1")
         for key in ("val_fraction", "test_fraction"):
@@ -289,14 +295,21 @@ class TrainConfig:
     """Batch size of one update over all processes (global batch)."""
     grad_accum_steps: int = 1
     """Gradient accumulation steps per update, which save memory and leave the update the same."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of forward and backward; auto chooses bf16 or fp16 on a GPU and fp32 on a CPU."""
-    channels_last: bool = True
-    """Memory format channels_last for images and convolutions; results differ by rounding only."""
     cache_features: Literal["auto", "off"] = "auto"
     """Feature cache: compute the output of frozen layers once for images that are the same in every epoch (auto), or in every step (off)."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Precision of forward and backward; auto measures the first updates and takes the fastest that is accurate."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Memory format channels_last for images and convolutions; auto measures which is faster; results differ by rounding only."""
+    gradient_checkpointing: bool = False
+    """Gradient checkpointing: recompute the activations of each block in backward, which saves memory, takes longer and leaves results the same."""
     logs_per_epoch: int = 5
     """Logs per epoch: how often metrics are read from the device, shown and written."""
+
+    @property
+    def uses_channels_last(self) -> bool:
+        """Return whether images and convolutions are in channels_last; they are until `auto` has been measured."""
+        return self.channels_last is not False
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "grad_accum_steps", "logs_per_epoch"):
@@ -378,9 +391,10 @@ class Config:
 
     def __post_init__(self) -> None:
         transfer, has_weights = self.transfer, bool(self.pretrain.root or self.model.weights)
-        if self.train.precision == "fp16" and self.run.device == "cpu":
+        if self.train.precision in ("fp16", "tf32") and self.run.device == "cpu":
             raise UserError(
-                "train.precision is fp16 and run.device is cpu: CPUs do not train in fp16; choose fp32 or bf16"
+                f"train.precision is {self.train.precision} and run.device is cpu: CPUs do not train in it; choose "
+                "fp32, bf16 or auto"
             )
         if self.data.sampling == "balanced" and self.regularization.class_weights == "balanced":
             raise UserError(

@@ -14,13 +14,13 @@ from trainer.config.schema import Config
 from trainer.distributed.context import DistributedContext, init_distributed
 from trainer.errors import UserError
 from trainer.report.console import make_console
-from trainer.run.folder import check_resumable, saved_precision
+from trainer.run.folder import check_resumable
 
 
 def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
     """Resolve the config, join the process group, print the notes on the device, and check the pretrained weights.
 
-    A resumed run keeps the precision that `train.precision auto` chose at its first start.
+    `train.precision auto` is resolved later, by `choose_execution`.
 
     Raises:
         UserError: see `resolve`, `init_distributed` and `check_pretrained_weights`.
@@ -29,13 +29,7 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
     resolved = resolve(config)
     folder, message = default_run_folder(config, resolved)
     resolved = replace(resolved, run=replace(resolved.run, dir=folder))
-    may_resume = resolved.run.resume != "never" and not resolved.debug
-    ctx = init_distributed(
-        device=resolved.run.device,
-        precision=resolved.train.precision,
-        threads=resolved.run.threads,
-        saved_precision=saved_precision(Path(resolved.run.dir)) if may_resume else None,
-    )
+    ctx = init_distributed(device=resolved.run.device, precision=resolved.train.precision, threads=resolved.run.threads)
     console = make_console(enabled=ctx.is_main_process)
     for note in (*ctx.notes, *([message] if message is not None else [])):
         console.print(note)
@@ -44,15 +38,12 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
     # Before images are decoded. One process of each machine reads its file.
     is_first = ctx.accelerator.is_local_main_process
     ctx.main_process_first(lambda: check_pretrained_weights(resolved) if is_first else None, local=True)
-    return replace(resolved, train=replace(resolved.train, precision=ctx.precision)), ctx, console
+    return resolved, ctx, console
 
 
-def check_run_folder(config: ResolvedConfig, ctx: DistributedContext) -> None:
+def check_run_folder(config: ResolvedConfig) -> None:
     """Raise a UserError if the run folder contains a run with other options, before any long work."""
-    folder = Path(config.run.dir)
-    precision = saved_precision(folder) or ctx.precision
-    resumed = replace(config, train=replace(config.train, precision=precision))
-    check_resumable(folder, dump(resumed), resume=config.run.resume)
+    check_resumable(Path(config.run.dir), dump(config), resume=config.run.resume)
 
 
 def create_parent_folder(folder: Path, ctx: DistributedContext) -> None:

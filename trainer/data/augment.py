@@ -1,13 +1,14 @@
 """Transforms from a decoded image to the model's input.
 
-The randomness of a transform belongs to the example: PyTorch's generator is seeded from (seed, epoch, example) while
-it runs, so the crop is the same in every process and worker. Transforms take and return PIL images, whose resize is
-antialiased, as in the D2L recipe. Batches are converted to floats and normalized on the device (`Normalize`).
+The randomness of a transform belongs to the example: its generator is seeded from (seed, epoch, example), so the crop
+is the same in every process, worker and thread. Every resize is antialiased, as in the D2L recipe. Batches are
+converted to floats and normalized on the device (`Normalize`).
 """
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,15 +17,20 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from trainer.data.normalization import find_wrong_normalization
+from trainer.data.random_crop import Box, flip, resized_crop, sample_crop, sample_erasing
 
-Transform = Callable[[Image.Image], Image.Image]
 Augmentation = Literal["basic", "none", "trivialaugment", "randaugment", "augmix"]
 
-_POLICIES: dict[str, Callable[[InterpolationMode], torch.nn.Module]] = {
-    "trivialaugment": lambda mode: v2.TrivialAugmentWide(interpolation=mode),
-    "randaugment": lambda mode: v2.RandAugment(interpolation=mode),
-    "augmix": lambda mode: v2.AugMix(interpolation=mode),
-}
+_POLICIES = {"trivialaugment": v2.TrivialAugmentWide, "randaugment": v2.RandAugment, "augmix": v2.AugMix}
+_global_generator = threading.Lock()
+"""Held by the thread whose policy draws from PyTorch's global generator."""
+
+
+class Transform(Protocol):
+    """Maps a decoded image to an image of the model's size."""
+
+    def __call__(self, image: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """Return uint8 [S, S, 3] of an RGB image, uint8 [H, W, 3], which may be a read-only view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,54 +79,84 @@ class Preprocessing:
         return InterpolationMode(self.interpolation)
 
 
-def eval_transform(preprocessing: Preprocessing) -> Transform:
-    """Return the transform for evaluation: resize and central crop to [image_size, image_size]."""
-    size = preprocessing.resize_size
-    target = [size, size] if preprocessing.resize == "squash" else [size]
-    return v2.Compose(
-        [v2.Resize(target, interpolation=preprocessing.mode, antialias=True), v2.CenterCrop(preprocessing.image_size)]
-    )
+class EvalTransform:
+    """Resize and central crop to [image_size, image_size], by Pillow."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        size = preprocessing.resize_size
+        target = [size, size] if preprocessing.resize == "squash" else [size]
+        self._transform = v2.Compose(
+            [
+                v2.Resize(target, interpolation=preprocessing.mode, antialias=True),
+                v2.CenterCrop(preprocessing.image_size),
+            ]
+        )
+
+    def __call__(self, image: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
+        """Return uint8 [image_size, image_size, 3]; nothing is drawn from the generator."""
+        return np.asarray(self._transform(Image.fromarray(image)))
 
 
-def train_transform(
-    preprocessing: Preprocessing, augment: Augmentation, crop_scale: tuple[float, float], *, random_erasing: float = 0.0
-) -> Transform:
-    """Return the random transform for training, to [image_size, image_size].
+class TrainTransform:
+    """Random crop and flip to [image_size, image_size], then a policy and random erasing."""
 
-    `random_erasing` is the probability that a rectangle is set to the mean, which normalization maps to 0.
-    """
-    transform = _augment(preprocessing, augment, crop_scale)
-    if not random_erasing:
-        return transform
-    mean = [min(255, max(0, round(255 * value))) for value in preprocessing.mean]
-    # torchvision's defaults are those of Zhong et al. 2020, except for the largest area: 1/3 of the image, not 0.4.
-    return v2.Compose([transform, v2.RandomErasing(random_erasing, value=mean)])  # type: ignore[arg-type]
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        augment: Augmentation,
+        crop_scale: tuple[float, float],
+        *,
+        random_erasing: float = 0.0,
+    ) -> None:
+        """Create the transform.
+
+        Args:
+            preprocessing: size, interpolation, and the mean that erased pixels are set to.
+            augment: steps of the transform; "none" resizes and crops as evaluation does.
+            crop_scale: smallest and largest area of the crop, as fractions of the image.
+            random_erasing: probability that a rectangle is set to the mean, which normalization maps to 0.
+
+        """
+        self.preprocessing, self.augment, self.random_erasing = preprocessing, augment, random_erasing
+        self.mean = [min(255, max(0, round(255 * value))) for value in preprocessing.mean]
+        """Red, green and blue of erased pixels, in 0 to 255."""
+        self._crop_scale = crop_scale
+        self._resize = EvalTransform(preprocessing) if augment == "none" else None
+        self._policy = _POLICIES[augment](interpolation=preprocessing.mode) if augment in _POLICIES else None
+
+    def sample(self, height: int, width: int, generator: torch.Generator) -> tuple[Box, bool, Box | None]:
+        """Return what is drawn for an image if `augment` is "basic": crop, whether to flip, and erased rectangle."""
+        return *sample_crop(height, width, self._crop_scale, generator), self._sample_erasing(generator)
+
+    def _sample_erasing(self, generator: torch.Generator) -> Box | None:
+        size = self.preprocessing.image_size
+        return sample_erasing(size, size, self.random_erasing, generator) if self.random_erasing else None
+
+    def __call__(self, image: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """Return uint8 [image_size, image_size, 3]."""
+        if self._resize is not None:
+            image = self._resize(image)
+        else:
+            height, width, _ = image.shape
+            box, flipped = sample_crop(height, width, self._crop_scale, generator)
+            image = resized_crop(image, box, self.preprocessing.image_size, self.preprocessing.mode)
+            image = flip(image) if flipped else image
+        if self._policy is not None:
+            image = _apply_policy(self._policy, image, generator)
+        erased = self._sample_erasing(generator)
+        if erased is not None:
+            image = image.copy()  # the result of Pillow is read-only
+            image[erased.slices] = self.mean
+        return image
 
 
-def _augment(preprocessing: Preprocessing, augment: Augmentation, crop_scale: tuple[float, float]) -> Transform:
-    if augment == "none":
-        return eval_transform(preprocessing)
-    steps: list[torch.nn.Module] = [
-        v2.RandomResizedCrop(
-            preprocessing.image_size, scale=crop_scale, interpolation=preprocessing.mode, antialias=True
-        ),
-        v2.RandomHorizontalFlip(),
-    ]
-    if augment != "basic":
-        steps.append(_POLICIES[augment](preprocessing.mode))
-    return v2.Compose(steps)
-
-
-def apply_seeded(transform: Transform, image: Image.Image, seed: int) -> Image.Image:
-    """Return `transform(image)` with randomness from `seed`; the state of PyTorch's generator is preserved."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return transform(image)
-
-
-def to_array(image: Image.Image) -> np.ndarray:
-    """Return an RGB image as uint8 [height, width, 3]."""
-    return np.asarray(image)
+def _apply_policy(policy: torch.nn.Module, image: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    """Apply a policy of torchvision, by Pillow. It draws from PyTorch's global generator, which is restored."""
+    with _global_generator, torch.random.fork_rng(devices=[]):
+        torch.default_generator.set_state(generator.get_state())
+        image = np.asarray(policy(Image.fromarray(image)))
+        generator.set_state(torch.default_generator.get_state())
+    return image
 
 
 class Normalize:

@@ -30,7 +30,7 @@ def write_table(file: Path, rows: Iterable[tuple[str, str, str]]) -> None:
     folder = os.path.join(cwd, file.parent, "")
 
     def relative_if_inside(path: str) -> str:
-        absolute = os.path.join(cwd, path)
+        absolute = path if path.startswith("/") else os.path.join(cwd, path)
         return absolute[len(folder) :].lstrip("/") if absolute.startswith(folder) else absolute
 
     def write(temporary: Path) -> None:

@@ -1,21 +1,34 @@
 """Dataset of decoded and transformed images, each with its own randomness."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from trainer.data.augment import Transform, apply_seeded, to_array
+from trainer.data.augment import Transform
 from trainer.data.decode import UnreadableImage, decode
 from trainer.data.sampler import SampleKey
 from trainer.errors import UserError
-from trainer.seeds import derive_seed
 from trainer.text import escape_unprintable
 
+ReadImage = Callable[[int], np.ndarray]
+"""Example -> its upright RGB image, uint8 [H, W, 3], C-contiguous, possibly a read-only view of a memory map."""
 Item = tuple[np.ndarray, int, int]
 """Image uint8 [H, W, 3], label, and index of the example."""
+
+
+class Batch(NamedTuple):
+    """Local batch: the part of a global batch on one process. B may be 0."""
+
+    images: Tensor
+    """uint8 [B, 3, H, W]; or features of frozen layers [B, ...], which are computed once."""
+    labels: Tensor
+    """int64 [B]."""
+    examples: Tensor
+    """int64 [B]: indices into the examples of the split."""
 
 
 class ImageReadError(UserError):
@@ -29,19 +42,44 @@ class ImageReadError(UserError):
         super().__init__(text.rpartition(f"{type(self).__name__}: ")[2].rstrip("\n"))
 
 
+class FileReader:
+    """Decodes image files."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
+
+    def __call__(self, example: int) -> np.ndarray:
+        """Return the decoded image of an example, uint8 [H, W, 3]; raises ImageReadError."""
+        path = self._paths[example]
+        try:
+            return np.asarray(decode(path))
+        except UnreadableImage as error:
+            raise ImageReadError(
+                f"{escape_unprintable(path)}: this image cannot be read: {error}. If it was readable before "
+                "training, it has changed since: restore it, and the same command resumes from the last checkpoint"
+            ) from None
+
+
 class ImageDataset(Dataset[Item]):
     """Images of a split, indexed by `SampleKey`."""
 
     def __init__(
-        self, examples: Sequence[tuple[str, int]], transform: Transform, *, seed: int, threads: int = 1
+        self,
+        examples: Sequence[tuple[str, int]],
+        transform: Transform,
+        *,
+        seed: int,
+        threads: int = 1,
+        reader: ReadImage | None = None,
     ) -> None:
         """Create the dataset.
 
         Args:
             examples: (path, label) pairs.
-            transform: maps an RGB image to an RGB image of the model's size.
+            transform: maps a decoded image to an image of the model's size.
             seed: seed of the run.
-            threads: number of images that are decoded at once.
+            threads: number of images that are read and transformed at once.
+            reader: reads the image of an example; None decodes its file.
 
         """
         self.paths = [path for path, _ in examples]
@@ -49,40 +87,22 @@ class ImageDataset(Dataset[Item]):
         self.transform = transform
         self.seed = seed
         self.threads = threads
+        self.read = reader or FileReader(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, key: SampleKey) -> Item:
         """Return the image, its label and its index; raises ImageReadError."""
-        return self._transform(key, self._decode(key))
+        image = self.transform(self.read(key.example), key.generator(self.seed))
+        return image, int(self.labels[key.example]), key.example
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[Item]:
         """Return the items of a local batch; DataLoader calls this if it exists.
 
-        Pillow releases the GIL while it decodes. Transforms run one after the other, since they share PyTorch's
-        generator. At most `threads` decoded images are in memory at once, since some are large.
+        Decoding and resizing release the GIL. Each thread has one decoded image in memory, since some are large.
         """
         if self.threads == 1:
             return [self[key] for key in keys]
-        items: list[Item] = []
         with ThreadPoolExecutor(self.threads) as pool:
-            for start in range(0, len(keys), self.threads):
-                chunk = keys[start : start + self.threads]
-                items += map(self._transform, chunk, pool.map(self._decode, chunk))
-        return items
-
-    def _decode(self, key: SampleKey) -> Image.Image:
-        path = self.paths[key.example]
-        try:
-            return decode(path)
-        except UnreadableImage as error:
-            raise ImageReadError(
-                f"{escape_unprintable(path)}: this image cannot be read: {error}. If it was readable before "
-                "training, it has changed since: restore it, and the same command resumes from the last checkpoint"
-            ) from None
-
-    def _transform(self, key: SampleKey, image: Image.Image) -> Item:
-        numbers = (key.epoch, key.example, key.repeat) if key.repeat else (key.epoch, key.example)
-        image = apply_seeded(self.transform, image, derive_seed("crop", self.seed, *numbers))
-        return to_array(image), int(self.labels[key.example]), key.example
+            return list(pool.map(self.__getitem__, keys))

@@ -5,6 +5,7 @@ starts another program.
 """
 
 import ctypes
+import hashlib
 import logging
 import os
 import re
@@ -15,17 +16,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
+import PIL
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, _imaging
 
-from trainer.data.image_formats import TiffKind, describe_unidentified, formats_for, read_tiff_kind
+from trainer.data.image_formats import HEIF_VERSION, TiffKind, describe_unidentified, formats_for, read_tiff_kind
 from trainer.data.pixels import RgbImage, to_rgb
 from trainer.data.sample_format import SampleFormat, UnreadableImage, read_sample_format
 from trainer.text import escape_unprintable
 
-__all__ = ["UnreachableImage", "UnreadableImage", "decode", "decode_file", "open_image_file", "upright_rgb"]
+__all__ = [
+    "UnreachableImage",
+    "UnreadableImage",
+    "decode",
+    "decode_file",
+    "decoder_version",
+    "hash_file",
+    "open_image_file",
+    "upright_rgb",
+]
 
 DECODE_VERSION = 2
-"""Increment it when other files are accepted, or decoded to other pixels: it invalidates cached validation results."""
+"""Increment it when other files are accepted, or decoded to other pixels: it invalidates what is cached."""
 
 _NOT_SUPPORTED = re.compile(r"unsupported|not supported|unknown|cannot handle|not available", re.IGNORECASE)
 _TRANSPOSE = {  # EXIF orientation -> operation that makes the image upright
@@ -56,6 +67,11 @@ _silence_libtiff()
 
 class UnreachableImage(UnreadableImage):
     """The file could not be opened or read: missing, no permission, an I/O error. The reason may be temporary."""
+
+
+def decoder_version() -> str:
+    """Return the version of the decoder; validation results and images that another version has cached are ignored."""
+    return f"{DECODE_VERSION}, Pillow {PIL.__version__}, pillow-heif {HEIF_VERSION}"
 
 
 def decode(path: str | os.PathLike[str]) -> Image.Image:
@@ -160,6 +176,20 @@ def open_image_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise UnreachableImage(f"cannot be opened ({error.strerror})") from None
     with file:
         yield file
+
+
+def hash_file(file: BinaryIO) -> str:
+    """Return the hash of the content of an open file, 16 hexadecimal digits.
+
+    Raises:
+        UnreachableImage: it cannot be read.
+
+    """
+    try:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))  # type: ignore[arg-type]
+    except OSError as error:
+        raise UnreachableImage(f"cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
 
 
 def _exif_transpose(image: Image.Image) -> Image.Transpose | None:

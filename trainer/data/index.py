@@ -15,12 +15,14 @@ from typing import Literal, NamedTuple
 
 from trainer.data.class_names import describe_difference, find_lookalikes
 from trainer.data.csv_write import write_table
+from trainer.data.folder_cache import FolderCache
 from trainer.data.layout import Listing, read_folder
-from trainer.data.scan import Scan
+from trainer.data.scan import Scan, scan_dir
 from trainer.data.split import PathsByClass, grouped_split
 from trainer.data.split_folders import find_split_folders
 from trainer.data.table import TableFormat, read_table
 from trainer.errors import UserError
+from trainer.run.garbage_collector import without_gc
 from trainer.text import escape_unprintable, join_truncated
 
 _PURPOSE = {"val": "select the best epoch on", "test": "report on"}
@@ -68,6 +70,7 @@ class DatasetIndex:
         return "val" if self.val else None
 
 
+@without_gc()
 def read_index(
     folder: Path,
     *,
@@ -77,6 +80,7 @@ def read_index(
     extensions: Sequence[str],
     split_dirs: Mapping[str, str | None] | None = None,
     table: TableFormat | None = None,
+    cache: Path | None = None,
 ) -> DatasetIndex:
     """Return the examples of a folder or a CSV file.
 
@@ -88,6 +92,7 @@ def read_index(
         extensions: file extensions of images, with their dot, in any case; not used for a CSV.
         split_dirs: split -> its folder, or None to look for it; not allowed for a CSV.
         table: how to read a CSV; not allowed for a folder.
+        cache: cache folder, in which the entries of class folders are kept; None: every folder is scanned.
 
     Raises:
         UserError: an unknown layout, a class without training images, class names that look the same, evaluation
@@ -104,7 +109,7 @@ def read_index(
     if folder.is_dir():
         if table != TableFormat():
             raise UserError(f"{where}: a folder, but data.csv_columns, csv_root and csv_suffix are for a CSV")
-        root, listing = folder, _read_folder(str(folder), extensions, given)
+        root, listing = folder, _read_folder(str(folder), extensions, given, cache)
     elif folder.is_file():
         if given:
             options = " and ".join(f"data.{split}_dir" for split in given)
@@ -184,11 +189,18 @@ def write_split(index: DatasetIndex, path: Path) -> None:
     )
 
 
-def _read_folder(root: str, extensions: Sequence[str], given: Mapping[str, str]) -> Listing:
-    scan = Scan(tuple(extension.lower() for extension in extensions))
+def _read_folder(root: str, extensions: Sequence[str], given: Mapping[str, str], cache: Path | None) -> Listing:
+    folder_cache = FolderCache.read(cache, root) if cache is not None else None
+    scan = Scan(
+        tuple(extension.lower() for extension in extensions),
+        scan_dir if folder_cache is None else folder_cache.scan_dir,
+    )
     top = scan.scan_parent(root)
     folders = find_split_folders(root, top, scan.is_image, given)
-    return read_folder(root, top, scan, folders, check="train" not in given)
+    listing = read_folder(root, top, scan, folders, check="train" not in given)
+    if folder_cache is not None:
+        folder_cache.write()
+    return listing
 
 
 def _read_csv(file: Path, table: TableFormat) -> Listing:

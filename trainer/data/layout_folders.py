@@ -53,7 +53,7 @@ class Folder(NamedTuple):
 
 def summarize(path: str, name: str, paths: Iterable[str]) -> Folder:
     """Return what the folder `path` of a class holds, from the paths of its images."""
-    counts = Counter(image.rpartition(os.sep)[0] for image in paths)
+    counts = Counter(image[: image.rfind(os.sep)] for image in paths)
     folders = [tuple(folder[len(path) + 1 :].split(os.sep)) if folder != path else () for folder in counts]
     depth = 0
     while len({parts[: depth + 1] for parts in folders}) == 1 and len(folders[0]) > depth:
@@ -110,8 +110,10 @@ def find_leftovers(folders: Sequence[Folder], images: Mapping[str, Sequence[str]
 
 def _mask_files(paths: Sequence[str]) -> list[str]:
     """Return the names of the files that are named as masks of other images, if there are many."""
-    lower = zip(paths, map(str.lower, paths), strict=True)
-    named = [path for path, name in lower if "mask" in name or "segmentation" in name]  # most names are neither
+    lower = "\n".join(paths).lower()
+    if "mask" not in lower and "segmentation" not in lower:
+        return []
+    named = [path for path in paths if "mask" in path.lower() or "segmentation" in path.lower()]
     masks = {path: match["image"] for path in named if (match := _MASK_FILE.fullmatch(_stem(path)))}
     if not masks:
         return []

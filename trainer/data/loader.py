@@ -3,30 +3,18 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trainer.data.dataset import ImageDataset, Item
+from trainer.data.dataset import Batch, ImageDataset, Item
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
 from trainer.data.workers import PREFETCH_FACTOR, init_worker
 from trainer.text import escape_unprintable
-
-
-class Batch(NamedTuple):
-    """Local batch: the part of a global batch on one process. B may be 0."""
-
-    images: Tensor
-    """uint8 [B, 3, H, W]; or features of frozen layers [B, ...], if these do not change."""
-    labels: Tensor
-    """int64 [B]."""
-    examples: Tensor
-    """int64 [B]: indices into the examples of the split."""
 
 
 @dataclass(frozen=True)

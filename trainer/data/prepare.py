@@ -2,16 +2,19 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+
+import numpy as np
 
 from trainer.config.schema import DataConfig
 from trainer.data.index import DatasetIndex, Example, read_index, without_images
 from trainer.data.progress import NO_PROGRESS, ProgressHooks
 from trainer.data.registry import cache_folder, resolve_root
 from trainer.data.table import TableFormat
-from trainer.data.validation import ValidationResult, check_images, unreadable_error
+from trainer.data.validation import OnDecoded, check_images, unreadable_error
+from trainer.data.validation_results import ValidationResults
 from trainer.text import escape_unprintable, join_truncated
 
 
@@ -63,11 +66,24 @@ def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROG
         UserError: no such dataset, an unknown layout, or unreadable images.
 
     """
+    index = list_examples(data, displays=displays)
+    if not check:
+        return Prepared(index, index.notes)
+    return validate_examples(index, data, workers=workers, displays=displays)
+
+
+def list_examples(data: DataConfig, *, displays: ProgressHooks = NO_PROGRESS) -> DatasetIndex:
+    """List the images of a dataset; download or generate a named dataset first. No image is read.
+
+    Raises:
+        UserError: no such dataset, or an unknown layout.
+
+    """
     assert data.root is not None  # for mypy: `resolve` has checked it
     cache = cache_folder(data.cache)
     with displays.downloading(data.root) as on_progress:
         folder = resolve_root(data.root, cache=cache, seed=data.seed, on_progress=on_progress)
-    index = read_index(
+    return read_index(
         folder,
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
@@ -75,13 +91,37 @@ def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROG
         extensions=data.extensions,
         split_dirs={"train": data.train_dir, "val": data.val_dir, "test": data.test_dir},
         table=TableFormat(columns=data.csv_columns, root=data.csv_root, suffix=data.csv_suffix),
+        cache=cache,
     )
-    if not check:
-        return Prepared(index, index.notes)
+
+
+def validate_examples(
+    index: DatasetIndex,
+    data: DataConfig,
+    *,
+    workers: int,
+    displays: ProgressHooks = NO_PROGRESS,
+    on_decoded: OnDecoded | None = None,
+) -> Prepared:
+    """Decode and hash every image once, except those with a cached validation result.
+
+    Args:
+        index: the examples.
+        data: the data section of the config.
+        workers: number of threads.
+        displays: progress displays.
+        on_decoded: called for each readable image that is decoded.
+
+    Raises:
+        UserError: unreadable images.
+
+    """
     paths = [example.path for example in Prepared(index, ()).examples]
     with displays.checking() as on_checked:
-        results = check_images(paths, cache=cache, workers=workers, on_progress=on_checked)
-    unreadable = {path: result.reason for path, result in results.items() if result.reason is not None}
+        results = check_images(
+            paths, cache=cache_folder(data.cache), workers=workers, on_progress=on_checked, on_decoded=on_decoded
+        )
+    unreadable = results.unreadable(paths)
     if unreadable and data.on_unreadable == "stop":
         raise unreadable_error(unreadable, len(paths))
     notes = list(index.notes)
@@ -89,43 +129,58 @@ def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROG
         index = without_images(index, unreadable)
         skipped = "".join(f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items()))
         notes.append(f"{len(unreadable)} of {len(paths)} images cannot be read and are skipped:{skipped}")
-    prepared = Prepared(index, (*notes, *_describe_repeats(index, results), *_describe_pixels(results)))
-    return replace(prepared, digests=tuple(results[path].digest for path, _ in prepared.examples))
+    digests = results.digests[results.where(lambda outcome: outcome.reason is None)]
+    notes += [*_describe_repeats(index, digests), *_describe_pixels(paths, results)]
+    return Prepared(index, tuple(notes), tuple(map("{:016x}".format, digests.tolist())))
 
 
-def _describe_pixels(results: Mapping[str, ValidationResult]) -> Iterator[str]:
+def _describe_pixels(paths: Sequence[str], results: ValidationResults) -> Iterator[str]:
     """Yield a line for each conversion of pixels, and one for images of a single color."""
-    by_conversion: dict[str, list[str]] = {}
-    for path, result in results.items():
-        for conversion in result.conversions:
-            by_conversion.setdefault(conversion, []).append(path)
-    for conversion, paths in sorted(by_conversion.items()):
-        yield f"images with {conversion}: {len(paths)}, such as {escape_unprintable(paths[0])}"
-    if paths := [path for path, result in results.items() if result.is_one_color]:
-        names = join_truncated(map(escape_unprintable, paths), limit=5)
-        yield f"images of one color only: {len(paths)} ({names})"
+    conversions = sorted({conversion for outcome in results.outcomes for conversion in outcome.conversions})
+    for conversion in conversions:
+        rows = results.where(lambda outcome, conversion=conversion: conversion in outcome.conversions)  # type: ignore[misc]
+        yield f"images with {conversion}: {len(rows)}, such as {escape_unprintable(paths[rows[0]])}"
+    rows = results.where(lambda outcome: outcome.is_one_color)
+    if len(rows):
+        names = join_truncated((escape_unprintable(paths[row]) for row in rows), limit=5)
+        yield f"images of one color only: {len(rows)} ({names})"
 
 
-def _describe_repeats(index: DatasetIndex, results: Mapping[str, ValidationResult]) -> Iterator[str]:
-    """Yield a line if images to evaluate on are training images too, and one if an image has two classes."""
-    first: dict[str, Example] = {}
-    conflicts = []
-    for example in index.train:
-        other = first.setdefault(results[example.path].digest, example)
-        if other.label != example.label:
-            conflicts.append((example, other))
-    for examples, purpose in ((index.val, "to select the best epoch on"), (index.test, "to report on")):
-        pairs = [
-            (example, first[results[example.path].digest])
-            for example in examples
-            if results[example.path].digest in first
+def _describe_repeats(index: DatasetIndex, digests: np.ndarray) -> Iterator[str]:
+    """Yield a line if images to evaluate on are training images too, and one if an image has two classes.
+
+    Args:
+        index: the readable examples.
+        digests: uint64 [N], the hash of each one, in the order train, val, test.
+
+    """
+    in_train = digests[: len(index.train)]
+    first_digests, first = np.unique(in_train, return_index=True)
+    labels = np.array([label for _, label in index.train])
+    conflicts: list[tuple[Example, Example]] = []
+    start = 0
+    for examples, purpose in (
+        (index.train, None),
+        (index.val, "to select the best epoch on"),
+        (index.test, "to report on"),
+    ):
+        searched = digests[start : start + len(examples)]
+        start += len(examples)
+        places = np.searchsorted(first_digests, searched).clip(max=len(first_digests) - 1)
+        repeated = np.flatnonzero(first_digests[places] == searched)
+        others = first[places[repeated]]  # the first training image of the same content
+        differs = labels[others] != np.array([label for _, label in examples], dtype=np.int64)[repeated]
+        conflicts += [
+            (examples[row], index.train[other])
+            for row, other in zip(repeated[differs].tolist(), others[differs].tolist(), strict=True)
         ]
-        conflicts += [(example, other) for example, other in pairs if example.label != other.label]
-        if pairs:
-            shown = " and ".join(escape_unprintable(path) for path, _ in pairs[0])
+        if purpose is not None and len(repeated):
+            shown = " and ".join(
+                escape_unprintable(example.path) for example in (examples[repeated[0]], index.train[others[0]])
+            )
             yield (
                 f"WARNING: images {purpose} with the content of a training image, which make the accuracy too high: "
-                f"{len(pairs)} of {len(examples)}, such as {shown}"
+                f"{len(repeated)} of {len(examples)}, such as {shown}"
             )
     if conflicts:
         shown = " and ".join(

@@ -15,6 +15,8 @@ class ProgressHooks:
     """Opens a display for the dataset `name`; it yields a callback for (bytes downloaded, total bytes or None)."""
     checking: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext
     """Opens a display; it yields a callback for (images checked, total images)."""
+    caching: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext
+    """Opens a display; it yields a callback for (images cached, total images)."""
 
 
 NO_PROGRESS = ProgressHooks()

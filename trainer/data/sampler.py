@@ -27,6 +27,11 @@ class SampleKey(NamedTuple):
     repeat: int = 0
     """Number of earlier occurrences in the epoch (balanced sampling); each one is augmented differently."""
 
+    def generator(self, seed: int) -> torch.Generator:
+        """Return a new generator for the augmentation; `seed` is that of the run."""
+        numbers = (self.epoch, self.example, self.repeat) if self.repeat else (self.epoch, self.example)
+        return torch.Generator().manual_seed(derive_seed("crop", seed, *numbers))
+
 
 @dataclass(frozen=True, kw_only=True)
 class EpochOrder:

@@ -8,6 +8,7 @@ Paths are plain strings from `os.scandir`: a million files are listed in seconds
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,6 +37,31 @@ class DirEntries(NamedTuple):
     """All other entries; includes broken links and pipes, which the image validation reports."""
     hidden: int
     """Number of entries that begin with a dot or are system files."""
+    has_links: bool
+    """Whether an entry is a symbolic link."""
+
+
+def scan_dir(folder: str) -> DirEntries:
+    """Return the entries of one folder.
+
+    Raises:
+        UserError: the folder cannot be read.
+
+    """
+    folders, files, hidden, has_links = [], [], 0, False
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                has_links |= entry.is_symlink()
+                if is_hidden(entry.name):
+                    hidden += 1
+                elif _is_dir(entry):
+                    folders.append(entry.name)
+                else:
+                    files.append(entry.name)
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    return DirEntries(sorted(folders), sorted(files), hidden, has_links)
 
 
 @dataclass
@@ -44,6 +70,8 @@ class Scan:
 
     extensions: tuple[str, ...]
     """File extensions of images, in lower case with their dot."""
+    scan_dir: Callable[[str], DirEntries] = scan_dir
+    """Returns the entries of a class folder; raises a UserError if it cannot be read."""
     ignored: Counter[str] = field(default_factory=Counter)
     """File extension in lower case -> number of files ignored because of it."""
     hidden: int = 0
@@ -93,19 +121,17 @@ class Scan:
             if is_run_folder(folder):
                 self.outputs.append(folder)
                 continue
-            entries = scan_dir(folder)
+            entries = self.scan_dir(folder)
             self.hidden += entries.hidden
             if _VIRTUAL_ENVIRONMENT in entries.files:
                 self.hidden += 1
                 continue
             pending += [os.path.join(folder, name) for name in reversed(entries.folders)]
-            images = []
-            for name in entries.files:
-                if self.is_image(name):
-                    images.append(os.path.join(folder, name))
-                else:
-                    ignored[file_extension(name)] += 1
-            found.append((folder, images))
+            images = [name for name in entries.files if self.is_image(name)]
+            if len(images) < len(entries.files):
+                ignored.update(file_extension(name) for name in entries.files if not self.is_image(name))
+            prefix = os.path.join(folder, "")
+            found.append((folder, [prefix + name for name in images]))
         self.ignored += ignored
         return [path for _, images in sorted(found) for path in images], ignored
 
@@ -139,28 +165,6 @@ class Scan:
             )
         self.repeated += 1
         return False
-
-
-def scan_dir(folder: str) -> DirEntries:
-    """Return the entries of one folder.
-
-    Raises:
-        UserError: the folder cannot be read.
-
-    """
-    folders, files, hidden = [], [], 0
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if is_hidden(entry.name):
-                    hidden += 1
-                elif _is_dir(entry):
-                    folders.append(entry.name)
-                else:
-                    files.append(entry.name)
-    except OSError as error:
-        raise _unreadable(folder, error) from None
-    return DirEntries(sorted(folders), sorted(files), hidden)
 
 
 def file_extension(name: str) -> str:

@@ -1,61 +1,58 @@
 """Validate images: decode and hash each image once and cache the result for the next start."""
 
 # Creating a Path for each of a million images would take longer than the cache lookup.
-# ruff: noqa: PTH100, PTH116
+# ruff: noqa: PTH100, PTH116, PTH118
 
 import hashlib
-import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
-import PIL
+import numpy as np
+from PIL import Image
 
-from trainer.data.decode import DECODE_VERSION, UnreachableImage, UnreadableImage, decode_file, open_image_file
-from trainer.data.image_formats import HEIF_VERSION
+from trainer.data.decode import (
+    UnreachableImage,
+    UnreadableImage,
+    decode_file,
+    decoder_version,
+    hash_file,
+    open_image_file,
+)
 from trainer.data.pixels import is_one_color
+from trainer.data.validation_results import (
+    SEPARATOR,
+    FileVersion,
+    ValidationResult,
+    ValidationResults,
+    join_names,
+    read_results,
+    read_versions,
+    split_names,
+    write_results,
+)
 from trainer.errors import UserError
-from trainer.run.atomic import write_text_atomically
 from trainer.text import escape_unprintable
 
+OnDecoded = Callable[[str, str, Image.Image], None]
+"""Called with (path, digest, decoded image), from several threads."""
 _BATCH_SIZE = 16  # images that a thread decodes per task
 
 
-class FileVersion(NamedTuple):
-    """What the file system says about the content of a file."""
-
-    size: int
-    """Size of the file [bytes]."""
-    mtime_ns: int
-    """Time of the last modification [ns], which `touch`, `cp -p` and `rsync -t` set to any value."""
-    ctime_ns: int
-    """Time of the last change of the file or its metadata [ns], which only the file system sets."""
-
-
-class ValidationResult(NamedTuple):
-    """Validation result of one content of a file."""
-
-    version: FileVersion | None
-    """None if the file does not exist or cannot be reached."""
-    digest: str
-    """Hash of the content, 16 hexadecimal digits; empty if the file cannot be read."""
-    reason: str | None
-    """Reason why the image cannot be read; None if it can."""
-    conversions: tuple[str, ...]
-    """What was done to its pixels, where the file left a choice."""
-    is_one_color: bool
-    """Whether all of its pixels are equal."""
-
-
 def check_images(
-    paths: Iterable[str], *, cache: Path, workers: int, on_progress: Callable[[int, int], None] | None
-) -> dict[str, ValidationResult]:
-    """Return path -> validation result of each image.
+    paths: Sequence[str],
+    *,
+    cache: Path,
+    workers: int,
+    on_progress: Callable[[int, int], None] | None,
+    on_decoded: OnDecoded | None = None,
+) -> ValidationResults:
+    """Return the validation result of each image, in the order of the paths.
 
     Results are cached in `cache`/validation, in one file per dataset folder. An image is read again if its size or one
     of its times has changed, and decoded again if its content has. The results so far are saved on an interruption.
@@ -65,39 +62,46 @@ def check_images(
         cache: cache folder; created if needed.
         workers: number of threads that decode (Pillow releases the GIL while it decodes).
         on_progress: called from time to time with (images checked, total images).
+        on_decoded: called for each readable image that is decoded.
 
     Raises:
         UserError: the cache cannot be written.
 
     """
-    images = {path: os.path.abspath(path) for path in paths}
-    if not images:
-        return {}
-    folder = _common_folder(images.values())
-    file = cache / "validation" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.json"
-    cached = _read_cache(file, folder)
-    results: dict[str, ValidationResult] = {}
-    pending: list[_Task] = []
-    for path, absolute in images.items():
-        version, result = _file_version(path), cached.get(absolute[len(folder) :])
-        if result is not None and result.version == version:
-            results[path] = result
-        else:
-            pending.append(_Task(path, version, result))
-    if pending:
-        _check_writable(file.parent)
-        with closing(_validate_batches(pending, workers)) as batches:
-            try:
-                for batch in batches:
-                    for path, result, permanent in batch:
-                        results[path] = result
-                        if permanent:
-                            cached[images[path][len(folder) :]] = result
-                    if on_progress is not None:
-                        on_progress(len(results), len(images))
-            finally:
-                _write_cache(file, folder, cached, current={absolute[len(folder) :] for absolute in images.values()})
-    return {path: results[path] for path in images}
+    results = ValidationResults.empty(read_versions(paths))
+    if not paths:
+        return results
+    folder, names = _relative_names(paths)
+    cache_file = cache / "validation" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.safetensors"
+    metadata = {"rules": decoder_version(), "folder": folder}
+    cached_names, cached = read_results(cache_file, metadata)
+    rows = _find_rows(names, cached_names)
+    is_valid = np.zeros(len(paths), dtype=bool)
+    found = np.flatnonzero(rows >= 0)
+    is_valid[found] = (cached.versions[rows[found]] == results.versions[found]).all(axis=1)
+    results.copy_rows(np.flatnonzero(is_valid), cached, rows[is_valid])
+    pending = np.flatnonzero(~is_valid).tolist()
+    if not pending:
+        return results
+    _check_writable(cache_file.parent)
+    tasks = [
+        _Task(paths[i], results.version(i), cached[row] if row >= 0 else None)
+        for i, row in zip(pending, rows[pending].tolist(), strict=True)
+    ]
+    done = len(paths) - len(pending)
+    remaining = iter(pending)  # the batches have the order of the tasks
+    with closing(_validate_batches(tasks, workers, on_decoded)) as batches:
+        try:
+            for batch in batches:
+                for (_, result, permanent), i in zip(batch, remaining, strict=False):
+                    results[i], is_valid[i] = result, permanent
+                done += len(batch)
+                if on_progress is not None:
+                    on_progress(done, len(paths))
+        finally:
+            kept_names, kept = _merge((names, results, is_valid), (cached_names, cached, rows), folder)
+            _write_cache(cache_file, kept_names, kept, metadata)
+    return results
 
 
 def unreadable_error(unreadable: Mapping[str, str], total: int) -> UserError:
@@ -109,10 +113,24 @@ def unreadable_error(unreadable: Mapping[str, str], total: int) -> UserError:
     )
 
 
-def _common_folder(paths: Collection[str]) -> str:
-    """Return the deepest common folder of absolute paths, with a trailing slash."""
-    # The common prefix of the first and the last path in sorted order is common to all.
-    return os.path.commonprefix([min(paths), max(paths)]).rpartition("/")[0] + "/"  # noqa: RUF071
+def _relative_names(paths: Sequence[str]) -> tuple[str, str]:
+    """Return the deepest folder that has all images, with a trailing slash, and the joined paths relative to it."""
+    ends = [path.rfind("/") + 1 for path in paths]
+    parents = {path[:end] for path, end in zip(paths, ends, strict=True)}
+    absolute = {parent: os.path.join(os.path.abspath(parent), "") for parent in parents}
+    # The common prefix of the first and the last folder in sorted order is common to all.
+    folders = absolute.values()
+    folder = os.path.commonprefix([min(folders), max(folders)]).rpartition("/")[0] + "/"  # noqa: RUF071
+    relative = {parent: path[len(folder) :] for parent, path in absolute.items()}
+    return folder, join_names(relative[path[:end]] + path[end:] for path, end in zip(paths, ends, strict=True))
+
+
+def _find_rows(names: str, cached_names: str) -> np.ndarray:
+    """Return the position of each name among the cached names: int64 [N], -1 if it is not cached."""
+    if f"{cached_names}{SEPARATOR}".startswith(f"{names}{SEPARATOR}"):  # as after every complete check
+        return np.arange(names.count(SEPARATOR) + 1)
+    positions = {name: row for row, name in enumerate(split_names(cached_names))} if cached_names else {}
+    return np.array([positions.get(name, -1) for name in split_names(names)], dtype=np.int64)
 
 
 class _Task(NamedTuple):
@@ -122,13 +140,14 @@ class _Task(NamedTuple):
 
 
 def _validate_batches(
-    tasks: Sequence[_Task], workers: int
+    tasks: Sequence[_Task], workers: int, on_decoded: OnDecoded | None
 ) -> Generator[list[tuple[str, ValidationResult, bool]], None, None]:
     """Yield batches of (path, result, whether the result is permanent)."""
     stop = threading.Event()
 
     def validate(start: int) -> list[tuple[str, ValidationResult, bool]]:
-        return [(task.path, *_validate(task)) for task in tasks[start : start + _BATCH_SIZE] if not stop.is_set()]
+        batch = tasks[start : start + _BATCH_SIZE]
+        return [(task.path, *_validate(task, on_decoded)) for task in batch if not stop.is_set()]
 
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="check") as pool:
         try:
@@ -137,27 +156,21 @@ def _validate_batches(
             stop.set()  # after Ctrl-C, each thread finishes the image that it is decoding
 
 
-def _validate(task: _Task) -> tuple[ValidationResult, bool]:
+def _validate(task: _Task, on_decoded: OnDecoded | None) -> tuple[ValidationResult, bool]:
     digest = ""
     try:
         with open_image_file(task.path) as file:
-            digest = _hash(file)
+            digest = hash_file(file)
             if task.cached is not None and task.cached.digest == digest:  # touched or copied
                 return task.cached._replace(version=task.version), True
             image, conversions = decode_file(file, task.path)
     except UnreadableImage as error:
         is_permanent = task.version is not None and not isinstance(error, UnreachableImage)
         return ValidationResult(task.version, digest, str(error), (), is_one_color=False), is_permanent
+    if on_decoded is not None and task.version is not None and _file_version(task.path) == task.version:
+        on_decoded(task.path, digest, image)  # a file that changes just now may be decoded to other pixels
     result = ValidationResult(task.version, digest, None, conversions, is_one_color=is_one_color(image))
     return result, task.version is not None
-
-
-def _hash(file: BinaryIO) -> str:
-    try:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))  # type: ignore[arg-type]
-    except OSError as error:
-        raise UnreachableImage(f"cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
 
 
 def _file_version(path: str) -> FileVersion | None:
@@ -178,42 +191,38 @@ def _check_writable(folder: Path) -> None:
         raise _unwritable(folder, error) from None
 
 
-def _read_cache(file: Path, folder: str) -> dict[str, ValidationResult]:
-    """Return path relative to `folder` -> cached result.
+def _merge(
+    checked: tuple[str, ValidationResults, np.ndarray], cached: tuple[str, ValidationResults, np.ndarray], folder: str
+) -> tuple[str, ValidationResults]:
+    """Return the results to cache. Earlier results of other images are kept if their files exist.
 
-    The result is empty if the file is missing, damaged or from another decoder version: all images are then decoded
-    again and the file is replaced.
+    Args:
+        checked: names, their results, and whether each is permanent: bool [N].
+        cached: names, their results, and the position of each checked name among them: int64 [N].
+        folder: what the names are relative to.
+
     """
+    (names, results, is_permanent), (cached_names, cached_results, rows) = checked, cached
+    is_checked = np.zeros(len(cached_results), dtype=bool)
+    is_checked[rows[rows >= 0]] = True
+    is_replaced = np.zeros(len(cached_results), dtype=bool)
+    is_replaced[rows[is_permanent & (rows >= 0)]] = True
+    new_names, old_names = split_names(names), split_names(cached_names)
+    new = np.flatnonzero(is_permanent)
+    old = [row for row in np.flatnonzero(~is_replaced) if is_checked[row] or os.path.lexists(folder + old_names[row])]
+    merged = ValidationResults.empty(np.zeros((len(new) + len(old), 3), dtype=np.int64))
+    merged.copy_rows(np.arange(len(new)), results, new)
+    merged.copy_rows(np.arange(len(new), len(merged)), cached_results, np.array(old, dtype=np.int64))
+    return join_names([*(new_names[i] for i in new), *(old_names[row] for row in old)]), merged
+
+
+def _write_cache(file: Path, names: str, results: ValidationResults, metadata: Mapping[str, str]) -> None:
+    if not len(results):
+        return
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["rules"] != _decoder_version() or content["folder"] != folder:
-            return {}
-        return {name: _parse_result(entry) for name, entry in content["images"].items()}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return {}
-
-
-def _parse_result(entry: Any) -> ValidationResult:
-    version, digest, reason, conversions, is_one_color = entry
-    is_valid = isinstance(version, list) and len(version) == 3 and all(type(number) is int for number in version)
-    is_valid &= isinstance(conversions, list) and all(isinstance(text, str) for text in (digest, *conversions))
-    if not (is_valid and isinstance(reason, str | None) and isinstance(is_one_color, bool)):
-        raise TypeError(f"not a validation result: {entry!r}")
-    return ValidationResult(FileVersion(*version), digest, reason, tuple(conversions), is_one_color)
-
-
-def _write_cache(file: Path, folder: str, results: Mapping[str, ValidationResult], *, current: Set[str]) -> None:
-    """Write the results; those of images outside `current` are kept if their files exist."""
-    kept = {name: r for name, r in results.items() if name in current or os.path.lexists(folder + name)}
-    try:
-        write_text_atomically(file, json.dumps({"rules": _decoder_version(), "folder": folder, "images": kept}))
+        write_results(file, names, results, metadata)
     except OSError as error:
         raise _unwritable(file.parent, error) from None
-
-
-def _decoder_version() -> str:
-    """Return the version of the decoder; results of another version are ignored."""
-    return f"{DECODE_VERSION}, Pillow {PIL.__version__}, pillow-heif {HEIF_VERSION}"
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

@@ -7,9 +7,9 @@ OMP_NUM_THREADS=1, for example. What it chooses is printed.
 import os
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Literal, TypeVar, cast
+from typing import Literal, Self, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +30,13 @@ from trainer.distributed.launch_checks import (
     check_threads,
     read_process_group,
 )
-from trainer.distributed.precision import Precision, choose_precision
+from trainer.distributed.precision import (
+    ACCELERATE_PRECISION,
+    Precision,
+    asked_precision,
+    check_precision,
+    set_float32_precision,
+)
 from trainer.distributed.process_group import VARIABLES
 from trainer.distributed.rendezvous import QUIET_SECONDS, join_process_group
 from trainer.distributed.signals import has_launcher
@@ -38,7 +44,6 @@ from trainer.errors import UserError
 
 T = TypeVar("T")
 
-_ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # One rank may generate, download or check images while the others wait at a barrier.
 _TIMEOUT = timedelta(hours=2)
 
@@ -91,6 +96,14 @@ class DistributedContext:
         maximum = torch.tensor(flags, dtype=torch.int64)
         torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX, group=self.control)
         return [int(flag) for flag in maximum]
+
+    def max_across_ranks(self, value: float) -> float:
+        """Return the largest value of all processes. Every process must call it."""
+        if self.world_size == 1:
+            return value
+        maximum = torch.tensor(value, dtype=torch.float64)
+        torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX, group=self.control)
+        return maximum.item()
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value. Every process must call it."""
@@ -170,6 +183,21 @@ class DistributedContext:
         wrapped, _ = self.prepare(bare, optimizer)
         return wrapped
 
+    def with_precision(self, precision: Precision) -> Self:
+        """Return the context with another precision. Nothing that this one has prepared may be used any more.
+
+        Raises:
+            UserError: the device does not support it.
+
+        """
+        on_cpu = self.device.type == "cpu"
+        check_precision(precision, on_cpu=on_cpu)
+        set_float32_precision(precision, self.device)
+        if ACCELERATE_PRECISION[precision] == ACCELERATE_PRECISION[self.precision]:
+            return replace(self, precision=precision)
+        _reset_accelerate()
+        return replace(self, accelerator=_make_accelerator(precision, on_cpu=on_cpu), precision=precision)
+
     def reset(self) -> None:
         """Clear what an earlier phase of this process left: the loss scaler's state and the peak of GPU memory."""
         accelerator = self.accelerator
@@ -180,19 +208,14 @@ class DistributedContext:
 
 
 def init_distributed(
-    *,
-    device: Literal["auto", "cpu", "cuda"],
-    precision: Literal["auto", "fp32", "bf16", "fp16"],
-    threads: int | None,
-    saved_precision: Precision | None = None,
+    *, device: Literal["auto", "cpu", "cuda"], precision: Precision | Literal["auto"], threads: int | None
 ) -> DistributedContext:
     """Join the process group, if there is one, and return the distributed context.
 
     Args:
         device: the option run.device.
-        precision: the option train.precision.
+        precision: the option train.precision; `auto` stands for fp32 here, unless the launcher asks for another one.
         threads: the option run.threads; None uses all cores on a CPU, and half of them beside a GPU.
-        saved_precision: what `auto` chose when the run began, if this start resumes it.
 
     Raises:
         UserError: this machine lacks the device or the precision, or the processes cannot find each other.
@@ -212,14 +235,37 @@ def init_distributed(
             "run.device is cuda, but torch finds no GPU here: install a driver and a CUDA build of torch, "
             "or set run.device to auto"
         )
-    chosen, reason = choose_precision(precision, on_cpu=on_cpu, environment=os.environ, saved_precision=saved_precision)
+    chosen = asked_precision(precision, os.environ) or "fp32"
+    check_precision(chosen, on_cpu=on_cpu)
     _reset_accelerate()
     quiet_seconds = QUIET_SECONDS if has_launcher(os.environ) else 0.0
     join_process_group(group, "gloo" if on_cpu else "nccl", timeout=_TIMEOUT, quiet_seconds=quiet_seconds)
+    accelerator = _make_accelerator(chosen, on_cpu=on_cpu)
+    set_float32_precision(chosen, accelerator.device)
+    check_process_group(accelerator, group.world_size if group is not None else 1)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = max(1, available_cores() // local_world_size)
+    num_threads = threads or (cores if on_cpu else max(1, cores // 2))
+    torch.set_num_threads(num_threads)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = f" (CUDA_VISIBLE_DEVICES={visible!r})" if device == "auto" and on_cpu and visible is not None else ""
+    note = (
+        f"device {accelerator.device} x {accelerator.num_processes}{hidden}, {num_threads} CPU "
+        f"thread{'s' * (num_threads > 1)} each"
+    )
+    control = (
+        cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT))
+        if accelerator.num_processes > 1 and not on_cpu
+        else None
+    )
+    return DistributedContext(accelerator, chosen, num_threads, cores, (note,), control)
+
+
+def _make_accelerator(precision: Precision, *, on_cpu: bool) -> Accelerator:
     try:
-        accelerator = Accelerator(
+        return Accelerator(
             cpu=on_cpu,
-            mixed_precision=_ACCELERATE_PRECISION[chosen],
+            mixed_precision=ACCELERATE_PRECISION[precision],
             kwargs_handlers=[
                 # BatchNorm statistics are averaged before each evaluation: DDP need not broadcast them every time.
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
@@ -231,24 +277,6 @@ def init_distributed(
         raise UserError(
             f"accelerate cannot be set up ({error}): check these variables of the environment: {settings or 'none'}"
         ) from error
-    check_process_group(accelerator, group.world_size if group is not None else 1)
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = max(1, available_cores() // local_world_size)
-    num_threads = threads or (cores if on_cpu else max(1, cores // 2))
-    torch.set_num_threads(num_threads)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    hidden = f" (CUDA_VISIBLE_DEVICES={visible!r})" if device == "auto" and on_cpu and visible is not None else ""
-    notes = (
-        f"device {accelerator.device} x {accelerator.num_processes}{hidden}, {num_threads} CPU "
-        f"thread{'s' * (num_threads > 1)} each",
-        f"precision {chosen}: {reason}",
-    )
-    control = (
-        cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT))
-        if accelerator.num_processes > 1 and not on_cpu
-        else None
-    )
-    return DistributedContext(accelerator, chosen, num_threads, cores, notes, control)
 
 
 def _reset_accelerate() -> None:

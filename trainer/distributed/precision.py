@@ -1,53 +1,72 @@
-"""Choose the precision of training."""
+"""Precision and memory layout of training: what an option or the launcher asks for, and what a device supports."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from trainer.errors import UserError
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+ACCELERATE_PRECISION = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}
+"""Precision -> the argument `mixed_precision` of accelerate."""
 
 
-def choose_precision(
-    option: Literal["auto", "fp32", "bf16", "fp16"],
-    *,
-    on_cpu: bool,
-    environment: Mapping[str, str],
-    saved_precision: Precision | None = None,
-) -> tuple[Precision, str]:
-    """Return the precision to train in, and the reason.
+class Execution(NamedTuple):
+    """How the model is computed."""
+
+    precision: Precision
+    channels_last: bool
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Return the memory format of images and convolutions."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def __str__(self) -> str:
+        return self.precision if self.channels_last else f"{self.precision} without channels_last"
+
+
+def asked_precision(option: Precision | Literal["auto"], environment: Mapping[str, str]) -> Precision | None:
+    """Return the precision that the user asks for; None if it is to be measured.
 
     Args:
         option: the option train.precision.
-        on_cpu: whether the run computes on a CPU.
-        environment: environment variables; `accelerate launch --mixed_precision` sets one.
-        saved_precision: what `auto` chose when the run began. A resumed run keeps it.
-
-    Raises:
-        UserError: fp16 on a CPU, which accelerate would silently run as fp32; bf16 on a GPU that would emulate it.
+        environment: environment variables; `accelerate launch --mixed_precision` sets one, to "no" by default.
 
     """
-    from_launcher = {"bf16": "bf16", "fp16": "fp16"}.get(environment.get("ACCELERATE_MIXED_PRECISION", ""))
-    must_keep = option == "auto" and saved_precision is not None
     if option != "auto":
-        chosen, reason = option, "as train.precision asks"
-    elif saved_precision is not None:
-        chosen, reason = saved_precision, "as this run began with"
-    elif from_launcher is not None:
-        chosen, reason = from_launcher, "as accelerate launch --mixed_precision asks"  # type: ignore[assignment]
-    elif on_cpu:
-        chosen, reason = "fp32", "the safe choice on a CPU; bf16 may be faster with AMX or AVX-512 BF16"
-    elif torch.cuda.is_bf16_supported(including_emulation=False):
-        chosen, reason = "bf16", "this GPU supports it, and it needs no loss scaling"
-    else:
-        chosen, reason = "fp16", "this GPU has no bf16; the loss is scaled"
-    advice = "; resume on a machine that has it" if must_keep else ": choose {}"
-    if chosen == "fp16" and on_cpu:
-        raise UserError(
-            f"precision fp16 ({reason}) on a CPU, which has no fp16 training{advice.format('fp32 or bf16')}"
-        )
-    if chosen == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"precision bf16 ({reason}) on a GPU that would only emulate it{advice.format('fp16 or fp32')}")
-    return chosen, reason
+        return option
+    from_launcher: dict[str, Precision] = {"bf16": "bf16", "fp16": "fp16"}
+    return from_launcher.get(environment.get("ACCELERATE_MIXED_PRECISION", ""))
+
+
+def check_precision(precision: Precision, *, on_cpu: bool) -> None:
+    """Raise a UserError if the device does not support a precision: others would be computed without a message."""
+    if on_cpu and precision in ("fp16", "tf32"):
+        raise UserError(f"train.precision {precision} needs a GPU, and this run is on a CPU: choose fp32, bf16 or auto")
+    if precision == "bf16" and not on_cpu and not _has_bf16():
+        raise UserError("train.precision bf16 on a GPU that would only emulate it: choose fp16, fp32 or auto")
+
+
+def supported_precisions(device: torch.device) -> tuple[Precision, ...]:
+    """Return the precisions that a device can train in. The first is the exact one, fp32."""
+    if device.type == "cpu":
+        return ("fp32", "bf16")
+    return ("fp32", "tf32", "bf16", "fp16") if _has_bf16() else ("fp32", "fp16")
+
+
+def set_float32_precision(precision: Precision, device: torch.device) -> None:
+    """Let a GPU compute what remains in float32 with TF32, unless the precision is fp32.
+
+    PyTorch uses TF32 in convolutions by default. A CPU always computes float32 exactly.
+    """
+    if device.type != "cuda":
+        return
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def _has_bf16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))

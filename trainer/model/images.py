@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.data.augment import Normalize, Preprocessing, eval_transform, to_array
+from trainer.data.augment import EvalTransform, Normalize, Preprocessing
 from trainer.data.decode import UnreadableImage, decode, decode_file, upright_rgb
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
@@ -29,7 +29,7 @@ class Preprocess:
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
-        self._transform = eval_transform(preprocessing)
+        self._transform = EvalTransform(preprocessing)
         self._normalize = Normalize(preprocessing, torch.device("cpu"))
 
     def __call__(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
@@ -52,7 +52,7 @@ class Preprocess:
             decoded = _read_image(image, name)
         except UnreadableImage as error:
             raise UserError(f"{name}: {error}; expected an image file") from None
-        array = torch.tensor(to_array(self._transform(decoded)))
+        array = torch.tensor(self._transform(np.asarray(decoded)))
         return self._normalize(array.permute(2, 0, 1)[None])[0]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trainer.errors import UserError
 from trainer.model.class_names import Matches, match_classes, normalize_name
 from trainer.model.head import Head
+from trainer.model.metadata import read_weights_metadata
 from trainer.model.torchvision_weights import find_enum, is_file
 from trainer.text import escape_unprintable
 
@@ -33,6 +34,15 @@ class ClassMapping:
     """Classes in the header of a regraft model file; None for other weights."""
     aliases: Mapping[str, str]
     """Target name -> source name, where they differ."""
+
+    @classmethod
+    def from_weights(
+        cls, weights: str, *, targets: tuple[str, ...], sources: str, aliases: Mapping[str, str]
+    ) -> "ClassMapping":
+        """Return the mapping with the classes that a file of weights holds, if it is a regraft model file."""
+        metadata = read_weights_metadata(weights)
+        in_weights_file = metadata.classes if metadata else None
+        return cls(targets=targets, sources=sources, in_weights_file=in_weights_file, aliases=aliases)
 
 
 def source_names(mapping: ClassMapping, *, name: str, weights: str, rows: int) -> tuple[tuple[str, ...], str]:

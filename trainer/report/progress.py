@@ -1,4 +1,4 @@
-"""Progress displays of the data's preparation: downloads and image checks."""
+"""Progress displays of the data's preparation: downloads, image checks, and the image cache."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -26,25 +26,29 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def progress_hooks(console: Console) -> ProgressHooks:
-    """Return progress displays of downloads and checks on this console."""
-    return ProgressHooks(downloading=partial(downloading, console), checking=partial(checking, console))
+    """Return progress displays on this console."""
+    return ProgressHooks(
+        downloading=partial(downloading, console),
+        checking=partial(counting, console, "checking"),
+        caching=partial(counting, console, "caching"),
+    )
 
 
 @contextmanager
-def checking(console: Console) -> Iterator[Callable[[int, int], None] | None]:
-    """Show the progress of the image check: a bar on a terminal, otherwise a line every few seconds.
+def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show the progress of `what`, checking or caching images: a bar on a terminal, otherwise a line every few seconds.
 
-    Yields a function to call with (checked images, total images), or None if the console is quiet.
+    Yields a function to call with (images done, total images), or None if the console is quiet.
     """
     if console.quiet:
         yield None
         return
     if not console.is_terminal:
-        yield _line_every_few_seconds(console)
+        yield _line_every_few_seconds(console, what)
         return
     bar = Progress(
         SpinnerColumn(),
-        TextColumn("checking images"),
+        TextColumn(f"{what} images"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         console=console,
@@ -55,14 +59,14 @@ def checking(console: Console) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _line_every_few_seconds(console: Console) -> Callable[[int, int], None]:
+def _line_every_few_seconds(console: Console, what: str) -> Callable[[int, int], None]:
     last_line = time.monotonic()
 
     def show(done: int, total: int) -> None:
         nonlocal last_line
         if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
-            console.print(f"  checking images {done}/{total}")
+            console.print(f"  {what} images {done}/{total}")
 
     return show
 

@@ -47,6 +47,7 @@ from regraft.contract import (
     read_attempts,
 )
 from regraft.contract import CONFIG_HEADER as HEADER
+from trainer.distributed.precision import PRECISIONS, Execution
 from trainer.errors import UserError
 from trainer.run.atomic import describe_missing, write_text_atomically
 
@@ -69,12 +70,14 @@ _MAY_CHANGE = frozenset(
         "data.csv_root",
         "data.num_workers",
         "data.cache",
+        "data.cache_images",
         "data.extensions",
         "data.on_unreadable",
         "data.on_changed",
         "transfer.strategy",  # a name for options, all of which are compared
         "train.cache_features",
         "train.grad_accum_steps",
+        "train.gradient_checkpointing",
         "train.logs_per_epoch",
         "checkpoint.every",
         "checkpoint.keep_last",
@@ -84,6 +87,7 @@ _MAY_CHANGE = frozenset(
 )
 
 
+_MEASURED = ("train.precision", "train.channels_last")
 _MAX_DIFFERENCES = 3
 
 
@@ -131,20 +135,19 @@ def check_resumable(folder: Path, config: str, *, resume: Literal["auto", "never
     return None if can_resume else "an earlier start in this folder has saved no checkpoint: starting anew"
 
 
-def choose_folder(folder: Path, config: str, *, ignored: Set[str]) -> tuple[Path, str | None]:
+def choose_folder(folder: Path, config: str) -> tuple[Path, str | None]:
     """Return the first of FOLDER, FOLDER-2, FOLDER-3, ... that holds no run, or a run of this config.
 
     Args:
         folder: the first candidate.
         config: the resolved config as YAML.
-        ignored: options that are not compared.
 
     Returns:
         The folder, and a line to print if it is not the first one and holds no run yet.
 
     """
     number, candidate, reason = 1, folder, ""
-    while (other := _other_run(candidate, config, ignored)) is not None:
+    while (other := _other_run(candidate, config)) is not None:
         reason = reason or f"{candidate} holds {other}"
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
@@ -152,13 +155,13 @@ def choose_folder(folder: Path, config: str, *, ignored: Set[str]) -> tuple[Path
     return candidate, message
 
 
-def _other_run(folder: Path, config: str, ignored: Set[str]) -> str | None:
+def _other_run(folder: Path, config: str) -> str | None:
     """Return in a few words which other run a folder holds; None if this run may use the folder."""
     try:
         if not holds_run(folder):
             check_resumable(folder, config, resume="auto")
             return None
-        differences = list(_differences(folder / CONFIG, config, (_MAY_CHANGE | ignored) - {"data.root"}))
+        differences = list(_differences(folder / CONFIG, config, _MAY_CHANGE - {"data.root"}))
     except UserError:
         return "other files"
     latest = latest_attempt(folder)
@@ -238,16 +241,18 @@ def write_config(folder: Path, config: str) -> None:
         raise UserError(f"run.dir {folder}: cannot be written to ({error.strerror}); choose another folder") from None
 
 
-def saved_precision(folder: Path) -> Literal["fp32", "bf16", "fp16"] | None:
-    """Return the precision that the folder's run began with; None if there is no run to resume."""
+def saved_execution(folder: Path) -> Execution | None:
+    """Return the precision and memory layout that the folder's run began with; None if there is no run to resume."""
     try:
         if not (folder / CONFIG).read_bytes().startswith(HEADER.encode()) or not has_checkpoint(folder):
             return None
         options = dict(yaml_file.flatten(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))))
     except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, RecursionError):
         return None  # `check_resumable` reports what is wrong with the file
-    precision = options.get("train.precision")
-    return precision if precision in ("fp32", "bf16", "fp16") else None
+    precision, channels_last = options.get("train.precision"), options.get("train.channels_last")
+    if precision in PRECISIONS and isinstance(channels_last, bool):
+        return Execution(precision, channels_last)
+    return None
 
 
 def check_visible(folder: Path) -> None:
@@ -281,6 +286,8 @@ def _differences(saved: Path, config: str, may_change: Set[str] = _MAY_CHANGE) -
             continue
         if key == "regularization.early_stopping" and _is_more_patient(before.get(key), after.get(key)):
             continue
+        if key in _MEASURED and after.get(key) == "auto":
+            continue  # the run keeps what was measured when it began
         if before.get(key) != after.get(key):
             yield f"{key}: {before.get(key)!r} there, {after.get(key)!r} now"
 

@@ -5,7 +5,6 @@ evaluations of the whole model.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,14 +17,6 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """Images uint8 [B, 3, H, W] or features [B, ...], labels int64 [B], examples int64 [B]."""
 EvalInputs = tuple[nn.Module, Iterable[Batch], Callable[[Tensor], Tensor]]
 """A model, its batches, and the conversion of their images to its input."""
-
-
-class Batches(Protocol):
-    """The local batches of a split, in the same order each time."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Batch]: ...
 
 
 class LayersAfter(nn.Module):
@@ -60,14 +51,15 @@ class EvalFeatures:
         self._models: WeakKeyDictionary[nn.Module, LayersAfter] = WeakKeyDictionary()
         self._batches: dict[str, list[Batch]] = {}
 
-    def inputs(self, model: nn.Module, split: str, batches: Batches) -> EvalInputs:
+    def inputs(self, model: nn.Module, split: str, batches: Iterable[Batch], count: int) -> EvalInputs:
         """Return the layers after the frozen ones, and batches of features. Every process must call it.
 
         Args:
             model: the model, or an average of its weights, whose frozen layers are equal. Any other is returned as it
                 is, with the images.
             split: name of the split.
-            batches: images of the split.
+            batches: images of the split, in the same order each time.
+            count: number of images in these batches.
 
         """
         self._find_split()
@@ -76,7 +68,7 @@ class EvalFeatures:
             return model, batches, self._layers.normalize
         layers_after.train(model.training)
         kept = self._batches.get(split, [])
-        if len(kept) == len(batches):
+        if sum(len(labels) for _, labels, _ in kept) == count:
             return layers_after, self._copies(kept), _unchanged
         kept = self._batches[split] = []  # none yet, or those of an interrupted evaluation
         return layers_after, self._compute(layers_after.prefix, batches, kept), _unchanged
@@ -102,7 +94,7 @@ class EvalFeatures:
         pairs = zip(layers_after.prefix.state_dict().values(), self._split.prefix.state_dict().values(), strict=True)
         return layers_after if all(a is b or torch.equal(a, b) for a, b in pairs) else None
 
-    def _compute(self, prefix: nn.Module, batches: Batches, kept: list[Batch]) -> Iterator[Batch]:
+    def _compute(self, prefix: nn.Module, batches: Iterable[Batch], kept: list[Batch]) -> Iterator[Batch]:
         assert self._store is not None  # for mypy: it was chosen before
         for images, labels, examples in batches:
             features = self._layers.compute(prefix, images)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
@@ -62,10 +63,21 @@ def split_at(model: nn.Module, node: str, *, training: bool) -> FrozenSplit:
     return _split(model, graph, next(other for other in graph.nodes if other.name == node))
 
 
+class _Tracer(fx.Tracer):
+    """Traces a model down to its layers of torch.nn, and to trainable blocks whose `forward` was replaced.
+
+    Gradient checkpointing replaces it; without gradients, such a block computes what its layers compute.
+    """
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_replaced = "forward" in vars(m) and any(parameter.requires_grad for parameter in m.parameters())
+        return is_replaced or super().is_leaf_module(m, module_qualified_name)
+
+
 def _trace(model: nn.Module, *, training: bool) -> fx.Graph:
-    """Return the graph of a forward pass. Layers of torch.nn are its leaves."""
-    with _in_mode(model, training=training):
-        return fx.Tracer().trace(model)
+    """Return the graph of a forward pass."""
+    with _in_mode(model, training=training), torch.no_grad():
+        return _Tracer().trace(model)
 
 
 @contextmanager

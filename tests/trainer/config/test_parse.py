@@ -110,6 +110,11 @@ def test_hotdog_recipe_has_the_values_of_the_d2l_recipe() -> None:
         ("--data.crop_scale [0.5,0.2]", ["data.crop_scale", "smallest <= largest"]),
         ("--data.extensions [jpg]", ["data.extensions", "dot"]),
         ("--data.random_erasing 1.1", ["data.random_erasing is 1.1", "a probability"]),
+        ("--data.cache_images device --data.augment augmix", ["augment is augmix", "expected basic"]),
+        (
+            "--data.cache_images device --data.augment none --data.random_erasing 0.5",
+            ["none with data.random_erasing 0.5", "none without random erasing"],
+        ),
         ("--pretrain.lr .inf", ["pretrain.lr", "above 0"]),
         ("--regularization.label_smoothing 1", ["regularization.label_smoothing is 1.0", "0 to below 1"]),
         ("--regularization.mixup -0.1", ["regularization.mixup is -0.1", "0 or more"]),

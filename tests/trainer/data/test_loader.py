@@ -9,11 +9,11 @@ from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data import DataLoader
 
 from tests.folders import image_folder
-from trainer.data.augment import Preprocessing, eval_transform, train_transform
-from trainer.data.dataset import ImageDataset
+from trainer.data.augment import Augmentation, EvalTransform, Preprocessing, TrainTransform
+from trainer.data.dataset import Batch, ImageDataset
 from trainer.data.decode import decode
 from trainer.data.index import Example, read_index
-from trainer.data.loader import Batch, Collate, make_dataloader
+from trainer.data.loader import Collate, make_dataloader
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler, SampleKey
 from trainer.errors import UserError
 
@@ -31,7 +31,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Example]:
 
 @pytest.fixture
 def dataset(examples: Sequence[Example], preprocessing: Preprocessing) -> ImageDataset:
-    return ImageDataset(examples, train_transform(preprocessing, "basic", (0.08, 1.0)), seed=5)
+    return ImageDataset(examples, TrainTransform(preprocessing, "basic", (0.08, 1.0)), seed=5)
 
 
 @pytest.fixture
@@ -74,14 +74,25 @@ def test_crop_depends_on_seed_epoch_and_sample_only(examples: Sequence[Example],
     assert not np.array_equal(twice[SampleKey(0, 0)][0], twice[SampleKey(0, 1)][0]), "equal images"
 
 
-def test_threads_do_not_change_the_items(examples: Sequence[Example], dataset: ImageDataset) -> None:
+@pytest.mark.parametrize("augment", ["basic", "randaugment"])
+def test_threads_do_not_change_the_items(
+    augment: Augmentation, examples: Sequence[Example], preprocessing: Preprocessing
+) -> None:
     keys = [SampleKey(1, example) for example in (4, 0, 7, 2, 2, 9, 5)]
+    dataset = ImageDataset(examples, TrainTransform(preprocessing, augment, (0.08, 1.0)), seed=5)
     for threads in (2, 3, 20):
         threaded = ImageDataset(examples, dataset.transform, seed=dataset.seed, threads=threads)
         for one, other in zip(dataset.__getitems__(keys), threaded.__getitems__(keys), strict=True):
             assert np.array_equal(one[0], other[0])
             assert one[1:] == other[1:]
         assert threaded.__getitems__([]) == []
+
+
+def test_images_come_from_the_reader(examples: Sequence[Example], dataset: ImageDataset) -> None:
+    images = [np.full((9, 7, 3), example, dtype=np.uint8) for example in range(EXAMPLES)]
+    cached = ImageDataset(examples, dataset.transform, seed=0, threads=2, reader=images.__getitem__)
+    for image, _, example in cached.__getitems__([SampleKey(0, example) for example in range(EXAMPLES)]):
+        assert (image == example).all()
 
 
 @pytest.mark.parametrize(("num_workers", "threads"), [(0, 1), (0, 2), (1, 1)])
@@ -92,7 +103,7 @@ def test_missing_image_is_named_in_one_line(
     images = [(str(path), 0) for path in sorted(root.rglob("*.png"))]
     missing = Path(images[4][0])
     missing.rename(missing.with_name("a\nnew name"))
-    dataset = ImageDataset(images, eval_transform(preprocessing), seed=0, threads=threads)
+    dataset = ImageDataset(images, EvalTransform(preprocessing), seed=0, threads=threads)
     with pytest.raises(UserError) as error:
         list(make_loader(dataset, EvalBatchSampler(6, batch_size=2), num_workers=num_workers))
     text = str(error.value)
@@ -109,7 +120,7 @@ def test_missing_image_is_named_in_one_line(
 def test_batch_contains_the_images_of_its_examples(
     memory_format: torch.memory_format, examples: Sequence[Example], preprocessing: Preprocessing, make_loader: Loader
 ) -> None:
-    transform = eval_transform(preprocessing)
+    transform = EvalTransform(preprocessing)
     dataset, sampler = ImageDataset(examples, transform, seed=0), EvalBatchSampler(EXAMPLES, batch_size=BATCH_SIZE)
     loader = make_loader(dataset, sampler, channels_last=memory_format is torch.channels_last)
     assert [len(batch.labels) for batch in loader] == [4, 4, 3]
@@ -120,7 +131,7 @@ def test_batch_contains_the_images_of_its_examples(
         for image, label, example in zip(*batch, strict=True):
             path, expected = examples[int(example)]
             assert int(label) == expected
-            assert np.array_equal(image.permute(1, 2, 0), transform(decode(path)))
+            assert np.array_equal(image.permute(1, 2, 0), transform(np.asarray(decode(path))))
 
 
 def test_local_batch_may_be_empty(dataset: ImageDataset, make_loader: Loader) -> None:

@@ -1,21 +1,24 @@
 import errno
-import json
 import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from tests.folders import noise_image
-from trainer.data import validation
+from trainer.data import decode, validation, validation_results
 from trainer.data.decode import decode_file
 from trainer.data.pixels import RgbImage
 from trainer.data.validation import check_images, unreadable_error
+from trainer.data.validation_results import read_versions, split_names
 from trainer.errors import UserError
 
 
@@ -66,8 +69,8 @@ def images(folder: Path, count: int, *, bad: int = 0) -> list[str]:
 def check(paths: list[str], cache: Path, *, workers: int = 2) -> dict[str, str]:
     """Return path -> reason of the images that cannot be read."""
     results = check_images(paths, cache=cache, workers=workers, on_progress=None)
-    assert list(results) == paths
-    return {path: result.reason for path, result in results.items() if result.reason is not None}
+    assert len(results) == len(paths)
+    return results.unreadable(paths)
 
 
 def files(cache: Path) -> list[Path]:
@@ -112,7 +115,7 @@ def test_changed_and_new_images_are_decoded_again(tmp_path: Path, cache: Path, d
 def test_an_equal_content_is_not_decoded_again(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
     paths = images(tmp_path / "data", 2, bad=1)
     first = check_images(paths, cache=cache, workers=1, on_progress=None)
-    assert len({result.digest for result in first.values()}) == 3
+    assert len({result.digest for result in first}) == 3
     decoder.pop_names()
     os.utime(paths[0], ns=(1, 1))
     for path in map(Path, paths[1:]):  # a copy
@@ -120,9 +123,9 @@ def test_an_equal_content_is_not_decoded_again(tmp_path: Path, cache: Path, deco
         path.with_name("copy").replace(path)
     again = check_images(paths, cache=cache, workers=1, on_progress=None)
     assert decoder.pop_names() == []
-    for path in paths:
-        assert again[path]._replace(version=None) == first[path]._replace(version=None)
-    assert check_images(paths, cache=cache, workers=1, on_progress=None) == again
+    for before, after in zip(first, again, strict=True):
+        assert after._replace(version=None) == before._replace(version=None)
+    assert list(check_images(paths, cache=cache, workers=1, on_progress=None)) == list(again)
 
 
 def test_conversions_and_images_of_one_color_are_cached(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
@@ -133,7 +136,7 @@ def test_conversions_and_images_of_one_color_are_cached(tmp_path: Path, cache: P
     noise_image(1, size=(4, 3)).save(paths[2])
     for decoded in (sorted(names), []):
         results = check_images(paths, cache=cache, workers=1, on_progress=None)
-        found = [(result.conversions, result.is_one_color) for result in results.values()]
+        found = [(result.conversions, result.is_one_color) for result in results]
         conversion = "gray values scaled from 0..4095, judged by the largest value of each image"
         assert found == [((conversion,), False), ((), True), ((), False)]
         assert decoder.pop_names() == decoded
@@ -163,36 +166,85 @@ def test_results_of_other_images_are_kept_while_their_files_exist(
     images(tmp_path / "data" / "new", 1)
     check([paths[0], paths[5], str(tmp_path / "data" / "new" / "000.png")], cache)
     (file,) = files(cache)
-    assert sorted(json.loads(file.read_text())["images"]) == [*(f"00{i}.png" for i in (0, 2, 3, 4, 5)), "new/000.png"]
+    names = split_names(read_content(file)[0]["names"].tobytes().decode())
+    assert sorted(names) == [*(f"00{i}.png" for i in (0, 2, 3, 4, 5)), "new/000.png"]
+
+
+def test_the_order_of_the_images_does_not_matter(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
+    paths = images(tmp_path / "data", 4, bad=2)
+    first = check_images(paths, cache=cache, workers=1, on_progress=None)
+    decoder.pop_names()
+    again = check_images(paths[::-1], cache=cache, workers=1, on_progress=None)
+    assert [*again][::-1] == [*first]
+    assert decoder.pop_names() == []
+
+
+def read_content(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the arrays and the metadata of a cache file."""
+    with safe_open(file, framework="numpy") as content:
+        arrays = {name: content.get_tensor(name) for name in sorted(content.keys())}
+        return arrays, dict(sorted(content.metadata().items()))
 
 
 @pytest.mark.parametrize(
-    "content",
+    "damage",
     [
-        "{",
-        "\0",
-        "null",
-        '{"rules": 1}',
-        "[" * 100_000,
-        '{"rules": "RULES", "folder": "FOLDER", "images": []}',
-        '{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [1, 2]}}',
-        '{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [[1, 2, "3"], "", null, [], false]}}',
-        '{"rules": "RULES", "folder": "FOLDER", "images": {"000.png": [[1, 2, 3], "", null, [4], false]}}',
+        b"",
+        b"{",
+        b"\xff" * 9,
+        {"outcomes": "[" * 5_000},
+        {"outcomes": "null"},
+        {"outcomes": "[[1, [], false], [null, [], false]]"},
+        {"outcomes": '[["text", [4], false], [null, [], false]]'},
+        {"outcomes": '[["text", []], [null, [], false]]'},
+        {"outcomes": "[]"},
+        {"codes": np.array([0, 1, 2], np.int32)},
+        {"codes": np.array([0, 0, -1], np.int32)},
+        {"codes": np.array([0, 0, 1], np.int64)},
+        {"codes": np.array([0, 1], np.int32)},
+        {"versions": np.full((3, 3), -1, np.int64)},
+        {"names": np.frombuffer(b"000.png", np.uint8)},
+        {"names": np.zeros(0, np.uint8)},
     ],
+    ids=str,
 )
-def test_damaged_cache_file_is_replaced(tmp_path: Path, cache: Path, decoder: Decoder, content: str) -> None:
+def test_damaged_cache_file_is_replaced(
+    tmp_path: Path, cache: Path, decoder: Decoder, damage: bytes | dict[str, Any]
+) -> None:
     paths = images(tmp_path / "data", 2, bad=1)
     found = check(paths, cache)
     (file,) = files(cache)
-    good = json.loads(file.read_text())
-    for word in ("rules", "folder"):
-        content = content.replace(word.upper(), good[word])
-    file.write_text(content)
+    arrays, metadata = good = read_content(file)
+    if isinstance(damage, bytes):
+        file.write_bytes(damage)
+    else:
+        changed = [{name: damage.get(name, value) for name, value in part.items()} for part in (arrays, metadata)]
+        file.write_bytes(save(*changed))
     decoder.pop_names()
     assert check(paths, cache) == found
     assert len(decoder.pop_names()) == 3
-    assert json.loads(file.read_text()) == good
+    assert str(read_content(file)) == str(good)
     assert files(cache) == [file]
+
+
+def test_times_that_64_bits_do_not_hold_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    far = SimpleNamespace(st_size=7, st_mtime_ns=2**64, st_ctime_ns=-1)
+    monkeypatch.setattr(validation_results.os, "stat", lambda path: far)
+    assert read_versions(["a"]).tolist() == [[7, 0, 2**63 - 1]]
+
+
+def test_a_second_check_reads_the_state_of_each_file_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = images(tmp_path / "data", 30)
+    check(paths, cache)
+    calls: list[object] = []
+    for function in ("stat", "lstat", "open", "scandir", "listdir"):
+        original = getattr(os, function)
+        monkeypatch.setattr(os, function, lambda *args, f=original, **named: calls.append(args) or f(*args, **named))
+    check(paths, cache)
+    assert [path for (path, *_) in calls if str(path).endswith(".png")] == paths
+    assert len(calls) - len(paths) < 5
 
 
 def test_results_of_another_decoder_version_are_ignored(
@@ -200,7 +252,7 @@ def test_results_of_another_decoder_version_are_ignored(
 ) -> None:
     paths = images(tmp_path / "data", 3)
     check(paths, cache)
-    for module, name, value in ((validation.PIL, "__version__", "999"), (validation, "DECODE_VERSION", -1)):
+    for module, name, value in ((decode.PIL, "__version__", "999"), (decode, "DECODE_VERSION", -1)):
         decoder.pop_names()
         monkeypatch.setattr(module, name, value)
         check(paths, cache)
@@ -237,7 +289,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(
         return raise_error
 
     paths = images(tmp_path / "data", 2)
-    monkeypatch.setattr(validation, "write_text_atomically", fail(errno.ENOSPC))
+    monkeypatch.setattr(validation_results, "write_atomically", fail(errno.ENOSPC))
     with pytest.raises(UserError, match=r"data\.cache: .*No space left on device"):
         check(paths, cache)
     assert decoder.pop_names()

@@ -17,7 +17,7 @@ from trainer.distributed.launch_checks import (
     check_threads,
     read_process_group,
 )
-from trainer.distributed.precision import choose_precision
+from trainer.distributed.precision import asked_precision, check_precision, supported_precisions
 from trainer.errors import UserError
 
 GROUP = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -42,7 +42,6 @@ def test_a_cpu_run_uses_all_cores_unless_threads_are_given(monkeypatch: pytest.M
     assert (ctx.rank, ctx.world_size, ctx.is_main_process, ctx.device.type) == (0, 1, True, "cpu")
     assert f"{ctx.threads} CPU thread" in ctx.notes[0]
     assert ctx.precision == "fp32"
-    assert ctx.notes[1].startswith("precision fp32: ")
     assert init_distributed(device="cpu", precision="fp32", threads=1).threads == torch.get_num_threads() == 1
 
 
@@ -50,7 +49,13 @@ def test_precision_may_change_between_runs_of_one_process() -> None:
     for precision, name in (("bf16", "bf16"), ("fp32", "no"), ("bf16", "bf16")):
         ctx = init_distributed(device="cpu", precision=precision, threads=1)  # type: ignore[arg-type]
         assert ctx.accelerator.mixed_precision == name
-    assert init_distributed(device="cpu", precision="auto", threads=1, saved_precision="bf16").precision == "bf16"
+        for other in ("fp32", "bf16", "fp32"):
+            changed = ctx.with_precision(other)  # type: ignore[arg-type]
+            model = changed.accelerator.prepare_model(torch.nn.Linear(2, 2))
+            assert changed.precision == other
+            # accelerate converts outputs to float32: bf16 shows in their rounding alone
+            rounded = model(torch.ones(1, 2)).bfloat16().float()
+            assert torch.equal(model(torch.ones(1, 2)), rounded) == (other == "bf16")
 
 
 def test_contradictions_between_device_and_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +65,7 @@ def test_contradictions_between_device_and_launcher_are_refused(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert init_distributed(device="auto", precision="auto", threads=1).precision == "fp32"
-    with pytest.raises(UserError, match="no fp16 training"):
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
         init_distributed(device="auto", precision="fp16", threads=1)
     with pytest.raises(UserError, match="accelerate is told to use the CPU"):
         init_distributed(device="cuda", precision="auto", threads=1)
@@ -95,27 +100,38 @@ def test_collectives_of_a_single_process(ctx: DistributedContext, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("option", "on_cpu", "launcher", "saved", "bf16", "expected"),
+    ("option", "launcher", "expected"),
     [
-        ("auto", True, "", None, False, "fp32"),
-        ("auto", True, "bf16", None, False, "bf16"),
-        ("auto", True, "bf16", "fp32", False, "fp32"),
-        ("fp32", True, "bf16", "bf16", False, "fp32"),
-        ("auto", False, "", None, True, "bf16"),
-        ("auto", False, "", None, False, "fp16"),
-        ("fp16", True, "", None, False, "no fp16 training: choose fp32 or bf16"),
-        ("auto", True, "", "fp16", False, "no fp16 training; resume on a machine that has it"),
-        ("bf16", False, "", None, False, "only emulate it: choose fp16 or fp32"),
-        ("auto", False, "", "bf16", False, "only emulate it; resume on a machine"),
+        ("auto", "", None),
+        ("auto", "no", None),
+        ("auto", "bf16", "bf16"),
+        ("fp32", "bf16", "fp32"),
+        ("tf32", "", "tf32"),
     ],
 )
-def test_precision(
-    option: Any, on_cpu: bool, launcher: str, saved: Any, bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_precision_that_the_user_asks_for(option: Any, launcher: str, expected: str | None) -> None:
+    assert asked_precision(option, {"ACCELERATE_MIXED_PRECISION": launcher}) == expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "on_cpu", "bf16", "error"),
+    [
+        ("fp16", True, False, "fp16 needs a GPU"),
+        ("tf32", True, False, "tf32 needs a GPU"),
+        ("bf16", True, False, None),
+        ("bf16", False, False, "only emulate it: choose fp16, fp32 or auto"),
+        ("bf16", False, True, None),
+        ("fp16", False, False, None),
+    ],
+)
+def test_precision_that_a_device_supports(
+    precision: Any, on_cpu: bool, bf16: bool, error: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
-    options = {"environment": {"ACCELERATE_MIXED_PRECISION": launcher}, "saved_precision": saved}
-    with refused(None if expected in ("fp32", "bf16", "fp16") else expected):
-        assert choose_precision(option, on_cpu=on_cpu, **options)[0] == expected  # type: ignore[arg-type]
+    with refused(error):
+        check_precision(precision, on_cpu=on_cpu)
+    supported = supported_precisions(torch.device("cpu" if on_cpu else "cuda"))
+    assert (precision in supported, supported[0]) == (error is None, "fp32")
 
 
 MPI = {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMI_RANK": "0", "PMIX_RANK": "0", "PMI_SIZE": "1"}

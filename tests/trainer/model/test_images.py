@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-from trainer.data.augment import Normalize, Preprocessing, eval_transform
+from trainer.data.augment import EvalTransform, Normalize, Preprocessing
 from trainer.data.dataset import ImageDataset
 from trainer.data.sampler import SampleKey
 from trainer.errors import UserError
@@ -64,7 +64,7 @@ def test_the_input_equals_that_of_the_evaluation(tmp_path: Path, resize: Any, in
     image.save(path)
     result = Preprocess(preprocessing)(path)
     # The run's loader and evaluation:
-    dataset = ImageDataset([(str(path), 0)], eval_transform(preprocessing), seed=0)
+    dataset = ImageDataset([(str(path), 0)], EvalTransform(preprocessing), seed=0)
     array, _, _ = dataset[SampleKey(0, 0)]
     batch = torch.tensor(array)[None].permute(0, 3, 1, 2)
     assert torch.equal(result, Normalize(preprocessing, torch.device("cpu"))(batch)[0])

@@ -14,7 +14,7 @@ from rich.console import Console
 from trainer.metrics import Progress
 from trainer.report import console as console_module
 from trainer.report.console import BrokenPipeSafeStream, ProgressBar, epoch_header, format_epoch, make_console
-from trainer.report.progress import checking, downloading
+from trainer.report.progress import counting, downloading
 
 ROW: dict[str, Any] = {
     "epoch": 3, "train_loss": 0.12345, "train_accuracy": 0.9, "test_accuracy": 0.935, "examples_per_sec": 1234.5,
@@ -150,7 +150,7 @@ def test_quiet_console_and_cached_download_show_nothing(plain: Console, terminal
         with downloading(console, "hotdog") as on_progress:
             assert on_progress is not None
         console.quiet = True
-        with downloading(console, "hotdog") as on_progress, checking(console) as on_checked:
+        with downloading(console, "hotdog") as on_progress, counting(console, "checking") as on_checked:
             assert on_progress is on_checked is None
         assert output(console) == ""
 
@@ -165,14 +165,14 @@ def test_download_bar_is_removed_after_an_error(terminal: Console) -> None:
 
 
 def test_image_check_shows_its_count(plain: Console, terminal: Console, ten_seconds_later: Callable[[], None]) -> None:
-    with checking(terminal) as on_checked:
+    with counting(terminal, "checking") as on_checked:
         assert on_checked is not None
         on_checked(3, 7)
     assert re.search(r"checking images .* 3/7", output(terminal))
-    with checking(plain) as on_checked:
+    with counting(plain, "caching") as on_checked:
         assert on_checked is not None
         on_checked(1, 7)
         ten_seconds_later()
         on_checked(2, 7)
         on_checked(3, 7)
-    assert output(plain) == "  checking images 2/7\n", "without a terminal, a line every few seconds"
+    assert output(plain) == "  caching images 2/7\n", "without a terminal, a line every few seconds"

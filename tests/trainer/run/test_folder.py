@@ -23,7 +23,7 @@ from trainer.run.folder import (
     check_visible,
     choose_folder,
     holds_run,
-    saved_precision,
+    saved_execution,
     saving_to,
     write_config,
 )
@@ -116,7 +116,7 @@ def test_files_of_the_user_are_never_overwritten(resume: Resume, folder: Path) -
     (folder / CONFIG).write_text("train:\n  precision: bf16\n")
     assert f"holds a {CONFIG} that no run has written" in refusal(folder, resume=resume)
     (folder / CHECKPOINT).mkdir(parents=True)
-    assert saved_precision(folder) is None
+    assert saved_execution(folder) is None
 
 
 def test_never_archives_earlier_runs(folder: Path) -> None:
@@ -249,22 +249,27 @@ def test_a_run_may_become_longer_and_more_patient(key: str, before: object, afte
 def test_a_damaged_config_is_refused(content: bytes, folder: Path) -> None:
     make_finished_run(folder)
     (folder / CONFIG).write_bytes(HEADER.encode() + content)
-    assert saved_precision(folder) is None
+    assert saved_execution(folder) is None
     for resume in ("auto", "must"):
         advice = "Restore the file, or --run.resume never, which archives the run"
         assert re.fullmatch(rf"{folder / CONFIG}: damaged \(.*\)\. {advice}", refusal(folder, resume=resume))
 
 
 @pytest.mark.parametrize("phase", ["", "pretrain"])
-def test_the_precision_of_a_run_with_a_checkpoint_is_saved(phase: str, folder: Path) -> None:
-    assert saved_precision(folder) is None
+def test_precision_and_layout_of_a_run_with_a_checkpoint_are_saved(phase: str, folder: Path) -> None:
+    assert saved_execution(folder) is None
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text(HEADER + edited("train.precision", "bf16"))
-    assert saved_precision(folder) is None, "without a checkpoint"
+    assert saved_execution(folder) is None, "without a checkpoint"
     (folder / phase / CHECKPOINT).mkdir(parents=True)
-    for value, expected in (("bf16", "bf16"), ("fp32", "fp32"), ("fp16", "fp16"), ("tf32", None), (["bf16"], None)):
-        (folder / CONFIG).write_text(HEADER + edited("train.precision", value))
-        assert saved_precision(folder) == expected
+    for precision, channels_last, expected in (
+        ("bf16", True, ("bf16", True)), ("tf32", False, ("tf32", False)), ("auto", True, None), ("fp64", True, None),
+        (["bf16"], True, None), ("bf16", "auto", None),
+    ):  # fmt: skip
+        options = yaml.safe_load(edited("train.precision", precision))
+        options["train"]["channels_last"] = channels_last
+        (folder / CONFIG).write_text(HEADER + yaml.safe_dump(options))
+        assert saved_execution(folder) == expected
 
 
 @pytest.mark.parametrize("resume", ["auto", "never", "must"])
@@ -291,7 +296,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
 
 
 def choose(folder: Path, config: str = FIRST) -> str:
-    chosen, message = choose_folder(folder, config, ignored={"train.precision"})
+    chosen, message = choose_folder(folder, config)
     assert (message is None) == (chosen == folder)
     assert message is None or re.fullmatch(
         rf"run\.dir is not set, and {folder} holds .*: this run is in {chosen}", message
@@ -311,12 +316,15 @@ def test_each_config_has_its_own_default_folder(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "same"),
-    [("data.root", False), ("run.seed", False), ("run.device", True), ("train.precision", True), ("run.resume", True)],
-)
-def test_another_data_set_has_another_default_folder(key: str, same: bool, folder: Path) -> None:
-    make_finished_run(folder, DEFAULT)
-    assert choose(folder, edited(key)) == ("" if same else "-2")
+    ("key", "value", "same"),
+    [
+        ("data.root", "another", False), ("run.seed", "another", False), ("run.device", "another", True),
+        ("run.resume", "another", True), ("train.precision", "auto", True), ("train.precision", "bf16", False),
+    ],
+)  # fmt: skip
+def test_another_data_set_has_another_default_folder(key: str, value: str, same: bool, folder: Path) -> None:
+    make_finished_run(folder, edited("train.precision", "fp32"))
+    assert choose(folder, edited(key, value, edited("train.precision", "fp32"))) == ("" if same else "-2")
 
 
 def test_default_folders_that_are_not_used(folder: Path) -> None:

@@ -158,7 +158,7 @@ def run(
     features: EvalFeatures, model: nn.Module, images: Images, interrupted: Callable[[], bool] = never
 ) -> tuple[float, nn.Module]:
     """Return the loss, and what was evaluated."""
-    evaluated, batches, to_input = features.inputs(model, "test", images)
+    evaluated, batches, to_input = features.inputs(model, "test", images, EXAMPLES)
     result = evaluate(
         evaluated, batches, classes=3, expected=EXAMPLES, normalize=to_input, reduce=lambda sums: sums,
         device=torch.device("cpu"), num_batches=len(images), interrupted=interrupted,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from trainer.model.batch_norm import freeze_batch_norm
+from trainer.model.gradient_checkpointing import enable_gradient_checkpointing
 from trainer.model.head import split_outputs
 from trainer.transfer.frozen_prefix import split_at, split_frozen
 
@@ -194,3 +195,16 @@ def test_a_frozen_layer_saves_nothing_for_the_backward_pass() -> None:
         nodes += [following for following, _ in node.next_functions if following and following not in nodes]
     leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")}
     assert leaves == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+def test_a_checkpointed_block_that_trains_stays_one_module() -> None:
+    """Gradient checkpointing replaces the forward of blocks, the frozen ones too."""
+    model = models.resnet18().train()
+    freeze(model, "layer4")
+    enable_gradient_checkpointing(model, ["layer1", "layer2", "layer3", "layer4"], ["fc"])
+    split = split_frozen(model, training=True)
+    assert split is not None
+    assert split.layer == "layer4.0"
+    images = torch.randn(2, 3, 48, 48)
+    assert torch.equal(split.rest(split.prefix(images)), model(images))
+    assert split.rest.get_submodule("layer4.0") is model.layer4[0]

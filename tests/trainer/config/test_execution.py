@@ -1,0 +1,135 @@
+"""Tests of the choice of precision and memory layout of a run."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from tests.folders import image_folder
+from tests.trainer.phases import with_options
+from trainer.config import execution
+from trainer.config.execution import FILE, Workload, choose_execution
+from trainer.config.resolve import ResolvedConfig, resolve
+from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from trainer.data.prepare import prepare
+from trainer.distributed.context import DistributedContext
+from trainer.distributed.precision import Execution
+from trainer.errors import UserError
+from trainer.optim.autotune import Measurement
+
+BF16 = Execution("bf16", channels_last=False)
+
+
+@pytest.fixture
+def workload(tmp_path: Path) -> Workload:
+    root = image_folder(tmp_path / "images", {"train": {"a": 9, "b": 9}, "test": {"a": 1, "b": 1}})
+    config = resolve(
+        Config(
+            run=RunConfig(device="cpu", threads=1),
+            data=DataConfig(root=str(root), image_size=32, cache=str(tmp_path / "cache")),
+            model=ModelConfig(name="squeezenet1_1", weights=None),
+            train=TrainConfig(epochs=100, batch_size=8),
+        )
+    )
+    index = prepare(config.data, workers=1, check=False).index
+    return Workload(config=config, examples=index.train, classes=index.classes, weights=None)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Let bf16 without channels_last win; return the arguments of each measurement."""
+    calls: list[dict[str, Any]] = []
+
+    def autotune(model: torch.nn.Module, batches: Any, **arguments: Any) -> list[Measurement]:
+        calls.append({"batches": batches, **arguments})
+        fastest = Execution(arguments["precisions"][-1], arguments["layouts"][-1])
+        return [Measurement(fastest, 30.0, 0.0, 0.01), Measurement(Execution("fp32", True), 15.0, 0.0, 0.0)]
+
+    monkeypatch.setattr(execution, "autotune", autotune)
+    return calls
+
+
+def choose(
+    workload: Workload, ctx: DistributedContext, saved: Execution | None = None, **options: Any
+) -> tuple[ResolvedConfig, DistributedContext, str]:
+    console = Console(file=io.StringIO(), width=300)
+    workload = replace(workload, config=with_options(workload.config, train=options))
+    config, ctx = choose_execution(workload, ctx, console, saved=saved)
+    return config, ctx, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_choice_is_measured_once(
+    workload: Workload, ctx: DistributedContext, measured: Sequence[dict[str, Any]]
+) -> None:
+    for start in (1, 2):
+        config, chosen, text = choose(workload, ctx)
+        assert (config.train.precision, config.train.channels_last) == BF16
+        assert chosen.precision == chosen.accelerator.mixed_precision == "bf16"
+        figures = "measured, images/s of forward and backward: bf16 without channels_last 30, fp32 15"
+        when = " (at an earlier start)" if start == 2 else ""
+        assert text == f"precision bf16 without channels_last: {figures}{when}\n"
+    assert len(measured) == 1
+    (call,) = measured
+    (inputs, labels), (other_inputs, _) = call["batches"]
+    assert inputs.shape == other_inputs.shape == (8, 3, 32, 32)
+    assert set(labels.tolist()) == {0, 1}
+    assert not torch.equal(inputs, other_inputs)
+    assert (call["precisions"], call["layouts"], call["batch_size"]) == (("fp32", "bf16"), (True, False), 8)
+    choose(workload, ctx, precision="fp32")
+    assert (measured[1]["precisions"], measured[1]["layouts"]) == (("fp32",), (True, False))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"key": 1}', '{"key": ["fp64", true, ""]}', "[" * 10_000, "\0"])
+def test_a_damaged_cache_is_replaced(
+    content: str, workload: Workload, ctx: DistributedContext, measured: Sequence[dict[str, Any]]
+) -> None:
+    file = Path(workload.config.data.cache) / FILE
+    file.parent.mkdir()
+    file.write_text(content)
+    choose(workload, ctx)
+    assert len(measured) == len(json.loads(file.read_text())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "saved", "chosen", "reason"),
+    [
+        ({"precision": "bf16", "channels_last": True}, None, ("bf16", True), "as train.precision asks"),
+        ({"precision": "fp32", "channels_last": False}, None, ("fp32", False), "as train.precision asks"),
+        ({}, Execution("fp32", channels_last=False), ("fp32", False), "as this run began with"),
+        ({"epochs": 28}, None, ("fp32", True), "runs of less than 512 images are not measured"),
+        ({"epochs": 29}, None, BF16, "measured"),
+        ({"precision": "bf16", "epochs": 1}, None, ("bf16", True), "as train.precision asks; runs of less than 512"),
+    ],
+)
+def test_choice_and_reason(
+    options: dict[str, Any],
+    saved: Execution | None,
+    chosen: tuple[str, bool],
+    reason: str,
+    workload: Workload,
+    ctx: DistributedContext,
+    measured: Sequence[dict[str, Any]],
+) -> None:
+    config, ctx, text = choose(workload, ctx, saved, **options)
+    assert (config.train.precision, config.train.channels_last, ctx.precision) == (*chosen, chosen[0])
+    assert text.partition(": ")[2].startswith(reason)
+    assert len(measured) == (reason == "measured")
+
+
+def test_a_run_in_a_precision_that_this_device_lacks_is_refused(workload: Workload, ctx: DistributedContext) -> None:
+    with pytest.raises(UserError, match=r"began in precision fp16, which cpu does not have: resume on a machine"):
+        choose(workload, ctx, Execution("fp16", channels_last=True))
+
+
+def test_a_real_measurement(workload: Workload, ctx: DistributedContext) -> None:
+    config, _, text = choose(workload, ctx)
+    assert config.train.precision in ("fp32", "bf16")
+    assert text.count("channels_last") >= 1
+    assert "fp32" in text
+    assert "bf16" in text

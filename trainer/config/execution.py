@@ -1,0 +1,198 @@
+"""Choose precision and memory layout of a run: as asked, as the run began, as measured before, or by measuring now."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from trainer.config.build_loaders import make_dataset, make_train_transform
+from trainer.config.build_model import make_model
+from trainer.config.resolve import ResolvedConfig
+from trainer.data.augment import Normalize
+from trainer.data.index import Example
+from trainer.data.loader import Collate
+from trainer.data.sampler import SampleKey
+from trainer.distributed.context import DistributedContext
+from trainer.distributed.precision import PRECISIONS, Execution, Precision, asked_precision, supported_precisions
+from trainer.errors import UserError
+from trainer.optim.autotune import autotune
+from trainer.run.atomic import write_text_atomically
+
+FILE = "autotune.json"
+"""File of the cache folder that holds earlier measurements. Remove it to measure again."""
+MIN_IMAGES = 512
+"""Shorter runs are not measured: measuring computes the gradients of 100 to 200 images."""
+_EXAMPLES = 8  # of each of the two batches that are compared
+_GPU_BATCH = 64  # images of a timed update on a GPU: with few images it would wait for its kernels to start
+_MAX_ENTRIES = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is trained, on which the fastest execution depends."""
+
+    config: ResolvedConfig
+    """Of one phase of the run."""
+    examples: Sequence[Example]
+    """The training examples."""
+    classes: Sequence[str]
+    """Names of the classes."""
+    weights: str | None
+    """Name or file of the pretrained weights; None for random ones."""
+
+
+def choose_execution(
+    workload: Workload, ctx: DistributedContext, console: Console, *, saved: Execution | None = None
+) -> tuple[ResolvedConfig, DistributedContext]:
+    """Return the config and the context with `train.precision auto` and `train.channels_last auto` resolved.
+
+    Every process must call it. A resumed run keeps what it began with, or its results would differ. Otherwise what was
+    measured before is read from the cache folder, or a few updates are measured now.
+
+    Args:
+        workload: model and data.
+        ctx: the processes.
+        console: prints the choice and its reason.
+        saved: what the run began with, on rank 0; None for a new run.
+
+    Raises:
+        UserError: see `make_model`; or this device does not support what the run began with.
+
+    """
+    train, saved = workload.config.train, ctx.broadcast(saved)
+    asked = asked_precision(train.precision, os.environ)
+    precisions = supported_precisions(ctx.device) if asked is None else (asked,)
+    layouts = (True, False) if train.channels_last == "auto" else (train.channels_last,)
+    default = Execution(precisions[0], layouts[0])
+    asked_by = "train.precision" if train.precision != "auto" else "accelerate launch --mixed_precision"
+    if saved is not None:  # its values of options that are not auto were compared with this run's
+        chosen, reason = saved, "as this run began with"
+        if saved.precision not in supported_precisions(ctx.device):
+            raise UserError(
+                f"this run began in precision {saved.precision}, which {ctx.device} does not have: resume on a machine "
+                "that has it, or start anew by --run.resume never, which archives the run"
+            )
+    elif len(precisions) * len(layouts) == 1:
+        chosen, reason = default, f"as {asked_by} asks"
+    else:
+        key, file = _key(workload, ctx, precisions, layouts), Path(workload.config.data.cache) / FILE
+        entry = ctx.broadcast(_read(file).get(key) if ctx.is_main_process else None)
+        if entry is not None:
+            chosen, reason = entry
+        elif len(workload.examples) < 2 * _EXAMPLES or len(workload.examples) * train.epochs < MIN_IMAGES:
+            chosen, reason = default, f"runs of less than {MIN_IMAGES} images are not measured"
+        else:
+            chosen, reason = _measure(workload, ctx, console, precisions, layouts)
+            if ctx.is_main_process:
+                _write(file, key, chosen, reason)
+        if asked is not None:
+            reason = f"as {asked_by} asks; {reason}"
+    console.print(f"precision {chosen}: {reason}")
+    resolved = replace(train, precision=chosen.precision, channels_last=chosen.channels_last)
+    return replace(workload.config, train=resolved), ctx.with_precision(chosen.precision)
+
+
+def _measure(
+    workload: Workload,
+    ctx: DistributedContext,
+    console: Console,
+    precisions: Sequence[Precision],
+    layouts: Sequence[bool],
+) -> tuple[Execution, str]:
+    """Return the best execution of a throw-away model, and the figures. All processes measure at the same time."""
+    config = workload.config
+    built = ctx.main_process_first(
+        lambda: make_model(
+            config, workload.classes, workload.weights, world_size=ctx.world_size, on_progress=console.print
+        ),
+        local=True,
+    )
+    built.model.to(ctx.device)
+    on_gpu = ctx.device.type == "cuda"
+    local_batch = -(-config.train.batch_size // (ctx.world_size * config.train.grad_accum_steps))
+    best, *others = autotune(
+        built.model,
+        _load_batches(workload, ctx),
+        batch_size=min(local_batch, _GPU_BATCH if on_gpu else _EXAMPLES),
+        precisions=precisions,
+        layouts=layouts,
+        max_across_ranks=ctx.max_across_ranks,
+    )
+    del built
+    if on_gpu:
+        torch.cuda.empty_cache()
+    figures = ", ".join(str(measurement) for measurement in (best, *others))
+    return best.execution, f"measured, images/s of forward and backward: {figures}"
+
+
+def _load_batches(workload: Workload, ctx: DistributedContext) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return two batches of training images, spread over the examples, as the model's input and labels."""
+    config, count = workload.config, 2 * _EXAMPLES
+    chosen = [len(workload.examples) * number // count for number in range(count)]
+    dataset = make_dataset(workload.examples, make_train_transform(config.data), config, ctx)
+    items = dataset.__getitems__([SampleKey(0, example) for example in chosen])
+    images, labels, _ = Collate(config.data.image_size, channels_last=True)(items)
+    inputs, labels = Normalize(config.data.preprocessing, ctx.device)(images.to(ctx.device)), labels.to(ctx.device)
+    return (inputs[0::2], labels[0::2]), (inputs[1::2], labels[1::2])
+
+
+def _key(workload: Workload, ctx: DistributedContext, precisions: Sequence[Precision], layouts: Sequence[bool]) -> str:
+    """Return what a measurement depends on."""
+    config = workload.config
+    on_gpu = ctx.device.type == "cuda"
+    parts = {
+        "device": torch.cuda.get_device_name(ctx.device) if on_gpu else _cpu_name(),
+        "threads": ctx.threads,
+        "processes": ctx.local_world_size,
+        "torch": torch.__version__,
+        "model": config.model.name,
+        "weights": workload.weights,
+        "image_size": config.data.image_size,
+        "batch_size": config.train.batch_size // (ctx.world_size * config.train.grad_accum_steps) if on_gpu else None,
+        "trainable": config.transfer.trainable,
+        "batch_norm": config.transfer.batch_norm,
+        "candidates": [*precisions, *layouts],
+    }
+    return json.dumps(parts)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    details = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    # A virtual machine may hide the model. Its instruction sets tell whether bf16 is computed in hardware.
+    flags = sorted({"amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16"} & set(details.get("flags", "").split()))
+    return " ".join([details.get("model name", platform.machine()), torch.backends.cpu.get_cpu_capability(), *flags])
+
+
+def _read(file: Path) -> dict[str, tuple[Execution, str]]:
+    """Return the measurements of a cache file; none if it is missing or damaged, which measures again."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {key: _parse(entry) for key, entry in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _parse(entry: Any) -> tuple[Execution, str]:
+    precision, channels_last, reason = entry
+    if not (precision in PRECISIONS and isinstance(channels_last, bool) and isinstance(reason, str)):
+        raise TypeError(f"not a measurement: {entry!r}")
+    return Execution(precision, channels_last), reason
+
+
+def _write(file: Path, key: str, chosen: Execution, reason: str) -> None:
+    """Add a measurement to a cache file. Without a writable cache, the next run measures again."""
+    entries = {**_read(file), key: (chosen, f"{reason} (at an earlier start)")}
+    content = {name: (*execution, text) for name, (execution, text) in list(entries.items())[-_MAX_ENTRIES:]}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(file, json.dumps(content, indent=1) + "\n")

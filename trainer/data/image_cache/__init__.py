@@ -1,0 +1,1 @@
+"""Image cache: decoded images on the disk or in memory, shared by runs and processes."""

@@ -1,0 +1,95 @@
+"""Read the images of a run: from the cache, or from their files where they are not cached."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+import torch
+
+from trainer.data.image_cache.store import MISSING, ImageStore
+
+ReadImage = Callable[[int], np.ndarray]
+
+
+class CachedReader:
+    """Reads images from the cache."""
+
+    def __init__(self, store: ImageStore, entries: np.ndarray, fallback: ReadImage) -> None:
+        """Create a reader.
+
+        Args:
+            store: the cached images.
+            entries: entry of each example in the store, or `MISSING`.
+            fallback: reads the other examples.
+
+        """
+        self._store, self._entries, self._fallback = store, entries.copy(), fallback
+
+    def __call__(self, example: int) -> np.ndarray:
+        """Return an image, uint8 [H, W, 3], which may be a read-only view."""
+        entry = int(self._entries[example])
+        if entry != MISSING:
+            image = self._store.read(entry)
+            if image is not None:
+                return image
+            self._entries[example] = MISSING
+        return self._fallback(example)
+
+
+class TransformedReader:
+    """Applies a deterministic transform to what another reader returns."""
+
+    def __init__(self, read: ReadImage, transform: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._read, self._transform = read, transform
+
+    def __call__(self, example: int) -> np.ndarray:
+        """Return the transform's output, uint8 [S, S, 3]."""
+        return self._transform(self._read(example))
+
+
+@dataclass(frozen=True)
+class CachedImages:
+    """The cached images of a run. By default there are none."""
+
+    store: ImageStore = field(default_factory=ImageStore)
+    paths: Sequence[Sequence[str]] = ()
+    """Paths of the examples of each split."""
+    originals: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Entry of the decoded image of each example of all splits in the store, or `MISSING`."""
+    outputs: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Entry of the output of the evaluation transform of each example of all splits, or `MISSING`."""
+
+    def reader(self, paths: Sequence[str], fallback: ReadImage) -> ReadImage:
+        """Return a reader of decoded images.
+
+        Args:
+            paths: the images of a data set, which are examples of the run.
+            fallback: decodes an image that is not cached.
+
+        """
+        return CachedReader(self.store, self._select(self.originals, paths), fallback) if self.paths else fallback
+
+    def output_reader(
+        self, paths: Sequence[str], fallback: ReadImage, transform: Callable[[np.ndarray], np.ndarray]
+    ) -> ReadImage:
+        """Return a reader of the evaluation transform's outputs; see `reader`."""
+        fallback = TransformedReader(self.reader(paths, fallback), transform)
+        return CachedReader(self.store, self._select(self.outputs, paths), fallback) if self.paths else fallback
+
+    def _select(self, entries: np.ndarray, paths: Sequence[str]) -> np.ndarray:
+        start = 0
+        for of_split in self.paths:
+            if of_split == paths:
+                return entries[start : start + len(paths)]
+            start += len(of_split)
+        positions = {path: position for position, path in enumerate(chain.from_iterable(self.paths))}
+        return entries[[positions[path] for path in paths]]
+
+
+NOT_CACHED = CachedImages()
+
+
+def unchanged(image: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    """Return the image: the transform of a reader's outputs."""
+    return image
