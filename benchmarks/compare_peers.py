@@ -19,6 +19,7 @@ from benchmarks.measure import (
     Program,
     Result,
     cores,
+    default_workers,
     installed_peers,
     interleaved,
     mean_interval,
@@ -26,6 +27,7 @@ from benchmarks.measure import (
     processor,
     versions,
 )
+from benchmarks.scenarios import METRICS
 
 BEST_PRECISION = {
     "torchvision_loop": "bf16",
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trainable", choices=("all", "last", "head"), default="all")
     parser.add_argument("--fixed-views", action="store_true", help="train without random crops")
     parser.add_argument("--threads", type=int, default=cores())
-    parser.add_argument("--workers", type=int, default=0, help="loader workers of the other programs")
+    parser.add_argument("--workers", type=int, help="loader workers of the other programs; default: 0, timm: --threads")
     parser.add_argument("--pairs", type=int, default=5)
 
 
@@ -76,7 +78,7 @@ def tier_program(text: str, arguments: argparse.Namespace) -> Program:
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         lr=arguments.lr,
-        workers=arguments.workers,
+        workers=default_workers(name, arguments.threads) if arguments.workers is None else arguments.workers,
         threads=arguments.threads,
     )
 
@@ -99,12 +101,8 @@ def main(arguments: argparse.Namespace) -> None:
 def describe_ratios(ours: list[Result], others: list[Result]) -> str:
     """Return the ratios of two programs, and the accuracy of the other one with its interval."""
     columns = []
-    for label, ratio in (
-        ("training", lambda a, b: a.later / b.later),
-        ("first epoch", lambda a, b: a.first / b.first),
-        ("whole command", lambda a, b: b.seconds / a.seconds),
-    ):
-        median, low, high = median_interval([ratio(a, b) for a, b in zip(ours, others, strict=True)])
-        columns.append(f"{label} {median:.2f} ({low:.2f} to {high:.2f})")
+    for name in ("training", "first epoch", "command"):
+        median, low, high = median_interval([METRICS[name](a, b) for a, b in zip(ours, others, strict=True)])
+        columns.append(f"{name} {median:.2f} ({low:.2f} to {high:.2f})")
     mean, low, high = mean_interval([result.accuracy for result in others])
     return f"{', '.join(columns)}; accuracy {mean:.3f} ({low:.3f} to {high:.3f})"

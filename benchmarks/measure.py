@@ -44,6 +44,8 @@ class Program:
     lr: float = 1e-3
     reduction: str = "mean"
     config: Path | None = None
+    extra: tuple[str, ...] = ()
+    """More options of regraft, as `data.cache_images=off`."""
     workers: int = 0
     threads: int
     """CPU threads per process."""
@@ -56,6 +58,7 @@ class Program:
         parts += [] if self.trainable == "all" else [self.trainable]
         parts += ["fixed views"] if self.fixed_views else []
         parts += [f"{self.ranks} ranks"] if self.ranks > 1 else []
+        parts += self.extra
         return " ".join(parts)
 
     def options(self) -> list[str]:
@@ -75,10 +78,11 @@ class Program:
             "threads": self.threads,
         }
         options = [f"--{key}={value}" for key, value in values.items() if value is not None]
+        options += [f"--extra={option}" for option in self.extra]
         return [*options, *["--fixed-views"] * self.fixed_views]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What one run of a program measured."""
 
@@ -88,6 +92,8 @@ class Result:
     """Images per second of the other epochs; of the first one if there is no other."""
     accuracy: float
     """Accuracy after the last epoch."""
+    cold: float
+    """Seconds from the end of the imports to the end, without the training of the later epochs."""
     work: float
     """Seconds from the end of the imports to the end."""
     seconds: float
@@ -122,12 +128,15 @@ def run(program: Program, data: Path, *, seed: int = 0) -> Result:
             raise SystemExit(f"{program} failed:\n{done.stdout}{done.stderr}")
         written = json.loads(record.read_text())
     first, *later = written["epochs"]
+    later_seconds = sum(row["seconds"] for row in later)
+    first_rate = first["images"] / first["seconds"]
     return Result(
-        first["images"] / first["seconds"],
-        sum(row["images"] for row in later or [first]) / sum(row["seconds"] for row in later or [first]),
-        (later or [first])[-1]["accuracy"],
-        written["seconds"],
-        seconds,
+        first=first_rate,
+        later=sum(row["images"] for row in later) / later_seconds if later else first_rate,
+        accuracy=[first, *later][-1]["accuracy"],
+        cold=written["seconds"] - later_seconds,
+        work=written["seconds"],
+        seconds=seconds,
     )
 
 
@@ -174,6 +183,11 @@ def interleaved(
             )
         after_round(results)
     return results
+
+
+def default_workers(name: str, threads: int) -> int:
+    """Return the loader workers of a program: timm decodes in worker processes (`-j`), the others in the loop."""
+    return threads if name == "timm_train" else 0
 
 
 def is_installed(package: str | None) -> bool:

@@ -32,6 +32,7 @@ def train(data: Path, arguments: argparse.Namespace, precision: str) -> float:
             "data.num_workers": "null" if arguments.num_workers is None else arguments.num_workers,
             "model.name": arguments.model,
             "model.weights": "null",
+            "optim.momentum": 0.0,
             "train.precision": precision,
             "train.batch_size": arguments.batch_size,
             "train.epochs": arguments.epochs,

@@ -23,6 +23,8 @@ _USER_ERROR = "error: "
 """Prefix of the trainer's errors that the user can fix."""
 _HANG = "Hang: "
 """Prefix of the trainer's error for a rank that made no progress."""
+_OUT_OF_MEMORY = "OutOfMemory: "
+"""Prefix of the trainer's error for an attempt after which the micro-batches are halved."""
 _LAST_LINES = 15
 _REMEDIES: tuple[tuple[str, str], ...] = (
     (
@@ -35,13 +37,18 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "set --run.hang_timeout SECONDS",
     ),
     (
+        rf"^{_OUT_OF_MEMORY}",
+        "the same command resumes with smaller micro-batches; train.gradient_checkpointing true and train.precision "
+        "bf16 need less memory too",
+    ),
+    (
         r"CUDA out of memory|OutOfMemoryError",
-        "a smaller train.batch_size changes the result; train.grad_accum_steps 2 (or 4) splits each batch and does "
-        "not; train.precision bf16 needs about half the memory",
+        "train.micro_batch_size auto splits each batch into micro-batches that fit, and makes the same updates; "
+        "train.precision bf16 needs about half the memory",
     ),
     (
         r"DefaultCPUAllocator: can't allocate|MemoryError|Cannot allocate memory",
-        "the machine's memory is full: use train.grad_accum_steps, fewer data.num_workers, or fewer processes",
+        "the machine's memory is full: use train.micro_batch_size auto, fewer data.num_workers, or fewer processes",
     ),
     (r"EADDRINUSE|Address already in use", "another job uses the port: start again, which chooses another port"),
     (
@@ -232,7 +239,7 @@ def _remedy(error: str, lines: list[str]) -> str | None:
     remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, text)), None)
     if remedy is None and error == "killed by SIGKILL":
         return (
-            "usually the kernel, when memory is full: use fewer data.num_workers, more train.grad_accum_steps, or more "
+            "usually the kernel, when memory is full: use fewer data.num_workers, train.micro_batch_size auto, or more "
             "memory"
         )
     return remedy

@@ -40,7 +40,7 @@ SMALL = [
 ]
 SMALL_MODEL = ["--model.name=shufflenet_v2_x0_5", "--model.weights=runs/NAME/model.safetensors"]
 SMALL_OF_COMMAND = {"trainer/commands/lr_find.py": ["--steps=10"], "trainer/commands/compare.py": ["--seeds=1"]}
-DEVELOPER_TOOLS = {"python3", ".", "pip", "pytest", "pre-commit", "ruff", "mypy", ".ci/run"}
+DEVELOPER_TOOLS = {"python3", ".", "pip", "pytest", "pre-commit", "ruff", "mypy", ".ci/run", "benchmarks/gpu.sh"}
 """Programs of installation and development, which `.ci/run` runs."""
 NEEDS_MORE = re.compile(r"hotdog|hymenoptera|quickstart|runs/pretrain")
 """Real images or weights, or more than seconds (the quickstart, which tests/e2e/test_quickstart.py runs)."""

@@ -14,7 +14,7 @@ from regraft.streams import discard_output, flush_output, has_reader, prepare_st
 from trainer.data.workers import full_shared_memory_as_user_error
 from trainer.distributed.error_file import write_error_file
 from trainer.distributed.signals import STOP_SIGNALS, Stopped, StopSignals, exit_with_parent, has_launcher
-from trainer.errors import UserError
+from trainer.errors import OutOfMemory, UserError
 
 RESUMES = "The same command (without --run.resume never) resumes from the run folder's newest checkpoint"
 _SECONDS_FOR_RANK_0 = 5.0
@@ -40,6 +40,10 @@ def run_cli(work: Callable[[StopSignals], object], *, on_restart: str = RESUMES)
             write_error_file(error)
             _print_error("\n".join([f"error: {error}", *getattr(error, "__notes__", []), *_launcher_note()]))
             return USER_ERROR
+        except OutOfMemory as error:
+            write_error_file(error)
+            _print_error(f"failed: {error}")
+            return FAILED
         except Stopped as stop:
             if _rank() == 0:  # all ranks stop together
                 saved = f"saved at {stop.saved}" if stop.saved else "there was nothing new to save"

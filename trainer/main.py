@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
     protect_imports()
 
+import gc
 import signal
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from trainer.pipeline import run  # noqa: PLC0415
 
                 work = partial(run, config, signals)
+            gc.freeze()  # later collections skip what was imported
         if signals.received:
             raise Stopped(signal.Signals(signals.received).name)
         work()

@@ -1,10 +1,11 @@
 """The phases of a run: optional pretraining, fine-tuning, and an optional baseline from scratch."""
 
 from pathlib import Path
+from typing import Literal
 
 from regraft.contract import BASELINE, PRETRAIN
 from trainer.config.build_data import load_run_data
-from trainer.config.parse import dump
+from trainer.config.dump import dump, given_options
 from trainer.config.preflight import preflight
 from trainer.config.resolve import ResolvedConfig, baseline_config, pretrain_config
 from trainer.config.schema import Config
@@ -12,6 +13,7 @@ from trainer.config.start import start
 from trainer.data.workers import full_shared_memory_as_user_error
 from trainer.distributed.context import shut_down
 from trainer.distributed.signals import StopSignals
+from trainer.distributed.watchdog import EXTENDED_TIMEOUT
 from trainer.report.summary import TrainResult, comparison, summary
 from trainer.run.environment import record_environment
 from trainer.run.session import OpenRun, open_run
@@ -34,11 +36,11 @@ def run(config: Config, signals: StopSignals) -> TrainResult:
         ctx=ctx,
         console=console,
         signals=signals,
-        hang_timeout=resolved.run.hang_timeout,
+        hang_timeout=_hang_timeout(resolved),
     )
     try:
         with signals.deferred():  # the first phase raises a Stopped for them
-            message = record_environment(opened.root, opened.lock, ctx)
+            message = record_environment(opened.root, opened.lock, ctx, given_options(config))
         if message is not None:
             console.print(message)
         with full_shared_memory_as_user_error():
@@ -49,6 +51,12 @@ def run(config: Config, signals: StopSignals) -> TrainResult:
     opened.end("done")
     shut_down()
     return result
+
+
+def _hang_timeout(config: ResolvedConfig) -> float | Literal["auto"] | None:
+    """Return run.hang_timeout; with `auto` and train.compile, which builds kernels within steps, a longer one."""
+    timeout = config.run.hang_timeout
+    return EXTENDED_TIMEOUT if timeout == "auto" and config.train.compile else timeout
 
 
 def _run_phases(config: ResolvedConfig, run: OpenRun) -> TrainResult:

@@ -12,6 +12,7 @@ from trainer.config.build_features import (
     make_stage_features,
     make_train_batches,
 )
+from trainer.config.build_micro_batch import MicroBatches
 from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_state, make_train_step
 from trainer.config.execution import Workload, choose_execution
@@ -21,7 +22,6 @@ from trainer.loop import fit
 from trainer.report.block_table import block_table
 from trainer.report.logger import make_logger
 from trainer.report.summary import TrainResult
-from trainer.run.folder import saved_execution
 from trainer.run.session import OpenRun
 from trainer.transfer.wise_ft import WiseFT
 
@@ -54,13 +54,15 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
 
     # 2. Precision and memory layout, then the newest checkpoint, if there is one; every rank takes rank 0's.
     workload = Workload(config=config, examples=index.train, classes=index.classes, weights=weights)
-    config, ctx = choose_execution(workload, ctx, console, saved=saved_execution(run.folder))
+    config, ctx = choose_execution(workload, ctx, console, saved=run.saved_execution)
     run = replace(run, ctx=ctx)
     resume_point = find_resume_point(config, data, run, schedule)
     checkpoint = resume_point.checkpoint
     if not resume_point.is_finished:
         check_images_unchanged(config, data, run, resumed=checkpoint is not None)
     write_split_file(data, run)
+    micro_batches = MicroBatches(config, run)
+    config = micro_batches.config
     wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
     frozen_layers = make_frozen_layers(config, ctx, console)
     result = TrainResult(folder=run.folder, examples=(len(index.train), len(index.test)), val_split=index.val_split)
@@ -107,8 +109,10 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     model_metadata = make_model_metadata(config, data, built)
     wise_ft.save_initial_weights(state.model, model_metadata, resumed=checkpoint is not None)
 
-    # 7. The loader, from that position on; logger and checkpoints.
+    # 7. The loader, from that position on; micro-batches that fit in the memory that is left; logger and checkpoints.
     batches = make_train_batches(config, data, run, schedule, built.unfreeze_stages, features, start_step=state.step)
+    train_step = micro_batches.limit(make_train_step(config, data.examples_per_class, ctx, l2_sp), state, unfreezing)
+    train_step = replace(train_step, normalize=features.to_input)
     logger, progress_bar = make_logger(
         run,
         schedule,
@@ -124,12 +128,18 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         with run.watchdog() as heartbeat:
             logger.log_start(evaluator.evaluate_initial(state.model, heartbeat), probe_seconds)
     try:
-        with run.signals.deferred(), progress_bar.show(), run.watchdog(checkpoints.heartbeat), checkpoints:
+        with (
+            run.signals.deferred(),
+            progress_bar.show(),
+            run.watchdog(checkpoints.heartbeat),
+            checkpoints,
+            micro_batches.halved_if_out_of_memory(train_step),
+        ):
             fit(
                 state,
                 batches,
                 schedule,
-                replace(make_train_step(config, data.examples_per_class, ctx, l2_sp), normalize=features.to_input),
+                train_step,
                 start_epoch=unfreezing.start_epoch,
                 evaluate=evaluator,
                 checkpoints=checkpoints,

@@ -47,6 +47,8 @@ class Settings:
     fixed_views: bool
     """Train on the images as they are evaluated, without random crops."""
     threads: int
+    extra: tuple[str, ...]
+    """More options of regraft, as `data.cache_images=off`."""
     workers: int
     """Worker processes of the loader."""
     seed: int
@@ -96,7 +98,9 @@ def read_settings() -> Settings:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    settings = Settings(**vars(parser.parse_args()), began=time.perf_counter())
+    parser.add_argument("--extra", action="append", default=[])
+    arguments = vars(parser.parse_args())
+    settings = Settings(**arguments | {"extra": tuple(arguments["extra"])}, began=time.perf_counter())
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     return settings

@@ -1,8 +1,10 @@
-"""The D2L recipe as a plain loop, written from the lecture's description: SGD, 10 x the learning rate for the head.
+"""The D2L recipe as a plain loop, written from the lecture's description: SGD, 10 x the learning rate for a new head.
 
 In fp32 and in PyTorch's default memory layout, as the lecture trains; `--precision bf16` adds autocast and
 channels_last.
 """
+
+from torch import nn
 
 from benchmarks.peers.common import (
     Recorder,
@@ -20,6 +22,9 @@ def main() -> None:
     settings = read_settings()
     train, val = image_folders(settings)
     model, backbone, head = torchvision_model(settings, len(train.classes))
+    for parameter in head:
+        if parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter)
     train_batches, val_batches = loaders(settings, train, val)
     optimizer = recipe_optimizer(settings, backbone, head)
     loss_of = settings.criterion

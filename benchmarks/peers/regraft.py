@@ -47,7 +47,8 @@ def main() -> None:
     """Train, and record the epochs that metrics.jsonl tells."""
     settings = read_settings()
     folder = settings.record.parent / "run"
-    code = train([f"--{key}={value}" for key, value in options_of(settings, folder).items()])
+    words = [f"--{key}={value}" for key, value in options_of(settings, folder).items()]
+    code = train([*words, *(f"--{option}" for option in settings.extra)])
     if code:
         raise SystemExit(code)
     if os.environ.get("RANK", "0") != "0":

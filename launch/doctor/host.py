@@ -130,7 +130,7 @@ def check_memory(context: DoctorContext) -> list[Finding]:
         f"{format_bytes(available)} available; {context.processes} x {format_bytes(each)} needed, "
         f"{'as measured' if measured else 'as an estimate'}"
     )
-    remedy = "use train.grad_accum_steps, fewer data.num_workers, a smaller --nproc, or more memory (--mem)"
+    remedy = "use train.micro_batch_size auto, fewer data.num_workers, a smaller --nproc, or more memory (--mem)"
     return [make_finding("memory", level, message, remedy)]
 
 

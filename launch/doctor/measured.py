@@ -21,8 +21,8 @@ _REMEDIES = {
     **dict.fromkeys(("torch", "torchvision"), "reinstall torch and torchvision together, from one index"),
     "config": "fix the option that the message names",
     "decoding": "check that the images can be read on this machine",
-    "model": "use --train.grad_accum_steps 2, or a machine with more memory",
-    "training step": "use --train.grad_accum_steps 2, or a machine with more memory",
+    "model": "use --train.micro_batch_size auto, or a machine with more memory",
+    "training step": "use --train.micro_batch_size auto, or a machine with more memory",
 }
 
 
@@ -78,7 +78,7 @@ def check_step(context: DoctorContext) -> list[Finding]:
     if step["memory_bytes"] is not None:
         message += f", peak memory {format_bytes(step['peak_bytes'])} of {format_bytes(step['memory_bytes'])}"
         level = "yellow" if step["peak_bytes"] > 0.9 * step["memory_bytes"] else "green"
-    remedy = "--train.grad_accum_steps 2 halves the memory and makes the same updates"
+    remedy = "--train.micro_batch_size auto takes what fits, and makes the same updates"
     return [make_finding("training step", level, message, remedy)]
 
 

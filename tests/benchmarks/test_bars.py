@@ -10,14 +10,21 @@ from benchmarks import bars, checkpoint, measure
 from benchmarks.measure import Program, Result
 from benchmarks.scenarios import SCENARIOS, Bar, Setting
 
+pytestmark = pytest.mark.usefixtures("_keep_threads")
 SETTING = Setting(threads=2, epochs=3, batch_size=64, lr=1e-2, weights=Path("w.safetensors"), peers=("d2l_loop",))
 OURS, OTHER = Program(name="regraft", threads=2), Program(name="d2l_loop", precision="fp32", threads=2)
 BAR = Bar(scenario="d2l", ours=OURS, other=OTHER, metric="training", asked=2.0)
 
 
+@pytest.fixture
+def _keep_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+
+
 def results(speed: float, accuracy: float) -> list[Result]:
     """Return five rounds whose speeds vary by a few percent around `speed`."""
-    return [Result(1, speed * factor, accuracy, 10 / speed, 20 / speed) for factor in (0.98, 0.99, 1.0, 1.01, 1.02)]
+    rates = [speed * factor for factor in (0.98, 0.99, 1.0, 1.01, 1.02)]
+    return [Result(first=1, later=rate, accuracy=accuracy, cold=5, work=10, seconds=20) for rate in rates]
 
 
 @pytest.mark.parametrize(
@@ -62,12 +69,21 @@ def test_equal_arithmetic_fixes_precision_and_layout_of_all_programs() -> None:
 def test_every_program_reads_the_options_that_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from benchmarks.peers.common import Settings, read_settings
 
-    program = replace(OURS, weights=Path("w"), config=Path("c"), fixed_views=True, lr=0.5, reduction="sum", workers=3)
+    program = replace(
+        OURS,
+        weights=Path("w"),
+        config=Path("c"),
+        fixed_views=True,
+        lr=0.5,
+        reduction="sum",
+        workers=3,
+        extra=("a.b=1",),
+    )
     words = [f"--data-root={tmp_path}", f"--record={tmp_path / 'r'}", "--seed=7", *program.options()]
     monkeypatch.setattr("sys.argv", ["program", *words])
     settings = read_settings()
     shared = {field.name for field in fields(Settings)} & {field.name for field in fields(Program)}
-    assert len(shared) == 13
+    assert len(shared) == 14
     assert all(getattr(settings, name) == getattr(program, name) for name in shared)
     assert settings.seed == 7
 
@@ -96,3 +112,22 @@ def test_interval_of_the_median_contains_it() -> None:
 def test_one_pair_of_checkpoint_epochs_has_no_standard_error() -> None:
     assert checkpoint.summary([1.01]) == "median ratio 1.010 of 1 (1.010 to 1.010), mean 1.010"
     assert "(standard error 0.100)" in checkpoint.summary([1.0, 1.2])
+
+
+@pytest.mark.parametrize("scenario", [*SCENARIOS])
+def test_regraft_knows_the_options_of_every_scenario(
+    scenario: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from benchmarks.peers.common import read_settings
+    from benchmarks.peers.regraft import options_of
+    from trainer.config.parse import parse
+
+    for bar in SCENARIOS[scenario](SETTING):
+        words = [f"--data-root={tmp_path}", f"--record={tmp_path / 'r'}", "--seed=7", *bar.ours.options()]
+        monkeypatch.setattr("sys.argv", ["program", *words])
+        config = parse([f"--{key}={value}" for key, value in options_of(read_settings(), tmp_path).items()])
+        assert config.run.seed == 7
+        assert config.train.epochs == bar.ours.epochs
+        assert config.train.batch_size == bar.ours.batch_size
+        assert (config.optim.lr, config.optim.loss_reduction) == (bar.ours.lr, bar.ours.reduction)
+        assert (config.optim.momentum, config.optim.schedule) == (0.0, "constant")

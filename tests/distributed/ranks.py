@@ -30,6 +30,7 @@ from trainer.errors import UserError
 from trainer.evaluate import Interrupted, evaluate
 from trainer.main import main as train
 from trainer.metrics import Meter, MetricState
+from trainer.model import compile as model_compile
 from trainer.model.batch_norm import (
     average_batch_norm_statistics,
     freeze_batch_norm,
@@ -252,6 +253,18 @@ def early_stopping(images: Path, out: Path) -> dict[str, Any]:
     return {"codes": codes, "attempts": attempts, "alpha": alpha, "epochs": len(rows(out / "early", "epoch"))}
 
 
+def compiled(images: Path, out: Path) -> list[list[float]]:
+    """Run without and with train.compile, whose graph is split at DDP's gradient buckets; return the losses."""
+    model_compile.BACKEND = "aot_eager"
+    losses = []
+    for flag in ("false", "true"):
+        options = {"train__compile": flag, "train__precision": "fp32", "train__logs_per_epoch": 100}
+        folder = out / f"compile-{flag}"
+        assert train(run_options(images, folder, model__name="squeezenet1_1", **options)) == 0
+        losses.append(batch_losses(rows(folder, "train")))
+    return losses
+
+
 STRATEGIES = "d2l@optim.lr=1e-5,from-scratch@optim.lr=1e30@optim.warmup=0 steps,head-only@optim.lr=1e-4"
 
 
@@ -297,6 +310,7 @@ def main(images: Path, out: Path) -> None:
     results["parity"] = parity(images, out)
     results["cached_features"] = cached_features(images, out)
     if ctx.world_size < 3:
+        results["compiled"] = compiled(images, out)
         results |= {"early_stopping": early_stopping(images, out), "commands": commands(images, out)}
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
     exit_process(0)

@@ -84,6 +84,12 @@ def test_early_stopping_ends_the_run_on_every_rank(rank_results: RankResults) ->
         }  # fmt: skip
 
 
+def test_a_compiled_model_makes_the_same_updates(rank_results: RankResults) -> None:
+    for processes in (1, 2):
+        plain, compiled = rank_results(processes)[0]["compiled"]
+        assert compiled == pytest.approx(plain, rel=1e-5)
+
+
 def test_lr_find_is_the_same_on_two_processes_and_ends_at_the_same_update(rank_results: RankResults) -> None:
     alone, first, second = (r["commands"] for r in (*rank_results(1), *rank_results(2)))
     for key in ("losses", "steps", "diverged", "suggested"):

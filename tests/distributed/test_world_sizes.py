@@ -15,7 +15,7 @@ def test_resume_on_two_then_three_then_one_process(tmp_path: Path, tmp_path_fact
     changes = runs.ALL_FEATURES | runs.WORLD_SIZE_INDEPENDENT
     starts = [
         (1, {"data__num_workers": 1}),
-        (2, {"data__num_workers": 0, "train__grad_accum_steps": 1}),
+        (2, {"data__num_workers": 0, "train__grad_accum_steps": 1, "train__micro_batch_size": "auto"}),
         (3, {"data__num_workers": 1, "train__gradient_checkpointing": "true"}),
         (1, {"data__num_workers": 0}),
     ]

@@ -189,15 +189,6 @@ def test_variables(level: str, context: DoctorContext, monkeypatch: pytest.Monke
         assert len(finding.message) < 250
 
 
-def test_memory_limit_of_a_container_counts(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text(f"{GIB}\n")
-    (tmp_path / "memory.current").write_text(f"{GIB // 2}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {GIB // 4}\n")
-    assert host.available_memory(cgroup=tmp_path) == 3 * GIB // 4
-    (tmp_path / "memory.max").write_text("max\n")
-    assert host.available_memory(cgroup=tmp_path) > GIB
-
-
 def test_run_folder(context: DoctorContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert host.nearest_existing(tmp_path / "runs" / "a" / "b") == tmp_path
     assert host.nearest_existing(tmp_path) == tmp_path.parent

@@ -69,7 +69,8 @@ def test_torchruns_log_the_last_restart_and_the_global_rank_count(tmp_path: Path
 @pytest.mark.parametrize(
     ("message", "remedy"),
     [
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "train.grad_accum_steps"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "train.micro_batch_size auto"),
+        ("OutOfMemory: out of memory with micro-batches of 8 images (CUDA out of memory.)", "the same command resumes"),
         ("RuntimeError: DataLoader worker (pid 3) is killed by signal: Bus error.", "/dev/shm"),
         ("OSError: [Errno 98] Address already in use", "port"),
         ("OSError: [Errno 28] No space left on device", "free some space"),

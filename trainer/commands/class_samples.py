@@ -8,6 +8,7 @@ from PIL import Image
 
 from trainer.config.build_loaders import make_train_transform
 from trainer.config.resolve import ResolvedConfig
+from trainer.data.augment import ResizeShorter
 from trainer.data.decode import UnreadableImage, decode
 from trainer.data.index import DatasetIndex
 from trainer.data.sampler import SampleKey
@@ -37,15 +38,17 @@ def sample_classes(index: DatasetIndex, config: ResolvedConfig) -> list[ClassSam
 def _sample_class(index: DatasetIndex, label: int, positions: Sequence[int], config: ResolvedConfig) -> ClassSamples:
     shown = positions[:IMAGES_PER_CLASS]
     images = [_read_image(index.train[position].path) for position in shown]
-    transform = make_train_transform(config.data)
+    transform, size = make_train_transform(config.data), config.data.cache_resize
+    arrays = [np.asarray(image) for image in images]
+    if size is not None and config.data.has_random_transform:
+        arrays = [ResizeShorter(size)(array) for array in arrays]
     # The generators of epoch 1: the run trains on exactly these images.
     generators = [SampleKey(0, position).generator(config.run.seed) for position in shown]
     return ClassSamples(
         caption=f"{escape_unprintable(index.classes[label])} ({len(positions)})",
         originals=images,
         augmented=[
-            Image.fromarray(transform(np.asarray(image), generator))
-            for image, generator in zip(images, generators, strict=True)
+            Image.fromarray(transform(array, generator)) for array, generator in zip(arrays, generators, strict=True)
         ],
     )
 

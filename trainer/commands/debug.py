@@ -36,6 +36,7 @@ from trainer.report.debug_console import ConsoleLogger, describe_tensor, print_l
 TRAIN_BATCHES = 3
 EVAL_EXAMPLES = 32
 STEPS_PER_LINE = 5
+_MICRO_BATCH = 8
 
 
 def debug(config: Config) -> None:
@@ -134,11 +135,19 @@ def _skipped(config: ResolvedConfig) -> Iterator[str]:
         yield "skipped: regularization.ema and transfer.l2_sp"
     if isinstance(config.transfer.trainable, dict):
         yield "skipped: all stages of transfer.trainable but the first"
+    if config.train.compile:
+        yield "skipped: train.compile"
+    if config.train.micro_batch_size == "auto":
+        yield f"skipped: the search of train.micro_batch_size auto; micro-batches have {_MICRO_BATCH} images"
     if config.model.head_init == "linear-probe":
         yield "skipped: the linear probe; the output layer is random instead"
 
 
 def _without_options(config: ResolvedConfig) -> ResolvedConfig:
+    train = replace(config.train, compile=False)
     return replace(
-        config, regularization=replace(config.regularization, ema=None), transfer=replace(config.transfer, l2_sp=0.0)
+        config,
+        regularization=replace(config.regularization, ema=None),
+        transfer=replace(config.transfer, l2_sp=0.0),
+        train=replace(train, micro_batch_size=_MICRO_BATCH) if train.micro_batch_size == "auto" else train,
     )

@@ -31,6 +31,8 @@ SECONDS = 1.0
 _MAX_IMAGES, _SYNTHETIC_IMAGES = 256, 48
 _MAX_CPU_BATCH = 8
 """Batch size of a measured step on a CPU: the rate hardly depends on it, but the duration does."""
+_AUTO_BATCH = 128
+"""Batch size of a measured step on a GPU with train.micro_batch_size auto."""
 
 
 class MeasuredRun:
@@ -104,7 +106,8 @@ class MeasuredRun:
         config, device = self._config, self._device
         on_gpu, size = device.type == "cuda", config.data.image_size
         local_batch = -(-config.train.batch_size // self._processes)
-        count = local_batch if on_gpu else min(local_batch, _MAX_CPU_BATCH)
+        limit = config.train.micro_batch_size if on_gpu else _MAX_CPU_BATCH
+        count = min(local_batch, _AUTO_BATCH if limit == "auto" else limit or local_batch)
         images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8).to(device)
         layout = torch.channels_last if config.train.uses_channels_last else torch.contiguous_format
         batch = Batch(

@@ -10,7 +10,15 @@ from rich.console import Console
 from trainer.commands.lr_range import Suggestion, has_diverged, suggest
 from trainer.config.build_data import load_run_data
 from trainer.config.build_loaders import make_batches, make_eval_loader
-from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
+from trainer.config.build_micro_batch import with_largest_micro_batch
+from trainer.config.build_model import (
+    apply_last_stage,
+    fit_linear_probe,
+    make_l2_sp,
+    make_model,
+    make_optimizer,
+    make_param_groups,
+)
 from trainer.config.build_training import make_train_step
 from trainer.config.execution import Workload, choose_execution
 from trainer.config.preflight import check_run_data
@@ -18,7 +26,6 @@ from trainer.config.resolve import ResolvedConfig
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.precision import Precision
 from trainer.distributed.signals import Stopped, StopSignals
-from trainer.model.freeze import apply_stage
 from trainer.optim.param_groups import set_lr
 from trainer.report.block_table import block_table
 from trainer.report.lr_range import lr_range_progress
@@ -73,11 +80,12 @@ def run_range_test(
         fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=nullcontext)
     if len(built.unfreeze_stages) > 1:
         console.print("transfer.trainable has stages: the test uses the last one, in which the most parameters train")
-        apply_stage(built.model, built.unfreeze_stages[-1], config.transfer.batch_norm)
+        apply_last_stage(built, config)
     groups = make_param_groups(built, config)
     console.print(block_table(built, groups))
     model, optimizer = ctx.prepare(built.model, make_optimizer(groups, config))
     train_step = make_train_step(config, data.examples_per_class, ctx, l2_sp)
+    train_step = with_largest_micro_batch(train_step, ctx.unwrap(model), optimizer, config, console)
     sizes = data.order.batch_sizes
     epochs = -(-len(rates) // len(sizes))
     batches = make_batches(config, data.index, data.order, ctx, epochs=epochs, images=data.images)

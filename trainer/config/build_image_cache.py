@@ -10,13 +10,13 @@ import torchvision
 from accelerate.utils import gather_object
 from rich.filesize import decimal
 
+from regraft.memory import available_memory, total_memory
 from trainer.config.resolve import ResolvedDataConfig
-from trainer.data.augment import EvalTransform
+from trainer.data.augment import EvalTransform, ResizeShorter
 from trainer.data.decode import decoder_version
 from trainer.data.image_cache.build import CacheBuilder, CacheForm
 from trainer.data.image_cache.cached import CachedImages
 from trainer.data.image_cache.folder import PackFolder
-from trainer.data.image_cache.limits import available_memory, total_memory
 from trainer.data.image_cache.memory import PackMemory, open_packs
 from trainer.data.image_cache.pack import Pack
 from trainer.data.image_cache.store import MISSING, ImageStore, parse_digests, variant
@@ -34,7 +34,7 @@ class ImageCache:
     """The image cache of a run: one process of each machine builds it, and every process opens it.
 
     Images of a split that is seen through the evaluation transform alone are cached as its output, the others as
-    decoded.
+    decoded, or resized to data.cache_resize.
     """
 
     def __init__(self, data: ResolvedDataConfig) -> None:
@@ -47,7 +47,10 @@ class ImageCache:
         self._folder = PackFolder(Path(data.cache) / "images", max_bytes=max_bytes)
         decoder, like = decoder_version(), data.preprocessing
         resize = (like.image_size, like.resize_size, like.resize, like.interpolation)
-        self._original = CacheForm(variant(decoder))
+        self._original = self._train = CacheForm(variant(decoder))
+        if data.cache_resize is not None:
+            reduce = ResizeShorter(data.cache_resize)
+            self._train = CacheForm(variant(decoder, reduce), reduce)
         self._output = CacheForm(
             variant(decoder, torchvision.__version__, resize), EvalTransform(like), 3 * like.image_size**2
         )
@@ -115,7 +118,7 @@ class ImageCache:
         in_memory = _open_memory(ctx) if self._mode == "ram" else None
         store = self._store or ImageStore(self._folder.read_packs()[0] if in_memory is None else in_memory)
         hashes = parse_digests(digests)
-        entries = {form: np.full(len(hashes), MISSING) for form in (self._output, self._original)}
+        entries = {form: np.full(len(hashes), MISSING) for form in (self._output, self._train)}
         room = self._limit
         for form, part in self._forms(index).items():
             found = store.locate(hashes[part], form.variant)
@@ -148,7 +151,7 @@ class ImageCache:
     def _forms(self, index: DatasetIndex) -> dict[CacheForm, slice]:
         """Return which examples are cached in which form. Outputs come first: they are smaller and save more."""
         train = len(index.train) if self._has_random_transform else 0
-        forms = {self._output: slice(train, None), self._original: slice(0, train)}
+        forms = {self._output: slice(train, None), self._train: slice(0, train)}
         return {form: part for form, part in forms.items() if part != slice(0, 0)}
 
     def _describe(self, images: CachedImages) -> str:

@@ -7,10 +7,10 @@ from functools import partial
 from torch import nn
 
 from trainer.config.resolve import ResolvedConfig, ResolvedDataConfig
-from trainer.data.augment import EvalTransform, Normalize, TrainTransform, Transform
+from trainer.data.augment import EvalTransform, Normalize, ResizeShorter, TrainTransform, Transform
 from trainer.data.dataset import Batch, FileReader, ImageDataset
 from trainer.data.device_loader import make_device_loader
-from trainer.data.image_cache.cached import NOT_CACHED, CachedImages, unchanged
+from trainer.data.image_cache.cached import NOT_CACHED, CachedImages, TransformedReader, unchanged
 from trainer.data.index import DatasetIndex, Example
 from trainer.data.loader import TrainBatches, make_dataloader
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
@@ -36,12 +36,13 @@ def make_dataset(
     images: CachedImages = NOT_CACHED,
 ) -> ImageDataset:
     """Return the images of a split under a transform."""
-    paths = [path for path, _ in examples]
-    files = FileReader(paths)
+    paths, size = [path for path, _ in examples], config.data.cache_resize
+    decode = FileReader(paths)
     if isinstance(transform, EvalTransform):
-        reader, transform = images.output_reader(paths, files, transform), unchanged
+        originals = images.reader(paths, decode) if size is None else decode
+        reader, transform = images.output_reader(paths, originals, transform), unchanged
     else:
-        reader = images.reader(paths, files)
+        reader = images.reader(paths, decode if size is None else TransformedReader(decode, ResizeShorter(size)))
     threads = decoding_threads(config.data.num_workers, ctx)
     return ImageDataset(examples, transform, seed=config.run.seed, threads=threads, reader=reader)
 
@@ -137,12 +138,15 @@ def eval_batch_size(config: ResolvedConfig, ctx: DistributedContext) -> int:
     """Return how many images a process evaluates at once.
 
     On a CPU a few per thread, so that activations stay in its caches (SqueezeNet at 224 px on two threads: batches of
-    8 take 0.6 of the time of batches of 128). On a GPU as many as it trains on.
+    8 take 0.6 of the time of batches of 128). On a GPU as many as it trains on, and with train.micro_batch_size auto,
+    which is found later, at most 128.
     """
     if ctx.device.type == "cpu":
         return max(8, 4 * ctx.threads)
-    local = -(-config.train.batch_size // (ctx.world_size * config.train.grad_accum_steps))
-    return max(8, local)
+    train = config.train
+    local = -(-train.batch_size // (ctx.world_size * train.grad_accum_steps))
+    limit = 128 if train.micro_batch_size == "auto" else train.micro_batch_size
+    return max(8, local if limit is None else min(local, limit))
 
 
 def eval_splits(index: DatasetIndex) -> dict[str, tuple[Example, ...]]:

@@ -16,7 +16,6 @@ from trainer.errors import UserError
 from trainer.model.built import BuiltModel
 from trainer.model.create import build_model
 from trainer.model.freeze import apply_stage, make_stages
-from trainer.model.gradient_checkpointing import enable_gradient_checkpointing
 from trainer.model.patterns import match_names
 from trainer.model.source_classes import ClassMapping
 from trainer.optim.param_groups import ParamGroup, create_optimizer, group_parameters
@@ -59,6 +58,7 @@ def make_model(
         class_mapping=_class_mapping(config, classes, weights),
         dropout=config.model.dropout,
         stochastic_depth=config.model.stochastic_depth,
+        gradient_checkpointing=config.train.gradient_checkpointing,
         on_progress=on_progress,
     )
     if config.model.head_init == "linear-probe":
@@ -75,10 +75,6 @@ def make_model(
         for stage in stages
         if stage.start_epoch >= config.train.epochs
     ]
-    if config.train.gradient_checkpointing:
-        blocks = [block.name for block in built.layer_order.blocks]
-        names = enable_gradient_checkpointing(built.model, blocks, built.heads)
-        notes.append(f"train.gradient_checkpointing: {len(names)} blocks, {names[0]} to {names[-1]}")
     if weights is None and len(stages[-1].trainable) < len(list(built.model.parameters())):
         notes.append(
             "transfer.trainable: frozen parameters keep their random values, since there are no pretrained weights. "
@@ -94,6 +90,11 @@ def _class_mapping(config: ResolvedConfig, classes: Sequence[str], weights: str 
     return ClassMapping.from_weights(
         weights, targets=tuple(classes), sources=config.model.source_labels, aliases=config.model.aliases
     )
+
+
+def apply_last_stage(built: BuiltModel, config: ResolvedConfig) -> None:
+    """Unfreeze what trains in the last stage of transfer.trainable."""
+    apply_stage(built.model, built.unfreeze_stages[-1], config.transfer.batch_norm)
 
 
 def make_l2_sp(built: BuiltModel, config: ResolvedConfig) -> L2SP:

@@ -9,6 +9,7 @@ from trainer.config.resolve import ResolvedConfig
 from trainer.data.augment import Normalize
 from trainer.distributed.context import DistributedContext
 from trainer.model.built import BuiltModel
+from trainer.model.compile import compile_model
 from trainer.optim.ema import ModelEma
 from trainer.optim.loss import Criterion, balanced_weights
 from trainer.optim.mixup import Mixup
@@ -30,7 +31,8 @@ def make_train_state(
 ) -> tuple[TrainState, GradualUnfreezing]:
     """Wrap model and optimizer by accelerate; return the state before the first update, and what wraps each stage.
 
-    Without `features`, the whole model trains in every stage.
+    Without `features`, the whole model trains in every stage. With train.compile, the model and its moving average are
+    compiled.
     """
     ctx.reset()
     unfreezing = GradualUnfreezing(
@@ -48,14 +50,21 @@ def make_train_state(
         ema=ModelEma(unfreezing.unwrapped, config.regularization.ema),
         scaler=ctx.accelerator.scaler,
     )
+    if config.train.compile:
+        compile_model(state.model)
+        if state.ema.enabled:
+            compile_model(state.ema.model)
     return state, unfreezing
 
 
 def make_train_step(
     config: ResolvedConfig, examples_per_class: Sequence[int], ctx: DistributedContext, l2_sp: L2SP
 ) -> TrainStep:
-    """Return the update; balanced class weights come from the number of training examples of each class."""
-    regularization = config.regularization
+    """Return the update; balanced class weights come from the number of training examples of each class.
+
+    With train.micro_batch_size auto, which is found later, it does not split the batch.
+    """
+    regularization, micro_batch_size = config.regularization, config.train.micro_batch_size
     weights = None
     if regularization.class_weights == "balanced":
         weights = balanced_weights(examples_per_class).to(ctx.device)
@@ -74,6 +83,7 @@ def make_train_step(
         l2_sp=l2_sp,
         loss_reduction=config.optim.loss_reduction,
         grad_accum_steps=config.train.grad_accum_steps,
+        micro_batch_size=None if micro_batch_size == "auto" else micro_batch_size,
         max_grad_norm=config.optim.max_grad_norm,
         seed=config.run.seed,
     )

@@ -18,3 +18,10 @@ def _to_yaml(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _to_yaml(item) for key, item in value.items()}
     return [_to_yaml(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def given_options(config: Config) -> dict[str, Any]:
+    """Return the options of a command without its run folder, as they are in JSON: two such commands do the same."""
+    options: dict[str, Any] = _to_yaml(dataclasses.asdict(config))
+    del options["run"]["dir"]
+    return options

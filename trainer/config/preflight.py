@@ -65,6 +65,11 @@ def _check_sync_batch_norm(config: ResolvedConfig, order: EpochOrder, ctx: Distr
             f"{option}, but train.grad_accum_steps {config.train.grad_accum_steps} splits the batch, so that the "
             "layers do not see all of it at once: set it to 1, or batch_norm to frozen"
         )
+    if config.train.micro_batch_size is not None:
+        raise UserError(
+            f"{option}, but train.micro_batch_size {config.train.micro_batch_size} may split the batch, so that the "
+            "layers do not see all of it at once: set it to null, or batch_norm to frozen"
+        )
     if ctx.world_size == 1:
         return  # the local batch is the global batch
     if ctx.device.type != "cuda":

@@ -92,6 +92,11 @@ def resolve(config: Config) -> ResolvedConfig:
             f"data.resize_size is {data.resize_size}, data.image_size {size}: expected a resize size of at least the "
             "image size, since the image is cropped after the resize"
         )
+    if data.cache_resize is not None and data.cache_resize < size:
+        raise UserError(
+            f"data.cache_resize is {data.cache_resize}, data.image_size {size}: expected at least the image size, or "
+            "crops of the whole image would be enlarged"
+        )
     pretrain = config.pretrain
     if pretrain.root and not is_known(pretrain.root):
         pretrain = replace(pretrain, root=_absolute("pretrain.root", pretrain.root))

@@ -116,6 +116,8 @@ class DataConfig:
     """Cache folder of downloads, synthetic datasets, validation results and decoded images; null uses $REGRAFT_CACHE, else ~/.cache/regraft."""
     cache_images: Literal["auto", "off", "disk", "ram", "device"] = "auto"
     """Image cache: up to half of the available memory (auto) or disk (disk), memory alone (ram), also the GPU's (device), or none (off)."""
+    cache_resize: int | None = None
+    """Resize of training images before their random crops: shorter side [pixels], which changes the pixels but saves space and time; null does not resize."""
 
     def __post_init__(self) -> None:
         wrong_roles = sorted({*self.csv_columns} - {*CSV_ROLES})
@@ -124,7 +126,7 @@ class DataConfig:
         for key in ("train_dir", "val_dir", "test_dir", "csv_root"):
             folder: str | None = getattr(self, key)
             _check(f"data.{key}", repr(folder), folder is None or bool(folder.strip()), "a folder, or null")
-        for key in ("image_size", "resize_size"):
+        for key in ("image_size", "resize_size", "cache_resize"):
             size: int | None = getattr(self, key)
             _check(f"data.{key}", size, size is None or 1 <= size <= 8192, "1 to 8192 pixels, or null")
         if reason := find_wrong_normalization(self.mean, self.std):
@@ -295,12 +297,16 @@ class TrainConfig:
     """Batch size of one update over all processes (global batch)."""
     grad_accum_steps: int = 1
     """Gradient accumulation steps per update, which save memory and leave the update the same."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Micro-batch size: largest number of images per process in one forward and backward; auto finds what fits in memory, null uses grad_accum_steps."""
     cache_features: Literal["auto", "off"] = "auto"
     """Feature cache: compute the output of frozen layers once for images that are the same in every epoch (auto), or in every step (off)."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Precision of forward and backward; auto measures the first updates and takes the fastest that is accurate."""
     channels_last: bool | Literal["auto"] = "auto"
     """Memory format channels_last for images and convolutions; auto measures which is faster; results differ by rounding only."""
+    compile: bool = False
+    """Compile the model by torch.compile: faster updates after minutes of compilation; results differ by rounding only."""
     gradient_checkpointing: bool = False
     """Gradient checkpointing: recompute the activations of each block in backward, which saves memory, takes longer and leaves results the same."""
     logs_per_epoch: int = 5
@@ -319,6 +325,18 @@ class TrainConfig:
             raise UserError(
                 f"train.grad_accum_steps is {self.grad_accum_steps} and train.batch_size is {self.batch_size}: "
                 "a batch cannot be split into more micro-batches than it has examples"
+            )
+        if self.compile and self.gradient_checkpointing:
+            raise UserError(
+                "train.compile and train.gradient_checkpointing are both true, but torch.compile decides itself what to "
+                "recompute: set one of them to false"
+            )
+        size = self.micro_batch_size
+        _check("train.micro_batch_size", size, not isinstance(size, int) or size >= 1, "1 or more, auto, or null")
+        if size is not None and self.grad_accum_steps > 1:
+            raise UserError(
+                f"train.micro_batch_size is {size} and train.grad_accum_steps is {self.grad_accum_steps}, but one of "
+                "them splits the batch: set micro_batch_size to null, or grad_accum_steps to 1"
             )
 
 

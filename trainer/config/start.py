@@ -13,6 +13,7 @@ from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.schema import Config
 from trainer.distributed.context import DistributedContext, init_distributed
 from trainer.errors import UserError
+from trainer.model.compile import check_compiler
 from trainer.report.console import make_console
 from trainer.run.folder import check_resumable
 
@@ -23,7 +24,7 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
     `train.precision auto` is resolved later, by `choose_execution`.
 
     Raises:
-        UserError: see `resolve`, `init_distributed` and `check_pretrained_weights`.
+        UserError: see `resolve`, `init_distributed`, `check_pretrained_weights` and `check_compiler`.
 
     """
     resolved = resolve(config)
@@ -38,6 +39,8 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
     # Before images are decoded. One process of each machine reads its file.
     is_first = ctx.accelerator.is_local_main_process
     ctx.main_process_first(lambda: check_pretrained_weights(resolved) if is_first else None, local=True)
+    if resolved.train.compile:
+        ctx.main_process_first(lambda: check_compiler(ctx.device) if is_first else None, local=True)
     return resolved, ctx, console
 
 

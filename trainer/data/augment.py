@@ -97,6 +97,23 @@ class EvalTransform:
         return np.asarray(self._transform(Image.fromarray(image)))
 
 
+@dataclass(frozen=True)
+class ResizeShorter:
+    """Reduce the shorter side of an image by Pillow, with a Lanczos filter; smaller images are unchanged."""
+
+    size: int
+    """Length of the shorter side [pixels]."""
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Return uint8 [H, W, 3]; the aspect ratio is kept."""
+        height, width, _ = image.shape
+        shorter = min(height, width)
+        if shorter <= self.size:
+            return image
+        resized = (round(width * self.size / shorter), round(height * self.size / shorter))
+        return np.asarray(Image.fromarray(image).resize(resized, Image.Resampling.LANCZOS))
+
+
 class TrainTransform:
     """Random crop and flip to [image_size, image_size], then a policy and random erasing."""
 

@@ -109,7 +109,7 @@ def make_device_loader(
         sampler: yields the local batches.
         device: stores the images.
         channels_last: memory format of the batches.
-        num_workers: worker processes that draw the crops; one draws 50,000 per second.
+        num_workers: worker processes that draw the crops; one draws tens of thousands per second.
         threads: number of images that are read at once.
 
     Raises:

@@ -1,7 +1,7 @@
 """Validate images: decode and hash each image once and cache the result for the next start."""
 
 # Creating a Path for each of a million images would take longer than the cache lookup.
-# ruff: noqa: PTH100, PTH116, PTH118
+# ruff: noqa: PTH100, PTH118
 
 import hashlib
 import os
@@ -167,18 +167,10 @@ def _validate(task: _Task, on_decoded: OnDecoded | None) -> tuple[ValidationResu
     except UnreadableImage as error:
         is_permanent = task.version is not None and not isinstance(error, UnreachableImage)
         return ValidationResult(task.version, digest, str(error), (), is_one_color=False), is_permanent
-    if on_decoded is not None and task.version is not None and _file_version(task.path) == task.version:
+    if on_decoded is not None and tuple(read_versions([task.path])[0].tolist()) == task.version:
         on_decoded(task.path, digest, image)  # a file that changes just now may be decoded to other pixels
     result = ValidationResult(task.version, digest, None, conversions, is_one_color=is_one_color(image))
     return result, task.version is not None
-
-
-def _file_version(path: str) -> FileVersion | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return FileVersion(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _check_writable(folder: Path) -> None:

@@ -24,6 +24,7 @@ from accelerate.utils import (
 from torch import nn
 
 from regraft.contract import available_cores
+from trainer.distributed.allocator import keep_freed_memory
 from trainer.distributed.launch_checks import (
     check_accelerate_variables,
     check_process_group,
@@ -247,6 +248,8 @@ def init_distributed(
     cores = max(1, available_cores() // local_world_size)
     num_threads = threads or (cores if on_cpu else max(1, cores // 2))
     torch.set_num_threads(num_threads)
+    if on_cpu:
+        keep_freed_memory(os.environ)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = f" (CUDA_VISIBLE_DEVICES={visible!r})" if device == "auto" and on_cpu and visible is not None else ""
     note = (

@@ -8,6 +8,7 @@ from trainer.model.blocks import analyze_blocks
 from trainer.model.build import build
 from trainer.model.built import BuiltModel
 from trainer.model.dropout import set_dropout, set_stochastic_depth
+from trainer.model.gradient_checkpointing import enable_gradient_checkpointing
 from trainer.model.head import find_heads, replace_head
 from trainer.model.load_weights import load_weights, match_weights
 from trainer.model.source_classes import ClassMapping, init_head_from_source_classes
@@ -26,6 +27,7 @@ def build_model(
     class_mapping: ClassMapping | None = None,
     dropout: float | None = None,
     stochastic_depth: float | None = None,
+    gradient_checkpointing: bool = False,
     on_progress: Callable[[str], None] | None = None,
 ) -> BuiltModel:
     """Build a model with a new, random output layer, and copy the source weights into all other layers.
@@ -41,6 +43,7 @@ def build_model(
         class_mapping: for head_init source-labels.
         dropout: probability; None keeps the model's own.
         stochastic_depth: probability; None keeps the model's own.
+        gradient_checkpointing: whether the blocks recompute their activations in the backward pass.
         on_progress: called with one line before a download.
 
     Raises:
@@ -69,9 +72,11 @@ def build_model(
     if stochastic_depth is not None:
         lines.append(set_stochastic_depth(model, name, stochastic_depth))
     allow_single_value_batches(model)
-    return BuiltModel(
-        model, tuple(head.name for head in heads), source, tuple(lines), analyze_blocks(model, image_size)
-    )
+    head_names, layer_order = tuple(head.name for head in heads), analyze_blocks(model, image_size)
+    if gradient_checkpointing:
+        names = enable_gradient_checkpointing(model, [block.name for block in layer_order.blocks], head_names)
+        lines.append(f"gradient checkpointing of {len(names)} blocks, {names[0]} to {names[-1]}")
+    return BuiltModel(model, head_names, source, tuple(lines), layer_order)
 
 
 def check_weights(

@@ -81,7 +81,8 @@ def autotune(
     for other in measured[1:]:
         if other.is_accurate and other.images_per_sec >= MIN_GAIN * best.images_per_sec:
             best = other
-    return [best, *(measurement for measurement in measured if measurement is not best)]
+    others = (measurement for measurement in measured if measurement is not best)
+    return [best, *sorted(others, key=lambda measurement: -measurement.images_per_sec)]
 
 
 class _Probe:

@@ -74,16 +74,16 @@ def create_optimizer(
         }
         for group in groups
     ]
-    # On a GPU the fused kernels also keep fp16's overflow check on the device.
-    fused = True if all(p.is_cuda for s in settings for p in s["params"]) else None
-    if name == "sgd":
-        sgd = torch.optim.SGD(settings, momentum=momentum, fused=fused)
-        if fused and momentum:
-            # If fp16's loss scaling skips the first update, the fused kernel would leave its momentum uninitialized.
-            for parameter in (p for s in settings for p in s["params"]):
-                sgd.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-        return sgd
-    return torch.optim.AdamW(settings, fused=fused)
+    # The fused kernels update all parameters of a group in one pass. They keep fp16's overflow check on the device.
+    if name == "adamw":
+        return torch.optim.AdamW(settings, fused=True)
+    sgd = torch.optim.SGD(settings, momentum=momentum, fused=True)
+    if momentum:
+        # The fused kernel would leave a momentum uninitialized if fp16's loss scaling skips the first update, or if the
+        # parameter is unfrozen later than others of its group.
+        for parameter in (p for s in settings for p in s["params"]):
+            sgd.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+    return sgd
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

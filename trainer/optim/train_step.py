@@ -34,11 +34,13 @@ class TrainStep:
     loss_reduction: Literal["mean", "sum"]
     """Whether the gradient is that of the mean or of the sum of the loss over the global batch."""
     grad_accum_steps: int
-    """Number of micro-batches that a local batch is split into."""
+    """Number of micro-batches that a local batch is split into, if `micro_batch_size` is None."""
     max_grad_norm: float | None
     """Maximum norm of the gradient; None: the gradient is not clipped."""
     seed: int
     """The run's seed."""
+    micro_batch_size: int | None = None
+    """Largest number of images of a micro-batch; None: split into `grad_accum_steps` micro-batches."""
 
     def plain(self) -> Self:
         """Return a step with plain cross-entropy: without label smoothing, class weights, mixup and L2-SP."""
@@ -101,7 +103,9 @@ class TrainStep:
         accelerator = self.ctx.accelerator
         loss_sum = torch.zeros((), dtype=torch.float64, device=labels.device)
         correct = torch.zeros((), dtype=torch.int64, device=labels.device)
-        micro_batches = split_micro_batches(len(labels), self.grad_accum_steps)
+        size = self.micro_batch_size
+        count = self.grad_accum_steps if size is None else -(-len(labels) // size)
+        micro_batches = split_micro_batches(len(labels), count)
         for micro_batch in micro_batches:
             is_last = micro_batch is micro_batches[-1]
             with contextlib.nullcontext() if is_last else accelerator.no_sync(model):

@@ -43,10 +43,20 @@ _SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH|CO
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/]*@")
 
 
-def record_environment(folder: Path, attempt: RunLock | None, ctx: DistributedContext) -> str | None:
+def record_environment(
+    folder: Path, attempt: RunLock | None, ctx: DistributedContext, options: Mapping[str, Any]
+) -> str | None:
     """Write the record of this start; all ranks call it, and rank 0, which alone has an attempt, writes.
 
-    Returns one line if something could not be collected or written, else None.
+    Args:
+        folder: the run folder.
+        attempt: rank 0's lock of the run folder.
+        ctx: the distributed context.
+        options: the options of the command, before defaults that depend on the model are filled in.
+
+    Returns:
+        One line if something could not be collected or written, else None.
+
     """
     host = describe_host(ctx.accelerator.device)
     hosts = gather_object([host]) if ctx.world_size > 1 else [host]
@@ -58,6 +68,7 @@ def record_environment(folder: Path, attempt: RunLock | None, ctx: DistributedCo
             "attempt": attempt.record.attempt,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "hosts": merge_by_host(hosts),
+            "options": options,
         } | _collect(
             argv=lambda: redact_argv(sys.orig_argv),
             working_folder=lambda: str(Path.cwd()),

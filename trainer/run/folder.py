@@ -8,6 +8,7 @@ attempts/           one file per start: host and process, position, and how it e
 environment/        one file per start: code, packages, hardware and settings
 curves.png          losses and accuracies over the epochs
 split.csv           the split, if regraft made one
+micro-batch.json    micro-batch size that was found, or halved after an attempt ran out of memory
 images.json         hashes of the images, by which a resumed run notices that one has changed
 pretrain/, baseline/    the other phases of a run, with the same layout
 initial.safetensors     with transfer.wise_ft: the model before its first update
@@ -76,8 +77,10 @@ _MAY_CHANGE = frozenset(
         "data.on_changed",
         "transfer.strategy",  # a name for options, all of which are compared
         "train.cache_features",
+        "train.compile",
         "train.grad_accum_steps",
         "train.gradient_checkpointing",
+        "train.micro_batch_size",
         "train.logs_per_epoch",
         "checkpoint.every",
         "checkpoint.keep_last",

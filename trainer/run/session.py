@@ -10,10 +10,11 @@ from rich.console import Console
 
 from regraft.contract import STOP, AttemptRecord, latest_attempt
 from trainer.distributed.context import DistributedContext
+from trainer.distributed.precision import Execution
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.distributed.watchdog import Heartbeat, Watchdog
 from trainer.errors import UserError
-from trainer.run.folder import archive_run, check_resumable, holds_run, write_config
+from trainer.run.folder import archive_run, check_resumable, holds_run, saved_execution, write_config
 from trainer.run.lock import RunLock, is_torchrun_restart, wait_until_released
 
 
@@ -39,6 +40,11 @@ class OpenRun:
     def is_writer(self) -> bool:
         """Return whether this process writes into the run folder."""
         return self.lock is not None
+
+    @property
+    def saved_execution(self) -> Execution | None:
+        """Return the precision and memory layout that the phase in progress began with; None if it is new."""
+        return saved_execution(self.folder)
 
     def check_lock(self) -> None:
         """Raise a UserError if another attempt has taken over the run. Ranks without the lock do nothing."""

@@ -17,8 +17,6 @@ MAX_RATIO = 8
 Features of this size take about as long to read as a decoded image to crop and resize. Larger ones, those of the first
 layers, would take the memory of many images to save little arithmetic.
 """
-_MEMORY_SHARE, _DEVICE_SHARE = 0.5, 0.25
-"""Shares of the machine's available memory, and of a GPU's free memory, that features may take."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,8 @@ class FrozenLayers:
     """Images uint8 [B, 3, H, W] -> the model's input."""
     blank: Tensor
     """Two images as in a batch, of any content."""
+    memory_share: float
+    """Share of the available memory that features may take: first of the GPU's, else of the machine's."""
     log: Callable[[str], object]
     """Called with lines for the console."""
 
@@ -88,13 +88,15 @@ class FrozenLayers:
             return None
         size = bytes_each * count
         device = self.ctx.device
-        on_device = device.type == "cuda" and size <= _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+        on_device = device.type == "cuda" and size <= self.memory_share * torch.cuda.mem_get_info(device)[0]
         free = available_memory() // self.ctx.local_world_size
-        fits = on_device or size <= _MEMORY_SHARE * free
+        fits = on_device or size <= self.memory_share * free
         shape = " x ".join(map(str, features.shape[1:]))
         kept = f"frozen layers: the input of {split.layer} ({shape}) for {count} {name}, {_in_mb(size)}"
         if self.ctx.all_reduce_max([not fits])[0]:  # all processes decide the same
-            self.log(f"{kept}, does not fit into {_in_mb(_MEMORY_SHARE * free)} of memory: it is computed every time")
+            self.log(
+                f"{kept}, does not fit into {_in_mb(self.memory_share * free)} of memory: it is computed every time"
+            )
             return None
         self.log(f"{kept}, is computed once")
         return FeatureStore(device if on_device else torch.device("cpu"), features)

@@ -188,6 +188,7 @@ def check(config: ResolvedConfig, ctx: Any, order: EpochOrder = ORDER, **argumen
     [
         (synchronized(), 25, 2, "cpu", "which needs GPUs: .* Choose frozen, .* or run one process"),
         (synchronized("--train.grad_accum_steps=2"), 25, 1, "cpu", r"train\.grad_accum_steps 2 .* set it to 1"),
+        (synchronized("--train.micro_batch_size=auto"), 25, 1, "cpu", r"micro_batch_size auto .* set it to null"),
         (synchronized(), 25, 6, "cuda", "a batch of 5, fewer than the 6 processes: choose another"),
         (synchronized(), 21, 2, "cuda", "a batch of 1, fewer than the 2"),
     ],

@@ -162,6 +162,25 @@ def test_another_size_or_content_is_another_entry(root: Path, ctx: DistributedCo
     assert_equal(batches(changed, load(changed, ctx)[0], ctx), batches(off, load(off, ctx)[0], ctx))
 
 
+def test_cache_resize_changes_the_training_images_alone_with_or_without_a_cache(
+    root: Path, ctx: DistributedContext, decoded: Decoded
+) -> None:
+    plain = config(root, "off")
+    before = batches(plain, load(plain, ctx)[0], ctx)
+    off = config(root, "off", "--data.cache_resize=20")
+    expected = batches(off, load(off, ctx)[0], ctx)
+    steps = 2 * 3
+    assert not any(torch.equal(a.images, b.images) for a, b in zip(before[:steps], expected[:steps], strict=True))
+    assert_equal(before[steps:], expected[steps:])
+    for mode in ("auto", "ram"):
+        resized = config(root, mode, "--data.cache_resize=20")
+        data, line = load(resized, ctx)
+        assert f"{(TRAIN * 20 * 27 * 3 + EVALUATED * 3 * SIZE**2) / 1e3:.1f} kB" in line
+        assert_equal(batches(resized, data, ctx), expected)
+    larger = config(root, "auto", "--data.cache_resize=31")
+    assert_equal(batches(larger, load(larger, ctx)[0], ctx), before)
+
+
 @pytest.mark.parametrize("mode", ["auto", "ram"])
 def test_what_does_not_fit_into_memory_is_decoded_in_every_epoch(
     root: Path, ctx: DistributedContext, monkeypatch: pytest.MonkeyPatch, decoded: Decoded, mode: str

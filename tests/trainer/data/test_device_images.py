@@ -12,7 +12,7 @@ from trainer.data.device_images import CropParams, DeviceImages, allocate, crop_
 from trainer.data.random_crop import Box, flip, resized_crop, sample_crop, sample_erasing
 from trainer.errors import UserError
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = ((90, 120), (40, 30), (1, 1), (1, 200), (300, 3))
 IMAGES = [np.asarray(noise_image(number, size=size[::-1])) for number, size in enumerate(SIZES)]
 COLOR = (124, 116, 104)
@@ -41,15 +41,15 @@ def cropped_on_cpu(params: CropParams[int], size: int, mode: InterpolationMode) 
 
 def crop(images: DeviceImages, params: Sequence[CropParams[int]], mode: Literal["bilinear", "bicubic"]) -> np.ndarray:
     cropped = images.crop(np.array(params), 24, mode)
-    return erase(cropped, torch.tensor(params), COLOR).numpy()
+    return erase(cropped, torch.tensor(params), COLOR).cpu().numpy()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_loaded_images_keep_their_pixels(threads: int) -> None:
-    images = DeviceImages.load(IMAGES.__getitem__, len(IMAGES), CPU, threads=threads)
+    images = DeviceImages.load(IMAGES.__getitem__, len(IMAGES), DEVICE, threads=threads)
     for image, start, size in zip(IMAGES, images.starts, images.sizes, strict=True):
         pixels = images.pixels[start : start + size.prod()].view(*size, 3)
-        assert np.array_equal(pixels, image)
+        assert np.array_equal(pixels.cpu(), image)
     assert len(images.pixels) == sum(height * width for height, width in SIZES)
 
 
@@ -59,13 +59,14 @@ def test_crops_in_batches_are_within_2_gray_levels_of_those_of_one_image(
     mode: Literal["bilinear", "bicubic"], chunk_pixels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_images, "_CHUNK_PIXELS", chunk_pixels)
-    images, params = DeviceImages.load(IMAGES.__getitem__, len(IMAGES), CPU), random_params()
+    images, params = DeviceImages.load(IMAGES.__getitem__, len(IMAGES), DEVICE), random_params()
     result = crop(images, params, mode)
     assert result.shape == (len(params), 24, 24, 3)
     assert result.dtype == np.uint8
     expected = np.stack([cropped_on_cpu(one, 24, InterpolationMode(mode)) for one in params])
-    assert np.abs(result - expected.astype(np.int16)).max() <= 2
-    assert sum(np.array_equal(*pair) for pair in zip(result, expected, strict=True)) > len(params) / 2
+    difference = np.abs(result - expected.astype(np.int16))
+    assert difference.max() <= 2
+    assert difference.mean() < 0.15, "gray levels"
     erased = [one for one in params if one.erased_height]
     assert len(erased) > 5
     for one, image in zip(params, result, strict=True):
@@ -73,7 +74,7 @@ def test_crops_in_batches_are_within_2_gray_levels_of_those_of_one_image(
 
 
 def test_crop_does_not_depend_on_its_batch() -> None:
-    images, params = DeviceImages.load(IMAGES.__getitem__, len(IMAGES), CPU), random_params()
+    images, params = DeviceImages.load(IMAGES.__getitem__, len(IMAGES), DEVICE), random_params()
     together = crop(images, params, "bilinear")
     for one, image in zip(params, together, strict=True):
         assert np.abs(crop(images, [one], "bilinear")[0] - image.astype(np.int16)).max() <= 1, "rounding"

@@ -12,6 +12,7 @@ from trainer.data.device_loader import make_device_loader
 from trainer.data.loader import Collate
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COUNT = 7
 IMAGES = [np.asarray(noise_image(number, size=(30 + 9 * number, 70 - 8 * number))) for number in range(COUNT)]
 ORDER = EpochOrder(examples=COUNT, batch_size=4, seed=0)  # the last batch has 3 examples
@@ -30,12 +31,13 @@ def device_batches(
     num_workers: int = 0,
 ) -> list[Batch]:
     loader = make_device_loader(
-        dataset, sampler, device=torch.device("cpu"), channels_last=channels_last, num_workers=num_workers, threads=2
+        dataset, sampler, device=DEVICE, channels_last=channels_last, num_workers=num_workers, threads=2
     )
     batches = list(loader)
     for first, second in zip(batches, loader, strict=True):  # a second pass over the same loader
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    return batches
+    assert all(tensor.device.type == DEVICE.type for batch in batches for tensor in batch)
+    return [Batch(*(tensor.cpu() for tensor in batch)) for batch in batches]
 
 
 def host_batches(dataset: ImageDataset, sampler: DistributedBatchSampler | EvalBatchSampler) -> Sequence[Batch]:

@@ -35,6 +35,20 @@ def test_micro_batches_cover_a_batch_once_in_nearly_equal_parts() -> None:
         assert [part.stop - part.start for part in slices] == lengths
 
 
+def test_micro_batches_have_at_most_micro_batch_size_images(
+    ctx: DistributedContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients, sizes = [], []
+    for size in (None, 4, 3, 1):
+        net = make_net()
+        net.conv.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        make_train_step(ctx, micro_batch_size=size).backward(net, next(Batches()), 0.25)
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    assert sizes == [4, 4, 2, 2, 1, 1, 1, 1]
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0])
+
+
 class Auxiliary(nn.Module):
     """A model with GoogLeNet's outputs, from three separate layers."""
 

@@ -25,6 +25,7 @@ from trainer.run.lock import RunLock
 from trainer.run.versions import versions
 
 SECRET = "hunter2-correct-horse"
+OPTIONS = {"optim": {"lr": 0.5}}
 
 
 def context(world_size: int = 1) -> Any:
@@ -65,10 +66,11 @@ def test_record_holds_command_versions_hardware_and_redacted_variables(
     monkeypatch.setenv("NCCL_NET_TOKEN", SECRET)
     monkeypatch.setenv("REGRAFT_X", "\udcff\n")
     monkeypatch.setattr(sys, "orig_argv", ["python", "trainer/main.py", f"--hub.token={SECRET}"])
-    assert record_environment(attempt.folder, attempt, context()) is None
+    assert record_environment(attempt.folder, attempt, context(), OPTIONS) is None
     record = read_record(attempt)
     assert record["argv"] == ["python", "trainer/main.py", f"--hub.token={REDACTED}"]
     assert record["working_folder"] == str(Path.cwd())
+    assert record["options"] == OPTIONS
     assert record["versions"] == versions()
     assert record["packages"]["torch"] == versions()["torch"]
     assert record["torch"]["threads"] == torch.get_num_threads()
@@ -130,25 +132,25 @@ def test_rank_0_writes_the_hosts_of_all_ranks(attempt: RunLock, monkeypatch: pyt
     hosts = [{"host": name, "not_collected": {}} for name in ("a", "a", "b", "b")]
     assert merge_by_host(hosts) == [hosts[0] | {"ranks": [0, 1]}, hosts[2] | {"ranks": [2, 3]}]
     monkeypatch.setattr(environment, "gather_object", lambda _: hosts)
-    assert record_environment(attempt.folder, None, context(world_size=4)) is None
+    assert record_environment(attempt.folder, None, context(world_size=4), OPTIONS) is None
     assert not (attempt.folder / ENVIRONMENT).exists(), "this rank is not rank 0"
-    assert record_environment(attempt.folder, attempt, context(world_size=4)) is None
+    assert record_environment(attempt.folder, attempt, context(world_size=4), OPTIONS) is None
     assert read_record(attempt)["hosts"] == merge_by_host(hosts)
 
 
 def test_failures_are_one_line_and_do_not_end_the_run(attempt: RunLock, monkeypatch: pytest.MonkeyPatch) -> None:
     path = attempt.folder / ENVIRONMENT
     monkeypatch.setattr(environment, "distributions", lambda: 1 / 0)
-    line = record_environment(attempt.folder, attempt, context())
+    line = record_environment(attempt.folder, attempt, context(), OPTIONS)
     assert line == f"{path}/0001.json: not collected: packages (ZeroDivisionError: division by zero)"
     assert read_record(attempt)["not_collected"] == {"packages": "ZeroDivisionError: division by zero"}
     assert "packages" not in read_record(attempt)
     path.rename(path.with_name("elsewhere"))
     path.write_text("a file where the folder should be")
-    line = record_environment(attempt.folder, attempt, context())
+    line = record_environment(attempt.folder, attempt, context(), OPTIONS)
     assert str(line).startswith(f"{path}/0001.json: not written: FileExistsError")
     path.unlink()
     attempt.end("stopped", "SIGTERM")
     stop_heartbeat(RunLock.acquire(attempt.folder, log=print))
-    assert "attempt 2 on" in str(record_environment(attempt.folder, attempt, context()))
+    assert "attempt 2 on" in str(record_environment(attempt.folder, attempt, context(), OPTIONS))
     assert list(path.iterdir()) == [], "a superseded attempt writes nothing"

@@ -43,7 +43,9 @@ class Images:
 
 def make_layers(ctx: DistributedContext, lines: list[str] | None = None) -> FrozenLayers:
     blank = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    return FrozenLayers(ctx=ctx, normalize=normalize, blank=blank, log=([] if lines is None else lines).append)
+    return FrozenLayers(
+        ctx=ctx, normalize=normalize, blank=blank, memory_share=0.5, log=([] if lines is None else lines).append
+    )
 
 
 def make_frozen_net() -> SmallNet:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
-import torch
 
 from trainer.data.image_cache.store import MISSING, ImageStore
 
@@ -56,25 +55,25 @@ class CachedImages:
     paths: Sequence[Sequence[str]] = ()
     """Paths of the examples of each split."""
     originals: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """Entry of the decoded image of each example of all splits in the store, or `MISSING`."""
+    """Entry of the decoded (and resized) image of each example of all splits in the store, or `MISSING`."""
     outputs: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """Entry of the output of the evaluation transform of each example of all splits, or `MISSING`."""
 
     def reader(self, paths: Sequence[str], fallback: ReadImage) -> ReadImage:
-        """Return a reader of decoded images.
+        """Return a reader of images before a random transform.
 
         Args:
             paths: the images of a data set, which are examples of the run.
-            fallback: decodes an image that is not cached.
+            fallback: reads an image that is not cached.
 
         """
         return CachedReader(self.store, self._select(self.originals, paths), fallback) if self.paths else fallback
 
     def output_reader(
-        self, paths: Sequence[str], fallback: ReadImage, transform: Callable[[np.ndarray], np.ndarray]
+        self, paths: Sequence[str], originals: ReadImage, transform: Callable[[np.ndarray], np.ndarray]
     ) -> ReadImage:
-        """Return a reader of the evaluation transform's outputs; see `reader`."""
-        fallback = TransformedReader(self.reader(paths, fallback), transform)
+        """Return a reader of the evaluation transform's outputs; `originals` reads decoded images."""
+        fallback = TransformedReader(originals, transform)
         return CachedReader(self.store, self._select(self.outputs, paths), fallback) if self.paths else fallback
 
     def _select(self, entries: np.ndarray, paths: Sequence[str]) -> np.ndarray:
@@ -90,6 +89,6 @@ class CachedImages:
 NOT_CACHED = CachedImages()
 
 
-def unchanged(image: np.ndarray, generator: torch.Generator) -> np.ndarray:
+def unchanged(image: np.ndarray, generator: object) -> np.ndarray:
     """Return the image: the transform of a reader's outputs."""
     return image

@@ -144,7 +144,7 @@ class NewPackFile:
 
 def _remove_unlocked(path: Path) -> bool:
     """Remove a file unless a process has locked it; return whether it was removed."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # network file systems lock only files that are open for writing
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

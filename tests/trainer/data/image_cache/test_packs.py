@@ -4,7 +4,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,23 +28,23 @@ ORIGINAL = CacheForm(1)
 SMALL_PACKS = 18_000  # bytes: 5 images of 3,600, or 6 if two threads write at once
 BUILDER = """
 import os, signal, sys
-from contextlib import contextmanager
 from pathlib import Path
-from trainer.data.image_cache import folder
+from trainer.data.image_cache import folder, pack
 from tests.trainer.data.image_cache.test_packs import SMALL_PACKS, build
 
 folder.PACK_BYTES = SMALL_PACKS
-kill_after = int(sys.argv[3])
+added, add = [], pack.PackWriter.add
+
+def add_or_die(self, *arguments):
+    added.append(0)
+    if len(added) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, *arguments)
+
+pack.PackWriter.add = add_or_die
+print("ready", flush=True)
 input()
-
-@contextmanager
-def display():
-    def show(done, total):
-        if kill_after and done >= kill_after:
-            os.kill(os.getpid(), signal.SIGKILL)
-    yield show
-
-build(Path(sys.argv[1]), Path(sys.argv[2]), display=display)
+build(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -125,34 +124,39 @@ def test_images_of_a_pack_are_read_only_views_in_any_process(tmp_path: Path, dat
     assert (store.locate(parse_digests([images_of(data)[0][1]]), 2) == MISSING).all(), "another variant"
 
 
-def start(cache: Path, data: Path, *, kill_after: int = 0) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", BUILDER, str(cache), str(data), str(kill_after)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+def start(cache: Path, data: Path, *, kill_at: int = 0) -> subprocess.Popen[str]:
+    """Start a process that builds when it gets a line; SIGKILL ends it when it adds an image for the n-th time."""
+    command = [sys.executable, "-c", BUILDER, str(cache), str(data), str(kill_at)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
 
 
 def test_a_build_continues_after_sigkill(tmp_path: Path, data: Path) -> None:
-    killed = start(tmp_path, data, kill_after=COUNT // 2)
+    killed = start(tmp_path, data, kill_at=COUNT // 2)
     killed.communicate("\n")
     assert killed.returncode == -signal.SIGKILL
     _, entries = locate(tmp_path, data)
     cached = np.count_nonzero(entries != MISSING)
-    assert 0 < cached < COUNT
-    (leftover,) = tmp_path.glob(".*.tmp")
+    assert 0 < cached < COUNT // 2, "the images of complete packs"
+    assert [*tmp_path.glob(".*.tmp")]
     added = build(tmp_path, data)._writer.images
     assert added == COUNT - cached
-    assert not leftover.exists()
+    assert not [*tmp_path.glob(".*")]
     assert assert_pixels_are_those_of_the_files(*locate(tmp_path, data), data) == 0
     assert build(tmp_path, data)._writer.images == 0
 
 
 def test_two_processes_may_build_at_once(tmp_path: Path, data: Path) -> None:
     builders = [start(tmp_path, data) for _ in range(2)]
-    time.sleep(0.5)
     for builder in builders:
         assert builder.stdin is not None
         builder.stdin.write("\n")
         builder.stdin.flush()
-    assert [builder.wait(timeout=60) for builder in builders] == [0, 0]
+    for builder in builders:
+        builder.communicate(timeout=60)
+    assert [builder.returncode for builder in builders] == [0, 0]
     assert assert_pixels_are_those_of_the_files(*locate(tmp_path, data), data) == 0
     assert not [*tmp_path.glob(".*")]
 

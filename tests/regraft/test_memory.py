@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.image_cache import limits
+from regraft.memory import available_memory, total_memory
 
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file 40\ntotal_active_file 60\n")
 V2 = ("memory.max", "memory.current", "anon 1\ninactive_file 40\nactive_file 60\n")
@@ -26,25 +26,18 @@ HOST = (1024 * 1000, 1024 * 700)  # MemTotal and MemAvailable
     ],
 )
 def test_the_memory_of_control_groups(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    line: str,
-    folder: str,
-    names: tuple[str, str, str],
-    limit: str | None,
-    expected: tuple[int, int],
+    tmp_path: Path, line: str, folder: str, names: tuple[str, str, str], limit: str | None, expected: tuple[int, int]
 ) -> None:
     """The group uses 400 bytes, of which 100 are caches of files."""
-    monkeypatch.setattr(limits, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(limits, "_CGROUP", tmp_path / "cgroup")
-    (tmp_path / "proc" / "self").mkdir(parents=True)
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 700 kB\n")
-    (tmp_path / "proc" / "self" / "cgroup").write_text(f"2:pids:/\n{line}\n")
-    group = tmp_path / "cgroup" / folder
+    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 700 kB\n")
+    (proc / "self" / "cgroup").write_text(f"2:pids:/\n{line}\n")
+    group = cgroup / folder
     group.mkdir(parents=True)
     if limit is not None:
         limit_name, used_name, stat = names
         (group / limit_name).write_text(f"{limit}\n")
         (group / used_name).write_text("400\n")
         (group / "memory.stat").write_text(stat)
-    assert (limits.total_memory(), limits.available_memory()) == expected
+    assert (total_memory(proc, cgroup), available_memory(proc, cgroup)) == expected

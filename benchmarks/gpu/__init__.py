@@ -1,0 +1,1 @@
+"""The GPU part of the benchmarks: `benchmarks/gpu.sh`."""
