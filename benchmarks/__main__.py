@@ -8,6 +8,7 @@ BENCHMARKS = {
     "checkpoint": "benchmarks.checkpoint",
     "fingerprints": "benchmarks.fingerprints",
     "index": "benchmarks.index",
+    "model-options": "benchmarks.model_options",
     "peers": "benchmarks.compare_peers",
     "resident": "benchmarks.resident",
     "startup": "benchmarks.startup",

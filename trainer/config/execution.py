@@ -117,6 +117,8 @@ def _measure(
     built.model.to(ctx.device)
     on_gpu = ctx.device.type == "cuda"
     local_batch = -(-config.train.batch_size // (ctx.world_size * config.train.grad_accum_steps))
+    if isinstance(config.train.micro_batch_size, int):
+        local_batch = min(local_batch, config.train.micro_batch_size)
     best, *others = autotune(
         built.model,
         _load_batches(workload, ctx),

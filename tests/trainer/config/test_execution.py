@@ -81,8 +81,9 @@ def test_choice_is_measured_once(
     assert set(labels.tolist()) == {0, 1}
     assert not torch.equal(inputs, other_inputs)
     assert (call["precisions"], call["layouts"], call["batch_size"]) == (("fp32", "bf16"), (True, False), 8)
-    choose(workload, ctx, precision="fp32")
-    assert (measured[1]["precisions"], measured[1]["layouts"]) == (("fp32",), (True, False))
+    choose(workload, ctx, precision="fp32", micro_batch_size=3)
+    call = measured[1]
+    assert (call["precisions"], call["layouts"], call["batch_size"]) == (("fp32",), (True, False), 3)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"key": 1}', '{"key": ["fp64", true, ""]}', "[" * 10_000, "\0"])
