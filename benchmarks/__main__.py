@@ -11,6 +11,7 @@ BENCHMARKS = {
     "model-options": "benchmarks.model_options",
     "peers": "benchmarks.compare_peers",
     "resident": "benchmarks.resident",
+    "startup": "benchmarks.startup",
     "step": "benchmarks.step",
     "throughput": "benchmarks.throughput",
 }

@@ -94,7 +94,7 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
     schedule: TrainSchedule,
     train_step: TrainStep,
     *,
-    start_epoch: Callable[[int], nn.Module],
+    start_epoch: Callable[[int, Callable[[], bool]], nn.Module],
     evaluate: Callable[[nn.Module, Callable[[], bool]], Evaluations],
     checkpoints: Checkpoints,
     logger: TrainLogger,
@@ -106,7 +106,8 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
         loader: starts at the state's position.
         schedule: the updates of the run.
         train_step: makes one update.
-        start_epoch: epoch (from 0) -> the wrapped model. The wrapper changes when other parameters start to train.
+        start_epoch: (epoch from 0, interrupted) -> what trains, wrapped. The wrapper changes when other parameters
+            start to train.
         evaluate: (model, interrupted) -> the evaluation of each split; called at the end of each epoch.
         checkpoints: saves the state, and decides between two updates whether to save or stop.
         logger: receives progress and metrics.
@@ -139,18 +140,28 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
             raise _not_finite(nonfinite_step, steps, loader)
         checkpoints.save()
 
-    def save_and_stop(reason: str) -> NoReturn:
-        save()
+    def interrupted() -> bool:
+        return checkpoints.sync_flags().stop is not None
+
+    def stop_run(reason: str) -> NoReturn:
         raise Stopped(
             reason,
             saved=f"step {state.step} of {schedule.epochs * steps}, in epoch {state.epoch + 1} of {schedule.epochs}",
         )
 
+    def save_and_stop(reason: str) -> NoReturn:
+        save()
+        stop_run(reason)
+
     while state.epoch < schedule.epochs:
         start_step = state.step - state.epoch * steps
         # The old wrapper must be freed before the new one is made, or its DDP hooks stay registered.
         model = None
-        model = start_epoch(state.epoch)
+        try:
+            model = start_epoch(state.epoch, interrupted)
+        except Interrupted:
+            checkpoints.save()
+            stop_run(str(checkpoints.sync_flags().stop))
         meter = Meter(ctx.accelerator, state.metrics)
         for epoch_step in range(start_step, steps):
             step, size = state.step, schedule.batch_sizes[epoch_step]
@@ -177,7 +188,7 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
         if start_step < steps:  # otherwise they were averaged before the save; again would round them again
             average_batch_norm_statistics(state.ema.with_model(), ctx.world_size)
         try:
-            evaluations = evaluate(state.ema.model, lambda: checkpoints.sync_flags().stop is not None)
+            evaluations = evaluate(state.ema.model, interrupted)
         except Interrupted:
             save_and_stop(str(checkpoints.sync_flags().stop))
         if not all(math.isfinite(evaluation.loss_sum) for evaluation in evaluations.values()):

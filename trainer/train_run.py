@@ -5,7 +5,13 @@ from dataclasses import replace
 
 from trainer.config.build_checkpoints import find_resume_point, make_checkpoint_manager, make_model_metadata
 from trainer.config.build_data import check_images_unchanged, load_run_data, make_schedule, write_split_file
-from trainer.config.build_loaders import Evaluator, make_eval_loader, make_train_batches
+from trainer.config.build_features import (
+    make_evaluator,
+    make_frozen_layers,
+    make_probe_loader,
+    make_stage_features,
+    make_train_batches,
+)
 from trainer.config.build_micro_batch import MicroBatches
 from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_state, make_train_step
@@ -58,13 +64,13 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     micro_batches = MicroBatches(config, run)
     config = micro_batches.config
     wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
-    evaluator = Evaluator(index, config, ctx, data.images)
+    frozen_layers = make_frozen_layers(config, ctx, console)
     result = TrainResult(folder=run.folder, examples=(len(index.train), len(index.test)), val_split=index.val_split)
     if checkpoint is not None and resume_point.is_finished:
         rows = resume_point.finish()
         alpha = wise_ft.select_alpha(
             lambda: wise_ft.load_for_eval(channels_last=config.train.uses_channels_last),
-            evaluator,
+            make_evaluator(config, data, frozen_layers, None),
             step=checkpoint.state.step,
         )
         return replace(result, rows=rows, alpha=alpha, seconds=time.monotonic() - began)
@@ -81,15 +87,18 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     l2_sp = make_l2_sp(built, config)  # towards the pretrained weights, not those of a checkpoint
     probe_seconds = 0.0
     if checkpoint is None and config.model.head_init == "linear-probe":
-        loader, labels = make_eval_loader(index.train, config, ctx, data.images), [label for _, label in index.train]
+        loader, labels = make_probe_loader(config, data, ctx), [label for _, label in index.train]
         probe_seconds = fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=run.watchdog)
         del loader  # ends its worker processes, and frees the images that it keeps on the device
     groups = make_param_groups(built, config)
     console.print(block_table(built, groups))
     optimizer = make_optimizer(groups, config)
 
-    # 5. Precision and process group: accelerate wraps model and optimizer.
-    state, unfreezing = make_train_state(built, optimizer, config, ctx, console)
+    # 5. Precision and process group: accelerate wraps model and optimizer, or the layers after the frozen ones, whose
+    #    output for each image is then computed once.
+    features = make_stage_features(config, data, built.model, frozen_layers)
+    evaluator = make_evaluator(config, data, frozen_layers, built.model)
+    state, unfreezing = make_train_state(built, optimizer, config, ctx, console, features=features)
 
     # 6. Model, optimizer, loss scaling and position from the checkpoint.
     if checkpoint is not None:
@@ -101,8 +110,9 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     wise_ft.save_initial_weights(state.model, model_metadata, resumed=checkpoint is not None)
 
     # 7. The loader, from that position on; micro-batches that fit in the memory that is left; logger and checkpoints.
-    batches = make_train_batches(config, index, data.order, run, schedule, start_step=state.step, images=data.images)
+    batches = make_train_batches(config, data, run, schedule, built.unfreeze_stages, features, start_step=state.step)
     train_step = micro_batches.limit(make_train_step(config, data.examples_per_class, ctx, l2_sp), state, unfreezing)
+    train_step = replace(train_step, normalize=features.to_input)
     logger, progress_bar = make_logger(
         run,
         schedule,

@@ -224,6 +224,22 @@ def parity(images: Path, out: Path) -> dict[str, list[float]]:
     return result
 
 
+def cached_features(images: Path, out: Path) -> dict[str, list[float]]:
+    """Run three stages on two fixed views, with and without features of frozen layers; return the losses."""
+    changes = {
+        "model__name": "squeezenet1_1", "model__dropout": 0, "model__weights": images.parent / "source.safetensors",
+        "transfer__trainable": "{0: head, 1: 'from:features.12', 2: all}", "data__views": 2,
+        "train__epochs": 4, "train__logs_per_epoch": 100, "train__precision": "fp32",
+    }  # fmt: skip
+    result = {}
+    for option in ("auto", "off"):
+        folder = out / f"features-{option}"
+        assert train(run_options(images, folder, train__cache_features=option, **changes)) == 0
+        tests = [row["test_loss"] for row in rows(folder, "epoch")]
+        result[option] = [*batch_losses(rows(folder, "train")), *tests]
+    return result
+
+
 def early_stopping(images: Path, out: Path) -> dict[str, Any]:
     """Run without progress until early stopping ends the run, which selects WiSE-FT's alpha; start it again."""
     changes = {
@@ -292,6 +308,7 @@ def main(images: Path, out: Path) -> None:
     ctx.accelerator.free_memory()
     shut_down()
     results["parity"] = parity(images, out)
+    results["cached_features"] = cached_features(images, out)
     if ctx.world_size < 3:
         results["compiled"] = compiled(images, out)
         results |= {"early_stopping": early_stopping(images, out), "commands": commands(images, out)}

@@ -68,6 +68,14 @@ def test_every_rank_starts_with_the_same_output_layer(rank_results: RankResults)
         assert "the model's logits are not those of classifier.1" in result["refused"]
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_training_on_features_of_frozen_layers_changes_no_loss(processes: int, rank_results: RankResults) -> None:
+    expected = rank_results(1)[0]["cached_features"]["off"]
+    for result in rank_results(processes):
+        for losses in result["cached_features"].values():
+            assert losses == pytest.approx(expected, rel=1e-5)
+
+
 def test_early_stopping_ends_the_run_on_every_rank(rank_results: RankResults) -> None:
     for result in rank_results(2):
         # Of equal results the fine-tuned weights' is taken. A second start reports the finished run.

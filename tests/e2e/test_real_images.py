@@ -35,7 +35,6 @@ def test_the_d2l_recipe_learns_ants_and_bees(shared: Path, tmp_path: Path, train
         "config": REPOSITORY / "configs" / "hymenoptera.yaml", "data.root": shared / "data" / "hymenoptera",
         "model.weights": shared / "weights" / WEIGHTS, "run.dir": tmp_path / "run",
         "data.extensions": "[.jpg,.jpeg]",  # 244 of the 245 training images
-        "train.precision": "fp32", "train.channels_last": "true",  # as `regraft.load` computes below
         "train.epochs": 3,  # of 5, at a constant learning rate: measured 0.837
         "run.threads": 1,  # as in test_quickstart.py
     }  # fmt: skip

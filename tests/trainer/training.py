@@ -195,7 +195,7 @@ def run_fit(
         batches or Batches(schedule, state.step),
         schedule,
         train_step,
-        start_epoch=lambda epoch: state.model,
+        start_epoch=lambda epoch, interrupted: state.model,
         evaluate=evaluate,
         checkpoints=checkpoints or NullCheckpoints(),
         logger=logger,

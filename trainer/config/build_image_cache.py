@@ -82,6 +82,7 @@ class ImageCache:
             store=store,
             writer=writer,
             limit=self._limit,
+            open_pack=self._open_pack,
         )
         try:
             yield builder
@@ -131,11 +132,10 @@ class ImageCache:
             entries[form][part] = np.where(fits, found, MISSING)
         outputs, originals = entries.values()
         packs = store.packs_of(np.concatenate([outputs, originals]))
+        for pack in packs:
+            self._open_pack(pack)
         if self._mode == "ram":
             _memory.keep_only({pack.path for pack in packs})
-        else:
-            for pack in packs:
-                self._folder.open_pack(pack)
         images = CachedImages(
             store,
             paths=tuple([path for path, _ in split] for split in (index.train, index.val, index.test)),
@@ -147,6 +147,10 @@ class ImageCache:
     @property
     def _where(self) -> str:
         return "memory" if self._mode == "ram" else escape_unprintable(str(self._folder.folder))
+
+    def _open_pack(self, pack: Pack) -> None:
+        if self._mode != "ram":  # packs in memory are open already
+            self._folder.open_pack(pack)
 
     def _forms(self, index: DatasetIndex) -> dict[CacheForm, slice]:
         """Return which examples are cached in which form. Outputs come first: they are smaller and save more."""

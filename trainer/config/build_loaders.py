@@ -18,9 +18,7 @@ from trainer.distributed.context import DistributedContext
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
 from trainer.evaluate import Evaluations, evaluate
-from trainer.optim.schedule import TrainSchedule
-from trainer.run.audit import with_audit
-from trainer.run.session import OpenRun
+from trainer.transfer.eval_features import EvalFeatures, EvalInputs
 
 
 def make_train_transform(data: ResolvedDataConfig) -> Transform:
@@ -104,37 +102,17 @@ def make_batches(
 ) -> TrainBatches:
     """Return this process's local batches of the updates from `start_step` (counted from 0 over the run) on."""
     dataset = make_dataset(index.train, make_train_transform(config.data), config, ctx, images)
-    sampler = DistributedBatchSampler(
-        order, epochs=epochs, start_step=start_step, rank=ctx.rank, world_size=ctx.world_size
-    )
+    sampler = make_train_sampler(config, order, ctx, epochs=epochs, start_step=start_step)
     return TrainBatches(iter(make_loader(dataset, sampler, config, ctx)), dataset, order)
 
 
-def make_train_batches(
-    config: ResolvedConfig,
-    index: DatasetIndex,
-    order: EpochOrder,
-    run: OpenRun,
-    schedule: TrainSchedule,
-    *,
-    start_step: int,
-    images: CachedImages = NOT_CACHED,
-) -> TrainBatches:
-    """Return the local batches from `start_step` to the end of the run, recorded in `audit/` if run.audit is on."""
-    batches = make_batches(config, index, order, run.ctx, epochs=schedule.epochs, start_step=start_step, images=images)
-    if not config.run.audit:
-        return batches
-    record = partial(
-        with_audit,
-        folder=run.folder,
-        start_step=start_step,
-        steps_per_epoch=schedule.steps_per_epoch,
-        rank=run.ctx.rank,
-        world_size=run.ctx.world_size,
-        attempt=run.attempt,
-        lr_multiplier=schedule.lr_multiplier,
+def make_train_sampler(
+    config: ResolvedConfig, order: EpochOrder, ctx: DistributedContext, *, epochs: int, start_step: int
+) -> DistributedBatchSampler:
+    """Return the samples of this process's local batches from `start_step` to the end of epoch `epochs`."""
+    return DistributedBatchSampler(
+        order, epochs=epochs, start_step=start_step, rank=ctx.rank, world_size=ctx.world_size, views=config.data.views
     )
-    return batches.through(record)
 
 
 def num_loader_workers(option: int | None, ctx: DistributedContext) -> int:
@@ -180,9 +158,16 @@ class Evaluator:
     """Evaluates the splits of a data set. Its worker processes stay alive between epochs."""
 
     def __init__(
-        self, index: DatasetIndex, config: ResolvedConfig, ctx: DistributedContext, images: CachedImages = NOT_CACHED
+        self,
+        index: DatasetIndex,
+        config: ResolvedConfig,
+        ctx: DistributedContext,
+        images: CachedImages = NOT_CACHED,
+        *,
+        features: EvalFeatures | None = None,
     ) -> None:
-        self._ctx = ctx
+        """Make the loaders. With `features`, what frozen layers compute from an image is computed once."""
+        self._ctx, self._features = ctx, features
         self._classes = len(index.classes)
         self._normalize = Normalize(config.data.preprocessing, ctx.device)
         self._batch_size = eval_batch_size(config, ctx)
@@ -206,21 +191,30 @@ class Evaluator:
 
         """
         accelerator = self._ctx.accelerator
-        return {
-            name: evaluate(
-                model,
+        evaluations: Evaluations = {}
+        for name, (expected, images) in self._splits.items():
+            if splits is not None and name not in splits:
+                continue
+            evaluated, batches, normalize = self._inputs(model, name, images)
+            evaluations[name] = evaluate(
+                evaluated,
                 batches,
                 classes=self._classes,
                 expected=expected,
-                normalize=self._normalize,
+                normalize=normalize,
                 reduce=partial(accelerator.reduce, reduction="sum"),
                 device=accelerator.device,
                 num_batches=-(-expected // (self._ctx.world_size * self._batch_size)),
                 interrupted=interrupted,
             )
-            for name, (expected, batches) in self._splits.items()
-            if splits is None or name in splits
-        }
+        return evaluations
+
+    def _inputs(self, model: nn.Module, name: str, images: Iterable[Batch]) -> EvalInputs:
+        """Return what evaluates a split: a model, batches of its inputs, and their normalization."""
+        if self._features is None:
+            return model, images, self._normalize
+        count = len(range(self._ctx.rank, self._splits[name][0], self._ctx.world_size))
+        return self._features.inputs(model, name, images, count)
 
     def evaluate_initial(self, model: nn.Module, heartbeat: Heartbeat) -> Evaluations:
         """Return the evaluation of each split before the first step. A signal ends the run here: nothing is lost.

@@ -15,6 +15,7 @@ from trainer.optim.loss import Criterion, balanced_weights
 from trainer.optim.mixup import Mixup
 from trainer.optim.train_step import TrainStep
 from trainer.state import TrainState
+from trainer.transfer.frozen_features import NoFeatures, StageFeatures
 from trainer.transfer.gradual_unfreezing import GradualUnfreezing
 from trainer.transfer.l2_sp import L2SP
 
@@ -25,10 +26,13 @@ def make_train_state(
     config: ResolvedConfig,
     ctx: DistributedContext,
     console: Console,
+    *,
+    features: StageFeatures | None = None,
 ) -> tuple[TrainState, GradualUnfreezing]:
     """Wrap model and optimizer by accelerate; return the state before the first update, and what wraps each stage.
 
-    With train.compile, the model and its moving average are compiled.
+    Without `features`, the whole model trains in every stage. With train.compile, the model and its moving average are
+    compiled.
     """
     ctx.reset()
     unfreezing = GradualUnfreezing(
@@ -37,6 +41,7 @@ def make_train_state(
         optimizer,
         stages=built.unfreeze_stages,
         batch_norm=config.transfer.batch_norm,
+        features=features or NoFeatures(built.model, Normalize(config.data.preprocessing, ctx.device)),
         log=console.print,
     )
     state = TrainState(

@@ -91,6 +91,8 @@ class DataConfig:
     """Crop scale: smallest and largest area of a random training crop, as fractions of the image."""
     random_erasing: float = 0.0
     """Random erasing probability of a training image."""
+    views: int | None = None
+    """Number of fixed random views of each training image, which the epochs show in turn; null draws a new one in every epoch."""
     sampling: Literal["shuffled", "balanced"] = "shuffled"
     """Sampling of an epoch: each example once (shuffled) or each class equally often (balanced)."""
     val_fraction: float = 0.0
@@ -132,6 +134,7 @@ class DataConfig:
         if (self.mean is None) != (self.std is None):
             raise UserError("data.mean and data.std belong together: set both or neither")
         _check("data.random_erasing", self.random_erasing, 0 <= self.random_erasing <= 1, "a probability, 0 to 1")
+        _check("data.views", self.views, self.views is None or self.views >= 1, "1 or more, or null")
         if self.cache_images == "device" and (self.augment, self.random_erasing) != ("none", 0.0):
             augment = f"{self.augment} with data.random_erasing {self.random_erasing}"
             expected = "basic, or none without random erasing, if data.cache_images is device"
@@ -296,6 +299,8 @@ class TrainConfig:
     """Gradient accumulation steps per update, which save memory and leave the update the same."""
     micro_batch_size: int | Literal["auto"] | None = None
     """Micro-batch size: largest number of images per process in one forward and backward; auto finds what fits in memory, null uses grad_accum_steps."""
+    cache_features: Literal["auto", "off"] = "auto"
+    """Feature cache: compute the output of frozen layers once for images that are the same in every epoch (auto), or in every step (off)."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Precision of forward and backward; auto measures the first updates and takes the fastest that is accurate."""
     channels_last: bool | Literal["auto"] = "auto"

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """Local batch: the part of a global batch on one process. B may be 0."""
 
     images: Tensor
-    """uint8 [B, 3, H, W]."""
+    """uint8 [B, 3, H, W]; or features of frozen layers [B, ...], which are computed once."""
     labels: Tensor
     """int64 [B]."""
     examples: Tensor

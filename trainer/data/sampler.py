@@ -76,16 +76,24 @@ class EpochOrder:
 class DistributedBatchSampler:
     """Local batches of one rank, from step `start_step` of the run to its end.
 
-    It iterates over all epochs, so that workers prefetch the next epoch while the model is evaluated.
+    It iterates over all epochs, so that workers prefetch the next epoch while the model is evaluated. With `views`,
+    epoch e augments each example as epoch e mod `views`, every time that it occurs.
     """
 
     batch_size = 1  # accelerate reads this attribute; the lists have the real sizes
 
     def __init__(
-        self, order: EpochOrder, *, epochs: int, start_step: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        order: EpochOrder,
+        *,
+        epochs: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        views: int | None = None,
     ) -> None:
         self.order, self.epochs, self.start_step = order, epochs, start_step
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.views = rank, world_size, views
 
     def __len__(self) -> int:
         return self.order.steps_per_epoch * self.epochs - self.start_step
@@ -99,20 +107,26 @@ class DistributedBatchSampler:
             for step in range(first_step if epoch == first_epoch else 0, steps):
                 local = slice(step * size + self.rank, (step + 1) * size, self.world_size)
                 examples = permutation[local].tolist()
+                if self.views is not None:
+                    yield [SampleKey(epoch % self.views, example) for example in examples]
+                    continue
                 times = [0] * len(examples) if repeats is None else repeats[local].tolist()
                 yield [SampleKey(epoch, *sample) for sample in zip(examples, times, strict=True)]
 
 
 class EvalBatchSampler:
-    """Batches of one rank for evaluation: every world_size-th example, each once."""
+    """Batches of one rank for one pass over a split: every world_size-th example, each once.
 
-    def __init__(self, examples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    `view` is the epoch whose augmentation a random transform takes.
+    """
+
+    def __init__(self, examples: int, *, batch_size: int, rank: int = 0, world_size: int = 1, view: int = 0) -> None:
         self.local = range(rank, examples, world_size)
-        self.batch_size = batch_size
+        self.batch_size, self.view = batch_size, view
 
     def __len__(self) -> int:
         return math.ceil(len(self.local) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         for start in range(0, len(self.local), self.batch_size):
-            yield [SampleKey(0, example) for example in self.local[start : start + self.batch_size]]
+            yield [SampleKey(self.view, example) for example in self.local[start : start + self.batch_size]]

@@ -4,10 +4,11 @@
 # ruff: noqa: PTH100, PTH118
 
 import hashlib
+import itertools
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -42,6 +43,7 @@ from trainer.text import escape_unprintable
 OnDecoded = Callable[[str, str, Image.Image], None]
 """Called with (path, digest, decoded image), from several threads."""
 _BATCH_SIZE = 16  # images that a thread decodes per task
+_QUEUED_BATCHES = 1024  # tasks that are in memory at once
 
 
 def check_images(
@@ -84,10 +86,10 @@ def check_images(
     if not pending:
         return results
     _check_writable(cache_file.parent)
-    tasks = [
+    tasks = (
         _Task(paths[i], results.version(i), cached[row] if row >= 0 else None)
         for i, row in zip(pending, rows[pending].tolist(), strict=True)
-    ]
+    )
     done = len(paths) - len(pending)
     remaining = iter(pending)  # the batches have the order of the tasks
     with closing(_validate_batches(tasks, workers, on_decoded)) as batches:
@@ -140,18 +142,19 @@ class _Task(NamedTuple):
 
 
 def _validate_batches(
-    tasks: Sequence[_Task], workers: int, on_decoded: OnDecoded | None
+    tasks: Iterator[_Task], workers: int, on_decoded: OnDecoded | None
 ) -> Generator[list[tuple[str, ValidationResult, bool]], None, None]:
     """Yield batches of (path, result, whether the result is permanent)."""
     stop = threading.Event()
 
-    def validate(start: int) -> list[tuple[str, ValidationResult, bool]]:
-        batch = tasks[start : start + _BATCH_SIZE]
+    def validate(batch: Sequence[_Task]) -> list[tuple[str, ValidationResult, bool]]:
         return [(task.path, *_validate(task, on_decoded)) for task in batch if not stop.is_set()]
 
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="check") as pool:
         try:
-            yield from pool.map(validate, range(0, len(tasks), _BATCH_SIZE))
+            while window := list(itertools.islice(tasks, _BATCH_SIZE * _QUEUED_BATCHES)):
+                starts = range(0, len(window), _BATCH_SIZE)
+                yield from pool.map(validate, [window[start : start + _BATCH_SIZE] for start in starts])
         finally:
             stop.set()  # after Ctrl-C, each thread finishes the image that it is decoding
 

@@ -27,7 +27,7 @@ class TrainStep:
 
     ctx: DistributedContext
     normalize: Callable[[Tensor], Tensor]
-    """Images [B, 3, H, W], uint8 or float in 0 to 255 -> the model's input."""
+    """Images [B, 3, H, W], uint8 or float in 0 to 255, or features of frozen layers -> the input of what trains."""
     criterion: Criterion
     mixup: Mixup
     l2_sp: L2SP

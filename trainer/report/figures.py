@@ -87,7 +87,7 @@ def draw_curves(rows: Sequence[Row], figure: "Figure", *, title: str) -> None:
     loss_axes.set_ylim(bottom=0)
     accuracy_axes.set_ylim(0, 1.03)
     accuracy_axes.set_xlabel("epoch")
-    accuracy_axes.set_xlim(0, 1.02 * max((row["epoch"] for row in rows), default=1))
+    accuracy_axes.set_xlim(0, 1.02 * max([1, *(row["epoch"] for row in rows)]))
     accuracy_axes.xaxis.get_major_locator().set_params(integer=True)
     set_title(loss_axes, title)
 

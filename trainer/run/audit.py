@@ -1,7 +1,8 @@
 """Record in `audit/rank-N.jsonl` what each process trained on in every update, to compare runs.
 
 One JSON object per update: attempt, epoch and step (from 0), world_size, lr_multiplier, examples (positions in the
-list of training examples) and the CRC-32 of each example's pixels as they are trained on (before mixup or CutMix).
+list of training examples) and the CRC-32 of each example's pixels as they are trained on (before mixup or CutMix), or
+of its features, where the output of frozen layers is computed once (`train.cache_features`).
 A resumed run repeats the updates that a kill has undone: of the rows of one step, the latest attempt's counts.
 """
 
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from regraft.contract import AUDIT
@@ -56,7 +58,7 @@ def with_audit(
         _drop_partial_row(path)
     for step, batch in enumerate(batches, start=start_step):
         images, _, examples = batch
-        pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        pixels = images.movedim(1, -1).flatten(1).contiguous().cpu().view(torch.uint8).numpy()
         row = {
             "attempt": attempt,
             "epoch": step // steps_per_epoch,

@@ -76,6 +76,7 @@ _MAY_CHANGE = frozenset(
         "data.on_unreadable",
         "data.on_changed",
         "transfer.strategy",  # a name for options, all of which are compared
+        "train.cache_features",
         "train.compile",
         "train.grad_accum_steps",
         "train.gradient_checkpointing",

@@ -203,13 +203,6 @@ def test_sync_batch_norm_is_refused_without_the_whole_global_batch(
         check(config, context(world_size=world_size, device=device), order)
 
 
-def test_images_are_kept_on_a_gpu_only() -> None:
-    config = resolved("--data.cache_images=device")
-    check(config, context(device="cuda"))
-    with pytest.raises(UserError, match=r"data\.cache_images is device, .* CPU, .* set it to auto or ram"):
-        check(config, context(device="cpu"))
-
-
 def test_selection_needs_a_validation_split() -> None:
     selecting = ["--regularization.early_stopping=2", "--transfer.wise_ft=true"]
     config = resolved("--pretrain.root=x", *selecting)

@@ -79,6 +79,19 @@ def test_local_batches_of_the_ranks_are_the_global_batch(order: EpochOrder, worl
             assert len(rest) == len(whole) - start
 
 
+@pytest.mark.parametrize("start_step", [0, 7])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_epochs_take_fixed_views_in_turn(start_step: int, world_size: int) -> None:
+    order = balanced_order("rare")
+    options = {"epochs": 5, "start_step": start_step, "world_size": world_size}
+    for rank in range(world_size):
+        drawn, fixed = (
+            DistributedBatchSampler(order, rank=rank, views=views, **options) for views in (None, 2)
+        )  # fmt: skip
+        for batch, of_views in zip(drawn, fixed, strict=True):
+            assert of_views == [(key.epoch % 2, key.example, 0) for key in batch]
+
+
 @pytest.mark.parametrize(("count", "world_size"), [(1, 3), (11, 1), (11, 2), (12, 5)])
 def test_evaluation_has_every_example_once(count: int, world_size: int) -> None:
     ranks = [EvalBatchSampler(count, batch_size=2, rank=rank, world_size=world_size) for rank in range(world_size)]

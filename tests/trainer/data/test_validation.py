@@ -81,6 +81,7 @@ def files(cache: Path) -> list[Path]:
 def test_second_start_decodes_nothing(
     tmp_path: Path, cache: Path, decoder: Decoder, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(validation, "_QUEUED_BATCHES", 2)
     folder = tmp_path / os.fsdecode(b'caf\xe9 \n"')  # a name may have any bytes
     paths = [*images(folder, 40), *images(folder / "猫", 0, bad=3)]
     found = check(paths, cache, workers=workers)

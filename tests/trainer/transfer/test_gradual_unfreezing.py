@@ -8,6 +8,7 @@ from torchvision import models
 from trainer.distributed.context import DistributedContext
 from trainer.model.blocks import analyze_blocks
 from trainer.model.freeze import apply_stage, make_stages
+from trainer.transfer.frozen_features import NoFeatures
 from trainer.transfer.gradual_unfreezing import GradualUnfreezing
 
 STAGES = {0: "head", 2: "layer4", 3: "layer1"}
@@ -22,7 +23,10 @@ def make_unfreezing(ctx: DistributedContext, lines: list[str]) -> GradualUnfreez
     apply_stage(model, stages[0], "frozen-with-weights")
     trainable = [p for name, p in model.named_parameters() if name in stages[-1].trainable]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3)
-    return GradualUnfreezing(ctx, model, optimizer, stages=stages, batch_norm="frozen-with-weights", log=lines.append)
+    return GradualUnfreezing(
+        ctx, model, optimizer, stages=stages, batch_norm="frozen-with-weights",
+        features=NoFeatures(model, torch.clone), log=lines.append,
+    )  # fmt: skip
 
 
 def train_epoch(unfreezing: GradualUnfreezing, epoch: int) -> set[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from trainer.data.decode import UnreadableImage, decode_file, hash_file, open_image_file
+from trainer.data.image_cache.pack import Pack
 from trainer.data.image_cache.store import MISSING, ImageStore, parse_digests
 from trainer.data.image_cache.writer import ImageWriter
 
@@ -48,6 +49,7 @@ class CacheBuilder:
         store: ImageStore,
         writer: ImageWriter,
         limit: int,
+        open_pack: Callable[[Pack], object] = lambda pack: None,
     ) -> None:
         """Create a builder.
 
@@ -57,9 +59,11 @@ class CacheBuilder:
             store: the images that are cached already.
             writer: writes the others.
             limit: most bytes of the run's images.
+            open_pack: protects a pack of the run's images from eviction.
 
         """
         self._paths, self._original, self._store, self._writer = paths, original, store, writer
+        self._open_pack = open_pack
         self._path_sets: dict[CacheForm, frozenset[str]] = {}
         self._known: dict[CacheForm, frozenset[int]] = {}
         self._added: dict[CacheForm, set[int]] = {form: set() for form in paths}
@@ -119,6 +123,8 @@ class CacheBuilder:
         hashes = parse_digests(digests)
         entries = self._store.locate(hashes, form.variant)
         self._free -= self._store.total_size(entries)
+        for pack in self._store.packs_of(entries):
+            self._open_pack(pack)
         (positions,) = np.nonzero(entries == MISSING)
         _, first = np.unique(hashes[positions], return_index=True)
         positions = positions[first]

@@ -36,6 +36,7 @@ class PackFolder:
 
         """
         self.folder, self._max_bytes = folder, max_bytes
+        self._published: set[Path] = set()
 
     def read_packs(self) -> tuple[list[Pack], list[str]]:
         """Return the packs, and a message for each that cannot be read; a damaged one is removed."""
@@ -70,7 +71,8 @@ class PackFolder:
     def create(self) -> "NewPackFile":
         """Create the file of a pack; it appears in the folder when it is published.
 
-        The packs that were not used for the longest time make room for it, unless a process uses them.
+        The packs that were not used for the longest time make room for it, unless a process uses them or this object
+        has created them.
 
         Raises:
             OSError: the folder cannot be written to, or has no room.
@@ -87,11 +89,11 @@ class PackFolder:
             if total + capacity <= limit and len(packs) - count < MAX_PACKS:
                 break
             with suppress(OSError):
-                if _remove_unlocked(path):
+                if path not in self._published and _remove_unlocked(path):
                     total -= size
         if limit - total < PACK_BYTES // 64:  # packs would be too small
-            raise OSError(errno.ENOSPC, "half of the free disk is in use by the cache")
-        return NewPackFile(self.folder, capacity=min(capacity, limit - total))
+            raise OSError(errno.ENOSPC, f"its limit of {limit / 1e9:.1f} GB is reached")
+        return NewPackFile(self.folder, self._published, capacity=min(capacity, limit - total))
 
     def _sizes(self) -> list[tuple[int, int, Path]]:
         """Return (time of the last use [ns], size [bytes], path) of each pack."""
@@ -112,9 +114,9 @@ class PackFolder:
 class NewPackFile:
     """The temporary file of a pack, locked by this process."""
 
-    def __init__(self, folder: Path, *, capacity: int) -> None:
+    def __init__(self, folder: Path, published: set[Path], *, capacity: int) -> None:
         """Create the file; `capacity` is the size at which it is complete [bytes]."""
-        self.capacity = capacity
+        self.capacity, self._published = capacity, published
         self._path = folder / f".{secrets.token_hex(8)}.tmp"
         while True:
             self.file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -132,7 +134,7 @@ class NewPackFile:
         """
         try:
             os.close(self.file)  # reports a full disk on some network file systems
-            self._path.rename(self._path.with_name(f"{self._path.stem[1:]}.pack"))
+            self._published.add(self._path.rename(self._path.with_name(f"{self._path.stem[1:]}.pack")))
         finally:
             self._path.unlink(missing_ok=True)
 

@@ -75,15 +75,22 @@ def columns(images: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
 
 
 def make_builder(files: PackFolder | PackMemory, store: ImageStore, limit: int = 2**40) -> CacheBuilder:
-    return CacheBuilder({ORIGINAL: []}, original=ORIGINAL, store=store, writer=ImageWriter(files), limit=limit)
+    return CacheBuilder(
+        {ORIGINAL: []},
+        original=ORIGINAL,
+        store=store,
+        writer=ImageWriter(files),
+        limit=limit,
+        open_pack=files.open_pack if isinstance(files, PackFolder) else lambda pack: None,
+    )
 
 
-def build(cache: Path, data: Path, **options: object) -> CacheBuilder:
+def build(cache: Path, data: Path, *, max_bytes: int = 5_000_000) -> CacheBuilder:
     """Cache all images of a folder as one start of a run does; a pack has about 5 images."""
-    files = PackFolder(cache, max_bytes=5_000_000)
+    files = PackFolder(cache, max_bytes=max_bytes)
     files.remove_leftovers()
     builder = make_builder(files, ImageStore(files.read_packs()[0]))
-    builder.add_missing({ORIGINAL: columns(images_of(data))}, workers=2, **options)  # type: ignore[arg-type]
+    builder.add_missing({ORIGINAL: columns(images_of(data))}, workers=2)
     builder._writer.close()
     return builder
 
@@ -226,9 +233,27 @@ def test_the_packs_that_were_used_first_are_evicted_unless_a_process_maps_them(t
     assert 2 <= len(kept) <= 3
     for path in paths[2:]:
         path.unlink(missing_ok=True)
-    with pytest.raises(OSError, match="half of the free disk"):
+    with pytest.raises(OSError, match="its limit of"):
         PackFolder(tmp_path, max_bytes=SMALL_PACKS // 2).create()
     assert [*tmp_path.iterdir()] == [paths[1]], "in use"
+
+
+def test_packs_of_the_run_are_not_evicted_to_add_its_other_images(tmp_path: Path, data: Path) -> None:
+    build(tmp_path, data)
+    for path in sorted(tmp_path.iterdir())[COUNT // 10 :]:
+        path.unlink()
+    for path in tmp_path.iterdir():
+        os.utime(path, (1e9, 1e9))
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    cached = np.count_nonzero(locate(tmp_path, data)[1] != MISSING)
+    other = ImageWriter(PackFolder(tmp_path))
+    for digest in range(5):
+        other.add(digest, ORIGINAL.variant, np.zeros((30, 40, 3), np.uint8))
+    other.close()
+    builder = build(tmp_path, data, max_bytes=size + SMALL_PACKS)
+    assert builder.error is not None
+    after = np.count_nonzero(locate(tmp_path, data)[1] != MISSING)
+    assert after == cached + builder._writer.images > cached, "the other pack made room"
 
 
 def test_temporary_files_of_living_writers_are_kept(tmp_path: Path) -> None:
