@@ -160,6 +160,7 @@ def _by_stage(  # noqa: PLR0917 (each is another object)
 def _feature_batches(sampler: DistributedBatchSampler, labels: Tensor, features: StageFeatures) -> Iterator[Batch]:
     """Yield the features of the samples, on the device."""
     for step, samples in enumerate(sampler, start=sampler.start_step):
-        examples = torch.tensor([sample.example for sample in samples], dtype=torch.int64).to(labels.device)
+        local = torch.tensor([sample.example for sample in samples], dtype=torch.int64)
+        examples = local.to(labels.device, non_blocking=True)  # features may be in RAM: indices there need no transfer
         epoch = step // sampler.order.steps_per_epoch
-        yield Batch(features.lookup(epoch, examples), labels[examples], examples)
+        yield Batch(features.lookup(epoch, local), labels[examples], examples)
