@@ -47,6 +47,14 @@ class Workload:
     weights: str | None
     """Name or file of the pretrained weights; None for random ones."""
 
+    @property
+    def images_to_compute(self) -> int:
+        """Return how many training images the backbone computes in all epochs: cached features are computed once."""
+        data, train = self.config.data, self.config.train
+        views = data.views if data.has_random_transform else 1
+        is_cached = self.config.transfer.trainable == "head" and train.cache_features == "auto" and views is not None
+        return len(self.examples) * (min(train.epochs, views or 1) if is_cached else train.epochs)
+
 
 def choose_execution(
     workload: Workload, ctx: DistributedContext, console: Console, *, saved: Execution | None = None
@@ -86,7 +94,7 @@ def choose_execution(
         entry = ctx.broadcast(_read(file).get(key) if ctx.is_main_process else None)
         if entry is not None:
             chosen, reason = entry
-        elif len(workload.examples) < 2 * _EXAMPLES or len(workload.examples) * train.epochs < MIN_IMAGES:
+        elif len(workload.examples) < 2 * _EXAMPLES or workload.images_to_compute < MIN_IMAGES:
             chosen, reason = default, f"runs of less than {MIN_IMAGES} images are not measured"
         else:
             chosen, reason = _measure(workload, ctx, console, precisions, layouts)

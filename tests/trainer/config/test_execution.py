@@ -123,6 +123,17 @@ def test_choice_and_reason(
     assert len(measured) == (reason == "measured")
 
 
+@pytest.mark.parametrize(
+    ("trainable", "augment", "views", "passes"),
+    [("head", "none", None, 1), ("head", "basic", 3, 3), ("head", "basic", None, 100), ("all", "none", None, 100)],
+)
+def test_images_with_cached_features_are_computed_once(
+    trainable: str, augment: str, views: int | None, passes: int, workload: Workload
+) -> None:
+    config = with_options(workload.config, transfer={"trainable": trainable}, data={"augment": augment, "views": views})
+    assert replace(workload, config=config).images_to_compute == 18 * passes
+
+
 def test_a_run_in_a_precision_that_this_device_lacks_is_refused(workload: Workload, ctx: DistributedContext) -> None:
     with pytest.raises(UserError, match=r"began in precision fp16, which cpu does not have: resume on a machine"):
         choose(workload, ctx, Execution("fp16", channels_last=True))
