@@ -63,7 +63,8 @@ def measure(
 def test_fastest_execution_is_first(slow: Callable[[bool, bool], bool], chosen: Execution) -> None:
     best, *others = measure(slow)
     assert best.execution == chosen
-    assert len({one.execution for one in others} - {chosen}) == len(others) == 3
+    # A precision that is far slower in the first layout is not measured in the other one.
+    assert len({one.execution for one in others} - {chosen}) == len(others) in (2, 3)
     assert all(one.is_accurate for one in others), "dropout is turned off: its masks depend on the layout"
 
 
