@@ -55,7 +55,7 @@ class RunLogger:
         self.failure: UserError | None = None
         self._progress_bar = progress_bar
         self._folder, self._title, self._device = folder, title, device
-        self._drawn_at, self._has_warned = 0.0, False
+        self._drawn_at, self._has_warned = time.monotonic(), False
         self._check = check
         with self._store_failure():
             self._metrics = MetricsFile(folder / METRICS, text)
