@@ -24,6 +24,7 @@ from rich.console import Console
 from trainer.cli import exit_after, run_cli
 from trainer.commands.variants import PRETRAINED, folder_name, plan, variants
 from trainer.config.build_data import dataset_summary, load_run_data
+from trainer.config.execution import Workload, with_one_execution
 from trainer.config.parse import split_command
 from trainer.config.preflight import preflight
 from trainer.config.resolve import ResolvedConfig, pretrain_config, resolve, with_pretrained
@@ -33,7 +34,6 @@ from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
 from trainer.pipeline import run
 from trainer.report.comparison import Summary, Trial, notes, read_trial, summarize, table, write_comparison
-from trainer.run.versions import describe_versions
 from trainer.transfer.wise_ft import read_test_accuracy
 
 NAME = "compare"
@@ -70,7 +70,9 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
     configs = _with_pretraining(configs, plain, folder, console, signals)
     seeds = [base.run.seed + k for k in range(own.seeds)]
     runs = {(text, seed): _run_config(configs[text], text, seed, folder) for seed in seeds for text in configs}
-    _, ctx, _ = start(base)  # pretraining may have left the process group
+    _, ctx, console = start(base)  # pretraining may have left the process group
+    workload = Workload(config=base, examples=data.index.train, classes=data.index.classes, weights=base.model.weights)
+    runs, execution = with_one_execution(runs, workload, ctx, console)
 
     def check_folders() -> None:
         for config in runs.values() if ctx.is_main_process else ():
@@ -83,7 +85,7 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
     summaries = summarize(trials, failures)
     seeds_text = f"{own.seeds} seed{'s' * (own.seeds > 1)} from {base.run.seed}"
     title = f"{base.model.name}, {base.train.epochs} epochs in batches of {base.train.batch_size}, {seeds_text}"
-    facts = [*dataset_summary(data.prepared).split("\n"), title, *ctx.notes, describe_versions()]
+    facts = [*dataset_summary(data.prepared).split("\n"), title, *ctx.notes, f"precision {execution}"]
     command = shlex.join(["regraft", NAME, *argv])
     write_comparison(folder / NAME, summaries, command=command, facts=facts, title=title, warn=console.print)
     console.rule("comparison", align="left")

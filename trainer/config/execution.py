@@ -3,10 +3,10 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -24,6 +24,9 @@ from trainer.distributed.precision import PRECISIONS, Execution, Precision, aske
 from trainer.errors import UserError
 from trainer.optim.autotune import autotune
 from trainer.run.atomic import write_text_atomically
+from trainer.run.folder import saved_execution
+
+_Key = TypeVar("_Key")
 
 FILE = "autotune.json"
 """File of the cache folder that holds earlier measurements. Remove it to measure again."""
@@ -105,6 +108,30 @@ def choose_execution(
     console.print(f"precision {chosen}: {reason}")
     resolved = replace(train, precision=chosen.precision, channels_last=chosen.channels_last)
     return replace(workload.config, train=resolved), ctx.with_precision(chosen.precision)
+
+
+def with_one_execution(
+    runs: Mapping[_Key, ResolvedConfig], workload: Workload, ctx: DistributedContext, console: Console
+) -> tuple[dict[_Key, ResolvedConfig], Execution]:
+    """Return the configs of runs that are compared, with one precision and memory layout in place of `auto`, and these.
+
+    Every process must call it. They are chosen for the workload, or taken from the first run that has begun.
+
+    Raises:
+        UserError: see `choose_execution`.
+
+    """
+    began = (saved_execution(Path(config.run.dir)) for config in runs.values()) if ctx.is_main_process else iter(())
+    chosen, ctx = choose_execution(workload, ctx, console, saved=next(filter(None, began), None))
+    execution = Execution(ctx.precision, chosen.train.uses_channels_last)
+
+    def resolved(config: ResolvedConfig) -> ResolvedConfig:
+        train = config.train
+        precision = execution.precision if train.precision == "auto" else train.precision
+        channels_last = execution.channels_last if train.channels_last == "auto" else train.channels_last
+        return replace(config, train=replace(train, precision=precision, channels_last=channels_last))
+
+    return {key: resolved(config) for key, config in runs.items()}, execution
 
 
 def _measure(

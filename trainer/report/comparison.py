@@ -19,6 +19,7 @@ from trainer.report.figures import set_title, try_write_figure
 from trainer.report.metrics import Row, epoch_rows, read_rows
 from trainer.report.summary import reported_row
 from trainer.run.atomic import write_text_atomically
+from trainer.run.versions import describe_versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -257,11 +258,14 @@ def write_comparison(
 ) -> None:
     """Write the comparison as `PATH.md`, `PATH.json` and `PATH.png`; `warn` is told why there is no picture.
 
+    `facts` are lines about the runs; the versions of the packages are added to them.
+
     Raises:
         UserError: a file cannot be written.
 
     """
-    content = {"command": command, "facts": list(facts), "strategies": [asdict(s) for s in summaries]}
+    facts = [*facts, describe_versions()]
+    content = {"command": command, "facts": facts, "strategies": [asdict(s) for s in summaries]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path.with_suffix(".md"), markdown(summaries, command=command, facts=facts))

@@ -14,7 +14,7 @@ from rich.console import Console
 from tests.folders import image_folder
 from tests.trainer.phases import with_options
 from trainer.config import execution
-from trainer.config.execution import FILE, Workload, choose_execution
+from trainer.config.execution import FILE, Workload, choose_execution, with_one_execution
 from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from trainer.data.prepare import prepare
@@ -132,6 +132,20 @@ def test_images_with_cached_features_are_computed_once(
 ) -> None:
     config = with_options(workload.config, transfer={"trainable": trainable}, data={"augment": augment, "views": views})
     assert replace(workload, config=config).images_to_compute == 18 * passes
+
+
+@pytest.mark.parametrize(("saved", "chosen"), [(None, BF16), (Execution("fp32", channels_last=True), ("fp32", True))])
+def test_compared_runs_have_one_execution(
+    saved: Execution | None, chosen: tuple[str, bool], workload: Workload, ctx: DistributedContext,
+    measured: Sequence[dict[str, Any]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folders = iter([None, saved])  # the second run has begun, and chose what the others take
+    monkeypatch.setattr(execution, "saved_execution", lambda folder: next(folders))
+    runs = {"auto": workload.config, "fp32": with_options(workload.config, train={"precision": "fp32"})}
+    resolved, common = with_one_execution(runs, workload, ctx, Console(quiet=True))
+    assert common == chosen
+    options = {key: (config.train.precision, config.train.channels_last) for key, config in resolved.items()}
+    assert options == {"auto": chosen, "fp32": ("fp32", chosen[1])}
 
 
 def test_a_run_in_a_precision_that_this_device_lacks_is_refused(workload: Workload, ctx: DistributedContext) -> None:
