@@ -97,8 +97,8 @@ def measured_fit(record: Path, state: Any, loader: Any, schedule: Any, train_ste
     start_epoch = callbacks["start_epoch"]
     outer: list[str] = []
 
-    def start(epoch: int) -> nn.Module:
-        model: nn.Module = start_epoch(epoch)
+    def start(epoch: int, interrupted: Callable[[], bool]) -> nn.Module:
+        model: nn.Module = start_epoch(epoch, interrupted)
         if model not in hooked:
             hooked.add(model)
             model.register_forward_pre_hook(lambda *_: outer.append(clock.switch("forward")))

@@ -14,8 +14,8 @@ from trainer.checkpoint.state import CheckpointId
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    # Initial weights take 6 MB and a checkpoint 12: there is no space for a third before the first is removed.
-    with disk(tmp_path / "disk", "34m") as root:
+    # Initial weights take 6 MB and a checkpoint 18: there is no space for a third before the first is removed.
+    with disk(tmp_path / "disk", "46m") as root:
         yield root
 
 

@@ -185,6 +185,6 @@ def test_the_index_takes_linear_work_and_no_system_call_for_each_file(
                 (root / name / f"image {number}.png").touch()
     for start in ("first", "second"):
         (small, medium, large), counts = zip(*map(work, roots), strict=True)
-        assert large - medium <= 2.05 * (medium - small), start
+        assert large - medium <= 2.3 * (medium - small), start
         assert large - medium <= 20 * 800, start
         assert len(set(counts)) == 1, start
