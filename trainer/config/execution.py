@@ -31,8 +31,9 @@ _Key = TypeVar("_Key")
 FILE = "autotune.json"
 """File of the cache folder that holds earlier measurements. Remove it to measure again."""
 MIN_IMAGES = 512
-"""Shorter runs are not measured: measuring computes the gradients of 100 to 200 images."""
-_EXAMPLES = 8  # of each of the two batches that are compared
+"""Shorter runs are not measured: measuring computes the gradients of 50 to 200 images."""
+_EXAMPLES, _FEW_EXAMPLES = 8, 4  # of each of the two batches that are compared; on a CPU of few cores
+_FEW_THREADS = 8
 _GPU_BATCH = 64  # images of a timed update on a GPU: with few images it would wait for its kernels to start
 _MAX_ENTRIES = 500
 
@@ -97,7 +98,7 @@ def choose_execution(
         entry = ctx.broadcast(_read(file).get(key) if ctx.is_main_process else None)
         if entry is not None:
             chosen, reason = entry
-        elif len(workload.examples) < 2 * _EXAMPLES or workload.images_to_compute < MIN_IMAGES:
+        elif len(workload.examples) < 2 * _batch_size(ctx) or workload.images_to_compute < MIN_IMAGES:
             chosen, reason = default, f"runs of less than {MIN_IMAGES} images are not measured"
         else:
             chosen, reason = _measure(workload, ctx, console, precisions, layouts)
@@ -157,7 +158,7 @@ def _measure(
     best, *others = autotune(
         built.model,
         _load_batches(workload, ctx),
-        batch_size=min(local_batch, _GPU_BATCH if on_gpu else _EXAMPLES),
+        batch_size=min(local_batch, _GPU_BATCH if on_gpu else _batch_size(ctx)),
         precisions=precisions,
         layouts=layouts,
         max_across_ranks=ctx.max_across_ranks,
@@ -169,9 +170,14 @@ def _measure(
     return best.execution, f"measured, images/s of forward and backward: {figures}"
 
 
+def _batch_size(ctx: DistributedContext) -> int:
+    """Return the number of images that are compared: fewer, where they take long."""
+    return _FEW_EXAMPLES if ctx.device.type == "cpu" and ctx.threads <= _FEW_THREADS else _EXAMPLES
+
+
 def _load_batches(workload: Workload, ctx: DistributedContext) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return two batches of training images, spread over the examples, as the model's input and labels."""
-    config, count = workload.config, 2 * _EXAMPLES
+    config, count = workload.config, 2 * _batch_size(ctx)
     chosen = [len(workload.examples) * number // count for number in range(count)]
     dataset = make_dataset(workload.examples, make_train_transform(config.data), config, ctx)
     items = dataset.__getitems__([SampleKey(0, example) for example in chosen])

@@ -77,10 +77,10 @@ def test_choice_is_measured_once(
     assert len(measured) == 1
     (call,) = measured
     (inputs, labels), (other_inputs, _) = call["batches"]
-    assert inputs.shape == other_inputs.shape == (8, 3, 32, 32)
+    assert inputs.shape == other_inputs.shape == (4, 3, 32, 32)
     assert set(labels.tolist()) == {0, 1}
     assert not torch.equal(inputs, other_inputs)
-    assert (call["precisions"], call["layouts"], call["batch_size"]) == (("fp32", "bf16"), (True, False), 8)
+    assert (call["precisions"], call["layouts"], call["batch_size"]) == (("fp32", "bf16"), (True, False), 4)
     choose(workload, ctx, precision="fp32", micro_batch_size=3)
     call = measured[1]
     assert (call["precisions"], call["layouts"], call["batch_size"]) == (("fp32",), (True, False), 3)
