@@ -25,6 +25,7 @@ from trainer.errors import UserError
 from trainer.optim.autotune import autotune
 from trainer.run.atomic import write_text_atomically
 from trainer.run.folder import saved_execution
+from trainer.text import escape_unprintable
 
 _Key = TypeVar("_Key")
 
@@ -102,8 +103,8 @@ def choose_execution(
             chosen, reason = default, f"runs of less than {MIN_IMAGES} images are not measured"
         else:
             chosen, reason = _measure(workload, ctx, console, precisions, layouts)
-            if ctx.is_main_process:
-                _write(file, key, chosen, reason)
+            if ctx.is_main_process and (problem := _write(file, key, chosen, reason)):
+                console.print(problem)
         if asked is not None:
             reason = f"as {asked_by} asks; {reason}"
     console.print(f"precision {chosen}: {reason}")
@@ -187,7 +188,7 @@ def _load_batches(workload: Workload, ctx: DistributedContext) -> tuple[tuple[Te
 
 
 def _key(workload: Workload, ctx: DistributedContext, precisions: Sequence[Precision], layouts: Sequence[bool]) -> str:
-    """Return what a measurement depends on."""
+    """Return what a measurement depends on. The phases of a run share it: weights do not change the speed."""
     config = workload.config
     on_gpu = ctx.device.type == "cuda"
     parts = {
@@ -196,7 +197,6 @@ def _key(workload: Workload, ctx: DistributedContext, precisions: Sequence[Preci
         "processes": ctx.local_world_size,
         "torch": torch.__version__,
         "model": config.model.name,
-        "weights": workload.weights,
         "image_size": config.data.image_size,
         "batch_size": config.train.batch_size // (ctx.world_size * config.train.grad_accum_steps) if on_gpu else None,
         "trainable": config.transfer.trainable,
@@ -233,9 +233,14 @@ def _parse(entry: Any) -> tuple[Execution, str]:
     return Execution(precision, channels_last), reason
 
 
-def _write(file: Path, key: str, chosen: Execution, reason: str) -> None:
-    """Add a measurement to a cache file. Without a writable cache, the next run measures again."""
+def _write(file: Path, key: str, chosen: Execution, reason: str) -> str | None:
+    """Add a measurement to a cache file; return a line to print if that is not possible."""
     entries = {**_read(file), key: (chosen, f"{reason} (at an earlier start)")}
     content = {name: (*execution, text) for name, (execution, text) in list(entries.items())[-_MAX_ENTRIES:]}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(file, json.dumps(content, indent=1) + "\n")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(file, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        path = escape_unprintable(str(file))
+        return f"{path}: cannot be written to ({error.strerror}), so the next run measures its precision again"
+    return None

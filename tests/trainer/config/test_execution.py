@@ -86,6 +86,16 @@ def test_choice_is_measured_once(
     assert (call["precisions"], call["layouts"], call["batch_size"]) == (("fp32",), (True, False), 3)
 
 
+def test_a_cache_that_cannot_be_written_is_reported(
+    workload: Workload, ctx: DistributedContext, measured: Sequence[dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+    config, _, text = choose(workload, ctx)
+    assert config.train.precision == "bf16"
+    assert f"{tmp_path / 'cache' / FILE}: cannot be written to (" in text
+    assert len(measured) == 1
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"key": 1}', '{"key": ["fp64", true, ""]}', "[" * 10_000, "\0"])
 def test_a_damaged_cache_is_replaced(
     content: str, workload: Workload, ctx: DistributedContext, measured: Sequence[dict[str, Any]]
