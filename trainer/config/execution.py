@@ -235,7 +235,7 @@ def _parse(entry: Any) -> tuple[Execution, str]:
 
 def _write(file: Path, key: str, chosen: Execution, reason: str) -> str | None:
     """Add a measurement to a cache file; return a line to print if that is not possible."""
-    entries = {**_read(file), key: (chosen, f"{reason} (at an earlier start)")}
+    entries = {**_read(file), key: (chosen, f"{reason} (cached)")}
     content = {name: (*execution, text) for name, (execution, text) in list(entries.items())[-_MAX_ENTRIES:]}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

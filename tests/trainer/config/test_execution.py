@@ -72,7 +72,7 @@ def test_choice_is_measured_once(
         assert (config.train.precision, config.train.channels_last) == BF16
         assert chosen.precision == chosen.accelerator.mixed_precision == "bf16"
         figures = "measured, images/s of forward and backward: bf16 without channels_last 30, fp32 15"
-        when = " (at an earlier start)" if start == 2 else ""
+        when = " (cached)" if start == 2 else ""
         assert text == f"precision bf16 without channels_last: {figures}{when}\n"
     assert len(measured) == 1
     (call,) = measured
