@@ -134,7 +134,9 @@ class NewPackFile:
         """
         try:
             os.close(self.file)  # reports a full disk on some network file systems
-            self._published.add(self._path.rename(self._path.with_name(f"{self._path.stem[1:]}.pack")))
+            path = self._path.with_name(f"{self._path.stem[1:]}.pack")
+            self._published.add(path)  # first: another thread that makes room must not evict it
+            self._path.rename(path)
         finally:
             self._path.unlink(missing_ok=True)
 

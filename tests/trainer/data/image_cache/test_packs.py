@@ -222,7 +222,8 @@ def test_the_packs_that_were_used_first_are_evicted_unless_a_process_maps_them(t
     for age, path in enumerate(paths):
         os.utime(path, (1e9 + age, 1e9 + age))
     packs, _ = PackFolder(tmp_path).read_packs()
-    folder = PackFolder(tmp_path, max_bytes=sum(path.stat().st_size for path in paths))
+    # Packs differ in size and have random names: without the first one, there is room for a new one.
+    folder = PackFolder(tmp_path, max_bytes=SMALL_PACKS + sum(path.stat().st_size for path in paths[1:]))
     assert folder.open_pack(packs[1])
     os.utime(paths[1], (1e9 + 1, 1e9 + 1))
     folder.create().discard()
@@ -230,11 +231,11 @@ def test_the_packs_that_were_used_first_are_evicted_unless_a_process_maps_them(t
     PackFolder(tmp_path, max_bytes=4 * SMALL_PACKS).create().discard()
     kept = sorted(tmp_path.iterdir())
     assert kept == [paths[1], *paths[-len(kept) + 1 :]]
-    assert 2 <= len(kept) <= 3
+    assert 2 <= len(kept) <= 4
     for path in paths[2:]:
         path.unlink(missing_ok=True)
     with pytest.raises(OSError, match="its limit of"):
-        PackFolder(tmp_path, max_bytes=SMALL_PACKS // 2).create()
+        PackFolder(tmp_path, max_bytes=paths[1].stat().st_size).create()
     assert [*tmp_path.iterdir()] == [paths[1]], "in use"
 
 
