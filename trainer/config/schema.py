@@ -302,7 +302,7 @@ class TrainConfig:
     cache_features: Literal["auto", "off"] = "auto"
     """Feature cache: compute the output of frozen layers once for images that are the same in every epoch (auto), or in every step (off)."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Precision of forward and backward; auto measures the first updates and takes the fastest that is accurate."""
+    """Precision of forward and backward; auto measures a few updates before the run and takes the fastest that is accurate."""
     channels_last: bool | Literal["auto"] = "auto"
     """Memory format channels_last for images and convolutions; auto measures which is faster; results differ by rounding only."""
     compile: bool = False
