@@ -7,7 +7,6 @@ take no memory, and leave parameters, buffers, modes and random numbers unchange
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal, cast
 
 import torch
@@ -48,13 +47,16 @@ def trial_forward(model: nn.Module, image_size: int, *, shapes: Mapping[str, tup
     """
     meta_tensors: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
-    for name, tensor in chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    ):
-        if id(tensor) not in meta_tensors:
-            shape = (shapes or {}).get(name, tuple(tensor.shape))
-            meta_tensors[id(tensor)] = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        tensors[name] = meta_tensors[id(tensor)]
+    # A module that is used under several names is listed once: functional_call would restore its parameters once only.
+    for prefix, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            name = f"{prefix}.{key}" if prefix else key
+            if id(tensor) not in meta_tensors:
+                shape = (shapes or {}).get(name, tuple(tensor.shape))
+                meta_tensors[id(tensor)] = torch.empty(shape, dtype=tensor.dtype, device="meta")
+            tensors[name] = meta_tensors[id(tensor)]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
