@@ -106,7 +106,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         unfreezing.restore_stage(max(0, checkpoint.state.step - 1) // schedule.steps_per_epoch)
         resume_point.restore(state)
         console.print(resume_point.describe(batch_norm=config.transfer.batch_norm))
-    model_metadata = make_model_metadata(config, data, built)
+    model_metadata = make_model_metadata(config, data, run, built)
     wise_ft.save_initial_weights(state.model, model_metadata, resumed=checkpoint is not None)
 
     # 7. The loader, from that position on; micro-batches that fit in the memory that is left; logger and checkpoints.

@@ -116,7 +116,7 @@ def make_checkpoint_manager(
     )
 
 
-def make_model_metadata(config: ResolvedConfig, data: RunData, built: BuiltModel) -> ModelMetadata:
+def make_model_metadata(config: ResolvedConfig, data: RunData, run: OpenRun, built: BuiltModel) -> ModelMetadata:
     """Return the header of the model file; its metrics are filled in when it is written."""
     return ModelMetadata(
         version=own_version(),
@@ -125,4 +125,5 @@ def make_model_metadata(config: ResolvedConfig, data: RunData, built: BuiltModel
         preprocessing=config.data.preprocessing,
         source=built.source,
         metrics={},
+        execution=run.ctx.execution(channels_last=config.train.uses_channels_last),
     )

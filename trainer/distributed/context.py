@@ -33,6 +33,7 @@ from trainer.distributed.launch_checks import (
 )
 from trainer.distributed.precision import (
     ACCELERATE_PRECISION,
+    Execution,
     Precision,
     asked_precision,
     check_precision,
@@ -89,6 +90,10 @@ class DistributedContext:
         """Return the device that this process computes on."""
         device: torch.device = self.accelerator.device
         return device
+
+    def execution(self, *, channels_last: bool) -> Execution:
+        """Return the precision of this context with a memory layout."""
+        return Execution(self.precision, channels_last)
 
     def all_reduce_max(self, flags: Sequence[int]) -> list[int]:
         """Return the maximum of each flag over all processes. Every process must call it."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -205,11 +205,16 @@ class WiseFT:
                     write_model(folder / FINE_TUNED, tuned, metadata)
                 metrics = {**metadata.metrics, "wise_ft": dict(summary)}
                 best = interpolate(initial, tuned, summary["alpha"])
-                write_model(folder / MODEL, best, dataclasses.replace(metadata, metrics=metrics))
+                write_model(folder / MODEL, best, _of_other_weights(metadata, metrics))
             elif tuned_path.name != MODEL:  # an earlier evaluation with other rounding selected another alpha
                 (folder / FINE_TUNED).replace(folder / MODEL)
             points = [dataclasses.asdict(result) for result in results]
             write_text_atomically(folder / WISE, json.dumps({**summary, "points": points}, indent=1) + "\n")
+
+
+def _of_other_weights(metadata: ModelMetadata, metrics: Mapping[str, Any]) -> ModelMetadata:
+    """Return the header of other weights of the same model: a calibration belongs to the weights it was fitted to."""
+    return dataclasses.replace(metadata, metrics=metrics, temperature=None, unknown=None)
 
 
 def read_test_accuracy(folder: Path) -> float:

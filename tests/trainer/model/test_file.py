@@ -18,11 +18,12 @@ from torchvision import models
 
 import regraft
 from trainer.data.augment import Preprocessing
+from trainer.distributed.precision import Execution
 from trainer.errors import UserError
 from trainer.model.batch_norm import freeze_batch_norm
 from trainer.model.create import build_model
 from trainer.model.file import load
-from trainer.model.metadata import ModelMetadata, read_metadata, write_model
+from trainer.model.metadata import ModelMetadata, UnknownThreshold, read_metadata, update_metadata, write_model
 
 State = dict[str, Tensor]
 SMALL = "shufflenet_v2_x0_5"
@@ -123,9 +124,30 @@ def test_the_header_is_json(model_file: Path) -> None:
         header = json.loads(file.read(length))["__metadata__"]
     assert header["format"] == "pt"
     metadata = make_metadata()
-    expected = json.loads(json.dumps({"format": 1, **dataclasses.asdict(metadata)}))
-    assert json.loads(header["regraft"]) == expected
+    optional = ("execution", "temperature", "unknown")  # earlier versions did not write these
+    fields = {key: value for key, value in dataclasses.asdict(metadata).items() if key not in optional}
+    assert json.loads(header["regraft"]) == json.loads(json.dumps({"format": 1, **fields}))
     assert read_metadata(model_file) == metadata
+
+
+def test_update_metadata_changes_the_header_and_no_bit_of_the_weights(model_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(model_file.read_bytes())
+    changes: dict[str, Any] = {
+        "execution": Execution("bf16", channels_last=True),
+        "temperature": 1.5,
+        "unknown": UnknownThreshold(score="energy", threshold=-2.25),
+    }
+    updated = update_metadata(path, **changes)
+    assert updated == read_metadata(path) == make_metadata(**changes)
+    before, after = load_file(model_file), load_file(path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert update_metadata(path, execution=None, temperature=None, unknown=None) == make_metadata()
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    save_file({"fc.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="holds weights but no regraft header"):
+        update_metadata(path, temperature=1.0)
 
 
 def test_a_safetensors_file_of_another_program_has_no_metadata(tmp_path: Path) -> None:
@@ -191,6 +213,14 @@ DAMAGED_FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "mean is a huge integer": (preprocessing(mean=[10**400] * 3), "int too large to convert to float"),
     "unknown interpolation": (preprocessing(interpolation="magic"), "'magic'"),
     "metrics are a number": ({"metrics": 3}, "'int' object is not iterable"),
+    "unknown precision": ({"execution": {"precision": "int4", "channels_last": True}}, "expected a precision (fp32"),
+    "channels_last is a number": ({"execution": {"precision": "fp32", "channels_last": 1}}, "expected a precision"),
+    "temperature of zero": ({"temperature": 0}, "temperature is 0, expected a number above 0"),
+    "temperature of NaN": ({"temperature": float("nan")}, "temperature is nan, expected a number above 0"),
+    "temperature is text": ({"temperature": "warm"}, "temperature is 'warm', expected a number above 0"),
+    "unknown score": ({"unknown": {"score": "luck", "threshold": 0.5}}, "expected a score (max_logit, energy)"),
+    "no threshold": ({"unknown": {"score": "energy"}}, "no 'threshold'"),
+    "a threshold that is true": ({"unknown": {"score": "energy", "threshold": True}}, "and a threshold"),
 }
 
 
