@@ -45,14 +45,27 @@ class Preprocess:
         converted = [self._convert(image, f"images[{number}]") for number, image in enumerate(images)]
         return torch.stack(converted) if converted else torch.empty(0, 3, size, size)
 
-    def _convert(self, image: ImageInput, name: str) -> Tensor:
+    def pixels(self, image: ImageInput, name: str = "the image") -> np.ndarray:
+        """Return the resized and cropped image before its normalization: uint8 [image_size, image_size, 3].
+
+        Args:
+            image: an image.
+            name: what an error message calls an image that is not a path.
+
+        Raises:
+            UserError: the image cannot be read, or is of another type.
+
+        """
         if isinstance(image, str | os.PathLike):
-            name = escape_unprintable(os.fspath(image))
+            name = escape_unprintable(os.fsdecode(image))
         try:
             decoded = _read_image(image, name)
         except UnreadableImage as error:
             raise UserError(f"{name}: {error}; expected an image file") from None
-        array = torch.tensor(self._transform(np.asarray(decoded)))
+        return self._transform(np.asarray(decoded))
+
+    def _convert(self, image: ImageInput, name: str) -> Tensor:
+        array = torch.tensor(self.pixels(image, name))
         return self._normalize(array.permute(2, 0, 1)[None])[0]
 
 

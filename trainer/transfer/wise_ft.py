@@ -149,7 +149,7 @@ class WiseFT:
 
         def read() -> nn.Module:
             _require_initial(self._run.folder)
-            return load(self._run.folder / INITIAL).model
+            return load(self._run.folder / INITIAL).module
 
         model = ctx.main_process_first(read).to(ctx.device)
         if channels_last:

@@ -111,7 +111,7 @@ def test_the_loaded_model_equals_the_trained_one(architecture: str, tmp_path: Pa
 def test_a_model_with_frozen_batch_norm_is_loaded_unfrozen_and_can_train(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     write_model(path, train_model("resnet18", frozen=True).state_dict(), make_metadata("resnet18"))
-    loaded = load(path).model
+    loaded = load(path).module
     assert not any({"train", "forward"} & vars(module).keys() for module in loaded.modules())
     loaded.train()
     loaded(torch.randn(2, 3, 64, 64)).sum().backward()
@@ -163,7 +163,7 @@ def test_the_loaded_model_is_fp32_and_independent_of_the_file(model_file: Path, 
     state = {k: v.half() if v.is_floating_point() else v for k, v in load_file(model_file).items()}
     path = tmp_path / "half.safetensors"
     write_model(path, state, make_metadata())
-    model = load(path).model
+    model = load(path).module
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     loaded = model.state_dict()
@@ -345,21 +345,3 @@ def test_a_run_folder_is_loaded_and_a_wrong_path_is_an_error(
             regraft.load(other)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=f"~nobody-here/x: cannot be read .*; {expected}"):
         regraft.load("~nobody-here/x")
-
-
-def test_predictions_are_the_softmax_of_the_model(model_file: Path) -> None:
-    loaded = regraft.load(model_file)
-    images = [make_image(seed) for seed in range(5)]
-    predictions = loaded.predict(images, topk=3, batch_size=2)
-    with torch.no_grad():
-        scores, indices = loaded.model(loaded.preprocess(images)).softmax(1).topk(3)
-    assert [p.labels for p in predictions] == [tuple(CLASSES[i] for i in row) for row in indices.tolist()]
-    torch.testing.assert_close(torch.tensor([p.scores for p in predictions]), scores)
-    (single,) = loaded.predict(images[0])
-    assert (single.label, single.labels) == (predictions[0].label, predictions[0].labels[:1])
-    assert single.score == pytest.approx(predictions[0].score)
-    assert len(loaded.predict(images[0], topk=99)[0].labels) == len(CLASSES)
-    assert loaded.predict([]) == []
-    for options in ({"topk": 0}, {"batch_size": -1}):
-        with pytest.raises(UserError, match="expected a whole number, 1 or more"):
-            loaded.predict(images, **options)
