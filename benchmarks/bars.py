@@ -40,7 +40,9 @@ NO_RUN = "No run is recorded yet.\n"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="SCENARIO", help=", ".join(SCENARIOS))
-    parser.add_argument("--peers", nargs="+", metavar="PROGRAM", help="programs of equal_arithmetic; default: installed")
+    parser.add_argument(
+        "--peers", nargs="+", metavar="PROGRAM", help="programs of equal_arithmetic; default: installed"
+    )
     parser.add_argument("--pairs", type=int, default=5, help="number of rounds")
     parser.add_argument("--data-root", type=Path, help="image folder with train/ and val/; default: drawn photographs")
     parser.add_argument("--images", type=int, default=256, help="number of drawn training images")
