@@ -342,7 +342,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoint interval and retention."""
+    """Checkpoint interval, retention and selection of the best epoch."""
 
     every: str | None = "1 epoch"
     """Checkpoint interval: '100 steps', '1 epoch', '10%', '10 min' or '2 h'; null saves only at the end, when stopped and at best epochs."""
@@ -350,6 +350,8 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep."""
     keep_best: bool = True
     """Best epoch: save a checkpoint at each new best epoch, and keep that of the best."""
+    select_by: Literal["accuracy", "balanced_accuracy", "f1_macro", "log_loss"] = "accuracy"
+    """Metric that selects the best epoch on the validation split, and counts for early stopping; ties go to the lower log loss."""
     keep_every: str | None = None
     """Permanent checkpoints: keep those at multiples of '10 epochs' or '1000 steps'; null keeps none permanently."""
 
