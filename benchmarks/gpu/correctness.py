@@ -30,8 +30,8 @@ def evaluation(work: Workplace) -> Details:
     images = torch.stack([loaded.preprocess(file) for file in files])
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     with torch.inference_mode():
-        expected = loaded.model(images)
-        logits = loaded.model.to(work.device)(images.to(work.device)).cpu()
+        expected = loaded.module(images)
+        logits = loaded.module.to(work.device)(images.to(work.device)).cpu()
     largest = float((logits - expected).abs().max() / expected.abs().max())
     if not largest <= ROUNDING:
         raise CheckFailed(f"logits differ by {largest:.1e} of the largest, expected at most {ROUNDING:.0e}")

@@ -23,7 +23,7 @@ from trainer.distributed.context import init_distributed
 from trainer.evaluate import Evaluation
 from trainer.model.build import preset
 from trainer.model.create import build_model
-from trainer.model.file import Preprocess
+from trainer.model.images import Preprocess
 from trainer.model.source_classes import ClassMapping
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared]

@@ -44,7 +44,9 @@ def make_retention_policy(config: ResolvedConfig, steps_per_epoch: int) -> Reten
 
 def make_early_stopping(config: ResolvedConfig, data: RunData) -> EarlyStopping:
     """Return the rule that ends a run early; by default it never does."""
-    return EarlyStopping(split=data.index.val_split, patience=config.regularization.early_stopping)
+    return EarlyStopping(
+        split=data.index.val_split, patience=config.regularization.early_stopping, select_by=config.checkpoint.select_by
+    )
 
 
 def make_run_metadata(config: ResolvedConfig, data: RunData, run: OpenRun) -> RunMetadata:
@@ -116,7 +118,7 @@ def make_checkpoint_manager(
     )
 
 
-def make_model_metadata(config: ResolvedConfig, data: RunData, built: BuiltModel) -> ModelMetadata:
+def make_model_metadata(config: ResolvedConfig, data: RunData, run: OpenRun, built: BuiltModel) -> ModelMetadata:
     """Return the header of the model file; its metrics are filled in when it is written."""
     return ModelMetadata(
         version=own_version(),
@@ -125,4 +127,5 @@ def make_model_metadata(config: ResolvedConfig, data: RunData, built: BuiltModel
         preprocessing=config.data.preprocessing,
         source=built.source,
         metrics={},
+        execution=run.ctx.execution(channels_last=config.train.uses_channels_last),
     )

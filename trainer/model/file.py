@@ -5,10 +5,9 @@ the header.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,75 +17,32 @@ from regraft.contract import MODEL
 from trainer.errors import UserError
 from trainer.model.build import build
 from trainer.model.head import find_heads, replace_head
-from trainer.model.images import ImageInput, Preprocess
 from trainer.model.load_weights import fits
-from trainer.model.metadata import read_metadata
+from trainer.model.metadata import ModelMetadata, read_metadata
 from trainer.text import join_truncated
 
 _EXPECTED = "expected a run folder or its model.safetensors"
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The most probable classes of an image."""
+class LoadedModel:
+    """Content of a model file."""
 
-    labels: tuple[str, ...]
-    """Class names, the most probable first."""
-    scores: tuple[float, ...]
-    """Their probabilities."""
-
-    @property
-    def label(self) -> str:
-        """Return the most probable class."""
-        return self.labels[0]
-
-    @property
-    def score(self) -> float:
-        """Return the probability of the most probable class."""
-        return self.scores[0]
-
-
-class LoadedModel(NamedTuple):
-    """A loaded model file, ready to predict with."""
-
-    model: nn.Module
-    preprocess: Preprocess
-    classes: tuple[str, ...]
-
-    @torch.inference_mode()
-    def predict(
-        self, images: ImageInput | Sequence[ImageInput], *, topk: int = 1, batch_size: int = 32
-    ) -> list[Prediction]:
-        """Return a prediction for each image.
-
-        Args:
-            images: a path, bytes, a binary file, a PIL image, a NumPy array of uint8 [height, width, 3], or a list.
-            topk: number of classes in each prediction.
-            batch_size: number of images in a forward pass.
-
-        Raises:
-            UserError: an image cannot be read, or an argument is out of range.
-
-        """
-        for name, value in (("topk", topk), ("batch_size", batch_size)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} is {value!r}: expected a whole number, 1 or more")
-        inputs = list(images) if isinstance(images, list | tuple) else [cast(ImageInput, images)]
-        device = next(self.model.parameters()).device
-        predictions: list[Prediction] = []
-        for start in range(0, len(inputs), batch_size):
-            batch = self.preprocess(inputs[start : start + batch_size]).to(device)
-            scores, indices = self.model(batch).softmax(1).topk(min(topk, len(self.classes)))
-            predictions += [
-                Prediction(tuple(self.classes[index] for index in row), tuple(values))
-                for row, values in zip(indices.tolist(), scores.tolist(), strict=True)
-            ]
-        return predictions
+    module: nn.Module
+    """In eval mode and float32, on the CPU."""
+    heads: tuple[str, ...]
+    """Names of the output layers: the main one, then the auxiliary ones."""
+    metadata: ModelMetadata
 
 
 def load(path: str | os.PathLike[str]) -> LoadedModel:
-    """Return the model (eval mode, CPU), its preprocessing and its classes; see `regraft.load`."""
-    file = _find_model_file(path)
+    """Return the content of a run folder's model file, or of a model file.
+
+    Raises:
+        UserError: there is no such file, regraft did not write it, or its weights do not fit its header.
+
+    """
+    file = find_model_file(path)
     metadata = read_metadata(file)
     if metadata is None:
         raise UserError(f"{file}: holds weights but no regraft header; {_EXPECTED}")
@@ -94,15 +50,22 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
     try:
         # On the meta device: the file's tensors become the model's after they were checked.
         model = build(metadata.architecture, image_size=size, empty=True)
-        replace_head(model, find_heads(model, size), len(metadata.classes), "torch")
+        heads = find_heads(model, size)
+        replace_head(model, heads, len(metadata.classes), "torch")
         state = read_state(file, model.state_dict())
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     model.load_state_dict(state, assign=True)
-    return LoadedModel(model.eval(), Preprocess(metadata.preprocessing), metadata.classes)
+    return LoadedModel(model.eval(), tuple(head.name for head in heads), metadata)
 
 
-def _find_model_file(path: str | os.PathLike[str]) -> Path:
+def find_model_file(path: str | os.PathLike[str]) -> Path:
+    """Return the model file of a run folder, or the file itself.
+
+    Raises:
+        UserError: there is no such file.
+
+    """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"regraft.load was given a {type(path).__name__}: {_EXPECTED}, as str or Path")
     try:

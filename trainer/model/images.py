@@ -45,19 +45,32 @@ class Preprocess:
         converted = [self._convert(image, f"images[{number}]") for number, image in enumerate(images)]
         return torch.stack(converted) if converted else torch.empty(0, 3, size, size)
 
-    def _convert(self, image: ImageInput, name: str) -> Tensor:
+    def pixels(self, image: ImageInput, name: str = "the image") -> np.ndarray:
+        """Return the resized and cropped image before its normalization: uint8 [image_size, image_size, 3].
+
+        Args:
+            image: an image.
+            name: what an error message calls an image that is not a path.
+
+        Raises:
+            UserError: the image cannot be read, or is of another type.
+
+        """
         if isinstance(image, str | os.PathLike):
-            name = escape_unprintable(os.fspath(image))
+            name = escape_unprintable(os.fsdecode(image))
         try:
             decoded = _read_image(image, name)
         except UnreadableImage as error:
             raise UserError(f"{name}: {error}; expected an image file") from None
-        array = torch.tensor(self._transform(np.asarray(decoded)))
+        return self._transform(decoded)
+
+    def _convert(self, image: ImageInput, name: str) -> Tensor:
+        array = torch.tensor(self.pixels(image, name))
         return self._normalize(array.permute(2, 0, 1)[None])[0]
 
 
-def _read_image(image: ImageInput, name: str) -> Image.Image:
-    """Return the image in mode RGB, upright."""
+def _read_image(image: ImageInput, name: str) -> np.ndarray:
+    """Return the upright image, uint8 [H, W, 3]."""
     if isinstance(image, Image.Image):
         try:
             return upright_rgb(image)
@@ -78,10 +91,10 @@ def _read_image(image: ImageInput, name: str) -> Image.Image:
     return _decode_content(content)
 
 
-def _decode_content(content: bytes | bytearray | memoryview) -> Image.Image:
+def _decode_content(content: bytes | bytearray | memoryview) -> np.ndarray:
     if not content:
         raise UnreadableImage("empty (0 bytes)")
-    return decode_file(io.BytesIO(content), "").image
+    return decode_file(io.BytesIO(content), "").pixels
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

@@ -18,11 +18,12 @@ from torchvision import models
 
 import regraft
 from trainer.data.augment import Preprocessing
+from trainer.distributed.precision import Execution
 from trainer.errors import UserError
 from trainer.model.batch_norm import freeze_batch_norm
 from trainer.model.create import build_model
 from trainer.model.file import load
-from trainer.model.metadata import ModelMetadata, read_metadata, write_model
+from trainer.model.metadata import ModelMetadata, UnknownThreshold, read_metadata, update_metadata, write_model
 
 State = dict[str, Tensor]
 SMALL = "shufflenet_v2_x0_5"
@@ -110,7 +111,7 @@ def test_the_loaded_model_equals_the_trained_one(architecture: str, tmp_path: Pa
 def test_a_model_with_frozen_batch_norm_is_loaded_unfrozen_and_can_train(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     write_model(path, train_model("resnet18", frozen=True).state_dict(), make_metadata("resnet18"))
-    loaded = load(path).model
+    loaded = load(path).module
     assert not any({"train", "forward"} & vars(module).keys() for module in loaded.modules())
     loaded.train()
     loaded(torch.randn(2, 3, 64, 64)).sum().backward()
@@ -123,9 +124,30 @@ def test_the_header_is_json(model_file: Path) -> None:
         header = json.loads(file.read(length))["__metadata__"]
     assert header["format"] == "pt"
     metadata = make_metadata()
-    expected = json.loads(json.dumps({"format": 1, **dataclasses.asdict(metadata)}))
-    assert json.loads(header["regraft"]) == expected
+    optional = ("execution", "temperature", "unknown")  # earlier versions did not write these
+    fields = {key: value for key, value in dataclasses.asdict(metadata).items() if key not in optional}
+    assert json.loads(header["regraft"]) == json.loads(json.dumps({"format": 1, **fields}))
     assert read_metadata(model_file) == metadata
+
+
+def test_update_metadata_changes_the_header_and_no_bit_of_the_weights(model_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(model_file.read_bytes())
+    changes: dict[str, Any] = {
+        "execution": Execution("bf16", channels_last=True),
+        "temperature": 1.5,
+        "unknown": UnknownThreshold(score="energy", threshold=-2.25),
+    }
+    updated = update_metadata(path, **changes)
+    assert updated == read_metadata(path) == make_metadata(**changes)
+    before, after = load_file(model_file), load_file(path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert update_metadata(path, execution=None, temperature=None, unknown=None) == make_metadata()
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    save_file({"fc.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="holds weights but no regraft header"):
+        update_metadata(path, temperature=1.0)
 
 
 def test_a_safetensors_file_of_another_program_has_no_metadata(tmp_path: Path) -> None:
@@ -141,7 +163,7 @@ def test_the_loaded_model_is_fp32_and_independent_of_the_file(model_file: Path, 
     state = {k: v.half() if v.is_floating_point() else v for k, v in load_file(model_file).items()}
     path = tmp_path / "half.safetensors"
     write_model(path, state, make_metadata())
-    model = load(path).model
+    model = load(path).module
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     loaded = model.state_dict()
@@ -191,6 +213,14 @@ DAMAGED_FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "mean is a huge integer": (preprocessing(mean=[10**400] * 3), "int too large to convert to float"),
     "unknown interpolation": (preprocessing(interpolation="magic"), "'magic'"),
     "metrics are a number": ({"metrics": 3}, "'int' object is not iterable"),
+    "unknown precision": ({"execution": {"precision": "int4", "channels_last": True}}, "expected a precision (fp32"),
+    "channels_last is a number": ({"execution": {"precision": "fp32", "channels_last": 1}}, "expected a precision"),
+    "temperature of zero": ({"temperature": 0}, "temperature is 0, expected a number above 0"),
+    "temperature of NaN": ({"temperature": float("nan")}, "temperature is nan, expected a number above 0"),
+    "temperature is text": ({"temperature": "warm"}, "temperature is 'warm', expected a number above 0"),
+    "unknown score": ({"unknown": {"score": "luck", "threshold": 0.5}}, "expected a score (max_logit, energy)"),
+    "no threshold": ({"unknown": {"score": "energy"}}, "no 'threshold'"),
+    "a threshold that is true": ({"unknown": {"score": "energy", "threshold": True}}, "and a threshold"),
 }
 
 
@@ -315,21 +345,3 @@ def test_a_run_folder_is_loaded_and_a_wrong_path_is_an_error(
             regraft.load(other)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=f"~nobody-here/x: cannot be read .*; {expected}"):
         regraft.load("~nobody-here/x")
-
-
-def test_predictions_are_the_softmax_of_the_model(model_file: Path) -> None:
-    loaded = regraft.load(model_file)
-    images = [make_image(seed) for seed in range(5)]
-    predictions = loaded.predict(images, topk=3, batch_size=2)
-    with torch.no_grad():
-        scores, indices = loaded.model(loaded.preprocess(images)).softmax(1).topk(3)
-    assert [p.labels for p in predictions] == [tuple(CLASSES[i] for i in row) for row in indices.tolist()]
-    torch.testing.assert_close(torch.tensor([p.scores for p in predictions]), scores)
-    (single,) = loaded.predict(images[0])
-    assert (single.label, single.labels) == (predictions[0].label, predictions[0].labels[:1])
-    assert single.score == pytest.approx(predictions[0].score)
-    assert len(loaded.predict(images[0], topk=99)[0].labels) == len(CLASSES)
-    assert loaded.predict([]) == []
-    for options in ({"topk": 0}, {"batch_size": -1}):
-        with pytest.raises(UserError, match="expected a whole number, 1 or more"):
-            loaded.predict(images, **options)

@@ -1,0 +1,1 @@
+"""Predict with a trained model: the Python API, and what `regraft predict` consists of."""
