@@ -104,8 +104,19 @@ def trainer_options() -> tuple[list[str], dict[str, list[str]]]:
 
 
 def models() -> list[str]:
-    """Return the names of the models, which needs torchvision."""
-    return _ask_trainer("from torchvision import models; print(*models.list_models(models))").split()
+    """Return the names of the models, which needs torchvision; those of timm if it is installed."""
+    program = """
+from torchvision import models
+names = models.list_models(models)
+try:
+    import timm
+except ImportError:
+    pass
+else:
+    names += [f"timm/{name}" for name in timm.list_models()]
+print(*names)
+"""
+    return _ask_trainer(program).split()
 
 
 def _ask_trainer(program: str) -> str:
