@@ -21,16 +21,7 @@ from launch.errors import LaunchError
 from launch.options import nonnegative_int, process_count, split_options
 from launch.text import escape_lines
 from launch.trainer_options import choose_run_folder, new_logs, trainer_folder
-from regraft.contract import (
-    COMMAND,
-    DEFAULT_RUN_DIR,
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    USER_ERROR,
-    available_cores,
-    own_version,
-)
+from regraft.contract import COMMAND, DEFAULT_RUN_DIR, DONE, FAILED, INTERRUPTED, USER_ERROR, own_version
 from regraft.streams import discard_output, flush_output, prepare_streams
 
 _HELP = """\
@@ -121,9 +112,8 @@ def _train(argv: list[str]) -> int:
     from launch.local.run import run  # noqa: PLC0415
     from launch.local.torchrun import TorchrunConfig  # noqa: PLC0415
 
-    processes, threads = machine.processes_and_threads(
-        arguments.nproc, gpus=machine.gpus(os.environ), cores=available_cores()
-    )
+    gpus = machine.gpus(os.environ)
+    processes, threads = machine.processes_and_threads(arguments.nproc, gpus=gpus, cores=machine.usable_cores(gpus))
     folder = choose_run_folder(options)
     if folder is None:
         return USER_ERROR

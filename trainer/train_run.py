@@ -53,7 +53,9 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     index = data.index
 
     # 2. Precision and memory layout, then the newest checkpoint, if there is one; every rank takes rank 0's.
-    workload = Workload(config=config, examples=index.train, classes=index.classes, weights=weights)
+    workload = Workload(
+        config=config, examples=index.train, classes=index.classes, weights=weights, evaluated=index.num_evaluated
+    )
     config, ctx = choose_execution(workload, ctx, console, saved=run.saved_execution)
     run = replace(run, ctx=ctx)
     resume_point = find_resume_point(config, data, run, schedule)

@@ -80,6 +80,7 @@ def collectives(ctx: DistributedContext) -> dict[str, Any]:
     metrics = Meter(ctx.accelerator, of_more).compute()
     return {
         "max": ctx.all_reduce_max([rank, ctx.world_size - 1 - rank, 3]),
+        "max of floats": [ctx.max_across_ranks(value) for value in (rank + 0.25, -0.1 - rank)],
         "broadcast": ctx.broadcast({"rank": rank}),
         "rows": state.rows,
         "restored": Meter(ctx.accelerator, state).state()[0].rows,

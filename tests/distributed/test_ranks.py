@@ -20,6 +20,7 @@ def test_collectives_return_the_same_on_every_rank(rank_results: RankResults) ->
     for result in rank_results(3):
         assert result["collectives"] == {
             "max": [2, 2, 3],
+            "max of floats": [2.25, -0.1],
             "broadcast": {"rank": 0},
             "rows": [[0.0, 0, 0], [0.2, 2, 2], [0.4, 4, 4]],
             "restored": [[0.0, 0, 0], [0.2, 2, 2], [0.4, 4, 4]],

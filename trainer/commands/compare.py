@@ -71,7 +71,14 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
     seeds = [base.run.seed + k for k in range(own.seeds)]
     runs = {(text, seed): _run_config(configs[text], text, seed, folder) for seed in seeds for text in configs}
     _, ctx, console = start(base)  # pretraining may have left the process group
-    workload = Workload(config=base, examples=data.index.train, classes=data.index.classes, weights=base.model.weights)
+    index = data.index
+    workload = Workload(
+        config=base,
+        examples=index.train,
+        classes=index.classes,
+        weights=base.model.weights,
+        evaluated=index.num_evaluated,
+    )
     runs, execution = with_one_execution(runs, workload, ctx, console)
 
     def check_folders() -> None:

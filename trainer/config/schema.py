@@ -38,7 +38,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto uses the GPU if there is one."""
     threads: int | None = None
-    """CPU threads per process; null divides this machine's available cores among its processes, or half of the cores if they use GPUs."""
+    """CPU threads per process; null divides this machine's physical cores among its processes, or half of all cores if they use GPUs."""
     hang_timeout: float | Literal["auto"] | None = "auto"
     """Watchdog timeout of a step [seconds], after which the processes write their stacks and exit; auto adapts to the step time; null is off."""
 

@@ -79,6 +79,11 @@ class DatasetIndex:
         """Return the split that the best epoch is selected on, or None if there is none besides the test split."""
         return "val" if self.val else None
 
+    @property
+    def num_evaluated(self) -> int:
+        """Return the number of images that each epoch evaluates."""
+        return len(self.val) + len(self.test)
+
 
 @without_gc()
 def read_index(
