@@ -42,6 +42,9 @@ on a Slurm cluster:
 runs:
   status      show the progress of a run, from its folder
 
+using a model:
+  evaluate    evaluate a trained model on labeled images
+
 experiments:
   preview     draw training images and their augmentations to one PNG
   lr-find     find a learning rate by a range test
@@ -215,6 +218,7 @@ def _completion(argv: list[str]) -> int:
     options |= {"debug": trainer, "preview": [*trainer, "--output"]}
     options |= {"lr-find": ["--from", "--to", "--steps", *trainer]}
     options |= {"compare": ["--strategies", "--seeds", *trainer]}
+    options |= {"evaluate": completion.EVALUATE}
     options |= {"status": completion.parser_options(_status_parser()), "completion": []}
     print(completion.render_script(argv[0], options, values), end="")
     return DONE
@@ -236,6 +240,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "preview": lambda argv: _exec_trainer("preview", "commands/preview.py", argv),
     "lr-find": lambda argv: _exec_trainer("lr-find", "commands/lr_find.py", argv),
     "compare": lambda argv: _exec_trainer("compare", "commands/compare.py", argv),
+    "evaluate": lambda argv: _exec_trainer("evaluate", "commands/evaluate.py", argv),
     "completion": _completion,
 }
 

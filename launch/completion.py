@@ -18,6 +18,8 @@ from regraft.files import CONFIGS
 SHELLS = ("bash", "zsh")
 MODELS = "models"
 """`regraft completion models` lists the models: the script asks for them when they are needed, which takes seconds."""
+EVALUATE = ["--split", "--map", "--output", "--calibrate", "--unknown", "--store", "--batch-size", "--device"]
+"""Options of `regraft evaluate`, whose parser belongs to the trainer."""
 _SCRIPT = """\
 _regraft() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} option='' options='' values=''

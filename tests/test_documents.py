@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import launch.cli
 from tests.folders import image_folder, noise_image
 from tests.launching import run
-from trainer.commands import compare, lr_find, preview, variants
+from trainer.commands import compare, evaluate, lr_find, preview, variants
 from trainer.config.parse import keys, parse
 from trainer.main import main as train
 
@@ -125,6 +125,9 @@ def run_regraft(words: Sequence[str]) -> None:
     verb, arguments = words[0], words[1:]
     if verb in VERBS:
         run_trainer(VERBS[verb], arguments)
+        return
+    if verb == "evaluate":
+        assert evaluate.main(arguments) == 0
         return
     parse(trainer_options(arguments))
     for option in own_options(arguments):
