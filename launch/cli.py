@@ -21,16 +21,7 @@ from launch.errors import LaunchError
 from launch.options import nonnegative_int, process_count, split_options
 from launch.text import escape_lines
 from launch.trainer_options import choose_run_folder, new_logs, trainer_folder
-from regraft.contract import (
-    COMMAND,
-    DEFAULT_RUN_DIR,
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    USER_ERROR,
-    available_cores,
-    own_version,
-)
+from regraft.contract import COMMAND, DEFAULT_RUN_DIR, DONE, FAILED, INTERRUPTED, USER_ERROR, own_version
 from regraft.streams import discard_output, flush_output, prepare_streams
 
 _HELP = """\
@@ -53,6 +44,7 @@ runs:
 
 using a model:
   predict     predict the classes of images with a trained model
+  evaluate    evaluate a trained model on labeled images
 
 experiments:
   preview     draw training images and their augmentations to one PNG
@@ -121,9 +113,8 @@ def _train(argv: list[str]) -> int:
     from launch.local.run import run  # noqa: PLC0415
     from launch.local.torchrun import TorchrunConfig  # noqa: PLC0415
 
-    processes, threads = machine.processes_and_threads(
-        arguments.nproc, gpus=machine.gpus(os.environ), cores=available_cores()
-    )
+    gpus = machine.gpus(os.environ)
+    processes, threads = machine.processes_and_threads(arguments.nproc, gpus=gpus, cores=machine.usable_cores(gpus))
     folder = choose_run_folder(options)
     if folder is None:
         return USER_ERROR
@@ -228,7 +219,8 @@ def _completion(argv: list[str]) -> int:
     options |= {"debug": trainer, "preview": [*trainer, "--output"]}
     options |= {"lr-find": ["--from", "--to", "--steps", *trainer]}
     options |= {"compare": ["--strategies", "--seeds", *trainer]}
-    options |= {"predict": [*completion.PREDICT]}
+    options |= {"predict": completion.PREDICT}
+    options |= {"evaluate": completion.EVALUATE}
     options |= {"status": completion.parser_options(_status_parser()), "completion": []}
     print(completion.render_script(argv[0], options, values), end="")
     return DONE
@@ -251,6 +243,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "lr-find": lambda argv: _exec_trainer("lr-find", "commands/lr_find.py", argv),
     "compare": lambda argv: _exec_trainer("compare", "commands/compare.py", argv),
     "predict": lambda argv: _exec_trainer("predict", "commands/predict.py", argv),
+    "evaluate": lambda argv: _exec_trainer("evaluate", "commands/evaluate.py", argv),
     "completion": _completion,
 }
 

@@ -184,7 +184,7 @@ def _run_trial(config: ResolvedConfig, signals: StopSignals, *, is_main_process:
     result = run(config, signals)
     if not is_main_process:
         return None
-    trial = read_trial(result.folder, seed=config.run.seed, selection=result.val_split)
+    trial = read_trial(result.folder, seed=config.run.seed, selection=result.val_split, select_by=result.select_by)
     # The rows are of the fine-tuned weights, the model file is of those that WiSE-FT selected.
     if result.alpha < 1:
         trial = replace(trial, accuracy=read_test_accuracy(result.folder))
