@@ -191,6 +191,8 @@ def _in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     if not (workplace / "runs/NAME/model.safetensors").exists():
         assert train([*SMALL, *SMALL_MODEL, "--model.weights=null", "--run.dir=runs/NAME"]) == 0
+        timm_model = ["--model.name=timm/mobilenetv3_small_050", "--model.weights=null", "--data.image_size=64"]
+        assert train([*SMALL, *timm_model, "--run.dir=runs/TIMM"]) == 0
 
 
 @pytest.mark.slow
