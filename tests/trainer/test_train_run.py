@@ -268,6 +268,17 @@ def test_the_model_file_is_evaluated_at_the_end(
         assert contents(copy) == before
 
 
+def test_the_evaluation_of_the_best_epoch_is_that_of_the_model_file(quick: ResolvedConfig, tmp_path: Path) -> None:
+    evaluated = copy_run(quick, tmp_path / "run")
+    best = best_row(rows(quick, "epoch"), "val")
+    kept = contents(evaluated)
+    saved = json.loads((tmp_path / "run" / EVALUATION).read_text())
+    assert (saved["epoch"], saved["splits"]["val"]["accuracy"]) == (best["epoch"], best["val_accuracy"])
+    (tmp_path / "run" / EVALUATION).unlink()  # the next start evaluates the file itself
+    train(evaluated)
+    assert contents(evaluated) == kept
+
+
 def test_a_killed_run_resumes_bit_identically(copy: ResolvedConfig, finished: ResolvedConfig) -> None:
     rewind(copy, 5, 2)
     (Path(copy.run.dir) / METRICS).write_text("{")  # cut off by the kill

@@ -159,9 +159,9 @@ class ModelConfig:
     """Architecture, pretrained weights and initialization of the head."""
 
     name: str = "resnet18"
-    """Model name: a classification model of torchvision."""
+    """Model name: a classification model of torchvision, or a model of timm as timm/NAME."""
     weights: str | None = "DEFAULT"
-    """Pretrained weights: a torchvision name (DEFAULT, IMAGENET1K_V1), a safetensors or PyTorch file, a run or Hugging Face folder, or null to train from scratch."""
+    """Pretrained weights: a torchvision name (DEFAULT, IMAGENET1K_V1), DEFAULT for timm's, a safetensors or PyTorch file, a run or Hugging Face folder, or null to train from scratch."""
     weights_key: str = "auto"
     """Key or prefix of the model in the weights file, such as model_ema or teacher; auto finds it, and prefers raw weights to averaged ones."""
     allow_partial_weights: bool = False
@@ -183,7 +183,9 @@ class ModelConfig:
             valid = probability is None or 0 <= probability < 1
             _check(f"model.{key}", probability, valid, "0 to below 1, or null")
         if self.weights is not None and not self.weights.strip():
-            raise UserError("model.weights is empty: expected a name of torchvision, a file or folder, or null")
+            raise UserError(
+                "model.weights is empty: expected DEFAULT or another name of torchvision, a file or folder, or null"
+            )
         if not self.weights_key.strip():
             raise UserError("model.weights_key is empty: expected auto, or a key or prefix in the weights file")
         if not self.source_labels.strip():
