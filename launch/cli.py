@@ -51,6 +51,9 @@ on a Slurm cluster:
 runs:
   status      show the progress of a run, from its folder
 
+models:
+  export      export a model to ONNX, torch.export, Hugging Face transformers or timm, and verify the export
+
 experiments:
   preview     draw training images and their augmentations to one PNG
   lr-find     find a learning rate by a range test
@@ -225,6 +228,8 @@ def _completion(argv: list[str]) -> int:
     options |= {"debug": trainer, "preview": [*trainer, "--output"]}
     options |= {"lr-find": ["--from", "--to", "--steps", *trainer]}
     options |= {"compare": ["--strategies", "--seeds", *trainer]}
+    own = ("--to", "--output", "--preprocess", "--fp16", "--verify-data", "--verify-images", "--license")
+    options |= {"export": list(own)}
     options |= {"status": completion.parser_options(_status_parser()), "completion": []}
     print(completion.render_script(argv[0], options, values), end="")
     return DONE
@@ -246,6 +251,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "preview": lambda argv: _exec_trainer("preview", "commands/preview.py", argv),
     "lr-find": lambda argv: _exec_trainer("lr-find", "commands/lr_find.py", argv),
     "compare": lambda argv: _exec_trainer("compare", "commands/compare.py", argv),
+    "export": lambda argv: _exec_trainer("export", "commands/export.py", argv),
     "completion": _completion,
 }
 
