@@ -18,6 +18,15 @@ from regraft.files import CONFIGS
 SHELLS = ("bash", "zsh")
 MODELS = "models"
 """`regraft completion models` lists the models: the script asks for them when they are needed, which takes seconds."""
+PREDICT = [
+    *("--output", "--topk", "--threshold", "--calibrated", "--tta", "--batch-size", "--sort-into", "--sort-mode"),
+    *("--column", "--nproc", "--device"),
+]
+"""Options of `regraft predict`, whose parser belongs to the trainer."""
+EVALUATE = ["--split", "--map", "--output", "--calibrate", "--unknown", "--store", "--batch-size", "--device"]
+"""Options of `regraft evaluate`, whose parser belongs to the trainer."""
+EXPORT = ["--to", "--output", "--preprocess", "--fp16", "--verify-data", "--verify-images", "--license"]
+"""Options of `regraft export`, whose parser belongs to the trainer."""
 _SCRIPT = """\
 _regraft() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} option='' options='' values=''

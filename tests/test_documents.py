@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import launch.cli
 from tests.folders import image_folder, noise_image
 from tests.launching import run
-from trainer.commands import compare, lr_find, preview, variants
+from trainer.commands import compare, evaluate, lr_find, predict, preview, variants
 from trainer.config.parse import keys, parse
 from trainer.main import main as train
 
@@ -34,6 +34,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "trainer/main.py": train, VERBS["preview"]: preview.main, VERBS["lr-find"]: lr_find.main,
     VERBS["compare"]: compare.main,
 }  # fmt: skip
+OF_A_MODEL = {"predict": predict.main, "evaluate": evaluate.main}
+"""Verbs that use a trained model -> what runs them."""
 SMALL = [
     *("--data.root=images", "--data.image_size=32", "--data.num_workers=0", "--train.epochs=1"),
     *("--train.batch_size=8", "--run.threads=1", "--run.device=cpu"),
@@ -126,6 +128,9 @@ def run_regraft(words: Sequence[str]) -> None:
     if verb in VERBS:
         run_trainer(VERBS[verb], arguments)
         return
+    if verb in OF_A_MODEL:
+        assert OF_A_MODEL[verb](arguments) == 0
+        return
     parse(trainer_options(arguments))
     for option in own_options(arguments):
         assert option in help_text("-m", "launch.cli", verb), f"regraft {verb} has no {option}"
@@ -186,6 +191,8 @@ def _in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     if not (workplace / "runs/NAME/model.safetensors").exists():
         assert train([*SMALL, *SMALL_MODEL, "--model.weights=null", "--run.dir=runs/NAME"]) == 0
+        timm_model = ["--model.name=timm/mobilenetv3_small_050", "--model.weights=null", "--data.image_size=64"]
+        assert train([*SMALL, *timm_model, "--run.dir=runs/TIMM"]) == 0
 
 
 @pytest.mark.slow

@@ -138,6 +138,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     if checkpoint is None and config.model.head_init in ("source-labels", "linear-probe"):
         with run.watchdog() as heartbeat:
             logger.log_start(evaluator.evaluate_initial(state.model, heartbeat), probe_seconds)
+    evaluate_epoch = final_evaluation.record_epochs(evaluator, state)
     try:
         with (
             run.signals.deferred(),
@@ -152,7 +153,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
                 schedule,
                 train_step,
                 start_epoch=unfreezing.start_epoch,
-                evaluate=evaluator,
+                evaluate=evaluate_epoch,
                 checkpoints=checkpoints,
                 logger=logger,
             )
@@ -164,7 +165,12 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     if checkpoints.stopped_early:
         console.print(resume_point.describe_early_stop(rows))
     alpha = wise_ft.select_alpha(lambda: state.model, evaluator, step=state.step)
-    final_evaluation.write(lambda: state.model, evaluator, step=state.step)
+    final_evaluation.write(
+        lambda: state.model,
+        evaluator,
+        step=state.step,
+        is_of_epoch=alpha == 1,  # otherwise WiSE-FT has interpolated the weights
+    )
     ctx.accelerator.wait_for_everyone()
     ctx.accelerator.free_memory()
     return replace(result, rows=rows, alpha=alpha, seconds=time.monotonic() - began)

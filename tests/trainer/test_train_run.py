@@ -255,10 +255,28 @@ def test_the_model_file_is_evaluated_at_the_end(
         assert float(row["probability"]) == pytest.approx(prediction.score, rel=1e-4)
 
     before = contents(copy)
+    (folder / EVALUATION).unlink()
+    with pytest.raises(Stopped) as stopped:
+        train(copy, before=lambda run: setattr(run.signals, "received", signal.SIGTERM))
+    assert stopped.value.saved == "the end of training, before the final evaluation"
+    assert not (folder / EVALUATION).exists()
+    train(copy)
+    assert contents(copy) == before
     for name in (EVALUATION, PREDICTIONS):  # a kill before they were written
         (folder / name).unlink()
         assert "finished already" in train(copy)[1]
         assert contents(copy) == before
+
+
+def test_the_evaluation_of_the_best_epoch_is_that_of_the_model_file(quick: ResolvedConfig, tmp_path: Path) -> None:
+    evaluated = copy_run(quick, tmp_path / "run")
+    best = best_row(rows(quick, "epoch"), "val")
+    kept = contents(evaluated)
+    saved = json.loads((tmp_path / "run" / EVALUATION).read_text())
+    assert (saved["epoch"], saved["splits"]["val"]["accuracy"]) == (best["epoch"], best["val_accuracy"])
+    (tmp_path / "run" / EVALUATION).unlink()  # the next start evaluates the file itself
+    train(evaluated)
+    assert contents(evaluated) == kept
 
 
 def test_a_killed_run_resumes_bit_identically(copy: ResolvedConfig, finished: ResolvedConfig) -> None:

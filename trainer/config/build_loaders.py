@@ -211,6 +211,11 @@ class Evaluator:
             )
         return evaluations
 
+    @property
+    def num_logits(self) -> int:
+        """Return the number of logits of all splits."""
+        return self._classes * sum(examples for examples, _ in self._splits.values())
+
     def make_gatherers(self) -> dict[str, PredictionGatherer]:
         """Return what gathers the logits of each split on rank 0, as the argument `record`."""
         return {

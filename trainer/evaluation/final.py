@@ -7,7 +7,6 @@ another model file is written.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -15,32 +14,17 @@ from regraft.contract import EVALUATION, MODEL, PREDICTIONS
 from trainer.distributed.broadcast import broadcast_state_dict, prepare_for_eval
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
-from trainer.evaluate import Evaluations, Interrupted, Record
+from trainer.evaluate import Evaluations, Interrupted
 from trainer.evaluation.calibration import calibrated_metrics, fit_temperature
-from trainer.evaluation.gather import PredictionGatherer
 from trainer.evaluation.predictions import Predictions, write_predictions
+from trainer.evaluation.recorded import EpochEvaluator, RecordedEvaluation, RecordingEvaluator, record
 from trainer.evaluation.report import make_report, to_json
 from trainer.model.file import load, read_state
 from trainer.model.metadata import ModelMetadata, read_metadata, update_metadata
 from trainer.run.atomic import write_text_atomically
 from trainer.run.folder import saving_to
 from trainer.run.session import OpenRun
-
-
-class RecordingEvaluator(Protocol):
-    """Evaluates splits over all processes, and passes their logits on."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        interrupted: Callable[[], bool],
-        splits: Sequence[str] | None = None,
-        record: Mapping[str, Record] | None = None,
-    ) -> Evaluations:
-        """Return split -> evaluation."""
-
-    def make_gatherers(self) -> dict[str, PredictionGatherer]:
-        """Return what gathers the logits of each split on rank 0."""
+from trainer.state import TrainState
 
 
 class FinalEvaluation:
@@ -59,8 +43,22 @@ class FinalEvaluation:
 
         """
         self._run, self._paths, self._classes, self._calibrate_on = run, paths, classes, calibrate_on
+        self._epochs: EpochEvaluator | None = None
 
-    def write(self, make_model: Callable[[], nn.Module], evaluate: RecordingEvaluator, *, step: int) -> None:
+    def record_epochs(self, evaluate: RecordingEvaluator, state: TrainState) -> EpochEvaluator:
+        """Return what evaluates each epoch, and keeps the predictions of the best one, so that `write` may take them.
+
+        Args:
+            evaluate: evaluates the splits.
+            state: the training state, which has the best epoch.
+
+        """
+        self._epochs = EpochEvaluator(evaluate, state)
+        return self._epochs
+
+    def write(
+        self, make_model: Callable[[], nn.Module], evaluate: RecordingEvaluator, *, step: int, is_of_epoch: bool = False
+    ) -> None:
         """Evaluate the model file and write the results, unless that is done. Every process must call it.
 
         Args:
@@ -68,6 +66,8 @@ class FinalEvaluation:
                 overwritten.
             evaluate: evaluates the splits.
             step: updates completed.
+            is_of_epoch: whether the model file has the weights of an epoch. Its evaluation is taken, unless an earlier
+                start of the run has made it.
 
         Raises:
             UserError: the model file cannot be read, or a file cannot be written.
@@ -78,7 +78,15 @@ class FinalEvaluation:
         metadata = run.ctx.broadcast(run.ctx.main_process_first(self._metadata_if_due))
         if metadata is None:
             return
-        model, gatherers = make_model(), evaluate.make_gatherers()
+        recorded = self._epochs.find(metadata.metrics.get("step")) if is_of_epoch and self._epochs else None
+        if recorded is None:
+            recorded = self._evaluate(make_model(), evaluate, step)
+        predictions = {split: gatherer.predictions() for split, gatherer in recorded.gatherers.items()}
+        run.ctx.main_process_first(lambda: self._write(metadata, recorded.evaluations, predictions))
+
+    def _evaluate(self, model: nn.Module, evaluate: RecordingEvaluator, step: int) -> RecordedEvaluation:
+        """Return the evaluation of the model file."""
+        run = self._run
         with run.signals.deferred(), run.watchdog(Heartbeat(step=step)) as heartbeat:
             model.load_state_dict(broadcast_state_dict(run.ctx, model, lambda: self._read_weights(model)))
 
@@ -87,12 +95,10 @@ class FinalEvaluation:
                 return run.signal_received() > 0
 
             try:
-                evaluations = evaluate(model, interrupted, record=gatherers)
+                return record(evaluate, model, interrupted)
             except Interrupted:
                 run.raise_if_signaled(saved="the end of training, before the final evaluation")
                 raise
-        predictions = {split: gatherer.predictions() for split, gatherer in gatherers.items()}
-        run.ctx.main_process_first(lambda: self._write(metadata, evaluations, predictions))
 
     def load_for_eval(self, *, channels_last: bool) -> nn.Module:
         """Return a finished run's model for evaluation, on its device and prepared for its precision."""

@@ -6,6 +6,9 @@ from torch import Tensor
 from trainer.distributed.context import DistributedContext
 from trainer.evaluation.predictions import Predictions
 
+_MAX_PENDING = 64
+"""Batches that stay on the device: a copy to the CPU waits for all that was computed before."""
+
 
 class PredictionGatherer:
     """Gathers the logits of all processes on rank 0, as the argument `record` of `evaluate`."""
@@ -25,6 +28,7 @@ class PredictionGatherer:
         self._logits = torch.empty(count, classes)
         self._labels = torch.empty(count, dtype=torch.int64)
         self._counts = torch.zeros(count, dtype=torch.int64)
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __call__(self, logits: Tensor, labels: Tensor, examples: Tensor) -> None:
         """Add a batch of this process; it may be empty. Every process must call it.
@@ -35,14 +39,24 @@ class PredictionGatherer:
             examples: int64 [B], indices into the examples of the split.
 
         """
+        batch = (logits, labels, examples)
         if self._ctx.world_size > 1:
-            examples = self._gather(examples, fill=-1)
-            logits, labels = (self._gather(tensor)[examples >= 0] for tensor in (logits, labels))
-            examples = examples[examples >= 0]
+            batch = (self._gather(logits), self._gather(labels), self._gather(examples, fill=-1))
         if self._ctx.is_main_process:
-            local = examples.cpu()
-            self._logits[local], self._labels[local] = logits.cpu(), labels.cpu()
-            self._counts.index_add_(0, local, torch.ones_like(local))
+            self._pending.append(batch)
+            if len(self._pending) == _MAX_PENDING:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Copy the batches from the device."""
+        if not self._pending:
+            return
+        logits, labels, examples = (torch.cat(parts).cpu() for parts in zip(*self._pending, strict=True))
+        self._pending.clear()
+        is_example = examples >= 0
+        local = examples[is_example]
+        self._logits[local], self._labels[local] = logits[is_example], labels[is_example]
+        self._counts.index_add_(0, local, torch.ones_like(local))
 
     def predictions(self) -> Predictions | None:
         """Return the predictions of all examples on rank 0, None on the other ranks.
@@ -53,6 +67,7 @@ class PredictionGatherer:
         """
         if not self._ctx.is_main_process:
             return None
+        self._flush()
         once = int((self._counts == 1).sum())
         if once != len(self._counts):
             raise RuntimeError(f"{once} of {len(self._counts)} examples were predicted once")

@@ -154,6 +154,7 @@ def _parse_metadata(fields: Any) -> ModelMetadata:
     classes = fields["classes"]
     if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
         raise ValueError("classes are not a list of names")
+    "".join(classes).encode("utf-8", "surrogateescape")  # a UnicodeEncodeError is a ValueError
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise ValueError(f"{len(classes)} classes, {len(set(classes))} different ones; expected two or more")
     architecture = fields["architecture"]
