@@ -255,6 +255,13 @@ def test_the_model_file_is_evaluated_at_the_end(
         assert float(row["probability"]) == pytest.approx(prediction.score, rel=1e-4)
 
     before = contents(copy)
+    (folder / EVALUATION).unlink()
+    with pytest.raises(Stopped) as stopped:
+        train(copy, before=lambda run: setattr(run.signals, "received", signal.SIGTERM))
+    assert stopped.value.saved == "the end of training, before the final evaluation"
+    assert not (folder / EVALUATION).exists()
+    train(copy)
+    assert contents(copy) == before
     for name in (EVALUATION, PREDICTIONS):  # a kill before they were written
         (folder / name).unlink()
         assert "finished already" in train(copy)[1]

@@ -51,7 +51,7 @@ def evaluate_model(arguments: argparse.Namespace, data: DataConfig) -> None:
     folder: Path = arguments.output or file.parent / _OUTPUT
     prepare_folder(folder)
 
-    source = escape_unprintable(arguments.data or "the images of the run")
+    source = escape_unprintable(arguments.data) if arguments.data else "the run's dataset"
     console.print(f"{file}: {len(kept)} images of {source}, split {labeled.split}")
     for line in _notes(labels, left_out, metadata.classes):
         console.print(line)

@@ -1,5 +1,6 @@
 """Predict labeled image files with a loaded model."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from regraft.contract import physical_cores
+from trainer.distributed.allocator import keep_freed_memory
 from trainer.evaluation.logits import compute_logits
 from trainer.evaluation.predictions import Predictions
 from trainer.inference.predictor import Predictor, eval_execution, find_device
@@ -47,9 +50,12 @@ class FileEvaluator:
 
         """
         loaded, chosen = load(model), find_device(device)
+        if chosen.type == "cpu":  # as in a run: kernels may round differently for another number of threads
+            torch.set_num_threads(physical_cores())
+            keep_freed_memory(os.environ)
         self.metadata: ModelMetadata = loaded.metadata
         self._predictor = Predictor(loaded, chosen, eval_execution(loaded.metadata, chosen))
-        # As trainer.config.build_loaders chooses it: kernels may round differently for another batch size.
+        # As trainer.config.build_loaders chooses it: kernels may round differently for another batch size, too.
         self._batch_size = batch_size or (max(8, 4 * torch.get_num_threads()) if chosen.type == "cpu" else _GPU_BATCH)
         self._console = console
 

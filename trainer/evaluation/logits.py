@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regraft.contract import available_cores
 from trainer.data.augment import EvalTransform, Preprocessing
 from trainer.data.decode import UnreadableImage, decode
 from trainer.errors import UserError
@@ -92,7 +93,7 @@ def _ahead(
 ) -> Iterator[np.ndarray | UnreadableImage]:
     """Yield the results of a function, computed by threads at most `count` paths ahead."""
     waiting = iter(paths)
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         futures: deque[Future[np.ndarray | UnreadableImage]] = deque(
             pool.submit(function, path) for path in islice(waiting, count)
         )

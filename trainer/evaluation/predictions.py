@@ -14,7 +14,8 @@ from trainer.run.atomic import write_atomically
 
 COLUMNS = ("path", "split", "label", "prediction", "probability", "label_probability")
 """Columns of `predictions.csv`, in order."""
-_CHUNK = 1 << 22  # elements that are float64 at once
+CHUNK = 1 << 22
+"""Number of logits that are converted to float64 at once."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Predictions:
     @cached_property
     def log_normalizer(self) -> Tensor:
         """Return the logsumexp of the logits of each example, float64 [N]."""
-        rows = max(1, _CHUNK // self.logits.shape[1])
+        rows = max(1, CHUNK // self.logits.shape[1])
         return torch.cat([chunk.double().logsumexp(1) for chunk in self.logits.split(rows)])
 
     @cached_property
@@ -58,10 +59,13 @@ class Predictions:
 
     def num_in_top(self, count: int) -> int:
         """Return how many examples have their label among the `count` largest logits."""
-        logits = self.logits.gather(1, self.labels[:, None])
-        earlier = torch.arange(self.logits.shape[1]) < self.labels[:, None]
-        rank = ((self.logits > logits) | ((self.logits == logits) & earlier)).sum(1)
-        return int((rank < count).sum())
+        total, classes = 0, torch.arange(self.logits.shape[1])
+        rows = max(1, CHUNK // len(classes))
+        for logits, labels in zip(self.logits.split(rows), self.labels[:, None].split(rows), strict=True):
+            of_label = logits.gather(1, labels)
+            rank = ((logits > of_label) | ((logits == of_label) & (classes < labels))).sum(1)
+            total += int((rank < count).sum())
+        return total
 
     def evaluation(self) -> Evaluation:
         """Return the loss and the counts of the predictions."""

@@ -1,7 +1,9 @@
 """`regraft evaluate`: its answers are those of the run's own evaluation, and what it does with other data."""
 
 import csv
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +39,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     train(resolve(config))
     yield folder / "run"
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute with one thread, as the run did: kernels may round differently for another number."""
+    monkeypatch.setattr("trainer.evaluation.evaluate_files.physical_cores", lambda: 1)
 
 
 @pytest.fixture
@@ -155,6 +163,25 @@ def test_wrong_arguments_are_an_error_of_one_sentence(
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert not (run / "evaluation").exists()
+
+
+def test_a_full_disk_is_an_error_and_changes_no_header(
+    run: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    original = copy.read_bytes()
+    arguments = [str(copy), str(run.parent / "images"), "--calibrate", "--store", f"--output={tmp_path / 'output'}"]
+    for place in ("output.write_predictions", "output.write_text_atomically"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"trainer.evaluation.{place}", full_disk)
+            assert evaluate.main(arguments) == 2
+        assert "output: cannot be written to (No space left on device); make room" in capsys.readouterr().err
+    monkeypatch.setattr("trainer.model.metadata.write_model", full_disk)
+    assert evaluate.main(arguments) == 2
+    assert "its header cannot be rewritten (No space left on device); the file is unchanged" in capsys.readouterr().err
+    assert copy.read_bytes() == original
 
 
 def test_class_names_with_line_breaks_and_commas(run: Path, evaluated: Evaluate, copy: Path, tmp_path: Path) -> None:
