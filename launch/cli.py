@@ -45,6 +45,7 @@ runs:
 using a model:
   predict     predict the classes of images with a trained model
   evaluate    evaluate a trained model on labeled images
+  export      export a model to ONNX, torch.export, Hugging Face transformers or timm, and verify the export
 
 experiments:
   preview     draw training images and their augmentations to one PNG
@@ -219,8 +220,7 @@ def _completion(argv: list[str]) -> int:
     options |= {"debug": trainer, "preview": [*trainer, "--output"]}
     options |= {"lr-find": ["--from", "--to", "--steps", *trainer]}
     options |= {"compare": ["--strategies", "--seeds", *trainer]}
-    options |= {"predict": completion.PREDICT}
-    options |= {"evaluate": completion.EVALUATE}
+    options |= {"predict": completion.PREDICT, "evaluate": completion.EVALUATE, "export": completion.EXPORT}
     options |= {"status": completion.parser_options(_status_parser()), "completion": []}
     print(completion.render_script(argv[0], options, values), end="")
     return DONE
@@ -244,6 +244,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": lambda argv: _exec_trainer("compare", "commands/compare.py", argv),
     "predict": lambda argv: _exec_trainer("predict", "commands/predict.py", argv),
     "evaluate": lambda argv: _exec_trainer("evaluate", "commands/evaluate.py", argv),
+    "export": lambda argv: _exec_trainer("export", "commands/export.py", argv),
     "completion": _completion,
 }
 

@@ -25,6 +25,8 @@ PREDICT = [
 """Options of `regraft predict`, whose parser belongs to the trainer."""
 EVALUATE = ["--split", "--map", "--output", "--calibrate", "--unknown", "--store", "--batch-size", "--device"]
 """Options of `regraft evaluate`, whose parser belongs to the trainer."""
+EXPORT = ["--to", "--output", "--preprocess", "--fp16", "--verify-data", "--verify-images", "--license"]
+"""Options of `regraft export`, whose parser belongs to the trainer."""
 _SCRIPT = """\
 _regraft() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} option='' options='' values=''

@@ -84,19 +84,19 @@ def build(
             f"{_suggest_sizes(name, image_size)}"
         )
     rates = {"dropout": dropout, "stochastic_depth": stochastic_depth} if is_timm(name) else {}
-    if empty:
-        with on_meta_device(name):
-            model = _construct(name, image_size, num_classes, **rates)
-        if is_timm(name):
-            timm_models.compute_buffers(model)
-        return model
-    return _construct(name, image_size, num_classes, **rates)
+    return (_construct_empty if empty else _construct)(name, image_size, num_classes, **rates)
 
 
 def construct_empty(name: str) -> nn.Module:
     """Return the model of the published weights with its parameters on the meta device."""
+    return _construct_empty(name, preset(name, None).image_size, _NUM_CLASSES)
+
+
+def _construct_empty(name: str, image_size: int, num_classes: int, **rates: float | None) -> nn.Module:
+    if is_timm(name):
+        return timm_models.construct_empty(name, image_size, num_classes, **rates)
     with on_meta_device(name):
-        return _construct(name, preset(name, None).image_size, _NUM_CLASSES)
+        return _construct(name, image_size, num_classes)
 
 
 def _construct(name: str, image_size: int, num_classes: int, **rates: float | None) -> nn.Module:
@@ -123,8 +123,7 @@ def _why_unsuitable(name: str, image_size: int) -> str | None:
     if name.startswith("vit_") and image_size % (patch := _patch_size(name)):
         return f"its patches are {patch} x {patch} px, and the image size must be a multiple of {patch}"
     try:
-        with on_meta_device(name):
-            model = _construct(name, image_size, _NUM_CLASSES)
+        model = _construct_empty(name, image_size, _NUM_CLASSES)
     except (ValueError, RuntimeError, AssertionError, UserError) as error:
         return _first_line(error.__cause__ or error)
     try:

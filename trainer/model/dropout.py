@@ -63,7 +63,7 @@ def set_stochastic_depth(model: nn.Module, name: str, probability: float) -> str
 
     """
     if is_timm(name):
-        rates = [module.drop_prob for module in model.modules() if getattr(module, "drop_prob", 0.0)]
+        rates = [float(rate) for module in model.modules() if (rate := getattr(module, "drop_prob", 0.0))]
         if probability and not rates:
             raise UserError(
                 f"model.stochastic_depth is {probability:g}, but {name} has no stochastic depth: set it to null"

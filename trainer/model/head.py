@@ -151,9 +151,8 @@ def _has_outputs(layer: nn.Module, count: int) -> bool:
 
 def _names_in_classifier(model: nn.Module) -> frozenset[str]:
     """Return the names of the modules of a timm model's classifier, which may be several modules."""
-    if not hasattr(model, "get_classifier"):
-        return frozenset()
-    classifier = model.get_classifier()
+    get_classifier: Any = getattr(model, "get_classifier", None)
+    classifier = get_classifier() if callable(get_classifier) else ()
     parts = classifier if isinstance(classifier, tuple | list) else (classifier,)
     modules = {id(module) for part in parts if isinstance(part, nn.Module) for module in part.modules()}
     return frozenset(name for name, module in model.named_modules() if id(module) in modules)
@@ -220,7 +219,7 @@ def replace_head(model: nn.Module, heads: Sequence[Head], num_classes: int, init
         for name in head.activations:
             model.set_submodule(name, nn.Identity())
     if hasattr(model, "num_classes"):  # torchvision and timm note the number of classes beside the layer
-        model.num_classes = num_classes
+        model.num_classes = num_classes  # type: ignore[assignment]
 
 
 def _new_layer(old: nn.Linear | nn.Conv2d, num_classes: int) -> nn.Linear | nn.Conv2d:

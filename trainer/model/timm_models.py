@@ -4,13 +4,19 @@ import copy
 import math
 import warnings
 from collections import Counter
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
 from trainer.errors import UserError
+from trainer.model.meta_device import on_meta_device
 from trainer.model.preset import Preset
+
+_UNSET = 113
+"""Value that marks a buffer as not computed yet."""
 
 
 def _model(name: str) -> str:
@@ -71,7 +77,7 @@ def construct(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about functions of torch that timm should no longer call
         try:
-            return cast(nn.Module, timm.create_model(_model(name), pretrained=False, **options))
+            return timm.create_model(_model(name), pretrained=False, **options)
         except Exception as error:  # a model's code may raise anything, such as an AssertionError about the image size
             for option, key in (("model.dropout", "drop_rate"), ("model.stochastic_depth", "drop_path_rate")):
                 if key in options and isinstance(error, TypeError) and f"'{key}'" in str(error):
@@ -79,18 +85,45 @@ def construct(
             raise UserError(f"timm cannot create {_model(name)} ({type(error).__name__}: {error})") from error
 
 
-def compute_buffers(model: nn.Module) -> None:
-    """Compute the buffers that timm has created on the meta device beside the parameters, such as Swin's masks."""
+def construct_empty(name: str, image_size: int, num_classes: int, **rates: float | None) -> nn.Module:
+    """Return the model as `construct` does, with its parameters on the meta device.
+
+    Buffers that a checkpoint does not contain, such as Swin's attention masks, have their values. Others may be on the
+    meta device.
+    """
+    try:
+        with on_meta_device(name):
+            model = construct(name, image_size, num_classes, **rates)
+    except UserError:  # it computes with its parameters, so that all of its tensors have to be on one device
+        with on_meta_device(name), torch.device("meta"):
+            model = construct(name, image_size, num_classes, **rates)
+    if on_meta := _constants_on_meta_device(model):
+        computed = _compute_constants(model, on_meta)
+        if computed is None:
+            with torch.random.fork_rng(devices=[]):
+                full = construct(name, image_size, num_classes, **rates)
+            computed = {buffer: full.get_buffer(buffer) for buffer in on_meta}
+        for buffer, tensor in computed.items():
+            owner, _, key = buffer.rpartition(".")
+            model.get_submodule(owner)._buffers[key] = tensor
+    return model
+
+
+def _constants_on_meta_device(model: nn.Module) -> list[str]:
+    """Return the names of the buffers on the meta device that a state dict does not contain."""
+    persistent = model.state_dict()
+    return [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in persistent]
+
+
+def _compute_constants(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor] | None:
+    """Return these buffers as timm computes them, on the CPU, or None if it does not compute all of them anew."""
     from timm.models._manipulate import reinit_non_persistent_buffers  # noqa: PLC0415 (an optional package)
 
-    on_meta = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    if not on_meta:
-        return
     copied = copy.deepcopy(model).to_empty(device="cpu")  # its parameters are never written, and take no memory
+    unset = {name: copied.get_buffer(name).fill_(_UNSET).clone() for name in names}
     reinit_non_persistent_buffers(copied)
-    for name in on_meta:
-        owner, _, key = name.rpartition(".")
-        model.get_submodule(owner)._buffers[key] = copied.get_buffer(name)
+    computed = {name: copied.get_buffer(name) for name in names}
+    return None if any(torch.equal(computed[name], unset[name]) for name in names) else computed
 
 
 def size_step(name: str) -> int:

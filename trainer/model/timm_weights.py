@@ -116,7 +116,8 @@ def _misfits(state: Mapping[str, Tensor], model: nn.Module) -> set[str]:
 
 def _classifier_keys(model: nn.Module) -> set[str]:
     """Return the names of the tensors of a model's classifier."""
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    get_classifier: Any = getattr(model, "get_classifier", None)
+    classifier = get_classifier() if callable(get_classifier) else ()
     parts = classifier if isinstance(classifier, tuple | list) else (classifier,)
     ids = {id(parameter) for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in ids}

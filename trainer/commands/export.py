@@ -1,0 +1,131 @@
+"""Export a model: `regraft export MODEL_OR_RUN --to onnx | torch-export | hf | timm`.
+
+The export is compared with the original on real images before it appears. See docs/serving.md.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Before all other imports: see regraft/search_path.py.
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[2])]
+    from regraft.search_path import protect_imports
+
+    protect_imports()
+
+import argparse
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from regraft.contract import DONE, INTERRUPTED, USER_ERROR
+from regraft.streams import prepare_streams
+from trainer.errors import UserError
+
+_TARGETS = {"onnx": "model.onnx", "torch-export": "model.pt2", "hf": "hf", "timm": "timm"}
+"""Format -> name of the file or folder that it is exported to."""
+_FOLDERS = ("hf", "timm")
+_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("timm", "transformers"), "timm": ("timm",)}
+"""Format -> packages that it needs; the extras of regraft have the names of the formats."""
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="regraft export",
+        allow_abbrev=False,
+        description="Export a model to another format, and compare the export with the original on real images. If "
+        "they do not agree, nothing is written.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL_OR_RUN", help="run folder, or its model.safetensors")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=tuple(_TARGETS),
+        help="onnx: an ONNX file; torch-export: a program for torch.export.load; hf: a folder for transformers; "
+        "timm: a folder for timm",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help=f"file or folder to write (default: {', '.join(_TARGETS.values())} beside the model file)",
+    )
+    parser.add_argument(
+        "--preprocess",
+        action="store_true",
+        help="onnx: put the preprocessing into the graph, which then takes images of any size, uint8 [N, H, W, 3]",
+    )
+    parser.add_argument("--fp16", action="store_true", help="onnx: weights and arithmetic in fp16")
+    parser.add_argument(
+        "--verify-data",
+        metavar="DATA",
+        help="dataset to compare the export with the original on (default: the test split of the run's own data)",
+    )
+    parser.add_argument(
+        "--verify-images", type=int, default=256, metavar="N", help="number of images to compare on (default: 256)"
+    )
+    parser.add_argument(
+        "--license",
+        default="unknown",
+        metavar="ID",
+        help="hf, timm: license of the model card, as Hugging Face's hub spells it (default: unknown)",
+    )
+    return parser
+
+
+def export(argv: Sequence[str]) -> Path:
+    """Export a model, print how it compares with the original, and return the path of the export.
+
+    Raises:
+        UserError: the model cannot be loaded or exported, the export does not agree, or it cannot be written.
+
+    """
+    options = make_parser().parse_args(argv)
+    _check(options)
+    # torch takes seconds to import: a wrong option is reported without it.
+    from trainer.commands.export_model import export_model  # noqa: PLC0415
+    from trainer.model.file import find_model_file  # noqa: PLC0415
+
+    file = find_model_file(options.model)
+    output: Path = options.output or file.parent / _TARGETS[options.to]
+    export_model(options, file, output, is_folder=options.to in _FOLDERS)
+    return output
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("preprocess", "fp16"):
+        if getattr(options, name) and options.to != "onnx":
+            raise UserError(f"--{name} is for --to onnx, not for --to {options.to}")
+    suffix = Path(_TARGETS[options.to]).suffix
+    if suffix and options.output is not None and options.output.suffix != suffix:
+        raise UserError(f"--output {options.output}: expected the name of a file that ends in {suffix}")
+    if options.verify_images < 1:
+        raise UserError(f"--verify-images is {options.verify_images}: expected 1 or more")
+    if not _LICENSE.fullmatch(options.license):
+        raise UserError(f"--license is {options.license!r}: expected an identifier such as apache-2.0 or cc-by-4.0")
+    missing = [name for name in _PACKAGES.get(options.to, ()) if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--to {options.to} needs the package{'s' * (len(missing) > 1)} {', '.join(missing)}: "
+            f"pip install 'regraft[{options.to}]'"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command, and return the exit code."""
+    prepare_streams()
+    try:
+        export(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

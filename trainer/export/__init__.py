@@ -1,0 +1,1 @@
+"""Export a model file to other formats; each export is compared with the original before it appears."""
