@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import launch.cli
 from tests.folders import image_folder, noise_image
 from tests.launching import run
-from trainer.commands import compare, lr_find, preview, variants
+from trainer.commands import compare, export, lr_find, preview, variants
 from trainer.config.parse import keys, parse
 from trainer.main import main as train
 
@@ -40,7 +40,7 @@ SMALL = [
 ]
 SMALL_MODEL = ["--model.name=shufflenet_v2_x0_5", "--model.weights=runs/NAME/model.safetensors"]
 SMALL_OF_COMMAND = {"trainer/commands/lr_find.py": ["--steps=10"], "trainer/commands/compare.py": ["--seeds=1"]}
-DEVELOPER_TOOLS = {"python3", ".", "pip", "pytest", "pre-commit", "ruff", "mypy", ".ci/run", "benchmarks/gpu.sh"}
+DEVELOPER_TOOLS = {"python3", ".", "pip", "npm", "pytest", "pre-commit", "ruff", "mypy", ".ci/run", "benchmarks/gpu.sh"}
 """Programs of installation and development, which `.ci/run` runs."""
 NEEDS_MORE = re.compile(r"hotdog|hymenoptera|quickstart|runs/pretrain")
 """Real images or weights, or more than seconds (the quickstart, which tests/e2e/test_quickstart.py runs)."""
@@ -121,8 +121,17 @@ def run_trainer(program: str, arguments: Sequence[str]) -> None:
     assert COMMANDS[program]([*arguments, *SMALL, *model, *SMALL_OF_COMMAND.get(program, [])]) == 0
 
 
+def run_export(arguments: Sequence[str]) -> None:
+    for suffix in {"onnx": (".onnx", ".json"), "torch-export": (".pt2",)}[arguments[arguments.index("--to") + 1]]:
+        Path(f"runs/NAME/model{suffix}").unlink(missing_ok=True)
+    assert export.main(arguments) == 0
+
+
 def run_regraft(words: Sequence[str]) -> None:
     verb, arguments = words[0], words[1:]
+    if verb == "export":
+        run_export(arguments)
+        return
     if verb in VERBS:
         run_trainer(VERBS[verb], arguments)
         return
@@ -211,6 +220,8 @@ def test_regraft_train_of_the_readme_runs() -> None:
 def test_python_examples_run() -> None:
     examples = [code for document in DOCUMENTS for code in code_blocks(document, "python")]
     assert examples
+    for words in commands(REPOSITORY / "docs" / "serving.md"):
+        run_export(words[2:])
     for example in examples:
         exec(compile(example, "example", "exec"), {})
 
