@@ -10,6 +10,7 @@ BENCHMARKS = {
     "index": "benchmarks.index",
     "model-options": "benchmarks.model_options",
     "peers": "benchmarks.compare_peers",
+    "predict": "benchmarks.predict",
     "resident": "benchmarks.resident",
     "startup": "benchmarks.startup",
     "step": "benchmarks.step",

@@ -40,6 +40,9 @@ NO_RUN = "No run is recorded yet.\n"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="SCENARIO", help=", ".join(SCENARIOS))
+    parser.add_argument(
+        "--peers", nargs="+", metavar="PROGRAM", help="programs of equal_arithmetic; default: installed"
+    )
     parser.add_argument("--pairs", type=int, default=5, help="number of rounds")
     parser.add_argument("--data-root", type=Path, help="image folder with train/ and val/; default: drawn photographs")
     parser.add_argument("--images", type=int, default=256, help="number of drawn training images")
@@ -88,7 +91,7 @@ def selected_bars(arguments: argparse.Namespace) -> list[Bar]:
         batch_size=arguments.batch_size,
         lr=arguments.lr,
         weights=arguments.weights and arguments.weights.absolute(),
-        peers=tuple(installed_peers()),
+        peers=tuple(name for name in installed_peers() if name in (arguments.peers or [name])),
     )
     names = list(arguments.only or SCENARIOS)
     if "hymenoptera" in names and not (arguments.weights and arguments.data_root):
@@ -98,7 +101,7 @@ def selected_bars(arguments: argparse.Namespace) -> list[Bar]:
         names.remove("hymenoptera")
         print(f"not measured: {message}")
     bars = [bar for name in names for bar in SCENARIOS[name](setting)]
-    known = {"regraft", "resident_batch", *setting.peers}
+    known = {"regraft", "resident_batch", *installed_peers()}
     for bar in bars:
         if bar.other.name not in known:
             print(f"not measured: {bar.scenario}, because {bar.other.name} is not installed")

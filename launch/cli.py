@@ -21,16 +21,7 @@ from launch.errors import LaunchError
 from launch.options import nonnegative_int, process_count, split_options
 from launch.text import escape_lines
 from launch.trainer_options import choose_run_folder, new_logs, trainer_folder
-from regraft.contract import (
-    COMMAND,
-    DEFAULT_RUN_DIR,
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    USER_ERROR,
-    available_cores,
-    own_version,
-)
+from regraft.contract import COMMAND, DEFAULT_RUN_DIR, DONE, FAILED, INTERRUPTED, USER_ERROR, own_version
 from regraft.streams import discard_output, flush_output, prepare_streams
 
 _HELP = """\
@@ -51,7 +42,9 @@ on a Slurm cluster:
 runs:
   status      show the progress of a run, from its folder
 
-models:
+using a model:
+  predict     predict the classes of images with a trained model
+  evaluate    evaluate a trained model on labeled images
   export      export a model to ONNX, torch.export, Hugging Face transformers or timm, and verify the export
 
 experiments:
@@ -121,9 +114,8 @@ def _train(argv: list[str]) -> int:
     from launch.local.run import run  # noqa: PLC0415
     from launch.local.torchrun import TorchrunConfig  # noqa: PLC0415
 
-    processes, threads = machine.processes_and_threads(
-        arguments.nproc, gpus=machine.gpus(os.environ), cores=available_cores()
-    )
+    gpus = machine.gpus(os.environ)
+    processes, threads = machine.processes_and_threads(arguments.nproc, gpus=gpus, cores=machine.usable_cores(gpus))
     folder = choose_run_folder(options)
     if folder is None:
         return USER_ERROR
@@ -228,8 +220,9 @@ def _completion(argv: list[str]) -> int:
     options |= {"debug": trainer, "preview": [*trainer, "--output"]}
     options |= {"lr-find": ["--from", "--to", "--steps", *trainer]}
     options |= {"compare": ["--strategies", "--seeds", *trainer]}
-    own = ("--to", "--output", "--preprocess", "--fp16", "--verify-data", "--verify-images", "--license")
-    options |= {"export": list(own)}
+    options |= {"predict": completion.PREDICT}
+    options |= {"evaluate": completion.EVALUATE}
+    options |= {"export": completion.EXPORT}
     options |= {"status": completion.parser_options(_status_parser()), "completion": []}
     print(completion.render_script(argv[0], options, values), end="")
     return DONE
@@ -251,6 +244,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "preview": lambda argv: _exec_trainer("preview", "commands/preview.py", argv),
     "lr-find": lambda argv: _exec_trainer("lr-find", "commands/lr_find.py", argv),
     "compare": lambda argv: _exec_trainer("compare", "commands/compare.py", argv),
+    "predict": lambda argv: _exec_trainer("predict", "commands/predict.py", argv),
+    "evaluate": lambda argv: _exec_trainer("evaluate", "commands/evaluate.py", argv),
     "export": lambda argv: _exec_trainer("export", "commands/export.py", argv),
     "completion": _completion,
 }

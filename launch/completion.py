@@ -18,6 +18,14 @@ from regraft.files import CONFIGS
 SHELLS = ("bash", "zsh")
 MODELS = "models"
 """`regraft completion models` lists the models: the script asks for them when they are needed, which takes seconds."""
+PREDICT = [
+    *("--output", "--topk", "--threshold", "--calibrated", "--tta", "--batch-size", "--sort-into", "--sort-mode"),
+    *("--column", "--nproc", "--device"),
+]
+"""Options of `regraft predict`, whose parser belongs to the trainer."""
+EXPORT = ["--to", "--output", "--preprocess", "--fp16", "--verify-data", "--verify-images", "--license"]
+EVALUATE = ["--split", "--map", "--output", "--calibrate", "--unknown", "--store", "--batch-size", "--device"]
+"""Options of `regraft evaluate`, whose parser belongs to the trainer."""
 _SCRIPT = """\
 _regraft() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} option='' options='' values=''
@@ -104,8 +112,19 @@ def trainer_options() -> tuple[list[str], dict[str, list[str]]]:
 
 
 def models() -> list[str]:
-    """Return the names of the models, which needs torchvision."""
-    return _ask_trainer("from torchvision import models; print(*models.list_models(models))").split()
+    """Return the names of the models, which needs torchvision; those of timm if it is installed."""
+    program = """
+from torchvision import models
+names = models.list_models(models)
+try:
+    import timm
+except ImportError:
+    pass
+else:
+    names += [f"timm/{name}" for name in timm.list_models()]
+print(*names)
+"""
+    return _ask_trainer(program).split()
 
 
 def _ask_trainer(program: str) -> str:

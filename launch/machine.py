@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from regraft.contract import available_cores, physical_cores
+
 CORES_PER_PROCESS = 8
 """A process gains little from more threads than this, so more cores get a second process."""
 
@@ -17,6 +19,11 @@ def gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
     if "-1" in ids:  # CUDA ignores this id and all after it
         ids = ids[: ids.index("-1")]
     return min(len(ids), installed)
+
+
+def usable_cores(gpus: int) -> int:
+    """Return how many cores the processes share: the physical ones if they train on them, all of them beside GPUs."""
+    return available_cores() if gpus else physical_cores()
 
 
 def processes_and_threads(nproc: int | None, *, gpus: int, cores: int) -> tuple[int, int]:

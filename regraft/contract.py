@@ -21,6 +21,7 @@ INTERRUPTED = 130
 
 CONFIG, METRICS, MODEL, SPLIT, CURVES = ("config.yaml", "metrics.jsonl", "model.safetensors", "split.csv", "curves.png")
 IMAGES = "images.json"
+EVALUATION, PREDICTIONS = "evaluation.json", "predictions.csv"
 CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS = (
     "checkpoints",
     "attempts",
@@ -223,6 +224,21 @@ def available_cores() -> int:
         if limit.isdigit() and period.isdigit():
             cores = min(cores, max(1, int(limit) // int(period)))
     return cores
+
+
+def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Return how many physical cores this process may use, or its container's quota if that is less.
+
+    The second hardware thread of a core has no arithmetic units of its own: it decodes images, but a convolution on it
+    slows down the one on the first thread.
+    """
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            cores.add((topology / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii"))
+        except OSError:  # the kernel does not tell
+            cores.add(str(cpu))
+    return min(len(cores), available_cores())
 
 
 def signal_on_parent_death(number: int) -> None:

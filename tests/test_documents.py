@@ -7,6 +7,7 @@ module does not know how to treat fails the test.
 
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -20,7 +21,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import launch.cli
 from tests.folders import image_folder, noise_image
 from tests.launching import run
-from trainer.commands import compare, export, lr_find, preview, variants
+from trainer.commands import compare, evaluate, export, lr_find, predict, preview, variants
 from trainer.config.parse import keys, parse
 from trainer.main import main as train
 
@@ -34,6 +35,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "trainer/main.py": train, VERBS["preview"]: preview.main, VERBS["lr-find"]: lr_find.main,
     VERBS["compare"]: compare.main,
 }  # fmt: skip
+OF_A_MODEL = {"predict": predict.main, "evaluate": evaluate.main}
+"""Verbs that use a trained model -> what runs them."""
 SMALL = [
     *("--data.root=images", "--data.image_size=32", "--data.num_workers=0", "--train.epochs=1"),
     *("--train.batch_size=8", "--run.threads=1", "--run.device=cpu"),
@@ -121,19 +124,22 @@ def run_trainer(program: str, arguments: Sequence[str]) -> None:
     assert COMMANDS[program]([*arguments, *SMALL, *model, *SMALL_OF_COMMAND.get(program, [])]) == 0
 
 
-def run_export(arguments: Sequence[str]) -> None:
-    for suffix in {"onnx": (".onnx", ".json"), "torch-export": (".pt2",)}[arguments[arguments.index("--to") + 1]]:
-        Path(f"runs/NAME/model{suffix}").unlink(missing_ok=True)
-    assert export.main(arguments) == 0
+def run_export(arguments: Sequence[str]) -> int:
+    """Export a model again: the output must not exist."""
+    target = arguments[arguments.index("--to") + 1]
+    shutil.rmtree(Path(arguments[0], target), ignore_errors=True)
+    for suffix in {"onnx": (".onnx", ".json"), "torch-export": (".pt2",)}.get(target, ()):
+        Path(arguments[0], f"model{suffix}").unlink(missing_ok=True)
+    return export.main(arguments)
 
 
 def run_regraft(words: Sequence[str]) -> None:
     verb, arguments = words[0], words[1:]
-    if verb == "export":
-        run_export(arguments)
-        return
     if verb in VERBS:
         run_trainer(VERBS[verb], arguments)
+        return
+    if verb in OF_A_MODEL or verb == "export":
+        assert OF_A_MODEL.get(verb, run_export)(arguments) == 0
         return
     parse(trainer_options(arguments))
     for option in own_options(arguments):
@@ -195,6 +201,8 @@ def _in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     if not (workplace / "runs/NAME/model.safetensors").exists():
         assert train([*SMALL, *SMALL_MODEL, "--model.weights=null", "--run.dir=runs/NAME"]) == 0
+        timm_model = ["--model.name=timm/mobilenetv3_small_050", "--model.weights=null", "--data.image_size=64"]
+        assert train([*SMALL, *timm_model, "--run.dir=runs/TIMM"]) == 0
 
 
 @pytest.mark.slow
@@ -221,7 +229,7 @@ def test_python_examples_run() -> None:
     examples = [code for document in DOCUMENTS for code in code_blocks(document, "python")]
     assert examples
     for words in commands(REPOSITORY / "docs" / "serving.md"):
-        run_export(words[2:])
+        assert run_export(words[2:]) == 0
     for example in examples:
         exec(compile(example, "example", "exec"), {})
 

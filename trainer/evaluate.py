@@ -3,10 +3,21 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+Record = Callable[[Tensor, Tensor, Tensor], None]
+"""Receives the logits, float32 [B, K], labels and examples, int64 [B], of a batch. B may be 0."""
+SelectBy = Literal["accuracy", "balanced_accuracy", "f1_macro", "log_loss"]
+"""Metric that selects the best epoch."""
+
+
+def selection_score(metric: SelectBy, value: float, loss: float) -> tuple[float, float]:
+    """Return the key to compare epochs by: the better metric, then the lower loss."""
+    return (-value if metric == "log_loss" else value), -loss
 
 
 @dataclass(frozen=True)
@@ -38,9 +49,50 @@ class Evaluation:
         return self.loss_sum / self.seen
 
     @property
+    def precision(self) -> tuple[float, ...]:
+        """Return the fraction of correct predictions among those of each class; 0 if it was never predicted."""
+        return tuple(map(_ratio, self.correct, self.predicted))
+
+    @property
+    def recall(self) -> tuple[float, ...]:
+        """Return the fraction of correct predictions among the examples of each class; 0 if it has none."""
+        return tuple(map(_ratio, self.correct, self.support))
+
+    @property
+    def f1(self) -> tuple[float, ...]:
+        """Return the harmonic mean of precision and recall of each class."""
+        totals = map(int.__add__, self.support, self.predicted)
+        return tuple(_ratio(2 * correct, total) for correct, total in zip(self.correct, totals, strict=True))
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Return the mean recall of the classes that have examples, as scikit-learn does."""
+        return _mean(recall for recall, support in zip(self.recall, self.support, strict=True) if support)
+
+    @property
+    def f1_macro(self) -> float:
+        """Return the mean F1 of the classes that have examples or were predicted, as scikit-learn does."""
+        totals = map(int.__add__, self.support, self.predicted)
+        return _mean(f1 for f1, total in zip(self.f1, totals, strict=True) if total)
+
+    def score(self, metric: SelectBy) -> tuple[float, float]:
+        """Return the key to compare epochs by; see `selection_score`."""
+        value: float = self.loss if metric == "log_loss" else getattr(self, metric)
+        return selection_score(metric, value, self.loss)
+
+    @property
     def interval(self) -> tuple[float, float]:
         """Return the 95 % confidence interval of the accuracy."""
         return wilson_interval(sum(self.correct), self.seen)
+
+
+def _ratio(part: int, total: int) -> float:
+    return part / total if total else 0.0
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return math.fsum(listed) / len(listed)
 
 
 Evaluations = dict[str, Evaluation]
@@ -75,6 +127,7 @@ def evaluate(
     device: torch.device,
     num_batches: int,
     interrupted: Callable[[], bool],
+    record: Record | None = None,
 ) -> Evaluation:
     """Run the model over this process's batches and return the sums over all processes.
 
@@ -88,6 +141,7 @@ def evaluate(
         device: holds the sums, which are read once, at the end.
         num_batches: number of batches of the process that has most of them.
         interrupted: called before each batch, by all processes together; returns whether to stop.
+        record: called after each batch, by all processes together; a process without a batch passes an empty one.
 
     Raises:
         Interrupted: `interrupted` returned True.
@@ -105,9 +159,14 @@ def evaluate(
             raise Interrupted
         batch = next(local_batches, None)
         if batch is None:
+            if record is not None:
+                no_examples = torch.empty(0, dtype=torch.int64, device=device)
+                record(torch.empty(0, classes, device=device), no_examples, no_examples)
             continue
-        images, labels, _ = batch
+        images, labels, examples = batch
         logits = model(normalize(images)).float()
+        if record is not None:
+            record(logits, labels, examples)
         loss_sum += cross_entropy(logits, labels, reduction="sum")
         predictions = logits.argmax(dim=1)
         # bincount and boolean indices would wait for the device to learn the size of their result.

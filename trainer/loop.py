@@ -196,11 +196,11 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
         state.epoch, state.metrics = state.epoch + 1, None
         logger.log_epoch(epoch_progress, evaluations)
         stop = checkpoints.end_epoch(evaluations)
-        logger.draw_curves()  # after the save: nothing that only shows may prevent it
-        if checkpoints.stopped_early:
-            return
-        if stop and state.epoch < schedule.epochs:
+        if checkpoints.stopped_early or state.epoch == schedule.epochs:
+            return  # closing the logger draws the last curves
+        if stop:
             raise Stopped(stop, saved=f"the end of epoch {state.epoch} of {schedule.epochs}")
+        logger.draw_curves()  # after the save: nothing that only shows may prevent it
 
 
 def _not_finite(step: int, steps_per_epoch: int, loader: TrainLoader) -> UserError:

@@ -66,13 +66,14 @@ class BestEpoch:
 
     epoch: int
     step: int
-    accuracy: float
+    value: float
+    """Metric that selects the best epoch; higher is better, so a log loss is negative."""
     loss: float
 
     @property
     def score(self) -> tuple[float, float]:
-        """Return the key to compare epochs by: higher accuracy, then lower loss."""
-        return self.accuracy, -self.loss
+        """Return the key to compare epochs by: a higher metric, then a lower loss."""
+        return self.value, -self.loss
 
 
 @dataclass(frozen=True, kw_only=True)

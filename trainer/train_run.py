@@ -14,12 +14,12 @@ from trainer.config.build_features import (
 )
 from trainer.config.build_micro_batch import MicroBatches
 from trainer.config.build_model import fit_linear_probe, make_l2_sp, make_model, make_optimizer, make_param_groups
-from trainer.config.build_training import make_train_state, make_train_step
+from trainer.config.build_training import make_train_state, make_train_step, print_block_table
 from trainer.config.execution import Workload, choose_execution
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
+from trainer.evaluation.final import FinalEvaluation
 from trainer.loop import fit
-from trainer.report.block_table import block_table
 from trainer.report.logger import make_logger
 from trainer.report.summary import TrainResult
 from trainer.run.session import OpenRun
@@ -53,7 +53,9 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     index = data.index
 
     # 2. Precision and memory layout, then the newest checkpoint, if there is one; every rank takes rank 0's.
-    workload = Workload(config=config, examples=index.train, classes=index.classes, weights=weights)
+    workload = Workload(
+        config=config, examples=index.train, classes=index.classes, weights=weights, evaluated=index.num_evaluated
+    )
     config, ctx = choose_execution(workload, ctx, console, saved=run.saved_execution)
     run = replace(run, ctx=ctx)
     resume_point = find_resume_point(config, data, run, schedule)
@@ -63,15 +65,23 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     write_split_file(data, run)
     micro_batches = MicroBatches(config, run)
     config = micro_batches.config
-    wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None)
+    wise_ft = WiseFT(run, index.val_split if config.transfer.wise_ft else None, config.checkpoint.select_by)
+    final_evaluation = FinalEvaluation(run, index.eval_paths, index.classes, calibrate_on=index.val_split)
     frozen_layers = make_frozen_layers(config, ctx, console)
-    result = TrainResult(folder=run.folder, examples=(len(index.train), len(index.test)), val_split=index.val_split)
+    result = TrainResult(
+        folder=run.folder,
+        examples=(len(index.train), len(index.test)),
+        val_split=index.val_split,
+        select_by=config.checkpoint.select_by,
+    )
     if checkpoint is not None and resume_point.is_finished:
         rows = resume_point.finish()
+        evaluator, channels_last = make_evaluator(config, data, frozen_layers, None), config.train.uses_channels_last
         alpha = wise_ft.select_alpha(
-            lambda: wise_ft.load_for_eval(channels_last=config.train.uses_channels_last),
-            make_evaluator(config, data, frozen_layers, None),
-            step=checkpoint.state.step,
+            lambda: wise_ft.load_for_eval(channels_last=channels_last), evaluator, step=checkpoint.state.step
+        )
+        final_evaluation.write(
+            lambda: final_evaluation.load_for_eval(channels_last=channels_last), evaluator, step=checkpoint.state.step
         )
         return replace(result, rows=rows, alpha=alpha, seconds=time.monotonic() - began)
 
@@ -91,7 +101,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         probe_seconds = fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=run.watchdog)
         del loader  # ends its worker processes, and frees the images that it keeps on the device
     groups = make_param_groups(built, config)
-    console.print(block_table(built, groups))
+    print_block_table(built, groups, console)
     optimizer = make_optimizer(groups, config)
 
     # 5. Precision and process group: accelerate wraps model and optimizer, or the layers after the frozen ones, whose
@@ -117,6 +127,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         run,
         schedule,
         title=f"{index.root.name}: {config.model.name}, {built.source}",
+        classes=index.classes,
         done_steps=state.step,
         metrics=checkpoint.metrics if checkpoint else "",
     )
@@ -127,6 +138,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     if checkpoint is None and config.model.head_init in ("source-labels", "linear-probe"):
         with run.watchdog() as heartbeat:
             logger.log_start(evaluator.evaluate_initial(state.model, heartbeat), probe_seconds)
+    evaluate_epoch = final_evaluation.record_epochs(evaluator, state)
     try:
         with (
             run.signals.deferred(),
@@ -141,7 +153,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
                 schedule,
                 train_step,
                 start_epoch=unfreezing.start_epoch,
-                evaluate=evaluator,
+                evaluate=evaluate_epoch,
                 checkpoints=checkpoints,
                 logger=logger,
             )
@@ -153,6 +165,12 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     if checkpoints.stopped_early:
         console.print(resume_point.describe_early_stop(rows))
     alpha = wise_ft.select_alpha(lambda: state.model, evaluator, step=state.step)
+    final_evaluation.write(
+        lambda: state.model,
+        evaluator,
+        step=state.step,
+        is_of_epoch=alpha == 1,  # otherwise WiSE-FT has interpolated the weights
+    )
     ctx.accelerator.wait_for_everyone()
     ctx.accelerator.free_memory()
     return replace(result, rows=rows, alpha=alpha, seconds=time.monotonic() - began)

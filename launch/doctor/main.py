@@ -20,7 +20,7 @@ from launch.doctor import host, measured, nodes, software
 from launch.doctor.finding import DoctorContext, Finding
 from launch.options import positive_int, process_count, split_options
 from launch.trainer_options import run_folder
-from regraft.contract import INTERRUPTED, available_cores
+from regraft.contract import INTERRUPTED
 
 CHECKS: tuple[tuple[str, Callable[[DoctorContext], list[Finding]]], ...] = (
     ("versions", software.check_versions),
@@ -45,9 +45,8 @@ def main(argv: Sequence[str]) -> int:
     flags = [word for word in options if word in ("-h", "--help", "--json")]
     arguments = make_parser().parse_args([*own, *flags])
     options = [word for word in options if word not in flags]
-    processes, _ = machine.processes_and_threads(
-        arguments.nproc, gpus=machine.gpus(os.environ), cores=available_cores()
-    )
+    gpus = machine.gpus(os.environ)
+    processes, _ = machine.processes_and_threads(arguments.nproc, gpus=gpus, cores=machine.usable_cores(gpus))
     context = DoctorContext(
         run=run_folder(options),
         processes=processes,

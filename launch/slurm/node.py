@@ -24,7 +24,7 @@ from launch.failures import find_user_error, restart_dirs
 from launch.local.process import become_subreaper
 from launch.local.torchrun import FORWARDED_SIGNALS, TorchrunConfig, run_torchrun, torchrun_command, trainer_environment
 from launch.trainer_options import option_value, trainer_folder
-from regraft.contract import DONE, FAILED, LOG_FOLDER, USER_ERROR, available_cores
+from regraft.contract import DONE, FAILED, LOG_FOLDER, USER_ERROR
 
 JOIN_SECONDS = 600
 """How long nodes wait for each other: they start at different times, and load torch from a shared disk."""
@@ -168,7 +168,8 @@ def stage_folder(folder: str, environment: Mapping[str, str]) -> Path:
 
 def run(task: NodeTask, node: int) -> int:
     """Run torchrun on this node to its end; return 0 also after a stop, 2 for a user's error, else 1."""
-    cores, gpus = cores_and_gpus(os.environ, cores=available_cores(), gpus=machine.gpus(os.environ))
+    gpus = machine.gpus(os.environ)
+    cores, gpus = cores_and_gpus(os.environ, cores=machine.usable_cores(gpus), gpus=gpus)
     processes, threads = machine.processes_and_threads(task.nproc, gpus=gpus, cores=cores)
     logs = node_logs(task.logs, node)
     config = TorchrunConfig(

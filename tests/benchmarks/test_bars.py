@@ -90,7 +90,7 @@ def test_every_program_reads_the_options_that_it_is_given(monkeypatch: pytest.Mo
 
 def test_hymenoptera_needs_real_photographs_and_weights() -> None:
     arguments = argparse.Namespace(
-        only=["hymenoptera"], threads=2, epochs=3, batch_size=64, lr=0.1, weights=None, data_root=None
+        only=["hymenoptera"], threads=2, epochs=3, batch_size=64, lr=0.1, weights=None, data_root=None, peers=None
     )
     with pytest.raises(SystemExit, match="--weights"):
         bars.selected_bars(arguments)

@@ -63,7 +63,7 @@ def make_state(epoch: int) -> TrainState:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():
         optimizer.state[parameter] = {"momentum_buffer": torch.randn(parameter.shape, generator=generator)}
-    best = BestEpoch(epoch=epoch, step=epoch, accuracy=epoch / EPOCHS, loss=1 / EPOCHS) if epoch else None
+    best = BestEpoch(epoch=epoch, step=epoch, value=epoch / EPOCHS, loss=1 / EPOCHS) if epoch else None
     return TrainState(model=model, optimizer=optimizer, ema=ModelEma(model, None), epoch=epoch, step=epoch, best=best)
 
 

@@ -28,6 +28,7 @@ from trainer.distributed.context import DistributedContext, init_distributed, sh
 from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
 from trainer.evaluate import Interrupted, evaluate
+from trainer.evaluation.gather import PredictionGatherer
 from trainer.main import main as train
 from trainer.metrics import Meter, MetricState
 from trainer.model import compile as model_compile
@@ -79,6 +80,7 @@ def collectives(ctx: DistributedContext) -> dict[str, Any]:
     metrics = Meter(ctx.accelerator, of_more).compute()
     return {
         "max": ctx.all_reduce_max([rank, ctx.world_size - 1 - rank, 3]),
+        "max of floats": [ctx.max_across_ranks(value) for value in (rank + 0.25, -0.1 - rank)],
         "broadcast": ctx.broadcast({"rank": rank}),
         "rows": state.rows,
         "restored": Meter(ctx.accelerator, state).state()[0].rows,
@@ -126,7 +128,9 @@ def evaluation(ctx: DistributedContext) -> dict[str, Any]:
         normalize=lambda images: images, reduce=partial(ctx.accelerator.reduce, reduction="sum"),
         device=torch.device("cpu"), num_batches=-(-7 // (2 * ctx.world_size)),
     )  # fmt: skip
-    result = evaluate_local(interrupted=lambda: False)
+    gatherer = PredictionGatherer(ctx, examples=7, classes=3, batch_size=2)
+    result = evaluate_local(interrupted=lambda: False, record=gatherer)
+    gathered = gatherer.predictions()
     flags, was_interrupted = iter([False, ctx.rank == ctx.world_size - 1]), False
     try:
         evaluate_local(num_batches=4, interrupted=lambda: ctx.all_reduce_max([next(flags)])[0] > 0)
@@ -135,6 +139,7 @@ def evaluation(ctx: DistributedContext) -> dict[str, Any]:
     return {
         "counts": [result.correct, result.support],
         "loss": result.loss,
+        "gathered": None if gathered is None else [torch.equal(gathered.logits, logits), gathered.labels.tolist()],
         "examples": [example for some in local for example in some.tolist()],
         "interrupted": [was_interrupted, model.training],
     }
@@ -250,7 +255,13 @@ def early_stopping(images: Path, out: Path) -> dict[str, Any]:
     codes = [train(run_options(images, out / "early", **changes)) for _ in range(2)]
     attempts = [(a.state, a.step, a.steps, a.epoch, a.epochs) for a in read_attempts(out / "early")]
     alpha = json.loads((out / "early" / "wise.json").read_text())["alpha"]
-    return {"codes": codes, "attempts": attempts, "alpha": alpha, "epochs": len(rows(out / "early", "epoch"))}
+    epochs, final = rows(out / "early", "epoch"), json.loads((out / "early" / "evaluation.json").read_text())["splits"]
+    names = {"correct": "correct", "seen": "examples", "accuracy": "accuracy", "f1_macro": "f1_macro"}
+    equal = {
+        split: all(epochs[0][f"{split}_{one}"] == report[other] for one, other in names.items())
+        for split, report in final.items()
+    }
+    return {"codes": codes, "attempts": attempts, "alpha": alpha, "epochs": len(epochs), "equal": equal}
 
 
 def compiled(images: Path, out: Path) -> list[list[float]]:

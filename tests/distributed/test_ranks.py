@@ -20,6 +20,7 @@ def test_collectives_return_the_same_on_every_rank(rank_results: RankResults) ->
     for result in rank_results(3):
         assert result["collectives"] == {
             "max": [2, 2, 3],
+            "max of floats": [2.25, -0.1],
             "broadcast": {"rank": 0},
             "rows": [[0.0, 0, 0], [0.2, 2, 2], [0.4, 4, 4]],
             "restored": [[0.0, 0, 0], [0.2, 2, 2], [0.4, 4, 4]],
@@ -47,6 +48,8 @@ def test_every_example_is_evaluated_once(processes: int, rank_results: RankResul
     alone = rank_results(1)[0]["evaluation"]
     results = [result["evaluation"] for result in rank_results(processes)]
     assert sorted(example for result in results for example in result["examples"]) == list(range(7))
+    assert [result["gathered"] for result in results] == [alone["gathered"], *[None] * (processes - 1)]
+    assert alone["gathered"][0], "the logits of all examples, in order"
     for result in results:
         assert result["counts"] == alone["counts"]
         assert result["loss"] == pytest.approx(alone["loss"], rel=1e-6)
@@ -81,6 +84,7 @@ def test_early_stopping_ends_the_run_on_every_rank(rank_results: RankResults) ->
         # Of equal results the fine-tuned weights' is taken. A second start reports the finished run.
         assert result["early_stopping"] == {
             "codes": [0, 0], "attempts": [["done", 6, 6, 2, 2]] * 2, "alpha": 1.0, "epochs": 2,
+            "equal": {"val": True, "test": True},  # the evaluation of the model file and that of its epoch
         }  # fmt: skip
 
 

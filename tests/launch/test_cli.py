@@ -86,6 +86,7 @@ def test_verbs_of_the_trainer_replace_the_process(monkeypatch: pytest.MonkeyPatc
         ("preview", "commands/preview.py", []),
         ("lr-find", "commands/lr_find.py", []),
         ("compare", "commands/compare.py", []),
+        ("evaluate", "commands/evaluate.py", []),
         ("export", "commands/export.py", []),
     ):
         assert cli.main([verb, "--a", "b"]) == 2

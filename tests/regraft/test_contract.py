@@ -15,6 +15,7 @@ from regraft.contract import (
     last_heartbeat,
     latest_attempt,
     latest_attempt_number,
+    physical_cores,
     read_attempt,
     read_attempts,
 )
@@ -126,3 +127,16 @@ def test_available_cores_are_limited_by_the_containers_quota(
     monkeypatch.setattr(contract, "Path", lambda _: tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     assert available_cores() == cores
+
+
+def test_two_hardware_threads_are_one_physical_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpu in range(4):  # CPUs 0 and 2, 1 and 3 share a core; the kernel tells nothing about 4 and 5
+        siblings = tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list"
+        siblings.parent.mkdir(parents=True)
+        siblings.write_text(f"{cpu % 2},{cpu % 2 + 2}\n")
+    for affinity, cores in (({0, 1, 2, 3}, 2), ({0, 2}, 1), ({0, 1}, 2), ({0, 1, 2, 3, 4, 5}, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, affinity=affinity: affinity)
+        monkeypatch.setattr(contract, "available_cores", lambda: 16)
+        assert physical_cores(tmp_path) == cores
+    monkeypatch.setattr(contract, "available_cores", lambda: 1)
+    assert physical_cores(tmp_path) == 1, "the container's quota is less"

@@ -1,12 +1,14 @@
 import itertools
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+from sklearn import metrics
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from trainer.evaluate import Evaluation, Interrupted, evaluate, wilson_interval
+from trainer.evaluate import Evaluation, Interrupted, Record, evaluate, wilson_interval
 
 Batches = list[tuple[Tensor, Tensor, Tensor]]
 
@@ -32,6 +34,7 @@ def run(
     model: nn.Module | None = None,
     num_batches: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    record: Record | None = None,
 ) -> Evaluation:
     return evaluate(
         FirstPixels().train() if model is None else model,
@@ -43,6 +46,7 @@ def run(
         device=torch.device("cpu"),
         num_batches=len(data) if num_batches is None else num_batches,
         interrupted=interrupted,
+        record=record,
     )
 
 
@@ -55,6 +59,29 @@ def test_sums_do_not_depend_on_the_batches() -> None:
     assert whole.predicted == tuple((logits.argmax(1) == c).sum().item() for c in range(3))
     assert whole.accuracy == (logits.argmax(1) == labels).double().mean().item()
     assert ragged.loss == pytest.approx(cross_entropy(logits, labels).item())
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_metrics_of_the_classes_equal_scikit_learns(classes: int) -> None:
+    """Of five classes, one has no example and another is never predicted."""
+    generator = torch.Generator().manual_seed(classes)
+    labels, predicted = (torch.randint(classes, (40,), generator=generator) for _ in range(2))
+    if classes == 5:
+        labels[labels == 3], predicted[predicted == 1] = 0, 2
+    counted = (labels[labels == predicted], labels, predicted)
+    evaluation = Evaluation(20.0, *(tuple(torch.bincount(some, minlength=classes).tolist()) for some in counted))
+    names = {"labels": range(classes), "zero_division": 0}
+    precision, recall, f1, support = metrics.precision_recall_fscore_support(labels, predicted, **names)
+    assert evaluation.precision == pytest.approx(precision)
+    assert evaluation.recall == pytest.approx(recall)
+    assert evaluation.f1 == pytest.approx(f1)
+    assert evaluation.support == tuple(support)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # y_pred contains classes not in y_true
+        assert evaluation.balanced_accuracy == pytest.approx(metrics.balanced_accuracy_score(labels, predicted))
+    assert evaluation.f1_macro == pytest.approx(metrics.f1_score(labels, predicted, average="macro", zero_division=0))
+    assert evaluation.score("f1_macro") == (evaluation.f1_macro, -0.5)
+    assert evaluation.score("log_loss") == (-0.5, -0.5)
 
 
 def test_a_missing_example_raises() -> None:
@@ -71,9 +98,16 @@ def test_the_model_is_evaluated_in_eval_mode_and_its_mode_is_restored() -> None:
 @pytest.mark.parametrize("count", [0, 2, 3])
 def test_every_process_syncs_before_every_batch_even_if_it_has_fewer(count: int) -> None:
     data, calls = batches(torch.eye(3)[:count], torch.arange(3)[:count], [1] * count), itertools.count(1)
-    evaluation = run(data, expected=count, num_batches=3, interrupted=lambda: next(calls) > 3)
+    recorded: list[list[int]] = []
+
+    def record(logits: Tensor, labels: Tensor, examples: Tensor) -> None:
+        assert (logits.shape, labels.shape) == ((len(examples), 3), examples.shape)
+        recorded.append(examples.tolist())
+
+    evaluation = run(data, expected=count, num_batches=3, interrupted=lambda: next(calls) > 3, record=record)
     assert next(calls) == 4, "a process with fewer batches would leave the others waiting"
     assert evaluation.seen == count
+    assert recorded == [[number] for number in range(count)] + [[]] * (3 - count)
 
 
 @pytest.mark.parametrize(("at", "mode"), [(0, True), (2, False)])

@@ -112,7 +112,7 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(
     monkeypatch.setenv("HOME", str(folder.parent))
     small = with_options(small, run={"dir": "~/run"})
     run(small, StopSignals())
-    assert "precision fp32: runs of less than 512 images are not measured" in capsys.readouterr().out
+    assert "precision fp32: runs of less than 256 images are not measured" in capsys.readouterr().out
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # another machine, or another launcher
     run(with_options(small, train={"epochs": 2}), StopSignals())
     output = capsys.readouterr().out

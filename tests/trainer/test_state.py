@@ -82,7 +82,7 @@ def test_a_restored_state_is_equal_in_its_own_layout_and_trains_on_equally(
     saved_layout: bool, own_layout: bool, optimizer: str, ema: float | None
 ) -> None:
     original = make_state(optimizer, make_net(channels_last=saved_layout), ema=ema, steps=3)
-    original.epoch, original.best = 1, BestEpoch(epoch=1, step=2, accuracy=0.5, loss=1.0)
+    original.epoch, original.best = 1, BestEpoch(epoch=1, step=2, value=0.5, loss=1.0)
     original.metrics = MetricState(rows=((1.0, 2, 3),), seconds=2.0, compute_seconds=1.0)
     net = make_net(1, channels_last=own_layout)
     state = restored(original.state_dict(), make_state(optimizer, net, ema=ema, steps=2))  # overwritten

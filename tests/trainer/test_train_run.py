@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 import shutil
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from torchvision import models
 
-from regraft.contract import CHECKPOINTS, IMAGES, METRICS, MODEL, STOP, read_attempts
+import regraft
+from regraft.contract import CHECKPOINTS, EVALUATION, IMAGES, METRICS, MODEL, PREDICTIONS, STOP, read_attempts
 from tests.folders import image_folder, noise_image
 from tests.trainer.phases import assert_equal_runs, contents, copy_run, in_folder, rewind, rows, train, with_options
 from trainer.checkpoint import store
@@ -32,9 +34,11 @@ from trainer.data.augment import Normalize
 from trainer.data.decode import decode
 from trainer.data.sampler import SampleKey
 from trainer.distributed.context import DistributedContext
+from trainer.distributed.precision import Execution
 from trainer.distributed.signals import Stopped
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
+from trainer.model.metadata import read_metadata
 from trainer.optim.mixup import sample_params
 from trainer.report.summary import best_row
 from trainer.run.folder import FINE_TUNED, INITIAL, WISE
@@ -125,7 +129,7 @@ def test_the_first_loss_is_that_of_balanced_augmented_erased_and_mixed_images(
     logits = model(Normalize(finished.data.preprocessing, torch.device("cpu"))(mixed))
     own, other = (cross_entropy(logits, target, label_smoothing=SMOOTHING).item() for target in (labels, other_labels))
     assert rows(finished, "train")[0]["train_loss"] == pytest.approx((1 - lam) * own + lam * other, rel=1e-4)
-    assert [row["train_seen"] for row in rows(finished)] == [4, 7, 7] * EPOCHS
+    assert [row["train_seen"] for row in rows(finished) if row["kind"] != "classes"] == [4, 7, 7] * EPOCHS
 
 
 def test_balanced_class_weights_count_the_training_images(finished: ResolvedConfig, ctx: DistributedContext) -> None:
@@ -224,6 +228,55 @@ def test_an_initialized_output_layer_is_evaluated_before_the_first_step_and_fitt
     _, printed = train(resumed)
     assert "before the first step" not in printed
     assert_equal_runs(resumed, config)
+
+
+def test_the_model_file_is_evaluated_at_the_end(
+    finished: ResolvedConfig, copy: ResolvedConfig, ctx: DistributedContext
+) -> None:
+    folder = Path(copy.run.dir)
+    saved, metadata = json.loads((folder / EVALUATION).read_text()), read_metadata(folder / MODEL)
+    wise = json.loads((folder / WISE).read_text())
+    assert metadata is not None
+    assert (saved["model"], saved["epoch"]) == (MODEL, metadata.metrics["epoch"])
+    for split in ("val", "test"):
+        assert saved["splits"][split]["accuracy"] == wise[f"{split}_accuracy"]
+        assert saved["splits"][split]["log_loss"] == pytest.approx(wise[f"{split}_loss"], rel=1e-6)
+    assert metadata.temperature == saved["temperature"]
+    assert metadata.execution == Execution("fp32", channels_last=True)
+
+    model, index = regraft.load(folder / MODEL), load_run_data(finished, ctx, Console(quiet=True)).index
+    with (folder / PREDICTIONS).open() as file:
+        table = list(csv.DictReader(file))
+    examples = [*index.val, *index.test]
+    assert [row["path"] for row in table] == [example.path for example in examples]
+    assert [row["split"] for row in table] == ["val"] * 5 + ["test"] * 2
+    for row, example, prediction in zip(table, examples, model.predict([row["path"] for row in table]), strict=True):
+        assert (row["label"], row["prediction"]) == ("ab"[example.label], prediction.label)
+        assert float(row["probability"]) == pytest.approx(prediction.score, rel=1e-4)
+
+    before = contents(copy)
+    (folder / EVALUATION).unlink()
+    with pytest.raises(Stopped) as stopped:
+        train(copy, before=lambda run: setattr(run.signals, "received", signal.SIGTERM))
+    assert stopped.value.saved == "the end of training, before the final evaluation"
+    assert not (folder / EVALUATION).exists()
+    train(copy)
+    assert contents(copy) == before
+    for name in (EVALUATION, PREDICTIONS):  # a kill before they were written
+        (folder / name).unlink()
+        assert "finished already" in train(copy)[1]
+        assert contents(copy) == before
+
+
+def test_the_evaluation_of_the_best_epoch_is_that_of_the_model_file(quick: ResolvedConfig, tmp_path: Path) -> None:
+    evaluated = copy_run(quick, tmp_path / "run")
+    best = best_row(rows(quick, "epoch"), "val")
+    kept = contents(evaluated)
+    saved = json.loads((tmp_path / "run" / EVALUATION).read_text())
+    assert (saved["epoch"], saved["splits"]["val"]["accuracy"]) == (best["epoch"], best["val_accuracy"])
+    (tmp_path / "run" / EVALUATION).unlink()  # the next start evaluates the file itself
+    train(evaluated)
+    assert contents(evaluated) == kept
 
 
 def test_a_killed_run_resumes_bit_identically(copy: ResolvedConfig, finished: ResolvedConfig) -> None:

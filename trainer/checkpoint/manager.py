@@ -135,7 +135,8 @@ class CheckpointManager:
 
     def _update_best(self, evaluations: Evaluations) -> bool:
         state, evaluation = self._state, evaluations[self._early_stopping.selected_on]
-        epoch = BestEpoch(epoch=state.epoch, step=state.step, accuracy=evaluation.accuracy, loss=evaluation.loss)
+        value, _ = evaluation.score(self._early_stopping.select_by)
+        epoch = BestEpoch(epoch=state.epoch, step=state.step, value=value, loss=evaluation.loss)
         is_best = state.best is None or epoch.score > state.best.score
         if is_best:
             state.best = epoch

@@ -10,7 +10,6 @@ from trainer.checkpoint.store import LoadedCheckpoint
 from trainer.errors import UserError
 from trainer.optim.schedule import TrainSchedule
 from trainer.report.metrics import Row, epoch_rows, parse_rows, restore_metrics
-from trainer.report.summary import best_row
 from trainer.run.atomic import remove_leftovers
 from trainer.run.folder import OUR_FILES, archive_results, check_resumable, check_visible, write_config
 from trainer.run.session import OpenRun
@@ -147,7 +146,7 @@ class ResumePoint:
         return (
             f"stopped early, after epoch {rows[-1]['epoch']} of {self._schedule.epochs}: none of the last "
             f"{self._early_stopping.patience} was better on {self._early_stopping.split} than epoch "
-            f"{best_row(rows, self._early_stopping.split)['epoch']}. A larger regularization.early_stopping resumes "
+            f"{self._early_stopping.best_row(rows)['epoch']}. A larger regularization.early_stopping resumes "
             "from here"
         )
 

@@ -17,7 +17,7 @@ from trainer.errors import UserError
 from trainer.metrics import BestEpoch
 from trainer.model.metadata import ModelMetadata, read_metadata, write_model
 from trainer.report.metrics import Row
-from trainer.run.folder import saving_to
+from trainer.run.folder import remove_evaluation, saving_to
 from trainer.run.session import OpenRun
 
 
@@ -158,6 +158,7 @@ class CheckpointSaver:
         metrics = {**row, "selected_on": self._selected_on}
         with saving_to(path):
             self._run.check_lock()
+            remove_evaluation(path.parent)
             write_model(path, weights, dataclasses.replace(self._model_metadata, metrics=metrics))
 
 

@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.metrics import BestEpoch, MetricState
 from trainer.text import escape_unprintable, join_truncated
 
-FORMAT = 2
+FORMAT = 3
 _SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
@@ -144,6 +144,9 @@ class CheckpointState:
                 f"a checkpoint of format {fields['format']}, written by a later version of regraft; this version reads "
                 f"{FORMAT}: resume with the version that wrote it, or choose another run.dir"
             )
+        if fields["format"] == 2:  # the accuracy was the only metric that selected the best epoch
+            fields["format"], best = FORMAT, fields["best"]
+            fields["best"] = best and {"value" if key == "accuracy" else key: best[key] for key in best}
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']!r}, this version of regraft reads {FORMAT}")
         run, metrics, best = fields["run"], fields["metrics"], fields["best"]
@@ -179,7 +182,7 @@ class CheckpointState:
         if self.best is not None:
             _require(
                 all(map(_is_count, (self.best.epoch, self.best.step)))
-                and all(map(_is_number, (self.best.accuracy, self.best.loss))),
+                and all(map(_is_number, (self.best.value, self.best.loss))),
                 "the best epoch",
             )
         identity = run.identity

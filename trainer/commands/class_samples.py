@@ -37,23 +37,23 @@ def sample_classes(index: DatasetIndex, config: ResolvedConfig) -> list[ClassSam
 
 def _sample_class(index: DatasetIndex, label: int, positions: Sequence[int], config: ResolvedConfig) -> ClassSamples:
     shown = positions[:IMAGES_PER_CLASS]
-    images = [_read_image(index.train[position].path) for position in shown]
+    originals = [_read_image(index.train[position].path) for position in shown]
     transform, size = make_train_transform(config.data), config.data.cache_resize
-    arrays = [np.asarray(image) for image in images]
+    inputs = originals
     if size is not None and config.data.has_random_transform:
-        arrays = [ResizeShorter(size)(array) for array in arrays]
+        inputs = [ResizeShorter(size)(image) for image in originals]
     # The generators of epoch 1: the run trains on exactly these images.
     generators = [SampleKey(0, position).generator(config.run.seed) for position in shown]
     return ClassSamples(
         caption=f"{escape_unprintable(index.classes[label])} ({len(positions)})",
-        originals=images,
+        originals=[Image.fromarray(image) for image in originals],
         augmented=[
-            Image.fromarray(transform(array, generator)) for array, generator in zip(arrays, generators, strict=True)
+            Image.fromarray(transform(image, generator)) for image, generator in zip(inputs, generators, strict=True)
         ],
     )
 
 
-def _read_image(path: str) -> Image.Image:
+def _read_image(path: str) -> np.ndarray:
     try:
         return decode(path)
     except UnreadableImage as error:

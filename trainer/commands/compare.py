@@ -71,7 +71,14 @@ def compare(argv: Sequence[str], signals: StopSignals) -> tuple[Summary, ...] | 
     seeds = [base.run.seed + k for k in range(own.seeds)]
     runs = {(text, seed): _run_config(configs[text], text, seed, folder) for seed in seeds for text in configs}
     _, ctx, console = start(base)  # pretraining may have left the process group
-    workload = Workload(config=base, examples=data.index.train, classes=data.index.classes, weights=base.model.weights)
+    index = data.index
+    workload = Workload(
+        config=base,
+        examples=index.train,
+        classes=index.classes,
+        weights=base.model.weights,
+        evaluated=index.num_evaluated,
+    )
     runs, execution = with_one_execution(runs, workload, ctx, console)
 
     def check_folders() -> None:
@@ -177,7 +184,7 @@ def _run_trial(config: ResolvedConfig, signals: StopSignals, *, is_main_process:
     result = run(config, signals)
     if not is_main_process:
         return None
-    trial = read_trial(result.folder, seed=config.run.seed, selection=result.val_split)
+    trial = read_trial(result.folder, seed=config.run.seed, selection=result.val_split, select_by=result.select_by)
     # The rows are of the fine-tuned weights, the model file is of those that WiSE-FT selected.
     if result.alpha < 1:
         trial = replace(trial, accuracy=read_test_accuracy(result.folder))

@@ -44,7 +44,9 @@ def make_retention_policy(config: ResolvedConfig, steps_per_epoch: int) -> Reten
 
 def make_early_stopping(config: ResolvedConfig, data: RunData) -> EarlyStopping:
     """Return the rule that ends a run early; by default it never does."""
-    return EarlyStopping(split=data.index.val_split, patience=config.regularization.early_stopping)
+    return EarlyStopping(
+        split=data.index.val_split, patience=config.regularization.early_stopping, select_by=config.checkpoint.select_by
+    )
 
 
 def make_run_metadata(config: ResolvedConfig, data: RunData, run: OpenRun) -> RunMetadata:

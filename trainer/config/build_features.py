@@ -11,7 +11,6 @@ from trainer.config.build_data import RunData
 from trainer.config.build_loaders import (
     Evaluator,
     eval_batch_size,
-    eval_splits,
     make_batches,
     make_dataset,
     make_eval_loader,
@@ -86,7 +85,7 @@ def make_evaluator(config: ResolvedConfig, data: RunData, layers: FrozenLayers, 
     features = None
     if model is not None and config.train.cache_features != "off":
         world_size = layers.ctx.world_size
-        num_images = sum(-(-len(examples) // world_size) for examples in eval_splits(data.index).values())
+        num_images = sum(-(-len(examples) // world_size) for examples in data.index.eval_splits.values())
         features = EvalFeatures(model, layers, num_images=num_images)
     return Evaluator(data.index, config, layers.ctx, data.images, features=features)
 

@@ -1,7 +1,7 @@
 """From a config to loaders: datasets under a transform, batches of the updates, and the evaluation of each split."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
@@ -17,7 +17,8 @@ from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchS
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
-from trainer.evaluate import Evaluations, evaluate
+from trainer.evaluate import Evaluations, Record, evaluate
+from trainer.evaluation.gather import PredictionGatherer
 from trainer.transfer.eval_features import EvalFeatures, EvalInputs
 
 
@@ -149,11 +150,6 @@ def eval_batch_size(config: ResolvedConfig, ctx: DistributedContext) -> int:
     return max(8, local if limit is None else min(local, limit))
 
 
-def eval_splits(index: DatasetIndex) -> dict[str, tuple[Example, ...]]:
-    """Return the splits that are evaluated: `test` is reported, `val` (if there is one) selects the best epoch."""
-    return {"val": index.val, "test": index.test} if index.val else {"test": index.test}
-
-
 class Evaluator:
     """Evaluates the splits of a data set. Its worker processes stay alive between epochs."""
 
@@ -173,11 +169,15 @@ class Evaluator:
         self._batch_size = eval_batch_size(config, ctx)
         self._splits = {
             name: (len(examples), make_eval_loader(examples, config, ctx, images))
-            for name, examples in eval_splits(index).items()
+            for name, examples in index.eval_splits.items()
         }
 
     def __call__(
-        self, model: nn.Module, interrupted: Callable[[], bool], splits: Iterable[str] | None = None
+        self,
+        model: nn.Module,
+        interrupted: Callable[[], bool],
+        splits: Iterable[str] | None = None,
+        record: Mapping[str, Record] | None = None,
     ) -> Evaluations:
         """Return the evaluation of each split over all processes. Every process must call it.
 
@@ -185,6 +185,7 @@ class Evaluator:
             model: unwrapped.
             interrupted: asked between batches, by all processes together, whether to stop.
             splits: those to evaluate; None: all.
+            record: split -> receiver of its logits.
 
         Raises:
             Interrupted: `interrupted` returned True.
@@ -206,8 +207,21 @@ class Evaluator:
                 device=accelerator.device,
                 num_batches=-(-expected // (self._ctx.world_size * self._batch_size)),
                 interrupted=interrupted,
+                record=None if record is None else record[name],
             )
         return evaluations
+
+    @property
+    def num_logits(self) -> int:
+        """Return the number of logits of all splits."""
+        return self._classes * sum(examples for examples, _ in self._splits.values())
+
+    def make_gatherers(self) -> dict[str, PredictionGatherer]:
+        """Return what gathers the logits of each split on rank 0, as the argument `record`."""
+        return {
+            name: PredictionGatherer(self._ctx, examples=examples, classes=self._classes, batch_size=self._batch_size)
+            for name, (examples, _) in self._splits.items()
+        }
 
     def _inputs(self, model: nn.Module, name: str, images: Iterable[Batch]) -> EvalInputs:
         """Return what evaluates a split: a model, batches of its inputs, and their normalization."""

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.config.resolve import ResolvedConfig
 from trainer.data.augment import Normalize
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
+from trainer.model.batch_norm import convert_sync_batch_norm
 from trainer.model.built import BuiltModel
 from trainer.model.create import build_model
 from trainer.model.freeze import apply_stage, make_stages
@@ -64,7 +65,7 @@ def make_model(
     if config.model.head_init == "linear-probe":
         require_linear(built.model, built.heads[0], config.data.image_size)
     if config.transfer.batch_norm == "sync" and world_size > 1:
-        built = replace(built, model=nn.SyncBatchNorm.convert_sync_batchnorm(built.model))
+        built = replace(built, model=convert_sync_batch_norm(built.model))
     if config.train.uses_channels_last:
         built.model.to(memory_format=torch.channels_last)
     stages = make_stages(config.transfer.trainable, built.model, built.heads, built.layer_order)

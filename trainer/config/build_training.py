@@ -13,11 +13,18 @@ from trainer.model.compile import compile_model
 from trainer.optim.ema import ModelEma
 from trainer.optim.loss import Criterion, balanced_weights
 from trainer.optim.mixup import Mixup
+from trainer.optim.param_groups import ParamGroup
 from trainer.optim.train_step import TrainStep
+from trainer.report.block_table import block_table
 from trainer.state import TrainState
 from trainer.transfer.frozen_features import NoFeatures, StageFeatures
 from trainer.transfer.gradual_unfreezing import GradualUnfreezing
 from trainer.transfer.l2_sp import L2SP
+
+
+def print_block_table(built: BuiltModel, groups: Sequence[ParamGroup], console: Console) -> None:
+    """Print what trains in each block, and its learning rates."""
+    console.print(block_table(built, groups))
 
 
 def make_train_state(

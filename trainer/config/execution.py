@@ -31,8 +31,9 @@ _Key = TypeVar("_Key")
 
 FILE = "autotune.json"
 """File of the cache folder that holds earlier measurements. Remove it to measure again."""
-MIN_IMAGES = 512
-"""Shorter runs are not measured: measuring computes the gradients of 50 to 200 images."""
+MIN_IMAGES = 256
+"""Shorter runs are not measured: measuring takes as long as training on 50 to 200 images."""
+_EVALUATION_COST = 1 / 3  # of an image whose gradient is not computed
 _EXAMPLES, _FEW_EXAMPLES = 8, 4  # of each of the two batches that are compared; on a CPU of few cores
 _FEW_THREADS = 8
 _GPU_BATCH = 64  # images of a timed update on a GPU: with few images it would wait for its kernels to start
@@ -51,14 +52,19 @@ class Workload:
     """Names of the classes."""
     weights: str | None
     """Name or file of the pretrained weights; None for random ones."""
+    evaluated: int = 0
+    """Number of images that are evaluated after each epoch."""
 
     @property
-    def images_to_compute(self) -> int:
-        """Return how many training images the backbone computes in all epochs: cached features are computed once."""
+    def cost(self) -> float:
+        """Return the cost of the run in training images, of which those with cached features are computed once."""
         data, train = self.config.data, self.config.train
+        is_frozen = self.config.transfer.trainable == "head"
+        evaluated = self.evaluated * (1.0 if is_frozen else _EVALUATION_COST)
+        if not is_frozen or train.cache_features == "off":
+            return (len(self.examples) + evaluated) * train.epochs
         views = data.views if data.has_random_transform else 1
-        is_cached = self.config.transfer.trainable == "head" and train.cache_features == "auto" and views is not None
-        return len(self.examples) * (min(train.epochs, views or 1) if is_cached else train.epochs)
+        return len(self.examples) * min(train.epochs, views or train.epochs) + evaluated
 
 
 def choose_execution(
@@ -99,7 +105,7 @@ def choose_execution(
         entry = ctx.broadcast(_read(file).get(key) if ctx.is_main_process else None)
         if entry is not None:
             chosen, reason = entry
-        elif len(workload.examples) < 2 * _batch_size(ctx) or workload.images_to_compute < MIN_IMAGES:
+        elif len(workload.examples) < 2 * _batch_size(ctx) or workload.cost < MIN_IMAGES:
             chosen, reason = default, f"runs of less than {MIN_IMAGES} images are not measured"
         else:
             chosen, reason = _measure(workload, ctx, console, precisions, layouts)

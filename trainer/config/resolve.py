@@ -11,6 +11,7 @@ from trainer.config.schema import BaselineConfig, Config, DataConfig, PretrainCo
 from trainer.data.augment import Preprocessing
 from trainer.data.registry import cache_folder, is_known
 from trainer.errors import UserError
+from trainer.model.architectures import same_architecture
 from trainer.model.build import preset
 from trainer.model.metadata import read_weights_metadata
 from trainer.model.torchvision_weights import is_torchvision_name
@@ -148,13 +149,13 @@ def _preprocessing(name: str, weights: str | None) -> Preprocessing:
     default = preset(name, weights)
     metadata = read_weights_metadata(weights) if weights else None
     if metadata is not None:
-        if metadata.architecture != name:
+        if not same_architecture(metadata.architecture, name):
             raise UserError(
                 f"model.weights {weights} contains a {metadata.architecture}, but model.name is {name}: set "
                 f"model.name to {metadata.architecture}"
             )
         return metadata.preprocessing
-    return Preprocessing(resize="squash", **dataclasses.asdict(default))
+    return Preprocessing(**dataclasses.asdict(default))
 
 
 def pretrain_config(config: ResolvedConfig) -> ResolvedConfig:

@@ -38,7 +38,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto uses the GPU if there is one."""
     threads: int | None = None
-    """CPU threads per process; null divides this machine's available cores among its processes, or half of the cores if they use GPUs."""
+    """CPU threads per process; null divides this machine's physical cores among its processes, or half of all cores if they use GPUs."""
     hang_timeout: float | Literal["auto"] | None = "auto"
     """Watchdog timeout of a step [seconds], after which the processes write their stacks and exit; auto adapts to the step time; null is off."""
 
@@ -159,9 +159,9 @@ class ModelConfig:
     """Architecture, pretrained weights and initialization of the head."""
 
     name: str = "resnet18"
-    """Model name: a classification model of torchvision."""
+    """Model name: a classification model of torchvision, or a model of timm as timm/NAME."""
     weights: str | None = "DEFAULT"
-    """Pretrained weights: a torchvision name (DEFAULT, IMAGENET1K_V1), a safetensors or PyTorch file, a run or Hugging Face folder, or null to train from scratch."""
+    """Pretrained weights: a torchvision name (DEFAULT, IMAGENET1K_V1), DEFAULT for timm's, a safetensors or PyTorch file, a run or Hugging Face folder, or null to train from scratch."""
     weights_key: str = "auto"
     """Key or prefix of the model in the weights file, such as model_ema or teacher; auto finds it, and prefers raw weights to averaged ones."""
     allow_partial_weights: bool = False
@@ -183,7 +183,9 @@ class ModelConfig:
             valid = probability is None or 0 <= probability < 1
             _check(f"model.{key}", probability, valid, "0 to below 1, or null")
         if self.weights is not None and not self.weights.strip():
-            raise UserError("model.weights is empty: expected a name of torchvision, a file or folder, or null")
+            raise UserError(
+                "model.weights is empty: expected DEFAULT or another name of torchvision, a file or folder, or null"
+            )
         if not self.weights_key.strip():
             raise UserError("model.weights_key is empty: expected auto, or a key or prefix in the weights file")
         if not self.source_labels.strip():
@@ -342,7 +344,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoint interval and retention."""
+    """Checkpoint interval, retention and selection of the best epoch."""
 
     every: str | None = "1 epoch"
     """Checkpoint interval: '100 steps', '1 epoch', '10%', '10 min' or '2 h'; null saves only at the end, when stopped and at best epochs."""
@@ -350,6 +352,8 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep."""
     keep_best: bool = True
     """Best epoch: save a checkpoint at each new best epoch, and keep that of the best."""
+    select_by: Literal["accuracy", "balanced_accuracy", "f1_macro", "log_loss"] = "accuracy"
+    """Metric that selects the best epoch on the validation split, and counts for early stopping; ties go to the lower log loss."""
     keep_every: str | None = None
     """Permanent checkpoints: keep those at multiples of '10 epochs' or '1000 steps'; null keeps none permanently."""
 

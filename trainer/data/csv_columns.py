@@ -1,7 +1,7 @@
 """Find the columns of a CSV that hold the path, label, split and group of an image."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
@@ -69,6 +69,35 @@ def find_columns(where: str, header: Sequence[str], given: Mapping[str, str]) ->
         raise columns_error(where, header, "one column has two roles")
     is_guess = "split" in positions and "split" not in given
     return positions, is_guess and names[positions["split"]] not in _NAMES["split"][0]
+
+
+def find_path_column(where: str, header: Sequence[str], name: str | None) -> int:
+    """Return the position of the column of paths: the one with a name, or for None the one that is recognized.
+
+    Args:
+        where: the CSV, for messages.
+        header: the fields of the header.
+        name: name of the column, or None.
+
+    Raises:
+        UserError: there is no such column, or there are several.
+
+    """
+    names = [_simplify(field) for field in header]
+    groups: Iterable[frozenset[str]] = _NAMES["path"] if name is None else [frozenset({_simplify(name)})]
+    exact = [i for i, field in enumerate(header) if name is not None and field.strip() == name.strip()]
+    found = exact or next(filter(None, ([i for i, own in enumerate(names) if own in group] for group in groups)), [])
+    if len(found) == 1:
+        return found[0]
+    shown = join_truncated(header, limit=8) or "nothing"
+    problem = "several columns may hold" if found else "no column is recognized to hold"
+    if name is not None:
+        problem = f"--column {escape_unprintable(name)}: {'several columns have' if found else 'no column has'}"
+        raise UserError(f"{where}: {problem} this name. Its first line has {shown}")
+    raise UserError(
+        f"{where}: {problem} the paths of the images; expected one that is called path, or --column NAME. Its first "
+        f"line has {shown}"
+    )
 
 
 def describe_columns(header: Sequence[str], positions: Mapping[str, int], used: set[int]) -> list[str]:

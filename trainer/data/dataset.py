@@ -52,7 +52,7 @@ class FileReader:
         """Return the decoded image of an example, uint8 [H, W, 3]; raises ImageReadError."""
         path = self._paths[example]
         try:
-            return np.asarray(decode(path))
+            return decode(path)
         except UnreadableImage as error:
             raise ImageReadError(
                 f"{escape_unprintable(path)}: this image cannot be read: {error}. If it was readable before "

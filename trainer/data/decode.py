@@ -1,4 +1,4 @@
-"""Decode an image file to an upright RGB image, or raise `UnreadableImage` with the reason.
+"""Decode an image file to the pixels of an upright RGB image, or raise `UnreadableImage` with the reason.
 
 Only regular files in the formats of `image_formats` are opened. Pillow supports other formats, one of which (EPS)
 starts another program.
@@ -14,17 +14,20 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+import numpy as np
 import PIL
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from trainer.data.image_formats import HEIF_VERSION, TiffKind, describe_unidentified, formats_for, read_tiff_kind
-from trainer.data.pixels import RgbImage, to_rgb
+from trainer.data.jpeg import SIMPLEJPEG_VERSION, decode_jpeg
+from trainer.data.pixels import to_rgb
 from trainer.data.sample_format import SampleFormat, UnreadableImage, read_sample_format
 from trainer.text import escape_unprintable
 
 __all__ = [
+    "DecodedImage",
     "UnreachableImage",
     "UnreadableImage",
     "decode",
@@ -69,13 +72,22 @@ class UnreachableImage(UnreadableImage):
     """The file could not be opened or read: missing, no permission, an I/O error. The reason may be temporary."""
 
 
+class DecodedImage(NamedTuple):
+    """An upright RGB image."""
+
+    pixels: np.ndarray
+    """uint8 [H, W, 3]; it may be read-only."""
+    conversions: tuple[str, ...]
+    """What was done to its pixels, where the file left a choice."""
+
+
 def decoder_version() -> str:
     """Return the version of the decoder; validation results and images that another version has cached are ignored."""
-    return f"{DECODE_VERSION}, Pillow {PIL.__version__}, pillow-heif {HEIF_VERSION}"
+    return f"{DECODE_VERSION}, Pillow {PIL.__version__}, pillow-heif {HEIF_VERSION}, simplejpeg {SIMPLEJPEG_VERSION}"
 
 
-def decode(path: str | os.PathLike[str]) -> Image.Image:
-    """Return the image in a file: mode RGB, upright according to its EXIF orientation.
+def decode(path: str | os.PathLike[str]) -> np.ndarray:
+    """Return the image in a file: RGB, uint8 [H, W, 3], upright according to its EXIF orientation.
 
     Transparent pixels are composited over white. Samples of more than 8 bits are scaled to 8 bits, see `pixels`. The
     first frame of an animation is returned. Color profiles are not applied, as in torchvision.
@@ -85,21 +97,25 @@ def decode(path: str | os.PathLike[str]) -> Image.Image:
 
     """
     with open_image_file(path) as file:
-        return decode_file(file, path).image
+        return decode_file(file, path).pixels
 
 
-def decode_file(file: BinaryIO, path: str | os.PathLike[str]) -> RgbImage:
+def decode_file(file: BinaryIO, path: str | os.PathLike[str]) -> DecodedImage:
     """Return the image in the file at `path`, which is open, as `decode` does, and what was done to its pixels."""
     tiff = None
     with _ignore_warnings:
         try:
             with Image.open(file, formats=formats_for(os.fspath(path))) as stored:
+                if (pixels := decode_jpeg(stored, file)) is not None:
+                    operation = _exif_transpose(stored)
+                    return DecodedImage(pixels if operation is None else _transpose(pixels, operation), ())
                 tiff = read_tiff_kind(file) if isinstance(stored, TiffImagePlugin.TiffImageFile) else None
                 samples = read_sample_format(stored, file)
                 stored.load()
                 operation = _exif_transpose(stored)
                 rgb = to_rgb(stored, samples, file)
-                return rgb if operation is None else rgb._replace(image=rgb.image.transpose(operation))
+                upright = rgb.image if operation is None else rgb.image.transpose(operation)
+                return DecodedImage(np.asarray(upright), rgb.conversions)
         except UnreadableImage:
             raise
         except UnidentifiedImageError:
@@ -115,7 +131,7 @@ def decode_file(file: BinaryIO, path: str | os.PathLike[str]) -> RgbImage:
             raise UnreadableImage(_short_reason(error, tiff)) from None
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> np.ndarray:
     """Convert an opened image as `decode` does.
 
     Raises:
@@ -124,7 +140,12 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """
     operation = _exif_transpose(image)
     rgb = to_rgb(image, SampleFormat()).image
-    return rgb if operation is None else rgb.transpose(operation)
+    return np.asarray(rgb if operation is None else rgb.transpose(operation))
+
+
+def _transpose(pixels: np.ndarray, operation: Image.Transpose) -> np.ndarray:
+    # Pillow copies pixels of four bytes, which is faster than NumPy's copy of three.
+    return np.asarray(Image.fromarray(pixels).transpose(operation))
 
 
 class _IgnoreWarnings:

@@ -65,9 +65,24 @@ class DatasetIndex:
         return replace(self, val=spread(self.val), test=spread(self.test))
 
     @property
+    def eval_splits(self) -> dict[str, tuple[Example, ...]]:
+        """Return the splits that are evaluated: `test` is reported, `val` (if there is one) selects the best epoch."""
+        return {"val": self.val, "test": self.test} if self.val else {"test": self.test}
+
+    @property
+    def eval_paths(self) -> dict[str, list[str]]:
+        """Return split -> paths of its examples, for the splits that are evaluated."""
+        return {split: [example.path for example in examples] for split, examples in self.eval_splits.items()}
+
+    @property
     def val_split(self) -> str | None:
         """Return the split that the best epoch is selected on, or None if there is none besides the test split."""
         return "val" if self.val else None
+
+    @property
+    def num_evaluated(self) -> int:
+        """Return the number of images that each epoch evaluates."""
+        return len(self.val) + len(self.test)
 
 
 @without_gc()

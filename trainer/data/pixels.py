@@ -54,7 +54,7 @@ def to_rgb(image: Image.Image, samples: SampleFormat, file: BinaryIO | None = No
         return RgbImage(image.convert("RGB"), conversions)
     rgba = image.convert("RGBA")
     least, greatest = rgba.getchannel("A").getextrema()
-    if greatest == 0 and not is_one_color(opaque := rgba.convert("RGB")):
+    if greatest == 0 and not is_one_color(np.asarray(opaque := rgba.convert("RGB"))):
         return RgbImage(opaque, (*conversions, _NO_ALPHA))
     if least != 255:
         conversions = (*conversions, _OVER_WHITE)
@@ -62,9 +62,10 @@ def to_rgb(image: Image.Image, samples: SampleFormat, file: BinaryIO | None = No
     return RgbImage(Image.alpha_composite(white, rgba).convert("RGB"), conversions)
 
 
-def is_one_color(image: Image.Image) -> bool:
-    """Return whether all pixels of an RGB image are equal."""
-    return all(low == high for low, high in image.getextrema())  # type: ignore[misc]
+def is_one_color(pixels: np.ndarray) -> bool:
+    """Return whether all pixels of an image, uint8 [H, W, 3], are equal."""
+    first = pixels[0, 0]
+    return bool((pixels[0] == first).all() and (pixels == first).all())  # the first row tells it of most images
 
 
 def _from_gray_values(image: Image.Image, samples: SampleFormat) -> RgbImage:

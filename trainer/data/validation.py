@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from trainer.data.decode import (
     UnreachableImage,
@@ -40,8 +39,8 @@ from trainer.data.validation_results import (
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
 
-OnDecoded = Callable[[str, str, Image.Image], None]
-"""Called with (path, digest, decoded image), from several threads."""
+OnDecoded = Callable[[str, str, np.ndarray], None]
+"""Called with (path, digest, decoded image: uint8 [H, W, 3]), from several threads."""
 _BATCH_SIZE = 16  # images that a thread decodes per task
 _QUEUED_BATCHES = 1024  # tasks that are in memory at once
 

@@ -21,9 +21,9 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from regraft.contract import available_cores
+from regraft.contract import available_cores, physical_cores
 from trainer.distributed.allocator import keep_freed_memory
 from trainer.distributed.launch_checks import (
     check_accelerate_variables,
@@ -97,19 +97,16 @@ class DistributedContext:
 
     def all_reduce_max(self, flags: Sequence[int]) -> list[int]:
         """Return the maximum of each flag over all processes. Every process must call it."""
-        if self.world_size == 1:
-            return list(flags)
-        maximum = torch.tensor(flags, dtype=torch.int64)
-        torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX, group=self.control)
-        return [int(flag) for flag in maximum]
+        return [int(flag) for flag in self._all_reduce_max(torch.tensor(flags, dtype=torch.int64))]
 
     def max_across_ranks(self, value: float) -> float:
         """Return the largest value of all processes. Every process must call it."""
-        if self.world_size == 1:
-            return value
-        maximum = torch.tensor(value, dtype=torch.float64)
-        torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX, group=self.control)
-        return maximum.item()
+        return float(self._all_reduce_max(torch.tensor(value, dtype=torch.float64)))
+
+    def _all_reduce_max(self, values: Tensor) -> Tensor:
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self.control)
+        return values
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value. Every process must call it."""
@@ -221,7 +218,7 @@ def init_distributed(
     Args:
         device: the option run.device.
         precision: the option train.precision; `auto` stands for fp32 here, unless the launcher asks for another one.
-        threads: the option run.threads; None uses all cores on a CPU, and half of them beside a GPU.
+        threads: the option run.threads; None uses all physical cores on a CPU, and half of all cores beside a GPU.
 
     Raises:
         UserError: this machine lacks the device or the precision, or the processes cannot find each other.
@@ -251,7 +248,7 @@ def init_distributed(
     check_process_group(accelerator, group.world_size if group is not None else 1)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = max(1, available_cores() // local_world_size)
-    num_threads = threads or (cores if on_cpu else max(1, cores // 2))
+    num_threads = threads or max(1, physical_cores() // local_world_size if on_cpu else cores // 2)
     torch.set_num_threads(num_threads)
     if on_cpu:
         keep_freed_memory(os.environ)

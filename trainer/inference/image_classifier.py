@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
-from trainer.inference.predictor import Predictor, eval_execution, find_device
+from trainer.inference.answers import AnswerOptions, Prediction, make_predictions, require_temperature
+from trainer.inference.predictor import Predictor, auto_batch_size, eval_execution, find_device
 from trainer.model.file import LoadedModel
 from trainer.model.file import load as load_file
 from trainer.model.images import ImageInput, Preprocess
@@ -19,27 +19,6 @@ from trainer.model.metadata import ModelMetadata
 
 Images = ImageInput | Sequence[ImageInput]
 """An image, or a list of images."""
-_CPU_BATCH, _GPU_BATCH = 8, 128
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The most probable classes of an image."""
-
-    labels: tuple[str, ...]
-    """Class names, the most probable first."""
-    scores: tuple[float, ...]
-    """Their probabilities."""
-
-    @property
-    def label(self) -> str:
-        """Return the most probable class."""
-        return self.labels[0]
-
-    @property
-    def score(self) -> float:
-        """Return the probability of the most probable class."""
-        return self.scores[0]
 
 
 class ImageClassifier:
@@ -100,13 +79,10 @@ class ImageClassifier:
         """
         _check_count("topk", topk)
         temperature = require_temperature(self.metadata) if calibrated else 1.0
+        options = AnswerOptions(topk=topk, temperature=temperature, tta=tta)
         predictions: list[Prediction] = []
         for logits in self._batches(images, batch_size, lambda batch: self._predictor.logits(batch, tta=tta)):
-            scores, indices = (logits / temperature).softmax(1).topk(min(topk, len(self.classes)))
-            predictions += [
-                Prediction(tuple(self.classes[index] for index in row), tuple(values))
-                for row, values in zip(indices.tolist(), scores.tolist(), strict=True)
-            ]
+            predictions += make_predictions(logits, self.classes, options)
         return predictions
 
     def features(self, images: Images, *, batch_size: int | None = None) -> Tensor:
@@ -128,39 +104,27 @@ class ImageClassifier:
     def _batches(self, images: Images, batch_size: int | None, compute: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """Yield the output of each batch."""
         if batch_size is None:
-            batch_size = _CPU_BATCH if self.device.type == "cpu" else _GPU_BATCH
+            batch_size = auto_batch_size(self.device)
         _check_count("batch_size", batch_size)
         inputs, names = [cast(ImageInput, images)], ["the image"]
         if isinstance(images, list | tuple):
             inputs, names = list(images), [f"images[{number}]" for number in range(len(images))]
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for start in range(0, len(inputs), batch_size):
-                batch = inputs[start : start + batch_size]
-                are_files = all(isinstance(image, str | os.PathLike) for image in batch)
-                # One PIL image or open file may be in the list twice, and cannot be read by two threads at once.
-                apply = pool.map if are_files else map
-                pixels = list(apply(self.preprocess.pixels, batch, names[start : start + batch_size]))
+                batch = list(zip(inputs[start : start + batch_size], names[start : start + batch_size], strict=True))
+                if all(isinstance(image, str | os.PathLike) for image, _ in batch):
+                    pixels = list(pool.map(self._pixels, batch))
+                else:  # one PIL image or open file may be there twice, and cannot be read by two threads at once
+                    pixels = list(map(self._pixels, batch))
                 yield compute(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
+
+    def _pixels(self, named: tuple[ImageInput, str]) -> np.ndarray:
+        return self.preprocess.pixels(*named)
 
 
 def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> ImageClassifier:
     """Return the model of a run folder or of a model file; see `regraft.load`."""
     return ImageClassifier(load_file(path), find_device(device))
-
-
-def require_temperature(metadata: ModelMetadata) -> float:
-    """Return the calibration of a model.
-
-    Raises:
-        UserError: the model is not calibrated.
-
-    """
-    if metadata.temperature is None:
-        raise UserError(
-            "the model is not calibrated: its file holds no temperature. Fit one by regraft evaluate, or leave out "
-            "the calibration"
-        )
-    return metadata.temperature
 
 
 def _check_count(name: str, value: object) -> None:

@@ -32,7 +32,7 @@ class Predictor:
         """
         set_float32_precision(execution.precision, device)
         self.device, self.execution = device, execution
-        self.module = loaded.module.to(device=device, memory_format=execution.memory_format)
+        self.module: nn.Module = loaded.module.to(device).to(memory_format=execution.memory_format)
         self._head = loaded.heads[0]
         self._normalize = Normalize(loaded.metadata.preprocessing, device)
         self._features: nn.Module | None = None
@@ -90,6 +90,11 @@ def eval_execution(metadata: ModelMetadata, device: torch.device) -> Execution:
         device.type == "cpu" and saved.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
     return saved if is_supported else Execution("fp32", saved.channels_last)
+
+
+def auto_batch_size(device: torch.device) -> int:
+    """Return the number of images in a forward pass: few on a CPU, so that activations stay in its caches."""
+    return 8 if device.type == "cpu" else 128
 
 
 def find_device(name: str | torch.device) -> torch.device:

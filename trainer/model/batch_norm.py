@@ -7,10 +7,10 @@ The functions replace `train` or `forward` of single layers by module-level func
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainer.errors import UserError
@@ -95,11 +95,24 @@ def allow_single_value_batches(model: nn.Module) -> int:
 
 
 def _forward_or_eval(layer: _BatchNorm, images: Tensor) -> Tensor:
-    if layer.training and images.numel() == images.shape[1]:
-        return functional.batch_norm(
-            images, layer.running_mean, layer.running_var, layer.weight, layer.bias, training=False, eps=layer.eps
-        )
-    return type(layer).forward(layer, images)
+    forward = type(layer).forward
+    if not (layer.training and images.numel() == images.shape[1]):
+        return forward(layer, images)
+    # Of this layer alone: timm's layers contain an activation, which keeps its mode.
+    layer.training = False
+    try:
+        return forward(layer, images)
+    finally:
+        layer.training = True
+
+
+def convert_sync_batch_norm(model: nn.Module) -> nn.Module:
+    """Return the model with SyncBatchNorm for BatchNorm. timm's layers keep their activations."""
+    if any(type(layer).__module__.startswith("timm.") for layer in batch_norms(model)):
+        from timm.layers import convert_sync_batchnorm  # noqa: PLC0415 (an optional package)
+
+        return cast(nn.Module, convert_sync_batchnorm(model))
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def gather_batch_norm_statistics(model: nn.Module, world_size: int) -> dict[str, Tensor]:

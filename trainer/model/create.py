@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Literal
 
+from trainer.errors import UserError
+from trainer.model.architectures import is_timm
 from trainer.model.batch_norm import allow_single_value_batches
 from trainer.model.blocks import analyze_blocks
 from trainer.model.build import build
@@ -12,6 +14,7 @@ from trainer.model.gradient_checkpointing import enable_gradient_checkpointing
 from trainer.model.head import find_heads, replace_head
 from trainer.model.load_weights import load_weights, match_weights
 from trainer.model.source_classes import ClassMapping, init_head_from_source_classes
+from trainer.model.timm_weights import peek_timm_weights, read_timm_weights
 from trainer.model.weights import peek_weights, read_weights
 
 
@@ -36,7 +39,7 @@ def build_model(
         name: architecture.
         image_size: side of the square images in pixels.
         num_classes: outputs of the new output layer.
-        weights: a torchvision name, a file, or None for random weights.
+        weights: a name of torchvision's weights, DEFAULT for timm's, a file, or None for random weights.
         weights_key: key or prefix of the model in the file.
         allow_partial_weights: whether tensors of the backbone that the weights lack may stay random.
         head_init: initialization of the output layer. For linear-probe it is Xavier-uniform here; `fit_head` fits it.
@@ -51,22 +54,37 @@ def build_model(
             found, or an option does not apply to the model.
 
     """
-    model = build(name, image_size=image_size)
-    heads = find_heads(model, image_size)
+    model = build(name, image_size=image_size, dropout=dropout, stochastic_depth=stochastic_depth)
+    try:
+        heads = find_heads(model, image_size)
+    except UserError as error:  # which names the class of the model
+        raise UserError(f"{name}: {error}") from None
+    # The layers of a distilled model make its logits together; those of GoogLeNet and Inception are auxiliary ones.
+    main_heads = heads if is_timm(name) else heads[:1]
+    if head_init == "linear-probe" and len(main_heads) > 1:
+        raise UserError(
+            f"model.head_init is linear-probe, but the logits of {name} are made by {len(main_heads)} layers, "
+            f"{', '.join(head.name for head in main_heads)}: choose xavier or source-labels"
+        )
     replace_head(model, heads, num_classes, "torch" if head_init == "torch" else "xavier")
     lines = [f"{name}: new output layer{'s' * (len(heads) > 1)} {', '.join(head.name for head in heads)}"]
     if activations := [activation for head in heads for activation in head.activations]:
         lines.append(f"removed, because it would clip the logits: {', '.join(activations)}")
     source = "from scratch"
     if weights is not None:
-        read = read_weights(name, weights, list(model.state_dict()), key=weights_key, on_progress=on_progress)
+        if is_timm(name):
+            read = read_timm_weights(name, weights, model, key=weights_key, on_progress=on_progress)
+        else:
+            read = read_weights(name, weights, list(model.state_dict()), key=weights_key, on_progress=on_progress)
         report = load_weights(model, heads, read, name=name, image_size=image_size, allow_partial=allow_partial_weights)
         source = read.source
         lines += [*report.lines(), *read.notes]
         if head_init == "source-labels" and class_mapping is not None:
-            lines += init_head_from_source_classes(
-                model, heads[0], read.tensors, class_mapping, name=name, weights=weights
-            )
+            for head in main_heads:
+                report_lines = init_head_from_source_classes(
+                    model, head, read.tensors, class_mapping, name=name, weights=weights
+                )
+                lines += report_lines if head is main_heads[0] else []
     if dropout is not None:
         lines.append(set_dropout(model, name, dropout))
     if stochastic_depth is not None:
@@ -89,7 +107,7 @@ def check_weights(
     Args:
         name: architecture.
         image_size: side of the square images in pixels.
-        weights: a torchvision name or a file.
+        weights: a name of torchvision's weights, DEFAULT for timm's, or a file.
         weights_key: key or prefix of the model in the file.
         allow_partial_weights: whether tensors of the backbone that the weights lack may stay random.
 
@@ -98,7 +116,10 @@ def check_weights(
 
     """
     model = build(name, image_size=image_size, empty=True)
-    read = peek_weights(name, weights, list(model.state_dict()), key=weights_key)
+    if is_timm(name):
+        read = peek_timm_weights(name, weights, model, key=weights_key)
+    else:
+        read = peek_weights(name, weights, list(model.state_dict()), key=weights_key)
     if read is not None:
         heads = find_heads(model, image_size)
         match_weights(model, heads, read, name=name, image_size=image_size, allow_partial=allow_partial_weights)

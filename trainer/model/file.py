@@ -43,9 +43,7 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
 
     """
     file = find_model_file(path)
-    metadata = read_metadata(file)
-    if metadata is None:
-        raise UserError(f"{file}: holds weights but no regraft header; {_EXPECTED}")
+    metadata = require_metadata(file)
     size = metadata.preprocessing.image_size
     try:
         # On the meta device: the file's tensors become the model's after they were checked.
@@ -79,6 +77,19 @@ def find_model_file(path: str | os.PathLike[str]) -> Path:
     if not file.is_file():
         raise UserError(f"{file}: there is no such file; {_EXPECTED}")
     return file
+
+
+def require_metadata(file: Path) -> ModelMetadata:
+    """Return the header of a model file.
+
+    Raises:
+        UserError: the file has none, or it is damaged.
+
+    """
+    metadata = read_metadata(file)
+    if metadata is None:
+        raise UserError(f"{file}: holds weights but no regraft header; {_EXPECTED}")
+    return metadata
 
 
 def read_state(path: str | os.PathLike[str], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -47,13 +47,27 @@ def enable_gradient_checkpointing(model: nn.Module, blocks: Sequence[str], heads
 
 
 def _divide(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the smallest modules that consist of several layers, and are called one after the other."""
+    """Yield the smallest modules that consist of several layers, and are called one after the other.
+
+    A stage, such as ConvNeXt's, is a module with a sequence of equal blocks; it is divided into its parts.
+    """
     children = list(module.named_children())
-    if isinstance(module, nn.Sequential | nn.ModuleList) and any(any(child.children()) for _, child in children):
+    is_sequence = _is_sequence(module) and any(any(child.children()) for _, child in children)
+    if is_sequence or any(_is_block_sequence(child) for _, child in children):
         for child_name, child in children:
             yield from _divide(f"{name}.{child_name}", child)
     elif children:
         yield name, module
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential | nn.ModuleList)
+
+
+def _is_block_sequence(module: nn.Module) -> bool:
+    """Return whether a module is a sequence of two or more blocks of the same class, each of several layers."""
+    blocks = list(module.children()) if _is_sequence(module) else []
+    return len(blocks) > 1 and len({type(block) for block in blocks}) == 1 and all(any(b.children()) for b in blocks)
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

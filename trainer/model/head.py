@@ -7,7 +7,6 @@ take no memory, and leave parameters, buffers, modes and random numbers unchange
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal, cast
 
 import torch
@@ -48,13 +47,16 @@ def trial_forward(model: nn.Module, image_size: int, *, shapes: Mapping[str, tup
     """
     meta_tensors: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
-    for name, tensor in chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    ):
-        if id(tensor) not in meta_tensors:
-            shape = (shapes or {}).get(name, tuple(tensor.shape))
-            meta_tensors[id(tensor)] = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        tensors[name] = meta_tensors[id(tensor)]
+    # A module that is used under several names is listed once: functional_call would restore its parameters once only.
+    for prefix, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            name = f"{prefix}.{key}" if prefix else key
+            if id(tensor) not in meta_tensors:
+                shape = (shapes or {}).get(name, tuple(tensor.shape))
+                meta_tensors[id(tensor)] = torch.empty(shape, dtype=tensor.dtype, device="meta")
+            tensors[name] = meta_tensors[id(tensor)]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
@@ -113,7 +115,9 @@ def find_heads(model: nn.Module, image_size: int) -> tuple[Head, ...]:
     """Return the main output layer, then the auxiliary ones, in the order of the outputs.
 
     An output layer is the one Linear or Conv2d that decides alone how many logits an output has: with twice as many
-    outputs of the layer, there are twice as many logits.
+    outputs of the layer, there are twice as many logits. If no layer does so alone, several layers that do so together
+    are returned, such as the two of a distilled model, whose logits are averaged. Where timm names a model's classifier
+    (`get_classifier`), only the layers in it are considered.
 
     Raises:
         UserError: an output has no such layer, or the model cannot take images of this size.
@@ -124,31 +128,64 @@ def find_heads(model: nn.Module, image_size: int) -> tuple[Head, ...]:
         for name, module in model.named_modules():
             stack.callback(module.register_forward_hook(_recorder(calls, name)).remove)
         outputs = _all_outputs(trial_forward(model, image_size))
-    layers: list[str | None] = [None] * len(outputs)
-    for name in dict.fromkeys(calls):
-        layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear | nn.Conv2d) or len(layer.weight) != outputs[0].shape[-1]:
-            continue
-        doubled = {
-            f"{name}.{key}": (2 * len(parameter), *parameter.shape[1:])
-            for key, parameter in layer.named_parameters(recurse=False)
-        }
-        try:
-            changed = _all_outputs(trial_forward(model, image_size, shapes=doubled))
-        except UserError:  # another layer needs the outputs of this one
-            continue
-        for i, (before, after) in enumerate(zip(outputs, changed, strict=True)):
-            if tuple(after.shape) == (2, 2 * before.shape[-1]):
-                layers[i] = name
-    if None in layers:
+    count, classifier = outputs[0].shape[-1], _names_in_classifier(model)
+    candidates = [name for name in dict.fromkeys(calls) if _has_outputs(model.get_submodule(name), count)]
+    in_classifier = [name for name in candidates if name in classifier]
+    for names in filter(None, (in_classifier, candidates)):
+        heads = _heads_among(names, model, image_size, outputs)
+        if heads:
+            break
+    else:
         raise UserError(
             f"{type(model).__name__} has no output layer that can be replaced: expected a Linear or Conv2d layer that "
             "alone decides the number of logits"
         )
-    main, *auxiliary = cast(list[str], layers)
-    after_main = calls[calls.index(main) + 1 :]
+    after_main = calls[calls.index(heads[0]) + 1 :]
     relus = tuple(name for name in after_main if isinstance(model.get_submodule(name), nn.ReLU))
-    return Head(main, relus), *map(Head, auxiliary)
+    return Head(heads[0], relus), *map(Head, heads[1:])
+
+
+def _has_outputs(layer: nn.Module, count: int) -> bool:
+    return isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == count
+
+
+def _names_in_classifier(model: nn.Module) -> frozenset[str]:
+    """Return the names of the modules of a timm model's classifier, which may be several modules."""
+    get_classifier: Any = getattr(model, "get_classifier", None)
+    classifier = get_classifier() if callable(get_classifier) else ()
+    parts = classifier if isinstance(classifier, tuple | list) else (classifier,)
+    modules = {id(module) for part in parts if isinstance(part, nn.Module) for module in part.modules()}
+    return frozenset(name for name, module in model.named_modules() if id(module) in modules)
+
+
+def _heads_among(names: Sequence[str], model: nn.Module, image_size: int, outputs: Sequence[Tensor]) -> list[str]:
+    """Return a layer for each output; or for a single output, all layers if they decide together; or nothing."""
+    layers: list[str | None] = [None] * len(outputs)
+    for name in names:
+        for i in _doubled_outputs((name,), model, image_size, outputs):
+            layers[i] = name
+    if None not in layers:
+        return cast(list[str], layers)
+    if len(outputs) == 1 and len(names) > 1 and _doubled_outputs(names, model, image_size, outputs):
+        return list(names)
+    return []
+
+
+def _doubled_outputs(
+    names: Sequence[str], model: nn.Module, image_size: int, outputs: Sequence[Tensor]
+) -> Sequence[int]:
+    """Return the indices of the outputs that have twice as many logits if each of the layers has twice as many."""
+    shapes = {
+        f"{name}.{key}": (2 * len(parameter), *parameter.shape[1:])
+        for name in names
+        for key, parameter in model.get_submodule(name).named_parameters(recurse=False)
+    }
+    try:
+        changed = _all_outputs(trial_forward(model, image_size, shapes=shapes))
+    except UserError:  # another layer needs the outputs of these
+        return ()
+    pairs = enumerate(zip(outputs, changed, strict=True))
+    return [i for i, (before, after) in pairs if tuple(after.shape) == (2, 2 * before.shape[-1])]
 
 
 def _recorder(calls: list[str], name: str) -> Callable[..., None]:
@@ -181,6 +218,8 @@ def replace_head(model: nn.Module, heads: Sequence[Head], num_classes: int, init
         model.set_submodule(head.name, new.train(old.training))
         for name in head.activations:
             model.set_submodule(name, nn.Identity())
+    if hasattr(model, "num_classes"):  # torchvision and timm note the number of classes beside the layer
+        model.num_classes = num_classes  # type: ignore[assignment]
 
 
 def _new_layer(old: nn.Linear | nn.Conv2d, num_classes: int) -> nn.Linear | nn.Conv2d:

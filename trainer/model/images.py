@@ -62,15 +62,15 @@ class Preprocess:
             decoded = _read_image(image, name)
         except UnreadableImage as error:
             raise UserError(f"{name}: {error}; expected an image file") from None
-        return self._transform(np.asarray(decoded))
+        return self._transform(decoded)
 
     def _convert(self, image: ImageInput, name: str) -> Tensor:
         array = torch.tensor(self.pixels(image, name))
         return self._normalize(array.permute(2, 0, 1)[None])[0]
 
 
-def _read_image(image: ImageInput, name: str) -> Image.Image:
-    """Return the image in mode RGB, upright."""
+def _read_image(image: ImageInput, name: str) -> np.ndarray:
+    """Return the upright image, uint8 [H, W, 3]."""
     if isinstance(image, Image.Image):
         try:
             return upright_rgb(image)
@@ -91,10 +91,10 @@ def _read_image(image: ImageInput, name: str) -> Image.Image:
     return _decode_content(content)
 
 
-def _decode_content(content: bytes | bytearray | memoryview) -> Image.Image:
+def _decode_content(content: bytes | bytearray | memoryview) -> np.ndarray:
     if not content:
         raise UnreadableImage("empty (0 bytes)")
-    return decode_file(io.BytesIO(content), "").image
+    return decode_file(io.BytesIO(content), "").pixels
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

@@ -11,7 +11,7 @@ from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from trainer.errors import UserError
-from trainer.model.architectures import architectures
+from trainer.model.architectures import architectures, base_name
 from trainer.model.build import construct_empty
 from trainer.model.head import Head
 from trainer.model.torchvision_weights import find_enum
@@ -105,7 +105,7 @@ def match_weights(
     extra = [key for key in loaded if key not in expected]
     is_partial = report.missing or report.mismatched
     larger = None if is_partial or allow_partial or len(extra) < _MIN_EXTRA else _guess_architecture(weights.tensors)
-    if larger not in {None, name}:  # such as a ResNet-101 for resnet50, whose tensors all fit
+    if larger not in {None, base_name(name)}:  # such as a ResNet-101 for resnet50, whose tensors all fit
         raise UserError(
             f"{weights.source} contains a {larger}, not a {name}: {len(extra)} of its tensors would be ignored "
             f"({join_truncated(extra, limit=3)}). Set model.name to {larger}, or --model.allow_partial_weights true"
@@ -162,7 +162,7 @@ def _explain_misfit(
             f"  {len(report.mismatched)} of another shape or dtype: {join_truncated(report.mismatched, limit=4)}"
         )
     guess = _guess_architecture(loaded)
-    if guess is not None and guess != name:
+    if guess is not None and guess != base_name(name):
         lines.append(f"  The file contains a {guess}: set model.name to {guess}, or choose other weights.")
     elif guess is None:
         lines.append("  Is model.name the architecture that the file was saved from?")

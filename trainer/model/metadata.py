@@ -20,7 +20,7 @@ from torch import Tensor
 from trainer.data.augment import Preprocessing
 from trainer.distributed.precision import PRECISIONS, Execution
 from trainer.errors import UserError
-from trainer.model.architectures import architectures
+from trainer.model.architectures import architectures, is_timm
 from trainer.model.torchvision_weights import file_path, is_file
 from trainer.model.weights_file import find_weights_file, is_safetensors
 from trainer.run.atomic import write_atomically
@@ -154,13 +154,16 @@ def _parse_metadata(fields: Any) -> ModelMetadata:
     classes = fields["classes"]
     if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
         raise ValueError("classes are not a list of names")
+    "".join(classes).encode("utf-8", "surrogateescape")  # a UnicodeEncodeError is a ValueError
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise ValueError(f"{len(classes)} classes, {len(set(classes))} different ones; expected two or more")
-    if fields["architecture"] not in architectures():
-        raise ValueError(f"architecture {fields['architecture']!r} is not one of torchvision's")
+    architecture = fields["architecture"]
+    # Whether timm has a model of this name is checked when the model is built, since timm may not be installed.
+    if not isinstance(architecture, str) or not (is_timm(architecture) or architecture in architectures()):
+        raise ValueError(f"architecture {architecture!r} is not one of torchvision's or timm's")
     return ModelMetadata(
         version=str(fields["version"]),
-        architecture=fields["architecture"],
+        architecture=architecture,
         classes=tuple(classes),
         preprocessing=Preprocessing.from_fields(fields["preprocessing"]),
         source=str(fields["source"]),

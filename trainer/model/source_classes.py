@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
+from trainer.model.architectures import is_timm
 from trainer.model.class_names import Matches, match_classes, normalize_name
 from trainer.model.head import Head
 from trainer.model.metadata import read_weights_metadata
+from trainer.model.timm_models import class_names
 from trainer.model.torchvision_weights import find_enum, is_file
 from trainer.text import escape_unprintable
 
@@ -63,8 +65,13 @@ def source_names(mapping: ClassMapping, *, name: str, weights: str, rows: int) -
     elif mapping.in_weights_file is not None:
         names, origin = mapping.in_weights_file, f"the header of file {escape_unprintable(weights)}"
     else:
-        entry = find_enum(name, "DEFAULT" if is_file(weights) else weights)
-        names, origin = tuple(entry.meta["categories"]), f"torchvision {entry!r}"
+        if is_timm(name):
+            names, data_set = class_names(name, rows)
+            origin = f"the classes of {data_set}"
+        else:
+            entry = find_enum(name, "DEFAULT" if is_file(weights) else weights)
+            names, data_set = tuple(entry.meta["categories"]), repr(entry)
+            origin = f"torchvision {data_set}"
         if is_file(weights):
             origin += (
                 f", SINCE file {escape_unprintable(weights)} NAMES NO CLASSES and has as many rows; "
@@ -73,8 +80,8 @@ def source_names(mapping: ClassMapping, *, name: str, weights: str, rows: int) -
             if len(names) != rows:
                 raise UserError(
                     f"{weights}: names no classes, and its output layer has {rows} rows, not the {len(names)} of "
-                    f"{entry!r}: set model.source_labels to a text file with their names, one per line in the order of "
-                    "the rows"
+                    f"{data_set}: set model.source_labels to a text file with their names, one per line in the order "
+                    "of the rows"
                 )
     if len(names) != rows:
         raise UserError(

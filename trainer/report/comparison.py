@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from trainer.errors import UserError
+from trainer.evaluate import SelectBy
 from trainer.report.console import format_rate
 from trainer.report.figures import set_title, try_write_figure
 from trainer.report.metrics import Row, epoch_rows, read_rows
@@ -57,7 +58,7 @@ class Trial:
         return next((t for t, value in self.curve if value >= accuracy - _ROUNDING), None)
 
 
-def trial_of(rows: list[Row], *, seed: int, selection: str | None) -> Trial:
+def trial_of(rows: list[Row], *, seed: int, selection: str | None, select_by: SelectBy = "accuracy") -> Trial:
     """Return the trial that the metrics rows of a finished run describe."""
     seconds = 0.0
     curve = []
@@ -68,16 +69,16 @@ def trial_of(rows: list[Row], *, seed: int, selection: str | None) -> Trial:
     epochs = epoch_rows(rows)
     return Trial(
         seed=seed,
-        accuracy=reported_row(epochs, selection)["test_accuracy"],
+        accuracy=reported_row(epochs, selection, select_by)["test_accuracy"],
         curve=tuple(curve),
         epochs=len(epochs),
         rate=sum(row["train_seen"] for row in epochs) / sum(row["seconds"] for row in epochs),
     )
 
 
-def read_trial(folder: Path, *, seed: int, selection: str | None) -> Trial:
+def read_trial(folder: Path, *, seed: int, selection: str | None, select_by: SelectBy = "accuracy") -> Trial:
     """Return the trial of a finished run, from its metrics.jsonl."""
-    return trial_of(read_rows(folder), seed=seed, selection=selection)
+    return trial_of(read_rows(folder), seed=seed, selection=selection, select_by=select_by)
 
 
 @dataclass(frozen=True, kw_only=True)

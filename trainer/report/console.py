@@ -47,14 +47,16 @@ class BrokenPipeSafeStream:
         return getattr(self._stream, name)
 
 
-def make_console(*, enabled: bool) -> Console:
+def make_console(*, enabled: bool, stream: IO[str] | None = None) -> Console:
     """Return the console of this process; it prints only if `enabled` is true, as on rank 0.
+
+    It prints to `stream`, by default to standard output.
 
     Long lines are wrapped on a terminal, but not in a file.
     """
     # Python has no standard output if it was closed before the start, as by `>&-`.
-    stream = cast(IO[str], BrokenPipeSafeStream(sys.stdout or io.StringIO()))
-    console = Console(quiet=not enabled, highlight=False, markup=False, emoji=False, file=stream)
+    safe_stream = cast(IO[str], BrokenPipeSafeStream(stream or sys.stdout or io.StringIO()))
+    console = Console(quiet=not enabled, highlight=False, markup=False, emoji=False, file=safe_stream)
     console.soft_wrap = not console.is_terminal
     if console.width < 20:  # COLUMNS=0, as some programs leave it, would print nothing
         console.width = 80

@@ -1,7 +1,7 @@
 """Logger of a run: console, metrics.jsonl and curves.png, on rank 0."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from trainer.metrics import Progress
 from trainer.optim.schedule import TrainSchedule
 from trainer.report.console import ProgressBar, peak_memory
 from trainer.report.figures import draw_curves, try_write_figure
-from trainer.report.metrics import MetricsFile, Row, epoch_row, epoch_rows, start_row, train_row
+from trainer.report.metrics import MetricsFile, Row, class_rows, epoch_row, epoch_rows, start_row, train_row
 from trainer.run.atomic import describe_missing
 from trainer.run.session import OpenRun
 
@@ -34,6 +34,7 @@ class RunLogger:
         *,
         folder: Path,
         title: str,
+        classes: Sequence[str],
         device: torch.device,
         text: str,
         check: Callable[[], None],
@@ -44,6 +45,7 @@ class RunLogger:
             progress_bar: progress bar on the console.
             folder: folder of the run.
             title: title of the curves.
+            classes: names of the classes.
             device: device whose peak memory is logged.
             text: content of metrics.jsonl so far; empty for a new run.
             check: raises a UserError if this process may no longer write into the folder.
@@ -54,7 +56,7 @@ class RunLogger:
         """
         self.failure: UserError | None = None
         self._progress_bar = progress_bar
-        self._folder, self._title, self._device = folder, title, device
+        self._folder, self._title, self._classes, self._device = folder, title, classes, device
         self._drawn_at, self._has_warned = time.monotonic(), False
         self._check = check
         with self._store_failure():
@@ -99,7 +101,8 @@ class RunLogger:
         """Log an epoch."""
         row = epoch_row(progress, evaluations, peak_memory(self._device))
         with self._store_failure():
-            self._metrics.append(row)
+            for new_row in (row, *class_rows(progress, evaluations, self._classes)):
+                self._metrics.append(new_row)
         self._progress_bar.print_epoch(row, tuple(evaluations))
 
     def draw_curves(self) -> None:
@@ -170,7 +173,7 @@ class NullLogger:
 
 
 def make_logger(
-    run: OpenRun, schedule: TrainSchedule, *, title: str, done_steps: int, metrics: str
+    run: OpenRun, schedule: TrainSchedule, *, title: str, classes: Sequence[str], done_steps: int, metrics: str
 ) -> tuple[RunLogger | NullLogger, ProgressBar]:
     """Return the logger and the progress bar of this process. Every process must call it.
 
@@ -178,6 +181,7 @@ def make_logger(
         run: the open run folder.
         schedule: schedule of the run.
         title: title of the curves.
+        classes: names of the classes.
         done_steps: number of updates completed.
         metrics: content of metrics.jsonl in the checkpoint; empty for a new run.
 
@@ -193,7 +197,13 @@ def make_logger(
         if not run.is_writer:
             return NullLogger()
         return RunLogger(
-            progress_bar, folder=run.folder, title=title, device=run.ctx.device, text=metrics, check=run.check_lock
+            progress_bar,
+            folder=run.folder,
+            title=title,
+            classes=classes,
+            device=run.ctx.device,
+            text=metrics,
+            check=run.check_lock,
         )
 
     return run.ctx.main_process_first(make), progress_bar

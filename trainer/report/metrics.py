@@ -1,17 +1,19 @@
 """Read and write `metrics.jsonl`, one JSON object per line.
 
-Rows of kind `epoch` are whole epochs, rows of kind `train` are steps within an epoch. A row of kind `start`, epoch 0,
-is the evaluation before the first update; runs with a randomly initialized head have none.
+Rows of kind `epoch` are whole epochs, rows of kind `train` are steps within an epoch. A row of kind `classes` has the
+metrics of each class on one split after an epoch. A row of kind `start`, epoch 0, is the evaluation before the first
+update; runs with a randomly initialized head have none.
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from regraft.contract import METRICS
 from trainer.errors import UserError
-from trainer.evaluate import Evaluations
+from trainer.evaluate import Evaluation, Evaluations, SelectBy, selection_score
 from trainer.metrics import Progress
 from trainer.run.atomic import write_text_atomically
 
@@ -34,7 +36,8 @@ class MetricsFile:
 
     def append(self, row: Row) -> None:
         """Append one row."""
-        line = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
+        # As ASCII: a class may be named after a folder whose name is not valid Unicode.
+        line = json.dumps(row, allow_nan=False) + "\n"
         self.rows.append(row)
         self._lines.append(line)
         self._file.write(line)
@@ -100,6 +103,12 @@ def epoch_rows(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["kind"] == "epoch"]
 
 
+def row_score(row: Row, split: str, metric: SelectBy) -> tuple[float, float]:
+    """Return the key to compare epochs by, from a row of kind `epoch`; see `selection_score`."""
+    loss: float = row[f"{split}_loss"]
+    return selection_score(metric, loss if metric == "log_loss" else row[f"{split}_{metric}"], loss)
+
+
 def train_row(progress: Progress, steps_per_epoch: int) -> Row:
     """Return the row of a step within an epoch: its metrics are those of the epoch so far."""
     return {
@@ -132,6 +141,27 @@ def epoch_row(progress: Progress, evaluations: Evaluations, memory: int) -> Row:
     return row | _evaluation_columns(evaluations)
 
 
+def class_rows(progress: Progress, evaluations: Evaluations, classes: Sequence[str]) -> list[Row]:
+    """Return a row of kind `classes` for each split: lists in the order of the classes."""
+    position = {"kind": "classes", "epoch": progress.epoch, "step": progress.step}
+    return [
+        {**position, "split": split, **class_columns(evaluation, classes)} for split, evaluation in evaluations.items()
+    ]
+
+
+def class_columns(evaluation: Evaluation, classes: Sequence[str]) -> Row:
+    """Return counts, precision, recall and F1 of each class, as lists in the order of the classes."""
+    return {
+        "classes": list(classes),
+        "support": list(evaluation.support),
+        "predicted": list(evaluation.predicted),
+        "correct": list(evaluation.correct),
+        "precision": list(evaluation.precision),
+        "recall": list(evaluation.recall),
+        "f1": list(evaluation.f1),
+    }
+
+
 def start_row(evaluations: Evaluations, seconds: float) -> Row:
     """Return the row of the evaluation before the first step; `seconds` is the time to initialize the head."""
     return {"kind": "start", "epoch": 0, "step": 0, "seconds": seconds, **_evaluation_columns(evaluations)}
@@ -143,6 +173,8 @@ def _evaluation_columns(evaluations: Evaluations) -> Row:
         low, high = evaluation.interval
         row |= {
             f"{split}_accuracy": evaluation.accuracy,
+            f"{split}_balanced_accuracy": evaluation.balanced_accuracy,
+            f"{split}_f1_macro": evaluation.f1_macro,
             f"{split}_loss": evaluation.loss,
             f"{split}_seen": evaluation.seen,
             f"{split}_correct": sum(evaluation.correct),

@@ -8,8 +8,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from regraft.contract import MODEL
+from trainer.evaluate import SelectBy
 from trainer.report.console import format_duration
-from trainer.report.metrics import Row
+from trainer.report.metrics import Row, row_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class TrainResult:
     """Number of training and of test examples."""
     val_split: str | None
     """Split that selects the best epoch; None if there is only the reported split."""
+    select_by: SelectBy = "accuracy"
+    """Metric that selects the best epoch."""
     rows: Sequence[Row] = ()
     """Rows of the epochs in metrics.jsonl; empty on ranks other than 0."""
     alpha: float = 1.0
@@ -35,30 +38,30 @@ class TrainResult:
         return self.folder / MODEL
 
 
-def best_row(rows: Sequence[Row], selection: str | None) -> Row:
-    """Return the epoch with the highest accuracy on `selection`; ties go to the lowest loss, then to the first."""
-    split = selection or "test"
-    return max(rows, key=lambda row: (row[f"{split}_accuracy"], -row[f"{split}_loss"]))
+def best_row(rows: Sequence[Row], selection: str | None, select_by: SelectBy = "accuracy") -> Row:
+    """Return the epoch with the best metric on `selection`; ties go to the lowest loss, then to the first."""
+    return max(rows, key=lambda row: row_score(row, selection or "test", select_by))
 
 
-def reported_row(rows: Sequence[Row], selection: str | None) -> Row:
+def reported_row(rows: Sequence[Row], selection: str | None, select_by: SelectBy = "accuracy") -> Row:
     """Return the epoch whose test accuracy is reported.
 
     It is the best epoch on the selection split. Without one it is the last epoch: a best epoch that was selected on
     the test images would be biased.
     """
-    return best_row(rows, selection) if selection else rows[-1]
+    return best_row(rows, selection, select_by) if selection else rows[-1]
 
 
 def headline(run: TrainResult) -> str:
     """Return the reported accuracy with its confidence interval and its counts."""
-    row = reported_row(run.rows, run.val_split)
+    row = reported_row(run.rows, run.val_split, run.select_by)
     low, high = row["test_interval"]
-    which = (
-        f"the best of {len(run.rows)} epochs on {run.val_split} ({row[f'{run.val_split}_accuracy']:.3f})"
-        if run.val_split
-        else "the last epoch"
-    )
+    which = "the last epoch"
+    if run.val_split:
+        metric = "" if run.select_by == "accuracy" else f" by {run.select_by}"
+        column = "loss" if run.select_by == "log_loss" else run.select_by
+        value = row[f"{run.val_split}_{column}"]
+        which = f"the best of {len(run.rows)} epochs on {run.val_split}{metric} ({value:.3f})"
     return (
         f"test accuracy {row['test_accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}; {row['test_correct']} of "
         f"{row['test_seen']} correct) after epoch {row['epoch']}, {which}"
@@ -73,7 +76,7 @@ def summary(run: TrainResult, *, alpha: float = 1.0) -> str:
         alpha: WiSE-FT coefficient of the model file, 0 for the initial weights and 1 for the best epoch's.
 
     """
-    best = best_row(run.rows, run.val_split)
+    best = best_row(run.rows, run.val_split, run.select_by)
     last = run.rows[-1]
     train_examples, test_examples = run.examples
     interpolation = "" if alpha == 1 else f", interpolated with the initial weights at alpha {alpha:g} (wise.json)"
@@ -93,7 +96,8 @@ def summary(run: TrainResult, *, alpha: float = 1.0) -> str:
         f"run folder {run.folder}",
         f"  model.safetensors  weights of the best epoch ({best['epoch']}){interpolation}; regraft.load reads it",
         "  checkpoints/       training state, to resume or extend the run",
-        "  metrics.jsonl      all metrics",
+        "  evaluation.json    metrics of model.safetensors on each split; predictions.csv has each image",
+        "  metrics.jsonl      metrics of training",
         "  curves.png         plot of the metrics",
         "  config.yaml        all options; reproduces this run",
     ]
@@ -106,7 +110,7 @@ def comparison(fine_tuned: TrainResult, scratch: TrainResult) -> Table:
     for column in ("test accuracy", "95 % interval", "train loss", "epochs", "training"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, run in (("fine-tuned", fine_tuned), ("from scratch", scratch)):
-        row = reported_row(run.rows, run.val_split)
+        row = reported_row(run.rows, run.val_split, run.select_by)
         low, high = row["test_interval"]
         table.add_row(
             name,

@@ -7,6 +7,8 @@ checkpoints/        training state, one folder per checkpoint
 attempts/           one file per start: host and process, position, and how it ended
 environment/        one file per start: code, packages, hardware and settings
 curves.png          losses and accuracies over the epochs
+evaluation.json     metrics of model.safetensors on each split, at the end of the run
+predictions.csv     its prediction for each image of these splits
 split.csv           the split, if regraft made one
 micro-batch.json    micro-batch size that was found, or halved after an attempt ran out of memory
 images.json         hashes of the images, by which a resumed run notices that one has changed
@@ -38,10 +40,12 @@ from regraft.contract import (
     CHECKPOINTS,
     CONFIG,
     CURVES,
+    EVALUATION,
     IMAGES,
     LOG_FOLDER,
     METRICS,
     MODEL,
+    PREDICTIONS,
     PRETRAIN,
     SPLIT,
     latest_attempt,
@@ -53,7 +57,8 @@ from trainer.errors import UserError
 from trainer.run.atomic import describe_missing, write_text_atomically
 
 INITIAL, FINE_TUNED, WISE = "initial.safetensors", "fine-tuned.safetensors", "wise.json"
-OUR_FILES = (CONFIG, METRICS, MODEL, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT, IMAGES, INITIAL, FINE_TUNED, WISE)
+_RESULTS = (MODEL, METRICS, FINE_TUNED, WISE, EVALUATION, PREDICTIONS)
+OUR_FILES = (*_RESULTS, CONFIG, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT, IMAGES, INITIAL)
 # Options that a resumed run may change: they set where and how fast it runs, not what it computes. train.epochs and
 # regularization.early_stopping may grow. Images are compared by name and content, so their folder may have moved.
 _MAY_CHANGE = frozenset(
@@ -221,13 +226,19 @@ def archive_results(folder: Path) -> str | None:
     """
     if not (folder / MODEL).exists():
         return None
-    number, results = 1, (MODEL, METRICS, FINE_TUNED, WISE)
-    while any((folder / f"earlier-{number}-{name}").exists() for name in results):
+    number = 1
+    while any((folder / f"earlier-{number}-{name}").exists() for name in _RESULTS):
         number += 1
-    for name in results:
+    for name in _RESULTS:
         if (folder / name).exists():
             (folder / name).rename(folder / f"earlier-{number}-{name}")
     return f"{folder}: holds results but no checkpoint to resume from: archived as earlier-{number}-{MODEL}"
+
+
+def remove_evaluation(folder: Path) -> None:
+    """Remove the evaluation of the model file, before another model file is written."""
+    for name in (EVALUATION, PREDICTIONS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_config(folder: Path, config: str) -> None:

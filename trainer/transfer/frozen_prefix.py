@@ -42,14 +42,18 @@ def split_frozen(model: nn.Module, *, training: bool) -> FrozenSplit | None:
     Parameters are frozen if they require no gradient, and BatchNorm statistics as `freeze_batch_norm` marks them.
 
     Args:
-        model: one that torch.fx can trace, as torchvision's classification models.
+        model: torch.fx can trace all of torchvision's classification models, and most of timm's.
         training: split the forward pass of training, with active dropout, or that of evaluation.
 
     Returns:
-        The split, or None if no layer with parameters comes before the first one that changes.
+        The split, or None if no layer with parameters comes before the first one that changes, or if torch.fx cannot
+        trace the model.
 
     """
-    graph = _trace(model, training=training)
+    try:
+        graph = _trace(model, training=training)
+    except Exception:  # noqa: BLE001 (a model's code may raise anything for a placeholder of a tensor)
+        return None
     node = _last_frozen(graph, model, training=training)
     if node is None:
         return None
@@ -66,12 +70,13 @@ def split_at(model: nn.Module, node: str, *, training: bool) -> FrozenSplit:
 class _Tracer(fx.Tracer):
     """Traces a model down to its layers of torch.nn, and to trainable blocks whose `forward` was replaced.
 
-    Gradient checkpointing replaces it; without gradients, such a block computes what its layers compute.
+    Gradient checkpointing replaces it; without gradients, such a block computes what its layers compute. A BatchNorm
+    layer of another class, such as timm's with an activation, is one layer too: its mode is its own.
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         is_replaced = "forward" in vars(m) and any(parameter.requires_grad for parameter in m.parameters())
-        return is_replaced or super().is_leaf_module(m, module_qualified_name)
+        return is_replaced or isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(model: nn.Module, *, training: bool) -> fx.Graph:
@@ -150,6 +155,8 @@ def _is_frozen_layer(layer: nn.Module, *, training: bool) -> bool:
 
 def _is_random(node: fx.Node) -> bool:
     """Return whether a function or method of a graph draws random numbers."""
+    if node.kwargs.get("dropout_p"):  # of scaled_dot_product_attention
+        return True
     if node.op == "call_function":
         try:
             bound = inspect.signature(cast("type", node.target)).bind(*node.args, **node.kwargs)

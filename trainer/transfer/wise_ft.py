@@ -21,13 +21,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from regraft.contract import MODEL
+from trainer.distributed.broadcast import broadcast_state_dict, prepare_for_eval
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
-from trainer.evaluate import Evaluation, Evaluations, Interrupted
+from trainer.evaluate import Evaluation, Evaluations, Interrupted, SelectBy
 from trainer.model.file import load, read_state
 from trainer.model.metadata import ModelMetadata, read_metadata, write_model
 from trainer.run.atomic import sync_folder, write_text_atomically
-from trainer.run.folder import FINE_TUNED, INITIAL, WISE, saving_to
+from trainer.run.folder import FINE_TUNED, INITIAL, WISE, remove_evaluation, saving_to
 from trainer.run.session import OpenRun
 
 ALPHAS = tuple(tenths / 10 for tenths in range(11))
@@ -51,6 +52,8 @@ class AlphaResult:
     alpha: float
     accuracy: float
     loss: float
+    value: float
+    """Metric that selects alpha; higher is better, so a log loss is negative."""
 
 
 def interpolate(initial: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> StateDict:
@@ -62,17 +65,18 @@ def interpolate(initial: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alph
 
 
 def best_alpha(results: Sequence[AlphaResult]) -> AlphaResult:
-    """Return the result of the highest accuracy; then the lowest loss, then the highest alpha."""
-    return max(results, key=lambda result: (result.accuracy, -result.loss, result.alpha))
+    """Return the result of the best metric; then the lowest loss, then the highest alpha."""
+    return max(results, key=lambda result: (result.value, -result.loss, result.alpha))
 
 
 class WiseFT:
     """WiSE-FT of one run; it does nothing if transfer.wise_ft is off. Every process must call its methods."""
 
-    def __init__(self, run: OpenRun, split: str | None) -> None:
-        """Take the run and the split to select alpha on; None turns WiSE-FT off."""
+    def __init__(self, run: OpenRun, split: str | None, select_by: SelectBy = "accuracy") -> None:
+        """Take the run, the split to select alpha on (None turns WiSE-FT off), and the metric to select it by."""
         self._run = run
         self._split = split
+        self._select_by = select_by
 
     def save_initial_weights(self, model: nn.Module, metadata: ModelMetadata, *, resumed: bool) -> None:
         """Save the model before its first update. If the run is resumed, restore its best epoch's model instead.
@@ -97,6 +101,7 @@ class WiseFT:
             (folder / WISE).unlink(missing_ok=True)
             sync_folder(folder)  # first: if that file were left, WiSE-FT would count as done
             if new is None and _is_moved(folder):
+                remove_evaluation(folder)
                 (folder / FINE_TUNED).replace(folder / MODEL)
             (folder / FINE_TUNED).unlink(missing_ok=True)
             sync_folder(folder)
@@ -135,7 +140,7 @@ class WiseFT:
                 return evaluate(model, interrupted, (split,))[split]
 
             try:
-                results, summary = _evaluate_alphas(evaluate_alpha, split)
+                results, summary = _evaluate_alphas(evaluate_alpha, split, self._select_by)
             except Interrupted:
                 run.raise_if_signaled(saved="the end of training, before transfer.wise_ft was evaluated")
                 raise
@@ -145,25 +150,16 @@ class WiseFT:
 
     def load_for_eval(self, *, channels_last: bool) -> nn.Module:
         """Return a finished run's model for evaluation, on its device and prepared for its precision."""
-        ctx = self._run.ctx
+        folder = self._run.folder
 
         def read() -> nn.Module:
-            _require_initial(self._run.folder)
-            return load(self._run.folder / INITIAL).module
+            _require_initial(folder)
+            return load(folder / INITIAL).module
 
-        model = ctx.main_process_first(read).to(ctx.device)
-        if channels_last:
-            model.to(memory_format=torch.channels_last)
-        prepared: nn.Module = ctx.accelerator.prepare_model(model, evaluation_mode=True)
-        return prepared
+        return prepare_for_eval(self._run.ctx, read, channels_last=channels_last)
 
     def _broadcast_state_dict(self, model: nn.Module, path: Path) -> StateDict:
-        """Return the tensors of a model file that rank 0 reads: other machines may still see an earlier version."""
-        ctx = self._run.ctx
-
-        def read() -> StateDict | None:
-            if not ctx.is_main_process:
-                return None
+        def read() -> StateDict:
             if path.name == INITIAL:
                 _require_initial(path.parent)
             try:
@@ -171,15 +167,7 @@ class WiseFT:
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
 
-        state = ctx.main_process_first(read)
-        result = {}
-        for name, tensor in model.state_dict().items():
-            value = torch.empty_like(tensor) if state is None else state[name].to(tensor.device)
-            if ctx.world_size > 1:
-                value = value.contiguous()
-                torch.distributed.broadcast(value, src=0)
-            result[name] = value
-        return result
+        return broadcast_state_dict(self._run.ctx, model, read)
 
     def _write_result(
         self,
@@ -200,6 +188,7 @@ class WiseFT:
             )
         with saving_to(folder / MODEL):
             self._run.check_lock()
+            remove_evaluation(folder)
             if summary["alpha"] < 1:
                 if tuned_path.name == MODEL:
                     write_model(folder / FINE_TUNED, tuned, metadata)
@@ -249,11 +238,14 @@ def _read_result(folder: Path) -> tuple[float | None, Path]:
 
 
 def _evaluate_alphas(
-    evaluate: Callable[[float, str], Evaluation], split: str
+    evaluate: Callable[[float, str], Evaluation], split: str, select_by: SelectBy
 ) -> tuple[tuple[AlphaResult, ...], dict[str, float]]:
     """Return the result of each alpha on the split, and the summary of the selection."""
     evaluations = {alpha: evaluate(alpha, split) for alpha in ALPHAS}
-    results = tuple(AlphaResult(alpha=a, accuracy=e.accuracy, loss=e.loss) for a, e in evaluations.items())
+    results = tuple(
+        AlphaResult(alpha=a, accuracy=e.accuracy, loss=e.loss, value=e.score(select_by)[0])
+        for a, e in evaluations.items()
+    )
     best = best_alpha(results)
     tuned = evaluate(1.0, "test")  # after the selection, which must not depend on it
     test = tuned if best.alpha == 1 else evaluate(best.alpha, "test")

@@ -42,7 +42,7 @@ def make_state(step: int = 4, epoch: int = 1, *, run: RunMetadata = METADATA, **
         "epoch": epoch,
         "step": step,
         "metrics": sums if within_epoch else None,
-        "best": BestEpoch(epoch=1, step=3, accuracy=0.1 + 0.2, loss=1 / 3),
+        "best": BestEpoch(epoch=1, step=3, value=0.1 + 0.2, loss=1 / 3),
         "scaler": SCALER,
         "order_digest": "0f" * 32,
         "run": run,

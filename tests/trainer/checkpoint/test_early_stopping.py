@@ -23,4 +23,7 @@ def test_a_run_stops_after_patience_epochs_without_a_better_one(
         for epoch, accuracy in enumerate(accuracies, start=1)
     ]
     assert EarlyStopping(split="val", patience=patience).should_stop(epochs) is stops
+    if not losses:
+        by_loss = [{"epoch": row["epoch"], "val_loss": -row["val_accuracy"]} for row in epochs]
+        assert EarlyStopping(split="val", patience=patience, select_by="log_loss").should_stop(by_loss) is stops
     assert not EarlyStopping(split=None, patience=patience).should_stop(epochs)

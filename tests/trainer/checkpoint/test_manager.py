@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, load_file
 from torch import nn
 
-from regraft.contract import CHECKPOINTS, MODEL, STOP, read_attempt
+from regraft.contract import CHECKPOINTS, EVALUATION, MODEL, STOP, read_attempt
 from tests.trainer.checkpoint.checkpoints import METADATA, contents
 from tests.trainer.runs import MODEL_METADATA, make_run, printed, stop_heartbeat
 from trainer.checkpoint import manager as manager_module
@@ -30,7 +30,7 @@ from trainer.checkpoint.state import CheckpointId
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import Stopped
 from trainer.errors import UserError
-from trainer.evaluate import Evaluation
+from trainer.evaluate import Evaluation, SelectBy
 from trainer.loop import StepDecision
 from trainer.metrics import BestEpoch, MetricState
 from trainer.model.metadata import read_metadata
@@ -143,6 +143,7 @@ def make(tmp_path: Path, clock: SimpleNamespace, ctx: DistributedContext) -> Ite
         epochs: int = 4,
         split: str | None = None,
         patience: int | None = None,
+        select_by: SelectBy = "accuracy",
         ema: bool = False,
         **position: Any,
     ) -> Training:
@@ -159,7 +160,7 @@ def make(tmp_path: Path, clock: SimpleNamespace, ctx: DistributedContext) -> Ite
         if ema:
             for parameter in state.ema.model.parameters():
                 parameter.data.fill_(AVERAGE)
-        early_stopping, log = EarlyStopping(split=split, patience=patience), Log()
+        early_stopping, log = EarlyStopping(split=split, patience=patience, select_by=select_by), Log()
         saver = CheckpointSaver(
             run,
             retention=retention,
@@ -357,12 +358,24 @@ def test_the_best_epoch_is_the_model_file_whatever_is_saved(
             training.saver.wait()
             assert training.checkpoints == checkpoints[epoch - 1]
             assert training.model_file() == (min(epoch, 2), min(epoch, 2))
-    assert store.read(training.path(8, 4)).state.best == BestEpoch(epoch=2, step=4, accuracy=0.9, loss=1.0)
+    assert store.read(training.path(8, 4)).state.best == BestEpoch(epoch=2, step=4, value=0.9, loss=1.0)
     assert training.model_metrics() == {**training.log.epochs[1], "selected_on": "test"}
 
 
+def test_another_metric_selects_the_best_epoch(make: Make) -> None:
+    training = make(select_by="log_loss")
+    (training.run.folder / EVALUATION).touch()
+    with training.manager:
+        for epoch, (accuracy, loss) in enumerate([(0.9, 1.0), (0.5, 0.5), (0.9, 0.7), (0.8, 0.6)], start=1):
+            training.end_epoch(epoch, accuracy, loss=loss)
+            training.saver.wait()
+            assert training.model_file() == (min(epoch, 2), min(epoch, 2))
+    assert training.state.best == BestEpoch(epoch=2, step=4, value=-0.5, loss=0.5)
+    assert not (training.run.folder / EVALUATION).exists(), "it was of another model file"
+
+
 def test_of_equal_accuracies_the_lower_loss_then_the_first_is_the_best(make: Make) -> None:
-    training = make(split="val", epochs=6, epoch=1, step=2, best=BestEpoch(epoch=1, step=2, accuracy=0.8, loss=1.0))
+    training = make(split="val", epochs=6, epoch=1, step=2, best=BestEpoch(epoch=1, step=2, value=0.8, loss=1.0))
     with training.manager:
         for epoch, (accuracy, loss, best) in enumerate(
             [(0.7, 0.1, 1), (0.8, 1.0, 1), (0.8, 0.5, 4), (0.8, 0.5, 4), (0.8, 0.9, 4)], start=2
@@ -429,7 +442,7 @@ def test_without_the_best_checkpoint_the_best_epoch_is_selected_anew_or_its_loss
     killed = make()
     with killed.manager:
         killed.end_epoch(2, 0.9)
-    best = BestEpoch(epoch=1, step=2, accuracy=0.5, loss=1.0)
+    best = BestEpoch(epoch=1, step=2, value=0.5, loss=1.0)
     training = make(epoch=1, step=2, best=best)
     training.manager.repair_best_model()
     assert training.state.best is None

@@ -75,7 +75,7 @@ def test_floats_round_trip_bit_for_bit() -> None:
 
 def test_values_that_are_not_finite_are_not_written() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        make_state(best=BestEpoch(epoch=1, step=3, accuracy=math.nan, loss=0.0)).to_json()
+        make_state(best=BestEpoch(epoch=1, step=3, value=math.nan, loss=0.0)).to_json()
 
 
 VALID = json.loads(make_state().to_json())
@@ -112,6 +112,12 @@ def test_unknown_fields_are_refused(parent: JsonPath) -> None:
 def test_a_state_of_a_later_version_is_refused() -> None:
     with pytest.raises(UserError, match=f"of format {FORMAT + 1}, written by a later version of regraft"):
         parse(edited(VALID, ("format",), FORMAT + 1))
+
+
+def test_a_state_of_format_2_is_read() -> None:
+    best = {"accuracy" if key == "value" else key: value for key, value in VALID["best"].items()}
+    assert parse(VALID | {"format": 2, "best": best}) == parse(VALID)
+    assert parse(VALID | {"format": 2, "best": None}).best is None
 
 
 SUMS = make_state().metrics

@@ -113,9 +113,9 @@ def test_a_damaged_cache_is_replaced(
         ({"precision": "bf16", "channels_last": True}, None, ("bf16", True), "as train.precision asks"),
         ({"precision": "fp32", "channels_last": False}, None, ("fp32", False), "as train.precision asks"),
         ({}, Execution("fp32", channels_last=False), ("fp32", False), "as this run began with"),
-        ({"epochs": 28}, None, ("fp32", True), "runs of less than 512 images are not measured"),
-        ({"epochs": 29}, None, BF16, "measured"),
-        ({"precision": "bf16", "epochs": 1}, None, ("bf16", True), "as train.precision asks; runs of less than 512"),
+        ({"epochs": 14}, None, ("fp32", True), "runs of less than 256 images are not measured"),
+        ({"epochs": 15}, None, BF16, "measured"),
+        ({"precision": "bf16", "epochs": 1}, None, ("bf16", True), "as train.precision asks; runs of less than 256"),
     ],
 )
 def test_choice_and_reason(
@@ -134,14 +134,25 @@ def test_choice_and_reason(
 
 
 @pytest.mark.parametrize(
-    ("trainable", "augment", "views", "passes"),
-    [("head", "none", None, 1), ("head", "basic", 3, 3), ("head", "basic", None, 100), ("all", "none", None, 100)],
+    ("trainable", "augment", "views", "cached", "cost"),
+    [
+        ("head", "none", None, "auto", 18 + 6),
+        ("head", "none", None, "off", (18 + 6) * 100),
+        ("head", "basic", 3, "auto", 18 * 3 + 6),
+        ("head", "basic", None, "auto", 18 * 100 + 6),
+        ("all", "none", None, "auto", (18 + 2) * 100),
+    ],
 )
 def test_images_with_cached_features_are_computed_once(
-    trainable: str, augment: str, views: int | None, passes: int, workload: Workload
+    trainable: str, augment: str, views: int | None, cached: str, cost: int, workload: Workload
 ) -> None:
-    config = with_options(workload.config, transfer={"trainable": trainable}, data={"augment": augment, "views": views})
-    assert replace(workload, config=config).images_to_compute == 18 * passes
+    config = with_options(
+        workload.config,
+        transfer={"trainable": trainable},
+        data={"augment": augment, "views": views},
+        train={"cache_features": cached},
+    )
+    assert replace(workload, config=config, evaluated=6).cost == cost
 
 
 @pytest.mark.parametrize(("saved", "chosen"), [(None, BF16), (Execution("fp32", channels_last=True), ("fp32", True))])

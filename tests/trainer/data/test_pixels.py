@@ -7,23 +7,21 @@ from PIL import Image
 
 from tests.folders import noise_image
 from tests.trainer.data.image_files import write_png, write_tiff
-from trainer.data.decode import decode_file, open_image_file
-from trainer.data.pixels import RgbImage, is_one_color
+from trainer.data.decode import DecodedImage, decode_file, open_image_file
+from trainer.data.pixels import is_one_color
 from trainer.data.sample_format import UnreadableImage
 
 MAX_SAMPLE_VALUE, SMIN, SMAX = 281, 340, 341  # TIFF tags
 Write = Callable[[Path], Path]
 
 
-def decoded(path: Path) -> RgbImage:
+def decoded(path: Path) -> DecodedImage:
     with open_image_file(path) as file:
         return decode_file(file, path)
 
 
 def pixels(path: Path) -> np.ndarray:
-    image, _ = decoded(path)
-    assert image.mode == "RGB"
-    return np.asarray(image)
+    return decoded(path).pixels
 
 
 def ramp(white: float, dtype: type = np.uint16) -> np.ndarray:
@@ -194,7 +192,7 @@ def test_alpha_that_is_0_everywhere_is_ignored(mode: str, tmp_path: Path) -> Non
         image.putalpha(0)
         image.save(tmp_path / "x.png")
     found = decoded(tmp_path / "x.png")
-    assert np.array_equal(found.image, image.convert("RGB"))
+    assert np.array_equal(found.pixels, image.convert("RGB"))
     assert found.conversions == ("an alpha channel of 0 everywhere, which is ignored",)
     image.convert("RGBA").point(lambda value: 0).save(tmp_path / "x.png")
     assert (pixels(tmp_path / "x.png") == 255).all(), "without colors, there is nothing but a white background"
@@ -208,7 +206,9 @@ def test_lab_colors_become_srgb(tmp_path: Path) -> None:
 
 
 def test_an_image_of_one_color_is_recognized() -> None:
-    image = Image.new("RGB", (3, 3), (1, 2, 3))
-    assert is_one_color(image)
-    image.putpixel((2, 2), (1, 2, 4))
-    assert not is_one_color(image)
+    pixels = np.full((3, 3, 3), (1, 2, 3), np.uint8)
+    assert is_one_color(pixels)
+    for row in (0, 2):
+        other = pixels.copy()
+        other[row, 2] = (1, 2, 4)
+        assert not is_one_color(other)

@@ -15,8 +15,7 @@ from safetensors.numpy import save
 
 from tests.folders import noise_image
 from trainer.data import decode, validation, validation_results
-from trainer.data.decode import decode_file
-from trainer.data.pixels import RgbImage
+from trainer.data.decode import DecodedImage, decode_file
 from trainer.data.validation import check_images, unreadable_error
 from trainer.data.validation_results import read_versions, split_names
 from trainer.errors import UserError
@@ -30,7 +29,7 @@ class Decoder:
         self.seconds = 0.0
         self._lock = threading.Lock()
 
-    def __call__(self, file: BinaryIO, path: str) -> RgbImage:
+    def __call__(self, file: BinaryIO, path: str) -> DecodedImage:
         with self._lock:
             self.paths.append(path)
         time.sleep(self.seconds)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from regraft.contract import available_cores
+from regraft.contract import physical_cores
 from trainer.distributed import context
 from trainer.distributed.context import DistributedContext, init_distributed, leave_process_group_env
 from trainer.distributed.launch_checks import (
@@ -38,7 +38,7 @@ def refused(error: str | None) -> AbstractContextManager[object]:
 def test_a_cpu_run_uses_all_cores_unless_threads_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as accelerate launch does
     ctx = init_distributed(device="cpu", precision="auto", threads=None)
-    assert ctx.threads == torch.get_num_threads() == available_cores()
+    assert ctx.threads == torch.get_num_threads() == physical_cores()
     assert (ctx.rank, ctx.world_size, ctx.is_main_process, ctx.device.type) == (0, 1, True, "cpu")
     assert f"{ctx.threads} CPU thread" in ctx.notes[0]
     assert ctx.precision == "fp32"

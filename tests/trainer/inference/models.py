@@ -19,8 +19,9 @@ def write_model_file(path: Path, architecture: str = "shufflenet_v2_x0_5", **cha
     classes = changes.get("classes", CLASSES)
     model = build_model(architecture, image_size=64, num_classes=len(classes), weights=None, head_init="torch").model
     model.train()
-    for _ in range(20):  # realistic BatchNorm statistics
-        model(torch.randn(4, 3, 64, 64) + torch.randn(4, 3, 1, 1))
+    with torch.no_grad():
+        for _ in range(20):  # realistic BatchNorm statistics
+            model(torch.randn(4, 3, 64, 64) + torch.randn(4, 3, 1, 1))
     fields: dict[str, Any] = {
         "version": "0.1.0",
         "architecture": architecture,

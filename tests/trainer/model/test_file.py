@@ -199,6 +199,7 @@ DAMAGED_FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "one class": ({"classes": ["a"]}, "1 classes, 1 different ones; expected two or more"),
     "classes are text": ({"classes": "ab"}, "classes are not a list of names"),
     "classes are lists": ({"classes": [["a"], ["b"]]}, "classes are not a list of names"),
+    "classes are not Unicode": ({"classes": ["a", "\ud800"]}, "surrogates not allowed"),
     "unknown architecture": ({"architecture": "resnet19"}, "architecture 'resnet19' is not one of torchvision's"),
     "a long name": ({"architecture": "x" * 10**6}, "architecture 'xxx"),
     "escapes": ({"architecture": "../\x1b[31m\n"}, r"architecture '../\x1b[31m\n' is not one of torchvision's"),

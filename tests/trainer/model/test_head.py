@@ -164,6 +164,16 @@ def test_a_head_that_cannot_be_replaced_is_an_error(case: str) -> None:
     assert torch.empty(1).device.type == "cpu"
 
 
+def test_a_module_under_several_names_keeps_its_parameters() -> None:
+    shared = nn.Linear(5, 5)
+    model = Net(lambda net, x: net.out(net.again(net.first(x))), first=shared, again=shared, out=nn.Linear(5, 6))
+    before = snapshot(model)
+    assert find_heads(model, 8) == (Head("out"),)
+    assert snapshot(model) == before
+    assert model.first.weight is shared.weight
+    assert not shared.weight.is_meta
+
+
 def test_split_outputs_returns_auxiliary_logits_with_their_weights() -> None:
     logits, first, second = torch.randn(3, 2, 4)
     for outputs in (logits, GoogLeNetOutputs(logits, None, None), InceptionOutputs(logits, None)):

@@ -21,7 +21,10 @@ from trainer.report.metrics import parse_rows
 def make_logger(folder: Path, text: str = "") -> RunLogger:
     console = Console(file=io.StringIO(), width=100, soft_wrap=True)
     progress_bar = ProgressBar(console, epochs=2, steps_per_epoch=4, done_steps=0)
-    return RunLogger(progress_bar, folder=folder, title="x", device=torch.device("cpu"), text=text, check=lambda: None)
+    return RunLogger(
+        progress_bar, folder=folder, title="x", classes=("a", "b"), device=torch.device("cpu"), text=text,
+        check=lambda: None,
+    )  # fmt: skip
 
 
 def full_disk(*_: Any, **__: Any) -> None:
@@ -35,7 +38,7 @@ def test_logged_rows_are_written_and_drawn(tmp_path: Path, progress: Progress, e
     logger.log_step(progress)
     logger.log_epoch(progress, {"test": evaluation})
     logger.close()
-    assert [row["kind"] for row in logger.rows] == ["start", "train", "epoch"]
+    assert [row["kind"] for row in logger.rows] == ["start", "train", "epoch", "classes"]
     assert parse_rows((tmp_path / METRICS).read_text(), "m") == logger.rows == parse_rows(logger.text, "m")
     assert (tmp_path / CURVES).stat().st_size > 0
     assert logger.failure is None

@@ -4,9 +4,19 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import UserError
-from trainer.evaluate import Evaluation
+from trainer.evaluate import Evaluation, SelectBy
 from trainer.metrics import Progress
-from trainer.report.metrics import MetricsFile, Row, epoch_row, epoch_rows, parse_rows, start_row, train_row
+from trainer.report.metrics import (
+    MetricsFile,
+    Row,
+    class_rows,
+    epoch_row,
+    epoch_rows,
+    parse_rows,
+    row_score,
+    start_row,
+    train_row,
+)
 
 
 def test_rows_have_the_documented_keys(progress: Progress, evaluation: Evaluation) -> None:
@@ -22,13 +32,28 @@ def test_rows_have_the_documented_keys(progress: Progress, evaluation: Evaluatio
     }.items()  # fmt: skip
     assert start["test_interval"] == pytest.approx([0.2307, 0.8824], abs=1e-3)
     assert train.items() >= {"kind": "train", "epoch": 1.75, "step": 7, "train_seen": 4}.items()
-    text = "\n".join(json.dumps(row, allow_nan=False) for row in (start, train, epoch))
-    assert parse_rows(text, "m") == [start, train, epoch]
-    assert epoch_rows([start, train, epoch]) == [epoch]
+    of_classes = class_rows(progress, {"test": evaluation}, ("a", "b \udcff"))
+    assert of_classes == [
+        {
+            "kind": "classes", "epoch": 2, "step": 7, "split": "test", "classes": ["a", "b \udcff"],
+            "support": [3, 2], "predicted": [4, 1], "correct": [2, 1], "precision": [0.5, 1.0],
+            "recall": [2 / 3, 0.5], "f1": [4 / 7, 2 / 3],
+        }
+    ]  # fmt: skip
+    rows = [start, train, epoch, *of_classes]
+    text = "\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    assert parse_rows(text, "m") == rows
+    assert epoch_rows(rows) == [epoch]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy", "f1_macro", "log_loss"])
+def test_a_row_has_the_score_of_its_evaluation(metric: SelectBy, progress: Progress, evaluation: Evaluation) -> None:
+    row = epoch_row(progress, {"val": evaluation}, memory=1)
+    assert row_score(row, "val", metric) == evaluation.score(metric)
 
 
 TRAIN: list[Row] = [{"kind": "train", "epoch": epoch} for epoch in (0.5, 1.5, 2.5)]
-ROWS = [TRAIN[0], {"kind": "epoch", "epoch": 1, "note": "图"}, TRAIN[1], {"kind": "epoch", "epoch": 2}, TRAIN[2]]
+ROWS = [TRAIN[0], {"kind": "epoch", "epoch": 1, "note": "图 \udcff"}, TRAIN[1], {"kind": "epoch", "epoch": 2}, TRAIN[2]]
 
 
 def write_rows(path: Path, rows: list[Row]) -> MetricsFile:

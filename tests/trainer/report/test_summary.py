@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -40,6 +41,15 @@ def test_with_selection_split_its_best_epoch_is_reported() -> None:
     interpolated = "the best epoch (2), interpolated with the initial weights at alpha 0.4 (wise.json); regraft.load"
     assert "the best epoch (2); regraft.load" in text
     assert interpolated in summary(result(rows, val_split="val"), alpha=0.4)
+
+
+def test_another_metric_selects_and_is_named() -> None:
+    rows = [row(epoch, 0.5, val=0.9) | {"val_f1_macro": f1} for epoch, f1 in enumerate([0.4, 0.6, 0.5], start=1)]
+    assert best_row(rows, "val", "f1_macro") is rows[1]
+    text = summary(dataclasses.replace(result(rows, val_split="val"), select_by="f1_macro"))
+    assert "after epoch 2, the best of 3 epochs on val by f1_macro (0.600)" in text
+    text = summary(dataclasses.replace(result(rows, val_split="val"), select_by="log_loss"))
+    assert "after epoch 1, the best of 3 epochs on val by log_loss (1.000)" in text
 
 
 def test_ties_in_accuracy_go_to_the_lower_loss_then_to_the_first() -> None:

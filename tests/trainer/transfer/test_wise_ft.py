@@ -63,7 +63,7 @@ def test_interpolation_is_linear_and_exact_at_both_ends() -> None:
 def test_the_best_alpha_has_the_highest_accuracy_then_the_lowest_loss_then_the_highest_alpha(
     results: list[tuple[float, float]], expected: float
 ) -> None:
-    points = [AlphaResult(alpha=i / 2, accuracy=a, loss=loss) for i, (a, loss) in enumerate(results)]
+    points = [AlphaResult(alpha=i / 2, accuracy=a, loss=loss, value=a) for i, (a, loss) in enumerate(results)]
     assert best_alpha(points).alpha == expected
 
 
@@ -145,7 +145,7 @@ def test_the_best_weights_become_the_model_file(run: Run) -> None:
     assert run.select(evaluator) == 0.6
     assert run.values(INITIAL, MODEL, FINE_TUNED) == [0.0, 0.6, 1.0]
     result = json.loads((run.folder / WISE).read_text())
-    assert result.pop("points")[3] == {"alpha": 0.3, "accuracy": 0.85, "loss": 0.01}
+    assert result.pop("points")[3] == {"alpha": 0.3, "accuracy": 0.85, "loss": 0.01, "value": 0.85}
     assert run.metrics() == {"step": 4, "wise_ft": result}
     accuracies = [result[f"{split}_accuracy{of}"] for split in ("val", "test") for of in ("", "_of_fine_tuned")]
     assert accuracies == [1.0, 0.8, 0.06, 0.1]

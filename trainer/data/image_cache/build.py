@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from trainer.data.decode import UnreadableImage, decode_file, hash_file, open_image_file
 from trainer.data.image_cache.pack import Pack
@@ -75,11 +74,11 @@ class CacheBuilder:
         self.error: OSError | None = None
         """Why nothing more could be written."""
 
-    def add_decoded(self, path: str, digest: str, image: Image.Image) -> None:
+    def add_decoded(self, path: str, digest: str, image: np.ndarray) -> None:
         """Store a decoded image in the forms that the run reads; several threads may call it."""
         for form in self._paths:
             if self._has_room(form) and self._is_wanted(path, digest, form):
-                self._add(digest, form, np.asarray(image))
+                self._add(digest, form, image)
 
     def add_missing(
         self,
@@ -159,7 +158,7 @@ class CacheBuilder:
             with open_image_file(task.path) as file:
                 if hash_file(file) != task.digest:
                     return None
-                return np.asarray(decode_file(file, task.path).image)
+                return decode_file(file, task.path).pixels
         except UnreadableImage:  # the run reports it if it reads the image
             return None
 

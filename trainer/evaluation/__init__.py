@@ -1,0 +1,1 @@
+"""Evaluate a trained model: predictions of a split, the metrics that follow from them, and their report."""

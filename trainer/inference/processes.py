@@ -1,0 +1,109 @@
+"""Predict with several processes, each of which takes every n-th image."""
+
+import multiprocessing
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.data.workers import init_worker
+from trainer.distributed.allocator import keep_freed_memory
+from trainer.errors import UserError
+from trainer.inference.answers import AnswerOptions
+from trainer.inference.predictor import Predictor, eval_execution
+from trainer.inference.rows import Row
+from trainer.inference.stream import BatchOptions, FilePredictor
+from trainer.model.file import load
+
+_SECONDS_BETWEEN_CHECKS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What each process needs to predict its images."""
+
+    model: Path
+    """The model file."""
+    device: torch.device
+    """A GPU without an index stands for all GPUs, which the processes share."""
+    options: AnswerOptions
+    batches: BatchOptions
+    """Of each process."""
+
+    def file_predictor(self, rank: int = 0) -> FilePredictor:
+        """Load the model on this process's device.
+
+        Raises:
+            UserError: the model cannot be loaded.
+
+        """
+        device = self.device
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # each thread of FilePredictor computes its own batch
+            keep_freed_memory(os.environ)
+        elif device.index is None:
+            device = torch.device(device.type, rank % torch.cuda.device_count())
+        loaded = load(self.model)
+        predictor = Predictor(loaded, device, eval_execution(loaded.metadata, device))
+        return FilePredictor(predictor, loaded.metadata, self.options, self.batches)
+
+
+def predict_files(job: Job, paths: Sequence[str], *, num_processes: int) -> Generator[list[Row], None, None]:
+    """Yield the rows of each batch. Those of several processes come in any order, with empty lists between them.
+
+    Raises:
+        UserError: the model cannot be loaded, or a process has ended.
+
+    """
+    if num_processes == 1:
+        yield from job.file_predictor()(paths)
+        return
+    context = multiprocessing.get_context("spawn")
+    processes: dict[Connection, Any] = {}
+    try:
+        for rank in range(num_processes):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(job, rank, paths[rank::num_processes], sender), daemon=True)
+            process.start()
+            sender.close()
+            processes[receiver] = process
+        running = dict(processes)
+        while running:
+            for connection in wait([*running], timeout=_SECONDS_BETWEEN_CHECKS):
+                assert isinstance(connection, Connection)  # for mypy
+                try:
+                    result = connection.recv()
+                except EOFError:
+                    _check_exit(running.pop(connection))
+                    continue
+                if isinstance(result, UserError):
+                    raise result
+                yield result
+            yield []  # the caller looks for signals
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
+
+
+def _check_exit(process: Any) -> None:
+    process.join()
+    if process.exitcode:
+        reason = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
+        raise UserError(
+            f"one of the processes has ended ({reason}), maybe for lack of memory: choose a smaller --nproc. With "
+            "--output, the same command goes on"
+        )
+
+
+def _work(job: Job, rank: int, paths: Sequence[str], sender: Connection) -> None:
+    init_worker(rank, low_priority=False)
+    try:
+        for rows in job.file_predictor(rank)(paths):
+            sender.send(rows)
+    except UserError as error:
+        sender.send(error)
