@@ -23,9 +23,10 @@ PREDICT = [
     *("--column", "--nproc", "--device"),
 ]
 """Options of `regraft predict`, whose parser belongs to the trainer."""
-EXPORT = ["--to", "--output", "--preprocess", "--fp16", "--verify-data", "--verify-images", "--license"]
 EVALUATE = ["--split", "--map", "--output", "--calibrate", "--unknown", "--store", "--batch-size", "--device"]
 """Options of `regraft evaluate`, whose parser belongs to the trainer."""
+EXPORT = ["--to", "--output", "--preprocess", "--fp16", "--verify-data", "--verify-images", "--license"]
+"""Options of `regraft export`, whose parser belongs to the trainer."""
 _SCRIPT = """\
 _regraft() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} option='' options='' values=''
