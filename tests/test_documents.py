@@ -246,7 +246,9 @@ def test_links_paths_and_options_exist(document: Path) -> None:
     sections = {key.split(".")[0] for key in options} - {"debug"}
     for option in re.findall(rf"`(?:--)?((?:{'|'.join(sections)})\.\w+)", text):
         assert (
-            option in options or option.endswith((".safetensors", ".csv", ".py")) or document.name == "CHANGELOG.md"
+            option in options
+            or option.endswith((".safetensors", ".csv", ".py", ".onnx", ".json", ".pt2"))
+            or document.name == "CHANGELOG.md"
         ), option
     for verb in re.findall(r"`regraft ([a-z][a-z-]*)", text):
         assert re.search(rf"^  {verb}\b", help_text("-m", "launch.cli"), flags=re.MULTILINE), f"regraft {verb}"
@@ -268,7 +270,8 @@ def test_the_project_layout_in_the_readme_exists() -> None:
 def test_spelling_is_american() -> None:
     folders = ("benchmarks", "configs", "docs", "launch", "regraft", "slurm", "tests", "trainer")
     paths = [*REPOSITORY.glob("*"), *(path for folder in folders for path in (REPOSITORY / folder).rglob("*"))]
-    files = [path for path in paths if path.suffix in (".md", ".py", ".yaml", ".toml", ".sh")]
+    kinds = (".md", ".py", ".yaml", ".toml", ".sh")
+    files = [path for path in paths if path.suffix in kinds and "node_modules" not in path.parts]
     british = [
         f"{name(path)}:{number}: {match[0]}"
         for path in files
