@@ -7,6 +7,7 @@ module does not know how to treat fails the test.
 
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -20,7 +21,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import launch.cli
 from tests.folders import image_folder, noise_image
 from tests.launching import run
-from trainer.commands import compare, evaluate, lr_find, predict, preview, variants
+from trainer.commands import compare, evaluate, export, lr_find, predict, preview, variants
 from trainer.config.parse import keys, parse
 from trainer.main import main as train
 
@@ -42,7 +43,7 @@ SMALL = [
 ]
 SMALL_MODEL = ["--model.name=shufflenet_v2_x0_5", "--model.weights=runs/NAME/model.safetensors"]
 SMALL_OF_COMMAND = {"trainer/commands/lr_find.py": ["--steps=10"], "trainer/commands/compare.py": ["--seeds=1"]}
-DEVELOPER_TOOLS = {"python3", ".", "pip", "pytest", "pre-commit", "ruff", "mypy", ".ci/run", "benchmarks/gpu.sh"}
+DEVELOPER_TOOLS = {"python3", ".", "pip", "npm", "pytest", "pre-commit", "ruff", "mypy", ".ci/run", "benchmarks/gpu.sh"}
 """Programs of installation and development, which `.ci/run` runs."""
 NEEDS_MORE = re.compile(r"hotdog|hymenoptera|quickstart|runs/pretrain")
 """Real images or weights, or more than seconds (the quickstart, which tests/e2e/test_quickstart.py runs)."""
@@ -123,13 +124,22 @@ def run_trainer(program: str, arguments: Sequence[str]) -> None:
     assert COMMANDS[program]([*arguments, *SMALL, *model, *SMALL_OF_COMMAND.get(program, [])]) == 0
 
 
+def run_export(arguments: Sequence[str]) -> int:
+    """Export a model again: the output must not exist."""
+    target = arguments[arguments.index("--to") + 1]
+    shutil.rmtree(Path(arguments[0], target), ignore_errors=True)
+    for suffix in {"onnx": (".onnx", ".json"), "torch-export": (".pt2",)}.get(target, ()):
+        Path(arguments[0], f"model{suffix}").unlink(missing_ok=True)
+    return export.main(arguments)
+
+
 def run_regraft(words: Sequence[str]) -> None:
     verb, arguments = words[0], words[1:]
     if verb in VERBS:
         run_trainer(VERBS[verb], arguments)
         return
-    if verb in OF_A_MODEL:
-        assert OF_A_MODEL[verb](arguments) == 0
+    if verb in OF_A_MODEL or verb == "export":
+        assert OF_A_MODEL.get(verb, run_export)(arguments) == 0
         return
     parse(trainer_options(arguments))
     for option in own_options(arguments):
@@ -218,6 +228,8 @@ def test_regraft_train_of_the_readme_runs() -> None:
 def test_python_examples_run() -> None:
     examples = [code for document in DOCUMENTS for code in code_blocks(document, "python")]
     assert examples
+    for words in commands(REPOSITORY / "docs" / "serving.md"):
+        assert run_export(words[2:]) == 0
     for example in examples:
         exec(compile(example, "example", "exec"), {})
 
@@ -234,7 +246,9 @@ def test_links_paths_and_options_exist(document: Path) -> None:
     sections = {key.split(".")[0] for key in options} - {"debug"}
     for option in re.findall(rf"`(?:--)?((?:{'|'.join(sections)})\.\w+)", text):
         assert (
-            option in options or option.endswith((".safetensors", ".csv", ".py")) or document.name == "CHANGELOG.md"
+            option in options
+            or option.endswith((".safetensors", ".csv", ".py", ".onnx", ".json", ".pt2"))
+            or document.name == "CHANGELOG.md"
         ), option
     for verb in re.findall(r"`regraft ([a-z][a-z-]*)", text):
         assert re.search(rf"^  {verb}\b", help_text("-m", "launch.cli"), flags=re.MULTILINE), f"regraft {verb}"
@@ -256,7 +270,8 @@ def test_the_project_layout_in_the_readme_exists() -> None:
 def test_spelling_is_american() -> None:
     folders = ("benchmarks", "configs", "docs", "launch", "regraft", "slurm", "tests", "trainer")
     paths = [*REPOSITORY.glob("*"), *(path for folder in folders for path in (REPOSITORY / folder).rglob("*"))]
-    files = [path for path in paths if path.suffix in (".md", ".py", ".yaml", ".toml", ".sh")]
+    kinds = (".md", ".py", ".yaml", ".toml", ".sh")
+    files = [path for path in paths if path.suffix in kinds and "node_modules" not in path.parts]
     british = [
         f"{name(path)}:{number}: {match[0]}"
         for path in files

@@ -23,12 +23,10 @@ from regraft.contract import MODEL
 from trainer.data.augment import Preprocessing
 from trainer.errors import UserError
 from trainer.export.verification import RunExported
+from trainer.model.architectures import is_timm
 from trainer.model.build import build
 from trainer.model.file import LoadedModel
 from trainer.model.metadata import ModelMetadata, write_model
-
-PREFIX = "timm/"
-"""Start of the names of timm's architectures."""
 
 
 def export_timm(loaded: LoadedModel, folder: Path, *, license_id: str) -> RunExported:
@@ -110,7 +108,7 @@ def _remove_num_classes(path: Path) -> None:
 
 def _timm_model(metadata: ModelMetadata) -> nn.Module:
     name, classes = metadata.architecture, len(metadata.classes)
-    if name.startswith(PREFIX):
+    if is_timm(name):
         return build(name, image_size=metadata.preprocessing.image_size, num_classes=classes)
     if not timm.is_model(name):
         raise UserError(_refusal(name))
