@@ -253,6 +253,7 @@ def test_frozen_layers_are_split_off(name: str, trained: str, training: bool) ->
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(4 * 3600)
 def test_all_models_of_timm() -> None:
     """At least 98 % of them work, and the others are refused by a UserError. Prints the table of docs/timm.md."""
     results = {name: try_model(f"timm/{name}") for name in timm.list_models()}

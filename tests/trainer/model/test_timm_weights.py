@@ -217,7 +217,7 @@ def test_the_loaded_model_equals_the_trained_one_and_timms_own(tmp_path: Path, n
     loaded = load(path)
     with torch.no_grad():
         expected = model(images)
-        assert torch.equal(loaded.model(images), expected)
+        assert torch.equal(loaded.module(images), expected)
         options = {"img_size": size} if pretrained_cfg(name).fixed_input_size else {}
         alone = timm.create_model(name.removeprefix("timm/"), num_classes=3, **options).eval()
         alone.load_state_dict(load_file(path))
