@@ -220,9 +220,7 @@ def _completion(argv: list[str]) -> int:
     options |= {"debug": trainer, "preview": [*trainer, "--output"]}
     options |= {"lr-find": ["--from", "--to", "--steps", *trainer]}
     options |= {"compare": ["--strategies", "--seeds", *trainer]}
-    options |= {"predict": completion.PREDICT}
-    options |= {"evaluate": completion.EVALUATE}
-    options |= {"export": completion.EXPORT}
+    options |= {"predict": completion.PREDICT, "evaluate": completion.EVALUATE, "export": completion.EXPORT}
     options |= {"status": completion.parser_options(_status_parser()), "completion": []}
     print(completion.render_script(argv[0], options, values), end="")
     return DONE

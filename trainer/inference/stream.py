@@ -64,7 +64,7 @@ class FilePredictor:
         errors: dict[str, str] = {}
         for path in paths:
             try:
-                images.append(self._transform(np.asarray(decode(path))))
+                images.append(self._transform(decode(path)))
             except UnreadableImage as error:
                 errors[path] = str(error)
         predictions: Iterator[Prediction] = iter(())

@@ -112,7 +112,8 @@ def convert_sync_batch_norm(model: nn.Module) -> nn.Module:
         from timm.layers import convert_sync_batchnorm  # noqa: PLC0415 (an optional package)
 
         return cast(nn.Module, convert_sync_batchnorm(model))
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
 
 
 def gather_batch_norm_statistics(model: nn.Module, world_size: int) -> dict[str, Tensor]:

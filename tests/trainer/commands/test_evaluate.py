@@ -19,6 +19,7 @@ from trainer.commands import evaluate
 from trainer.config.resolve import resolve
 from trainer.config.schema import Config
 from trainer.model.metadata import UnknownThreshold, read_metadata, update_metadata
+from trainer.report.metrics import epoch_rows, read_rows
 
 PICTURES = {"reliability.png", "classes.png", "confusion.png"}
 Evaluate = Callable[..., dict[str, Any]]
@@ -34,7 +35,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         run={"dir": str(folder / "run"), "device": "cpu"},
         data={"root": str(image_folder(folder / "images", splits)), "image_size": 64, "num_workers": 0},
         model={"name": "shufflenet_v2_x0_5", "weights": None},
-        train={"epochs": 2, "batch_size": 4, "precision": "fp32"},
+        train={"epochs": 3, "batch_size": 4, "precision": "fp32"},
+        checkpoint={"select_by": "log_loss"},
     )
     train(resolve(config))
     yield folder / "run"
@@ -81,6 +83,13 @@ def test_the_answers_are_those_of_the_run(run: Path, evaluated: Evaluate, tmp_pa
         (report,) = evaluated(*arguments)["splits"].values()
         assert report["per_class"]["predicted"] == expected["splits"]["test"]["per_class"]["predicted"]
         assert report["log_loss"] == pytest.approx(expected["splits"]["test"]["log_loss"], rel=1e-5)
+
+
+def test_the_model_file_is_of_the_epoch_with_the_best_metric(run: Path) -> None:
+    metadata, epochs = read_metadata(run / MODEL), epoch_rows(read_rows(run))
+    assert metadata is not None
+    best = min(epochs, key=lambda row: row["val_loss"])
+    assert metadata.metrics["epoch"] == best["epoch"]
 
 
 def test_a_missing_class_shifts_no_index(run: Path, evaluated: Evaluate) -> None:

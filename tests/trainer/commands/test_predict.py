@@ -162,9 +162,10 @@ def test_what_cannot_start_is_one_sentence(
     Path("empty").mkdir()
     Path("folder.csv").mkdir()
     save_file({"weight": torch.zeros(2)}, "other.safetensors")
-    write_model_file(tmp_path / "plain.safetensors")
-    before = sorted(tmp_path.iterdir())
     words, message = ERRORS[case]
+    if "PLAIN" in words:
+        write_model_file(tmp_path / "plain.safetensors")
+    before = sorted(tmp_path.iterdir())
     names = {"MODEL": str(model_file), "PLAIN": "plain.safetensors"}
     _, messages = predict(capsys, *(names.get(word, word) for word in words), code=2)
     errors = [line for line in messages.splitlines() if line.startswith("error: ")]
@@ -219,3 +220,10 @@ def test_predictions_of_a_run_are_those_of_its_evaluation(tmp_path: Path, capsys
     rows, _ = predict(capsys, tmp_path / "run", root / "val")
     correct = sum(row["label"] == Path(row["path"]).parent.name for row in rows)
     assert (correct, len(rows)) == (metrics["test_correct"], metrics["test_seen"])
+    with (tmp_path / "run" / "predictions.csv").open(encoding="utf-8", newline="") as stream:
+        evaluated = {row["path"]: row for row in csv.DictReader(stream)}
+    assert len(evaluated) == len(rows)
+    for row in rows:
+        other = evaluated[row["path"]]
+        assert row["label"] == other["prediction"]
+        assert float(row["score"]) == pytest.approx(float(other["probability"]), rel=2e-6)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file as load_state
 from torch import nn
+from torchvision.models import get_model
 
 import regraft
 from tests.trainer.inference.models import CLASSES, write_model_file
@@ -99,6 +101,15 @@ def test_features_are_the_input_of_the_output_layer(architecture: str, tmp_path:
     torch.testing.assert_close(features @ layer.weight.flatten(1).T + layer.bias, logits, rtol=1e-4, atol=1e-4)
     (features * layer.weight.flatten(1)[0]).sum().backward()  # not an inference tensor
     assert model.features([]).shape == (0, features.shape[1])
+
+
+def test_a_model_file_opens_by_torchvision_alone(model_file: Path, image_paths: list[Path]) -> None:
+    alone = get_model("shufflenet_v2_x0_5", num_classes=len(CLASSES)).eval()
+    alone.load_state_dict(load_state(model_file))
+    model = regraft.load(model_file)
+    inputs = model.preprocess(image_paths)
+    with torch.no_grad():
+        assert torch.equal(alone(inputs), model.module(inputs))
 
 
 def test_threads_share_a_model(model_file: Path, image_paths: list[Path]) -> None:
