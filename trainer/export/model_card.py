@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from trainer.export.verification import Verification
@@ -27,6 +28,8 @@ with torch.inference_mode():
 print(model.pretrained_cfg["label_names"][logits.argmax().item()])
 """,
 }
+_RESULTS = ("epoch", "selected_on", "test_", "val_")
+"""Start of the names of the metrics that are results, not times or memory."""
 LIBRARIES = {"hf": "transformers", "timm": "timm"}
 
 
@@ -57,9 +60,9 @@ def model_card(
         "- regraft",
         "---",
         "",
-        f"# {metadata.architecture}, fine-tuned for {len(metadata.classes)} classes",
+        f"# {metadata.architecture} for {len(metadata.classes)} classes",
         "",
-        f"An image classifier, fine-tuned by regraft {metadata.version} from {escape_unprintable(metadata.source)}.",
+        f"An image classifier, trained by regraft {metadata.version} {_source(metadata.source)}.",
         "",
         "## Classes",
         "",
@@ -92,8 +95,20 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
+def _source(source: str) -> str:
+    """Return where the weights came from; of a file, its name alone."""
+    path = source.removeprefix("file ")
+    if source == "from scratch":
+        return source
+    return escape_unprintable(f"from {source}" if path == source else f"from the file {PurePath(path).name}")
+
+
 def _table(metrics: Mapping[str, Any]) -> list[str]:
-    rows = [(key, value) for key, value in metrics.items() if isinstance(value, str | int | float)]
+    rows = [
+        (key, f"{value:.4f}" if isinstance(value, float) else value)
+        for key, value in metrics.items()
+        if key.startswith(_RESULTS) and isinstance(value, str | int | float)
+    ]
     if not rows:
         return ["None are recorded in the model file."]
     return ["| metric | value |", "| --- | --- |", *(f"| {_code(key)} | {_code(str(value))} |" for key, value in rows)]

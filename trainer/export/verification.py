@@ -44,8 +44,12 @@ class Verification:
 
     @property
     def succeeded(self) -> bool:
-        """Return whether the logits agree. Then two classes can only change places if their logits are as close."""
-        return self.difference <= self.limit  # False for NaN
+        """Return whether the logits agree, and the accuracy falls by at most 1 % of the images.
+
+        If the logits agree, two classes can only change places if their logits are as close as that.
+        """
+        lost = self.correct - self.exported_correct
+        return self.difference <= self.limit and lost <= max(1, self.images // 100)  # False for NaN
 
     def __str__(self) -> str:
         before, after = (f"{count / self.images:.4f}" for count in (self.correct, self.exported_correct))

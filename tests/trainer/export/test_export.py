@@ -196,7 +196,14 @@ def test_transformers_loads_an_exported_folder(
     check_close(logits, reference(model_file, image_paths)[1])
     card = (output / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: image-classification\n")
-    for text in ("it, is\\n'quoted'", "猫", "on 12 images, logits differ", "| `epoch` | `1` |", "not recorded"):
+    for text in (
+        "it, is\\n'quoted'",
+        "猫",
+        "on 12 images, logits differ",
+        "| `epoch` | `1` |",
+        "not recorded",
+        "0.1.0 from scratch.",
+    ):
         assert text in card
 
 

@@ -1,0 +1,31 @@
+"""When an export counts as equal to the original."""
+
+import pytest
+import torch
+
+from trainer.export.verification import _compare
+
+LOGITS = torch.tensor([[5.0, -5.0], [-5.0, 5.0], [0.1, 0.0]]).repeat(100, 1)
+LABELS = LOGITS.argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("exported", "tolerance", "succeeded", "changed"),
+    [
+        (LOGITS + 4e-4, 1e-4, True, 0),  # 1e-4 of the largest logit, 5
+        (LOGITS + 6e-4, 1e-4, False, 0),
+        (LOGITS.roll(1, 1), 1e-4, False, 300),
+        (torch.full_like(LOGITS, torch.nan), 1e-4, False, 200),
+        (LOGITS + torch.tensor([0.0, 0.09]), 2e-2, True, 0),
+        # Logits of fp16 may agree although the nearly equal ones change places.
+        (LOGITS + torch.tensor([0.0, 0.1001]), 2.1e-2, False, 100),
+    ],
+)
+def test_an_export_is_equal_if_its_logits_and_its_accuracy_are(
+    exported: torch.Tensor, tolerance: float, succeeded: bool, changed: int
+) -> None:
+    verification = _compare(LOGITS, exported, LABELS, unreadable=0, tolerance=tolerance)
+    assert verification.succeeded is succeeded
+    assert verification.correct == verification.images == 300
+    if not torch.isnan(exported).any():
+        assert verification.changed == changed
