@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trainer.errors import UserError
 from trainer.metrics import BestEpoch, MetricState
 from trainer.model.batch_norm import gather_batch_norm_statistics, restore_batch_norm_statistics
+from trainer.model.load_state import load_state
 from trainer.optim.ema import ModelEma
 from trainer.text import join_truncated
 
@@ -77,7 +78,7 @@ class TrainState:
         if differences:
             raise UserError(f"{where}: does not fit this run: {join_truncated(differences, limit=5)}. {_ADVICE}")
         self.ema.load_state_dict(saved["ema"])
-        self.model.load_state_dict(saved["model"])
+        load_state(self.model, saved["model"])
         self._load_moments(saved["optimizer"], moments)
         if self.scaler is not None and saved["scaler"]:  # empty if the state was saved without fp16
             self.scaler.load_state_dict(dict(saved["scaler"]))

@@ -161,7 +161,7 @@ class ModelConfig:
     name: str = "resnet18"
     """Model name: a classification model of torchvision, or a model of timm as timm/NAME."""
     weights: str | None = "DEFAULT"
-    """Pretrained weights: a torchvision name (DEFAULT, IMAGENET1K_V1), DEFAULT for timm's, a safetensors or PyTorch file, a run or Hugging Face folder, or null to train from scratch."""
+    """Pretrained weights: DEFAULT, another torchvision name (IMAGENET1K_V1), a safetensors or PyTorch file, a run or Hugging Face folder, or null for random ones."""
     weights_key: str = "auto"
     """Key or prefix of the model in the weights file, such as model_ema or teacher; auto finds it, and prefers raw weights to averaged ones."""
     allow_partial_weights: bool = False

@@ -20,6 +20,7 @@ from trainer.evaluation.predictions import Predictions, write_predictions
 from trainer.evaluation.recorded import EpochEvaluator, RecordedEvaluation, RecordingEvaluator, record
 from trainer.evaluation.report import make_report, to_json
 from trainer.model.file import load, read_state
+from trainer.model.load_state import load_state
 from trainer.model.metadata import ModelMetadata, read_metadata, update_metadata
 from trainer.run.atomic import write_text_atomically
 from trainer.run.folder import saving_to
@@ -88,7 +89,7 @@ class FinalEvaluation:
         """Return the evaluation of the model file."""
         run = self._run
         with run.signals.deferred(), run.watchdog(Heartbeat(step=step)) as heartbeat:
-            model.load_state_dict(broadcast_state_dict(run.ctx, model, lambda: self._read_weights(model)))
+            load_state(model, broadcast_state_dict(run.ctx, model, lambda: self._read_weights(model)))
 
             def interrupted() -> bool:
                 heartbeat.tick(step)

@@ -17,6 +17,7 @@ from regraft.contract import MODEL
 from trainer.errors import UserError
 from trainer.model.build import build
 from trainer.model.head import find_heads, replace_head
+from trainer.model.load_state import load_state
 from trainer.model.load_weights import fits
 from trainer.model.metadata import ModelMetadata, read_metadata
 from trainer.text import join_truncated
@@ -53,7 +54,7 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
         state = read_state(file, model.state_dict())
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    model.load_state_dict(state, assign=True)
+    load_state(model, state, assign=True)
     return LoadedModel(model.eval(), tuple(head.name for head in heads), metadata)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.batch_norm import copy_frozen_flags
+from trainer.model.load_state import load_state
 
 
 def get_decay(step: int, decay: float) -> float:
@@ -63,7 +64,7 @@ class ModelEma:
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
         if self.enabled:
-            self.model.load_state_dict(saved)
+            load_state(self.model, saved)
 
     def with_model(self) -> nn.Module:
         """Return the trained model and its average, if there is one, as one module.

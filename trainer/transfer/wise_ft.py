@@ -26,6 +26,7 @@ from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, Evaluations, Interrupted, SelectBy
 from trainer.model.file import load, read_state
+from trainer.model.load_state import load_state
 from trainer.model.metadata import ModelMetadata, read_metadata, write_model
 from trainer.run.atomic import sync_folder, write_text_atomically
 from trainer.run.folder import FINE_TUNED, INITIAL, WISE, remove_evaluation, saving_to
@@ -136,7 +137,7 @@ class WiseFT:
                 return run.signal_received() > 0
 
             def evaluate_alpha(alpha: float, split: str) -> Evaluation:
-                model.load_state_dict(interpolate(initial, tuned, alpha))
+                load_state(model, interpolate(initial, tuned, alpha))
                 return evaluate(model, interrupted, (split,))[split]
 
             try:
