@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed.context import DistributedContext
+from trainer.model.load_state import load_state
 
 
 def prepare_for_eval(ctx: DistributedContext, read: Callable[[], nn.Module], *, channels_last: bool) -> nn.Module:
@@ -47,3 +48,8 @@ def broadcast_state_dict(
             torch.distributed.broadcast(value, src=0)
         result[name] = value
     return result
+
+
+def load_from_rank_0(ctx: DistributedContext, model: nn.Module, read: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Load the state dict that `read` returns on rank 0 into the model of each process; see `broadcast_state_dict`."""
+    load_state(model, broadcast_state_dict(ctx, model, read))

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from torch import Tensor, nn
 
 from regraft.contract import EVALUATION, MODEL, PREDICTIONS
-from trainer.distributed.broadcast import broadcast_state_dict, prepare_for_eval
+from trainer.distributed.broadcast import load_from_rank_0, prepare_for_eval
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
 from trainer.evaluate import Evaluations, Interrupted
@@ -20,7 +20,6 @@ from trainer.evaluation.predictions import Predictions, write_predictions
 from trainer.evaluation.recorded import EpochEvaluator, RecordedEvaluation, RecordingEvaluator, record
 from trainer.evaluation.report import make_report, to_json
 from trainer.model.file import load, read_state
-from trainer.model.load_state import load_state
 from trainer.model.metadata import ModelMetadata, read_metadata, update_metadata
 from trainer.run.atomic import write_text_atomically
 from trainer.run.folder import saving_to
@@ -89,7 +88,7 @@ class FinalEvaluation:
         """Return the evaluation of the model file."""
         run = self._run
         with run.signals.deferred(), run.watchdog(Heartbeat(step=step)) as heartbeat:
-            load_state(model, broadcast_state_dict(run.ctx, model, lambda: self._read_weights(model)))
+            load_from_rank_0(run.ctx, model, lambda: self._read_weights(model))
 
             def interrupted() -> bool:
                 heartbeat.tick(step)
