@@ -17,14 +17,14 @@ def find_runs(parent: Path) -> list[Path]:
 
 def differing_options(runs: list[Path]) -> list[str]:
     """Return for each run the options in which the runs differ, as `optim.lr 0.1, train.epochs 5`."""
-    configs = [_read_config(run) for run in runs]
+    configs = [read_options(run) for run in runs]
     keys = sorted({key for config in configs for key in config} - set(_NOT_COMPARED))
     known = [config for config in configs if config]
     differing = [key for key in keys if any(config.get(key) != known[0].get(key) for config in known)]
     return [", ".join(f"{key} {config[key]}" for key in differing if key in config) for config in configs]
 
 
-def _read_config(run: Path) -> dict[str, Any]:
+def read_options(run: Path) -> dict[str, Any]:
     """Return the options of a run by their dotted names; empty if its config cannot be read."""
     try:
         values = yaml_file.load(run / CONFIG)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import LaunchError
-from launch.experiments import differing_options, find_runs
+from launch.experiments import differing_options, find_runs, read_options
 from launch.slurm import allocation
 from launch.stop_signal import read_stop_signal
 from launch.text import escape_unprintable
@@ -183,8 +183,7 @@ def _progress(run: Path, attempt: AttemptRecord, *, dead: bool) -> list[str]:
     epochs = [row for row in rows if row.get("kind") == "epoch" and all(_is_number(row.get(key)) for key in keys)]
     if epochs:
         last = epochs[-1]
-        # As trainer/metrics.py compares epochs: by accuracy, then by loss; the first of several equal ones.
-        best = max(epochs, key=lambda row: (row[f"{split}_accuracy"], -row[f"{split}_loss"]))
+        best = _best_epoch(epochs, split, select_by=read_options(run / phase).get("checkpoint.select_by"))
         lines.append(
             f"{split} accuracy {last[f'{split}_accuracy']:.3f} after epoch {last['epoch']}, best "
             f"{best[f'{split}_accuracy']:.3f} after epoch {best['epoch']}; train loss {last['train_loss']:.4f}"
@@ -193,6 +192,15 @@ def _progress(run: Path, attempt: AttemptRecord, *, dead: bool) -> list[str]:
         if remaining is not None and attempt.state == "running" and not dead:
             lines.append(f"ETA {_duration(remaining)}, {last['examples_per_sec']:,.1f} examples/s")
     return lines
+
+
+def _best_epoch(epochs: list[dict[str, Any]], split: str, *, select_by: object) -> dict[str, Any]:
+    """Return the best epoch as the run selects it: by checkpoint.select_by, then by loss; the first of equal ones."""
+    metric = {"log_loss": "loss"}.get(str(select_by), str(select_by))
+    if not all(_is_number(row.get(f"{split}_{metric}")) for row in epochs):  # a run of an earlier version
+        metric = "accuracy"
+    sign = -1 if metric == "loss" else 1
+    return max(epochs, key=lambda row: (sign * row[f"{split}_{metric}"], -row[f"{split}_loss"]))
 
 
 def _submitted_job(run: Path) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 from launch.errors import LaunchError
 from launch.status import describe, describe_all, show
 from launch.stop_signal import write_stop_signal
-from regraft.contract import METRICS, attempt_path
+from regraft.contract import CONFIG, METRICS, attempt_path
 from tests.launching import attempt
 
 NOW = 1_800_000_000.0
@@ -78,13 +78,23 @@ def test_finished_run_shows_the_fine_tuned_model_and_not_the_baseline(tmp_path: 
     assert lines[3].startswith("test accuracy 0.600 after epoch 10")
 
 
-def test_best_epoch_is_the_one_that_the_run_selects(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("select_by", "best"),
+    [
+        ("accuracy", "best 0.750 after epoch 3"),
+        ("log_loss", "best 0.500 after epoch 5"),
+        ("f1_macro", "best 0.750 after epoch 2"),
+        ("balanced_accuracy", "best 0.750 after epoch 3"),  # the rows do not have it
+    ],
+)
+def test_best_epoch_is_the_one_that_the_run_selects(select_by: str, best: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", epochs=6)
     rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     for row, accuracy, loss in zip(rows, (0.5, 0.75, 0.75, 0.75, 0.5, 0.5), (9, 3, 2, 2, 1, 1), strict=True):
-        row |= {"val_accuracy": accuracy, "val_loss": loss}
+        row |= {"val_accuracy": accuracy, "val_loss": loss, "val_f1_macro": accuracy + (row["epoch"] == 2)}
     write_metrics(folder, rows)
-    assert "val accuracy 0.500 after epoch 6, best 0.750 after epoch 3" in describe(folder, now=NOW)[0]
+    (folder / CONFIG).write_text(f"checkpoint:\n  select_by: {select_by}\n")
+    assert f"val accuracy 0.500 after epoch 6, {best}" in describe(folder, now=NOW)[0]
 
 
 def test_stop_is_named_after_the_signal_that_the_launcher_received(tmp_path: Path) -> None:
