@@ -58,7 +58,7 @@ def compute_logits(
 
     def read(path: str) -> np.ndarray | UnreadableImage:
         try:
-            return transform(np.asarray(decode(path)))
+            return transform(decode(path))
         except UnreadableImage as error:
             return error
 

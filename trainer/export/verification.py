@@ -84,7 +84,7 @@ def verify(
         images = []
         for path, label in batch:
             try:
-                images.append(np.asarray(decode(path)))
+                images.append(decode(path))
             except UnreadableImage:
                 unreadable += 1
                 continue
