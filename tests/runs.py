@@ -53,6 +53,8 @@ ON_CPU = {"ACCELERATE_USE_CPU": "true", "PYTHONDONTWRITEBYTECODE": "1"}
 LAUNCHERS = ("torch.distributed.run", "accelerate.commands.launch")
 _MARK = "REGRAFT_TESTED_RUN"
 _TIMEOUT = 120.0
+_HANG_TIMEOUT = 90.0
+"""Seconds without a step after which a run ends itself and writes its stacks, which a failing test then shows."""
 
 
 def images(factory: pytest.TempPathFactory) -> Path:
@@ -72,7 +74,7 @@ def options(factory: pytest.TempPathFactory, folder: Path, **changes: object) ->
     """Return the options of a short run; keywords change them, dots written as double underscores."""
     root, model = images(factory), changes.get("model__name", MODELS[0])
     settings: dict[str, object] = {
-        "run.dir": folder, "run.threads": 1, "run.audit": "true",
+        "run.dir": folder, "run.threads": 1, "run.audit": "true", "run.hang_timeout": _HANG_TIMEOUT,
         "data.root": root, "data.image_size": 64, "data.num_workers": 1, "data.cache": root.parent / "cache",
         "model.name": model, "model.weights": root.parent / f"{model}.safetensors",
         "train.epochs": EPOCHS, "train.batch_size": 4, "train.logs_per_epoch": 99, "checkpoint.every": "2 steps",
@@ -136,10 +138,14 @@ class Run:
         try:
             returned = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"it still runs after {seconds:.0f} s:\n{self.output}") from None
+            raise AssertionError(f"it still runs after {seconds:.0f} s:\n{self.output}{self._hangs()}") from None
         self.assert_gone(10)
-        assert returned == code, f"exit code {returned}, expected {code}:\n{self.output}"
+        assert returned == code, f"exit code {returned}, expected {code}:\n{self.output}{self._hangs()}"
         return self.output
+
+    def _hangs(self) -> str:
+        """Return the stacks that the watchdogs of this run have written."""
+        return "".join(f"\n{path.name}: {path.read_text(errors='replace')}" for path in self.folder.glob("hangs/*"))
 
     def assert_gone(self, seconds: float) -> None:
         """Check that all processes of this start end within some seconds."""

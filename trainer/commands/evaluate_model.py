@@ -16,7 +16,7 @@ from trainer.evaluation.evaluate_files import FileEvaluator
 from trainer.evaluation.labeled_images import LabeledImages, list_images, list_labeled_images, list_run_images
 from trainer.evaluation.output import prepare_folder, print_report, write_evaluation
 from trainer.evaluation.report import make_report
-from trainer.evaluation.unknown import rate_scores, require_sklearn
+from trainer.evaluation.unknown import rate_scores
 from trainer.model.file import find_model_file
 from trainer.model.metadata import update_metadata
 from trainer.report.console import make_console
@@ -37,8 +37,6 @@ def evaluate_model(arguments: argparse.Namespace, data: DataConfig) -> None:
 
     """
     console = make_console(enabled=True)
-    if arguments.unknown is not None:
-        require_sklearn("--unknown")
     file = find_model_file(arguments.model)
     labeled = _list_images(arguments, data, file)
     unknown_paths = None if arguments.unknown is None else list_images(arguments.unknown, options=data)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trainer.errors import UserError
-from trainer.evaluation.ranking import INSTALL, auroc, has_sklearn
+from trainer.evaluation.ranking import auroc
 from trainer.model.metadata import UNKNOWN_SCORES, UnknownScore, UnknownThreshold
 
 KEPT = 0.95
@@ -42,19 +41,13 @@ class ScoreReport:
         return UnknownThreshold(score=self.score, threshold=self.threshold)
 
 
-def require_sklearn(option: str) -> None:
-    """Raise a UserError if scikit-learn, which an option needs, is not installed."""
-    if not has_sklearn():
-        raise UserError(f"{option} needs scikit-learn: {INSTALL}")
-
-
 def compute_score(logits: Tensor, score: UnknownScore) -> Tensor:
     """Return the score of each example, float32 [N]: high for images of the classes. `logits` are float32 [N, K]."""
     return logits.amax(1) if score == "max_logit" else logits.logsumexp(1)
 
 
 def rate_scores(known: Tensor, unknown: Tensor) -> tuple[ScoreReport, ...]:
-    """Return a report for each score, the best one first; it needs scikit-learn.
+    """Return a report for each score, the best one first.
 
     Args:
         known: logits of images of the classes, float32 [N, K].

@@ -41,13 +41,21 @@ def test_metrics_equal_scikit_learns() -> None:
     assert report.evaluation.loss == pytest.approx(metrics.log_loss(labels, probabilities, labels=range(7)))
     assert report.top5_accuracy == metrics.top_k_accuracy_score(labels, probabilities, k=5, labels=range(7))
     assert report.confusion == tuple(map(tuple, metrics.confusion_matrix(labels, made.predicted, labels=range(7))))
-    truth = one_hot(made.labels, 7).numpy()
-    expected = [metrics.roc_auc_score(truth[:, k], probabilities[:, k]) for k in range(6)]
-    assert report.ranking.auroc == (*map(pytest.approx, expected), None)
-    expected = [metrics.average_precision_score(truth[:, k], probabilities[:, k]) for k in range(6)]
-    assert report.ranking.average_precision == (*map(pytest.approx, expected), None)
-    assert report.average_precision_macro == pytest.approx(sum(expected) / 6)
     assert report.evaluation.support == tuple(torch.bincount(made.labels, minlength=7).tolist())
+
+
+@pytest.mark.parametrize("levels", [1, 3, 1000], ids="{} levels".format)
+def test_ranking_metrics_equal_scikit_learns_with_any_number_of_equal_scores(levels: int) -> None:
+    made = predictions(300)
+    made = Predictions((made.logits / 9 * levels).round() / levels * 9, made.labels)
+    probabilities, truth = made.logits.double().softmax(1).numpy(), one_hot(made.labels, 7).numpy()
+    report = make_report(made, NAMES)
+    expected = [metrics.roc_auc_score(truth[:, k], made.probability(k)) for k in range(6)]
+    assert report.ranking.auroc == (*(pytest.approx(value, abs=1e-12) for value in expected), None)
+    expected = [metrics.average_precision_score(truth[:, k], made.probability(k)) for k in range(6)]
+    assert report.ranking.average_precision == (*(pytest.approx(value, abs=1e-12) for value in expected), None)
+    assert report.average_precision_macro == pytest.approx(sum(expected) / 6)
+    assert probabilities == pytest.approx(torch.stack([made.probability(k) for k in range(7)], 1).numpy())
 
 
 def test_calibration_error_is_the_weighted_difference_of_confidence_and_accuracy() -> None:
@@ -90,7 +98,7 @@ def test_equal_logits_count_for_the_first_class() -> None:
     assert ties.evaluation().correct == (1, 0, 0, 0, 0, 0, 0)
 
 
-def test_a_report_is_json_and_leaves_out_what_is_not_defined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_is_json_and_leaves_out_what_is_not_defined() -> None:
     made = Predictions(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
     report = make_report(made, ("a", "\udcff"))
     fields = report.to_fields()
@@ -101,8 +109,6 @@ def test_a_report_is_json_and_leaves_out_what_is_not_defined(monkeypatch: pytest
     assert fields["accuracy_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
     assert fields["per_class"]["recall"] == [0.5, 0.0]
     assert fields["balanced_accuracy"] == 0.5, "of the class that has examples"
-    monkeypatch.setattr(ranking, "has_sklearn", lambda: False)
-    assert make_report(predictions(), NAMES).auroc_macro is None
 
 
 def test_the_table_of_predictions_has_a_row_for_each_example(tmp_path: Path) -> None:

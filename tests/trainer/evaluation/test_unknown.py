@@ -1,9 +1,6 @@
-import pytest
 import torch
 
-from trainer.errors import UserError
-from trainer.evaluation import unknown
-from trainer.evaluation.unknown import compute_score, rate_scores, require_sklearn
+from trainer.evaluation.unknown import compute_score, rate_scores
 from trainer.model.metadata import UnknownThreshold
 
 
@@ -25,9 +22,3 @@ def test_the_score_that_separates_better_comes_first_and_its_threshold_keeps_95_
 def test_one_image_gives_a_threshold() -> None:
     report, _ = rate_scores(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]]))
     assert (report.auroc, report.known_kept, report.unknown_rejected) == (1, 1, 1)
-
-
-def test_without_scikit_learn_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unknown, "has_sklearn", lambda: False)
-    with pytest.raises(UserError, match=r"--unknown needs scikit-learn: pip install 'regraft\[report\]'"):
-        require_sklearn("--unknown")
