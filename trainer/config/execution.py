@@ -33,6 +33,8 @@ FILE = "autotune.json"
 """File of the cache folder that holds earlier measurements. Remove it to measure again."""
 MIN_IMAGES = 256
 """Shorter runs are not measured: measuring takes as long as training on 50 to 200 images."""
+MIN_IMAGES_FOR_LAYOUTS = 1024
+"""Shorter runs take channels_last without a measurement of the other memory layout, which is seldom faster."""
 _EVALUATION_COST = 1 / 3  # of an image whose gradient is not computed
 _EXAMPLES, _FEW_EXAMPLES = 8, 4  # of each of the two batches that are compared; on a CPU of few cores
 _FEW_THREADS = 8
@@ -101,15 +103,21 @@ def choose_execution(
     elif len(precisions) * len(layouts) == 1:
         chosen, reason = default, f"as {asked_by} asks"
     else:
-        key, file = _key(workload, ctx, precisions, layouts), Path(workload.config.data.cache) / FILE
-        entry = ctx.broadcast(_read(file).get(key) if ctx.is_main_process else None)
+        file, min_images = Path(workload.config.data.cache) / FILE, MIN_IMAGES
+        keys = [_key(workload, ctx, precisions, layouts)]
+        if workload.cost < MIN_IMAGES_FOR_LAYOUTS:
+            layouts = layouts[:1]
+            keys.append(_key(workload, ctx, precisions, layouts))
+            min_images = MIN_IMAGES if len(precisions) > 1 else MIN_IMAGES_FOR_LAYOUTS
+        entries = _read(file) if ctx.is_main_process else {}
+        entry = ctx.broadcast(next((entries[key] for key in keys if key in entries), None))
         if entry is not None:
             chosen, reason = entry
-        elif len(workload.examples) < 2 * _batch_size(ctx) or workload.cost < MIN_IMAGES:
-            chosen, reason = default, f"runs of less than {MIN_IMAGES} images are not measured"
+        elif len(workload.examples) < 2 * _batch_size(ctx) or workload.cost < min_images:
+            chosen, reason = default, f"runs of less than {min_images:,} images are not measured"
         else:
             chosen, reason = _measure(workload, ctx, console, precisions, layouts)
-            if ctx.is_main_process and (problem := _write(file, key, chosen, reason)):
+            if ctx.is_main_process and (problem := _write(file, keys[-1], chosen, reason)):
                 console.print(problem)
         if asked is not None:
             reason = f"as {asked_by} asks; {reason}"

@@ -86,6 +86,19 @@ def test_choice_is_measured_once(
     assert (call["precisions"], call["layouts"], call["batch_size"]) == (("fp32",), (True, False), 3)
 
 
+def test_short_runs_do_not_measure_the_layout_but_use_an_earlier_measurement(
+    workload: Workload, ctx: DistributedContext, measured: Sequence[dict[str, Any]]
+) -> None:
+    config, _, _ = choose(workload, ctx, epochs=15)
+    assert (config.train.precision, config.train.channels_last) == ("bf16", True)
+    assert choose(workload, ctx, epochs=15)[2].endswith("(cached)\n")
+    assert [call["layouts"] for call in measured] == [(True,)]
+    for epochs in (57, 15):
+        config, _, _ = choose(workload, ctx, epochs=epochs)
+        assert (config.train.precision, config.train.channels_last) == BF16
+    assert [call["layouts"] for call in measured] == [(True,), (True, False)]
+
+
 def test_a_cache_that_cannot_be_written_is_reported(
     workload: Workload, ctx: DistributedContext, measured: Sequence[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -114,8 +127,9 @@ def test_a_damaged_cache_is_replaced(
         ({"precision": "fp32", "channels_last": False}, None, ("fp32", False), "as train.precision asks"),
         ({}, Execution("fp32", channels_last=False), ("fp32", False), "as this run began with"),
         ({"epochs": 14}, None, ("fp32", True), "runs of less than 256 images are not measured"),
-        ({"epochs": 15}, None, BF16, "measured"),
-        ({"precision": "bf16", "epochs": 1}, None, ("bf16", True), "as train.precision asks; runs of less than 256"),
+        ({"epochs": 15}, None, ("bf16", True), "measured"),
+        ({"epochs": 57}, None, BF16, "measured"),
+        ({"precision": "bf16", "epochs": 56}, None, ("bf16", True), "as train.precision asks; runs of less than 1,024"),
     ],
 )
 def test_choice_and_reason(
