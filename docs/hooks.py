@@ -26,9 +26,10 @@ OPTIONS_MARKER = "<!-- options -->"
 """Line of configuration.md that the options replace."""
 NOT_EXPLAINED_IN = {"configuration.md", "measurements.md", "comparison.md", "architecture.md"}
 """Pages that mention options and do not explain them."""
-MAX_EXPLANATIONS = 3
+MAX_EXPLANATIONS = 2
 
 _LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
+_ANY_OPTION = re.compile(r"`(?:--)?\w+\.\w+|`--debug")
 _FENCED = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -84,17 +85,23 @@ def _option(option: OptionHelp, pages: dict[str, str]) -> Iterator[str]:
 
 
 def _explanations(option: str, pages: dict[str, str]) -> Iterator[str]:
-    """Yield links to the pages that mention an option most often, at the heading of the first mention."""
+    """Yield links to the sections that explain an option best: a heading, or the first words of a row or an item."""
     mention = re.compile(rf"`(?:--)?{re.escape(option)}\b(?!\.)")
-    counts = {name: len(mention.findall(_FENCED.sub("", text))) for name, text in pages.items()}
-    best = sorted(
-        (name for name in counts if counts[name] and name not in NOT_EXPLAINED_IN), key=lambda name: -counts[name]
-    )
-    for name in best[:MAX_EXPLANATIONS]:
-        text = _FENCED.sub("", pages[name])
-        first = mention.search(text)
-        headings = re.findall(r"^(#+) (.+)$", text[: first.start() if first else 0], flags=re.MULTILINE)
-        title = headings[0][1]
-        level, heading = headings[-1]
-        anchor = "" if level == "#" else f"#{slugify(heading.replace('`', ''), '-')}"
-        yield f"[{title.replace('`', '')}]({name}{anchor})"
+    found: list[tuple[float, str]] = []
+    for name, text in pages.items():
+        title = anchor = ""
+        scores: dict[str, float] = {}
+        for line in _FENCED.sub("", text).splitlines() if name not in NOT_EXPLAINED_IN else ():
+            heading = re.match(r"(#+) (.+)", line)
+            if heading:
+                title = title or heading[2].replace("`", "")
+                anchor = "" if heading[1] == "#" else f"#{slugify(heading[2].replace('`', ''), '-')}"
+            if mention.search(line) and anchor not in ("#tests", "#measurements"):
+                weight = 6 if heading else 4 if mention.match(line.lstrip("|-* ")) else 1
+                # A line that lists many options explains none of them.
+                scores[anchor] = scores.get(anchor, 0) + weight / len(_ANY_OPTION.findall(line))
+        if scores:
+            best = max(scores, key=lambda key: scores[key])
+            found.append((scores[best], f"[{title}]({name}{best})"))
+    found.sort(key=lambda entry: -entry[0])
+    yield from (link for score, link in found[:MAX_EXPLANATIONS] if 2 * score >= found[0][0])
