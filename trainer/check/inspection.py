@@ -1,0 +1,98 @@
+"""Inspect a dataset: list and read its images, find its duplicates, and collect the findings."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.check.duplicates import describe_duplicates, find_exact, make_groups
+from trainer.check.findings import CheckResult, Finding, sort_findings
+from trainer.check.images import ImageTable, read_images
+from trainer.check.listing import ImageList, list_images
+from trainer.check.perceptual_hash import find_near_duplicates
+from trainer.check.statistics import count_images, describe_classes, describe_files, describe_sizes, summarize
+from trainer.config.schema import DataConfig
+from trainer.data.progress import NO_PROGRESS, ProgressHooks
+
+Pair = tuple[int, int]
+"""Positions of two images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """The images of a dataset and what their files hold."""
+
+    listing: ImageList
+    table: ImageTable
+    """In the order of the images of the listing."""
+    pairs: tuple[Pair, ...]
+    """Images that show the same: exact duplicates, and near-duplicates by their perceptual hash."""
+
+
+def inspect(data: DataConfig, *, workers: int, near: bool = True, displays: ProgressHooks = NO_PROGRESS) -> Inspection:
+    """List and read the images of a dataset, and find duplicates.
+
+    Args:
+        data: the data section of the config; `root` must be set.
+        workers: number of threads.
+        near: whether to search for near-duplicates too.
+        displays: progress displays.
+
+    Raises:
+        UserError: there is no such dataset.
+
+    """
+    listing = list_images(data, displays=displays)
+    paths = [image.path for image in listing.images]
+    with displays.checking() as on_progress:
+        table = read_images(paths, workers=workers, on_progress=on_progress)
+    digests = [facts.digest for facts in table.facts]
+    pairs = list(find_exact(digests))
+    if near:
+        pairs += _find_near(table, digests)
+    return Inspection(listing=listing, table=table, pairs=tuple(pairs))
+
+
+def make_result(
+    inspection: Inspection, data: DataConfig, *, pairs: Iterable[Pair] = (), findings: Iterable[Finding] = ()
+) -> CheckResult:
+    """Return the result of an inspection.
+
+    Args:
+        inspection: the images, their files and their duplicates.
+        data: the data section of the config.
+        pairs: other pairs of images that show the same.
+        findings: other findings.
+
+    """
+    listing, table = inspection.listing, inspection.table
+    images = listing.images
+    digests = [facts.digest for facts in table.facts]
+    groups = make_groups(images, digests, [*inspection.pairs, *pairs])
+    counts = count_images(images)
+    return CheckResult(
+        root=str(data.root),
+        classes=tuple(sorted({image.label for image in images})),
+        counts=counts,
+        sources=listing.sources,
+        statistics=summarize(table),
+        findings=sort_findings(
+            [
+                *describe_duplicates(images, groups),
+                *listing.findings,
+                *describe_files(images, table),
+                *describe_classes(counts),
+                *describe_sizes(images, table.facts, data),
+                *findings,
+            ]
+        ),
+        duplicates=groups,
+    )
+
+
+def _find_near(table: ImageTable, digests: Sequence[str]) -> Iterator[Pair]:
+    """Yield pairs of near-duplicates. Of exact duplicates, the first one stands for all."""
+    first = {digest: row for row, digest in reversed([*enumerate(digests)]) if digest}
+    rows = np.array(sorted(first.values()), dtype=np.int64)
+    for one, other in find_near_duplicates(table.thumbnails[rows]):
+        yield int(rows[one]), int(rows[other])
