@@ -109,9 +109,10 @@ def _describe_leakage(split: str, total: int, groups: Sequence[DuplicateGroup]) 
     yield Finding(
         kind="leakage",
         severity="error" if exact else "warning",
-        message=f"{count} of {total} {split} images ({share:.1%}) are copies of training images ({len(exact)} exact, "
-        f"{len(near)} near), so the {split} accuracy is too high: if the model remembers the copies, a true "
-        f"{_ASSUMED_ACCURACY:.1%} is reported as {reported:.1%}. Remove the copies from one of the two splits.",
+        message=f"{count} of {total} {split} images ({100 * share:.1f} %) are copies of training images "
+        f"({len(exact)} exact, {len(near)} near), so the {split} accuracy is too high: if the model remembers the "
+        f"copies, a true {100 * _ASSUMED_ACCURACY:.1f} % is reported as {100 * reported:.1f} %. Remove the copies from "
+        "one of the two splits.",
         count=count,
         paths=(*exact, *near),
     )

@@ -49,7 +49,7 @@ def inspect(data: DataConfig, *, workers: int, near: bool = True, displays: Prog
     digests = [facts.digest for facts in table.facts]
     pairs = list(find_exact(digests))
     if near:
-        pairs += _find_near(table, digests)
+        pairs += find_near(table.thumbnails, digests)
     return Inspection(listing=listing, table=table, pairs=tuple(pairs))
 
 
@@ -90,9 +90,15 @@ def make_result(
     )
 
 
-def _find_near(table: ImageTable, digests: Sequence[str]) -> Iterator[Pair]:
-    """Yield pairs of near-duplicates. Of exact duplicates, the first one stands for all."""
+def find_near(thumbnails: np.ndarray, digests: Sequence[str]) -> Iterator[Pair]:
+    """Yield pairs of near-duplicates by their perceptual hash. Of exact duplicates, the first one stands for all.
+
+    Args:
+        thumbnails: of all images, uint8 [N, SIZE, SIZE].
+        digests: SHA-256 of each file; empty if it cannot be read.
+
+    """
     first = {digest: row for row, digest in reversed([*enumerate(digests)]) if digest}
     rows = np.array(sorted(first.values()), dtype=np.int64)
-    for one, other in find_near_duplicates(table.thumbnails[rows]):
+    for one, other in find_near_duplicates(thumbnails[rows]):
         yield int(rows[one]), int(rows[other])

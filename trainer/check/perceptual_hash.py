@@ -7,11 +7,10 @@ Source of the hash: C. Zauner, "Implementation and Benchmarking of Perceptual Im
 hash): the signs of the lowest frequencies of the discrete cosine transform, relative to their median.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
-
-from trainer.check.duplicates import DisjointSets
 
 SIZE = 32
 """Height and width of a thumbnail [pixels]."""
@@ -24,12 +23,23 @@ _MIN_CONTRAST = 2.0
 """Smallest standard deviation of a thumbnail [8-bit values]: the hash of an image of one color is noise."""
 _FREQUENCIES = 8
 _CROP_STEP, _CROP_STEPS = 0.025, 4
+_MAX_CANDIDATES = 32
+"""Candidates of an image that are confirmed: among many that look alike, such as pages of text, the nearest."""
 _BATCH = 1024
 
 _positions = np.arange(SIZE)
 _DCT = np.cos(np.pi * (2 * _positions[None] + 1) * np.arange(_FREQUENCIES)[:, None] / (2 * SIZE)).astype(np.float32)
 _MIRROR = (-1.0) ** np.arange(_FREQUENCIES, dtype=np.float32)
 """Factor of each horizontal frequency that mirrors an image."""
+
+
+class _Candidate(NamedTuple):
+    """Two images, by their positions."""
+
+    one: int
+    other: int
+    is_mirrored: bool
+    """Whether the hash of the first one is that of its mirrored image."""
 
 
 def hash_thumbnails(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -57,25 +67,30 @@ def find_near_duplicates(thumbnails: np.ndarray) -> Iterator[tuple[int, int]]:
         thumbnails: gray images, uint8 [N, SIZE, SIZE].
 
     """
-    usable = np.flatnonzero(thumbnails.std(axis=(1, 2)) >= _MIN_CONTRAST)
-    hashes, mirrored = hash_thumbnails(thumbnails[usable])
-    sets = DisjointSets(len(usable))
-    queue: list[tuple[int, int, bool]] = []
+    usable = np.flatnonzero(_contrast(thumbnails) >= _MIN_CONTRAST)
+    usable_thumbnails = thumbnails[usable]
+    hashes, mirrored = hash_thumbnails(usable_thumbnails)
+    groups = np.arange(len(usable))  # of each image; those that show the same have the same number
+    queue: list[_Candidate] = []
 
     def confirm() -> Iterator[tuple[int, int]]:
-        for one, other in _confirm(thumbnails, usable, queue):
-            if sets.find(one) != sets.find(other):
-                sets.merge(one, other)
+        for one, other in _confirm(usable_thumbnails, queue):
+            if groups[one] != groups[other]:
+                groups[groups == groups[other]] = groups[one]
                 yield int(usable[one]), int(usable[other])
         queue.clear()
 
     for one in range(len(usable)):
-        for is_mirrored, query in enumerate((hashes[one], mirrored[one])):
+        is_other = groups[one + 1 :] != groups[one]
+        is_full = False  # if so, the candidates of the next image depend on which of these are confirmed
+        for is_mirrored, query in ((False, hashes[one]), (True, mirrored[one])):
             distances = np.bitwise_count(hashes[one + 1 :] ^ query)
-            for other in (np.flatnonzero(distances <= MAX_DISTANCE) + one + 1).tolist():
-                if sets.find(one) != sets.find(other):
-                    queue.append((one, other, bool(is_mirrored)))
-        if len(queue) >= _BATCH:
+            found = np.flatnonzero((distances <= MAX_DISTANCE) & is_other)
+            if len(found) > _MAX_CANDIDATES:
+                found = found[np.argsort(distances[found], kind="stable")[:_MAX_CANDIDATES]]
+                is_full = True
+            queue += [_Candidate(one, other, is_mirrored) for other in (found + one + 1).tolist()]
+        if is_full or len(queue) >= _BATCH:
             yield from confirm()
     yield from confirm()
 
@@ -91,6 +106,12 @@ def correlate_aligned(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.maximum(_correlate_cropped(images, others), _correlate_cropped(others, images))
 
 
+def _contrast(thumbnails: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of each thumbnail; in batches, since NumPy computes it in float64."""
+    starts = range(0, len(thumbnails), _BATCH)
+    return np.concatenate([thumbnails[start : start + _BATCH].std(axis=(1, 2)) for start in starts] or [np.empty(0)])
+
+
 def _hash_spectrum(spectrum: np.ndarray) -> np.ndarray:
     values = spectrum.reshape(len(spectrum), -1)[:, 1:]  # without the mean brightness
     bits = values > np.median(values, axis=1, keepdims=True)
@@ -98,17 +119,19 @@ def _hash_spectrum(spectrum: np.ndarray) -> np.ndarray:
     return np.packbits(padded, axis=1).view(np.uint64)[:, 0]
 
 
-def _confirm(
-    thumbnails: np.ndarray, usable: np.ndarray, pairs: list[tuple[int, int, bool]]
-) -> Iterator[tuple[int, int]]:
+def _confirm(thumbnails: np.ndarray, candidates: Sequence[_Candidate]) -> Iterator[tuple[int, int]]:
     """Yield the pairs (one, other) whose thumbnails correlate."""
-    for start in range(0, len(pairs), _BATCH):
-        ones, others, is_mirrored = (np.array(column) for column in zip(*pairs[start : start + _BATCH], strict=True))
-        images = thumbnails[usable[ones]].astype(np.float32)
+    for start in range(0, len(candidates), _BATCH):
+        ones, others, is_mirrored = (
+            np.array(column) for column in zip(*candidates[start : start + _BATCH], strict=True)
+        )
+        images = thumbnails[ones].astype(np.float32)
         images[is_mirrored] = images[is_mirrored][:, :, ::-1]
-        targets = thumbnails[usable[others]].astype(np.float32)
-        rows = np.flatnonzero(_correlate(images, targets) >= _MIN_UNALIGNED)
-        rows = rows[correlate_aligned(images[rows], targets[rows]) >= MIN_CORRELATION]
+        targets = thumbnails[others].astype(np.float32)
+        correlation = _correlate(images, targets)
+        rows = np.flatnonzero((correlation >= _MIN_UNALIGNED) & (correlation < MIN_CORRELATION))
+        correlation[rows] = correlate_aligned(images[rows], targets[rows])
+        rows = np.flatnonzero(correlation >= MIN_CORRELATION)
         yield from zip(ones[rows].tolist(), others[rows].tolist(), strict=True)
 
 

@@ -88,12 +88,12 @@ def describe_files(images: Sequence[LabeledImage], table: ImageTable) -> Iterato
         )
     wrong = [(path, facts.format) for path, facts in named if _has_wrong_extension(path, facts.format)]
     if wrong:
-        shown = join_truncated((f"{path} ({name})" for path, name in wrong), limit=2)
+        shown = " and ".join(f"{escape_unprintable(path)} ({name})" for path, name in wrong[:2])
         yield Finding(
             kind="wrong-extension",
             severity="warning",
-            message=f"{len(wrong)} files have the extension of another format: {shown}. regraft reads them by their "
-            "content, other programs may not: rename them.",
+            message=f"files with the extension of another format: {len(wrong)}, such as {shown}. regraft reads them by "
+            "their content, other programs may not: rename them.",
             count=len(wrong),
             paths=tuple(path for path, _ in wrong),
         )
@@ -103,8 +103,8 @@ def describe_files(images: Sequence[LabeledImage], table: ImageTable) -> Iterato
         yield Finding(
             kind="one-color",
             severity="warning",
-            message=f"{len(one_color)} images have a single color: {join_truncated(one_color, limit=2)}. Remove them "
-            "unless the color is the class.",
+            message=f"images of one color only: {len(one_color)}, such as {escape_unprintable(one_color[0])}. Remove "
+            "them, unless the color is the class.",
             count=len(one_color),
             paths=tuple(one_color),
         )
@@ -121,8 +121,8 @@ def describe_sizes(images: Sequence[LabeledImage], facts: Sequence[ImageFacts], 
         yield Finding(
             kind="small",
             severity="note",
-            message=f"{len(small)} of {len(sides)} images have a side below {size} pixels and are enlarged. If most "
-            "are small, a smaller data.image_size trains faster.",
+            message=f"images with a side below {size} pixels, which are enlarged: {len(small)} of {len(sides)}. If "
+            "most are small, a smaller data.image_size trains faster.",
             count=len(small),
             paths=tuple(small),
         )
@@ -135,7 +135,7 @@ def describe_sizes(images: Sequence[LabeledImage], facts: Sequence[ImageFacts], 
         yield Finding(
             kind="large",
             severity="note",
-            message=f"{len(large)} of {len(sides)} images have more than {_LARGE_PIXELS // 1_000_000} megapixels, so "
+            message=f"images of more than {_LARGE_PIXELS // 1_000_000} megapixels: {len(large)} of {len(sides)}, so "
             "most of an epoch is decoding: data.cache_resize or smaller files make it faster.",
             count=len(large),
         )
@@ -182,18 +182,20 @@ def _describe_crop(long: Sequence[tuple[str, float]], total: int, data: DataConf
     resize = data.resize_size or round(size * _RESIZE_SIZE / _IMAGE_SIZE)
     visible = min(1.0, size / resize) ** 2 / _MAX_ASPECT_RATIO
     ratio = long[0][1]
-    what = f"{len(long)} of {total} images have sides of a ratio of {_MAX_ASPECT_RATIO:g} or more (at most {ratio:.1f})"
+    what = (
+        f"images at least twice as long as wide, or as wide as long: {len(long)} of {total} (up to {ratio:.1f} times)"
+    )
     if data.resize == "shorter":
-        effect = f"the central crop of data.resize shorter shows {visible:.0%} of their area or less"
+        effect = f"The central crop of data.resize shorter shows {100 * visible:.0f} % of their area or less"
     else:
         effect = (
-            f"data.resize squash distorts them as much, and the central crop of data.resize shorter would show "
-            f"{visible:.0%} of their area or less"
+            f"data.resize squash distorts them as much; the central crop of data.resize shorter would show "
+            f"{100 * visible:.0f} % of their area or less"
         )
     return Finding(
         kind="central-crop",
         severity="warning" if len(long) >= 0.01 * total else "note",
-        message=f"{what}: {effect}. Crop them to the object before training.",
+        message=f"{what}. {effect}. Crop them to the object before training.",
         count=len(long),
         paths=tuple(path for path, _ in long),
     )
