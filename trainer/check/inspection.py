@@ -1,6 +1,6 @@
 """Inspect a dataset: list and read its images, find its duplicates, and collect the findings."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,8 @@ def inspect(data: DataConfig, *, workers: int, near: bool = True, displays: Prog
     digests = [facts.digest for facts in table.facts]
     pairs = list(find_exact(digests))
     if near:
-        pairs += find_near(table.thumbnails, digests)
+        with displays.comparing() as on_progress:
+            pairs += find_near(table.thumbnails, digests, on_progress)
     return Inspection(listing=listing, table=table, pairs=tuple(pairs))
 
 
@@ -90,15 +91,18 @@ def make_result(
     )
 
 
-def find_near(thumbnails: np.ndarray, digests: Sequence[str]) -> Iterator[Pair]:
+def find_near(
+    thumbnails: np.ndarray, digests: Sequence[str], on_progress: Callable[[int, int], None] | None = None
+) -> Iterator[Pair]:
     """Yield pairs of near-duplicates by their perceptual hash. Of exact duplicates, the first one stands for all.
 
     Args:
         thumbnails: of all images, uint8 [N, SIZE, SIZE].
         digests: SHA-256 of each file; empty if it cannot be read.
+        on_progress: called from time to time with (images compared, total images).
 
     """
     first = {digest: row for row, digest in reversed([*enumerate(digests)]) if digest}
     rows = np.array(sorted(first.values()), dtype=np.int64)
-    for one, other in find_near_duplicates(thumbnails[rows]):
+    for one, other in find_near_duplicates(thumbnails[rows], on_progress):
         yield int(rows[one]), int(rows[other])

@@ -7,7 +7,7 @@ Source of the hash: C. Zauner, "Implementation and Benchmarking of Perceptual Im
 hash): the signs of the lowest frequencies of the discrete cosine transform, relative to their median.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,13 +58,16 @@ def hash_thumbnails(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return hashes[0], hashes[1]
 
 
-def find_near_duplicates(thumbnails: np.ndarray) -> Iterator[tuple[int, int]]:
+def find_near_duplicates(
+    thumbnails: np.ndarray, on_progress: Callable[[int, int], None] | None = None
+) -> Iterator[tuple[int, int]]:
     """Yield pairs of images that show the same, as far as a perceptual hash can tell, also if one is mirrored.
 
     Of a group of near-duplicates, as many pairs are yielded as connect all of its images.
 
     Args:
         thumbnails: gray images, uint8 [N, SIZE, SIZE].
+        on_progress: called from time to time with (images compared with all others, total images).
 
     """
     usable = np.flatnonzero(_contrast(thumbnails) >= _MIN_CONTRAST)
@@ -92,6 +95,8 @@ def find_near_duplicates(thumbnails: np.ndarray) -> Iterator[tuple[int, int]]:
             queue += [_Candidate(one, other, is_mirrored) for other in (found + one + 1).tolist()]
         if is_full or len(queue) >= _BATCH:
             yield from confirm()
+        if on_progress is not None and one % _BATCH == 0:
+            on_progress(one, len(usable))
     yield from confirm()
 
 

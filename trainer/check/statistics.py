@@ -170,8 +170,8 @@ def describe_classes(counts: Mapping[str, Mapping[str, int]]) -> Iterator[Findin
         yield Finding(
             kind="small-test",
             severity="note",
-            message=f"the test split has {total} images: an accuracy of 80 % is known to {100 * half_width:.0f} points "
-            "up or down (95 % interval). Smaller differences between models mean nothing.",
+            message=f"the test split has {total} images, so an accuracy of 80 % has a 95 % interval of "
+            f"{100 * half_width:.0f} points up and down. Smaller differences between models mean nothing.",
             count=total,
         )
 
@@ -182,14 +182,12 @@ def _describe_crop(long: Sequence[tuple[str, float]], total: int, data: DataConf
     resize = data.resize_size or round(size * _RESIZE_SIZE / _IMAGE_SIZE)
     visible = min(1.0, size / resize) ** 2 / _MAX_ASPECT_RATIO
     ratio = long[0][1]
-    what = (
-        f"images at least twice as long as wide, or as wide as long: {len(long)} of {total} (up to {ratio:.1f} times)"
-    )
+    what = f"images with one side at least twice as long as the other: {len(long)} of {total}, up to {ratio:.1f} times"
     if data.resize == "shorter":
         effect = f"The central crop of data.resize shorter shows {100 * visible:.0f} % of their area or less"
     else:
         effect = (
-            f"data.resize squash distorts them as much; the central crop of data.resize shorter would show "
+            "data.resize squash squeezes them by this factor; the central crop of data.resize shorter would show "
             f"{100 * visible:.0f} % of their area or less"
         )
     return Finding(

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from regraft.command_line import is_dataset, join_values
 from regraft.contract import DONE, FAILED, available_cores
 from trainer.check.findings import CheckResult
 from trainer.check.inspection import inspect, make_result
@@ -28,6 +29,7 @@ from trainer.config.parse import parse, split_command
 from trainer.errors import UserError
 from trainer.report.progress import progress_hooks
 from trainer.run.atomic import write_atomically
+from trainer.text import escape_unprintable
 
 
 def check(argv: Sequence[str]) -> tuple[CheckResult, bool]:
@@ -41,18 +43,18 @@ def check(argv: Sequence[str]) -> tuple[CheckResult, bool]:
 
     """
     own, options = split_command(parser(), argv)
-    if not options:
-        raise UserError("regraft check needs a dataset: regraft check DATA")
+    if not any(is_dataset(word) or word.startswith(("--config=", "--data.root=")) for word in join_values(options)):
+        raise UserError("there is no dataset on the command line: regraft check DATA")
     data = parse(options).data
     if data.root is None:
-        raise UserError("data.root is null: name the dataset, as in regraft check DATA")
+        raise UserError("data.root is null in the config: name the dataset, as in regraft check DATA")
     _check_outputs(own.json, own.html)
     progress = Console(stderr=True, highlight=False, markup=False, emoji=False)
     inspection = inspect(
         data, workers=available_cores(), near=own.duplicates == "near", displays=progress_hooks(progress)
     )
     result = make_result(inspection, data)
-    _print(result)
+    print_result(Console(highlight=False, markup=False, emoji=False), result)
     if own.json is not None:
         _write(own.json, json.dumps(result.to_json(), indent=1) + "\n")
     if own.html is not None:
@@ -92,25 +94,20 @@ def parser() -> argparse.ArgumentParser:
     return own
 
 
-def _print(result: CheckResult) -> None:
-    console = Console(highlight=False, markup=False, emoji=False)
-    print_result(console, result)
-
-
 def _check_outputs(*files: Path | None) -> None:
     """Raise a UserError before the long work if the folder of an output does not exist."""
     for file in files:
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
-            what = "is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-            raise UserError(f"{file}: cannot be written: {what}")
+            reason = "it is a folder" if file.is_dir() else "there is no such folder"
+            raise UserError(f"{escape_unprintable(str(file))}: cannot be written: {reason}")
 
 
 def _write(file: Path, text: str) -> None:
     try:
         write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
     except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror})") from None
-    print(f"{file} written")
+        raise UserError(f"{escape_unprintable(str(file))}: cannot be written ({error.strerror})") from None
+    print(f"{escape_unprintable(str(file))}: written")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
