@@ -32,7 +32,7 @@ from tests.docs.pages import (
 )
 from tests.folders import image_folder, noise_image
 from tests.launching import run
-from trainer.commands import compare, evaluate, export, lr_find, predict, preview, variants
+from trainer.commands import check, compare, evaluate, export, lr_find, predict, preview, variants
 from trainer.config.parse import keys, parse
 from trainer.main import main as train
 
@@ -110,6 +110,9 @@ def run_regraft(words: Sequence[str]) -> None:
         return
     if verb in OF_A_MODEL or verb == "export":
         assert OF_A_MODEL.get(verb, run_export)(arguments) == 0
+        return
+    if verb == "check":
+        assert check.main(arguments) in (0, 1)
         return
     parse(trainer_options(arguments))
     for option in own_options(arguments):
