@@ -55,6 +55,12 @@ def test_the_python_page_has_the_public_functions(site: Path) -> None:
     assert ":::" not in text
 
 
+def test_paths_in_code_break_after_a_slash_and_tags_stay_whole(site: Path) -> None:
+    page = (site / "failures.html").read_text(encoding="utf-8")
+    assert "<code>tests/<wbr>distributed/<wbr>test_kills.py</code>" in page
+    assert page.count("<code") == page.count("</code>")
+
+
 def test_the_site_loads_nothing_from_other_hosts(site: Path) -> None:
     loading = re.compile(r'<(?:script|img|link|iframe)\b[^>]*?(?:src|href)="(https?:[^"]+)"')
     for page in site.glob("*.html"):
