@@ -152,7 +152,9 @@ class ProgressBar:
         )
         self._metrics = Text(no_wrap=True, overflow="ellipsis")
         self._live = Live(Group(self._bar, self._metrics), console=console, transient=True, refresh_per_second=4)
-        self._task = self._bar.add_task("", total=epochs * steps_per_epoch, completed=done_steps)
+        epoch = min(epochs, done_steps // steps_per_epoch + 1)
+        description = f"epoch {epoch}/{epochs} training"
+        self._task = self._bar.add_task(description, total=epochs * steps_per_epoch, completed=done_steps)
 
     @contextmanager
     def show(self) -> Iterator[None]:
