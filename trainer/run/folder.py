@@ -19,6 +19,7 @@ wise.json           result of WiSE-FT
 earlier-N-...       results without checkpoints, renamed when the run was started anew
 audit/              with run.audit: the examples of every update
 hangs/              stacks of processes that hung
+trackers/           with run.trackers: the runs in experiment trackers, and their local files
 .regraft            mark of a folder that was created before a run was started in it (preview, lr-find, compare)
 STOP                a person creates this file to stop the run
 """
@@ -69,6 +70,8 @@ _MAY_CHANGE = frozenset(
         "run.threads",
         "run.hang_timeout",
         "run.audit",
+        "run.trackers",
+        "run.tracker_project",
         "data.root",
         "data.train_dir",
         "data.val_dir",
