@@ -20,7 +20,7 @@ INTERRUPTED = 130
 """Exit code after a second Ctrl-C."""
 
 CONFIG, METRICS, MODEL, SPLIT, CURVES = ("config.yaml", "metrics.jsonl", "model.safetensors", "split.csv", "curves.png")
-IMAGES = "images.json"
+IMAGES, EXCLUDED = "images.json", "excluded.csv"
 EVALUATION, PREDICTIONS = "evaluation.json", "predictions.csv"
 CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS, TRACKERS = (
     "checkpoints",
