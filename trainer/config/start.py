@@ -15,6 +15,7 @@ from trainer.distributed.context import DistributedContext, init_distributed
 from trainer.errors import UserError
 from trainer.model.compile import check_compiler
 from trainer.report.console import make_console
+from trainer.report.tracker_services import check_installed
 from trainer.run.folder import check_resumable
 
 
@@ -24,7 +25,7 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
     `train.precision auto` is resolved later, by `choose_execution`.
 
     Raises:
-        UserError: see `resolve`, `init_distributed`, `check_pretrained_weights` and `check_compiler`.
+        UserError: see `resolve`, `init_distributed`, `check_installed`, `check_pretrained_weights`, `check_compiler`.
 
     """
     resolved = resolve(config)
@@ -36,6 +37,7 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
         console.print(note)
     # Every process has chosen the folder for itself; another command may have taken it meanwhile.
     resolved = replace(resolved, run=replace(resolved.run, dir=ctx.broadcast(folder)))
+    ctx.main_process_first(lambda: check_installed(resolved.run.trackers) if ctx.is_main_process else None)
     # Before images are decoded. One process of each machine reads its file.
     is_first = ctx.accelerator.is_local_main_process
     ctx.main_process_first(lambda: check_pretrained_weights(resolved) if is_first else None, local=True)
