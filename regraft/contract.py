@@ -21,7 +21,7 @@ INTERRUPTED = 130
 
 CONFIG, METRICS, MODEL, SPLIT, CURVES = ("config.yaml", "metrics.jsonl", "model.safetensors", "split.csv", "curves.png")
 IMAGES = "images.json"
-EVALUATION, PREDICTIONS = "evaluation.json", "predictions.csv"
+EVALUATION, PREDICTIONS, REPORT, BLOCKS = "evaluation.json", "predictions.csv", "report.html", "blocks.json"
 CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS = (
     "checkpoints",
     "attempts",

@@ -44,6 +44,8 @@ class RunConfig:
 
     audit: bool = False
     """Audit files to compare runs: the examples, pixel checksums and learning rate of every update."""
+    report: Literal["auto", "off"] = "auto"
+    """HTML report in the run folder, report.html: written during the run and at its end (auto), or not (off)."""
 
     def __post_init__(self) -> None:
         if not self.dir.strip():
