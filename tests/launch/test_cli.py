@@ -83,6 +83,7 @@ def test_verbs_of_the_trainer_replace_the_process(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "execv", execv)
     for verb, program, options in (
         ("debug", "main.py", ["--debug"]),
+        ("check", "commands/check.py", []),
         ("preview", "commands/preview.py", []),
         ("lr-find", "commands/lr_find.py", []),
         ("compare", "commands/compare.py", []),

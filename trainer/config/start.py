@@ -17,6 +17,7 @@ from trainer.distributed.watchdog import EXTENDED_TIMEOUT
 from trainer.errors import UserError
 from trainer.model.compile import check_compiler
 from trainer.report.console import make_console
+from trainer.report.tracker_services import check_installed
 from trainer.run.folder import check_resumable
 
 
@@ -26,7 +27,7 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
     `train.precision auto` is resolved later, by `choose_execution`.
 
     Raises:
-        UserError: see `resolve`, `init_distributed`, `check_pretrained_weights` and `check_compiler`.
+        UserError: see `resolve`, `init_distributed`, `check_installed`, `check_pretrained_weights`, `check_compiler`.
 
     """
     resolved = resolve(config)
@@ -38,6 +39,7 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
         console.print(note)
     # Every process has chosen the folder for itself; another command may have taken it meanwhile.
     resolved = replace(resolved, run=replace(resolved.run, dir=ctx.broadcast(folder)))
+    ctx.main_process_first(lambda: check_installed(resolved.run.trackers) if ctx.is_main_process else None)
     # Before images are decoded. One process of each machine reads its file.
     is_first = ctx.accelerator.is_local_main_process
     ctx.main_process_first(lambda: check_pretrained_weights(resolved) if is_first else None, local=True)
