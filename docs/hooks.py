@@ -30,6 +30,7 @@ MAX_EXPLANATIONS = 2
 
 _LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 _ANY_OPTION = re.compile(r"`(?:--)?\w+\.\w+|`--debug")
+_PATH = re.compile(r"<code>([\w./-]+/[\w./-]+)</code>")
 _FENCED = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -52,6 +53,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     sources = {target: source for source, target in PAGES.items()}
     source = sources.get(uri, f"docs/{uri}")
     return _LINK.sub(lambda link: _site_link(link, source), markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let paths in inline code break after a slash, so that the narrow columns of a table hold them."""
+    return _PATH.sub(lambda code: f"<code>{code[1].replace('/', '/<wbr>')}</code>", html)
 
 
 def _site_link(link: re.Match[str], source: str) -> str:
