@@ -20,8 +20,8 @@ INTERRUPTED = 130
 """Exit code after a second Ctrl-C."""
 
 CONFIG, METRICS, MODEL, SPLIT, CURVES = ("config.yaml", "metrics.jsonl", "model.safetensors", "split.csv", "curves.png")
-IMAGES, EXCLUDED = "images.json", "excluded.csv"
-EVALUATION, PREDICTIONS = "evaluation.json", "predictions.csv"
+IMAGES, EXCLUDED, BLOCKS = "images.json", "excluded.csv", "blocks.json"
+EVALUATION, PREDICTIONS, REPORT = "evaluation.json", "predictions.csv", "report.html"
 CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS, TRACKERS = (
     "checkpoints",
     "attempts",

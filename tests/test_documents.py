@@ -33,7 +33,7 @@ from tests.docs.pages import (
 )
 from tests.folders import image_folder, noise_image
 from tests.launching import run
-from trainer.commands import check, compare, evaluate, export, lr_find, predict, preview, variants
+from trainer.commands import check, compare, evaluate, export, lr_find, predict, preview, report, variants
 from trainer.config.parse import keys, parse
 from trainer.main import main as train
 
@@ -43,8 +43,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "trainer/main.py": train, VERBS["preview"]: preview.main, VERBS["lr-find"]: lr_find.main,
     VERBS["compare"]: compare.main,
 }  # fmt: skip
-OF_A_MODEL = {"predict": predict.main, "evaluate": evaluate.main}
-"""Verbs that use a trained model -> what runs them."""
+OF_A_MODEL = {"predict": predict.main, "evaluate": evaluate.main, "report": report.main}
+"""Verbs that use a run or its model -> what runs them."""
 SMALL = [
     *("--data.root=images", "--data.image_size=32", "--data.num_workers=0", "--train.epochs=1"),
     *("--train.batch_size=8", "--run.threads=1", "--run.device=cpu"),

@@ -103,7 +103,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         )
         del loader  # ends its worker processes, and frees the images that it keeps on the device
     groups = make_param_groups(built, config)
-    print_block_table(built, groups, console)
+    print_block_table(built, groups, console, folder=run.folder if run.is_writer and run.writes_report else None)
     optimizer = make_optimizer(groups, config)
 
     # 5. Precision and process group: accelerate wraps model and optimizer, or the layers after the frozen ones, whose

@@ -46,6 +46,8 @@ class RunConfig:
 
     audit: bool = False
     """Audit files to compare runs: the examples, pixel checksums and learning rate of every update."""
+    report: Literal["auto", "off"] = "auto"
+    """HTML report in the run folder, report.html: written during the run and at its end (auto), or not (off)."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Experiment trackers that receive config, metrics and pictures, such as [tensorboard, mlflow]; a resumed run continues theirs."""
     tracker_project: str = "regraft"

@@ -1,4 +1,4 @@
-"""Logger of a run: console, metrics.jsonl and curves.png, on rank 0."""
+"""Logger of a run: console, metrics.jsonl, curves.png and report.html, on rank 0."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +41,7 @@ class RunLogger:
         text: str,
         trackers: Trackers,
         check: Callable[[], None],
+        writes_report: bool = False,
     ) -> None:
         """Start with the metrics of a checkpoint.
 
@@ -53,6 +54,7 @@ class RunLogger:
             text: content of metrics.jsonl so far; empty for a new run.
             trackers: experiment trackers.
             check: raises a UserError if this process may no longer write into the folder.
+            writes_report: whether report.html is written with the curves.
 
         Raises:
             UserError: metrics.jsonl cannot be written.
@@ -62,7 +64,7 @@ class RunLogger:
         self._progress_bar = progress_bar
         self._folder, self._title, self._classes, self._device = folder, title, classes, device
         self._drawn_at, self._has_warned = time.monotonic(), False
-        self._check, self._trackers = check, trackers
+        self._check, self._trackers, self._writes_report = check, trackers, writes_report
         with self._store_failure():
             self._metrics = MetricsFile(folder / METRICS, text)
         # Before training, an error may be raised: make_logger raises it on all ranks.
@@ -126,6 +128,10 @@ class RunLogger:
             return
         draw = partial(draw_curves, self.rows, title=self._title)
         try_write_figure(self._folder / CURVES, draw, size=(6.4, 5.6), warn=self._warn)
+        if self._writes_report:
+            from trainer.pages.run_report import try_write_report  # noqa: PLC0415 (no run needs jinja2 at its start)
+
+            try_write_report(self._folder, pictures=False, warn=self._warn)
 
     def _warn(self, message: str) -> None:
         if not self._has_warned:
@@ -223,6 +229,7 @@ def make_logger(
             text=metrics,
             trackers=trackers,
             check=run.check_lock,
+            writes_report=run.writes_report,
         )
         trackers.start(logger.rows)
         return logger
