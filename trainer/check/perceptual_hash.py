@@ -58,7 +58,7 @@ def hash_thumbnails(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_near_duplicates(
-    thumbnails: np.ndarray, on_progress: Callable[[int, int], None] | None = None
+    thumbnails: np.ndarray, *, mask: np.ndarray | None = None, on_progress: Callable[[int, int], None] | None = None
 ) -> Iterator[tuple[int, int]]:
     """Yield pairs of images that show the same, as far as a perceptual hash can tell, also if one is mirrored.
 
@@ -66,24 +66,26 @@ def find_near_duplicates(
 
     Args:
         thumbnails: RGB images, uint8 [N, SIZE, SIZE, 3].
+        mask: the images to compare, bool [N]; None compares all.
         on_progress: called from time to time with (images compared with all others, total images).
 
     """
-    usable = np.flatnonzero(contrast(thumbnails) >= MIN_CONTRAST)
-    usable_thumbnails = thumbnails[usable]
-    hashes, mirrored = hash_thumbnails(usable_thumbnails)
-    groups = np.arange(len(usable))  # of each image; those that show the same have the same number
+    is_used = contrast(thumbnails) >= MIN_CONTRAST
+    if mask is not None:
+        is_used &= mask
+    hashes, mirrored = hash_thumbnails(thumbnails)
+    groups = np.arange(len(thumbnails))  # of each image; those that show the same have the same number
     queue: list[Candidate] = []
 
     def confirm() -> Iterator[tuple[int, int]]:
-        for one, other in confirm_candidates(usable_thumbnails, queue):
+        for one, other in confirm_candidates(thumbnails, queue):
             if groups[one] != groups[other]:
                 groups[groups == groups[other]] = groups[one]
-                yield int(usable[one]), int(usable[other])
+                yield one, other
         queue.clear()
 
-    for one in range(len(usable)):
-        is_other = groups[one + 1 :] != groups[one]
+    for one in np.flatnonzero(is_used).tolist():
+        is_other = is_used[one + 1 :] & (groups[one + 1 :] != groups[one])
         is_full = False  # if so, the candidates of the next image depend on which of these are confirmed
         for is_mirrored, query in ((False, hashes[one]), (True, mirrored[one])):
             distances = np.bitwise_count(hashes[one + 1 :] ^ query)
@@ -95,7 +97,7 @@ def find_near_duplicates(
         if is_full or len(queue) >= _BATCH:
             yield from confirm()
         if on_progress is not None and one % _BATCH == 0:
-            on_progress(one, len(usable))
+            on_progress(one, len(thumbnails))
     yield from confirm()
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,10 +45,11 @@ def check_installed(services: Sequence[str]) -> None:
 
 
 def start(service: Service, run: TrackerRun, config: Mapping[str, Any]) -> GeneralTracker:
-    """Start a run in a tracker, or continue one; a new run receives the config: option -> value."""
+    """Start a run in a tracker, or continue one, and send the config: option -> value."""
     tracker = _make(service, run)
     tracker.start()
-    if run.id is None:
+    # A run of MLflow keeps the config that it began with, and refuses another one. Trackio forgets it.
+    if run.id is None or service in ("wandb", "trackio"):
         _send_config(service, tracker, {key: _plain(value) for key, value in config.items()})
     return tracker
 
@@ -59,11 +61,16 @@ def _make(service: Service, run: TrackerRun) -> GeneralTracker:
             # A run that starts anew in the same folder replaces the events of an earlier start.
             return TensorBoardTracker("tensorboard", run.folder, purge_step=0 if run.id is None else None)
         case "wandb":
+            import wandb  # noqa: PLC0415
+
+            wandb.setup(wandb.Settings(silent=True))  # without a key, it raises an error instead of asking for one
             settings = {"silent": True, "console": "off", "finish_timeout": _SECONDS_TO_FINISH}
             return WandBTracker(
                 run.project, name=run.name, id=run.id or token, resume="allow", dir=str(run.folder), settings=settings
             )
         case "mlflow":
+            # What could not be sent is sent again later: by default, MLflow would retry for minutes.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
             for name in ("alembic", "mlflow"):  # they log each step of the creation of a database
                 logging.getLogger(name).setLevel(logging.WARNING)
             return MLflowTracker(run.project, run_id=run.id, run_name=run.name)

@@ -270,3 +270,11 @@ def test_wandb_and_trackio_continue_their_run(tracked: ResolvedConfig) -> None:
     run_id = json.loads((folder / "wandb.json").read_text())["id"]
     starts = sorted((folder / "wandb").glob("offline-run-*"))
     assert [path.name.rpartition("-")[2] for path in starts] == [run_id] * 2
+
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (name,) = SQLiteStorage.get_runs("project")
+    logs = SQLiteStorage.get_logs("project", name)
+    assert [row["step"] for row in logs if "train/loss" in row] == [1, 2, 3, 4]
+    assert {key for row in logs for key in row} >= {"curves", "confusion", "test_recall/b", "final/test_ece"}
+    assert SQLiteStorage.get_run_config("project", name)["train.epochs"] == EPOCHS
