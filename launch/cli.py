@@ -35,12 +35,17 @@ on this machine:
   debug       train in one process, for use with a debugger
   doctor      check whether this machine, or several nodes, can run the training
 
+data:
+  check       check a dataset: duplicates, leakage between splits, unreadable files, sizes, classes
+  preview     draw training images and their augmentations to one PNG
+
 on a Slurm cluster:
   submit      check a run and submit it as a job
   render      print the batch script that submit would use
 
 runs:
   status      show the progress of a run, from its folder
+  report      write the HTML report of a run, or compare several runs on one page
 
 using a model:
   predict     predict the classes of images with a trained model
@@ -48,7 +53,6 @@ using a model:
   export      export a model to ONNX, torch.export, Hugging Face transformers or timm, and verify the export
 
 experiments:
-  preview     draw training images and their augmentations to one PNG
   lr-find     find a learning rate by a range test
   compare     train several strategies with several seeds, and compare them
 
@@ -218,9 +222,11 @@ def _completion(argv: list[str]) -> int:
     parsers |= {verb: submit_parser(verb) for verb in ("submit", "render")}
     options = {verb: [*completion.parser_options(parser), *trainer] for verb, parser in parsers.items()}
     options |= {"debug": trainer, "preview": [*trainer, "--output"]}
+    options |= {"check": [*completion.CHECK, *trainer]}
     options |= {"lr-find": ["--from", "--to", "--steps", *trainer]}
     options |= {"compare": ["--strategies", "--seeds", *trainer]}
     options |= {"predict": completion.PREDICT, "evaluate": completion.EVALUATE, "export": completion.EXPORT}
+    options |= {"report": ["--output", "--no-grad-cam"]}
     options |= {"status": completion.parser_options(_status_parser()), "completion": []}
     print(completion.render_script(argv[0], options, values), end="")
     return DONE
@@ -239,12 +245,14 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "render": _render,
     "status": _status,
     "doctor": _doctor,
+    "check": lambda argv: _exec_trainer("check", "commands/check.py", argv),
     "preview": lambda argv: _exec_trainer("preview", "commands/preview.py", argv),
     "lr-find": lambda argv: _exec_trainer("lr-find", "commands/lr_find.py", argv),
     "compare": lambda argv: _exec_trainer("compare", "commands/compare.py", argv),
     "predict": lambda argv: _exec_trainer("predict", "commands/predict.py", argv),
     "evaluate": lambda argv: _exec_trainer("evaluate", "commands/evaluate.py", argv),
     "export": lambda argv: _exec_trainer("export", "commands/export.py", argv),
+    "report": lambda argv: _exec_trainer("report", "commands/report.py", argv),
     "completion": _completion,
 }
 

@@ -40,7 +40,7 @@ from trainer.model.batch_norm import (
 )
 from trainer.model.create import build_model
 from trainer.model.source_classes import ClassMapping
-from trainer.transfer.linear_probe import fit_head
+from trainer.transfer.linear_probe import fit_head, held_out_mask
 
 
 def main_process_first(ctx: DistributedContext, out: Path) -> dict[str, Any]:
@@ -169,7 +169,8 @@ def heads(ctx: DistributedContext, source: Path) -> dict[str, Any]:
     def probe(model: nn.Module, local: list[Tensor], count: int, log: Callable[[str], object]) -> None:
         fit_head(
             model, "classifier.1", [(images[some], labels[some], some) for some in local], labels[:count].tolist(),
-            balanced=count == 7, seed=0, normalize=normalize, ctx=ctx, watchdog=nullcontext, log=log,
+            balanced=count == 7, held_out=held_out_mask(labels[:count], 0), normalize=normalize,
+            ctx=ctx, watchdog=nullcontext, log=log,
         )  # fmt: skip
 
     result: dict[str, Any] = {"source-labels": digest(build("source-labels"))}

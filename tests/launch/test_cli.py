@@ -83,11 +83,13 @@ def test_verbs_of_the_trainer_replace_the_process(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "execv", execv)
     for verb, program, options in (
         ("debug", "main.py", ["--debug"]),
+        ("check", "commands/check.py", []),
         ("preview", "commands/preview.py", []),
         ("lr-find", "commands/lr_find.py", []),
         ("compare", "commands/compare.py", []),
         ("evaluate", "commands/evaluate.py", []),
         ("export", "commands/export.py", []),
+        ("report", "commands/report.py", []),
     ):
         assert cli.main([verb, "--a", "b"]) == 2
         assert commands[-1] == [sys.executable, str(REPOSITORY / "trainer" / program), "--a", "b", *options]

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torchvision import models
 
 import regraft
-from regraft.contract import CHECKPOINTS, EVALUATION, IMAGES, METRICS, MODEL, PREDICTIONS, STOP, read_attempts
+from regraft.contract import CHECKPOINTS, EVALUATION, EXCLUDED, IMAGES, METRICS, MODEL, PREDICTIONS, STOP, read_attempts
 from tests.folders import image_folder, noise_image
 from tests.trainer.phases import assert_equal_runs, contents, copy_run, in_folder, rewind, rows, train, with_options
 from trainer.checkpoint import store
@@ -329,6 +329,20 @@ def test_a_resumed_run_names_an_image_whose_content_has_changed(copy: ResolvedCo
     noise_image(99).save(image)
     assert re.search(message, train(with_options(config, data={"on_changed": "continue"}))[1])
     assert record.read_text() != recorded
+
+
+def test_excluded_images_are_part_of_the_identity_of_the_data(quick: ResolvedConfig, tmp_path: Path) -> None:
+    (file := tmp_path / "exclude.csv").write_text("path,reason\ntrain/a/000.png,blurred\nval/a/001.png,twice\n")
+    config = with_options(in_folder(quick, tmp_path / "run"), data={"exclude": str(file)})
+    printed = train(config)[1]
+    assert "images left out by data.exclude" in printed
+    assert ": 2 (1 of train, 1 of val)" in printed
+    assert [row["split"] for row in csv.DictReader((tmp_path / "run" / EXCLUDED).open())] == ["train", "val"]
+    assert len(list(csv.DictReader((tmp_path / "run" / PREDICTIONS).open()))) == 4 + 2
+    moved = file.rename(tmp_path / "moved.csv")
+    assert "finished already" in train(with_options(config, data={"exclude": str(moved)}))[1]
+    with pytest.raises(UserError, match="a checkpoint of another run:\n  training images: a 4 there, 5 now"):
+        train(with_options(config, data={"exclude": None}))
 
 
 def test_a_finished_run_is_only_reported_and_can_be_extended(copy: ResolvedConfig) -> None:

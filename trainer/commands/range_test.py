@@ -77,7 +77,7 @@ def run_range_test(
     if config.model.head_init == "linear-probe":
         loader = make_eval_loader(data.index.train, config, ctx, data.images)
         labels = [label for _, label in data.index.train]
-        fit_linear_probe(built, loader, labels, config, ctx, console, watchdog=nullcontext)
+        fit_linear_probe(built, loader, labels, config, ctx, console, groups=data.train_groups, watchdog=nullcontext)
     if len(built.unfreeze_stages) > 1:
         console.print("transfer.trainable has stages: the test uses the last one, in which the most parameters train")
         apply_last_stage(built, config)

@@ -6,12 +6,12 @@ from functools import cached_property, partial
 
 from rich.console import Console
 
-from regraft.contract import IMAGES, SPLIT
+from regraft.contract import EXCLUDED, IMAGES, SPLIT
 from trainer.config.build_image_cache import ImageCache
 from trainer.config.resolve import ResolvedConfig
 from trainer.data.digests import read_digests, write_digests
 from trainer.data.image_cache.cached import NOT_CACHED, CachedImages
-from trainer.data.index import DatasetIndex, write_split
+from trainer.data.index import DatasetIndex, write_excluded, write_split
 from trainer.data.prepare import Prepared, list_examples, validate_examples
 from trainer.data.sampler import EpochOrder
 from trainer.distributed.context import DistributedContext
@@ -35,6 +35,12 @@ class RunData:
     def index(self) -> DatasetIndex:
         """Return the examples of each split."""
         return self.prepared.index
+
+    @property
+    def train_groups(self) -> tuple[str | None, ...]:
+        """Return the group of each training example, or nothing if there are no groups."""
+        groups = self.index.groups
+        return tuple(groups.get(path) for path, _ in self.index.train) if groups else ()
 
     @cached_property
     def examples_per_class(self) -> tuple[int, ...]:
@@ -162,12 +168,19 @@ def check_images_unchanged(config: ResolvedConfig, data: RunData, run: OpenRun, 
     run.ctx.main_process_first(check)
 
 
-def write_split_file(data: RunData, run: OpenRun) -> None:
-    """Write `split.csv` into the run folder, if the split was made here. Every process must call it."""
+def write_split_files(data: RunData, run: OpenRun) -> None:
+    """Write `split.csv` into the run folder if the split was made here, and `excluded.csv` if images were left out.
+
+    Every process must call it.
+    """
 
     def write() -> None:
-        if run.is_writer and data.index.split_made:
-            with saving_to(run.folder / SPLIT):
-                write_split(data.index, run.folder / SPLIT)
+        for name, write_file, is_needed in (
+            (SPLIT, write_split, data.index.split_made),
+            (EXCLUDED, write_excluded, bool(data.index.excluded)),
+        ):
+            if run.is_writer and is_needed:
+                with saving_to(run.folder / name):
+                    write_file(data.index, run.folder / name)
 
     run.ctx.main_process_first(write)

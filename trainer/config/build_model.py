@@ -22,7 +22,7 @@ from trainer.model.source_classes import ClassMapping
 from trainer.optim.param_groups import ParamGroup, create_optimizer, group_parameters
 from trainer.seeds import derive_seed
 from trainer.transfer.l2_sp import L2SP, backbone_parameters, without_weight_decay
-from trainer.transfer.linear_probe import fit_head, require_linear
+from trainer.transfer.linear_probe import fit_head, held_out_mask, require_linear
 
 
 def make_model(
@@ -157,6 +157,7 @@ def fit_linear_probe(  # noqa: PLR0917 (each is another object)
     ctx: DistributedContext,
     console: Console,
     *,
+    groups: Sequence[str | None] = (),
     watchdog: Callable[[Heartbeat], AbstractContextManager[Heartbeat]],
 ) -> float:
     """Fit the model's output layer by a linear probe. Every process must call it. Returns the seconds it took.
@@ -168,6 +169,7 @@ def fit_linear_probe(  # noqa: PLR0917 (each is another object)
         config: the run's.
         ctx: the processes.
         console: prints the result.
+        groups: of all training images; None for one without a group.
         watchdog: returns what watches over the pass.
 
     """
@@ -177,7 +179,7 @@ def fit_linear_probe(  # noqa: PLR0917 (each is another object)
         loader,
         labels,
         balanced=config.regularization.class_weights == "balanced",
-        seed=config.run.seed,
+        held_out=held_out_mask(torch.tensor(labels), config.run.seed, groups),
         normalize=Normalize(config.data.preprocessing, ctx.device),
         ctx=ctx,
         watchdog=watchdog,

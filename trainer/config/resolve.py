@@ -16,10 +16,12 @@ from trainer.model.build import preset
 from trainer.model.metadata import read_weights_metadata
 from trainer.model.torchvision_weights import is_torchvision_name
 
-# Values of the options that describe the layout of data.root, for another dataset.
+# Values of the options that describe the files of data.root, for another dataset.
 _ANY_LAYOUT: dict[str, Any] = {"train_dir": None, "val_dir": None, "test_dir": None, "csv_root": None} | {
     "csv_columns": {},
     "csv_suffix": None,
+    "exclude": None,
+    "group_by": None,
 }
 _ConfigT = TypeVar("_ConfigT", bound=Config)
 
@@ -110,6 +112,7 @@ def resolve(config: Config) -> ResolvedConfig:
             | {
                 "root": data.root if is_known(data.root) else _absolute("data.root", data.root),
                 **{key: _folder_option(data, key) for key in ("train_dir", "val_dir", "test_dir", "csv_root")},
+                "exclude": data.exclude if data.exclude is None else _absolute("data.exclude", data.exclude),
                 "image_size": size,
                 "resize_size": data.resize_size or in_proportion,
                 "resize": data.resize or preprocessing.resize,

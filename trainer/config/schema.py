@@ -4,10 +4,12 @@ Each section checks its own values when it is created; `Config` checks values th
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from trainer.data.csv_columns import ROLES as CSV_ROLES
+from trainer.data.group_by import check_pattern
 from trainer.data.normalization import find_wrong_normalization
 from trainer.errors import UserError
 from trainer.optim.schedule import parse_duration, parse_interval
@@ -44,6 +46,12 @@ class RunConfig:
 
     audit: bool = False
     """Audit files to compare runs: the examples, pixel checksums and learning rate of every update."""
+    report: Literal["auto", "off"] = "auto"
+    """HTML report in the run folder, report.html: written during the run and at its end (auto), or not (off)."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers that receive config, metrics and pictures, such as [tensorboard, mlflow]; a resumed run continues theirs."""
+    tracker_project: str = "regraft"
+    """Project of the run in wandb and trackio, and its experiment in mlflow."""
 
     def __post_init__(self) -> None:
         if not self.dir.strip():
@@ -53,6 +61,8 @@ class RunConfig:
         valid = not isinstance(self.hang_timeout, int | float) or 0 < self.hang_timeout <= 1e6
         expected = "seconds (above 0, up to 1,000,000), auto, or null"
         _check("run.hang_timeout", self.hang_timeout, valid, expected)
+        valid = re.fullmatch(r"[\w.-]{1,100}", self.tracker_project) is not None
+        _check("run.tracker_project", repr(self.tracker_project), valid, "up to 100 letters, digits, _, - and .")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +83,10 @@ class DataConfig:
     """Folder of the images of a CSV, relative to the CSV; null is the folder of the CSV."""
     csv_suffix: str | None = None
     """File extension to add to the paths of a CSV, such as .jpg for a column of ids; null adds none."""
+    exclude: str | None = None
+    """Excluded images: a CSV with a column path, or a list of paths, relative to data.root or absolute, which are left out of every split."""
+    group_by: str | None = None
+    """Group pattern: regular expression whose capturing group in an image's relative path names what no split divides, such as '(patient[0-9]+)'."""
     image_size: int | None = None
     """Image size of the model's square input [pixels]; null uses that of the weights."""
     resize_size: int | None = None
@@ -123,9 +137,14 @@ class DataConfig:
         wrong_roles = sorted({*self.csv_columns} - {*CSV_ROLES})
         if wrong_roles:
             raise UserError(f"data.csv_columns has {wrong_roles}: expected the keys {', '.join(CSV_ROLES)}")
-        for key in ("train_dir", "val_dir", "test_dir", "csv_root"):
-            folder: str | None = getattr(self, key)
-            _check(f"data.{key}", repr(folder), folder is None or bool(folder.strip()), "a folder, or null")
+        for key in ("train_dir", "val_dir", "test_dir", "csv_root", "exclude"):
+            path: str | None = getattr(self, key)
+            kind = "file" if key == "exclude" else "folder"
+            _check(f"data.{key}", repr(path), path is None or bool(path.strip()), f"a {kind}, or null")
+        if self.group_by is not None:
+            check_pattern("data.group_by", self.group_by)
+            if "group" in self.csv_columns:
+                raise UserError("data.group_by and the group of data.csv_columns are both set: set one of them")
         for key in ("image_size", "resize_size", "cache_resize"):
             size: int | None = getattr(self, key)
             _check(f"data.{key}", size, size is None or 1 <= size <= 8192, "1 to 8192 pixels, or null")

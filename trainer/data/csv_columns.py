@@ -7,7 +7,7 @@ from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
 
 ROLES = ("path", "label", "split", "group")
-"""What a column can hold. A column is used as the group only if `data.csv_columns` names it."""
+"""What a column can hold."""
 # Role -> recognized names, as letters and digits in lower case; names in an earlier group are preferred.
 _NAMES: dict[str, tuple[frozenset[str], ...]] = {
     "path": (
@@ -27,6 +27,7 @@ _NAMES: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"split", "partition", "datasplit", "splitname", "splitset"}),
         frozenset({"set", "dataset", "subset", "phase", "usage"}),
     ),
+    "group": (frozenset({"group", "groups", "groupid"}),),  # others, such as patient, may be more than one
 }
 
 
@@ -62,6 +63,9 @@ def find_columns(where: str, header: Sequence[str], given: Mapping[str, str]) ->
         elif found:
             candidates = join_truncated(header[i] for i in found)
             raise columns_error(where, header, f"several columns may be the {role}: {candidates}")
+    others = [position for role, position in positions.items() if role != "group"]
+    if "group" not in given and positions.get("group") in others:
+        del positions["group"]
     if "path" not in positions:
         roles = "path" if "label" in positions else "path and the label"
         raise columns_error(where, header, f"no column for the {roles} is recognized{_hint_at_header(header)}")

@@ -16,18 +16,18 @@ COLUMNS = ("path", "label", "split")
 """Columns of the CSV, in order."""
 
 
-def write_table(file: Path, rows: Iterable[tuple[str, str, str]]) -> None:
+def write_table(file: Path, rows: Iterable[tuple[str, str, str]], *, root: Path | None = None) -> None:
     """Write rows of (path, label, split) as a CSV that `read_table` reads unchanged.
 
-    Paths below the folder of the CSV are written relative to it, all others as absolute paths. Every field is
-    quoted, so that commas, quotes, spaces and line ends in names are preserved.
+    Paths below `root`, by default the folder of the CSV, are written relative to it, all others as absolute paths.
+    Every field is quoted, so that commas, quotes, spaces and line ends in names are preserved.
 
     Raises:
         UserError: the file cannot be written.
 
     """
     cwd = os.getcwd()
-    folder = os.path.join(cwd, file.parent, "")
+    folder = os.path.join(cwd, root or file.parent, "")
 
     def relative_if_inside(path: str) -> str:
         absolute = path if path.startswith("/") else os.path.join(cwd, path)

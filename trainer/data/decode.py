@@ -33,6 +33,7 @@ __all__ = [
     "decode",
     "decode_file",
     "decoder_version",
+    "exif_transpose",
     "hash_file",
     "open_image_file",
     "upright_rgb",
@@ -107,12 +108,12 @@ def decode_file(file: BinaryIO, path: str | os.PathLike[str]) -> DecodedImage:
         try:
             with Image.open(file, formats=formats_for(os.fspath(path))) as stored:
                 if (pixels := decode_jpeg(stored, file)) is not None:
-                    operation = _exif_transpose(stored)
+                    operation = exif_transpose(stored)
                     return DecodedImage(pixels if operation is None else _transpose(pixels, operation), ())
                 tiff = read_tiff_kind(file) if isinstance(stored, TiffImagePlugin.TiffImageFile) else None
                 samples = read_sample_format(stored, file)
                 stored.load()
-                operation = _exif_transpose(stored)
+                operation = exif_transpose(stored)
                 rgb = to_rgb(stored, samples, file)
                 upright = rgb.image if operation is None else rgb.image.transpose(operation)
                 return DecodedImage(np.asarray(upright), rgb.conversions)
@@ -138,7 +139,7 @@ def upright_rgb(image: Image.Image) -> np.ndarray:
         UnreadableImage: pixel values that cannot be converted to 8 bits.
 
     """
-    operation = _exif_transpose(image)
+    operation = exif_transpose(image)
     rgb = to_rgb(image, SampleFormat()).image
     return np.asarray(rgb if operation is None else rgb.transpose(operation))
 
@@ -213,7 +214,7 @@ def hash_file(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _exif_transpose(image: Image.Image) -> Image.Transpose | None:
+def exif_transpose(image: Image.Image) -> Image.Transpose | None:
     """Return the operation that makes the image upright; None if there is none or the metadata is damaged.
 
     Pillow's `exif_transpose` also rewrites the metadata and fails if it is damaged.

@@ -8,14 +8,15 @@
 the same in every split: the position of its name among the sorted training classes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trainer.data.class_names import describe_difference, find_lookalikes
 from trainer.data.csv_write import write_table
 from trainer.data.folder_cache import FolderCache
+from trainer.data.group_by import describe_divided, find_groups
 from trainer.data.layout import Listing, read_folder
 from trainer.data.scan import Scan, scan_dir
 from trainer.data.split import PathsByClass, grouped_split
@@ -55,6 +56,10 @@ class DatasetIndex:
     """Whether a seeded split was made, which the run must save."""
     notes: tuple[str, ...]
     """Messages about ignored files, missing classes and splits."""
+    excluded: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+    """Split -> its examples that the option `data.exclude` leaves out."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """Path -> what several images share, such as a patient, for images that have such a group."""
 
     def with_few_to_evaluate(self, count: int) -> "DatasetIndex":
         """Return the index with about `count` examples in each evaluated split, spread over the classes."""
@@ -95,6 +100,7 @@ def read_index(
     extensions: Sequence[str],
     split_dirs: Mapping[str, str | None] | None = None,
     table: TableFormat | None = None,
+    group_by: str | None = None,
     cache: Path | None = None,
 ) -> DatasetIndex:
     """Return the examples of a folder or a CSV file.
@@ -107,6 +113,8 @@ def read_index(
         extensions: file extensions of images, with their dot, in any case; not used for a CSV.
         split_dirs: split -> its folder, or None to look for it; not allowed for a CSV.
         table: how to read a CSV; not allowed for a folder.
+        group_by: regular expression that captures the group in a path, as the option `data.group_by`; replaces the
+            groups of a CSV.
         cache: cache folder, in which the entries of class folders are kept; None: every folder is scanned.
 
     Raises:
@@ -134,6 +142,7 @@ def read_index(
         raise UserError(f"{where}: neither a folder nor a CSV file")
     classes = tuple(sorted(listing.splits["train"]))
     _check_classes(listing, classes, where)
+    listing = _add_groups(listing, group_by, str(root))
     if spaced := [repr(name) for name in classes if name != name.strip()]:
         listing.notes.append(f"class names that begin or end with spaces: {join_truncated(spaced)}")
     listing, split_made = _add_splits(listing, where, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
@@ -147,7 +156,7 @@ def read_index(
             if not splits[split]:
                 raise UserError(
                     f"{where}: no image to {purpose} in {listing.sources[split]}. Expected at least one; a "
-                    "class needs two images to give one to a split"
+                    "class needs two images, or two groups, to give one to a split"
                 )
             notes += _note_absent_classes(classes, splits[split], purpose, listing.sources[split])
     return DatasetIndex(
@@ -159,34 +168,43 @@ def read_index(
         reported=listing.sources["test"],
         split_made=split_made,
         notes=tuple(notes),
+        groups=listing.groups,
     )
 
 
-def without_images(index: DatasetIndex, unreadable: Mapping[str, str]) -> DatasetIndex:
-    """Return the index without the unreadable images (path -> reason).
+def without_images(
+    index: DatasetIndex, paths: Collection[str], *, absent: str = "can be read", remedy: str = "repair or replace them"
+) -> DatasetIndex:
+    """Return the index without some images.
+
+    Args:
+        index: the examples.
+        paths: paths of the images.
+        absent: what no image of a class or a split would be or do, for the error.
+        remedy: what to do then.
 
     Raises:
         UserError: a class has no training image left, or an evaluation split has no image left.
 
     """
 
-    def readable(examples: tuple[Example, ...]) -> tuple[Example, ...]:
-        return tuple(example for example in examples if example.path not in unreadable)
+    def kept(examples: tuple[Example, ...]) -> tuple[Example, ...]:
+        return tuple(example for example in examples if example.path not in paths)
 
-    train, val, test = readable(index.train), readable(index.val), readable(index.test)
+    train, val, test = kept(index.train), kept(index.val), kept(index.test)
     labels = {example.label for example in train}
     empty = [name for label, name in enumerate(index.classes) if label not in labels]
     if empty:
         raise UserError(
-            f"no training image of these classes can be read: {join_truncated(empty)}. Repair or replace their images, "
-            "or remove the classes"
+            f"no training image of these classes {absent}: {join_truncated(empty)}. {remedy.capitalize()}, or remove "
+            "the classes"
         )
     notes = list(index.notes)
     for before, after, purpose in ((index.val, val, _PURPOSE["val"]), (index.test, test, _PURPOSE["test"])):
         if before and not after:
-            raise UserError(f"none of the {len(before)} images to {purpose} can be read: repair or replace them")
-        old_notes = set(_note_absent_classes(index.classes, before, purpose, "the readable images"))
-        new_notes = _note_absent_classes(index.classes, after, purpose, "the readable images")
+            raise UserError(f"none of the {len(before)} images to {purpose} {absent}: {remedy}")
+        old_notes = set(_note_absent_classes(index.classes, before, purpose, "the images that are left"))
+        new_notes = _note_absent_classes(index.classes, after, purpose, "the images that are left")
         notes += [note for note in new_notes if note not in old_notes]
     return replace(index, train=train, val=val, test=test, notes=tuple(notes))
 
@@ -198,10 +216,24 @@ def write_split(index: DatasetIndex, path: Path) -> None:
         UserError: the file cannot be written.
 
     """
-    splits = (("train", index.train), ("val", index.val), ("test", index.test))
-    write_table(
-        path, ((example.path, index.classes[example.label], name) for name, examples in splits for example in examples)
-    )
+    splits = {"train": index.train, "val": index.val, "test": index.test}
+    write_table(path, _rows(index, splits))
+
+
+def write_excluded(index: DatasetIndex, path: Path) -> None:
+    """Write the excluded images atomically as a CSV that the option `data.exclude` reads.
+
+    Raises:
+        UserError: the file cannot be written.
+
+    """
+    write_table(path, _rows(index, index.excluded), root=index.root)
+
+
+def _rows(index: DatasetIndex, splits: Mapping[str, tuple[Example, ...]]) -> Iterator[tuple[str, str, str]]:
+    for split, examples in splits.items():
+        for path, label in examples:
+            yield path, index.classes[label], split
 
 
 def _read_folder(root: str, extensions: Sequence[str], given: Mapping[str, str], cache: Path | None) -> Listing:
@@ -230,14 +262,21 @@ def _read_csv(file: Path, table: TableFormat) -> Listing:
     sources = {split: f"the CSV's {split} rows" for split in splits}
     groups = {row.path: row.group for row in rows if row.group}
     notes = [f"{len(rows)} images listed in {escape_unprintable(file.name)}", *notes]
-    splits_of: dict[str, set[str | None]] = {}
-    for row in rows:
-        if row.group:
-            splits_of.setdefault(row.group, set()).add(row.split)
-    divided = [group for group, found in splits_of.items() if len(found) > 1]
-    if divided:
-        notes.append(f"groups with images in more than one split: {len(divided)} ({join_truncated(divided, limit=3)})")
     return Listing(splits, sources, notes, groups)
+
+
+def _add_groups(listing: Listing, group_by: str | None, root: str) -> Listing:
+    """Return the listing with the groups of `group_by`, if it is set, and with notes about groups."""
+    splits = {split: [path for paths in images.values() for path in paths] for split, images in listing.splits.items()}
+    groups, notes = listing.groups, list[str]()
+    if group_by is not None:
+        groups, note = find_groups(group_by, [path for paths in splits.values() for path in paths], root)
+        notes.append(note)
+    elif groups:
+        notes.append(f"groups of the CSV: {len({*groups.values()})} of {len(groups)} images")
+    if groups:
+        notes += describe_divided(splits, groups)
+    return listing._replace(groups=groups, notes=[*listing.notes, *notes])
 
 
 def _check_classes(listing: Listing, classes: tuple[str, ...], where: str) -> None:
@@ -292,8 +331,6 @@ def _add_splits(
         splits["train"], splits[split] = grouped_split(
             splits["train"], listing.groups, fraction, seed=seed, purpose=split
         )
-        if any(not paths for paths in splits["train"].values()):
-            raise UserError(f"{where}: the groups of data.csv_columns leave a class without training images")
         sources[split] = f"a split of {100 * fraction:g} %"
         notes.append(
             f"held out from {listing.sources['train']} to {_PURPOSE[split]}, by class and data.seed {seed}: "

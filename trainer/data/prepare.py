@@ -3,12 +3,14 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from trainer.config.schema import DataConfig
+from trainer.data.exclude import describe, find_excluded
 from trainer.data.index import DatasetIndex, Example, read_index, without_images
 from trainer.data.progress import NO_PROGRESS, ProgressHooks
 from trainer.data.registry import cache_folder, resolve_root
@@ -83,7 +85,7 @@ def list_examples(data: DataConfig, *, displays: ProgressHooks = NO_PROGRESS) ->
     cache = cache_folder(data.cache)
     with displays.downloading(data.root) as on_progress:
         folder = resolve_root(data.root, cache=cache, seed=data.seed, on_progress=on_progress)
-    return read_index(
+    index = read_index(
         folder,
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
@@ -91,8 +93,32 @@ def list_examples(data: DataConfig, *, displays: ProgressHooks = NO_PROGRESS) ->
         extensions=data.extensions,
         split_dirs={"train": data.train_dir, "val": data.val_dir, "test": data.test_dir},
         table=TableFormat(columns=data.csv_columns, root=data.csv_root, suffix=data.csv_suffix),
+        group_by=data.group_by,
         cache=cache,
     )
+    return index if data.exclude is None else exclude_images(index, Path(data.exclude))
+
+
+def exclude_images(index: DatasetIndex, file: Path) -> DatasetIndex:
+    """Return the index without the images that a file names. The other images keep their splits.
+
+    Args:
+        index: the examples of all splits.
+        file: see `find_excluded`.
+
+    Raises:
+        UserError: see `find_excluded`; or nothing is left of a split or a class.
+
+    """
+    splits = {"train": index.train, "val": index.val, "test": index.test}
+    paths = find_excluded(file, index.root, (path for examples in splits.values() for path, _ in examples))
+    excluded = {
+        split: tuple(example for example in examples if example.path in paths) for split, examples in splits.items()
+    }
+    counts = ", ".join(f"{len(examples)} of {split}" for split, examples in excluded.items() if examples)
+    remaining = without_images(index, paths, absent=f"is left by {describe(file)}", remedy="shorten the list")
+    note = f"images left out by {describe(file)}: {len(paths)}" + (f" ({counts})" if counts else "")
+    return replace(remaining, excluded=excluded, notes=(*remaining.notes, note))
 
 
 def validate_examples(

@@ -17,6 +17,8 @@ class ProgressHooks:
     """Opens a display; it yields a callback for (images checked, total images)."""
     caching: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext
     """Opens a display; it yields a callback for (images cached, total images)."""
+    comparing: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext
+    """Opens a display; it yields a callback for (images compared with all others, total images)."""
 
 
 NO_PROGRESS = ProgressHooks()

@@ -1,5 +1,6 @@
 """Seeded, stratified splits: a pure function of the seed, the class names and the sorted paths."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,9 @@ from trainer.seeds import derive_seed
 
 PathsByClass = dict[str, list[str]]
 """Class -> paths of its images."""
+_MAX_PASSES = 10
+_MIN_GAIN = 1e-12
+"""Smallest decrease of the error for which a group changes its side; less is rounding."""
 
 
 def stratified_split(
@@ -41,24 +45,74 @@ def grouped_split(
 ) -> tuple[PathsByClass, PathsByClass]:
     """Return (remaining images, held-out images) so that all images of a group are on one side.
 
-    Each group counts as one image of the class that most of its images have; `fraction` is that of the groups. An image
-    that is not in `groups` (path -> group) is a group of its own, so without groups this is `stratified_split`.
+    The held-out groups are chosen so that the fraction of each class is close to `fraction`, as in scikit-learn's
+    StratifiedGroupKFold. Each class keeps at least one image. An image that is not in `groups` (path -> group) is a
+    group of its own. Without groups, this is `stratified_split`.
     """
     if not groups:
         return stratified_split(images, fraction, seed=seed, purpose=purpose)
-    classes: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     for name, paths in images.items():
         for path in paths:
-            classes.setdefault(groups.get(path, path), Counter())[name] += 1
-    units: PathsByClass = {}
-    for group, counts in classes.items():
-        units.setdefault(max(sorted(counts), key=counts.__getitem__), []).append(group)
-    _, held_out_units = stratified_split(units, fraction, seed=seed, purpose=purpose)
-    held_out = {group for selected in held_out_units.values() for group in selected}
+            counts.setdefault(groups.get(path, path), Counter())[name] += 1
+    totals = {name: len(paths) for name, paths in images.items()}
+    targets = split_counts(totals, fraction, seed=seed)
+    held_out = _select_groups(counts, targets, totals, derive_seed(f"split {purpose} groups", seed))
     return (
         {name: [path for path in paths if groups.get(path, path) not in held_out] for name, paths in images.items()},
         {name: [path for path in paths if groups.get(path, path) in held_out] for name, paths in images.items()},
     )
+
+
+def _select_groups(
+    counts: Mapping[str, Counter[str]], targets: Mapping[str, int], totals: Mapping[str, int], seed: int
+) -> set[str]:
+    """Return the groups to hold out, by coordinate descent on the sum of squared errors of the classes.
+
+    Groups are visited in a seeded order. A group changes its side if that brings the held-out fractions of its classes
+    closer to their targets, until no group does. A class whose groups are all too large still holds out one of them.
+
+    Args:
+        counts: group -> class -> number of its images.
+        targets: class -> number of images to hold out.
+        totals: class -> number of images.
+        seed: of the order.
+
+    """
+    order = sorted(counts)
+    random.Random(seed).shuffle(order)
+    held_out: set[str] = set()
+    missing = dict(targets)  # class -> target minus the number of held-out images
+
+    def gain(group: str) -> float:
+        """Return the decrease of the error if the group changes its side; -inf if a class would have no image left."""
+        sign = -1 if group in held_out else 1
+        decrease = 0.0
+        for name, count in counts[group].items():
+            if sign > 0 and totals[name] - targets[name] + missing[name] <= count:
+                return -math.inf
+            decrease += (missing[name] ** 2 - (missing[name] - sign * count) ** 2) / totals[name] ** 2
+        return decrease
+
+    def change_side(group: str) -> None:
+        sign = -1 if group in held_out else 1
+        held_out.symmetric_difference_update((group,))
+        for name, count in counts[group].items():
+            missing[name] -= sign * count
+
+    for _ in range(_MAX_PASSES):
+        before = set(held_out)
+        for group in order:
+            if gain(group) > _MIN_GAIN:
+                change_side(group)
+        if held_out == before:
+            break
+    for name in sorted(totals):
+        if targets[name] and missing[name] == targets[name]:
+            best = max((group for group in order if name in counts[group]), key=gain)
+            if gain(best) > -math.inf:
+                change_side(best)
+    return held_out
 
 
 def split_counts(counts: Mapping[str, int], fraction: float, *, seed: int) -> dict[str, int]:

@@ -23,6 +23,7 @@ from trainer.data.csv_values import (
     read_split_column,
 )
 from trainer.data.csv_write import COLUMNS
+from trainer.data.split_names import split_kind
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
 
@@ -153,7 +154,10 @@ def _find_columns(file: Path, table: TableFormat) -> tuple[_Columns, list[str]]:
         return (columns := _Columns(header, roles, None, [])), columns.describe()
     records = itertools.islice(read_records(file), 1, None)
     rows = filter(None, (fit_fields(record, len(header)) for _, record in records))
-    counts = count_values(rows, {*range(len(header))} - {*roles.values()} | {roles.get("split", roles["path"])})
+    guesses = {roles[role] for role in ("split", "group") if role in roles}
+    counts = count_values(rows, {*range(len(header))} - {*roles.values()} | guesses)
+    if "group" not in table.columns and all(map(split_kind, counts.get(roles.get("group", -1), {"": 0}))):
+        del roles["group"]  # it holds splits
     splits = _find_splits(file, header, roles, counts, is_guess=is_guess)
     columns = _Columns(header, roles, splits, [] if "label" in roles else _find_one_hot(file, header, roles, counts))
     return columns, columns.describe()

@@ -31,12 +31,13 @@ def progress_hooks(console: Console) -> ProgressHooks:
         downloading=partial(downloading, console),
         checking=partial(counting, console, "checking"),
         caching=partial(counting, console, "caching"),
+        comparing=partial(counting, console, "comparing"),
     )
 
 
 @contextmanager
 def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show the progress of `what`, checking or caching images: a bar on a terminal, otherwise a line every few seconds.
+    """Show the progress of `what` images: a bar on a terminal, otherwise a line every few seconds.
 
     Yields a function to call with (images done, total images), or None if the console is quiet.
     """

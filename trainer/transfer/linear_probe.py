@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from trainer.data.split import grouped_split
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
@@ -92,8 +93,23 @@ def _check_logits(model: nn.Module, head: str, images: Tensor) -> None:
         )
 
 
-def held_out_mask(labels: Tensor, seed: int) -> Tensor:
-    """Return which examples are held out, bool [examples]: a fifth of each class, at least 1 of 2, and none of 1."""
+def held_out_mask(labels: Tensor, seed: int, groups: Sequence[str | None] = ()) -> Tensor:
+    """Return which examples are held out, bool [examples]: a fifth of each class, at least 1 of 2, and none of 1.
+
+    Args:
+        labels: int64 [examples].
+        seed: selects the examples.
+        groups: group of each example, or None; if there are any, whole groups are held out.
+
+    """
+    if any(groups):
+        images: dict[str, list[str]] = {}
+        for example, label in enumerate(labels.tolist()):
+            images.setdefault(str(label), []).append(str(example))
+        of = {str(example): group for example, group in enumerate(groups) if group}
+        _, held_out = grouped_split(images, of, HELD_OUT, seed=seed, purpose="val")
+        selected = [int(example) for examples in held_out.values() for example in examples]
+        return torch.zeros(len(labels), dtype=torch.bool).index_fill(0, torch.tensor(selected, dtype=torch.int64), True)
     mask = torch.zeros(len(labels), dtype=torch.bool)
     generator = torch.Generator().manual_seed(derive_seed("probe", seed))
     for label in labels.unique().tolist():
@@ -110,7 +126,7 @@ def fit_head(
     labels: Sequence[int],
     *,
     balanced: bool,
-    seed: int,
+    held_out: Tensor,
     normalize: Callable[[Tensor], Tensor],
     ctx: DistributedContext,
     watchdog: Callable[[Heartbeat], AbstractContextManager[Heartbeat]],
@@ -128,7 +144,7 @@ def fit_head(
             preprocessed as in evaluation.
         labels: of all training examples.
         balanced: give all classes the same weight, whatever the number of their examples.
-        seed: selects the held-out examples.
+        held_out: which examples the penalty is selected on, bool [examples]; see `held_out_mask`.
         normalize: uint8 images -> the model's input.
         ctx: the processes.
         watchdog: returns a context that watches over the pass.
@@ -158,7 +174,7 @@ def fit_head(
                 torch.tensor(labels),
                 layer.weight.shape[0],
                 balanced=balanced,
-                seed=seed,
+                held_out=held_out,
                 intercept=layer.bias is not None,
             )
             if ctx.is_main_process
@@ -172,11 +188,10 @@ def fit_head(
         if layer.bias is not None:
             layer.bias.copy_(result.solution.bias)
     end = time.perf_counter()
-    count = int(held_out_mask(torch.tensor(labels), seed).sum())
     size = " x ".join(map(str, features.shape))
     log(
         f"linear probe: features {size} in {pass_end - start:.1f} s, output layer in {end - pass_end:.1f} s; "
-        f"{_report(result, count)}"
+        f"{_report(result, int(held_out.sum()))}"
     )
     return end - start
 
@@ -221,7 +236,9 @@ def _extract_features(
     return features
 
 
-def _solve(features: Tensor, labels: Tensor, classes: int, *, balanced: bool, seed: int, intercept: bool) -> CVResult:
+def _solve(
+    features: Tensor, labels: Tensor, classes: int, *, balanced: bool, held_out: Tensor, intercept: bool
+) -> CVResult:
     """Return the solution, on the CPU, with the penalty that is best on the held-out examples."""
     not_finite = ~features.isfinite().all(1)
     if bool(not_finite.any()):
@@ -229,7 +246,7 @@ def _solve(features: Tensor, labels: Tensor, classes: int, *, balanced: bool, se
             f"model.head_init is linear-probe, but the source model's features of {int(not_finite.sum())} training "
             "images are not finite: check model.weights, data.mean and data.std, or set train.precision to fp32"
         )
-    held_out = held_out_mask(labels, seed).to(features.device)
+    held_out = held_out.to(features.device)
     weights = None
     if balanced:
         weights = balanced_weights(labels.bincount(minlength=classes).tolist())[labels].to(features)

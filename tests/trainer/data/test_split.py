@@ -1,8 +1,10 @@
 import random
 
+import numpy as np
 import pytest
+from sklearn.model_selection import StratifiedGroupKFold
 
-from trainer.data.split import split_counts, stratified_split
+from trainer.data.split import grouped_split, split_counts, stratified_split
 
 
 def images(counts: dict[str, int]) -> dict[str, list[str]]:
@@ -62,3 +64,45 @@ def test_split_does_not_change_between_versions() -> None:
     """A resumed run needs the same split."""
     _, cut = stratified_split(images({"a": 20}), 0.2, seed=3, purpose="test")
     assert [path[-8:-4] for path in cut["a"]] == ["0000", "0003", "0004", "0017"]
+
+
+def test_groups_are_divided_as_evenly_as_by_scikit_learn() -> None:
+    ours, theirs = [], []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        members = rng.choice([1, 2, 5, 10, 20], 60)
+        group = np.repeat(np.arange(60), members)
+        label = rng.integers(0, 4, 60)[group] if seed % 2 else rng.integers(0, 4, len(group))
+        given = {f"c{c}": [f"c{c}/{i}" for i in np.flatnonzero(label == c)] for c in range(4)}
+        groups = {path: f"g{group[int(path[3:])]}" for paths in given.values() for path in paths}
+        left, cut = grouped_split(given, groups, 0.2, seed=seed, purpose="test")
+        assert {groups[p] for paths in left.values() for p in paths}.isdisjoint(
+            groups[p] for paths in cut.values() for p in paths
+        )
+        assert all(sorted(left[name] + cut[name]) == sorted(paths) and left[name] for name, paths in given.items())
+        ours.append(max(abs(len(cut[name]) / len(paths) - 0.2) for name, paths in given.items()))
+        folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(label, label, group)
+        _, held_out = next(folds)
+        theirs.append(max(abs((label[held_out] == c).sum() / (label == c).sum() - 0.2) for c in range(4)))
+    assert np.mean(ours) <= np.mean(theirs)
+
+
+def test_groups_of_one_image_are_held_out_in_the_requested_fraction() -> None:
+    given = images({"a": 50, "b": 10})
+    _, cut = grouped_split(given, {given["a"][0]: "x", given["b"][0]: "x"}, 0.2, seed=0, purpose="val")
+    assert (len(cut["a"]), len(cut["b"])) == (10, 2)
+
+
+@pytest.mark.parametrize(
+    ("groups", "held_out"),
+    [
+        ({"a": ["x"] * 6, "b": ["y"] * 6}, 0),  # a class keeps its last group
+        ({"a": ["x"] * 6 + ["y"] * 6, "b": ["z", "w"] * 6}, 2),  # each class holds out one, although half is much
+    ],
+)
+def test_large_groups(groups: dict[str, list[str]], held_out: int) -> None:
+    given = images({name: len(names) for name, names in groups.items()})
+    of = {path: group for name, paths in given.items() for path, group in zip(paths, groups[name], strict=True)}
+    left, cut = grouped_split(given, of, 0.2, seed=0, purpose="test")
+    assert all(left.values())
+    assert len({of[path] for paths in cut.values() for path in paths}) == held_out

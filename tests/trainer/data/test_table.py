@@ -1,5 +1,4 @@
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -256,14 +255,37 @@ def test_no_split_divides_a_group(tmp_path: Path) -> None:
     patients = [{int(name[1:]) // 5 for name in names(split)} for split in (index.train, index.val, index.test)]
     assert all(patients)
     assert sum(map(len, patients)) == len(set().union(*patients)) == 6
-    # The only image of class c is in one of the groups, which may be held out as a whole.
-    for patient, may_be_held_out in ((0, True), (2, False)):
-        file = make_csv(tmp_path, f"path,label,who\nc.jpg,c,patient {patient}\n" + "".join(lines), images="c")
-        with pytest.raises(UserError, match="leave a class without") if may_be_held_out else nullcontext():
-            read(file, table=TableFormat(columns={"group": "who"}))
+    # The only image of class c is in one of the groups, which is never held out.
+    file = make_csv(tmp_path, "path,label,who\nc.jpg,c,patient 0\n" + "".join(lines), images="c")
+    assert "c" in names(read(file, table=TableFormat(columns={"group": "who"})).train)
     with_split = make_csv(tmp_path, "path,label,split,who\na1.jpg,a,train,x\nb1.jpg,b,train,y\na2.jpg,a,test,x\n")
     notes = read(with_split, table=TableFormat(columns={"group": "who"})).notes
-    assert any("groups with images in more than one split: 1 (x)" in note for note in notes)
+    assert any("groups with images in more than one split" in note and "1 of 2" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("header", "groups"),
+    [
+        ("path,label,group", 6),
+        ("path,label,Group_ID", 6),
+        ("path,group,who", 0),  # the option says that it is the label
+        ("path,label,patient", 0),  # it may be a number of visits
+    ],
+)
+def test_a_column_called_group_is_used(tmp_path: Path, header: str, groups: int) -> None:
+    images = [f"{c}{i}" for c in "ab" for i in range(30)]
+    lines = [f"{name}.jpg,{name[0]},patient {int(name[1:]) // 5}\n" for name in images]
+    file = make_csv(tmp_path, f"{header}\n" + "".join(lines), images=" ".join(images))
+    columns = {"label": "group"} if ",group," in header else {}
+    index = read(file, table=TableFormat(columns=columns))
+    assert len({*index.groups.values()}) == groups
+    assert any(f"groups of the CSV: {groups} of 60 images" in note for note in index.notes) == bool(groups)
+
+
+def test_a_column_called_group_may_hold_the_split(tmp_path: Path) -> None:
+    file = make_csv(tmp_path, "path,label,group\na1.jpg,a,train\nb1.jpg,b,train\na2.jpg,a,test\nb2.jpg,b,test\n")
+    index = read(file)
+    assert (len(index.train), len(index.test), index.groups) == (2, 2, {})
 
 
 @pytest.mark.parametrize(

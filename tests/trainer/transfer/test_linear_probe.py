@@ -46,7 +46,7 @@ def fit_probe(
         make_batches(images, labels),
         labels,
         balanced=balanced,
-        seed=0,
+        held_out=held_out_mask(torch.tensor(labels), 0),
         normalize=normalize,
         ctx=ctx,
         watchdog=nullcontext,
@@ -201,6 +201,14 @@ def test_a_fifth_of_each_class_is_held_out_by_seed() -> None:
     assert [int(mask[labels == k].sum()) for k in range(4)] == [10, 1, 0, 1]
     assert torch.equal(mask, held_out_mask(labels, 5))
     assert not torch.equal(mask, held_out_mask(labels, 6))
+    groups = [None if example % 3 == 0 else f"patient {example % 10}" for example in range(len(labels))]
+    mask = held_out_mask(labels, 5, groups)
+    held_out, rest = (
+        {groups[i] for i in (mask == side).nonzero().flatten().tolist()} - {None} for side in (True, False)
+    )
+    assert held_out.isdisjoint(rest)
+    assert (held_out | rest) == {*groups} - {None}
+    assert 0.1 < mask.float().mean() < 0.3
 
 
 def test_a_solution_that_has_not_converged_is_reported(ctx: DistributedContext, monkeypatch: Any) -> None:

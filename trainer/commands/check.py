@@ -1,0 +1,131 @@
+"""Check a dataset before training: `regraft check DATA [--json FILE] [--html FILE] [--fail-on LEVEL]`.
+
+Counts and describes its images, and looks for files that cannot be read, duplicates and leakage between its splits.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Before all other imports: see regraft/search_path.py.
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[2])]
+    from regraft.search_path import protect_imports
+
+    protect_imports()
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from regraft.command_line import is_dataset, join_values
+from regraft.contract import DONE, FAILED, available_cores
+from trainer.check.findings import CheckResult
+from trainer.check.inspection import inspect, make_result
+from trainer.check.terminal import print_result
+from trainer.cli import exit_after, run_cli
+from trainer.config.parse import parse, split_command
+from trainer.errors import UserError
+from trainer.report.progress import progress_hooks
+from trainer.run.atomic import write_atomically
+from trainer.text import escape_unprintable
+
+
+def check(argv: Sequence[str]) -> tuple[CheckResult, bool]:
+    """Check a dataset, print the result and write its files.
+
+    Returns:
+        The result, and whether it has a finding of the severity given by --fail-on.
+
+    Raises:
+        UserError: there is no such dataset, a wrong option, or a file cannot be written.
+
+    """
+    own, options = split_command(parser(), argv)
+    if not any(is_dataset(word) or word.startswith(("--config=", "--data.root=")) for word in join_values(options)):
+        raise UserError("there is no dataset on the command line: regraft check DATA")
+    data = parse(options).data
+    if data.root is None:
+        raise UserError("data.root is null in the config: name the dataset, as in regraft check DATA")
+    _check_outputs(own.json, own.html)
+    progress = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    inspection = inspect(
+        data, workers=available_cores(), near=own.duplicates == "near", displays=progress_hooks(progress)
+    )
+    result = make_result(inspection, data)
+    print_result(Console(highlight=False, markup=False, emoji=False), result)
+    if own.json is not None:
+        _write(own.json, json.dumps(result.to_json(), indent=1) + "\n")
+    if own.html is not None:
+        from trainer.check.page import render_page  # noqa: PLC0415 (Jinja2 is imported only for a page)
+
+        _write(own.html, render_page(result, resize=data.resize))
+    return result, own.fail_on != "never" and result.has(own.fail_on)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's own options."""
+    own = argparse.ArgumentParser(
+        prog="regraft check",
+        usage="regraft check DATA [--json FILE] [--html FILE] [--fail-on LEVEL] [--data.KEY VALUE ...]",
+        allow_abbrev=False,
+        description="Check a dataset before training: classes, sizes and formats, unreadable and wrongly named files, "
+        "duplicates and near-duplicates, and leakage between its splits.",
+        epilog="DATA and all other options are those of regraft train: a folder, a CSV or a dataset name, --config "
+        "FILE, --data.KEY VALUE. Exit codes: 0: nothing of the severity --fail-on; 1: a finding of it; 2: an error "
+        "that can be fixed.",
+    )
+    add = own.add_argument
+    add("--json", type=Path, metavar="FILE", help="write all findings and groups of duplicates as JSON")
+    add("--html", type=Path, metavar="FILE", help="write a page with charts and thumbnails of the duplicates")
+    add(
+        "--fail-on",
+        choices=("error", "warning", "never"),
+        default="error",
+        help="exit with code 1 if there is such a finding, for CI (default: error)",
+    )
+    add(
+        "--duplicates",
+        choices=("near", "exact"),
+        default="near",
+        help="find re-encoded, resized, cropped and mirrored copies too, or only equal files (default: near)",
+    )
+    return own
+
+
+def _check_outputs(*files: Path | None) -> None:
+    """Raise a UserError before the long work if an output cannot be a file; a device or a pipe is not replaced."""
+    for file in filter(None, files):
+        if not file.parent.is_dir():
+            reason = "there is no such folder"
+        elif file.exists() and not file.is_file():
+            reason = "it is not a regular file"
+        else:
+            continue
+        raise UserError(f"{escape_unprintable(str(file))}: cannot be written: {reason}")
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UserError(f"{escape_unprintable(str(file))}: cannot be written ({error.strerror})") from None
+    print(f"{escape_unprintable(str(file))}: written")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command, and return the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    has_failed = False
+
+    def run() -> None:
+        nonlocal has_failed
+        _, has_failed = check(words)
+
+    code = run_cli(lambda _: run(), on_restart="The same command checks all images again")
+    return FAILED if code == DONE and has_failed else code
+
+
+if __name__ == "__main__":
+    exit_after(main)
