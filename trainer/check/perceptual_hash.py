@@ -19,7 +19,7 @@ MAX_DISTANCE = 16
 MIN_CORRELATION = 0.9
 """Smallest correlation of the aligned thumbnails of two images that show the same."""
 _MIN_UNALIGNED = 0.4
-_MIN_CONTRAST = 2.0
+MIN_CONTRAST = 2.0
 """Smallest standard deviation of a thumbnail [8-bit values]: the hash of an image of one color is noise."""
 _FREQUENCIES = 8
 _CROP_STEP, _CROP_STEPS = 0.025, 4
@@ -33,7 +33,7 @@ _MIRROR = (-1.0) ** np.arange(_FREQUENCIES, dtype=np.float32)
 """Factor of each horizontal frequency that mirrors an image."""
 
 
-class _Candidate(NamedTuple):
+class Candidate(NamedTuple):
     """Two images, by their positions."""
 
     one: int
@@ -70,14 +70,14 @@ def find_near_duplicates(
         on_progress: called from time to time with (images compared with all others, total images).
 
     """
-    usable = np.flatnonzero(_contrast(thumbnails) >= _MIN_CONTRAST)
+    usable = np.flatnonzero(contrast(thumbnails) >= MIN_CONTRAST)
     usable_thumbnails = thumbnails[usable]
     hashes, mirrored = hash_thumbnails(usable_thumbnails)
     groups = np.arange(len(usable))  # of each image; those that show the same have the same number
-    queue: list[_Candidate] = []
+    queue: list[Candidate] = []
 
     def confirm() -> Iterator[tuple[int, int]]:
-        for one, other in _confirm(usable_thumbnails, queue):
+        for one, other in confirm_candidates(usable_thumbnails, queue):
             if groups[one] != groups[other]:
                 groups[groups == groups[other]] = groups[one]
                 yield int(usable[one]), int(usable[other])
@@ -92,7 +92,7 @@ def find_near_duplicates(
             if len(found) > _MAX_CANDIDATES:
                 found = found[np.argsort(distances[found], kind="stable")[:_MAX_CANDIDATES]]
                 is_full = True
-            queue += [_Candidate(one, other, is_mirrored) for other in (found + one + 1).tolist()]
+            queue += [Candidate(one, other, is_mirrored) for other in (found + one + 1).tolist()]
         if is_full or len(queue) >= _BATCH:
             yield from confirm()
         if on_progress is not None and one % _BATCH == 0:
@@ -111,7 +111,7 @@ def correlate_aligned(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.maximum(_correlate_cropped(images, others), _correlate_cropped(others, images))
 
 
-def _contrast(thumbnails: np.ndarray) -> np.ndarray:
+def contrast(thumbnails: np.ndarray) -> np.ndarray:
     """Return the standard deviation of each thumbnail; in batches, since NumPy computes it in float64."""
     starts = range(0, len(thumbnails), _BATCH)
     return np.concatenate([thumbnails[start : start + _BATCH].std(axis=(1, 2)) for start in starts] or [np.empty(0)])
@@ -124,7 +124,7 @@ def _hash_spectrum(spectrum: np.ndarray) -> np.ndarray:
     return np.packbits(padded, axis=1).view(np.uint64)[:, 0]
 
 
-def _confirm(thumbnails: np.ndarray, candidates: Sequence[_Candidate]) -> Iterator[tuple[int, int]]:
+def confirm_candidates(thumbnails: np.ndarray, candidates: Sequence[Candidate]) -> Iterator[tuple[int, int]]:
     """Yield the pairs (one, other) whose thumbnails correlate."""
     for start in range(0, len(candidates), _BATCH):
         ones, others, is_mirrored = (
