@@ -45,6 +45,7 @@ on a Slurm cluster:
 
 runs:
   status      show the progress of a run, from its folder
+  report      write the HTML report of a run, or compare several runs on one page
 
 using a model:
   predict     predict the classes of images with a trained model
@@ -225,6 +226,7 @@ def _completion(argv: list[str]) -> int:
     options |= {"lr-find": ["--from", "--to", "--steps", *trainer]}
     options |= {"compare": ["--strategies", "--seeds", *trainer]}
     options |= {"predict": completion.PREDICT, "evaluate": completion.EVALUATE, "export": completion.EXPORT}
+    options |= {"report": ["--output", "--no-grad-cam"]}
     options |= {"status": completion.parser_options(_status_parser()), "completion": []}
     print(completion.render_script(argv[0], options, values), end="")
     return DONE
@@ -250,6 +252,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "predict": lambda argv: _exec_trainer("predict", "commands/predict.py", argv),
     "evaluate": lambda argv: _exec_trainer("evaluate", "commands/evaluate.py", argv),
     "export": lambda argv: _exec_trainer("export", "commands/export.py", argv),
+    "report": lambda argv: _exec_trainer("report", "commands/report.py", argv),
     "completion": _completion,
 }
 

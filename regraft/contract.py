@@ -20,15 +20,16 @@ INTERRUPTED = 130
 """Exit code after a second Ctrl-C."""
 
 CONFIG, METRICS, MODEL, SPLIT, CURVES = ("config.yaml", "metrics.jsonl", "model.safetensors", "split.csv", "curves.png")
-IMAGES, EXCLUDED = "images.json", "excluded.csv"
-EVALUATION, PREDICTIONS = "evaluation.json", "predictions.csv"
-CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS = (
+IMAGES, EXCLUDED, BLOCKS = "images.json", "excluded.csv", "blocks.json"
+EVALUATION, PREDICTIONS, REPORT = "evaluation.json", "predictions.csv", "report.html"
+CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS, TRACKERS = (
     "checkpoints",
     "attempts",
     "environment",
     "audit",
     "hangs",
     "logs",
+    "trackers",
 )
 STOP = "STOP"
 """File that a person creates in the run folder to stop the run."""
@@ -41,7 +42,7 @@ CONFIG_HEADER = "# Written by regraft: every option of this run. --config with t
 """First line of every config.yaml that a run writes."""
 OUTPUT_MARK = ".regraft"
 """Empty file in a folder that regraft created for its output, so that the folder is never read as data."""
-RUN_SUBFOLDERS = frozenset({CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS, PRETRAIN, BASELINE})
+RUN_SUBFOLDERS = frozenset({CHECKPOINTS, ATTEMPTS, ENVIRONMENT, AUDIT, HANGS, LOGS, TRACKERS, PRETRAIN, BASELINE})
 OUTPUT_IMAGES = frozenset({CURVES, "preview.png", "lr-find.png"})
 """Images that regraft writes into a run folder."""
 # Before OUTPUT_MARK, these were written into a run folder in which no run was started.

@@ -9,9 +9,9 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,15 +19,22 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import launch.cli
+from tests.docs.pages import (
+    CONFIGS,
+    DOCUMENTS,
+    REPOSITORY,
+    code_blocks,
+    commands,
+    name,
+    own_options,
+    read,
+    trainer_options,
+)
 from tests.folders import image_folder, noise_image
 from tests.launching import run
-from trainer.commands import check, compare, evaluate, export, lr_find, predict, preview, variants
+from trainer.commands import check, compare, evaluate, export, lr_find, predict, preview, report, variants
 from trainer.config.parse import keys, parse
 from trainer.main import main as train
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
-CONFIGS = sorted(REPOSITORY.glob("configs/**/*.yaml"))
 
 VERBS = {verb: f"trainer/commands/{verb.replace('-', '_')}.py" for verb in ("preview", "lr-find", "compare")}
 """Verb of `regraft` -> the program that it runs."""
@@ -35,8 +42,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "trainer/main.py": train, VERBS["preview"]: preview.main, VERBS["lr-find"]: lr_find.main,
     VERBS["compare"]: compare.main,
 }  # fmt: skip
-OF_A_MODEL = {"predict": predict.main, "evaluate": evaluate.main}
-"""Verbs that use a trained model -> what runs them."""
+OF_A_MODEL = {"predict": predict.main, "evaluate": evaluate.main, "report": report.main}
+"""Verbs that use a run or its model -> what runs them."""
 SMALL = [
     *("--data.root=images", "--data.image_size=32", "--data.num_workers=0", "--train.epochs=1"),
     *("--train.batch_size=8", "--run.threads=1", "--run.device=cpu"),
@@ -56,48 +63,6 @@ BRITISH = re.compile(
     re.IGNORECASE,
 )
 """Stems in British spelling. Error messages name old options: `regularise.` and `strong-regularisation`."""
-
-
-def read(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
-def name(path: Path) -> str:
-    return str(path.relative_to(REPOSITORY))
-
-
-def code_blocks(document: Path, language: str) -> list[str]:
-    """Return the fenced blocks of a language; "" stands for blocks without one."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", read(document), flags=re.DOTALL | re.MULTILINE)
-    return [text for other, text in blocks if other == language]
-
-
-def commands(document: Path) -> Iterator[list[str]]:
-    """Yield the words of each command: of shell blocks, or of the comment at the head of a config."""
-    if document.suffix == ".yaml":
-        lines = re.findall(r"^#   (.+)", read(document), flags=re.MULTILINE)
-    else:
-        lines = "\n".join(code_blocks(document, "sh")).replace("\\\n", " ").splitlines()
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        groups = groupby(words, key=lambda word: word == "&&")
-        yield from (list(group) for is_separator, group in groups if not is_separator)
-
-
-def trainer_options(words: Sequence[str]) -> list[str]:
-    """Return the options that the trainer parses, with their values."""
-    options = []
-    for word, following in pairwise([*words, "--"]):
-        if re.match(r"--(config|debug|\w+\.\w+)\b", word):
-            has_value = "=" not in word and not following.startswith("--")
-            options += [word, following] if has_value else [word]
-    return options
-
-
-def own_options(words: Sequence[str]) -> set[str]:
-    """Return the names of the options that are not the trainer's."""
-    names = {word.partition("=")[0] for word in words if word.startswith("--")}
-    return names - {word.partition("=")[0] for word in trainer_options(words)}
 
 
 @cache
@@ -136,7 +101,12 @@ def run_export(arguments: Sequence[str]) -> int:
 def run_regraft(words: Sequence[str]) -> None:
     verb, arguments = words[0], words[1:]
     if verb in VERBS:
-        run_trainer(VERBS[verb], arguments)
+        # FOLDER is short for --data.root FOLDER, which the options of the small run replace.
+        positional = [
+            "--data.root=FOLDER" if word == "FOLDER" and not before.startswith("--") else word
+            for before, word in pairwise(words)
+        ]
+        run_trainer(VERBS[verb], positional)
         return
     if verb in OF_A_MODEL or verb == "export":
         assert OF_A_MODEL.get(verb, run_export)(arguments) == 0
@@ -208,11 +178,19 @@ def _in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert train([*SMALL, *timm_model, "--run.dir=runs/TIMM"]) == 0
 
 
+@pytest.fixture(scope="module")
+def done() -> set[tuple[str, ...]]:
+    """Return the commands of earlier documents: a command that several documents show runs once."""
+    return set()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_in_workplace")
 @pytest.mark.parametrize("document", [*DOCUMENTS, *CONFIGS], ids=name)
-def test_every_command_runs(document: Path) -> None:
-    for number, words in enumerate(commands(document)):
+def test_every_command_runs(document: Path, done: set[tuple[str, ...]]) -> None:
+    shown = [words for words in commands(document) if tuple(words) not in done]
+    done.update(map(tuple, shown))
+    for number, words in enumerate(shown):
         own_folder = not {"--run.dir", "status"} & set(words) and bool(trainer_options(words))
         check_command([*words, f"--run.dir=runs/{document.stem}-{number}"] if own_folder else words)
 

@@ -14,6 +14,7 @@ from trainer.config import resolve
 PACKAGES = frozenset(
     {"PIL", "_pillow_heif", "docstring_parser", "jsonargparse", "pillow_heif", "platformdirs", "pooch", "rich"}
     | {"safetensors", "simplejpeg", "typeshed_client", "torch", "torchvision", "numpy", "trainer", "regraft"}
+    | {"attr", "attrs", "xxhash"}  # which rich and pooch import if they are installed
 )
 """Packages of which start-up imports modules that torch, torchvision and accelerate do not import by themselves."""
 TO_THE_FIRST_STEP = """

@@ -15,6 +15,21 @@ SelectBy = Literal["accuracy", "balanced_accuracy", "f1_macro", "log_loss"]
 """Metric that selects the best epoch."""
 
 
+def choose_eval_batch_size(device: torch.device, *, threads: int, largest: int = 128) -> int:
+    """Return how many images are evaluated or predicted at once.
+
+    On a CPU a few per thread, so that activations stay in its caches (SqueezeNet at 224 px on two threads: batches of
+    8 take 0.6 of the time of batches of 128).
+
+    Args:
+        device: computes the batch.
+        threads: number of threads that compute it, on a CPU.
+        largest: number of images that a GPU computes at once.
+
+    """
+    return max(8, 4 * threads if device.type == "cpu" else largest)
+
+
 def selection_score(metric: SelectBy, value: float, loss: float) -> tuple[float, float]:
     """Return the key to compare epochs by: the better metric, then the lower loss."""
     return (-value if metric == "log_loss" else value), -loss

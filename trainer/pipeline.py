@@ -1,7 +1,6 @@
 """The phases of a run: optional pretraining, fine-tuning, and an optional baseline from scratch."""
 
 from pathlib import Path
-from typing import Literal
 
 from regraft.contract import BASELINE, PRETRAIN
 from trainer.config.build_data import load_run_data
@@ -9,11 +8,10 @@ from trainer.config.dump import dump, given_options
 from trainer.config.preflight import preflight
 from trainer.config.resolve import ResolvedConfig, baseline_config, pretrain_config
 from trainer.config.schema import Config
-from trainer.config.start import start
+from trainer.config.start import hang_timeout, start
 from trainer.data.workers import full_shared_memory_as_user_error
 from trainer.distributed.context import shut_down
 from trainer.distributed.signals import StopSignals
-from trainer.distributed.watchdog import EXTENDED_TIMEOUT
 from trainer.report.summary import TrainResult, comparison, summary
 from trainer.run.environment import record_environment
 from trainer.run.session import OpenRun, open_run
@@ -36,7 +34,8 @@ def run(config: Config, signals: StopSignals) -> TrainResult:
         ctx=ctx,
         console=console,
         signals=signals,
-        hang_timeout=_hang_timeout(resolved),
+        hang_timeout=hang_timeout(resolved),
+        writes_report=resolved.run.report == "auto",
     )
     try:
         with signals.deferred():  # the first phase raises a Stopped for them
@@ -53,18 +52,15 @@ def run(config: Config, signals: StopSignals) -> TrainResult:
     return result
 
 
-def _hang_timeout(config: ResolvedConfig) -> float | Literal["auto"] | None:
-    """Return run.hang_timeout; with `auto` and train.compile, which builds kernels within steps, a longer one."""
-    timeout = config.run.hang_timeout
-    return EXTENDED_TIMEOUT if timeout == "auto" and config.train.compile else timeout
-
-
 def _run_phases(config: ResolvedConfig, run: OpenRun) -> TrainResult:
     console, weights = run.console, config.model.weights
     is_main = run.ctx.is_main_process
 
     def phase(name: str, config: ResolvedConfig, weights: str | None) -> TrainResult:
-        return train_run(config, run.start_phase(name, epochs=config.train.epochs), weights=weights)
+        opened = run.start_phase(name, epochs=config.train.epochs)
+        result = train_run(config, opened, weights=weights)
+        _write_report(opened)
+        return result
 
     if config.pretrain.root:
         preflight(config, load_run_data(config, run.ctx, console), run.ctx)
@@ -79,8 +75,23 @@ def _run_phases(config: ResolvedConfig, run: OpenRun) -> TrainResult:
     if config.baseline.lr:
         console.rule("baseline from scratch", align="left")
         baseline = phase(BASELINE, baseline_config(config), None)
+        _write_report(run)  # which names the result of the baseline
         if is_main:
             console.rule("fine-tuned and from scratch", align="left")
             console.print(comparison(result, baseline))
             console.print(f"run folder {result.folder}; baseline {baseline.folder}")
     return result
+
+
+def _write_report(run: OpenRun) -> None:
+    """Write report.html of a finished phase. Every process must call it."""
+
+    def write() -> None:
+        if run.is_writer and run.writes_report:
+            run.check_lock()
+            # Imported here: no run needs jinja2 before its end.
+            from trainer.pages.run_report import try_write_report  # noqa: PLC0415
+
+            try_write_report(run.folder, pictures=True, warn=run.console.print)
+
+    run.ctx.main_process_first(write)

@@ -103,7 +103,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         )
         del loader  # ends its worker processes, and frees the images that it keeps on the device
     groups = make_param_groups(built, config)
-    print_block_table(built, groups, console)
+    print_block_table(built, groups, console, folder=run.folder if run.is_writer and run.writes_report else None)
     optimizer = make_optimizer(groups, config)
 
     # 5. Precision and process group: accelerate wraps model and optimizer, or the layers after the frozen ones, whose
@@ -125,13 +125,15 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     batches = make_train_batches(config, data, run, schedule, built.unfreeze_stages, features, start_step=state.step)
     train_step = micro_batches.limit(make_train_step(config, data.examples_per_class, ctx, l2_sp), state, unfreezing)
     train_step = replace(train_step, normalize=features.to_input)
-    logger, progress_bar = make_logger(
+    logger, progress_bar, trackers = make_logger(
         run,
         schedule,
         title=f"{index.root.name}: {config.model.name}, {built.source}",
         classes=index.classes,
         done_steps=state.step,
         metrics=checkpoint.metrics if checkpoint else "",
+        services=config.run.trackers,
+        project=config.run.tracker_project,
     )
     checkpoints = make_checkpoint_manager(
         config, data, run, state, schedule, model_metadata=model_metadata, logger=logger
@@ -143,6 +145,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     evaluate_epoch = final_evaluation.record_epochs(evaluator, state)
     try:
         with (
+            trackers.ended_on_error(),
             run.signals.deferred(),
             progress_bar.show(),
             run.watchdog(checkpoints.heartbeat),
@@ -173,6 +176,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         step=state.step,
         is_of_epoch=alpha == 1,  # otherwise WiSE-FT has interpolated the weights
     )
+    trackers.finish(state.step)
     ctx.accelerator.wait_for_everyone()
     ctx.accelerator.free_memory()
     return replace(result, rows=rows, alpha=alpha, seconds=time.monotonic() - began)

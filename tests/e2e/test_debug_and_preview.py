@@ -52,8 +52,8 @@ def test_debug_runs_in_one_of_several_processes_and_reports_if_the_loss_does_not
 
 @pytest.fixture
 def preview_options(tmp_path: Path) -> list[str]:
-    """Return the options of a preview of 8 images of one class and 3 of the other, with unusual names."""
-    folder = image_folder(tmp_path / "data", {"train": {"$x_1$": 9, "图片": 3}, "val": {"$x_1$": 1}})
+    """Return the options of a preview of 11 images of one class and 3 of the other, with unusual names."""
+    folder = image_folder(tmp_path / "data", {"train": {"$x_1$": 12, "图片": 3}, "val": {"$x_1$": 1}})
     return [f"--data.root={folder}", "--data.image_size=32", "--model.weights=null", f"--run.dir={tmp_path / 'run'}"]
 
 
@@ -69,28 +69,28 @@ def test_preview_draws_a_grid_of_original_and_augmented_images(
         drawn = np.asarray(image.convert("RGB"))
     colored = (np.ptp(drawn.astype(int), axis=2) > 12).sum(axis=1) > 100  # captions are black on white
     bands = (np.diff(np.concatenate([[0], colored.astype(int)])) == 1).sum()
-    assert bands == 2, "a row of images for each class"
+    assert bands == 4, "two rows of images for each class"
     assert not (tmp_path / "run").exists()
     assert preview(preview_options) == tmp_path / "run" / "preview.png"
     assert (tmp_path / "run" / OUTPUT_MARK).exists(), "the folder is never read as data"
 
 
 def test_preview_has_every_class_and_random_erasing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    classes = {f"{number:02}": 1 + 5 * (number == 1) for number in range(26)}
+    classes = {f"{number:02}": 1 + 9 * (number == 1) for number in range(26)}
     folder = image_folder(tmp_path / "data", {"train": classes, "val": {"00": 1}})
     drawn: list[Any] = []
     monkeypatch.setattr(
-        "trainer.commands.preview.write_image_grid", lambda samples, path, titles: drawn.extend([samples, titles])
+        "trainer.commands.preview.write_image_grid", lambda samples, path, title: drawn.extend([samples, title])
     )
     options = [f"--data.root={folder}", "--data.image_size=32", "--data.random_erasing=1"]
     preview([*options, "--model.weights=null", f"--run.dir={tmp_path / 'run'}"])
-    samples, titles = drawn
-    assert titles == (
-        "training images of the first 24 of 26 classes",
-        "as seen in epoch 1 (basic, random erasing, 32 px)",
+    samples, title = drawn
+    assert title == (
+        "training images of the first 24 of 26 classes; below each row, as seen in epoch 1 "
+        "(basic, random erasing, 32 px)"
     )
-    assert [row.caption for row in samples[:3]] == ["00 (1)", "01 (6)", "02 (1)"]
-    assert [len(row.originals) for row in samples] == [1, 4, *[1] * 22]
+    assert [row.caption for row in samples[:3]] == ["00 (1)", "01 (10)", "02 (1)"]
+    assert [len(row.originals) for row in samples] == [1, 8, *[1] * 22]
 
     def is_erased(image: Image.Image) -> bool:
         return bool((np.asarray(image) == [124, 116, 104]).all(axis=2).sum() >= 8)

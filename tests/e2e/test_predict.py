@@ -49,7 +49,15 @@ def read(output: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "num_processes"), [("SIGINT", 1), ("SIGTERM", 2), ("SIGKILL", 1), ("SIGKILL", 2)])
+@pytest.mark.parametrize(
+    ("name", "num_processes"),
+    [
+        ("SIGINT", 1),
+        ("SIGKILL", 2),
+        pytest.param("SIGTERM", 2, marks=pytest.mark.soak),
+        pytest.param("SIGKILL", 1, marks=pytest.mark.soak),
+    ],
+)
 def test_the_same_command_goes_on_after_a_stop_or_a_kill(
     name: str, num_processes: int, workplace: Path, tmp_path: Path
 ) -> None:

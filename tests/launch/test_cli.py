@@ -89,6 +89,7 @@ def test_verbs_of_the_trainer_replace_the_process(monkeypatch: pytest.MonkeyPatc
         ("compare", "commands/compare.py", []),
         ("evaluate", "commands/evaluate.py", []),
         ("export", "commands/export.py", []),
+        ("report", "commands/report.py", []),
     ):
         assert cli.main([verb, "--a", "b"]) == 2
         assert commands[-1] == [sys.executable, str(REPOSITORY / "trainer" / program), "--a", "b", *options]

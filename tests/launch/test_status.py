@@ -1,19 +1,23 @@
+import io
 import json
 import os
-import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
+from launch import status, watch
 from launch.errors import LaunchError
-from launch.status import describe, describe_all, show
+from launch.status import show
 from launch.stop_signal import write_stop_signal
 from regraft.contract import CONFIG, METRICS, attempt_path
 from tests.launching import attempt
 
 NOW = 1_800_000_000.0
+BAR = "━━━━┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄ 20%"
 
 
 def make_run(folder: Path, *, epochs: int = 0, seen: float = NOW - 5, **changes: Any) -> Path:
@@ -38,6 +42,17 @@ def make_run(folder: Path, *, epochs: int = 0, seen: float = NOW - 5, **changes:
     return folder
 
 
+def describe(run: Path, **changes: Any) -> tuple[str, int, bool]:
+    """Return the text, the exit code, and whether the run has ended."""
+    report = status.describe(run, **changes)
+    return report.text, report.code, report.ended
+
+
+def describe_all(run: Path | None) -> tuple[str, int, bool]:
+    report = status.describe_all(run, now=NOW)
+    return report.text, report.code, report.ended
+
+
 def write_attempt(folder: Path, number: int, **fields: Any) -> Path:
     path = attempt_path(folder, number)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +72,26 @@ def test_running_run(tmp_path: Path) -> None:
         f"{tmp_path / 'r'}: running",
         "attempt 3, process 103 on node7, started 2026-11-24T12:00:03+00:00",
         "step 60 of 200, epoch 2 of 10",  # metrics are newer than the last checkpoint
-        "test accuracy 0.500 after epoch 3, best 0.700 after epoch 2; train loss 0.3333",
-        "ETA 3:30, 1,234.5 examples/s",  # 140 steps at 20 in 30 s
+        "━━━━━━┄┄┄┄┄┄┄┄┄┄┄┄┄┄ 30%, ETA 3:30",  # 140 steps at 20 in 30 s
+        "train loss 0.3333 █▃▁",
+        "1,234.5 examples/s",
+        "test accuracy 0.500 after epoch 3, best 0.700 after epoch 2",
+    ]
+
+
+def test_running_run_within_its_first_epoch(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", epochs=0, step=0, epoch=0)
+    row = {
+        **{"kind": "train", "seconds": 5.0, "examples_per_sec": 80.0, "examples_per_sec_compute": 100.0},
+        **{"train_loss": 2.0, "lr_backbone": 1e-4, "lr_head": 1e-3, "memory_bytes": 3 << 30},
+    }
+    write_metrics(folder, [{**row, "epoch": 0.2, "step": 4}, {**row, "epoch": 0.5, "step": 10, "train_loss": 1.0}])
+    assert describe(folder, now=NOW)[0].splitlines()[2:] == [
+        "step 10 of 200, epoch 0 of 10",
+        "━┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄ 5%, ETA 1:35",
+        "train loss 1.0000 █▁",
+        "80.0 examples/s, 100.0 without data loading (wait 20%)",
+        "learning rate 0.0001 (backbone), 0.001 (head), memory 3.0 GiB",
     ]
 
 
@@ -66,7 +99,7 @@ def test_run_before_its_first_epoch(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", steps=0, step=0, epoch=0)
     write_metrics(folder, [{"kind": "start", "epoch": 0, "step": 0, "seconds": 3.0, "test_accuracy": 0.9}])
     text, code, _ = describe(folder, now=NOW)
-    assert (code, text.splitlines()[2:]) == (0, ["step 0 of ?, epoch 0 of 10"])
+    assert (code, text.splitlines()[2:]) == (0, ["step 0 of ?, epoch 0 of 10"])  # without a bar
 
 
 def test_finished_run_shows_the_fine_tuned_model_and_not_the_baseline(tmp_path: Path) -> None:
@@ -75,7 +108,8 @@ def test_finished_run_shows_the_fine_tuned_model_and_not_the_baseline(tmp_path: 
     (tmp_path / "s" / METRICS).rename(folder / METRICS)
     lines = describe(folder, now=NOW)[0].splitlines()
     assert lines[2] == "step 200 of 200, epoch 2 of 10"
-    assert lines[3].startswith("test accuracy 0.600 after epoch 10")
+    assert lines[3].startswith("train loss 0.1000 ")
+    assert lines[4].startswith("test accuracy 0.600 after epoch 10")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +159,10 @@ def test_odd_files_are_not_read(kind: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", epochs=2)
     make_unreadable(folder / METRICS, kind)
     make_unreadable(attempt_path(folder, 1), kind)
-    assert describe(folder, now=NOW)[0].splitlines()[2:] == ["step 40 of 200, epoch 2 of 10"]
+    assert describe(folder, now=NOW)[0].splitlines()[2:] == [
+        "step 40 of 200, epoch 2 of 10",
+        "━━━━┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄ 20%",
+    ]
     for path in (attempt_path(folder, 3), folder / "job-id", attempt_path(folder, 9999)):
         make_unreadable(path, kind)
         with pytest.raises(LaunchError, match="no attempt has started here"):
@@ -245,17 +282,57 @@ def test_folder_without_a_run_is_refused(tmp_path: Path, content: str) -> None:
         describe(tmp_path, now=NOW)
 
 
-def test_watch_returns_when_the_run_ends(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "r", epochs=1, seen=NOW)
-    printed: list[object] = []
+@pytest.fixture
+def polls(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """Return a list of what happens between two looks at a run; the watch does not wait."""
+    events: list[Callable[[], object]] = []
+    monkeypatch.setattr(watch.time, "sleep", lambda _: events.pop(0)())
+    return events
 
-    def say(text: object) -> None:
-        printed.append(text)
-        path = folder / "attempts" / "0003.json"
-        path.write_text(path.read_text().replace('"running"', '"done"'))
 
-    assert show(folder, watch=True, say=say) in (0, 3)
-    assert re.search(": done", str(printed[-1]))
+def test_watch_without_a_terminal_prints_a_line_for_each_change(
+    polls: list[Callable[[], object]], tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path / "r", epochs=1, seen=time.time(), steps=40)
+    record = attempt_path(folder, 3).read_text()
+    polls += [
+        lambda: None,
+        lambda: make_run(folder, epochs=2, seen=time.time(), steps=40),
+        lambda: None,
+        lambda: attempt_path(folder, 3).write_text(record.replace('"running"', '"done"')),
+    ]
+    printed: list[str] = []
+    assert show(folder, watch=True, say=lambda text: printed.append(str(text))) == 0
+    first, change, last = printed
+    assert first.splitlines()[0] == f"{folder}: running"
+    assert change == (
+        f"{folder}: running, step 40 of 40, epoch 2 of 10, train loss 0.5000, "
+        "test accuracy 0.700 after epoch 2, best 0.700 after epoch 2, ETA 0:00"
+    )
+    assert last.splitlines()[0] == f"{folder}: done"
+
+
+def test_watch_on_a_terminal_replaces_what_it_has_shown_and_ctrl_c_shows_the_cursor_again(
+    polls: list[Callable[[], object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(watch.sys, "stdout", Mock(wraps=terminal, fileno=lambda: 1, isatty=lambda: True))
+    monkeypatch.setattr(watch.os, "get_terminal_size", lambda _: os.terminal_size((40, 24)))
+    folder = make_run(tmp_path / "r", epochs=1, seen=time.time())
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    polls += [lambda: None, lambda: make_run(folder, epochs=2, seen=time.time()), interrupt]
+    with pytest.raises(KeyboardInterrupt):
+        show(folder, watch=True)
+    text = terminal.getvalue()
+    assert text.startswith("\x1b[?25l\x1b[J")
+    assert text.endswith("\x1b[?25h")
+    _, second = text.split("\x1b[7F\x1b[J")
+    assert max(len(line) for line in second.split("\n")) <= 40
+    assert "train loss 0.5000" in second
+    assert watch._fit("\n".join(map(str, range(30)))) == [*map(str, range(22)), "... 8 more lines"]
 
 
 def test_all_runs_of_a_folder_are_shown_with_the_options_in_which_they_differ(
@@ -270,12 +347,12 @@ def test_all_runs_of_a_folder_are_shown_with_the_options_in_which_they_differ(
     os.mkfifo(tmp_path / "runs" / "odd" / "config.yaml")
     make_run(tmp_path / "runs" / "default.earlier-1")
     for run in (None, Path("runs")):
-        text, code, ended = describe_all(run, now=NOW)
+        text, code, ended = describe_all(run)
         lines = [one.splitlines() for one in text.split("\n\n")]
         states = ["runs/default: done", "runs/default-2: failed", "runs/odd: running"]
         assert [one[0] for one in lines] == states
         assert [one[-1] for one in lines[:2]] == ["  options: optim.lr 0.1", "  options: optim.lr 0.2"]
         assert (code, ended) == (3, False)
-    assert describe_all(Path("runs/default"), now=NOW) == describe(Path("runs/default"), now=NOW)
+    assert describe_all(Path("runs/default")) == describe(Path("runs/default"), now=NOW)
     with pytest.raises(LaunchError, match="no such folder"):
-        describe_all(Path("nowhere"), now=NOW)
+        describe_all(Path("nowhere"))

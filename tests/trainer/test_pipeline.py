@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from regraft.contract import ATTEMPTS, BASELINE, CHECKPOINTS, PRETRAIN, read_attempts
+from regraft.contract import ATTEMPTS, BASELINE, CHECKPOINTS, PRETRAIN, REPORT, read_attempts
 from tests.folders import image_folder
 from tests.trainer.phases import with_options
 from trainer import pipeline
@@ -59,6 +59,10 @@ def test_all_phases_are_one_attempt_that_ends_done(small: Config, folder: Path) 
     for phase in (PRETRAIN, ".", BASELINE):
         assert (folder / phase / CHECKPOINTS / "LATEST").exists()
         assert (folder / phase / ATTEMPTS).exists() == (phase == ".")
+        page = (folder / phase / REPORT).read_text(encoding="utf-8")
+        assert "finished after epoch" in page
+        assert ("From scratch: " in page) == (phase == ".")
+        assert "data:image/webp" in page
 
 
 @pytest.mark.parametrize(

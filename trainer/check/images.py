@@ -1,4 +1,4 @@
-"""Read each image of a dataset once: its content hash, size, format and mode, and a small gray thumbnail."""
+"""Read each image of a dataset once: its content hash, size, format and mode, and a small thumbnail."""
 
 # Creating a Path for each image would take longer than reading small ones.
 
@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from trainer.check.perceptual_hash import SIZE
+from trainer.check.alignment import SIZE
 from trainer.data.decode import UnreachableImage, UnreadableImage, decode_file, exif_transpose, open_image_file
 from trainer.data.image_formats import formats_for
 
@@ -54,7 +54,7 @@ class ImageTable:
 
     facts: tuple[ImageFacts, ...]
     thumbnails: np.ndarray
-    """Upright gray images, uint8 [N, SIZE, SIZE]; black for an unreadable one."""
+    """Upright RGB images, uint8 [N, SIZE, SIZE, 3]; black for an unreadable one."""
 
 
 def read_images(
@@ -68,7 +68,7 @@ def read_images(
         on_progress: called from time to time with (images read, total images).
 
     """
-    thumbnails = np.zeros((len(paths), SIZE, SIZE), dtype=np.uint8)
+    thumbnails = np.zeros((len(paths), SIZE, SIZE, 3), dtype=np.uint8)
     facts: list[ImageFacts] = []
 
     def read_batch(rows: Sequence[int]) -> list[ImageFacts]:
@@ -86,7 +86,7 @@ def read_images(
 
 
 def read_image(path: str, thumbnail: np.ndarray) -> ImageFacts:
-    """Read one image, and write its thumbnail to uint8 [SIZE, SIZE].
+    """Read one image, and write its thumbnail to uint8 [SIZE, SIZE, 3].
 
     What training cannot read is unreadable here too.
     """
@@ -94,18 +94,20 @@ def read_image(path: str, thumbnail: np.ndarray) -> ImageFacts:
         with open_image_file(path) as file:
             digest, num_bytes = _hash(file), file.tell()
             header = _read_header(file, path)
-            gray = _decode_reduced_jpeg(header, file) if header else None
-            if gray is None:
+            pixels = _decode_reduced_jpeg(header, file) if header else None
+            if pixels is None:
                 file.seek(0)
-                gray = np.asarray(Image.fromarray(decode_file(file, path).pixels).convert("L"))
-            elif header and header.transpose is not None:
-                gray = np.asarray(Image.fromarray(gray).transpose(header.transpose))
+                pixels = decode_file(file, path).pixels
+                transpose = None
+            else:
+                transpose = header.transpose if header else None
     except UnreadableImage as error:
         return ImageFacts(str(error))
-    resized = Image.fromarray(np.ascontiguousarray(gray)).resize((SIZE, SIZE), Image.Resampling.BOX)
-    thumbnail[...] = np.asarray(resized)
+    # Before it is turned, since that is faster. The filter removes fine patterns, which would alias.
+    image = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.HAMMING)
+    thumbnail[...] = np.asarray(image if transpose is None else image.transpose(transpose))
     if header is None:  # decoded, although its header could not be read alone
-        return ImageFacts(None, digest, gray.shape[1], gray.shape[0], num_bytes=num_bytes)
+        return ImageFacts(None, digest, pixels.shape[1], pixels.shape[0], num_bytes=num_bytes)
     return ImageFacts(None, digest, *header.upright_size, header.format, header.mode, num_bytes)
 
 
@@ -133,7 +135,7 @@ def _read_header(file: BinaryIO, path: str) -> _Header | None:
 
 
 def _decode_reduced_jpeg(header: _Header, file: BinaryIO) -> np.ndarray | None:
-    """Return a gray or color JPEG as gray pixels, uint8 [H, W], as it is stored; None for other and damaged images.
+    """Return a gray or color JPEG as it is stored, RGB, uint8 [H, W, 3]; None for other and damaged images.
 
     The whole file is read and its entropy code is decoded, so that damage is noticed.
     """
@@ -142,16 +144,16 @@ def _decode_reduced_jpeg(header: _Header, file: BinaryIO) -> np.ndarray | None:
     file.seek(0)
     try:
         pixels: np.ndarray = simplejpeg.decode_jpeg(
-            file.read(), "GRAY", min_height=_DECODED_SIZE, min_width=_DECODED_SIZE
+            file.read(), "RGB", min_height=_DECODED_SIZE, min_width=_DECODED_SIZE
         )
     except (ValueError, OSError, MemoryError):
         return None
-    return pixels[..., 0]
+    return pixels
 
 
 def _hash(file: BinaryIO) -> str:
     try:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     except OSError as error:
         raise UnreachableImage(f"cannot be read ({error.strerror})") from None
 

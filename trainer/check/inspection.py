@@ -102,7 +102,7 @@ def _describe_groups(listing: ImageList, duplicates: Sequence[DuplicateGroup]) -
 def find_near(
     thumbnails: np.ndarray, digests: Sequence[str], on_progress: Callable[[int, int], None] | None = None
 ) -> Iterator[Pair]:
-    """Yield pairs of near-duplicates by their perceptual hash. Of exact duplicates, the first one stands for all.
+    """Return pairs of near-duplicates by their perceptual hash. Of exact duplicates, the first one stands for all.
 
     Args:
         thumbnails: of all images, uint8 [N, SIZE, SIZE].
@@ -110,7 +110,6 @@ def find_near(
         on_progress: called from time to time with (images compared, total images).
 
     """
-    first = {digest: row for row, digest in reversed([*enumerate(digests)]) if digest}
-    rows = np.array(sorted(first.values()), dtype=np.int64)
-    for one, other in find_near_duplicates(thumbnails[rows], on_progress):
-        yield int(rows[one]), int(rows[other])
+    mask = np.zeros(len(digests), dtype=bool)
+    mask[list({digest: row for row, digest in reversed([*enumerate(digests)]) if digest}.values())] = True
+    return find_near_duplicates(thumbnails, mask=mask, on_progress=on_progress)

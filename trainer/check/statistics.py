@@ -97,7 +97,7 @@ def describe_files(images: Sequence[LabeledImage], table: ImageTable) -> Iterato
             count=len(wrong),
             paths=tuple(path for path, _ in wrong),
         )
-    blank = np.ptp(table.thumbnails.reshape(len(images), -1), axis=1) == 0 if images else ()
+    blank = (table.thumbnails == table.thumbnails[:, :1, :1]).all(axis=(1, 2, 3))
     one_color = [path for (path, facts), is_blank in zip(named, blank, strict=True) if is_blank and not facts.reason]
     if one_color:
         yield Finding(
@@ -113,8 +113,11 @@ def describe_files(images: Sequence[LabeledImage], table: ImageTable) -> Iterato
 
 def describe_sizes(images: Sequence[LabeledImage], facts: Sequence[ImageFacts], data: DataConfig) -> Iterator[Finding]:
     """Yield findings about images that are enlarged, cut badly by the central crop, or slow to decode."""
-    sides = [(image.path, *sorted((each.width, each.height))) for image, each in zip(images, facts, strict=True)]
-    sides = [(path, shorter, longer) for path, shorter, longer in sides if shorter]
+    sides = [
+        (image.path, min(each.width, each.height), max(each.width, each.height))
+        for image, each in zip(images, facts, strict=True)
+        if each.reason is None
+    ]
     size = data.image_size or _IMAGE_SIZE
     small = [path for path, shorter, _ in sides if shorter < size]
     if small:

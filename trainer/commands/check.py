@@ -116,11 +116,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _check_outputs(*files: Path | None) -> None:
-    """Raise a UserError before the long work if the folder of an output does not exist."""
-    for file in files:
-        if file is not None and (file.is_dir() or not file.parent.is_dir()):
-            reason = "it is a folder" if file.is_dir() else "there is no such folder"
-            raise UserError(f"{escape_unprintable(str(file))}: cannot be written: {reason}")
+    """Raise a UserError before the long work if an output cannot be a file; a device or a pipe is not replaced."""
+    for file in filter(None, files):
+        if not file.parent.is_dir():
+            reason = "there is no such folder"
+        elif file.exists() and not file.is_file():
+            reason = "it is not a regular file"
+        else:
+            continue
+        raise UserError(f"{escape_unprintable(str(file))}: cannot be written: {reason}")
 
 
 def _write(file: Path, text: str, *, errors: str = "backslashreplace") -> None:

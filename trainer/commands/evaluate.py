@@ -17,6 +17,7 @@ import argparse
 from collections.abc import Sequence
 
 from trainer.cli import exit_after, run_cli
+from trainer.commands.model_arguments import add_execution, add_model
 from trainer.config.parse import parse
 from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         "extensions and cache. Exit codes: 0: done; 2: an error that can be fixed.",
     )
     add = own.add_argument
-    add("model", metavar="MODEL", help="run folder, or a model file (model.safetensors)")
+    add_model(own)
     add(
         "data",
         metavar="DATA",
@@ -107,15 +108,8 @@ def parser() -> argparse.ArgumentParser:
         help="images of none of the classes: rate the scores that reject them, and suggest a threshold",
     )
     add("--store", action="store_true", help="store the temperature or the threshold in the header of the model file")
-    add("--batch-size", type=_positive_int, metavar="N", help="images in a forward pass (default: as in the run)")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    add_execution(own, auto="as in the run on a CPU, on a GPU 128 or as many as its memory takes")
     return own
-
-
-def _positive_int(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

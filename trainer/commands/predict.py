@@ -17,6 +17,7 @@ import argparse
 from collections.abc import Sequence
 
 from trainer.cli import exit_after, run_cli
+from trainer.commands.model_arguments import add_execution, add_model, positive_int, positive_int_or_auto
 from trainer.distributed.signals import StopSignals
 
 SAVED = "saved"
@@ -31,16 +32,6 @@ def predict(argv: Sequence[str], signals: StopSignals) -> None:
     with signals.deferred():
         from trainer.commands.predict_images import predict_images  # noqa: PLC0415
     predict_images(arguments, signals)
-
-
-def _positive_int(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
-    return int(text)
-
-
-def _positive_int_or_auto(text: str) -> int | None:
-    return None if text == "auto" else _positive_int(text)
 
 
 def _threshold(text: str) -> float | str:
@@ -66,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         "75: stopped by a signal.",
     )
     add = own.add_argument
-    add("model", metavar="MODEL", help="run folder, or a model file (model.safetensors)")
+    add_model(own)
     add(
         "paths",
         metavar="PATH",
@@ -75,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         "for a list on standard input",
     )
     add("--output", type=Path, metavar="FILE", help="file to write: .csv, .jsonl or .parquet; never overwritten")
-    add("--topk", type=_positive_int, default=1, metavar="K", help="number of classes per image (default: 1)")
+    add("--topk", type=positive_int, default=1, metavar="K", help="number of classes per image (default: 1)")
     add(
         "--threshold",
         type=_threshold,
@@ -84,12 +75,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--calibrated", action="store_true", help="calibrate probabilities by the temperature in the model file")
     add("--tta", action="store_true", help="average the logits of each image and of its mirror image")
-    add(
-        "--batch-size",
-        type=_positive_int_or_auto,
-        metavar="N|auto",
-        help="images in a forward pass; auto: 8 on a CPU, on a GPU 128 or as many as its memory takes (default: auto)",
-    )
     add("--sort-into", type=Path, metavar="DIR", help="copy the images into a folder per class; nothing is overwritten")
     add(
         "--sort-mode",
@@ -100,11 +85,11 @@ def parser() -> argparse.ArgumentParser:
     add("--column", metavar="NAME", help="column of the paths in a .csv (default: recognized, such as `path`)")
     add(
         "--nproc",
-        type=_positive_int_or_auto,
+        type=positive_int_or_auto,
         metavar="N|auto",
         help="number of processes; auto: one per GPU, or one (default: auto)",
     )
-    add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    add_execution(own, auto="8 on a CPU, on a GPU 128 or as many as its memory takes")
     return own
 
 

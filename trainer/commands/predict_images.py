@@ -17,13 +17,13 @@ from trainer.config.schema import DataConfig
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
 from trainer.inference.answers import AnswerOptions, require_temperature, require_unknown_threshold
+from trainer.inference.file_logits import BatchOptions
 from trainer.inference.inputs import ImageLister
 from trainer.inference.predictor import find_device
 from trainer.inference.processes import Job, predict_files
 from trainer.inference.results import PrintedResults, Results, SavedResults, consume, summary
 from trainer.inference.rows import CsvColumns, check_format
 from trainer.inference.sort_into import ImageSorter
-from trainer.inference.stream import BatchOptions
 from trainer.model.file import find_model_file, require_metadata
 from trainer.report.console import format_duration, make_console
 from trainer.report.progress import counting
@@ -47,8 +47,8 @@ def predict_images(arguments: argparse.Namespace, signals: StopSignals) -> None:
     threshold = arguments.threshold
     options = AnswerOptions(
         topk=min(arguments.topk, len(metadata.classes)),
-        temperature=require_temperature(metadata) if arguments.calibrated else 1.0,
-        threshold=require_unknown_threshold(metadata) if isinstance(threshold, str) else threshold,
+        temperature=require_temperature(metadata, model) if arguments.calibrated else 1.0,
+        threshold=require_unknown_threshold(metadata, model) if isinstance(threshold, str) else threshold,
         tta=arguments.tta,
     )
     device = find_device(arguments.device)
@@ -71,12 +71,12 @@ def predict_images(arguments: argparse.Namespace, signals: StopSignals) -> None:
         # A progress bar would break the lines of a CSV on the same terminal.
         progress = make_console(enabled=results.is_saved or not sys.stdout.isatty(), stream=sys.stderr)
         remaining = [path for path in paths if path not in results.rows]
-        began = time.monotonic()
         with (
             signals.deferred(),
             counting(progress, "predicting") as show,
             closing(predict_files(job, remaining, num_processes=num_processes)) as predicted,
         ):
+            began = time.monotonic()  # the model is loaded
             for done in consume(predicted, results, sorter):
                 if show is not None:
                     show(done, len(paths))

@@ -1,6 +1,7 @@
 """Preview the data: `regraft preview --config FILE [--output FILE]`.
 
-Draws the first training images of every class, and the same images with the augmentation of epoch 1.
+Draws the first training images of every class, and the same images with the augmentation of epoch 1. Terminals that can
+show pictures show it.
 """
 
 import os
@@ -27,6 +28,7 @@ from trainer.errors import UserError
 from trainer.report.console import make_console
 from trainer.report.image_grid import write_image_grid
 from trainer.report.progress import progress_hooks
+from trainer.report.terminal_image import show_image
 
 
 def preview(argv: Sequence[str]) -> Path:
@@ -58,16 +60,17 @@ def preview(argv: Sequence[str]) -> Path:
     augmentation = f"{config.data.augment}{erasing}, {config.data.image_size} px"
     classes = len(prepared.index.classes)
     shown = f"the first {MAX_CLASSES} of {classes} classes" if classes > MAX_CLASSES else f"all {classes} classes"
-    titles = (f"training images of {shown}", f"as seen in epoch 1 ({augmentation})")
+    title = f"training images of {shown}; below each row, as seen in epoch 1 ({augmentation})"
     folders = {os.path.dirname(path) for path, _ in prepared.examples}  # noqa: PTH120 (faster than a Path for each)
     if output.parent.resolve() in {Path(folder).resolve() for folder in folders}:
         raise UserError(f"{output}: would be an image of the dataset; set --output or run.dir to another folder")
     try:
         create_output_folder(output.parent)
-        write_image_grid(samples, output, titles=titles)
+        write_image_grid(samples, output, title=title)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
     print(dataset_summary(prepared))
+    show_image(output)
     print(f"{output}: {shown}")
     return output
 

@@ -17,7 +17,7 @@ from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchS
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
-from trainer.evaluate import Evaluations, Record, evaluate
+from trainer.evaluate import Evaluations, Record, choose_eval_batch_size, evaluate
 from trainer.evaluation.gather import PredictionGatherer
 from trainer.transfer.eval_features import EvalFeatures, EvalInputs
 
@@ -138,16 +138,13 @@ def decoding_threads(option: int | None, ctx: DistributedContext) -> int:
 def eval_batch_size(config: ResolvedConfig, ctx: DistributedContext) -> int:
     """Return how many images a process evaluates at once.
 
-    On a CPU a few per thread, so that activations stay in its caches (SqueezeNet at 224 px on two threads: batches of
-    8 take 0.6 of the time of batches of 128). On a GPU as many as it trains on, and with train.micro_batch_size auto,
-    which is found later, at most 128.
+    On a GPU as many as it trains on, and with train.micro_batch_size auto, which is found later, at most 128.
     """
-    if ctx.device.type == "cpu":
-        return max(8, 4 * ctx.threads)
     train = config.train
     local = -(-train.batch_size // (ctx.world_size * train.grad_accum_steps))
     limit = 128 if train.micro_batch_size == "auto" else train.micro_batch_size
-    return max(8, local if limit is None else min(local, limit))
+    largest = local if limit is None else min(local, limit)
+    return choose_eval_batch_size(ctx.device, threads=ctx.threads, largest=largest)
 
 
 class Evaluator:

@@ -1,6 +1,7 @@
 """From a config to the training itself: the state, and the update."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,16 +16,20 @@ from trainer.optim.loss import Criterion, balanced_weights
 from trainer.optim.mixup import Mixup
 from trainer.optim.param_groups import ParamGroup
 from trainer.optim.train_step import TrainStep
-from trainer.report.block_table import block_table
+from trainer.report.block_table import block_rows, block_table, write_blocks
 from trainer.state import TrainState
 from trainer.transfer.frozen_features import NoFeatures, StageFeatures
 from trainer.transfer.gradual_unfreezing import GradualUnfreezing
 from trainer.transfer.l2_sp import L2SP
 
 
-def print_block_table(built: BuiltModel, groups: Sequence[ParamGroup], console: Console) -> None:
-    """Print what trains in each block, and its learning rates."""
+def print_block_table(
+    built: BuiltModel, groups: Sequence[ParamGroup], console: Console, *, folder: Path | None
+) -> None:
+    """Print what trains in each block, and its learning rates; write it into a folder for the report of the run."""
     console.print(block_table(built, groups))
+    if folder is not None:
+        write_blocks(folder, block_rows(built, groups), warn=console.print)
 
 
 def make_train_state(

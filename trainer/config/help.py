@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from regraft.contract import COMMAND
 from trainer.config.options import SECTIONS
@@ -29,6 +29,26 @@ _GENERAL = [
     ("--version", "Print the version of regraft."),
 ]
 _TYPES = {int: "INT", float: "FLOAT", str: "TEXT", bool: "true|false", NoneType: "null"}
+
+
+class OptionHelp(NamedTuple):
+    """What `--help` and the documentation site say about an option."""
+
+    name: str
+    """Name, such as `optim.lr`."""
+    type: str
+    """Type, such as `FLOAT` or `auto|off`."""
+    default: str
+    description: str
+
+
+class SectionHelp(NamedTuple):
+    """A section of the config, or the options that belong to no section."""
+
+    name: str
+    """Name, such as `optim`; empty for the options that belong to no section."""
+    description: str
+    options: list[OptionHelp]
 
 
 def help_topic(argv: Sequence[str]) -> str | None:
@@ -51,13 +71,13 @@ def help_text(quickstart: str, topic: str | None = None) -> str:
     lines = [f"usage: {command} [FOLDER] [--config FILE] [--SECTION.KEY VALUE ...]"]
     if topic is None:
         lines += ["", *textwrap.wrap(_DESCRIPTION.format(quickstart=quickstart), width), "", "General"]
-        for title, text in [*_GENERAL, *_options(Config, "")]:
+        for title, text in _GENERAL:
             lines += _entry(title, text, width)
-    for section, config_class in get_type_hints(Config).items():
-        if dataclasses.is_dataclass(config_class) and topic in (None, section):
-            lines += ["", f"{section}: {inspect.getdoc(config_class)}"]
-            for title, text in _options(config_class, f"{section}."):
-                lines += _entry(title, text, width)
+    for section in describe_sections():
+        if topic in (None, section.name):
+            lines += ["", f"{section.name}: {section.description}"] if section.name else []
+            for option in section.options:
+                lines += _entry(f"--{option.name} {option.type} [default: {option.default}]", option.description, width)
     return "\n".join(lines)
 
 
@@ -69,16 +89,27 @@ def _entry(title: str, text: str, width: int) -> list[str]:
     ]
 
 
-def _options(config_class: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """Yield option and description of each field that is not a section."""
+def describe_sections() -> Iterator[SectionHelp]:
+    """Yield the options that belong to no section, and then each section, in the order of the config."""
+    yield SectionHelp("", "General options.", _describe_options(Config, ""))
+    for name, config_class in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(config_class):
+            options = _describe_options(config_class, f"{name}.")
+            yield SectionHelp(name, str(inspect.getdoc(config_class)), options)
+
+
+def _describe_options(config_class: Any, prefix: str) -> list[OptionHelp]:
+    """Return the fields that are not sections."""
     hints, descriptions = get_type_hints(config_class), field_docstrings(config_class)
+    options = []
     for field in dataclasses.fields(config_class):
         if field.name in descriptions:
             factory = field.default_factory
             value = field.default if factory is dataclasses.MISSING else factory()
             default = value if isinstance(value, str) else json.dumps(value)
-            title = f"--{prefix}{field.name} {_format_type(hints[field.name])} [default: {default}]"
-            yield title, descriptions[field.name]
+            hint = _format_type(hints[field.name])
+            options.append(OptionHelp(f"{prefix}{field.name}", hint, default, descriptions[field.name]))
+    return options
 
 
 def field_docstrings(config_class: type) -> dict[str, str]:

@@ -4,6 +4,7 @@ Each section checks its own values when it is created; `Config` checks values th
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,6 +46,12 @@ class RunConfig:
 
     audit: bool = False
     """Audit files to compare runs: the examples, pixel checksums and learning rate of every update."""
+    report: Literal["auto", "off"] = "auto"
+    """HTML report in the run folder, report.html: written during the run and at its end (auto), or not (off)."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers that receive config, metrics and pictures, such as [tensorboard, mlflow]; a resumed run continues theirs."""
+    tracker_project: str = "regraft"
+    """Project of the run in wandb and trackio, and its experiment in mlflow."""
 
     def __post_init__(self) -> None:
         if not self.dir.strip():
@@ -54,6 +61,8 @@ class RunConfig:
         valid = not isinstance(self.hang_timeout, int | float) or 0 < self.hang_timeout <= 1e6
         expected = "seconds (above 0, up to 1,000,000), auto, or null"
         _check("run.hang_timeout", self.hang_timeout, valid, expected)
+        valid = re.fullmatch(r"[\w.-]{1,100}", self.tracker_project) is not None
+        _check("run.tracker_project", repr(self.tracker_project), valid, "up to 100 letters, digits, _, - and .")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -12,9 +13,11 @@ from trainer.config.pretrained import check_pretrained_weights
 from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.schema import Config
 from trainer.distributed.context import DistributedContext, init_distributed
+from trainer.distributed.watchdog import EXTENDED_TIMEOUT
 from trainer.errors import UserError
 from trainer.model.compile import check_compiler
 from trainer.report.console import make_console
+from trainer.report.tracker_services import check_installed
 from trainer.run.folder import check_resumable
 
 
@@ -24,7 +27,7 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
     `train.precision auto` is resolved later, by `choose_execution`.
 
     Raises:
-        UserError: see `resolve`, `init_distributed`, `check_pretrained_weights` and `check_compiler`.
+        UserError: see `resolve`, `init_distributed`, `check_installed`, `check_pretrained_weights`, `check_compiler`.
 
     """
     resolved = resolve(config)
@@ -36,12 +39,19 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
         console.print(note)
     # Every process has chosen the folder for itself; another command may have taken it meanwhile.
     resolved = replace(resolved, run=replace(resolved.run, dir=ctx.broadcast(folder)))
+    ctx.main_process_first(lambda: check_installed(resolved.run.trackers) if ctx.is_main_process else None)
     # Before images are decoded. One process of each machine reads its file.
     is_first = ctx.accelerator.is_local_main_process
     ctx.main_process_first(lambda: check_pretrained_weights(resolved) if is_first else None, local=True)
     if resolved.train.compile:
         ctx.main_process_first(lambda: check_compiler(ctx.device) if is_first else None, local=True)
     return resolved, ctx, console
+
+
+def hang_timeout(config: ResolvedConfig) -> float | Literal["auto"] | None:
+    """Return run.hang_timeout; with `auto` and train.compile, which builds kernels within steps, a longer one."""
+    timeout = config.run.hang_timeout
+    return EXTENDED_TIMEOUT if timeout == "auto" and config.train.compile else timeout
 
 
 def check_run_folder(config: ResolvedConfig) -> None:

@@ -9,10 +9,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from regraft.contract import physical_cores
+from regraft.contract import available_cores, physical_cores
 from trainer.distributed.allocator import keep_freed_memory
-from trainer.evaluation.logits import compute_logits
+from trainer.errors import UserError
 from trainer.evaluation.predictions import Predictions
+from trainer.inference.file_logits import BatchOptions, FileLogits
 from trainer.inference.predictor import Predictor, eval_execution, find_device
 from trainer.model.file import load
 from trainer.model.metadata import ModelMetadata
@@ -20,7 +21,6 @@ from trainer.report.progress import counting
 from trainer.text import escape_unprintable
 
 _MAX_SHOWN = 10
-_GPU_BATCH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,44 +54,50 @@ class FileEvaluator:
             torch.set_num_threads(physical_cores())
             keep_freed_memory(os.environ)
         self.metadata: ModelMetadata = loaded.metadata
-        self._predictor = Predictor(loaded, chosen, eval_execution(loaded.metadata, chosen))
-        # As trainer.config.build_loaders chooses it: kernels may round differently for another batch size, too.
-        self._batch_size = batch_size or (max(8, 4 * torch.get_num_threads()) if chosen.type == "cpu" else _GPU_BATCH)
+        predictor = Predictor(loaded, chosen, eval_execution(loaded.metadata, chosen))
+        # While a thread computes a batch, the others decode the next ones.
+        options = BatchOptions(batch_size=batch_size, threads=available_cores() + 1, one_forward_at_a_time=True)
+        self._logits = FileLogits(predictor, loaded.metadata, options)
         self._console = console
 
     def predict(self, paths: Sequence[str], labels: Sequence[int]) -> FilePredictions:
         """Return the predictions of labeled images.
 
         Raises:
-            UserError: no image can be read, or a logit is not finite.
+            UserError: no image can be read, or see `FileLogits`.
 
         """
-        logits, readable, errors = self._compute(paths)
+        logits, errors = self._compute(paths)
+        readable = [number for number, error in enumerate(errors) if error is None]
         kept = torch.tensor([labels[number] for number in readable], dtype=torch.int64)
         return FilePredictions(
-            paths=tuple(paths[number] for number in readable), predictions=Predictions(logits, kept), errors=errors
+            paths=tuple(paths[number] for number in readable),
+            predictions=Predictions(logits, kept),
+            errors={path: error for path, error in zip(paths, errors, strict=True) if error is not None},
         )
 
     def logits(self, paths: Sequence[str]) -> Tensor:
         """Return the logits of images without a label, float32 [N, K]; raises a UserError as `predict` does."""
         return self._compute(paths)[0]
 
-    def _compute(self, paths: Sequence[str]) -> tuple[Tensor, tuple[int, ...], dict[str, str]]:
+    def _compute(self, paths: Sequence[str]) -> tuple[Tensor, list[str | None]]:
+        """Return the logits of the images that can be read; and of each image, why it cannot be read, or None."""
+        parts: list[Tensor] = []
+        errors: list[str | None] = []
         with counting(self._console, "evaluating") as show:
-            result = compute_logits(
-                self._predictor.logits,
-                self.metadata.preprocessing,
-                paths,
-                batch_size=self._batch_size,
-                on_progress=show,
-            )
-        if result.errors:
-            shown = "".join(
-                f"\n  {escape_unprintable(path)}: {reason}" for path, reason in list(result.errors.items())[:_MAX_SHOWN]
-            )
-            more = len(result.errors) - _MAX_SHOWN
+            for batch in self._logits(paths):
+                parts.append(batch.logits)
+                errors += batch.errors
+                if show is not None:
+                    show(len(errors), len(paths))
+        unreadable = [(path, error) for path, error in zip(paths, errors, strict=True) if error is not None]
+        lines = [f"\n  {escape_unprintable(path)}: {error}" for path, error in unreadable[:_MAX_SHOWN]]
+        if len(unreadable) == len(paths):
+            raise UserError(f"none of the {len(paths)} images can be read, such as {''.join(lines[:1]).strip()}")
+        if unreadable:
+            more = len(unreadable) - _MAX_SHOWN
             self._console.print(
-                f"{len(result.errors)} of {len(paths)} images cannot be read and are left out:{shown}"
+                f"{len(unreadable)} of {len(paths)} images cannot be read and are left out:{''.join(lines)}"
                 + (f"\n  and {more} more" if more > 0 else "")
             )
-        return result.logits, result.readable, result.errors
+        return torch.cat(parts), errors

@@ -19,34 +19,43 @@ _MAX_NAME_LENGTH = 24
 
 def write_pictures(folder: Path, report: SplitReport, *, title: str, warn: Callable[[str], object]) -> list[str]:
     """Draw the pictures of a report; return the names of the files. `warn` is told why one was not drawn."""
-    classes = len(report.classes)
-    side = max(4.8, 2.5 + 0.28 * classes) if classes <= _MAX_NAMES else 8.0
-    bars = min(classes, _MAX_BARS)
+    bars = min(len(report.classes), _MAX_BARS)
     pictures: dict[str, tuple[Callable[[Figure], None], tuple[float, float]]] = {
         RELIABILITY: (partial(draw_reliability, report, title=title), (5.2, 5.6)),
         CLASSES: (partial(draw_classes, report, title=title), (6.4, 1.9 + 0.32 * bars)),
     }
     if report.confusion is not None:
-        pictures[CONFUSION] = (partial(draw_confusion, report, title=title), (side + 0.8, side))
+        write_confusion(folder / CONFUSION, report.confusion, report.classes, title=title, warn=warn)
     for name, (draw, size) in pictures.items():
         try_write_figure(folder / name, draw, size=size, warn=warn)
-    return [name for name in pictures if (folder / name).exists()]
+    return [name for name in (*pictures, CONFUSION) if (folder / name).exists()]
 
 
-def draw_confusion(report: SplitReport, figure: "Figure", *, title: str) -> None:
-    """Draw the confusion matrix: the color is the fraction of a class, the number is a count of images."""
-    assert report.confusion is not None  # for mypy: the caller has checked it
-    axes, count = figure.add_subplot(), len(report.classes)
-    fractions = [[value / max(1, sum(row)) for value in row] for row in report.confusion]
+def write_confusion(
+    path: Path, confusion: Sequence[Sequence[int]], classes: Sequence[str], *, title: str, warn: Callable[[str], object]
+) -> None:
+    """Draw a confusion matrix: the count of each label (row) and predicted class (column)."""
+    side = max(4.8, 2.5 + 0.28 * len(classes)) if len(classes) <= _MAX_NAMES else 8.0
+    try_write_figure(
+        path, partial(_draw_confusion, confusion, classes, title=title), size=(side + 0.8, side), warn=warn
+    )
+
+
+def _draw_confusion(
+    confusion: Sequence[Sequence[int]], classes: Sequence[str], figure: "Figure", *, title: str
+) -> None:
+    """Draw a confusion matrix: the color is the fraction of a class, the number is a count of images."""
+    axes, count = figure.add_subplot(), len(classes)
+    fractions = [[value / max(1, sum(row)) for value in row] for row in confusion]
     image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="fraction of the class", shrink=0.8)
     if count <= _MAX_COUNTS:
-        for label, row in enumerate(report.confusion):
+        for label, row in enumerate(confusion):
             for predicted, value in enumerate(row):
                 color = "white" if fractions[label][predicted] > 0.5 else "black"
                 axes.text(predicted, label, str(value), ha="center", va="center", color=color, fontsize=8)
     if count <= _MAX_NAMES:
-        names = _short(report.classes)
+        names = _short(classes)
         axes.set_xticks(range(count), names, rotation=90, fontsize=8, parse_math=False)
         axes.set_yticks(range(count), names, fontsize=8, parse_math=False)
     axes.set(xlabel="predicted class", ylabel="true class")

@@ -25,6 +25,7 @@ from trainer.errors import UserError
 from trainer.export.verification import RunExported
 from trainer.model.architectures import is_timm
 from trainer.model.build import build
+from trainer.model.encoder_classifier import EncoderClassifier
 from trainer.model.file import LoadedModel
 from trainer.model.metadata import ModelMetadata, write_model
 
@@ -109,7 +110,13 @@ def _remove_num_classes(path: Path) -> None:
 def _timm_model(metadata: ModelMetadata) -> nn.Module:
     name, classes = metadata.architecture, len(metadata.classes)
     if is_timm(name):
-        return build(name, image_size=metadata.preprocessing.image_size, num_classes=classes)
+        model = build(name, image_size=metadata.preprocessing.image_size, num_classes=classes)
+        if isinstance(model, EncoderClassifier):
+            raise UserError(
+                f"{name} is an encoder without a classifier in timm, which cannot load the one that regraft has added. "
+                "Use --to onnx or --to torch-export"
+            )
+        return model
     if not timm.is_model(name):
         raise UserError(_refusal(name))
     return timm.create_model(name, pretrained=False, num_classes=classes)

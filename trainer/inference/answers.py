@@ -1,13 +1,17 @@
 """From logits to answers: the most probable classes, or `unknown` below a threshold."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from regraft.contract import CONFIG
 from trainer.errors import UserError
 from trainer.model.metadata import ModelMetadata, UnknownThreshold
+from trainer.text import escape_unprintable
 
 UNKNOWN = "unknown"
 """Label of an image whose score is below the threshold."""
@@ -66,31 +70,39 @@ def make_predictions(logits: Tensor, classes: Sequence[str], options: AnswerOpti
     return [Prediction(*row) for row in zip(names, scores, unknown, strict=True)]
 
 
-def require_temperature(metadata: ModelMetadata) -> float:
-    """Return the temperature of a calibrated model.
+def require_temperature(metadata: ModelMetadata, file: Path) -> float:
+    """Return the temperature of a calibrated model, whose header is that of `file`.
 
     Raises:
-        UserError: the model is not calibrated.
+        UserError: the model is not calibrated; the message has the command that calibrates it.
 
     """
     if metadata.temperature is None:
         raise UserError(
-            "the model is not calibrated: its file holds no temperature. Fit one by regraft evaluate, or leave out the "
-            "calibration"
+            f"the model is not calibrated: {escape_unprintable(str(file))} holds no temperature. This command fits and "
+            f"stores one: {_evaluate_command(file)} --calibrate --store"
         )
     return metadata.temperature
 
 
-def require_unknown_threshold(metadata: ModelMetadata) -> UnknownThreshold:
-    """Return the threshold of a model with a reject option.
+def require_unknown_threshold(metadata: ModelMetadata, file: Path) -> UnknownThreshold:
+    """Return the threshold of a model with a reject option, whose header is that of `file`.
 
     Raises:
-        UserError: the model has none.
+        UserError: the model has none; the message has the command that stores one.
 
     """
     if metadata.unknown is None:
         raise UserError(
-            "--threshold saved: the model's file holds no threshold. Store one by regraft evaluate --unknown, or give "
-            "a probability such as --threshold 0.5"
+            f"--threshold saved: {escape_unprintable(str(file))} holds no threshold. This command stores one, where "
+            f"FOLDER has images of none of the classes: {_evaluate_command(file)} --unknown FOLDER --store. Or give a "
+            "probability such as --threshold 0.5"
         )
     return metadata.unknown
+
+
+def _evaluate_command(file: Path) -> str:
+    """Return the command that evaluates a model file: on the run's own images, or on DATA if it is in no run folder."""
+    is_run = (file.parent / CONFIG).is_file()
+    model = escape_unprintable(shlex.quote(str(file.parent if is_run else file)))
+    return f"regraft evaluate {model}" if is_run else f"regraft evaluate {model} DATA"

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
+from trainer.evaluate import choose_eval_batch_size
 from trainer.inference.answers import AnswerOptions, Prediction, make_predictions, require_temperature
-from trainer.inference.predictor import Predictor, auto_batch_size, eval_execution, find_device
-from trainer.model.file import LoadedModel
+from trainer.inference.predictor import Predictor, eval_execution, find_device
+from trainer.model.file import LoadedModel, find_model_file
 from trainer.model.file import load as load_file
 from trainer.model.images import ImageInput, Preprocess
 from trainer.model.metadata import ModelMetadata
@@ -27,9 +29,10 @@ class ImageClassifier:
     `module, preprocess, classes = model` unpacks it.
     """
 
-    def __init__(self, loaded: LoadedModel, device: torch.device) -> None:
-        """Move a loaded model to a device."""
+    def __init__(self, loaded: LoadedModel, file: Path, device: torch.device) -> None:
+        """Move the model of a file to a device."""
         self._predictor = Predictor(loaded, device, eval_execution(loaded.metadata, device))
+        self._module, self._file = loaded.module, file
         self.metadata: ModelMetadata = loaded.metadata
         """Header of the model file: architecture, source of the weights, metrics, calibration."""
         self.classes: tuple[str, ...] = loaded.metadata.classes
@@ -43,7 +46,7 @@ class ImageClassifier:
 
         Its weights are float32. Their memory layout is that of the run's evaluation.
         """
-        return self._predictor.module
+        return self._module
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +72,7 @@ class ImageClassifier:
             images: a path, bytes, a binary file, a PIL image, a NumPy array of uint8 [height, width] or [height, width,
                 3 or 4], or a list of these.
             topk: number of classes in each prediction; with fewer classes, all of them.
-            batch_size: number of images in a forward pass; None: 8 on a CPU, 128 on a GPU.
+            batch_size: number of images in a forward pass; None: as in a run's evaluation on a CPU, 128 on a GPU.
             calibrated: divide the logits by the temperature in the model file's header.
             tta: test-time augmentation: average the logits of each image and of its mirror image.
 
@@ -78,7 +81,7 @@ class ImageClassifier:
 
         """
         _check_count("topk", topk)
-        temperature = require_temperature(self.metadata) if calibrated else 1.0
+        temperature = require_temperature(self.metadata, self._file) if calibrated else 1.0
         options = AnswerOptions(topk=topk, temperature=temperature, tta=tta)
         predictions: list[Prediction] = []
         for logits in self._batches(images, batch_size, lambda batch: self._predictor.logits(batch, tta=tta)):
@@ -104,7 +107,7 @@ class ImageClassifier:
     def _batches(self, images: Images, batch_size: int | None, compute: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """Yield the output of each batch."""
         if batch_size is None:
-            batch_size = auto_batch_size(self.device)
+            batch_size = choose_eval_batch_size(self.device, threads=torch.get_num_threads())
         _check_count("batch_size", batch_size)
         inputs, names = [cast(ImageInput, images)], ["the image"]
         if isinstance(images, list | tuple):
@@ -124,7 +127,7 @@ class ImageClassifier:
 
 def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> ImageClassifier:
     """Return the model of a run folder or of a model file; see `regraft.load`."""
-    return ImageClassifier(load_file(path), find_device(device))
+    return ImageClassifier(load_file(path), find_model_file(path), find_device(device))
 
 
 def _check_count(name: str, value: object) -> None:

@@ -27,7 +27,7 @@ class Journal:
     output: Path
     path: Path
     rows: dict[str, Row]
-    """Path of an image -> its row."""
+    """Path of an image -> its row. Of an earlier command, without the images that could not be read."""
     _file: FileIO
 
     @classmethod
@@ -149,4 +149,5 @@ def _read(content: bytes, identity: dict[str, object], path: Path) -> tuple[dict
             f"{shown}: was begun with another {', '.join(differing)}; remove it to begin again, or choose another "
             "--output"
         )
-    return {row.path: row for row in rows}, end
+    # An image that could not be read is tried again: it may have been on a disk that was not there.
+    return {row.path: row for row in rows if row.prediction is not None}, end

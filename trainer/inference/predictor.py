@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer.data.augment import Normalize
 from trainer.distributed.precision import Execution, set_float32_precision, supported_precisions
 from trainer.errors import UserError
+from trainer.model.autocast import with_cast_weights
 from trainer.model.file import LoadedModel
 from trainer.model.metadata import ModelMetadata
 
@@ -25,7 +26,7 @@ class Predictor:
         """Move the model to the device, into the memory layout of `execution`.
 
         Args:
-            loaded: the model; it is changed in place.
+            loaded: the model; it is moved in place, and stays in float32.
             device: computes the logits.
             execution: precision and memory layout, see `eval_execution`.
 
@@ -33,10 +34,13 @@ class Predictor:
         set_float32_precision(execution.precision, device)
         self.device, self.execution = device, execution
         self.module: nn.Module = loaded.module.to(device).to(memory_format=execution.memory_format)
+        """The model that computes: in float32, or with weights in the dtype of autocast."""
         self._head = loaded.heads[0]
         self._normalize = Normalize(loaded.metadata.preprocessing, device)
         self._features: nn.Module | None = None
         self._lock = threading.Lock()
+        if (dtype := _AUTOCAST.get(execution.precision)) is not None:
+            self._cast_weights(dtype, loaded.metadata.preprocessing.image_size)
 
     @torch.inference_mode()
     def logits(self, images: Tensor, *, tta: bool = False) -> Tensor:
@@ -59,6 +63,20 @@ class Predictor:
         """
         features = self._forward(self._feature_module(), images.to(self.device, non_blocking=True))
         return features.flatten(2).mean(2) if features.ndim > 2 else features
+
+    @torch.inference_mode()
+    def _cast_weights(self, dtype: torch.dtype, image_size: int) -> None:
+        """Cast the weights once, not in each forward pass, if the logits stay equal bit for bit."""
+        cast = with_cast_weights(self.module, dtype)
+        generator = torch.Generator().manual_seed(0)  # PyTorch's own random state stays as it is
+        images = torch.randint(256, (1, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
+        images = images.to(self.device)
+        try:
+            is_equal = torch.equal(self._forward(cast, images), self._forward(self.module, images))
+        except RuntimeError:  # a layer computes with these weights outside of autocast
+            return
+        if is_equal:
+            self.module = cast
 
     def _forward(self, module: nn.Module, images: Tensor) -> Tensor:
         inputs = self._normalize(images.contiguous(memory_format=self.execution.memory_format))
@@ -90,11 +108,6 @@ def eval_execution(metadata: ModelMetadata, device: torch.device) -> Execution:
         device.type == "cpu" and saved.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
     return saved if is_supported else Execution("fp32", saved.channels_last)
-
-
-def auto_batch_size(device: torch.device) -> int:
-    """Return the number of images in a forward pass: few on a CPU, so that activations stay in its caches."""
-    return 8 if device.type == "cpu" else 128
 
 
 def find_device(name: str | torch.device) -> torch.device:

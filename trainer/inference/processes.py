@@ -14,9 +14,10 @@ from trainer.data.workers import init_worker
 from trainer.distributed.allocator import keep_freed_memory
 from trainer.errors import UserError
 from trainer.inference.answers import AnswerOptions
+from trainer.inference.file_logits import BatchOptions, FileLogits
 from trainer.inference.predictor import Predictor, eval_execution
 from trainer.inference.rows import Row
-from trainer.inference.stream import BatchOptions, FilePredictor
+from trainer.inference.stream import FilePredictor
 from trainer.model.file import load
 
 _SECONDS_BETWEEN_CHECKS = 0.2
@@ -43,25 +44,29 @@ class Job:
         """
         device = self.device
         if device.type == "cpu":
-            torch.set_num_threads(1)  # each thread of FilePredictor computes its own batch
+            torch.set_num_threads(1)  # each thread of FileLogits computes its own batch
             keep_freed_memory(os.environ)
         elif device.index is None:
             device = torch.device(device.type, rank % torch.cuda.device_count())
         loaded = load(self.model)
         predictor = Predictor(loaded, device, eval_execution(loaded.metadata, device))
-        return FilePredictor(predictor, loaded.metadata, self.options, self.batches)
+        logits = FileLogits(predictor, loaded.metadata, self.batches, tta=self.options.tta)
+        return FilePredictor(logits, loaded.metadata.classes, self.options)
 
 
 def predict_files(job: Job, paths: Sequence[str], *, num_processes: int) -> Generator[list[Row], None, None]:
-    """Yield the rows of each batch. Those of several processes come in any order, with empty lists between them.
+    """Load the model, and return a generator of the rows of each batch.
+
+    Rows of several processes, each of which loads the model, come in any order, with empty lists between them.
 
     Raises:
         UserError: the model cannot be loaded, or a process has ended.
 
     """
-    if num_processes == 1:
-        yield from job.file_predictor()(paths)
-        return
+    return job.file_predictor()(paths) if num_processes == 1 else _predict_in_processes(job, paths, num_processes)
+
+
+def _predict_in_processes(job: Job, paths: Sequence[str], num_processes: int) -> Generator[list[Row], None, None]:
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, Any] = {}
     try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
 from trainer.errors import UserError
+from trainer.model.encoder_classifier import with_classifier
 from trainer.model.meta_device import on_meta_device
 from trainer.model.preset import Preset
 
@@ -61,7 +62,7 @@ def preset(name: str) -> Preset:
 def construct(
     name: str, image_size: int, num_classes: int, *, dropout: float | None = None, stochastic_depth: float | None = None
 ) -> nn.Module:
-    """Return the model with random weights. A feature model gets a classifier as the others of its family have.
+    """Return the model with random weights. A feature model gets timm's classifier of its family, or a linear layer.
 
     Raises:
         UserError: the model has no such option as `drop_rate` or `drop_path_rate`.
@@ -77,7 +78,7 @@ def construct(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about functions of torch that timm should no longer call
         try:
-            return timm.create_model(_model(name), pretrained=False, **options)
+            return with_classifier(timm.create_model(_model(name), pretrained=False, **options), num_classes)
         except Exception as error:  # a model's code may raise anything, such as an AssertionError about the image size
             for option, key in (("model.dropout", "drop_rate"), ("model.stochastic_depth", "drop_path_rate")):
                 if key in options and isinstance(error, TypeError) and f"'{key}'" in str(error):

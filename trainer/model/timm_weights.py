@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from trainer.model.architectures import TIMM
+from trainer.model.encoder_classifier import EncoderClassifier
 from trainer.model.state_dict import require_plain, select_state
 from trainer.model.timm_hub import find_published
 from trainer.model.timm_models import pretrained_cfg
@@ -59,6 +60,12 @@ def peek_timm_weights(name: str, weights: str, model: nn.Module, *, key: str = "
 
 
 def _read(name: str, weights: str, model: nn.Module, *, key: str, mmap: bool) -> SourceWeights | None:
+    # The weights of an encoder that timm has no classifier for are those of the encoder alone.
+    encoder, prefix = (model.encoder, "encoder.") if isinstance(model, EncoderClassifier) else (model, "")
+
+    def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {prefix + key: tensor for key, tensor in tensors.items()}
+
     if is_file(weights):
         path, source = file_path(weights), f"file {weights}"
         content = read_weights_file(path, mmap=mmap)
@@ -74,14 +81,14 @@ def _read(name: str, weights: str, model: nn.Module, *, key: str, mmap: bool) ->
     if is_published and key == "auto" and _is_state(content):
         # As timm does it: the names of a larger model, such as CLIP's, can only be converted with their prefix.
         plain = require_plain(content, str(path), check_values=not mmap)
-        converted = _convert(plain, model, name)
-        if not _misfits(converted, model):
-            return SourceWeights(converted, source, notes=_describe_resized(converted, plain))
-    selected = select_state(content, list(model.state_dict()), key=key, path=str(path))
+        converted = _convert(plain, encoder, name)
+        if not _misfits(converted, encoder):
+            return SourceWeights(named(converted), source, notes=_describe_resized(converted, plain))
+    selected = select_state(content, list(encoder.state_dict()), key=key, path=str(path))
     plain = require_plain(selected.tensors, str(path), check_values=not mmap)
-    converted = _convert(plain, model, name)
+    converted = _convert(plain, encoder, name)
     notes = (*selected.notes, *_describe_resized(converted, plain))
-    return SourceWeights(converted, source, selected.others, notes)
+    return SourceWeights(named(converted), source, selected.others, notes)
 
 
 def _is_state(content: Any) -> bool:

@@ -187,7 +187,7 @@ def format_number(value: float) -> str:
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
         return f"{value:.2g}"
     if abs(value) >= 10_000:
-        return f"{value / 1000:g}k"
+        return f"{value / 1000:.4g}k"
     return f"{value:.4g}"
 
 

@@ -71,6 +71,7 @@ def _environment() -> Environment:
         "percent": percent,
         "decimal": decimal,
         "thousands": thousands,
+        "duration": duration,
         "preformatted": preformatted,
         "printable": escape_unprintable,
     }
@@ -95,3 +96,10 @@ def decimal(value: float | None, digits: int = 3) -> str:
 def thousands(value: float | None) -> str:
     """Return a number with separators between thousands, or a dash for None."""
     return "–" if value is None else f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -2,7 +2,9 @@
 
 import base64
 import io
+import math
 import os
+import time
 
 import numpy as np
 from PIL import Image
@@ -32,20 +34,24 @@ def thumbnail(image: str | os.PathLike[str] | np.ndarray, size: int = 192) -> st
 
 
 class PictureBudget:
-    """Makes thumbnails until they fill a number of bytes, so that a page stays small."""
+    """Makes thumbnails until they fill a number of bytes, or take a number of seconds."""
 
-    def __init__(self, max_bytes: int) -> None:
-        """Take the largest sum of all data URIs [bytes]."""
+    def __init__(self, max_bytes: int, *, max_seconds: float | None = None) -> None:
+        """Take the largest sum of all data URIs [bytes], and the largest time to make them; None: no limit."""
         self.left = max_bytes
+        self._seconds_left = math.inf if max_seconds is None else max_seconds
 
     def thumbnail(self, image: str | os.PathLike[str] | np.ndarray, size: int = 192) -> str | None:
         """Return the data URI of an image; None if it cannot be read, or the budget is used up."""
-        if self.left <= 0:
+        if self.left <= 0 or self._seconds_left <= 0:
             return None
+        began = time.perf_counter()
         try:
             uri = thumbnail(image, size)
         except (UnreadableImage, ValueError):
             return None
+        finally:
+            self._seconds_left -= time.perf_counter() - began
         if len(uri) > self.left:
             return None
         self.left -= len(uri)

@@ -5,19 +5,23 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import IO, Any, cast
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
-from trainer.metrics import Progress
+from regraft.sparkline import sparkline
 from trainer.report.metrics import Row
 
 SECONDS_BETWEEN_LINES = 10.0
 """Minimum time between two progress lines if the output is not a terminal."""
+_CHART_WIDTH = 20
+"""Width of the chart of the training loss."""
 
 
 class BrokenPipeSafeStream:
@@ -87,24 +91,33 @@ def format_bytes(count: int) -> str:
     return f"{count / 2**30:.1f}G" if count >= 2**30 else f"{count / 2**20:.0f}M"
 
 
+def wait_share(rate: float, compute_rate: float) -> float:
+    """Return the fraction of time that training waits for data, from examples per second with and without loading."""
+    return max(0.0, 1 - rate / compute_rate)
+
+
 def epoch_header(splits: Sequence[str]) -> str:
-    """Return the column headings of `format_epoch`."""
-    accuracies = "".join(f"{split + ' acc':>9}" for split in splits)
+    """Return the column headings of `format_epoch`, at most 80 characters."""
     return (
-        f"{'epoch':>7}{'loss':>9}{'train acc':>11}{accuracies}{'ex/s':>8}{'compute':>9}"
-        f"{'lr backbone/head':>19}{'mem':>6}"
+        f"{'epoch':>7}{'loss':>8}{'acc ' + '/'.join(('train', *splits)):>19}{'ex/s':>8}{'compute':>9}{'wait':>6}"
+        f"{'lr backbone/head':>17}{'mem':>6}"
     )
 
 
 def format_epoch(row: Row, epochs: int, splits: Sequence[str]) -> str:
     """Return the console line of an epoch."""
-    accuracies = "".join(f"{row[f'{split}_accuracy']:9.3f}" for split in splits)
-    lr = "/".join(f"{row[key]:.2g}" for key in ("lr_backbone", "lr_head") if key in row)
-    rate, compute_rate = (format_rate(row[key]) for key in ("examples_per_sec", "examples_per_sec_compute"))
+    accuracies = "/".join(f"{row[f'{split}_accuracy']:.3f}" for split in ("train", *splits))
+    rate, compute_rate = row["examples_per_sec"], row["examples_per_sec_compute"]
     return (
-        f"{row['epoch']:>{6 - len(str(epochs))}}/{epochs}{row['train_loss']:9.4f}{row['train_accuracy']:11.3f}"
-        f"{accuracies}{rate:>8}{compute_rate:>9}{lr:>19}{format_bytes(row['memory_bytes']):>6}"
+        f"{row['epoch']:>{6 - len(str(epochs))}}/{epochs}{row['train_loss']:8.4f}{accuracies:>19}"
+        f"{format_rate(rate):>8}{format_rate(compute_rate):>9}{wait_share(rate, compute_rate):>6.0%}"
+        f"{format_lr(row):>17}{format_bytes(row['memory_bytes']):>6}"
     )
+
+
+def format_lr(row: Row) -> str:
+    """Return the learning rates of backbone and head; without a trainable backbone, that of the head."""
+    return "/".join(f"{row[key]:.2g}" for key in ("lr_backbone", "lr_head") if key in row)
 
 
 def format_start(row: Row, splits: Sequence[str]) -> str:
@@ -127,25 +140,26 @@ class ProgressBar:
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         self._header_printed = False
         self._last_line = time.monotonic()
+        self._losses: list[float] = []
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(compact=True),
             console=console,
-            transient=True,
-            refresh_per_second=4,
             speed_estimate_period=120,
-            disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=epochs * steps_per_epoch, completed=done_steps, metrics="")
+        self._metrics = Text(no_wrap=True, overflow="ellipsis")
+        self._live = Live(Group(self._bar, self._metrics), console=console, transient=True, refresh_per_second=4)
+        epoch = min(epochs, done_steps // steps_per_epoch + 1)
+        description = f"epoch {epoch}/{epochs} training"
+        self._task = self._bar.add_task(description, total=epochs * steps_per_epoch, completed=done_steps)
 
     @contextmanager
     def show(self) -> Iterator[None]:
-        """Show the bar inside a `with` block."""
-        with self._bar:
+        """Show the bar inside a `with` block, if the console is a terminal."""
+        with self._live if self.console.is_terminal else nullcontext():
             yield
 
     def print_start(self, row: Row, splits: Sequence[str]) -> None:
@@ -157,17 +171,32 @@ class ProgressBar:
         phase = "evaluating" if epoch_step == self.steps_per_epoch else "training"
         self._bar.update(self._task, advance=1, description=f"epoch {epoch}/{self.epochs} {phase}")
 
-    def show_metrics(self, progress: Progress) -> None:
-        """Show the metrics of the epoch so far: in the bar, or as a line every few seconds."""
-        metrics, step, steps = progress.metrics, progress.epoch_step, self.steps_per_epoch
-        text = f"loss {metrics.loss:.3f} acc {metrics.accuracy:.3f} {format_rate(metrics.rate)} ex/s"
-        self._bar.update(self._task, metrics=text)
-        is_due = time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES and step < steps
-        if is_due and not self.console.is_terminal:
+    def show_metrics(self, row: Row) -> None:
+        """Show a row of kind `train`: below the bar, or as a line every few seconds.
+
+        Args:
+            row: as in metrics.jsonl.
+
+        """
+        self._losses.append(row["train_loss"])
+        loss, accuracy = f"loss {row['train_loss']:.3f}", f"acc {row['train_accuracy']:.3f}"
+        rate, compute_rate = row["examples_per_sec"], row["examples_per_sec_compute"]
+        speed, wait = f"{format_rate(rate)} ex/s", f"wait {wait_share(rate, compute_rate):.0%}"
+        if self.console.is_terminal:
+            chart = sparkline(self._losses, width=_CHART_WIDTH) if self.console.encoding.startswith("utf") else ""
+            self._metrics.plain = (
+                f"{loss} {chart}  {accuracy}  lr {format_lr(row)}\n"
+                f"{speed}  compute {format_rate(compute_rate)} ex/s  {wait}  mem {format_bytes(row['memory_bytes'])}"
+            )
+            return
+        epoch, step = divmod(row["step"] - 1, self.steps_per_epoch)
+        is_due = time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES and step + 1 < self.steps_per_epoch
+        if is_due:
             self._last_line = time.monotonic()
-            eta = (self.epochs * steps - progress.step) * metrics.seconds / step
+            eta = (self.epochs * self.steps_per_epoch - row["step"]) * row["seconds"] / (step + 1)
             self.console.print(
-                f"  epoch {progress.epoch}/{self.epochs} step {step}/{steps}  {text}  ETA {format_duration(eta)}"
+                f"  epoch {epoch + 1}/{self.epochs} step {step + 1}/{self.steps_per_epoch}  {loss}  {accuracy}  "
+                f"{speed}  {wait}  ETA {format_duration(eta)}"
             )
 
     def print_epoch(self, row: Row, splits: Sequence[str]) -> None:

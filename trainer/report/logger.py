@@ -1,4 +1,4 @@
-"""Logger of a run: console, metrics.jsonl and curves.png, on rank 0."""
+"""Logger of a run: console, metrics.jsonl, curves.png and report.html, on rank 0."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +16,8 @@ from trainer.optim.schedule import TrainSchedule
 from trainer.report.console import ProgressBar, peak_memory
 from trainer.report.figures import draw_curves, try_write_figure
 from trainer.report.metrics import MetricsFile, Row, class_rows, epoch_row, epoch_rows, start_row, train_row
+from trainer.report.tracker_services import Service
+from trainer.report.trackers import Trackers
 from trainer.run.atomic import describe_missing
 from trainer.run.session import OpenRun
 
@@ -37,7 +39,9 @@ class RunLogger:
         classes: Sequence[str],
         device: torch.device,
         text: str,
+        trackers: Trackers,
         check: Callable[[], None],
+        writes_report: bool = False,
     ) -> None:
         """Start with the metrics of a checkpoint.
 
@@ -48,7 +52,9 @@ class RunLogger:
             classes: names of the classes.
             device: device whose peak memory is logged.
             text: content of metrics.jsonl so far; empty for a new run.
+            trackers: experiment trackers.
             check: raises a UserError if this process may no longer write into the folder.
+            writes_report: whether report.html is written with the curves.
 
         Raises:
             UserError: metrics.jsonl cannot be written.
@@ -58,7 +64,7 @@ class RunLogger:
         self._progress_bar = progress_bar
         self._folder, self._title, self._classes, self._device = folder, title, classes, device
         self._drawn_at, self._has_warned = time.monotonic(), False
-        self._check = check
+        self._check, self._trackers, self._writes_report = check, trackers, writes_report
         with self._store_failure():
             self._metrics = MetricsFile(folder / METRICS, text)
         # Before training, an error may be raised: make_logger raises it on all ranks.
@@ -83,8 +89,7 @@ class RunLogger:
     def log_start(self, evaluations: Evaluations, seconds: float) -> None:
         """Log the evaluation before the first step; `seconds` is the time to fit the output layer."""
         row = start_row(evaluations, seconds)
-        with self._store_failure():
-            self._metrics.append(row)
+        self._append([row])
         self._progress_bar.print_start(row, tuple(evaluations))
 
     def log_progress(self, epoch: int, epoch_step: int) -> None:
@@ -93,17 +98,21 @@ class RunLogger:
 
     def log_step(self, progress: Progress) -> None:
         """Log a step within an epoch."""
-        self._progress_bar.show_metrics(progress)
-        with self._store_failure():
-            self._metrics.append(train_row(progress, self._progress_bar.steps_per_epoch))
+        row = train_row(progress, self._progress_bar.steps_per_epoch, peak_memory(self._device))
+        self._progress_bar.show_metrics(row)
+        self._append([row])
 
     def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
         """Log an epoch."""
         row = epoch_row(progress, evaluations, peak_memory(self._device))
-        with self._store_failure():
-            for new_row in (row, *class_rows(progress, evaluations, self._classes)):
-                self._metrics.append(new_row)
+        self._append([row, *class_rows(progress, evaluations, self._classes)])
         self._progress_bar.print_epoch(row, tuple(evaluations))
+
+    def _append(self, rows: Sequence[Row]) -> None:
+        with self._store_failure():
+            for row in rows:
+                self._metrics.append(row)
+        self._trackers.log(rows)
 
     def draw_curves(self) -> None:
         """Draw the curves of all rows so far, unless they were drawn a moment ago."""
@@ -119,6 +128,10 @@ class RunLogger:
             return
         draw = partial(draw_curves, self.rows, title=self._title)
         try_write_figure(self._folder / CURVES, draw, size=(6.4, 5.6), warn=self._warn)
+        if self._writes_report:
+            from trainer.pages.run_report import try_write_report  # noqa: PLC0415 (no run needs jinja2 at its start)
+
+            try_write_report(self._folder, pictures=False, warn=self._warn)
 
     def _warn(self, message: str) -> None:
         if not self._has_warned:
@@ -173,9 +186,17 @@ class NullLogger:
 
 
 def make_logger(
-    run: OpenRun, schedule: TrainSchedule, *, title: str, classes: Sequence[str], done_steps: int, metrics: str
-) -> tuple[RunLogger | NullLogger, ProgressBar]:
-    """Return the logger and the progress bar of this process. Every process must call it.
+    run: OpenRun,
+    schedule: TrainSchedule,
+    *,
+    title: str,
+    classes: Sequence[str],
+    done_steps: int,
+    metrics: str,
+    services: Sequence[Service],
+    project: str,
+) -> tuple[RunLogger | NullLogger, ProgressBar, Trackers]:
+    """Return the logger, the progress bar and the trackers of this process. Every process must call it.
 
     Args:
         run: the open run folder.
@@ -184,26 +205,33 @@ def make_logger(
         classes: names of the classes.
         done_steps: number of updates completed.
         metrics: content of metrics.jsonl in the checkpoint; empty for a new run.
+        services: names of the experiment trackers.
+        project: project of the run in the trackers.
 
     Raises:
-        UserError: metrics.jsonl cannot be written.
+        UserError: metrics.jsonl cannot be written, or a tracker cannot be started.
 
     """
     progress_bar = ProgressBar(
         run.console, epochs=schedule.epochs, steps_per_epoch=schedule.steps_per_epoch, done_steps=done_steps
     )
+    trackers = Trackers(services if run.is_writer else (), project, run)
 
     def make() -> RunLogger | NullLogger:
         if not run.is_writer:
             return NullLogger()
-        return RunLogger(
+        logger = RunLogger(
             progress_bar,
             folder=run.folder,
             title=title,
             classes=classes,
             device=run.ctx.device,
             text=metrics,
+            trackers=trackers,
             check=run.check_lock,
+            writes_report=run.writes_report,
         )
+        trackers.start(logger.rows)
+        return logger
 
-    return run.ctx.main_process_first(make), progress_bar
+    return run.ctx.main_process_first(make), progress_bar, trackers

@@ -109,25 +109,21 @@ def row_score(row: Row, split: str, metric: SelectBy) -> tuple[float, float]:
     return selection_score(metric, loss if metric == "log_loss" else row[f"{split}_{metric}"], loss)
 
 
-def train_row(progress: Progress, steps_per_epoch: int) -> Row:
+def train_row(progress: Progress, steps_per_epoch: int, memory: int) -> Row:
     """Return the row of a step within an epoch: its metrics are those of the epoch so far."""
-    return {
-        "kind": "train",
-        "epoch": progress.epoch - 1 + progress.epoch_step / steps_per_epoch,
-        "step": progress.step,
-        "train_loss": progress.metrics.loss,
-        "train_accuracy": progress.metrics.accuracy,
-        "train_seen": progress.metrics.seen,
-        **{f"lr_{name}": lr for name, lr in progress.lr.items()},
-    }
+    epoch = progress.epoch - 1 + progress.epoch_step / steps_per_epoch
+    return {"kind": "train", "epoch": epoch, **_train_columns(progress, memory)}
 
 
 def epoch_row(progress: Progress, evaluations: Evaluations, memory: int) -> Row:
     """Return the row of an epoch; `memory` is the peak memory of rank 0 [bytes]."""
+    row: Row = {"kind": "epoch", "epoch": progress.epoch, **_train_columns(progress, memory)}
+    return row | _evaluation_columns(evaluations)
+
+
+def _train_columns(progress: Progress, memory: int) -> Row:
     metrics = progress.metrics
-    row: Row = {
-        "kind": "epoch",
-        "epoch": progress.epoch,
+    return {
         "step": progress.step,
         "train_loss": metrics.loss,
         "train_accuracy": metrics.accuracy,
@@ -138,7 +134,6 @@ def epoch_row(progress: Progress, evaluations: Evaluations, memory: int) -> Row:
         **{f"lr_{name}": lr for name, lr in progress.lr.items()},
         "memory_bytes": memory,
     }
-    return row | _evaluation_columns(evaluations)
 
 
 def class_rows(progress: Progress, evaluations: Evaluations, classes: Sequence[str]) -> list[Row]:

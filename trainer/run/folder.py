@@ -7,6 +7,8 @@ checkpoints/        training state, one folder per checkpoint
 attempts/           one file per start: host and process, position, and how it ended
 environment/        one file per start: code, packages, hardware and settings
 curves.png          losses and accuracies over the epochs
+blocks.json         what is trained of each block of the model, for the report
+report.html         the run on one page; `regraft report` writes it again
 evaluation.json     metrics of model.safetensors on each split, at the end of the run
 predictions.csv     its prediction for each image of these splits
 split.csv           the split, if regraft made one
@@ -20,6 +22,7 @@ wise.json           result of WiSE-FT
 earlier-N-...       results without checkpoints, renamed when the run was started anew
 audit/              with run.audit: the examples of every update
 hangs/              stacks of processes that hung
+trackers/           with run.trackers: the runs in experiment trackers, and their local files
 .regraft            mark of a folder that was created before a run was started in it (preview, lr-find, compare)
 STOP                a person creates this file to stop the run
 """
@@ -38,6 +41,7 @@ from regraft import yaml_file
 from regraft.contract import (
     ATTEMPTS,
     BASELINE,
+    BLOCKS,
     CHECKPOINTS,
     CONFIG,
     CURVES,
@@ -49,6 +53,7 @@ from regraft.contract import (
     MODEL,
     PREDICTIONS,
     PRETRAIN,
+    REPORT,
     SPLIT,
     latest_attempt,
     read_attempts,
@@ -60,7 +65,8 @@ from trainer.run.atomic import describe_missing, write_text_atomically
 
 INITIAL, FINE_TUNED, WISE = "initial.safetensors", "fine-tuned.safetensors", "wise.json"
 _RESULTS = (MODEL, METRICS, FINE_TUNED, WISE, EVALUATION, PREDICTIONS)
-OUR_FILES = (*_RESULTS, CONFIG, CHECKPOINTS, ATTEMPTS, CURVES, SPLIT, EXCLUDED, IMAGES, INITIAL)
+_REPORTS = (CURVES, REPORT, BLOCKS)
+OUR_FILES = (*_RESULTS, *_REPORTS, CONFIG, CHECKPOINTS, ATTEMPTS, SPLIT, EXCLUDED, IMAGES, INITIAL)
 # Options that a resumed run may change: they set where and how fast it runs, not what it computes. train.epochs and
 # regularization.early_stopping may grow. Images are compared by name and content, so their folder may have moved.
 _MAY_CHANGE = frozenset(
@@ -71,6 +77,9 @@ _MAY_CHANGE = frozenset(
         "run.threads",
         "run.hang_timeout",
         "run.audit",
+        "run.report",
+        "run.trackers",
+        "run.tracker_project",
         "data.root",
         "data.train_dir",
         "data.val_dir",

@@ -35,6 +35,8 @@ class OpenRun:
     attempt: int
     """Number of this start among the run's attempts, from 1; the same on every rank."""
     hang_timeout: float | Literal["auto"] | None
+    writes_report: bool = False
+    """Whether report.html is written; the option run.report."""
 
     @property
     def is_writer(self) -> bool:
@@ -125,6 +127,7 @@ def open_run(
     console: Console,
     signals: StopSignals,
     hang_timeout: float | Literal["auto"] | None,
+    writes_report: bool = False,
 ) -> OpenRun:
     """Open the run folder for this start: compare the config, acquire the lock, and write the config of a new run.
 
@@ -138,6 +141,7 @@ def open_run(
         console: prints what was done with an earlier run.
         signals: the stop signals.
         hang_timeout: the option run.hang_timeout.
+        writes_report: whether report.html is written.
 
     Raises:
         UserError: the folder holds another run, another process works on it, or it cannot be written.
@@ -155,6 +159,7 @@ def open_run(
         lock=lock,
         attempt=ctx.broadcast(lock.record.attempt if lock is not None else 0),
         hang_timeout=hang_timeout,
+        writes_report=writes_report,
     )
 
 

@@ -47,8 +47,8 @@ def plant_copies(originals: list[Path], target: Path, *, of_each: int, seed: int
     target.mkdir(parents=True, exist_ok=True)
     planted: dict[str, dict[Path, Path]] = {}
     for number, kind in enumerate(("exact", *EDITS)):
-        for original in originals[number * of_each : (number + 1) * of_each]:
-            copy = target / f"{kind}-{original.stem}.jpg"
+        for position, original in enumerate(originals[number * of_each : (number + 1) * of_each]):
+            copy = target / f"{kind}-{position}.jpg"
             if kind == "exact":
                 shutil.copyfile(original, copy)
             else:

@@ -81,9 +81,9 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CheckResult]
     (folder / "text.jpg").write_text("not an image")
     (folder / "broken-link.jpg").symlink_to("nowhere")
     os.mkfifo(folder / "pipe.jpg")
-    noise_image(7).save(folder / "really-png.jpg", "PNG")
-    noise_image(8).convert("RGBA").save(folder / "alpha.png")
-    noise_image(9, size=(90, 30)).save(folder / "long.png")
+    noise_image(107).save(folder / "really-png.jpg", "PNG")
+    noise_image(108).convert("RGBA").save(folder / "alpha.png")
+    noise_image(109, size=(90, 30)).save(folder / "long.png")
     Image.new("RGB", (50, 50), "red").save(folder / "red.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
@@ -99,8 +99,9 @@ def test_unreadable_files_are_named_with_their_reasons(faulty: tuple[Path, Check
     names = {Path(path).name for path in unreadable.paths}
     assert names == {"cut.jpg", "empty.png", "text.jpg", "broken-link.jpg", "pipe.jpg"}
     assert unreadable.severity == "error"
-    assert "broken-link.jpg: a broken symbolic link" in unreadable.message
-    assert "and 2 more" in unreadable.message
+    assert f"5 of {faulty[1].num_images} images cannot be read:\n" in unreadable.message
+    assert "/a/empty.png: an empty file (0 bytes)\n" in unreadable.message
+    assert "\n  and 2 more\n" in unreadable.message
 
 
 @pytest.mark.parametrize(

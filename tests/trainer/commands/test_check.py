@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import completion
 from tests.folders import image_folder, noise_image
 from trainer.commands import check
 
@@ -42,7 +43,10 @@ def test_the_output_is_plain_and_narrow(data: Path, capsys: pytest.CaptureFixtur
 
 def test_exit_codes(data: Path, tmp_path: Path) -> None:
     clean = image_folder(tmp_path / "clean", {"train": {"a": 5, "b": 12}, "val": {"a": 2, "b": 2}}, seed=3)
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     for words, code in (
+        ([tmp_path / "empty", "--html", tmp_path / "x.html", "--json", tmp_path / "x.json"], 1),
         ([data, "--fail-on", "never"], 0),
         ([data, "--duplicates", "exact"], 1),
         ([clean], 0),
@@ -51,9 +55,15 @@ def test_exit_codes(data: Path, tmp_path: Path) -> None:
         ([], 2),
         ([clean, "--json", tmp_path / "nowhere" / "x.json"], 2),
         ([clean, "--html", tmp_path], 2),
+        ([clean, "--json", tmp_path / "pipe"], 2),
         ([clean, "--data.sede", "3"], 2),
     ):
         assert check.main(list(map(str, words))) == code, words
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_the_shell_completes_its_options() -> None:
+    assert {*completion.parser_options(check.parser())} == {*completion.CHECK, "--help"}
 
 
 def test_json_and_html(data: Path, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "a folder as output": (["MODEL", "photos", "--output", "folder.csv"], "folder.csv: this is a folder"),
     "no folder for the output": (["MODEL", "photos", "--output", "a/x.csv"], "a/x.csv: cannot be written (No such"),
     "no calibration": (["PLAIN", "photos", "--calibrated"], "the model is not calibrated"),
-    "no threshold": (["PLAIN", "photos", "--threshold", "saved"], "--threshold saved: the model's file holds no"),
+    "no threshold": (["PLAIN", "photos", "--threshold", "saved"], "plain.safetensors holds no threshold"),
     "another device": (["MODEL", "photos", "--device", "tpu"], "device is 'tpu': expected auto, cpu or cuda"),
     "a file to sort into": (["MODEL", "photos", "--sort-into", "other.safetensors"], "the folder cannot be created"),
     "standard input": (["MODEL", "-"], "-: no images; expected"),

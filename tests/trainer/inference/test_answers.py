@@ -1,8 +1,11 @@
 """From logits to answers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from regraft.contract import CONFIG, MODEL
 from trainer.errors import UserError
 from trainer.inference.answers import AnswerOptions, make_predictions, require_temperature, require_unknown_threshold
 from trainer.model.file import load
@@ -41,9 +44,18 @@ def test_below_the_threshold_the_answer_is_unknown(options: AnswerOptions, unkno
     assert [p.labels[0] for p in predictions] == ["a"] * 3
 
 
-def test_what_the_model_file_lacks_is_an_error(model_file: object) -> None:
-    metadata = load(str(model_file)).metadata
-    with pytest.raises(UserError, match="the model is not calibrated"):
-        require_temperature(metadata)
-    with pytest.raises(UserError, match="the model's file holds no threshold"):
-        require_unknown_threshold(metadata)
+def test_what_the_model_file_lacks_is_an_error_with_the_command_that_stores_it(
+    model_file: Path, tmp_path: Path
+) -> None:
+    metadata = load(model_file).metadata
+    run = tmp_path / "a run"
+    run.mkdir()
+    (run / CONFIG).touch()
+    alone = tmp_path / "model.safetensors"
+    for file, command in ((run / MODEL, f"regraft evaluate '{run}'"), (alone, f"regraft evaluate {alone} DATA")):
+        with pytest.raises(UserError) as error:
+            require_temperature(metadata, file)
+        assert str(error.value).endswith(f"This command fits and stores one: {command} --calibrate --store")
+        with pytest.raises(UserError) as error:
+            require_unknown_threshold(metadata, file)
+        assert f"{command} --unknown FOLDER --store." in str(error.value)

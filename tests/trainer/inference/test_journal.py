@@ -42,6 +42,20 @@ def test_a_partial_output_goes_on_and_a_complete_one_is_not_overwritten(tmp_path
     assert output.read_bytes() == content
 
 
+def test_images_that_could_not_be_read_are_tried_again(tmp_path: Path) -> None:
+    output = tmp_path / "x.csv"
+    journal = Journal.open(output, IDENTITY)
+    journal.append([ROWS[0], Row(PATHS[1], None, "no such file")])
+    assert list(journal.rows) == PATHS[:2]
+    journal.write_output(PATHS, COLUMNS, is_complete=False)
+    journal.close()
+    again = Journal.open(output, IDENTITY)
+    assert list(again.rows) == PATHS[:1]
+    again.append(ROWS[1:2])
+    again.close()
+    assert Journal.open(output, IDENTITY).rows == {row.path: row for row in ROWS[:2]}
+
+
 @pytest.mark.parametrize("cut", [1, 30, 60])
 def test_a_line_that_was_cut_off_by_a_kill_is_dropped(cut: int, tmp_path: Path) -> None:
     output = tmp_path / "x.csv"

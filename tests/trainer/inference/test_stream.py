@@ -8,18 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.data.augment import EvalTransform, Normalize
+from trainer.data.augment import EvalTransform, Normalize, Preprocessing
 from trainer.data.dataset import ImageDataset
 from trainer.data.loader import Collate
 from trainer.data.sampler import EvalBatchSampler
 from trainer.distributed.precision import Execution
 from trainer.errors import UserError
 from trainer.evaluate import evaluate
+from trainer.inference import file_logits
 from trainer.inference.answers import AnswerOptions
+from trainer.inference.file_logits import BatchOptions, FileLogits
 from trainer.inference.predictor import Predictor
 from trainer.inference.rows import Row
-from trainer.inference.stream import BatchOptions, FilePredictor
-from trainer.model.file import load
+from trainer.inference.stream import FilePredictor
+from trainer.model.create import build_model
+from trainer.model.file import LoadedModel, load
+from trainer.model.metadata import ModelMetadata
 
 CPU = torch.device("cpu")
 
@@ -43,8 +47,11 @@ def make(model_file: Path, execution: Execution, *, threads: int = 1, **options:
     loaded = load(model_file)
     predictor = Predictor(loaded, CPU, execution)
     predictor.module = recorder = Recorder(predictor.module)
-    batches = BatchOptions(batch_size=options.pop("batch_size", None), threads=threads)
-    return FilePredictor(predictor, loaded.metadata, AnswerOptions(**options), batches), recorder
+    batches = BatchOptions(
+        batch_size=options.pop("batch_size", 8), threads=threads, one_forward_at_a_time=options.pop("together", False)
+    )
+    logits = FileLogits(predictor, loaded.metadata, batches)
+    return FilePredictor(logits, loaded.metadata.classes, AnswerOptions(**options)), recorder
 
 
 def predict(predictor: FilePredictor, paths: Sequence[Path]) -> list[Row]:
@@ -83,8 +90,9 @@ def test_threads_and_batch_sizes_do_not_change_the_rows(model_file: Path, image_
     execution = Execution("fp32", channels_last=True)
     expected = predict(make(model_file, execution)[0], image_paths)
     assert [row.path for row in expected] == [str(path) for path in image_paths]
-    for threads, batch_size in ((3, None), (2, 1), (4, 100)):
-        rows = predict(make(model_file, execution, threads=threads, batch_size=batch_size)[0], image_paths)
+    for threads, batch_size, together in ((3, 8, False), (3, 8, True), (2, 1, False), (4, 100, True)):
+        predictor, _ = make(model_file, execution, threads=threads, batch_size=batch_size, together=together)
+        rows = predict(predictor, image_paths)
         for row, other in zip(rows, expected, strict=True):
             assert row.prediction is not None
             assert other.prediction is not None
@@ -124,9 +132,52 @@ def test_a_batch_that_does_not_fit_in_memory_is_halved(
         return compute
 
     monkeypatch.setattr(Predictor, "logits", limited(Predictor.logits))
-    rows = predict(make(model_file, execution)[0], image_paths)
+    monkeypatch.setattr(file_logits, "choose_eval_batch_size", lambda device, *, threads: 8)
+    rows = predict(make(model_file, execution, batch_size=None)[0], image_paths)
     assert [row.path for row in rows] == [row.path for row in expected]
     assert sizes == [8, 4, *[2] * 4, *[2] * 4, 2, 2, 1]
     predictor, _ = make(model_file, execution, batch_size=4)
     with pytest.raises(UserError, match="--batch-size 4: a batch does not fit in the memory of cpu; choose a smaller"):
         predict(predictor, image_paths)
+
+
+def test_logits_that_are_not_finite_are_an_error(model_file: Path, image_paths: list[Path]) -> None:
+    predictor, recorder = make(model_file, Execution("fp32", channels_last=True))
+    with torch.no_grad():
+        next(recorder.model.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match="the model's outputs are not finite: its weights are damaged"):
+        predict(predictor, image_paths)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers"),
+    [
+        ("shufflenet_v2_x0_5", {"Conv2d", "Linear"}),
+        ("vit_b_16", {"Conv2d", "Linear"}),
+        ("timm/test_vit", {"Conv2d", "Linear"}),
+        # Its other convolutions compute with their weights before: they standardize them.
+        ("timm/nf_regnet_b0", {"Conv2d", "Linear"}),
+    ],
+)
+def test_weights_are_cast_once_and_the_logits_equal_those_of_autocast(architecture: str, layers: set[str]) -> None:
+    torch.manual_seed(0)
+    built = build_model(architecture, image_size=64, num_classes=2, weights=None, head_init="torch")
+    preprocessing = Preprocessing(
+        image_size=64, resize_size=64, resize="squash", interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    metadata = ModelMetadata(
+        version="0", architecture=architecture, classes=("a", "b"), preprocessing=preprocessing, source="", metrics={}
+    )
+    loaded = LoadedModel(built.model.eval(), built.heads, metadata)
+    predictor = Predictor(loaded, CPU, Execution("bf16", channels_last=True))
+    images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = built.model(Normalize(preprocessing, CPU)(images.contiguous(memory_format=torch.channels_last)))
+    assert torch.equal(predictor.logits(images), expected.float())
+    assert {parameter.dtype for parameter in built.model.parameters()} == {torch.float32}
+    cast = {
+        type(module).__name__
+        for module in predictor.module.modules()
+        if any(parameter.dtype == torch.bfloat16 for parameter in module.parameters(recurse=False))
+    }
+    assert cast == layers

@@ -1,11 +1,13 @@
 import builtins
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from tests.trainer.model.timm_sweep import check_model, format_table, try_model
 from trainer.errors import UserError
@@ -15,7 +17,9 @@ from trainer.model.batch_norm import allow_single_value_batches, freeze_batch_no
 from trainer.model.build import build, preset
 from trainer.model.create import build_model
 from trainer.model.dropout import set_dropout, set_stochastic_depth
+from trainer.model.encoder_classifier import EncoderClassifier, with_classifier
 from trainer.model.gradient_checkpointing import enable_gradient_checkpointing
+from trainer.model.timm_weights import read_timm_weights
 from trainer.transfer.frozen_prefix import split_frozen
 
 # One or more models of each family that differs in its stem, blocks or output layer. `pytest -m soak` takes all models.
@@ -45,6 +49,60 @@ def test_a_feature_model_gets_a_classifier() -> None:
     model = build_model("timm/test_vit", image_size=96, num_classes=CLASSES, weights=None, head_init="xavier").model
     assert model(torch.randn(2, 3, 96, 96)).shape == (2, CLASSES)
     assert model.num_classes == CLASSES
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "samvit_base_patch16", "sam2_hiera_tiny"]
+)
+def test_models_without_a_classifier_get_that_of_their_family(name: str) -> None:
+    assert timm.get_pretrained_cfg(name).num_classes == 0
+    assert check_model(f"timm/{name}")["output layer"].startswith("head")
+
+
+@pytest.mark.parametrize(
+    "name", ["mobilenetv5_300m_enc", "qwen3_vit_88m_enc", "deepseek_vit_412m_enc", "gemma4_vit_167m_enc"]
+)
+def test_encoders_get_a_linear_layer_on_their_pooled_features(name: str) -> None:
+    found = check_model(f"timm/{name}")
+    assert found["output layer"] == "head"
+    assert "linear probe" not in found["without"]
+
+
+class _Encoder(nn.Module):
+    """An encoder that returns features of any shape, of 5 channels."""
+
+    head_hidden_size = 5
+
+    def __init__(self, features: Tensor, output_fmt: str) -> None:
+        super().__init__()
+        self.features, self.output_fmt = features, output_fmt
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features
+
+
+@pytest.mark.parametrize(
+    ("shape", "output_fmt"), [((2, 5), "NCHW"), ((2, 7, 5), "NCHW"), ((2, 5, 3, 4), "NCHW"), ((2, 3, 4, 5), "NHWC")]
+)
+def test_features_of_an_encoder_are_averaged_over_positions(shape: tuple[int, ...], output_fmt: str) -> None:
+    features = torch.randn(shape)
+    model = with_classifier(_Encoder(features, output_fmt), CLASSES)
+    assert isinstance(model, EncoderClassifier)
+    channels = features.movedim(1, -1) if output_fmt == "NCHW" and features.ndim == 4 else features
+    expected = model.head(channels.reshape(2, -1, 5).mean(1))
+    torch.testing.assert_close(model(torch.zeros(2, 3, 8, 8)), expected)
+
+
+def test_an_encoder_takes_timms_weights_and_those_of_a_run(tmp_path: Path) -> None:
+    encoder = timm.create_model("test_vit", num_classes=0)
+    model = EncoderClassifier(encoder, CLASSES)
+    file = tmp_path / "weights.safetensors"
+    expected = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
+    for state in (encoder.state_dict(), model.state_dict()):
+        save_file(state, file)
+        read = read_timm_weights("timm/test_vit", str(file), model)
+        assert read.tensors.keys() == expected.keys()
+        assert all(torch.equal(read.tensors[key], tensor) for key, tensor in expected.items())
 
 
 def test_presets_are_those_of_timms_evaluation() -> None:
@@ -161,11 +219,6 @@ def test_the_layers_of_a_distilled_model_are_replaced_together() -> None:
     assert built.model(torch.randn(1, 3, 224, 224)).shape == (1, CLASSES)
     with pytest.raises(UserError, match="are made by 2 layers, head, head_dist: choose xavier or source-labels"):
         build_model("timm/deit_tiny_distilled_patch16_224", **options, head_init="linear-probe")
-
-
-def test_an_encoder_without_a_classifier_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="timm/mobilenetv5_300m_enc: MobileNetV5Encoder has no output layer that can"):
-        build_model("timm/mobilenetv5_300m_enc", image_size=256, num_classes=2, weights=None, head_init="xavier")
 
 
 def test_class_names_are_those_of_the_weights_data_set() -> None:

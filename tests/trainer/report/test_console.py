@@ -4,21 +4,21 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from typing import IO, Any, cast
 from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
 
-from trainer.metrics import Progress
 from trainer.report import console as console_module
 from trainer.report.console import BrokenPipeSafeStream, ProgressBar, epoch_header, format_epoch, make_console
+from trainer.report.metrics import Row
 from trainer.report.progress import counting, downloading
 
 ROW: dict[str, Any] = {
-    "epoch": 3, "train_loss": 0.12345, "train_accuracy": 0.9, "test_accuracy": 0.935, "examples_per_sec": 1234.5,
-    "examples_per_sec_compute": 43.9, "lr_backbone": 5e-5, "lr_head": 5e-4, "memory_bytes": 3 * 2**30,
+    "epoch": 3, "train_loss": 0.12345, "train_accuracy": 0.9, "test_accuracy": 0.935, "val_accuracy": 0.94,
+    "examples_per_sec": 1234.5, "examples_per_sec_compute": 4390.0, "lr_backbone": 5e-5, "lr_head": 5e-4,
+    "memory_bytes": 3 * 2**30,
 }  # fmt: skip
 
 
@@ -50,13 +50,18 @@ def output(console: Console) -> str:
     return cast(io.StringIO, console.file).getvalue()
 
 
-def test_lines_and_numbers() -> None:
-    header, line = epoch_header(["test"]), format_epoch(ROW, 5, ["test"])
-    assert len(header) == len(line)
-    columns = {"loss": "0.1235", "test acc": "0.935", "ex/s": "1,234", "compute": "43.9", "mem": "3.0G"}
-    for title, value in columns.items():
+@pytest.mark.parametrize("splits", [["test"], ["val", "test"]])
+def test_lines_of_epochs_fit_into_80_columns(splits: list[str]) -> None:
+    header, line = epoch_header(splits), format_epoch(ROW, 100, splits)
+    assert len(header) == len(line) <= 80
+    accuracies = "/".join(f"{ROW[f'{split}_accuracy']:.3f}" for split in ["train", *splits])
+    columns = {"loss": "0.1235", "/".join(["acc train", *splits]): accuracies, "ex/s": "1,234", "compute": "4,390"}
+    for title, value in {**columns, "wait": "72%", "lr backbone/head": "5e-05/0.0005", "mem": "3.0G"}.items():
         end = header.index(title) + len(title)
         assert line[:end].endswith(value)
+
+
+def test_numbers() -> None:
     values = {"accuracy": 0.9, "interval": [0.8, 0.95], "correct": 9, "seen": 10}
     row = {f"{split}_{key}": value for split in ("val", "test") for key, value in values.items()}
     text = "accuracy 0.900 (95 % interval 0.800 to 0.950; 9 of 10 correct)"
@@ -70,30 +75,51 @@ def test_lines_and_numbers() -> None:
 # Training
 
 
+def train_row(step: int, loss: float = 1.5) -> Row:
+    """Return the row of a step of a run with 4 steps per epoch."""
+    speed = {"examples_per_sec": 2.0, "examples_per_sec_compute": 4.0, "seconds": 2.0, "memory_bytes": 3 << 30}
+    return {"step": step, "train_loss": loss, "train_accuracy": 0.75, "lr_backbone": 1e-5, "lr_head": 1e-4, **speed}
+
+
 def test_without_a_terminal_progress_is_plain_lines_at_intervals(
-    plain: Console, progress: Progress, ten_seconds_later: Callable[[], None]
+    plain: Console, ten_seconds_later: Callable[[], None]
 ) -> None:
     bar = ProgressBar(plain, epochs=2, steps_per_epoch=4, done_steps=0)
     with bar.show():
-        bar.show_metrics(replace(progress, epoch=1, epoch_step=1, step=1))
+        bar.show_metrics(train_row(1))
         assert output(plain) == "", "the interval has not passed"
         ten_seconds_later()
         for step in (2, 3, 4):
-            bar.show_metrics(replace(progress, epoch=1, epoch_step=step, step=step))
+            bar.show_metrics(train_row(step))
+        ten_seconds_later()
+        bar.show_metrics(train_row(5))
         bar.print_epoch(ROW, ["test"])
         bar.print_epoch(ROW, ["test"])
     lines = output(plain).splitlines()
-    assert lines[0] == "  epoch 1/2 step 2/4  loss 1.500 acc 0.750 2.0 ex/s  ETA 0:06"
-    assert [line.split()[0] for line in lines[1:]] == ["epoch", "3/2", "3/2"]
+    assert lines[:2] == [
+        "  epoch 1/2 step 2/4  loss 1.500  acc 0.750  2.0 ex/s  wait 50%  ETA 0:06",
+        "  epoch 2/2 step 1/4  loss 1.500  acc 0.750  2.0 ex/s  wait 50%  ETA 0:06",
+    ]
+    assert [line.split()[0] for line in lines[2:]] == ["epoch", "3/2", "3/2"]
 
 
-def test_on_a_terminal_progress_is_a_bar_from_the_resumed_step(terminal: Console, progress: Progress) -> None:
-    bar = ProgressBar(terminal, epochs=2, steps_per_epoch=4, done_steps=5)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_on_a_terminal_progress_is_a_bar_from_the_resumed_step(encoding: str) -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
+    terminal = Console(file=file, force_terminal=True, width=80, highlight=False, color_system=None)
+    bar = ProgressBar(terminal, epochs=100, steps_per_epoch=4, done_steps=5)
     with bar.show():
         bar.advance(2, 2)
-        bar.show_metrics(progress)
-        bar._bar.refresh()
-    assert re.search(r"epoch 2/2 training .* 6/8 loss 1\.500 acc 0\.750 2\.0 ex/s ETA", output(terminal))
+        for loss in (9.0, 4.0, 1.5):
+            bar.show_metrics(train_row(6, loss))
+        bar._live.refresh()
+        file.flush()
+        shown = file.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    *_, first, second, third = re.sub(r"\x1b\[[0-9?]*[a-zA-Z]", "", shown).splitlines()
+    assert re.fullmatch(r".*epoch 2/100 training .* 6/400 ETA --:--", first.rstrip())
+    chart = "█▃▁" if encoding == "utf-8" else ""
+    assert second.rstrip() == f"loss 1.500 {chart}  acc 0.750  lr 1e-05/0.0001"
+    assert third.rstrip() == "2.0 ex/s  compute 4.0 ex/s  wait 50%  mem 3.0G"
 
 
 def test_only_the_console_of_rank_0_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

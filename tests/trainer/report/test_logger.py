@@ -3,6 +3,7 @@ import io
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from trainer.report import figures
 from trainer.report.console import ProgressBar
 from trainer.report.logger import RunLogger
 from trainer.report.metrics import parse_rows
+from trainer.report.trackers import Trackers
 
 
 def make_logger(folder: Path, text: str = "") -> RunLogger:
@@ -23,7 +25,7 @@ def make_logger(folder: Path, text: str = "") -> RunLogger:
     progress_bar = ProgressBar(console, epochs=2, steps_per_epoch=4, done_steps=0)
     return RunLogger(
         progress_bar, folder=folder, title="x", classes=("a", "b"), device=torch.device("cpu"), text=text,
-        check=lambda: None,
+        trackers=Trackers((), "", Mock(folder=folder)), check=lambda: None,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from trainer.report.metrics import (
 def test_rows_have_the_documented_keys(progress: Progress, evaluation: Evaluation) -> None:
     epoch = epoch_row(progress, {"test": evaluation}, memory=1000)
     start = start_row({"test": evaluation, "val": evaluation}, 4.5)
-    train = train_row(progress, steps_per_epoch=4)
+    train = train_row(progress, steps_per_epoch=4, memory=1000)
     assert epoch.items() >= {
         "kind": "epoch", "epoch": 2, "step": 7, "train_loss": 1.5, "train_accuracy": 0.75, "test_accuracy": 0.6,
         "test_seen": 5, "examples_per_sec": 2.0, "examples_per_sec_compute": 4.0, "lr_head": 1.0,
@@ -31,7 +31,10 @@ def test_rows_have_the_documented_keys(progress: Progress, evaluation: Evaluatio
         "kind": "start", "epoch": 0, "step": 0, "seconds": 4.5, "test_accuracy": 0.6, "val_accuracy": 0.6,
     }.items()  # fmt: skip
     assert start["test_interval"] == pytest.approx([0.2307, 0.8824], abs=1e-3)
-    assert train.items() >= {"kind": "train", "epoch": 1.75, "step": 7, "train_seen": 4}.items()
+    assert train.items() >= {
+        "kind": "train", "epoch": 1.75, "step": 7, "train_seen": 4, "examples_per_sec_compute": 4.0, "seconds": 2.0,
+        "memory_bytes": 1000,
+    }.items()  # fmt: skip
     of_classes = class_rows(progress, {"test": evaluation}, ("a", "b \udcff"))
     assert of_classes == [
         {

@@ -1,0 +1,212 @@
+"""What a report says first: which classes are confused, the likely reasons, and what to do next.
+
+Each rule states its evidence with numbers from the run folder. A rule without evidence says nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.pages.render import percent
+from trainer.pages.run_record import RunRecord, number, points
+from trainer.pages.split_result import ClassResult, Confusion, SplitResult
+
+_MAX_ADVICE = 5
+_SURE = 0.9
+"""Probability of a wrong prediction from which its label is worth a look."""
+_FITTED, _GAP, _WIDE, _IMBALANCE, _RARE = 0.8, 0.1, 0.12, 5.0, 0.7
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A likely reason for errors, and what to do."""
+
+    severity: Literal["error", "warning", "note", "good"]
+    reason: str
+    """What was found, with its numbers."""
+    action: str
+    """What to do next; may be empty."""
+    options: str = ""
+    """Options or a command, as typed."""
+
+
+def make_advice(run: RunRecord) -> list[Advice]:
+    """Return what to do next, the most urgent first."""
+    result = run.reported
+    if result is None:
+        return []
+    found = [
+        advice
+        for rule in (_leakage, _selection, _fit, _pairs, _labels, _imbalance, _calibration, _interval)
+        for advice in rule(run, result)
+    ]
+    order = {"error": 0, "warning": 1, "note": 2, "good": 3}
+    return sorted(found, key=lambda advice: order[advice.severity])[:_MAX_ADVICE]
+
+
+def describe_pair(pair: Confusion) -> str:
+    """Return a sentence about a confusion."""
+    return f"{pair.count} of {pair.support} images of {pair.label} are predicted as {pair.predicted}"
+
+
+def data_wait(run: RunRecord) -> float | None:
+    """Return the fraction of the training time in which the model waited for images; None if it is not known."""
+    training = waiting = 0.0
+    for row in run.epochs:
+        seconds, seen, rate = (number(row, key) for key in ("seconds", "train_seen", "examples_per_sec_compute"))
+        if seconds and seen and rate:
+            training += seconds
+            waiting += max(0.0, seconds - seen / rate)
+    return waiting / training if training else None
+
+
+def _leakage(run: RunRecord, _: SplitResult) -> Iterator[Advice]:
+    """Say what `regraft check` has found in the data."""
+    findings = (run.check or {}).get("findings")
+    for finding in findings if isinstance(findings, list) else ():
+        if isinstance(finding, dict) and finding.get("severity") == "error":
+            yield Advice("error", str(finding.get("message", "")), "See the data check below.")
+
+
+def _selection(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
+    """Say whether the epoch was selected on the images that the result is of."""
+    if not run.is_evaluated or len(run.epochs) < 2 or number(run.epochs[-1], "val_accuracy") is not None:
+        return
+    last = number(run.epochs[-1], f"{result.split}_accuracy")
+    if last is not None and last < result.accuracy:
+        yield Advice(
+            "warning",
+            f"{percent(result.accuracy)} is optimistic: the best epoch was selected on these {result.split} images. "
+            f"The last epoch has {percent(last)}.",
+            "Hold out training images for the selection.",
+            "--data.val_fraction 0.1",
+        )
+
+
+def _fit(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
+    """Say whether training was too short, too long, or fitted the training images alone."""
+    if not run.epochs:
+        return
+    train, split = number(run.epochs[-1], "train_accuracy"), result.split
+    losses = points(run.epochs, f"{split}_loss")
+    best = min(losses, key=lambda point: point[1], default=(0.0, 0.0))
+    is_pretrained = bool(run.option("model.weights") or run.option("pretrain.root"))
+    if train is not None and train >= _FITTED and train - result.accuracy > _GAP:
+        yield Advice(
+            "warning",
+            f"Overfitting: the accuracy is {percent(train)} on training images and {percent(result.accuracy)} on "
+            f"{split} images.",
+            "Use more images, stronger augmentation, or train fewer layers."
+            if is_pretrained
+            else "Begin with pretrained weights, or use more images and stronger augmentation.",
+            "--data.augment trivialaugment, --transfer.strategy head-only" if is_pretrained else "--model.weights",
+        )
+    elif len(losses) >= 3 and losses[-1][1] > 1.15 * best[1]:
+        yield Advice(
+            "warning",
+            f"The {split} loss has risen since epoch {best[0]:g}: later epochs made the probabilities worse.",
+            "Train fewer epochs, or with a smaller learning rate.",
+            "--data.val_fraction 0.1 --regularization.early_stopping 3",
+        )
+    elif len(losses) >= 3 and losses[-1][1] < 0.97 * losses[-2][1]:
+        yield Advice(
+            "note",
+            f"The {split} loss was still falling in the last epoch.",
+            "Train longer: the same command with more epochs continues this run.",
+            f"--train.epochs {2 * len(losses)}",
+        )
+    elif train is not None and train < _FITTED:
+        yield Advice(
+            "note",
+            f"The accuracy on training images is {percent(train)}: the model has not fitted them.",
+            "Train longer, find a better learning rate, or train more layers.",
+            "regraft lr-find",
+        )
+
+
+def _pairs(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
+    """Say in which direction the most frequent pair is confused."""
+    pairs = result.confusions()
+    if not pairs or pairs[0].count < 2:
+        return
+    top = pairs[0]
+    size = run.option("data.image_size")
+    if top.reverse >= 0.5 * top.count:
+        yield Advice(
+            "note",
+            f"{top.label} and {top.predicted} are confused in both directions ({top.count} and {top.reverse} images): "
+            "they look alike to the model, or their labels are mixed up.",
+            "Look at the pictures below. If the difference is in small details, train with larger images.",
+            f"--data.image_size {size * 4 // 3 // 32 * 32}" if isinstance(size, int) else "--data.image_size",
+        )
+    else:
+        supports = {entry.name: entry.support for entry in result.classes}
+        is_rare = supports[top.label] < _RARE * supports[top.predicted]
+        yield Advice(
+            "note",
+            f"{top.label} is predicted as {top.predicted} more often ({top.count} images) than the reverse "
+            f"({top.reverse}).",
+            f"Add images of {top.label} that look like {top.predicted}{', or weigh the classes' if is_rare else ''}.",
+            "--regularization.class_weights balanced" if is_rare else "",
+        )
+
+
+def _labels(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
+    """Say how many wrong predictions are sure: their labels may be wrong."""
+    wrong = [entry for entry in run.predictions if entry.split == result.split and not entry.is_correct]
+    sure = sum(entry.probability >= _SURE for entry in wrong)
+    if sure:
+        yield Advice(
+            "warning" if sure >= 0.3 * len(wrong) else "note",
+            f"{sure} of {len(wrong)} wrong predictions are made with a probability of {percent(_SURE, 0)} or more.",
+            "Look at them first: a label may be wrong, or the picture shows several classes.",
+            "regraft check DATA --model RUN",
+        )
+
+
+def _imbalance(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
+    """Say whether rare classes are recognized worse than frequent ones."""
+    present = sorted((entry for entry in result.classes if entry.support), key=lambda entry: entry.support)
+    if len(present) < 2 or present[-1].support < _IMBALANCE * present[0].support:
+        return
+    half = len(present) // 2
+    rare, frequent = (_mean_recall(part) for part in (present[:half], present[-half:]))
+    if rare < frequent - 0.05 and run.option("regularization.class_weights") != "balanced":
+        yield Advice(
+            "warning",
+            f"Rare classes are recognized worse: mean recall {percent(rare)} for the rarer half of the classes, "
+            f"{percent(frequent)} for the other half.",
+            "Show each class equally often, or weigh the loss.",
+            "--data.sampling balanced",
+        )
+
+
+def _calibration(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
+    """Say whether the probabilities are too high."""
+    ece = result.metrics.get("ece")
+    if ece is None or ece < 0.05:
+        return
+    temperature = run.evaluation.get("temperature")
+    yield Advice(
+        "note",
+        f"The probabilities differ from the accuracy by {percent(ece)} on average.",
+        "Calibrated probabilities are in the model file." if temperature else "Hold out images to calibrate them.",
+        "regraft predict --calibrated" if temperature else "--data.val_fraction 0.1",
+    )
+
+
+def _interval(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
+    """Say whether the result is uncertain, because there are few images."""
+    low, high = result.interval
+    if high - low > _WIDE:
+        yield Advice(
+            "note",
+            f"The result is uncertain: with {result.examples} images, the true accuracy may be between {percent(low)} "
+            f"and {percent(high)}.",
+            "Evaluate on more images before two runs are compared by a few percent.",
+            "regraft evaluate RUN FOLDER",
+        )
+
+
+def _mean_recall(classes: Sequence[ClassResult]) -> float:
+    return sum(entry.recall for entry in classes) / max(1, len(classes))

@@ -1,0 +1,115 @@
+"""`report.html` of a run: one page that shows what the run folder holds.
+
+A run writes it after epochs and at its end; `regraft report` writes it again, with Grad-CAM.
+"""
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from regraft.contract import REPORT, own_version
+from trainer.errors import UserError
+from trainer.pages.advice import data_wait, describe_pair, make_advice
+from trainer.pages.curves import draw_curves, learning_rate_groups
+from trainer.pages.galleries import Explain, make_galleries, pair_thumbnails
+from trainer.pages.render import render, write_page
+from trainer.pages.run_facts import command_line, describe_environment, describe_status, time_parts
+from trainer.pages.run_record import RunRecord, read_run
+from trainer.pages.run_sections import (
+    calibrated_metrics,
+    check_findings,
+    class_rows,
+    confusion_matrix,
+    reliability_charts,
+    weakest_classes,
+)
+from trainer.pages.thumbnails import PictureBudget
+
+_MAX_PICTURE_BYTES = 3_000_000
+_MAX_PAIRS = 30
+_PAIRS_ON_TOP = 3
+_SECONDS_IN_RUN = 1.0
+"""Time that the pictures of a run's own page may take; `regraft report` takes as long as it needs."""
+
+
+def try_write_report(folder: Path, *, pictures: bool, warn: Callable[[str], object]) -> None:
+    """Write a run's page; if this fails for any reason, call `warn` with a message: a page never ends a run."""
+    try:
+        budget = PictureBudget(_MAX_PICTURE_BYTES if pictures else 0, max_seconds=_SECONDS_IN_RUN)
+        write_page(folder / REPORT, render_report(read_run(folder), budget=budget))
+    except Exception as error:  # noqa: BLE001 (a full disk, a damaged file, a broken installation)
+        reason = " ".join(str(error).split())[:300]
+        warn(
+            f"warning: {REPORT} was not written ({type(error).__name__}: {reason}); nothing else is affected, and "
+            f"regraft report {folder} writes it"
+        )
+
+
+def render_report(run: RunRecord, *, budget: PictureBudget | None = None, explain: Explain | None = None) -> str:
+    """Return the page of a run.
+
+    Args:
+        run: what the run folder holds.
+        budget: makes the thumbnails; None for one that has no limit of time.
+        explain: makes the Grad-CAM overlays; None: pictures are shown alone.
+
+    """
+    budget = budget or PictureBudget(_MAX_PICTURE_BYTES)
+    result = run.reported
+    root = run.working_folder
+    pairs = result.confusions() if result is not None else []
+    return render(
+        "report.html.jinja",
+        run=run,
+        name=run.folder.resolve().name,
+        result=result,
+        status=describe_status(run),
+        data_name=Path(str(run.option("data.root", "") or "unknown data")).name,
+        advice=make_advice(run),
+        pairs=[
+            (
+                pair,
+                describe_pair(pair),
+                pair_thumbnails(
+                    run.predictions, result.split, pair, 4 if len(pairs) > 2 else 8, budget=budget, root=root
+                )
+                if result
+                else [],
+            )
+            for pair in pairs[:_PAIRS_ON_TOP]
+        ],
+        all_pairs=pairs[:_MAX_PAIRS],
+        num_pairs=len(pairs),
+        weakest=weakest_classes(result),
+        matrix=confusion_matrix(result),
+        galleries=[]
+        if result is None
+        else make_galleries(run.predictions, result.split, budget=budget, root=root, explain=explain),
+        has_heatmaps=explain is not None,
+        class_rows=class_rows(result),
+        curves=draw_curves(run),
+        groups=learning_rate_groups(run.steps),
+        reliability=reliability_charts(result),
+        calibrated=calibrated_metrics(run, result),
+        time_parts=time_parts(run),
+        data_wait=data_wait(run),
+        split_sizes=", ".join(f"{split} {entry.examples:,}" for split, entry in run.splits.items()) or "–",
+        checked=check_findings(run),
+        command=command_line(run),
+        environment=describe_environment(run),
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        version=own_version(),
+    )
+
+
+def save_page(output: Path, page: str) -> None:
+    """Write a page to a file that the user has named.
+
+    Raises:
+        UserError: it cannot be written.
+
+    """
+    try:
+        write_page(output, page)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror or error}); choose another --output") from None

@@ -1,0 +1,123 @@
+"""Tables and charts of a run's result: confusion matrix, classes, calibration, findings of the data check."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.pages.charts import Column, column_chart
+from trainer.pages.run_record import RunRecord, number
+from trainer.pages.split_result import ClassResult, SplitResult
+
+_MAX_MATRIX, _MAX_CLASSES = 16, 1000
+_NUM_WEAKEST = 3
+
+
+def weakest_classes(result: SplitResult | None) -> list[ClassResult]:
+    """Return the classes with the lowest recall, for a run whose confusion matrix is not known yet."""
+    present = [entry for entry in result.classes if entry.support] if result is not None else []
+    return sorted(present, key=lambda entry: entry.recall)[:_NUM_WEAKEST]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    count: int
+    share: float
+    """Fraction of the images of the class, from 0 to 1."""
+    is_correct: bool
+    title: str
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    names: list[str]
+    rows: list[tuple[str, list[_Cell]]]
+    is_part: bool
+    """Whether the matrix shows the most confused classes alone."""
+
+
+def confusion_matrix(result: SplitResult | None) -> _Matrix | None:
+    """Return the confusion matrix; of many classes, that of the ones that are confused most often."""
+    if result is None or result.matrix is None:
+        return None
+    labels = list(range(len(result.classes)))
+    if len(labels) > _MAX_MATRIX:
+        position = {entry.name: label for label, entry in enumerate(result.classes)}
+        chosen: list[int] = []
+        for pair in result.confusions():
+            chosen += [label for name in (pair.label, pair.predicted) if (label := position[name]) not in chosen]
+            if len(chosen) >= _MAX_MATRIX - 1:
+                break
+        labels = sorted(chosen[:_MAX_MATRIX])
+    if not labels:
+        return None
+    names = [result.classes[label].name for label in labels]
+    rows = []
+    for label in labels:
+        total = max(1, result.classes[label].support)
+        cells = []
+        for predicted in labels:
+            count, name = result.matrix[label][predicted], result.classes[predicted].name
+            title = f"{count} of {total} images of {result.classes[label].name} are predicted as {name}"
+            cells.append(_Cell(count, min(1.0, count / total), label == predicted, title))
+        rows.append((result.classes[label].name, cells))
+    return _Matrix(names, rows, len(labels) < len(result.classes))
+
+
+def class_rows(result: SplitResult | None) -> list[list[Any]]:
+    """Return the rows of the table of classes, the lowest F1 first."""
+    classes = sorted(result.classes, key=lambda entry: (not entry.support, entry.f1)) if result is not None else []
+    return [
+        [
+            entry.name,
+            (f"{entry.support:,}", entry.support),
+            (f"{entry.predicted:,}", entry.predicted),
+            (f"{entry.precision:.3f}" if entry.predicted else "–", entry.precision if entry.predicted else -1),
+            (f"{entry.recall:.3f}" if entry.support else "–", entry.recall if entry.support else -1),
+            (f"{entry.f1:.3f}" if entry.support else "–", entry.f1 if entry.support else -1),
+            ("–", -1) if entry.auroc is None else (f"{entry.auroc:.3f}", entry.auroc),
+        ]
+        for entry in classes[:_MAX_CLASSES]
+    ]
+
+
+def reliability_charts(result: SplitResult | None) -> list[Any]:
+    """Return the reliability diagram, and the histogram of the confidences."""
+    if result is None or not any(entry.count for entry in result.reliability):
+        return []
+    accuracies = [
+        Column(
+            f"{entry.high:.2f}", entry.accuracy or 0.0,
+            f"confidence {entry.low:.2f} to {entry.high:.2f}: accuracy "
+            f"{'–' if entry.accuracy is None else format(entry.accuracy, '.1%')} of {entry.count} images",
+        )
+        for entry in result.reliability
+    ]  # fmt: skip
+    counts = [
+        Column(f"{entry.high:.2f}", entry.count, f"{entry.count} images with {entry.low:.2f} to {entry.high:.2f}", 6)
+        for entry in result.reliability
+    ]
+    title = "Accuracy of the predictions of each confidence"
+    return [
+        column_chart(title, accuracies, x_label="confidence", y_max=1.0, y_format="{:.0%}".format, diagonal=True),
+        column_chart("Number of images of each confidence", counts, x_label="confidence"),
+    ]
+
+
+def calibrated_metrics(run: RunRecord, result: SplitResult | None) -> Mapping[str, float] | None:
+    """Return log loss and calibration error with the temperature of the model file, if it has one."""
+    calibrated = run.evaluation.get("calibrated")
+    fields = calibrated.get(result.split) if isinstance(calibrated, dict) and result is not None else None
+    if not isinstance(fields, dict):
+        return None
+    values = {key: value for key in ("log_loss", "ece") if (value := number(fields, key)) is not None}
+    return values if len(values) == 2 else None
+
+
+def check_findings(run: RunRecord) -> list[tuple[str, str]]:
+    """Return severity and message of the findings of `regraft check`."""
+    findings = (run.check or {}).get("findings")
+    return [
+        (str(finding.get("severity", "note")), str(finding.get("message", "")))
+        for finding in (findings if isinstance(findings, list) else [])
+        if isinstance(finding, dict)
+    ]
