@@ -61,6 +61,27 @@ class DuplicateGroup:
         return frozenset(image.label for image in self.images)
 
 
+class LabelError(NamedTuple):
+    """An image that is likely to be of another class than its label says."""
+
+    image: LabeledImage
+    suggested: str
+    """The class that the model finds more probable."""
+    margin: float
+    """Probability of the label minus that of the suggested class: the lower, the more likely an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFindings:
+    """What a model finds in a dataset."""
+
+    pairs: tuple[tuple[int, int], ...] = ()
+    """Positions of two images that show the same."""
+    label_errors: tuple[LabelError, ...] = ()
+    """The most likely first."""
+    findings: tuple[Finding, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckResult:
     """The result of `regraft check`."""
@@ -78,6 +99,8 @@ class CheckResult:
     """The most severe first."""
     duplicates: tuple[DuplicateGroup, ...] = ()
     """Groups that several splits share first, then the largest."""
+    label_errors: tuple[LabelError, ...] = ()
+    """The most likely first; empty if the dataset was checked without a model."""
 
     @property
     def num_images(self) -> int:
@@ -107,6 +130,10 @@ class CheckResult:
                     ],
                 }
                 for group in self.duplicates
+            ],
+            "label_errors": [
+                error.image._asdict() | {"suggested": error.suggested, "margin": error.margin}
+                for error in self.label_errors
             ],
         }
 

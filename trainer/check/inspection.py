@@ -1,12 +1,13 @@
 """Inspect a dataset: list and read its images, find its duplicates, and collect the findings."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from trainer.check.duplicates import describe_duplicates, find_exact, make_groups
-from trainer.check.findings import CheckResult, Finding, sort_findings
+from trainer.check.findings import CheckResult, DuplicateGroup, Finding, ModelFindings, sort_findings
+from trainer.check.groups import describe_groups
 from trainer.check.images import ImageTable, read_images
 from trainer.check.listing import ImageList, list_images
 from trainer.check.perceptual_hash import find_near_duplicates
@@ -54,22 +55,20 @@ def inspect(data: DataConfig, *, workers: int, near: bool = True, displays: Prog
     return Inspection(listing=listing, table=table, pairs=tuple(pairs))
 
 
-def make_result(
-    inspection: Inspection, data: DataConfig, *, pairs: Iterable[Pair] = (), findings: Iterable[Finding] = ()
-) -> CheckResult:
+def make_result(inspection: Inspection, data: DataConfig, model: ModelFindings | None = None) -> CheckResult:
     """Return the result of an inspection.
 
     Args:
         inspection: the images, their files and their duplicates.
         data: the data section of the config.
-        pairs: other pairs of images that show the same.
-        findings: other findings.
+        model: what a model has found besides.
 
     """
+    model = model or ModelFindings()
     listing, table = inspection.listing, inspection.table
     images = listing.images
     digests = [facts.digest for facts in table.facts]
-    groups = make_groups(images, digests, [*inspection.pairs, *pairs])
+    groups = make_groups(images, digests, [*inspection.pairs, *model.pairs])
     counts = count_images(images)
     return CheckResult(
         root=str(data.root),
@@ -84,11 +83,20 @@ def make_result(
                 *describe_files(images, table),
                 *describe_classes(counts),
                 *describe_sizes(images, table.facts, data),
-                *findings,
+                *_describe_groups(listing, groups),
+                *model.findings,
             ]
         ),
         duplicates=groups,
+        label_errors=model.label_errors,
     )
+
+
+def _describe_groups(listing: ImageList, duplicates: Sequence[DuplicateGroup]) -> list[Finding]:
+    index = listing.index
+    if index is None or index.groups:
+        return []
+    return describe_groups(listing.images, str(index.root), duplicates, split_made=index.split_made)
 
 
 def find_near(

@@ -5,14 +5,14 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.check.findings import Finding, LabeledImage
 from trainer.config.schema import DataConfig
 from trainer.data.class_names import describe_difference, find_lookalikes
 from trainer.data.index import DatasetIndex
-from trainer.data.prepare import list_examples
+from trainer.data.prepare import exclude_images, list_examples
 from trainer.data.progress import NO_PROGRESS, ProgressHooks
 from trainer.data.registry import cache_folder, resolve_root
 from trainer.data.scan import DirEntries, Scan, scan_dir
@@ -46,19 +46,21 @@ def list_images(data: DataConfig, *, displays: ProgressHooks = NO_PROGRESS) -> I
         displays: progress displays.
 
     Raises:
-        UserError: there is no such dataset.
+        UserError: there is no such dataset, or data.exclude does not fit it.
 
     """
     assert data.root is not None  # for mypy: the command has set it
     with displays.downloading(data.root) as on_progress:
         root = resolve_root(data.root, cache=cache_folder(data.cache), seed=data.seed, on_progress=on_progress)
     try:
-        index = list_examples(data)
+        index = list_examples(replace(data, exclude=None))
     except UserError as error:
         found = [Finding(kind="layout", severity="error", message=f"training stops with this error: {error}")]
         images = tuple(_list_folder(str(root), data, found) if root.is_dir() else _list_table(root, data))
         findings = (*found, *_compare_classes(images, str(error)))
         return ImageList(images=images, findings=findings, sources={}, index=None)
+    if data.exclude is not None:
+        index = exclude_images(index, Path(data.exclude))
     images = tuple(
         LabeledImage(path, index.classes[label], split)
         for split, examples in (("train", index.train), ("val", index.val), ("test", index.test))

@@ -18,8 +18,8 @@ from trainer.pages.charts import Column, column_chart
 from trainer.pages.render import render
 from trainer.pages.thumbnails import PictureBudget
 
-_MAX_PICTURE_BYTES = 4_000_000
-_MAX_GROUPS, _MAX_IMAGES, _MAX_CUT, _MAX_PATHS, _MAX_CLASSES = 60, 6, 12, 20, 100
+_MAX_PICTURE_BYTES, _MAX_ERROR_BYTES = 4_000_000, 800_000
+_MAX_GROUPS, _MAX_IMAGES, _MAX_ERRORS, _MAX_CUT, _MAX_PATHS, _MAX_CLASSES = 60, 6, 48, 12, 20, 100
 _SPLIT_TONES = {"train": 1, "val": 2, "test": 3}
 _KINDS = {"exact": "Equal files", "near": "Near-duplicates"}
 _DIMMED = 0.3
@@ -65,6 +65,8 @@ def render_page(result: CheckResult, *, resize: str | None) -> str:
         charts=[chart for chart in _charts(result.statistics) if chart is not None],
         groups=[_describe_group(group, result.root, budget) for group in shown],
         more_groups=len(result.duplicates) - len(shown),
+        label_errors=_label_errors(result),
+        more_label_errors=max(0, len(result.label_errors) - _MAX_ERRORS),
         cut=_cut_pictures(cut, result.root, budget) if cut else [],
         cut_message=cut.message if cut else "",
         resize=resize or "squash",
@@ -148,6 +150,19 @@ def _describe_group(group: DuplicateGroup, root: str, budget: PictureBudget) -> 
         for image in group.images[:_MAX_IMAGES]
     ]
     return _Group(_KINDS[group.kind], problems, pictures, len(group.images) - len(pictures))
+
+
+def _label_errors(result: CheckResult) -> list[_Picture]:
+    """Return pictures of the most likely label errors; their text is the label and the suggested class."""
+    budget = PictureBudget(_MAX_ERROR_BYTES)
+    return [
+        _Picture(
+            budget.thumbnail(error.image.path, 200),
+            relative_path(error.image.path, result.root),
+            f"{error.image.label} → {error.suggested}",
+        )
+        for error in result.label_errors[:_MAX_ERRORS]
+    ]
 
 
 def _cut_pictures(finding: Finding, root: str, budget: PictureBudget) -> list[_Picture]:

@@ -14,7 +14,7 @@ from trainer.check.findings import SEVERITIES, CheckResult, DuplicateGroup, Seve
 from trainer.text import escape_unprintable
 
 _WIDTH = 80
-_MAX_CLASSES, _MAX_GROUPS, _MAX_IMAGES = 12, 5, 4
+_MAX_CLASSES, _MAX_GROUPS, _MAX_IMAGES, _MAX_ERRORS = 12, 5, 4, 5
 _STYLES: Mapping[Severity, str] = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
@@ -24,7 +24,13 @@ def print_result(console: Console, result: CheckResult) -> None:
         Text(f"{escape_unprintable(result.root)}: {result.num_images:,} images of {len(result.classes):,} classes"),
         style="bold",
     )
-    for part in (_counts(result), _statistics(result.statistics), _duplicates(result), _findings(result)):
+    for part in (
+        _counts(result),
+        _statistics(result.statistics),
+        _duplicates(result),
+        _label_errors(result),
+        _findings(result),
+    ):
         if part.row_count:
             console.print()
             console.print(part, width=min(console.width, _WIDTH))
@@ -85,6 +91,19 @@ def _duplicates(result: CheckResult) -> Table:
             table.add_row(group.kind if position == 0 else "", *row)
     if len(groups) > _MAX_GROUPS:
         table.add_row("", "", "", f"... {len(groups) - _MAX_GROUPS:,} more groups (see --html or --json)")
+    return table
+
+
+def _label_errors(result: CheckResult) -> Table:
+    errors = result.label_errors
+    table = _table(title=f"{len(errors):,} likely label errors" if errors else None)
+    for name in ("label", "rather", "split", "image"):
+        table.add_column(name, overflow="fold")
+    for image, suggested, _ in errors[:_MAX_ERRORS]:
+        names = (image.label, suggested, image.split, relative_path(image.path, result.root))
+        table.add_row(*(Text(escape_unprintable(name)) for name in names))
+    if len(errors) > _MAX_ERRORS:
+        table.add_row("", "", "", f"... {len(errors) - _MAX_ERRORS:,} more (see --label-errors or --html)")
     return table
 
 

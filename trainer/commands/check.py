@@ -1,4 +1,4 @@
-"""Check a dataset before training: `regraft check DATA [--json FILE] [--html FILE] [--fail-on LEVEL]`.
+"""Check a dataset before training: `regraft check DATA [--model MODEL] [--json FILE] [--html FILE]`.
 
 Counts and describes its images, and looks for files that cannot be read, duplicates and leakage between its splits.
 """
@@ -23,6 +23,7 @@ from regraft.command_line import is_dataset, join_values
 from regraft.contract import DONE, FAILED, available_cores
 from trainer.check.findings import CheckResult
 from trainer.check.inspection import inspect, make_result
+from trainer.check.label_errors_csv import label_errors_csv
 from trainer.check.terminal import print_result
 from trainer.cli import exit_after, run_cli
 from trainer.config.parse import parse, split_command
@@ -48,15 +49,26 @@ def check(argv: Sequence[str]) -> tuple[CheckResult, bool]:
     data = parse(options).data
     if data.root is None:
         raise UserError("data.root is null in the config: name the dataset, as in regraft check DATA")
-    _check_outputs(own.json, own.html)
+    _check_outputs(own.json, own.html, own.label_errors)
+    if own.label_errors is not None and own.model is None:
+        raise UserError("--label-errors needs a model that finds them: add --model, such as --model resnet18")
     progress = Console(stderr=True, highlight=False, markup=False, emoji=False)
     inspection = inspect(
         data, workers=available_cores(), near=own.duplicates == "near", displays=progress_hooks(progress)
     )
-    result = make_result(inspection, data)
+    found = None
+    if own.model is not None:
+        from trainer.commands.check_model import check_model  # noqa: PLC0415 (torch takes seconds to import)
+
+        found = check_model(own, inspection, data, progress)
+    result = make_result(inspection, data, found)
     print_result(Console(highlight=False, markup=False, emoji=False), result)
     if own.json is not None:
         _write(own.json, json.dumps(result.to_json(), indent=1) + "\n")
+    if own.label_errors is not None:
+        index = inspection.listing.index
+        text = label_errors_csv(result.label_errors, "" if index is None else str(index.root))
+        _write(own.label_errors, text, errors="surrogateescape")  # as file names are
     if own.html is not None:
         from trainer.check.page import render_page  # noqa: PLC0415 (Jinja2 is imported only for a page)
 
@@ -68,10 +80,10 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's own options."""
     own = argparse.ArgumentParser(
         prog="regraft check",
-        usage="regraft check DATA [--json FILE] [--html FILE] [--fail-on LEVEL] [--data.KEY VALUE ...]",
+        usage="regraft check DATA [--model MODEL] [--json FILE] [--html FILE] [--fail-on LEVEL] [--data.KEY VALUE ...]",
         allow_abbrev=False,
         description="Check a dataset before training: classes, sizes and formats, unreadable and wrongly named files, "
-        "duplicates and near-duplicates, and leakage between its splits.",
+        "duplicates and near-duplicates, leakage between its splits, and with --model likely label errors.",
         epilog="DATA and all other options are those of regraft train: a folder, a CSV or a dataset name, --config "
         "FILE, --data.KEY VALUE. Exit codes: 0: nothing of the severity --fail-on; 1: a finding of it; 2: an error "
         "that can be fixed.",
@@ -91,6 +103,15 @@ def parser() -> argparse.ArgumentParser:
         default="near",
         help="find re-encoded, resized, cropped and mirrored copies too, or only equal files (default: near)",
     )
+    add(
+        "--model",
+        metavar="MODEL",
+        help="find near-duplicates and label errors by its features: a model name such as resnet18 or timm/NAME, or a "
+        "run folder",
+    )
+    add("--weights", default="DEFAULT", metavar="W", help="pretrained weights of a model name (default: DEFAULT)")
+    add("--device", default="auto", metavar="NAME", help="device of the model: auto, cpu or cuda (default: auto)")
+    add("--label-errors", type=Path, metavar="FILE", help="write likely label errors as a CSV for --data.exclude")
     return own
 
 
@@ -106,9 +127,9 @@ def _check_outputs(*files: Path | None) -> None:
         raise UserError(f"{escape_unprintable(str(file))}: cannot be written: {reason}")
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: Path, text: str, *, errors: str = "backslashreplace") -> None:
     try:
-        write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
+        write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8", errors, newline=""))
     except OSError as error:
         raise UserError(f"{escape_unprintable(str(file))}: cannot be written ({error.strerror})") from None
     print(f"{escape_unprintable(str(file))}: written")

@@ -1,0 +1,102 @@
+"""What `regraft check` finds with a model: near-duplicates by embeddings, and likely label errors."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trainer.check.duplicates import DisjointSets
+from trainer.check.embeddings import Embedder, embed
+from trainer.check.findings import Finding, LabelError, ModelFindings
+from trainer.check.inspection import Inspection
+from trainer.check.label_errors import LabelScores, score_labels
+from trainer.check.near_duplicates import find_by_embeddings
+from trainer.errors import UserError
+from trainer.text import escape_unprintable
+
+_MIN_ACCURACY = 0.5
+"""Accuracy of the probe below which its suggestions are more often wrong than right."""
+
+
+def check_with_model(
+    inspection: Inspection,
+    embedder: Embedder,
+    *,
+    cache: Path,
+    seed: int,
+    on_progress: Callable[[int, int], object] | None = None,
+) -> ModelFindings:
+    """Return near-duplicates and likely label errors of the readable images.
+
+    Args:
+        inspection: the images and their files.
+        embedder: computes the embeddings.
+        cache: folder that keeps them.
+        seed: of the folds.
+        on_progress: called with (images embedded, total images).
+
+    Raises:
+        UserError: no image can be read, or a feature is not finite.
+
+    """
+    images, facts = inspection.listing.images, inspection.table.facts
+    rows = np.array([row for row, each in enumerate(facts) if each.reason is None], dtype=np.int64)
+    if len(rows) < 2:
+        raise UserError(f"--model: {len(rows)} of {len(images)} images can be read; expected two or more")
+    digests = [facts[row].digest for row in rows]
+    paths = [images[row].path for row in rows]
+    features = embed(embedder, paths, digests, cache=cache, on_progress=on_progress)
+    # Of equal files, the first one stands for all: they are neighbors of distance 0 already.
+    _, first = np.unique(digests, return_index=True)
+    pairs = tuple(
+        (int(rows[first[one]]), int(rows[first[other]]))
+        for one, other in find_by_embeddings(features[first], inspection.table.thumbnails[rows[first]])
+    )
+    groups = _connect(inspection, pairs)
+    classes = sorted({image.label for image in images})
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = [label_of[images[row].label] for row in rows]
+    if len({*labels}) < 2:
+        return ModelFindings(pairs=pairs)
+    scores = score_labels(features, labels, [groups[row] for row in rows], seed=seed)
+    errors = tuple(
+        LabelError(images[rows[number]], classes[scores.suggested[number]], float(scores.margin[number]))
+        for number in scores.errors
+    )
+    return ModelFindings(pairs=pairs, label_errors=errors, findings=(_describe(errors, scores, embedder),))
+
+
+def _connect(inspection: Inspection, pairs: Iterable[tuple[int, int]]) -> list[int]:
+    """Return a number for each image, which images that show the same or are of one group share."""
+    images, index = inspection.listing.images, inspection.listing.index
+    sets = DisjointSets(len(images))
+    for one, other in (*inspection.pairs, *pairs):
+        sets.merge(one, other)
+    first: dict[str, int] = {}
+    for row, image in enumerate(images):
+        if index is not None and (group := index.groups.get(image.path)):
+            sets.merge(first.setdefault(group, row), row)
+    return [sets.find(row) for row in range(len(images))]
+
+
+def _describe(errors: Sequence[LabelError], scores: LabelScores, embedder: Embedder) -> Finding:
+    is_reliable = scores.accuracy >= _MIN_ACCURACY
+    probe = f"a linear probe on {embedder.source} agrees with {scores.accuracy:.1%} of the labels"
+    if not errors:
+        message = f"no likely label errors: {probe}."
+    else:
+        image, suggested, _ = errors[0]
+        message = (
+            f"{len(errors)} of {len(scores.margin)} labels are likely to be wrong, such as "
+            f"{escape_unprintable(image.path)} ({escape_unprintable(image.label)}, rather "
+            f"{escape_unprintable(suggested)}): {probe}. Move those that are wrong, or use --data.exclude."
+        )
+    if not is_reliable:
+        message += " It hardly knows these classes: a fine-tuned or a larger model suggests better."
+    return Finding(
+        kind="label-errors",
+        severity="warning" if errors and is_reliable else "note",
+        message=message,
+        count=len(errors),
+        paths=tuple(image.path for image, _, _ in errors),
+    )
