@@ -36,12 +36,9 @@ _FENCED = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the documents outside docs/, and the job scripts and configs that pages link to."""
-    others = {
-        path.relative_to(REPOSITORY).as_posix(): path.relative_to(REPOSITORY).as_posix()
-        for pattern in ("slurm/*.sh", "configs/**/*.yaml")
-        for path in REPOSITORY.glob(pattern)
-    }
-    for source, target in (PAGES | others).items():
+    patterns = ("slurm/*.sh", "configs/**/*.yaml")
+    others = [path.relative_to(REPOSITORY).as_posix() for pattern in patterns for path in REPOSITORY.glob(pattern)]
+    for source, target in (PAGES | {path: path for path in others}).items():
         files.append(File.generated(config, target, abs_src_path=str(REPOSITORY / source)))
 
 

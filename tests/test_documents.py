@@ -21,6 +21,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import launch.cli
 from tests.docs.pages import (
     CONFIGS,
+    DEVELOPER_TOOLS,
     DOCUMENTS,
     REPOSITORY,
     code_blocks,
@@ -50,8 +51,6 @@ SMALL = [
 ]
 SMALL_MODEL = ["--model.name=shufflenet_v2_x0_5", "--model.weights=runs/NAME/model.safetensors"]
 SMALL_OF_COMMAND = {"trainer/commands/lr_find.py": ["--steps=10"], "trainer/commands/compare.py": ["--seeds=1"]}
-DEVELOPER_TOOLS = {"python3", ".", "pip", "npm", "pytest", "pre-commit", "ruff", "mypy", ".ci/run", "benchmarks/gpu.sh"}
-"""Programs of installation and development, which `.ci/run` runs."""
 NEEDS_MORE = re.compile(r"hotdog|hymenoptera|quickstart|runs/pretrain")
 """Real images or weights, or more than seconds (the quickstart, which tests/e2e/test_quickstart.py runs)."""
 

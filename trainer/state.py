@@ -156,10 +156,13 @@ class TrainState:
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> Tensors:
-    return {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
-        for name, tensor in tensors.items()
-    }
+    """Return copies on the CPU; frozen weights that are stored in bfloat16 become float32, which is exact."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu").copy_(tensor.detach())
+
+    return {name: copy(tensor) for name, tensor in tensors.items()}
 
 
 def _empty_moment(key: str, parameter: Tensor) -> Tensor:

@@ -277,6 +277,21 @@ def compiled(images: Path, out: Path) -> list[list[float]]:
     return losses
 
 
+def frozen_dtype(images: Path, out: Path) -> list[list[float]]:
+    """Run two stages with frozen weights in float32 and in bfloat16, which DDP broadcasts; return the losses."""
+    changes = {
+        "model__name": "squeezenet1_1", "model__dropout": 0, "model__weights": images.parent / "source.safetensors",
+        "transfer__trainable": "{0: head, 1: 'from:features.12'}", "train__cache_features": "off",
+        "train__epochs": 2, "train__logs_per_epoch": 100, "train__precision": "bf16",
+    }  # fmt: skip
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        folder = out / f"frozen-{dtype}"
+        assert train(run_options(images, folder, train__frozen_dtype=dtype, **changes)) == 0
+        losses.append(batch_losses(rows(folder, "train")))
+    return losses
+
+
 STRATEGIES = "d2l@optim.lr=1e-5,from-scratch@optim.lr=1e30@optim.warmup=0 steps,head-only@optim.lr=1e-4"
 
 
@@ -323,6 +338,7 @@ def main(images: Path, out: Path) -> None:
     results["cached_features"] = cached_features(images, out)
     if ctx.world_size < 3:
         results["compiled"] = compiled(images, out)
+        results["frozen_dtype"] = frozen_dtype(images, out)
         results |= {"early_stopping": early_stopping(images, out), "commands": commands(images, out)}
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
     exit_process(0)

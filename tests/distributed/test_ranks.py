@@ -79,6 +79,15 @@ def test_training_on_features_of_frozen_layers_changes_no_loss(processes: int, r
             assert losses == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_dtype_of_frozen_weights_changes_no_loss(rank_results: RankResults) -> None:
+    for processes in (1, 2):
+        for result in rank_results(processes):
+            expected, losses = result["frozen_dtype"]
+            epoch = len(losses) // 2
+            assert losses[:epoch] == expected[:epoch], "autocast rounds the weights to the same values"
+            assert losses == pytest.approx(expected, rel=1e-2)  # layers that are unfrozen start from rounded weights
+
+
 def test_early_stopping_ends_the_run_on_every_rank(rank_results: RankResults) -> None:
     for result in rank_results(2):
         # Of equal results the fine-tuned weights' is taken. A second start reports the finished run.

@@ -9,6 +9,20 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
 CONFIGS = sorted(REPOSITORY.glob("configs/**/*.yaml"))
+DEVELOPER_TOOLS = {
+    "python3",
+    ".",
+    "pip",
+    "npm",
+    "pytest",
+    "pre-commit",
+    "ruff",
+    "mypy",
+    "mkdocs",
+    ".ci/run",
+    "benchmarks/gpu.sh",
+}
+"""Programs of installation and development, which `.ci/run` runs; `.` reads a file."""
 LANGUAGES = {"", "sh", "python", "py", "yaml", "js"}
 """Languages of fenced blocks: commands are `sh`, and code that a test runs is `python`."""
 

@@ -22,13 +22,21 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 import launch.cli
 from regraft.contract import COMMAND
-from tests.docs.pages import CONFIGS, DOCUMENTS, LANGUAGES, REPOSITORY, blocks, commands, inline_code, name
+from tests.docs.pages import (
+    CONFIGS,
+    DEVELOPER_TOOLS,
+    DOCUMENTS,
+    LANGUAGES,
+    REPOSITORY,
+    blocks,
+    commands,
+    inline_code,
+    name,
+)
 from trainer.config.options import OPTIONS
 from trainer.config.parse import parse
 from trainer.errors import UserError
 
-OTHER_PROGRAMS = {"python3", ".", "pip", "npm", "pytest", "pre-commit", "ruff", "mypy", "mkdocs", ".ci/run"}
-"""Programs of installation and development, and `.`, which reads a file."""
 TRAINER_FLAGS = {"--config", "--debug", "--print_config", "--help", "--version"}
 
 
@@ -159,7 +167,7 @@ def check(words: Sequence[str]) -> None:
     elif program == "python":
         check_program(arguments[0], arguments[1:])
     else:
-        assert program in OTHER_PROGRAMS or (REPOSITORY / program).is_file(), f"unknown program: {shlex.join(words)}"
+        assert program in DEVELOPER_TOOLS, f"unknown program: {shlex.join(words)}"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import WIDTHS, chromium
 from tests.docs.pages import REPOSITORY
 from trainer.config.help import describe_sections
 from trainer.config.options import OPTIONS
@@ -73,3 +74,11 @@ def test_the_search_finds_options_and_pages(site: Path) -> None:
     index = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))
     locations = {entry["location"] for entry in index["docs"]}
     assert {"configuration.html#data.cache_images", "contributing.html", "benchmark-results.html"} <= locations
+
+
+def test_pages_with_wide_tables_and_code_fit_the_window(site: Path, tmp_path: Path) -> None:
+    with chromium(tmp_path) as browser:
+        for page in ("comparison", "configuration", "failures", "python"):
+            for width in WIDTHS:
+                browser.open(site / f"{page}.html", width=width)
+                assert browser.overflow() == [], f"{page} at {width}"

@@ -115,12 +115,14 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(
 ) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     small = with_options(small, run={"dir": "~/run"})
-    run(small, StopSignals())
+    run(with_options(small, run={"report": "off"}), StopSignals())
+    assert not (folder / REPORT).exists()
     assert "precision fp32: runs of less than 256 images are not measured" in capsys.readouterr().out
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # another machine, or another launcher
     run(with_options(small, train={"epochs": 2}), StopSignals())
     output = capsys.readouterr().out
     assert "precision fp32: as this run began with" in output
     assert "resuming after epoch 1 of 2" in output
+    assert "finished after epoch 2 of 2" in (folder / REPORT).read_text(encoding="utf-8")
     run(with_options(small, run={"resume": "never"}, train={"channels_last": True}), StopSignals())
     assert "precision bf16: as accelerate launch --mixed_precision asks" in capsys.readouterr().out

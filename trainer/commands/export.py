@@ -1,4 +1,4 @@
-"""Export a model: `regraft export MODEL_OR_RUN --to onnx | torch-export | hf | timm`.
+"""Export a model: `regraft export MODEL --to onnx | torch-export | hf | timm`.
 
 The export is compared with the original on real images before it appears. See docs/serving.md.
 """
@@ -20,6 +20,7 @@ from importlib.util import find_spec
 
 from regraft.contract import DONE, INTERRUPTED, USER_ERROR
 from regraft.streams import prepare_streams
+from trainer.commands.model_arguments import add_model, positive_int
 from trainer.errors import UserError
 
 _TARGETS = {"onnx": "model.onnx", "torch-export": "model.pt2", "hf": "hf", "timm": "timm"}
@@ -38,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Export a model to another format, and compare the export with the original on real images. If "
         "they do not agree, nothing is written.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL_OR_RUN", help="run folder, or its model.safetensors")
+    add_model(parser)
     parser.add_argument(
         "--to",
         required=True,
@@ -64,7 +65,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="dataset to compare the export with the original on (default: the test split of the run's own data)",
     )
     parser.add_argument(
-        "--verify-images", type=int, default=256, metavar="N", help="number of images to compare on (default: 256)"
+        "--verify-images",
+        type=positive_int,
+        default=256,
+        metavar="N",
+        help="number of images to compare on (default: 256)",
     )
     parser.add_argument(
         "--license",
@@ -101,8 +106,6 @@ def _check(options: argparse.Namespace) -> None:
     suffix = Path(_TARGETS[options.to]).suffix
     if suffix and options.output is not None and options.output.suffix != suffix:
         raise UserError(f"--output {options.output}: expected the name of a file that ends in {suffix}")
-    if options.verify_images < 1:
-        raise UserError(f"--verify-images is {options.verify_images}: expected 1 or more")
     if not _LICENSE.fullmatch(options.license):
         raise UserError(f"--license is {options.license!r}: expected an identifier such as apache-2.0 or cc-by-4.0")
     missing = [name for name in _PACKAGES.get(options.to, ()) if find_spec(name) is None]

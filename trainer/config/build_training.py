@@ -54,6 +54,7 @@ def make_train_state(
         stages=built.unfreeze_stages,
         batch_norm=config.transfer.batch_norm,
         features=features or NoFeatures(built.model, Normalize(config.data.preprocessing, ctx.device)),
+        frozen_dtype=torch.bfloat16 if config.train.frozen_dtype == "bfloat16" else torch.float32,
         log=console.print,
     )
     state = TrainState(

@@ -330,6 +330,8 @@ class TrainConfig:
     """Compile the model by torch.compile: faster updates after minutes of compilation; results differ by rounding only."""
     gradient_checkpointing: bool = False
     """Gradient checkpointing: recompute the activations of each block in backward, which saves memory, takes longer and leaves results the same."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of frozen weights in memory; bfloat16 halves it, needs precision bf16, and leaves updates the same."""
     logs_per_epoch: int = 5
     """Logs per epoch: how often metrics are read from the device, shown and written."""
 
@@ -351,6 +353,11 @@ class TrainConfig:
             raise UserError(
                 "train.compile and train.gradient_checkpointing are both true, but torch.compile decides itself what to "
                 "recompute: set one of them to false"
+            )
+        if self.frozen_dtype == "bfloat16" and self.precision != "bf16":
+            raise UserError(
+                f"train.frozen_dtype is bfloat16 and train.precision is {self.precision}: expected precision bf16, whose "
+                "autocast rounds the weights to bfloat16 anyway"
             )
         size = self.micro_batch_size
         _check("train.micro_batch_size", size, not isinstance(size, int) or size >= 1, "1 or more, auto, or null")

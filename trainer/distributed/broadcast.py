@@ -42,7 +42,7 @@ def broadcast_state_dict(
     state = ctx.main_process_first(lambda: read() if ctx.is_main_process else None)
     result = {}
     for name, tensor in model.state_dict().items():
-        value = torch.empty_like(tensor) if state is None else state[name].to(tensor.device)
+        value = torch.empty_like(tensor) if state is None else state[name].to(tensor.device, tensor.dtype)
         if ctx.world_size > 1:
             value = value.contiguous()
             torch.distributed.broadcast(value, src=0)

@@ -48,6 +48,9 @@ class ModelEma:
         """Update the average after update `step` (counted from 1), without waiting for the device."""
         if not self.enabled:
             return
+        for average, parameter in zip(self.model.parameters(), self._trained.parameters(), strict=True):
+            if average.dtype != parameter.dtype:  # of a frozen weight: train.frozen_dtype
+                average.data = average.data.to(parameter.dtype)
         # Looked up in every update: DDP, which wraps the model again when parameters are unfrozen, replaces buffers.
         pairs = list(zip(_tensors(self.model), _tensors(self._trained), strict=True))
         averages = [average for average, _ in pairs if average.is_floating_point()]

@@ -11,7 +11,7 @@ from trainer.pages.render import percent
 from trainer.pages.run_record import RunRecord, number, points
 from trainer.pages.split_result import ClassResult, Confusion, SplitResult
 
-_MAX_ADVICE = 5
+_MAX_ADVICE = 4
 _SURE = 0.9
 """Probability of a wrong prediction from which its label is worth a look."""
 _FITTED, _GAP, _WIDE, _IMBALANCE, _RARE = 0.8, 0.1, 0.12, 5.0, 0.7

@@ -8,6 +8,7 @@ from torch import nn
 from trainer.distributed.context import DistributedContext
 from trainer.model.built import UnfreezeStage
 from trainer.model.freeze import BatchNormMode, apply_stage, stage_at
+from trainer.model.frozen_dtype import store_frozen_weights
 from trainer.transfer.frozen_features import StageFeatures
 
 
@@ -23,6 +24,7 @@ class GradualUnfreezing:
         stages: Sequence[UnfreezeStage],
         batch_norm: BatchNormMode,
         features: StageFeatures,
+        frozen_dtype: torch.dtype = torch.float32,
         log: Callable[[str], object],
     ) -> None:
         """Wrap a model in its first stage, and the optimizer.
@@ -34,12 +36,14 @@ class GradualUnfreezing:
             stages: in order; a single one for a run without gradual unfreezing.
             batch_norm: the option `transfer.batch_norm`.
             features: what trains in a stage, and on what.
+            frozen_dtype: dtype of frozen weights from the first epoch on.
             log: called with one line when a stage starts.
 
         """
         self.model, self.optimizer = ctx.prepare(model, optimizer)
         self.unwrapped = ctx.unwrap(self.model)
         self._ctx, self._stages, self._batch_norm, self._log = ctx, stages, batch_norm, log
+        self._frozen_dtype = frozen_dtype
         self._stage, self._features, self._trained = stages[0], features, self.unwrapped
 
     def restore_stage(self, epoch: int) -> None:
@@ -55,6 +59,7 @@ class GradualUnfreezing:
         """
         stage = stage_at(self._stages, epoch)
         apply_stage(self.unwrapped, stage, self._batch_norm)
+        store_frozen_weights(self.unwrapped, self._frozen_dtype)
         if stage is not self._stage and epoch == stage.start_epoch:
             count = sum(p.numel() for p in self.unwrapped.parameters() if p.requires_grad)
             self._log(f"  from epoch {epoch + 1} on, {count:,} parameters train")

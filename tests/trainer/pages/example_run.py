@@ -76,7 +76,7 @@ def write_run(
                 epoch=epoch, epoch_step=step, step=(epoch - 1) * STEPS + step, metrics=metrics,
                 lr={"backbone": 1e-4 / epoch, "head": 1e-3 / epoch},
             )  # fmt: skip
-            rows.append(train_row(progress, STEPS))
+            rows.append(train_row(progress, STEPS, 1 << 30))
         rows.append(epoch_row(progress, evaluation, 1 << 30))
         rows += class_rows(progress, evaluation, classes)
     (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

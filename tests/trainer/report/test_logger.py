@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from regraft.contract import CURVES, METRICS
+from regraft.contract import CURVES, METRICS, REPORT
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation
 from trainer.metrics import Progress
@@ -25,7 +25,7 @@ def make_logger(folder: Path, text: str = "") -> RunLogger:
     progress_bar = ProgressBar(console, epochs=2, steps_per_epoch=4, done_steps=0)
     return RunLogger(
         progress_bar, folder=folder, title="x", classes=("a", "b"), device=torch.device("cpu"), text=text,
-        trackers=Trackers((), "", Mock(folder=folder)), check=lambda: None,
+        trackers=Trackers((), "", Mock(folder=folder)), check=lambda: None, writes_report=True,
     )  # fmt: skip
 
 
@@ -43,6 +43,7 @@ def test_logged_rows_are_written_and_drawn(tmp_path: Path, progress: Progress, e
     assert [row["kind"] for row in logger.rows] == ["start", "train", "epoch", "classes"]
     assert parse_rows((tmp_path / METRICS).read_text(), "m") == logger.rows == parse_rows(logger.text, "m")
     assert (tmp_path / CURVES).stat().st_size > 0
+    assert "The lowest recall so far" in (tmp_path / REPORT).read_text(encoding="utf-8")
     assert logger.failure is None
     resumed = make_logger(tmp_path, logger.text)
     assert resumed.rows == logger.rows

@@ -270,6 +270,10 @@ def test_wandb_and_trackio_continue_their_run(tracked: ResolvedConfig) -> None:
     run_id = json.loads((folder / "wandb.json").read_text())["id"]
     starts = sorted((folder / "wandb").glob("offline-run-*"))
     assert [path.name.rpartition("-")[2] for path in starts] == [run_id] * 2
+    content = (starts[1] / f"run-{run_id}.wandb").read_bytes()
+    assert all(name in content for name in (b"train/loss", b"test_recall/b", b"final/test_ece", b"optim.lr"))
+    pictures = (starts[1] / "files" / "media" / "images").iterdir()
+    assert sorted(path.name.partition("_")[0] for path in pictures) == ["confusion", "curves"]
 
     from trackio.sqlite_storage import SQLiteStorage
 
