@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
+from torch import Tensor
 
-from regraft.contract import physical_cores
+from regraft.contract import available_cores, own_version, physical_cores
 from trainer.data.augment import Preprocessing
 from trainer.distributed.allocator import keep_freed_memory
-from trainer.evaluation.logits import compute_logits
+from trainer.errors import UserError
+from trainer.inference.file_logits import BatchOptions, FileLogits
 from trainer.inference.predictor import Predictor, eval_execution, find_device
 from trainer.model.architectures import architectures, is_timm
 from trainer.model.build import preset
@@ -23,11 +25,7 @@ from trainer.model.create import build_model
 from trainer.model.file import LoadedModel, load
 from trainer.model.metadata import ModelMetadata
 from trainer.run.atomic import write_atomically
-from trainer.run.versions import own_version
-
-_CHUNK = 1024
-"""Images after which the embeddings so far would be saved, if the command were stopped."""
-_GPU_BATCH = 128
+from trainer.text import escape_unprintable
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,6 @@ class Embedder:
     """Of a published model, its classes are placeholders."""
     digest: str
     """Hash of the weights before the output layer, the preprocessing and the arithmetic."""
-
-    @property
-    def source(self) -> str:
-        """Return the model in words."""
-        return f"{self.metadata.architecture}, {self.metadata.source}"
 
 
 def load_embedder(
@@ -98,6 +91,17 @@ def _load_pretrained(name: str, weights: str, on_progress: Callable[[str], None]
     return LoadedModel(built.model.eval(), built.heads, metadata)
 
 
+class _Features:
+    """Gives features where `FileLogits` expects logits."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor, self.device = predictor, predictor.device
+
+    def logits(self, images: Tensor, *, tta: bool) -> Tensor:
+        assert not tta
+        return self._predictor.features(images)
+
+
 def embed(
     embedder: Embedder,
     paths: Sequence[str],
@@ -127,31 +131,30 @@ def embed(
     file = cache / "embeddings" / f"{name}.safetensors"
     known = _read(file)
     missing = {digest: path for path, digest in zip(paths, digests, strict=True) if digest not in known}
-    new = list(missing.items())
-    batch_size = max(8, 4 * torch.get_num_threads()) if embedder.predictor.device.type == "cpu" else _GPU_BATCH
+    new = dict(zip(missing.values(), missing.keys(), strict=True))
+    # While a thread computes a batch, the others decode the next ones.
+    options = BatchOptions(batch_size=None, threads=available_cores() + 1, one_forward_at_a_time=True)
+    errors: dict[str, str] = {}
+    total = len(known) + len(new)
     try:
-        for start in range(0, len(new), _CHUNK):
-            chunk = new[start : start + _CHUNK]
-            computed = compute_logits(
-                embedder.predictor.features,
-                embedder.metadata.preprocessing,
-                [path for _, path in chunk],
-                batch_size=batch_size,
-                on_progress=_from(len(known), len(known) + len(new) - start, on_progress),
-            )
-            rows = computed.logits.numpy()
-            known |= {chunk[number][0]: row for number, row in zip(computed.readable, rows, strict=True)}
+        for batch in FileLogits(_Features(embedder.predictor), embedder.metadata, options)([*new]):
+            rows = iter(batch.logits.numpy())
+            for path, error in zip(batch.paths, batch.errors, strict=True):
+                if error is None:
+                    known[new[path]] = next(rows)
+                else:
+                    errors[path] = error
+            if on_progress is not None:
+                on_progress(len(known) + len(errors), total)
     finally:
         if new:
             _write(file, {digest: known[digest] for digest in dict.fromkeys(digests) if digest in known})
+    if errors:
+        path, error = next(iter(errors.items()))
+        raise UserError(
+            f"{escape_unprintable(path)}: {error}; it has changed since it was checked. Check the data again"
+        )
     return np.stack([known[digest] for digest in digests])
-
-
-def _from(
-    done: int, total: int, on_progress: Callable[[int, int], object] | None
-) -> Callable[[int, int], object] | None:
-    """Return a function that adds to the images that are done."""
-    return None if on_progress is None else lambda number, _: on_progress(done + number, total)
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:

@@ -12,7 +12,6 @@ from trainer.check.inspection import Inspection
 from trainer.check.label_errors import LabelScores, score_labels
 from trainer.check.near_duplicates import find_by_embeddings
 from trainer.errors import UserError
-from trainer.text import escape_unprintable
 
 _MIN_ACCURACY = 0.5
 """Accuracy of the probe below which its suggestions are more often wrong than right."""
@@ -81,16 +80,12 @@ def _connect(inspection: Inspection, pairs: Iterable[tuple[int, int]]) -> list[i
 
 def _describe(errors: Sequence[LabelError], scores: LabelScores, embedder: Embedder) -> Finding:
     is_reliable = scores.accuracy >= _MIN_ACCURACY
-    probe = f"a linear probe on {embedder.source} agrees with {scores.accuracy:.1%} of the labels"
-    if not errors:
-        message = f"no likely label errors: {probe}."
-    else:
-        image, suggested, _ = errors[0]
-        message = (
-            f"{len(errors)} of {len(scores.margin)} labels are likely to be wrong, such as "
-            f"{escape_unprintable(image.path)} ({escape_unprintable(image.label)}, rather "
-            f"{escape_unprintable(suggested)}): {probe}. Move those that are wrong, or use --data.exclude."
-        )
+    message = (
+        f"{len(errors)} of {len(scores.margin)} labels are likely to be wrong: a linear probe on the features of "
+        f"{embedder.metadata.architecture} agrees with {100 * scores.accuracy:.1f} % of the labels."
+    )
+    if errors:
+        message += " Look at these images; move those that are wrong to their class, or leave them out by data.exclude."
     if not is_reliable:
         message += " It hardly knows these classes: a fine-tuned or a larger model suggests better."
     return Finding(

@@ -27,7 +27,7 @@ def find_by_embeddings(features: np.ndarray, thumbnails: np.ndarray) -> Iterator
 
     Args:
         features: embeddings, float32 [N, D].
-        thumbnails: gray images, uint8 [N, SIZE, SIZE].
+        thumbnails: as for `find_near_duplicates`.
 
     """
     from sklearn.neighbors import NearestNeighbors  # noqa: PLC0415

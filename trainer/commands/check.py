@@ -53,14 +53,15 @@ def check(argv: Sequence[str]) -> tuple[CheckResult, bool]:
     if own.label_errors is not None and own.model is None:
         raise UserError("--label-errors needs a model that finds them: add --model, such as --model resnet18")
     progress = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    check_with_model = None
+    if own.model is not None:
+        from trainer.commands.check_model import load_model  # noqa: PLC0415 (torch takes seconds to import)
+
+        check_with_model = load_model(own, progress)
     inspection = inspect(
         data, workers=available_cores(), near=own.duplicates == "near", displays=progress_hooks(progress)
     )
-    found = None
-    if own.model is not None:
-        from trainer.commands.check_model import check_model  # noqa: PLC0415 (torch takes seconds to import)
-
-        found = check_model(own, inspection, data, progress)
+    found = None if check_with_model is None else check_with_model(inspection, data)
     result = make_result(inspection, data, found)
     print_result(Console(highlight=False, markup=False, emoji=False), result)
     if own.json is not None:

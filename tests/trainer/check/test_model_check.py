@@ -1,7 +1,7 @@
 """Embeddings, near-duplicates and label errors of a small dataset, by a network with random weights."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from trainer.config.schema import DataConfig
 from trainer.data.augment import Preprocessing
 from trainer.data.prepare import exclude_images
 from trainer.errors import UserError
+from trainer.inference.file_logits import BatchLogits
 from trainer.model.metadata import ModelMetadata, write_model
 
 COLORS = {"blue": (40, 60, 220), "red": (220, 60, 40)}
@@ -104,7 +105,7 @@ def test_near_duplicates_and_label_errors_are_found(
     result = make_result(inspection, data, found)
     kinds = {finding.kind: finding for finding in result.findings}
     assert kinds["label-errors"].count == len(found.label_errors)
-    assert "a linear probe on squeezenet1_1, random agrees with" in kinds["label-errors"].message
+    assert "a linear probe on the features of squeezenet1_1 agrees with" in kinds["label-errors"].message
     assert kinds["leakage"].count == 12
     assert len(result.to_json()["label_errors"]) == len(found.label_errors)
 
@@ -123,13 +124,13 @@ def test_embeddings_are_kept_and_found_by_the_content_of_the_file(
     first = embed(embedder, paths, digests, cache=tmp_path, on_progress=lambda *numbers: shown.append(numbers))
     assert (first.shape, first.dtype, shown[-1]) == ((10, 512), np.float32, (10, 10))
     computed: list[str] = []
-    original = embeddings.compute_logits
 
-    def compute(function, preprocessing, chunk, **options):  # type: ignore[no-untyped-def]
-        computed.extend(chunk)
-        return original(function, preprocessing, chunk, **options)
+    class Recorded(embeddings.FileLogits):
+        def __call__(self, paths: Sequence[str]) -> Iterator[BatchLogits]:
+            computed.extend(paths)
+            return super().__call__(paths)
 
-    monkeypatch.setattr(embeddings, "compute_logits", compute)
+    monkeypatch.setattr(embeddings, "FileLogits", Recorded)
     assert np.array_equal(embed(embedder, paths, digests, cache=tmp_path), first)
     assert computed == []
     changed = [*digests[:9], "0" * 64]

@@ -15,7 +15,7 @@ from trainer.check.near_duplicates import find_by_embeddings
 from trainer.check.perceptual_hash import find_near_duplicates
 from trainer.config.schema import DataConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.shared]
+pytestmark = [pytest.mark.soak, pytest.mark.shared]
 WEIGHTS = "squeezenet1_1-imagenet1k-fp16.safetensors"
 
 

@@ -57,6 +57,8 @@ def test_exit_codes(data: Path, tmp_path: Path) -> None:
         ([clean, "--html", tmp_path], 2),
         ([clean, "--json", tmp_path / "pipe"], 2),
         ([clean, "--data.sede", "3"], 2),
+        ([clean, "--label-errors", tmp_path / "errors.csv"], 2),  # without a model
+        ([clean, "--model", "resnet17"], 2),
     ):
         assert check.main(list(map(str, words))) == code, words
     assert (tmp_path / "pipe").is_fifo()
