@@ -41,7 +41,7 @@ def test_a_run_leaves_the_documented_files(options: Options, tmp_path: Path, tra
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "attempts", "environment", "curves.png",
-        "split.csv", "images.json", "evaluation.json", "predictions.csv",
+        "split.csv", "images.json", "evaluation.json", "predictions.csv", "blocks.json", "report.html",
     }  # fmt: skip
     assert (folder / "checkpoints" / "LATEST").read_text() == "step-00000004-epoch-0002\n"
     checkpoint = folder / "checkpoints" / "step-00000004-epoch-0002"

@@ -112,3 +112,5 @@ def _work(job: Job, rank: int, paths: Sequence[str], sender: Connection) -> None
             sender.send(rows)
     except UserError as error:
         sender.send(error)
+    except BrokenPipeError:  # the command was killed, and its end has not reached this process yet
+        os._exit(1)

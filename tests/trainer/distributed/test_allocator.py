@@ -21,7 +21,7 @@ def faults():
     del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print([faults() for _ in range(6)][-1])
+print(min(faults() for _ in range(6)))
 """
 
 
