@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from regraft.contract import MODEL
+from regraft.contract import MODEL, REPORT
 from trainer.evaluate import SelectBy
 from trainer.report.console import format_duration
 from trainer.report.metrics import Row, row_score
@@ -101,6 +101,8 @@ def summary(run: TrainResult, *, alpha: float = 1.0) -> str:
         "  curves.png         plot of the metrics",
         "  config.yaml        all options; reproduces this run",
     ]
+    if (run.folder / REPORT).exists():
+        lines.append("  report.html        the run on one page: result, confused classes, what to do next, curves")
     return "\n".join(lines)
 
 

@@ -32,6 +32,13 @@ def test_without_selection_split_the_last_epoch_is_reported() -> None:
         assert part in text
 
 
+def test_the_report_is_named_if_it_was_written(tmp_path: Path) -> None:
+    run = dataclasses.replace(result([row(1, 0.6)]), folder=tmp_path)
+    assert "report.html" not in summary(run)
+    (tmp_path / "report.html").touch()
+    assert "report.html" in summary(run)
+
+
 def test_with_selection_split_its_best_epoch_is_reported() -> None:
     rows = [row(1, 0.9, val=0.5), row(2, 0.6, val=0.8), row(3, 0.95, val=0.7)]
     assert reported_row(rows, "val") is rows[1]
