@@ -54,18 +54,14 @@ def full_shared_memory_as_user_error() -> Iterator[None]:
     torch raises a RuntimeError for a dead worker, wherever the trainer is. Other causes may be gone after a restart.
     """
     try:
-        yield
-    except RuntimeError as error:
-        _raise_if_full(f"{error}; {error.__cause__}")  # the cause has the exit code or the signal
-        raise
-    except (ConnectionError, EOFError) as error:
-        if not _is_from_worker(error):
-            raise
         try:
-            time.sleep(1)  # torch's report follows, from its handler of SIGCHLD
-        except RuntimeError as report:
-            _raise_if_full(str(report))
+            yield
+        except (ConnectionError, EOFError) as error:
+            if _is_from_worker(error):
+                time.sleep(1)  # torch's report follows, from its handler of SIGCHLD
             raise
+    except RuntimeError as error:  # also from the handler of SIGCHLD while the block above runs
+        _raise_if_full(f"{error}; {error.__cause__}")  # the cause has the exit code or the signal
         raise
 
 

@@ -74,6 +74,15 @@ def test_a_dead_worker_ends_the_run(
         wait()
 
 
+def test_a_report_that_arrives_while_another_error_is_handled_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(error: BaseException) -> bool:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error.") from error
+
+    monkeypatch.setattr(workers, "_is_from_worker", interrupted)
+    with pytest.raises(UserError, match="is full"), full_shared_memory_as_user_error():
+        raise ConnectionResetError
+
+
 def test_other_errors_are_not_changed() -> None:
     for error, expected in (
         (RuntimeError("something else"), RuntimeError),
