@@ -101,7 +101,8 @@ def _list_folder(root: str, data: DataConfig, findings: list[Finding]) -> Iterat
         try:
             return scan_dir(folder)
         except UserError as error:
-            findings.append(Finding(kind="layout", severity="error", message=str(error), count=1, paths=(folder,)))
+            if not any(str(error) in finding.message for finding in findings):
+                findings.append(Finding(kind="layout", severity="error", message=str(error), count=1, paths=(folder,)))
             return DirEntries([], [], 0, has_links=False)
 
     scan = Scan(tuple(extension.lower() for extension in data.extensions), scan_readable)

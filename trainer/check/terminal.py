@@ -20,9 +20,10 @@ _STYLES: Mapping[Severity, str] = {"error": "bold red", "warning": "yellow", "no
 
 def print_result(console: Console, result: CheckResult) -> None:
     """Print counts, statistics, duplicates and findings."""
+    classes = len(result.classes)
+    unit = "class" if classes == 1 else "classes"
     console.print(
-        Text(f"{escape_unprintable(result.root)}: {result.num_images:,} images of {len(result.classes):,} classes"),
-        style="bold",
+        Text(f"{escape_unprintable(result.root)}: {result.num_images:,} images of {classes:,} {unit}"), style="bold"
     )
     for part in (
         _counts(result),

@@ -64,10 +64,19 @@ def check(argv: Sequence[str]) -> tuple[CheckResult, bool]:
     try:  # before anything is printed: the reader of a pipe may end early
         written.extend(outputs.write(result, inspection, found))
     finally:  # also if a file cannot be written
+        _print(result, written)
+    return result, own.fail_on != "never" and result.has(own.fail_on)
+
+
+def _print(result: CheckResult, written: Sequence[str]) -> None:
+    try:
         print_result(Console(highlight=False, markup=False, emoji=False), result)
         for line in written:
             print(escape_unprintable(line))
-    return result, own.fail_on != "never" and result.has(own.fail_on)
+    except BrokenPipeError:  # of `| head`
+        raise
+    except OSError as error:
+        raise UserError(f"standard output cannot be written ({error.strerror})") from None
 
 
 def parser() -> argparse.ArgumentParser:

@@ -86,6 +86,17 @@ def test_the_result_is_printed_if_a_file_cannot_be_written(
         assert err.endswith("/x: cannot be written (No space left on device)\n")
 
 
+def test_a_full_standard_output_is_an_error(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(check, "print_result", fail)
+    assert check.main([str(data), "--duplicates=exact"]) == 2
+    assert capsys.readouterr().err == "error: standard output cannot be written (No space left on device)\n"
+
+
 def test_the_shell_completes_its_options() -> None:
     assert {*completion.parser_options(check.parser())} == {*completion.CHECK, "--help"}
 
