@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models import GoogLeNetOutputs, InceptionOutputs
 
 from trainer.errors import UserError
+from trainer.text import first_line
 
 # Weights of the auxiliary losses. GoogLeNet: Szegedy et al. 2014, section 5. Inception v3: the value that torchvision
 # and PyTorch's transfer-learning tutorial train it with.
@@ -69,9 +70,8 @@ def trial_forward(model: nn.Module, image_size: int, *, shapes: Mapping[str, tup
             images = torch.empty(2, 3, image_size, image_size, dtype=dtype, device="meta")
             return functional_call(model, tensors, (images,), tie_weights=False)
         except Exception as error:  # a model's code may raise anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{type(model).__name__} cannot take images of {image_size} x {image_size} px: {reason}"
+                f"{type(model).__name__} cannot take images of {image_size} x {image_size} px: {first_line(error)}"
             ) from error
         finally:
             for module, mode in modes.items():
