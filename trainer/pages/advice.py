@@ -92,6 +92,8 @@ def _fit(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
             "Train fewer epochs, or with a smaller learning rate.",
             "--data.val_fraction 0.1 --regularization.early_stopping 3",
         )
+    elif not run.is_evaluated:  # the run goes on
+        return
     elif len(losses) >= 3 and losses[-1][1] < 0.97 * losses[-2][1]:
         yield Advice(
             "note",

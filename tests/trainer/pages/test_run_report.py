@@ -179,6 +179,33 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert "do not differ beyond chance" in page
 
 
+def test_runs_that_cannot_be_compared_are_listed_and_not_compared(tmp_path: Path) -> None:
+    best = write_run(tmp_path / "best", ("cat", "dog"))
+    unfinished = write_run(tmp_path / "unfinished", ("cat", "dog"), seed=1, finished=False)
+    os.utime(attempt_path(unfinished, 1), (0, 0))  # its last heartbeat
+    other = write_run(tmp_path / "other", ("cat", "dog", "owl"))
+    failed = write_run(tmp_path / "failed", ("cat", "dog"), epochs=0, finished=False)
+    record = json.loads(attempt_path(failed, 1).read_text())
+    attempt_path(failed, 1).write_text(json.dumps({**record, "state": "failed", "reason": "it diverged"}))
+    for folders, expected in (
+        ((best, other), ["No two runs have results on the same test images"]),
+        ((failed, failed), ["No run has a result yet", "epoch 0 of 2, failed: it diverged"]),
+        (
+            (other, failed, unfinished, best),
+            [
+                "% more accurate than ",
+                "1 of 4 runs have no result",
+                "latest epoch counts: unfinished.",
+                "compared: other.",
+                "probably killed",
+            ],
+        ),
+    ):
+        page = render_comparison([read_run(folder) for folder in folders])
+        for text in expected:
+            assert text in page, (folders, text)
+
+
 def test_command_writes_pages_and_rejects_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run", ("cat", "dog"))
     assert report.main([str(folder), "--no-grad-cam"]) == 0
