@@ -3,7 +3,6 @@
 It imports the standard library alone, so that the launcher starts at once.
 """
 
-import ctypes
 import dataclasses
 import errno
 import json
@@ -63,7 +62,6 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 AttemptState = Literal["running", "stopped", "done", "failed"]
 ATTEMPT_STATES = ("running", "stopped", "done", "failed")
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MAX_RECORD_BYTES = 1 << 20
 
 
@@ -243,19 +241,6 @@ def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
         except OSError:  # the kernel does not tell
             cores.add(str(cpu))
     return min(len(cores), available_cores())
-
-
-def signal_on_parent_death(number: int) -> None:
-    """Ask the kernel to send this process a signal when its parent ends, even by SIGKILL.
-
-    Raises:
-        OSError: the kernel refused.
-
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
 
 
 def own_version() -> str:

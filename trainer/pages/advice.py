@@ -49,7 +49,8 @@ def _leakage(run: RunRecord, _: SplitResult) -> Iterator[Advice]:
     findings = (run.check or {}).get("findings")
     for finding in findings if isinstance(findings, list) else ():
         if isinstance(finding, dict) and finding.get("severity") == "error":
-            yield Advice("error", str(finding.get("message", "")), "See the data check below.")
+            remedy = str(finding.get("remedy") or "See the data check below.")
+            yield Advice("error", str(finding.get("message", "")), remedy)
 
 
 def _selection(run: RunRecord, result: SplitResult) -> Iterator[Advice]:

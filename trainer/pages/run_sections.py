@@ -122,7 +122,7 @@ def check_findings(run: RunRecord) -> list[tuple[str, str]]:
     """Return severity and message of the findings of `regraft check`."""
     findings = (run.check or {}).get("findings")
     return [
-        (str(finding.get("severity", "note")), str(finding.get("message", "")))
+        (str(finding.get("severity", "note")), f"{finding.get('message', '')} {finding.get('remedy', '')}".strip())
         for finding in (findings if isinstance(findings, list) else [])
         if isinstance(finding, dict)
     ]
