@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from typing import NoReturn
 
-from regraft.contract import signal_on_parent_death
+from regraft.parent_death import signal_on_parent_death
 from trainer.distributed.signals import STOP_SIGNALS
 from trainer.errors import UserError
 
