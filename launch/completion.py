@@ -1,8 +1,10 @@
-"""`regraft completion bash|zsh`: print a script that completes verbs, options, their values and file names.
+"""`regraft completion bash|zsh`: print a script that completes its commands.
 
-For bash, add this line to ~/.bashrc; for zsh, replace bash by zsh and add it to ~/.zshrc, after compinit:
+For bash, add this line to ~/.bashrc:
 
     eval "$(regraft completion bash)"
+
+For zsh, replace bash by zsh, and add the line to ~/.zshrc after compinit.
 """
 
 import argparse
@@ -18,7 +20,10 @@ from regraft.files import CONFIGS
 SHELLS = ("bash", "zsh")
 MODELS = "models"
 """`regraft completion models` lists the models: the script asks for them when they are needed, which takes seconds."""
-CHECK = ["--json", "--html", "--fail-on", "--duplicates", "--model", "--weights", "--device", "--label-errors"]
+CHECK = [
+    *("--json", "--html", "--exclude-csv", "--groups-csv", "--fail-on", "--duplicates"),
+    *("--model", "--weights", "--device"),
+]
 """Options of `regraft check`, whose parser belongs to the trainer."""
 PREDICT = [
     *("--output", "--topk", "--threshold", "--calibrated", "--tta", "--batch-size", "--sort-into", "--sort-mode"),

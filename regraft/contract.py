@@ -87,6 +87,8 @@ class AttemptRecord:
     """Epochs of the whole phase."""
     began: str
     """Time of the start, UTC."""
+    training_began: str | None = None
+    """Time when the first phase was ready to train, UTC: data, model, output layer and first evaluation were done."""
     ended: str | None = None
     """Time of the end, UTC."""
     host: str
@@ -135,11 +137,12 @@ def read_attempt(path: Path) -> AttemptRecord | None:
         return None
     counts = (record.attempt, record.step, record.steps, record.epoch, record.epochs, record.pid, record.started)
     texts = (record.began, record.host, record.pid_namespace, record.lease_id, record.stage)
+    optional = (record.launcher, record.reason, record.training_began, record.ended)
     is_valid = (
         all(type(count) is int and count >= 0 for count in counts)
         and all(isinstance(text, str) for text in texts)
         and record.state in ATTEMPT_STATES
-        and all(isinstance(text, str | None) for text in (record.launcher, record.reason, record.ended))
+        and all(isinstance(text, str | None) for text in optional)
     )
     return record if is_valid else None
 

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from regraft import yaml_file
 from regraft.files import CONFIGS
-from trainer.config.options import SECTIONS, check_option
+from trainer.config.options import SECTIONS, add_brackets, check_option
 from trainer.errors import UserError
 
 Content = dict[str, Any]
@@ -42,7 +44,27 @@ def read_config_file(path: Path, where: str) -> Content:
             raise UserError(f"{where}: section {section!r} is {given}: expected options below it, indented by spaces")
     for key, value in options_of(content):
         check_option(key, value, where)
-    return content
+    return {section: _with_lists(section, values) for section, values in content.items()}
+
+
+def _with_lists(section: str, values: Any) -> Any:
+    """Return the options of a section, with a list for a value without brackets: `trackers: tensorboard, mlflow`."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _as_list(f"{section}.{key}", value) for key, value in values.items()}
+
+
+def _as_list(option: str, value: Any) -> Any:
+    if not isinstance(value, str | int | float):
+        return value
+    text = str(value)
+    bracketed = add_brackets(option, text)
+    if bracketed == text:
+        return value
+    try:
+        return yaml.safe_load(bracketed)
+    except yaml.YAMLError:  # the check of the type names it
+        return value
 
 
 def options_of(content: Content) -> Iterator[tuple[str, object]]:

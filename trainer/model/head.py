@@ -62,7 +62,7 @@ def trial_forward(model: nn.Module, image_size: int, *, shapes: Mapping[str, tup
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         # Tensors that forward itself creates must be on the meta device too.
-        for context in (torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("meta"), _EmptyBatchNorm()):
+        for context in (torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("meta"), _EmptyOutputs()):
             stack.enter_context(context)
         try:
             for module in modes:
@@ -78,16 +78,23 @@ def trial_forward(model: nn.Module, image_size: int, *, shapes: Mapping[str, tup
                 module.training = mode
 
 
-class _EmptyBatchNorm(TorchFunctionMode):
-    """Return an empty output of batch_norm, whose implementation on the meta device takes most of a trial forward."""
+class _EmptyOutputs(TorchFunctionMode):
+    """Return empty outputs of functions whose implementation on the meta device takes most of a trial forward."""
 
     def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not nn.functional.batch_norm:
-            return function(*args, **(kwargs or {}))
-        images, running_mean = args[:2]
-        if running_mean is not None and len(running_mean) != images.shape[1]:
-            raise RuntimeError(f"batch_norm of {len(running_mean)} channels on {images.shape[1]} channels")
-        return torch.empty_like(images)
+        if function is nn.functional.batch_norm:
+            inputs, running_mean = args[:2]
+            if running_mean is not None and len(running_mean) != inputs.shape[1]:
+                raise RuntimeError(f"batch_norm of {len(running_mean)} channels on {inputs.shape[1]} channels")
+            return torch.empty_like(inputs)
+        if function is nn.functional.layer_norm:
+            inputs, shape = args[:2]
+            if inputs.shape[-len(shape) :] != tuple(shape):
+                raise RuntimeError(f"layer_norm of shape {list(shape)} on inputs {list(inputs.shape)}")
+            return torch.empty_like(inputs)
+        if function is nn.functional.gelu:
+            return torch.empty_like(args[0])
+        return function(*args, **(kwargs or {}))
 
 
 def split_outputs(outputs: Any) -> tuple[Tensor, tuple[tuple[float, Tensor], ...]]:

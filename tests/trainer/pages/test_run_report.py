@@ -3,13 +3,15 @@
 import errno
 import json
 import os
+import signal
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from scipy.stats import binomtest
 
-from regraft.contract import CONFIG, EVALUATION, METRICS, MODEL, PREDICTIONS, REPORT
+from regraft.contract import CONFIG, EVALUATION, METRICS, MODEL, PREDICTIONS, REPORT, STOPPED, attempt_path
 from tests.trainer.pages.example_run import random_predictions, write_run
 from tests.trainer.pages.test_pages import HOSTILE, Elements
 from trainer.commands import report
@@ -17,9 +19,11 @@ from trainer.errors import UserError
 from trainer.evaluation.report import make_report
 from trainer.pages import run_report
 from trainer.pages.advice import make_advice
-from trainer.pages.run_comparison import PairedTest, paired_test, render_comparison
+from trainer.pages.paired_test import PairedTest, paired_test
+from trainer.pages.run_comparison import render_comparison
 from trainer.pages.run_record import read_run
 from trainer.pages.run_report import render_report, try_write_report
+from trainer.pages.run_time import time_parts
 
 PLAIN = tuple(f"class {number}" for number in range(len(HOSTILE)))
 
@@ -34,12 +38,25 @@ def test_the_page_has_the_result_of_the_run_and_names_what_is_missing(tmp_path: 
     top = result.confusions()[0]
     for text in (
         f"<strong>{result.accuracy:.1%}".replace("%", " %"), f"{top.count} of {top.support} images", "learning rate",
-        "0:09 (15 %)", "a &lt;b&gt;", "node: a CPU, 8 cores", "finished after epoch 3 of 3",
-        "the picture cannot be read", "with changes", "calibrated: 0.500",
+        "a &lt;b&gt;", "node: a CPU, 8 cores", "finished after epoch 3 of 3", "the picture cannot be read",
+        "with changes", "The temperature 1.20", "with the temperature 1.20: ",
     ):  # fmt: skip
         assert text in page, text
     assert run.problems == []
     assert len(page) < 300_000
+
+
+def test_the_time_has_training_waiting_evaluation_start_up_and_the_rest(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ("cat", "dog"))
+    parts = {part.name.split(" ")[0]: part.seconds for part in time_parts(read_run(folder))}
+    assert parts == pytest.approx(
+        {"updates": 21, "waiting": 9, "evaluation": 6, "fitting": 1.5, "start:": 6.5, "checkpoints,": 16}
+    )
+    record = json.loads(attempt_path(folder, 1).read_text())
+    attempt_path(folder, 1).write_text(json.dumps({**record, "state": "running", "ended": None}))  # killed
+    began = datetime.fromisoformat(record["began"]).timestamp()
+    os.utime(attempt_path(folder, 1), (began + 50, began + 50))
+    assert sum(part.seconds for part in time_parts(read_run(folder))) == pytest.approx(50)
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -76,6 +93,12 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no YAML": (CONFIG, lambda path: path.write_text("a: [b"), CONFIG),
     "a pipe": (METRICS, lambda path: (path.unlink(), os.mkfifo(path)), METRICS),
     "a model without header": (MODEL, lambda path: path.write_bytes(b"x" * 20), MODEL),
+    "of an earlier version": (
+        EVALUATION, lambda path: path.write_text(path.read_text().replace("reliability", "unknown")), "",
+    ),
+    "an earlier attempt": (
+        "attempts/0001.json", lambda path: path.write_text(path.read_text().replace("training_began", "reason")), "",
+    ),
     "another check": ("check.json", lambda path: path.write_text('{"findings": [1, {"severity": {}}]}'), ""),
     "environment": ("environment/0001.json", lambda path: path.write_text('{"hosts": 3, "git": [], "argv": {}}'), ""),
 }  # fmt: skip
@@ -163,20 +186,61 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert "do not differ beyond chance" in page
 
 
+def test_runs_that_cannot_be_compared_are_listed_and_not_compared(tmp_path: Path) -> None:
+    best = write_run(tmp_path / "best", ("cat", "dog"))
+    unfinished = write_run(tmp_path / "unfinished", ("cat", "dog"), seed=1, finished=False)
+    os.utime(attempt_path(unfinished, 1), (0, 0))  # its last heartbeat
+    other = write_run(tmp_path / "other", ("cat", "dog", "owl"))
+    failed = write_run(tmp_path / "failed", ("cat", "dog"), epochs=0, finished=False)
+    record = json.loads(attempt_path(failed, 1).read_text())
+    attempt_path(failed, 1).write_text(json.dumps({**record, "state": "failed", "reason": "it diverged"}))
+    for folders, expected in (
+        ((best, other), ["No two runs have results on the same test images"]),
+        ((failed, failed), ["No run has a result yet", "epoch 0 of 2, failed: it diverged"]),
+        (
+            (other, failed, unfinished, best),
+            [
+                "% more accurate than ",
+                "1 of 4 runs have no result",
+                "latest epoch counts: unfinished.",
+                "compared: other.",
+                "probably killed",
+            ],
+        ),
+    ):
+        page = render_comparison([read_run(folder) for folder in folders])
+        for text in expected:
+            assert text in page, (folders, text)
+
+
+def test_a_signal_while_grad_cam_is_imported_stops_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run", ("cat", "dog"))
+    monkeypatch.setattr(report, "_explainer", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert report.main([str(folder)]) == STOPPED
+    assert capsys.readouterr().err.endswith("nothing new to save. The same command writes the page\n")
+    assert not (folder / REPORT).exists()
+
+
 def test_command_writes_pages_and_rejects_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run", ("cat", "dog"))
     assert report.main([str(folder), "--no-grad-cam"]) == 0
     assert (folder / REPORT).is_file()
     assert report.main([str(folder), str(folder), "--output", str(tmp_path / "both.html")]) == 0
     assert "run (2)" in (tmp_path / "both.html").read_text(encoding="utf-8")
+    os.mkfifo(tmp_path / "pipe")
     for argv, message in (
-        ([str(tmp_path)], "not a run folder"),
+        ([str(tmp_path)], f"not a run folder, but it holds runs; name one or more of {folder}"),
+        ([str(tmp_path / "images")], "not a run folder; expected one with config.yaml"),
+        ([str(folder / CONFIG)], "is not a folder"),
         ([str(folder), str(folder)], "--output FILE is missing"),
         ([str(folder), "--output", str(tmp_path)], "is a folder"),
+        ([str(folder), "--output", str(tmp_path / "pipe")], "is no regular file"),
         ([str(folder), "--output", str(tmp_path / "none" / "x.html")], "cannot be written"),
     ):
         capsys.readouterr()
         assert report.main(argv) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(UserError, match="not a run folder"):
+    with pytest.raises(UserError, match="there is no such folder"):
         read_run(tmp_path / "missing")
