@@ -18,8 +18,8 @@ from trainer.text import first_line
 
 TOLERANCE = 1e-4
 """Largest difference of two logits in fp32, relative to the largest logit of all images, or to 1 if that is less."""
-FP16_TOLERANCE = 1e-2
-"""The same for a model in fp16: twice the largest difference that was measured (docs/serving.md)."""
+FP16_TOLERANCE = 2e-2
+"""The same for a model in fp16: 1.7 times the largest difference that was measured (docs/measurements.md)."""
 _BATCH_SIZE = 8
 
 RunExported = Callable[[Sequence[np.ndarray], Tensor], Tensor]
