@@ -67,7 +67,7 @@ def _call(name: str, root: Path, cache: Path) -> Callable[[], object]:
         from torchvision.datasets import ImageFolder  # noqa: PLC0415 (not in the processes of the others)
 
         return lambda: ImageFolder(str(root))
-    from trainer.config.schema import DataConfig  # noqa: PLC0415
+    from trainer.config.sections.data import DataConfig  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415
 
     data = DataConfig(root=str(root), cache=str(cache))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.check.findings import Finding, LabeledImage
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 from trainer.data.class_names import describe_difference, find_lookalikes
 from trainer.data.index import DatasetIndex
 from trainer.data.prepare import exclude_images, list_examples

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 from trainer.data.layout import read_folder
 from trainer.data.prepare import list_examples
 from trainer.data.scan import Scan

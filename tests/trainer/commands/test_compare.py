@@ -17,7 +17,7 @@ from tests.launching import rows
 from trainer.commands import compare as module
 from trainer.commands.compare import compare
 from trainer.commands.variants import plan, variants
-from trainer.config.strategies import known
+from trainer.config.config_files import known_strategies
 from trainer.data.dataset import ImageReadError
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
@@ -254,10 +254,10 @@ def test_every_strategy_trains_and_wise_ft_reports_the_selected_model(
     # WiSE-FT selects the initial weights: the comparison must report their accuracy.
     monkeypatch.setattr(wise_ft, "best_alpha", lambda results: results[0])
     wise = "lp-ft@transfer.wise_ft=true"
-    compare([*words, "--strategies", f"{','.join(known())},{wise}", "--seeds", "1"], StopSignals())
+    compare([*words, "--strategies", f"{','.join(known_strategies())},{wise}", "--seeds", "1"], StopSignals())
     strategies = json.loads((tmp_path / "run" / "compare.json").read_text())["strategies"]
     trials = {strategy["strategy"]: strategy["trials"] for strategy in strategies}
-    assert list(trials) == [*known(), wise]
+    assert list(trials) == [*known_strategies(), wise]
     assert all(len(of_strategy) == 1 for of_strategy in trials.values()), "no run failed"
     folder = tmp_path / "run" / wise / "seed-0"
     result = json.loads((folder / "wise.json").read_text())

@@ -8,7 +8,8 @@ import pytest
 
 from tests.folders import image_folder
 from trainer.data import folder_cache
-from trainer.data.index import DatasetIndex, read_index
+from trainer.data.index import DatasetIndex
+from trainer.data.read_index import read_index
 from trainer.data.scan import DirEntries, scan_dir
 
 Scanned = Callable[[], list[str]]
