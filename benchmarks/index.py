@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Measure and print the medians."""
-    from trainer.data.folder_cache import MIN_AGE_SECONDS  # noqa: PLC0415
+    from trainer.data.folders.cache import MIN_AGE_SECONDS  # noqa: PLC0415
 
     files = arguments.files
     classes = arguments.classes or max(2, files // 1000)

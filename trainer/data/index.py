@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.csv_write import write_table
+from trainer.data.csv.write import write_table
 from trainer.errors import UserError
 from trainer.text import join_truncated
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.data.class_names import describe_difference, find_lookalikes
-from trainer.data.folder_cache import FolderCache
+from trainer.data.csv.table import TableFormat, read_table
+from trainer.data.folders.cache import FolderCache
+from trainer.data.folders.layout import Listing, read_folder
+from trainer.data.folders.scan import Scan, scan_dir
+from trainer.data.folders.splits import find_split_folders
 from trainer.data.group_by import describe_divided, find_groups
 from trainer.data.index import PURPOSES, DatasetIndex, Example, note_absent_classes
-from trainer.data.layout import Listing, read_folder
-from trainer.data.scan import Scan, scan_dir
 from trainer.data.split import PathsByClass, grouped_split
-from trainer.data.split_folders import find_split_folders
-from trainer.data.table import TableFormat, read_table
 from trainer.errors import UserError
 from trainer.run.garbage_collector import without_gc
 from trainer.text import escape_unprintable, join_truncated

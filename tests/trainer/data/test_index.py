@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torchvision.datasets import ImageFolder
 
-from trainer.data import scan
+from trainer.data.folders import scan
 from trainer.data.index import DatasetIndex, Example, without_images, write_split
 from trainer.data.read_index import read_index
 from trainer.errors import UserError

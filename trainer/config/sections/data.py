@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trainer.config.sections.values import MAX_SEED, check_value
-from trainer.data.csv_columns import ROLES as CSV_ROLES
+from trainer.data.csv.columns import ROLES as CSV_ROLES
 from trainer.data.group_by import check_pattern
 from trainer.data.preprocessing import find_wrong_normalization
 from trainer.errors import UserError

@@ -8,9 +8,9 @@ import pytest
 
 from regraft.contract import ATTEMPTS, CONFIG, CONFIG_HEADER, create_output_folder
 from trainer.config.sections.data import DataConfig
+from trainer.data.csv.table import TableFormat
 from trainer.data.index import DatasetIndex
 from trainer.data.read_index import read_index
-from trainer.data.table import TableFormat
 from trainer.errors import UserError
 
 

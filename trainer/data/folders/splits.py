@@ -6,7 +6,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from trainer.data.scan import DirEntries, scan_dir
+from trainer.data.folders.scan import DirEntries, scan_dir
 from trainer.data.split_names import is_wrapper, share_names, split_kinds
 from trainer.errors import UserError
 from trainer.text import escape_unprintable

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from trainer.data.layout_check import Parent, check_class_folders, table_hint, unlabeled_error
-from trainer.data.scan import DirEntries, Scan, file_extension
+from trainer.data.folders.check import Parent, check_class_folders, table_hint, unlabeled_error
+from trainer.data.folders.scan import DirEntries, Scan, file_extension
 from trainer.data.split import PathsByClass
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, has_invalid_utf8, join_truncated
