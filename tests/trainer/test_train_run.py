@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from regraft.contract import CHECKPOINTS, EVALUATION, EXCLUDED, MODEL, PREDICTIONS, STOP, read_attempts
 from tests.trainer.phases import (
@@ -36,13 +35,11 @@ from trainer.run.session import OpenRun
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ResolvedConfig]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> ResolvedConfig:
     """Return the config of a finished run."""
-    threads = torch.get_num_threads()
     config = small_config(tmp_path_factory.mktemp("run"))
     train(config)
-    yield config
-    torch.set_num_threads(threads)
+    return config
 
 
 def test_the_watchdog_covers_all_work_that_takes_long(

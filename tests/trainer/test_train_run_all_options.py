@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +58,9 @@ SMOOTHING = 0.1
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ResolvedConfig]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> ResolvedConfig:
     """Return the config of a finished run."""
-    folder, threads = tmp_path_factory.mktemp("run"), torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(11)
     save_file(models.mobilenet_v3_small().state_dict(), folder / "source.safetensors")
     config = with_options(
@@ -71,8 +70,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ResolvedConfi
         regularization={"ema": 0.9, "early_stopping": 9, "label_smoothing": SMOOTHING, **ALPHAS},
     )
     train(config)
-    yield config
-    torch.set_num_threads(threads)
+    return config
 
 
 @pytest.fixture
