@@ -27,7 +27,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-TIMES = {"seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes"}
+TIMES = {"seconds", "evaluation_seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes"}
 """Keys of metrics.jsonl that differ from run to run, by time and memory."""
 SMALL = [
     *("--data.image_size=32", "--data.resize_size=36", "--data.crop_scale=[0.6,1.0]", "--train.logs_per_epoch=1000"),

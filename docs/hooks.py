@@ -31,6 +31,8 @@ MAX_EXPLANATIONS = 2
 _LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 _ANY_OPTION = re.compile(r"`(?:--)?\w+\.\w+|`--debug")
 _PATH = re.compile(r"<code>([\w./-]+/[\w./-]+)</code>")
+_CODE = re.compile(r"(?<!<pre>)<code>[^<]*</code>")
+_OPTION = re.compile(r"--[\w.-]{1,28}")
 _FENCED = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -53,7 +55,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let paths in inline code break after a slash, so that the narrow columns of a table hold them."""
+    """Let paths in inline code break after a slash, so that a table holds them, and no option at a hyphen."""
+    html = _CODE.sub(lambda code: _OPTION.sub(r'<span class="option">\g<0></span>', code[0]), html)
     return _PATH.sub(lambda code: f"<code>{code[1].replace('/', '/<wbr>')}</code>", html)
 
 

@@ -18,7 +18,10 @@ from regraft.files import CONFIGS
 SHELLS = ("bash", "zsh")
 MODELS = "models"
 """`regraft completion models` lists the models: the script asks for them when they are needed, which takes seconds."""
-CHECK = ["--json", "--html", "--fail-on", "--duplicates", "--model", "--weights", "--device", "--label-errors"]
+CHECK = [
+    *("--json", "--html", "--exclude-csv", "--groups-csv", "--fail-on", "--duplicates"),
+    *("--model", "--weights", "--device"),
+]
 """Options of `regraft check`, whose parser belongs to the trainer."""
 PREDICT = [
     *("--output", "--topk", "--threshold", "--calibrated", "--tta", "--batch-size", "--sort-into", "--sort-mode"),

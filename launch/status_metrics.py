@@ -74,7 +74,8 @@ def _step(attempt: AttemptRecord, rows: list[_Row]) -> int:
 
 
 def _position(attempt: AttemptRecord, rows: list[_Row]) -> str:
-    return f"step {_step(attempt, rows)} of {attempt.steps or '?'}, epoch {attempt.epoch} of {attempt.epochs or '?'}"
+    epoch = max([attempt.epoch, *(row["epoch"] for row in _epochs(rows))])
+    return f"step {_step(attempt, rows)} of {attempt.steps or '?'}, epoch {epoch:g} of {attempt.epochs or '?'}"
 
 
 def _bar(attempt: AttemptRecord, rows: list[_Row]) -> str:
@@ -127,18 +128,22 @@ def _epochs(rows: list[_Row], *keys: str) -> list[_Row]:
 
 
 def _remaining_seconds(attempt: AttemptRecord, rows: list[_Row]) -> float | None:
-    """Estimate the remaining training time from the last three epochs, or from the first steps."""
+    """Estimate the remaining time from the last three epochs and their evaluations, or from the first steps."""
     epochs = _epochs(rows)
+    evaluations = 0.0
     if epochs and epochs[-1]["epoch"] > 0 and epochs[-1]["step"] > 0:
         recent = epochs[-3:]
         steps_per_epoch = epochs[-1]["step"] / epochs[-1]["epoch"]
         seconds_per_step = sum(row["seconds"] for row in recent) / (steps_per_epoch * len(recent))
+        timed = [row["evaluation_seconds"] for row in recent if _has_numbers(row, ("evaluation_seconds",))]
+        if timed:
+            evaluations = max(0, attempt.epochs - epochs[-1]["epoch"]) * sum(timed) / len(timed)
     else:
         first_steps = [row for row in rows if row.get("kind") == "train" and _has_numbers(row, _TRAIN_KEYS)]
         if epochs or not first_steps or first_steps[-1]["step"] <= 0:
             return None
         seconds_per_step = first_steps[-1]["seconds"] / first_steps[-1]["step"]
-    return float((attempt.steps - _step(attempt, rows)) * seconds_per_step) if attempt.steps else None
+    return float((attempt.steps - _step(attempt, rows)) * seconds_per_step + evaluations) if attempt.steps else None
 
 
 def _read_metrics(folder: Path) -> list[_Row]:

@@ -3,7 +3,6 @@
 It imports the standard library alone, so that the launcher starts at once.
 """
 
-import ctypes
 import dataclasses
 import errno
 import json
@@ -63,7 +62,6 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 AttemptState = Literal["running", "stopped", "done", "failed"]
 ATTEMPT_STATES = ("running", "stopped", "done", "failed")
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MAX_RECORD_BYTES = 1 << 20
 
 
@@ -89,6 +87,8 @@ class AttemptRecord:
     """Epochs of the whole phase."""
     began: str
     """Time of the start, UTC."""
+    training_began: str | None = None
+    """Time when the first phase was ready to train, UTC: data, model, output layer and first evaluation were done."""
     ended: str | None = None
     """Time of the end, UTC."""
     host: str
@@ -137,11 +137,12 @@ def read_attempt(path: Path) -> AttemptRecord | None:
         return None
     counts = (record.attempt, record.step, record.steps, record.epoch, record.epochs, record.pid, record.started)
     texts = (record.began, record.host, record.pid_namespace, record.lease_id, record.stage)
+    optional = (record.launcher, record.reason, record.training_began, record.ended)
     is_valid = (
         all(type(count) is int and count >= 0 for count in counts)
         and all(isinstance(text, str) for text in texts)
         and record.state in ATTEMPT_STATES
-        and all(isinstance(text, str | None) for text in (record.launcher, record.reason, record.ended))
+        and all(isinstance(text, str | None) for text in optional)
     )
     return record if is_valid else None
 
@@ -240,19 +241,6 @@ def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
         except OSError:  # the kernel does not tell
             cores.add(str(cpu))
     return min(len(cores), available_cores())
-
-
-def signal_on_parent_death(number: int) -> None:
-    """Ask the kernel to send this process a signal when its parent ends, even by SIGKILL.
-
-    Raises:
-        OSError: the kernel refused.
-
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
 
 
 def own_version() -> str:

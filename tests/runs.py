@@ -47,7 +47,7 @@ WORLD_SIZE_INDEPENDENT = {
 amplify the difference."""
 LOSSES, WEIGHTS = 1e-5, 1e-5
 """Tolerances between world sizes: relative for losses. Measured: at most 2e-6 of a loss, and 3e-7 in a weight."""
-TIMES = {"seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes"}
+TIMES = {"seconds", "evaluation_seconds", "examples_per_sec", "examples_per_sec_compute", "memory_bytes"}
 """Keys of metrics.jsonl that differ from run to run."""
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "PYTHONDONTWRITEBYTECODE": "1"}
 LAUNCHERS = ("torch.distributed.run", "accelerate.commands.launch")

@@ -199,9 +199,9 @@ def test_every_command_runs(document: Path, done: set[tuple[str, ...]]) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_in_workplace")
 def test_regraft_train_of_the_readme_runs() -> None:
-    command = ["regraft", "train", "--data.root", "FOLDER", "--transfer.strategy", "lp-ft"]
+    command = ["regraft", "train", "FOLDER", "--transfer.strategy", "lp-ft"]
     assert command in [words[: len(command)] for words in commands(REPOSITORY / "README.md")]
-    small = [*SMALL, *SMALL_MODEL, "--run.dir=runs/regraft"]
+    small = [*SMALL[1:], *SMALL_MODEL, "--run.dir=runs/regraft"]  # without --data.root: FOLDER is the dataset
     run([sys.executable, "-m", "launch.cli", *command[1:], *small], cwd=Path.cwd())
 
 
@@ -236,8 +236,8 @@ def test_links_paths_and_options_exist(document: Path) -> None:
         assert re.search(rf"^  {verb}\b", help_text("-m", "launch.cli"), flags=re.MULTILINE), f"regraft {verb}"
 
 
-def test_the_project_layout_in_the_readme_exists() -> None:
-    layout = next(block for block in code_blocks(REPOSITORY / "README.md", "") if "trainer/  " in block)
+def test_the_files_of_the_architecture_page_exist() -> None:
+    layout = next(block for block in code_blocks(REPOSITORY / "docs/architecture.md", "") if "  main.py  " in block)
     root = ""
     for line in layout.splitlines():
         files = re.split(r"\s{2,}", line.strip())[0].split()

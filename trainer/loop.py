@@ -1,6 +1,7 @@
 """The training loop."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, Protocol
 
@@ -39,7 +40,7 @@ class TrainLogger(Protocol):
     def draw_curves(self) -> None:
         """Draw the metrics so far."""
 
-    def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
+    def log_epoch(self, progress: Progress, evaluations: Evaluations, evaluation_seconds: float) -> None:
         """Report the metrics and evaluations of an epoch, before its checkpoint is saved."""
 
 
@@ -187,14 +188,16 @@ def fit(  # noqa: PLR0912, PLR0915 (one function that reads from top to bottom)
             raise RuntimeError(f"trained on {epoch_progress.metrics.seen} examples, expected {examples}")
         if start_step < steps:  # otherwise they were averaged before the save; again would round them again
             average_batch_norm_statistics(state.ema.with_model(), ctx.world_size)
+        evaluation_began = time.perf_counter()
         try:
             evaluations = evaluate(state.ema.model, interrupted)
         except Interrupted:
             save_and_stop(str(checkpoints.sync_flags().stop))
+        evaluation_seconds = time.perf_counter() - evaluation_began  # the metrics have been read from the device
         if not all(math.isfinite(evaluation.loss_sum) for evaluation in evaluations.values()):
             raise _not_finite(state.step - 1, steps, loader)
         state.epoch, state.metrics = state.epoch + 1, None
-        logger.log_epoch(epoch_progress, evaluations)
+        logger.log_epoch(epoch_progress, evaluations, evaluation_seconds)
         stop = checkpoints.end_epoch(evaluations)
         if checkpoints.stopped_early or state.epoch == schedule.epochs:
             return  # closing the logger draws the last curves

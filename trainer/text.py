@@ -1,7 +1,9 @@
 """Format file and class names, which may contain any bytes, for a terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
+
+_MAX_LINE = 300  # characters of a foreign message
 
 
 def escape_unprintable(text: str) -> str:
@@ -27,6 +29,18 @@ def join_truncated(names: Iterable[str], *, limit: int = 10) -> str:
     shown = ", ".join(escape_unprintable(name) for name in islice(rest, limit))
     more = sum(1 for _ in rest)
     return f"{shown} and {more} more" if more else shown
+
+
+def list_lines(lines: Sequence[str], *, limit: int = 10) -> str:
+    """Return the first `limit` lines, each indented on a line of its own, and the number of other lines."""
+    shown = "".join(f"\n  {line}" for line in lines[:limit])
+    return f"{shown}\n  and {len(lines) - limit} more" if len(lines) > limit else shown
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, escaped, or the name of its class if it has none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return escape_unprintable(lines[0])[:_MAX_LINE]
 
 
 def has_invalid_utf8(text: str) -> bool:

@@ -20,7 +20,7 @@ from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig
 from trainer.evaluation.final import FinalEvaluation
 from trainer.loop import fit
-from trainer.report.logger import make_logger
+from trainer.report.logger import complete_trackers, make_logger
 from trainer.report.summary import TrainResult
 from trainer.run.session import OpenRun
 from trainer.transfer.wise_ft import WiseFT
@@ -82,6 +82,8 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         final_evaluation.write(
             lambda: final_evaluation.load_for_eval(channels_last=channels_last), evaluator, step=checkpoint.state.step
         )
+        options, step = config.run, checkpoint.state.step
+        complete_trackers(run, options.trackers, options.tracker_project, metrics=checkpoint.metrics, step=step)
         return replace(result, rows=rows, alpha=alpha, seconds=time.monotonic() - began)
 
     # 3. The model with random weights from `run.seed`; its output layer replaced; pretrained weights copied in.
@@ -166,13 +168,14 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     rows = tuple(logger.epochs)
     if checkpoints.stopped_early:
         console.print(resume_point.describe_early_stop(rows))
-    alpha = wise_ft.select_alpha(lambda: state.model, evaluator, step=state.step)
-    final_evaluation.write(
-        lambda: state.model,
-        evaluator,
-        step=state.step,
-        is_of_epoch=alpha == 1,  # otherwise WiSE-FT has interpolated the weights
-    )
+    with trackers.ended_on_error():
+        alpha = wise_ft.select_alpha(lambda: state.model, evaluator, step=state.step)
+        final_evaluation.write(
+            lambda: state.model,
+            evaluator,
+            step=state.step,
+            is_of_epoch=alpha == 1,  # otherwise WiSE-FT has interpolated the weights
+        )
     trackers.finish(state.step)
     ctx.accelerator.wait_for_everyone()
     ctx.accelerator.free_memory()

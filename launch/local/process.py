@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.contract import signal_on_parent_death
+from regraft.parent_death import signal_on_parent_death
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _GRACE_SECONDS = 5.0

@@ -23,7 +23,7 @@ DEVELOPER_TOOLS = {
     "benchmarks/gpu.sh",
 }
 """Programs of installation and development, which `.ci/run` runs; `.` reads a file."""
-LANGUAGES = {"", "sh", "python", "py", "yaml", "js"}
+LANGUAGES = {"", "sh", "python", "py", "yaml", "js", "html"}
 """Languages of fenced blocks: commands are `sh`, and code that a test runs is `python`."""
 
 

@@ -71,12 +71,15 @@ def test_running_run(tmp_path: Path) -> None:
     assert text.splitlines() == [
         f"{tmp_path / 'r'}: running",
         "attempt 3, process 103 on node7, started 2026-11-24T12:00:03+00:00",
-        "step 60 of 200, epoch 2 of 10",  # metrics are newer than the last checkpoint
+        "step 60 of 200, epoch 3 of 10",  # metrics are newer than the last checkpoint
         "━━━━━━┄┄┄┄┄┄┄┄┄┄┄┄┄┄ 30%, ETA 3:30",  # 140 steps at 20 in 30 s
         "train loss 0.3333 █▃▁",
         "1,234.5 examples/s",
         "test accuracy 0.500 after epoch 3, best 0.700 after epoch 2",
     ]
+    rows = [json.loads(line) for line in (tmp_path / "r" / METRICS).read_text().splitlines()]
+    write_metrics(tmp_path / "r", [{**row, "evaluation_seconds": 10.0} for row in rows])
+    assert "ETA 4:40" in describe(tmp_path / "r", now=NOW)[0]  # with 7 evaluations
 
 
 def test_running_run_within_its_first_epoch(tmp_path: Path) -> None:
@@ -107,7 +110,7 @@ def test_finished_run_shows_the_fine_tuned_model_and_not_the_baseline(tmp_path: 
     make_run(tmp_path / "s", epochs=10)
     (tmp_path / "s" / METRICS).rename(folder / METRICS)
     lines = describe(folder, now=NOW)[0].splitlines()
-    assert lines[2] == "step 200 of 200, epoch 2 of 10"
+    assert lines[2] == "step 200 of 200, epoch 10 of 10"
     assert lines[3].startswith("train loss 0.1000 ")
     assert lines[4].startswith("test accuracy 0.600 after epoch 10")
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.slurm.allocation import is_port_free
-from regraft.contract import signal_on_parent_death
+from regraft.parent_death import signal_on_parent_death
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 NODES = ("node1", "node2")

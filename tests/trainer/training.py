@@ -130,7 +130,7 @@ class RecordingLogger:
     def draw_curves(self) -> None:
         self.drawn_epochs.append(len(self.epochs))
 
-    def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
+    def log_epoch(self, progress: Progress, evaluations: Evaluations, evaluation_seconds: float) -> None:
         self.epochs.append(progress)
         self.evaluations.append(evaluations)
 

@@ -1,6 +1,8 @@
 """Group the images of a dataset that show the same, and describe the leakage between its splits."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from trainer.check.findings import DuplicateGroup, Finding, LabeledImage, Severity
 from trainer.text import escape_unprintable
@@ -69,12 +71,50 @@ def make_groups(
     return tuple(sorted(groups, key=lambda group: (-len(group.splits), -len(group.images), group.images[0].path)))
 
 
-def describe_duplicates(images: Sequence[LabeledImage], groups: Sequence[DuplicateGroup]) -> Iterator[Finding]:
-    """Yield the findings about groups of duplicates: leakage, contradicting classes, repeated training images."""
-    for split in ("val", "test"):
-        total = sum(image.split == split for image in images)
-        yield from _describe_leakage(split, total, groups)
-    yield from _describe_selection(groups)
+def connect(count: int, pairs: Iterable[tuple[int, int]], groups: Mapping[int, str]) -> list[int]:
+    """Return a number for each image, which images that show the same or are of one group share.
+
+    Args:
+        count: number of images.
+        pairs: positions of two images that show the same.
+        groups: position -> group, such as a patient, for images that have one.
+
+    """
+    sets = DisjointSets(count)
+    for one, other in pairs:
+        sets.merge(one, other)
+    first: dict[str, int] = {}
+    for position, group in groups.items():
+        sets.merge(first.setdefault(group, position), position)
+    return [sets.find(position) for position in range(count)]
+
+
+def describe_duplicates(
+    images: Sequence[LabeledImage], groups: Sequence[DuplicateGroup], *, dataset: str, split_made: bool
+) -> Iterator[Finding]:
+    """Yield the findings about groups of duplicates: leakage, contradicting classes, repeated training images.
+
+    Args:
+        images: all images.
+        groups: those that show the same.
+        dataset: the dataset as the user named it, for commands.
+        split_made: whether regraft divides the dataset itself.
+
+    """
+    name = shlex.quote(dataset)
+    exclude = (f"regraft check {name} --exclude-csv exclude.csv", f"regraft train {name} --data.exclude exclude.csv")
+    remedy = "Train without the training copies:"
+    commands: tuple[str, ...] = exclude
+    if split_made:
+        remedy = (
+            "Train without the training copies, or divide the images so that copies are in one split: by --groups-csv, "
+            "a column group in a CSV, or data.group_by."
+        )
+        commands = (*exclude, f"regraft check {name} --groups-csv groups.csv", "regraft train groups.csv")
+    for finding in _describe_leakage(images, groups):
+        yield replace(finding, remedy=remedy, options=commands)
+    for finding in _describe_selection(groups):
+        yield replace(finding, options=exclude)
     yield from _describe_conflicts([group for group in groups if group.kind == "exact"], "copies of one file", "error")
     yield from _describe_conflicts(
         [group for group in groups if group.kind == "near"], "near-duplicate images", "warning"
@@ -86,36 +126,35 @@ def describe_duplicates(images: Sequence[LabeledImage], groups: Sequence[Duplica
             severity="note",
             message=f"training images that repeat another training image: {len(repeated)}. Each repetition adds to the "
             "weight of its picture; a validation split that is held out from them may contain its copies.",
+            remedy="Leave out the repetitions: --exclude-csv lists them.",
             count=len(repeated),
             paths=tuple(repeated),
         )
 
 
-def _describe_leakage(split: str, total: int, groups: Sequence[DuplicateGroup]) -> Iterator[Finding]:
-    exact: list[str] = []
-    near: list[str] = []
-    for group in groups:
-        originals = {
-            digest for image, digest in zip(group.images, group.digests, strict=True) if image.split == "train"
-        }
-        for image, digest in zip(group.images, group.digests, strict=True):
-            if originals and image.split == split:
-                (exact if digest in originals else near).append(image.path)
-    count = len(exact) + len(near)
-    if not count:
-        return
-    share = count / total
-    reported = _ASSUMED_ACCURACY + share * (1 - _ASSUMED_ACCURACY)
-    yield Finding(
-        kind="leakage",
-        severity="error" if exact else "warning",
-        message=f"{count} of {total} {split} images ({100 * share:.1f} %) are copies of training images "
-        f"({len(exact)} exact, {len(near)} near), so the {split} accuracy is too high: if the model remembers the "
-        f"copies, a true {100 * _ASSUMED_ACCURACY:.1f} % is reported as {100 * reported:.1f} %. Remove the copies from "
-        "one of the two splits.",
-        count=count,
-        paths=(*exact, *near),
-    )
+def _describe_leakage(images: Sequence[LabeledImage], groups: Sequence[DuplicateGroup]) -> Iterator[Finding]:
+    for split in ("val", "test"):
+        exact: list[str] = []
+        near: list[str] = []
+        for group in groups:
+            members = [*zip(group.images, group.digests, strict=True)]
+            originals = {digest for image, digest in members if image.split == "train"}
+            for image, digest in members:
+                if originals and image.split == split:
+                    (exact if digest in originals else near).append(image.path)
+        if count := len(exact) + len(near):
+            total = sum(image.split == split for image in images)
+            share = count / total
+            reported = _ASSUMED_ACCURACY + share * (1 - _ASSUMED_ACCURACY)
+            yield Finding(
+                kind="leakage",
+                severity="error" if exact else "warning",
+                message=f"{count} of {total} {split} images ({100 * share:.1f} %) are copies of training images "
+                f"({len(exact)} exact, {len(near)} near), so the {split} accuracy is too high: if the model remembers "
+                f"the copies, a true {100 * _ASSUMED_ACCURACY:.1f} % is reported as {100 * reported:.1f} %.",
+                count=count,
+                paths=(*exact, *near),
+            )
 
 
 def _describe_selection(groups: Sequence[DuplicateGroup]) -> Iterator[Finding]:
@@ -126,6 +165,7 @@ def _describe_selection(groups: Sequence[DuplicateGroup]) -> Iterator[Finding]:
             severity="warning",
             message=f"test images that are copies of validation images: {len(shared)}. The best epoch is selected on "
             "them, so the test accuracy is not independent of the selection.",
+            remedy="Leave out the validation copies:",
             count=len(shared),
             paths=tuple(shared),
         )
@@ -142,8 +182,8 @@ def _describe_conflicts(groups: Sequence[DuplicateGroup], what: str, severity: S
     yield Finding(
         kind="conflicting-labels",
         severity=severity,
-        message=f"groups of {what} with different classes: {len(different)}, such as {shown}. Correct the labels, or "
-        "remove the images that have the wrong one.",
+        message=f"groups of {what} with different classes: {len(different)}, such as {shown}.",
+        remedy="Correct the labels, or leave out these images: --exclude-csv lists them.",
         count=len(different),
         paths=tuple(image.path for group in different for image in group.images),
     )

@@ -19,7 +19,11 @@ class Finding:
     """Identifies the check in the JSON file, such as `unreadable` or `leakage`."""
     severity: Severity
     message: str
-    """One or two sentences: what was found, what follows from it, and what to do."""
+    """One or two sentences: what was found, and what follows from it."""
+    remedy: str = ""
+    """What to do; empty if `message` says it, or if there is nothing to do."""
+    options: tuple[str, ...] = ()
+    """Options or commands that do it, as typed."""
     count: int = 0
     """Number of images or classes that it is about; 0 for the dataset as a whole."""
     paths: tuple[str, ...] = ()

@@ -5,6 +5,7 @@
 
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def suggest_pattern(images: Sequence[LabeledImage], root: str) -> GroupPattern |
 
 
 def describe_groups(
-    images: Sequence[LabeledImage], root: str, duplicates: Sequence[DuplicateGroup], *, split_made: bool
+    images: Sequence[LabeledImage], root: str, duplicates: Sequence[DuplicateGroup], *, dataset: str, split_made: bool
 ) -> list[Finding]:
     """Return findings about groups that file names or near-duplicates suggest.
 
@@ -80,6 +81,7 @@ def describe_groups(
         images: all images.
         root: folder of the dataset, which the paths start with.
         duplicates: groups of images that show the same.
+        dataset: the dataset as the user named it, for commands.
         split_made: whether regraft divides the dataset itself.
 
     """
@@ -93,8 +95,10 @@ def describe_groups(
                 kind="groups",
                 severity="warning",
                 message=f"{len(near)} of {len(images)} images have near-duplicates, as frames of a video have. "
-                "If several images show one object, name the groups by a column group in a CSV, or by "
-                "data.group_by if the file names tell them; otherwise splits divide them.",
+                "If several images show one object, a split may divide them, and the accuracy is too high.",
+                remedy="Divide the images so that near-duplicates are in one split: by --groups-csv, a column group in "
+                "a CSV, or data.group_by if the file names tell the groups.",
+                options=(f"regraft check {shlex.quote(dataset)} --groups-csv groups.csv", "regraft train groups.csv"),
                 count=len(near),
                 paths=tuple(near),
             )
@@ -115,15 +119,17 @@ def _describe_pattern(found: GroupPattern, images: Sequence[LabeledImage], *, sp
         f"{escape_unprintable(os.path.basename(example))}"
     )
     if divided:
-        remedy = "" if split_made else ", and divide the dataset anew (one folder per class, or a CSV without a split)"
         message += (
             f"; {len(divided)} of them have images in more than one split. If they are patients, bursts or videos, the "
-            f"accuracy is too high: train with --data.group_by '{found.pattern}'{remedy}."
+            "accuracy is too high."
         )
-    else:
-        message += (
-            f". If they are patients, bursts or videos, set --data.group_by '{found.pattern}' when you divide it."
-        )
+    remedy = "If they are patients, bursts or videos, keep each group in one split"
     return Finding(
-        kind="groups", severity="warning" if divided else "note", message=message, count=len(paths), paths=paths
+        kind="groups",
+        severity="warning" if divided else "note",
+        message=message if divided else f"{message}.",
+        remedy=f"{remedy}:" if split_made else f"{remedy}, and divide the images anew, in one folder per class:",
+        options=(f"--data.group_by {shlex.quote(found.pattern)}",),
+        count=len(paths),
+        paths=paths,
     )

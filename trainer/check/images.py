@@ -75,13 +75,16 @@ def read_images(
         return [read_image(paths[row], thumbnails[row]) for row in rows]
 
     rows = iter(range(len(paths)))
-    # Pillow warns of large images and of unusual metadata.
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(max(1, workers)) as pool:
-        while window := list(itertools.islice(rows, _BATCH_SIZE * _QUEUED_BATCHES)):
-            for batch in pool.map(read_batch, _batches(window)):
-                facts += batch
-                if on_progress is not None:
-                    on_progress(len(facts), len(paths))
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns of large images and of unusual metadata
+            while window := list(itertools.islice(rows, _BATCH_SIZE * _QUEUED_BATCHES)):
+                for batch in pool.map(read_batch, _batches(window)):
+                    facts += batch
+                    if on_progress is not None:
+                        on_progress(len(facts), len(paths))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not read the images that are queued
     return ImageTable(tuple(facts), thumbnails)
 
 

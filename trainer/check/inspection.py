@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.check.duplicates import describe_duplicates, find_exact, make_groups
+from trainer.check.duplicates import connect, describe_duplicates, find_exact, make_groups
 from trainer.check.findings import CheckResult, DuplicateGroup, Finding, ModelFindings, sort_findings
 from trainer.check.groups import describe_groups
 from trainer.check.images import ImageTable, read_images
@@ -70,21 +70,22 @@ def make_result(inspection: Inspection, data: DataConfig, model: ModelFindings |
     digests = [facts.digest for facts in table.facts]
     groups = make_groups(images, digests, [*inspection.pairs, *model.pairs])
     counts = count_images(images)
+    dataset = str(data.root)
     return CheckResult(
-        root=str(data.root),
+        root=dataset,
         classes=tuple(sorted({image.label for image in images})),
         counts=counts,
         sources=listing.sources,
         statistics=summarize(table),
         findings=sort_findings(
             [
-                *describe_duplicates(images, groups),
+                *describe_duplicates(images, groups, dataset=dataset, split_made=listing.split_made),
+                *model.findings,
                 *listing.findings,
                 *describe_files(images, table),
                 *describe_classes(counts),
                 *describe_sizes(images, table.facts, data),
-                *_describe_groups(listing, groups),
-                *model.findings,
+                *_describe_groups(listing, groups, dataset),
             ]
         ),
         duplicates=groups,
@@ -92,11 +93,18 @@ def make_result(inspection: Inspection, data: DataConfig, model: ModelFindings |
     )
 
 
-def _describe_groups(listing: ImageList, duplicates: Sequence[DuplicateGroup]) -> list[Finding]:
-    index = listing.index
-    if index is None or index.groups:
+def _describe_groups(listing: ImageList, duplicates: Sequence[DuplicateGroup], dataset: str) -> list[Finding]:
+    if listing.index is None or listing.groups:
         return []
-    return describe_groups(listing.images, str(index.root), duplicates, split_made=index.split_made)
+    return describe_groups(
+        listing.images, str(listing.root), duplicates, dataset=dataset, split_made=listing.split_made
+    )
+
+
+def find_groups(inspection: Inspection, model: ModelFindings | None = None) -> list[int]:
+    """Return a number for each image, which images that show the same or are of one group share."""
+    pairs = (*inspection.pairs, *(model.pairs if model else ()))
+    return connect(len(inspection.listing.images), pairs, inspection.listing.groups)
 
 
 def find_near(

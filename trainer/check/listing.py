@@ -32,8 +32,21 @@ class ImageList:
     findings: tuple[Finding, ...]
     sources: Mapping[str, str]
     """Split -> where its images come from, such as `val/`; empty if training refuses the dataset."""
+    root: Path
+    """Folder that relative paths of `data.exclude` start from: the dataset folder, or that of the CSV's images."""
     index: DatasetIndex | None
     """What training would use; None if it refuses the dataset."""
+
+    @property
+    def groups(self) -> dict[int, str]:
+        """Return position -> group, such as a patient, for the images that have one."""
+        groups = {} if self.index is None else self.index.groups
+        return {row: groups[image.path] for row, image in enumerate(self.images) if image.path in groups}
+
+    @property
+    def split_made(self) -> bool:
+        """Return whether regraft divides the dataset itself."""
+        return self.index is not None and self.index.split_made
 
 
 def list_images(data: DataConfig, *, displays: ProgressHooks = NO_PROGRESS) -> ImageList:
@@ -58,7 +71,8 @@ def list_images(data: DataConfig, *, displays: ProgressHooks = NO_PROGRESS) -> I
         found = [Finding(kind="layout", severity="error", message=f"training stops with this error: {error}")]
         images = tuple(_list_folder(str(root), data, found) if root.is_dir() else _list_table(root, data))
         findings = (*found, *_compare_classes(images, str(error)))
-        return ImageList(images=images, findings=findings, sources={}, index=None)
+        folder = root if root.is_dir() else root.parent
+        return ImageList(images=images, findings=findings, sources={}, root=folder, index=None)
     if data.exclude is not None:
         index = exclude_images(index, Path(data.exclude))
     images = tuple(
@@ -72,7 +86,11 @@ def list_images(data: DataConfig, *, displays: ProgressHooks = NO_PROGRESS) -> I
         if _ABSENT_CLASSES not in note  # a finding of _compare_classes
     )
     return ImageList(
-        images=images, findings=(*notes, *_compare_classes(images)), sources={"test": index.reported}, index=index
+        images=images,
+        findings=(*notes, *_compare_classes(images)),
+        sources={"test": index.reported},
+        root=index.root,
+        index=index,
     )
 
 
@@ -83,7 +101,8 @@ def _list_folder(root: str, data: DataConfig, findings: list[Finding]) -> Iterat
         try:
             return scan_dir(folder)
         except UserError as error:
-            findings.append(Finding(kind="layout", severity="error", message=str(error), count=1, paths=(folder,)))
+            if not any(str(error) in finding.message for finding in findings):
+                findings.append(Finding(kind="layout", severity="error", message=str(error), count=1, paths=(folder,)))
             return DirEntries([], [], 0, has_links=False)
 
     scan = Scan(tuple(extension.lower() for extension in data.extensions), scan_readable)
@@ -130,19 +149,29 @@ def _compare_classes(images: Sequence[LabeledImage], error: str = "") -> Iterato
         message = f"the classes {describe_difference(*lookalikes)}"
         if message not in error:
             yield Finding(
-                kind="class-names", severity="error", message=f"{message}. Rename or merge them.", count=len(lookalikes)
+                kind="class-names",
+                severity="error",
+                message=f"{message}.",
+                remedy="Rename or merge them.",
+                count=len(lookalikes),
             )
     train = classes.pop("train", {})
     for split, counts in classes.items():
         extra, absent = sorted(set(counts) - set(train)), sorted(set(train) - set(counts))
         if extra and join_truncated(extra) not in error:
-            message = f"classes of {split} that are not training classes: {join_truncated(extra)}"
-            yield Finding(kind="class-folders", severity="error", message=message, count=len(extra))
+            yield Finding(
+                kind="class-folders",
+                severity="error",
+                message=f"classes of {split} that are not training classes: {join_truncated(extra)}.",
+                remedy="Add training images of them, or remove them.",
+                count=len(extra),
+            )
         if absent:
             yield Finding(
                 kind="class-folders",
                 severity="warning",
                 message=f"{len(absent)} of {len(train)} classes have no image in {split}, so their accuracy is not "
-                f"measured: {join_truncated(absent)}",
+                f"measured: {join_truncated(absent)}.",
+                remedy=f"Add {split} images of them.",
                 count=len(absent),
             )

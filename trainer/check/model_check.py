@@ -1,11 +1,11 @@
 """What `regraft check` finds with a model: near-duplicates by embeddings, and likely label errors."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from trainer.check.duplicates import DisjointSets
+from trainer.check.duplicates import connect
 from trainer.check.embeddings import Embedder, embed
 from trainer.check.findings import Finding, LabelError, ModelFindings
 from trainer.check.inspection import Inspection
@@ -51,7 +51,7 @@ def check_with_model(
         (int(rows[first[one]]), int(rows[first[other]]))
         for one, other in find_by_embeddings(features[first], inspection.table.thumbnails[rows[first]])
     )
-    groups = _connect(inspection, pairs)
+    groups = connect(len(images), [*inspection.pairs, *pairs], inspection.listing.groups)
     classes = sorted({image.label for image in images})
     label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of[images[row].label] for row in rows]
@@ -65,33 +65,26 @@ def check_with_model(
     return ModelFindings(pairs=pairs, label_errors=errors, findings=(_describe(errors, scores, embedder),))
 
 
-def _connect(inspection: Inspection, pairs: Iterable[tuple[int, int]]) -> list[int]:
-    """Return a number for each image, which images that show the same or are of one group share."""
-    images, index = inspection.listing.images, inspection.listing.index
-    sets = DisjointSets(len(images))
-    for one, other in (*inspection.pairs, *pairs):
-        sets.merge(one, other)
-    first: dict[str, int] = {}
-    for row, image in enumerate(images):
-        if index is not None and (group := index.groups.get(image.path)):
-            sets.merge(first.setdefault(group, row), row)
-    return [sets.find(row) for row in range(len(images))]
-
-
 def _describe(errors: Sequence[LabelError], scores: LabelScores, embedder: Embedder) -> Finding:
     is_reliable = scores.accuracy >= _MIN_ACCURACY
     message = (
         f"{len(errors)} of {len(scores.margin)} labels are likely to be wrong: a linear probe on the features of "
         f"{embedder.metadata.architecture} agrees with {100 * scores.accuracy:.1f} % of the labels."
     )
+    remedy = ""
     if errors:
-        message += " Look at these images; move those that are wrong to their class, or leave them out by data.exclude."
+        remedy = (
+            "Look at these images (--html), and move those that are wrong to their class. --exclude-csv lists those of "
+            "the training split, to train without them."
+        )
     if not is_reliable:
-        message += " It hardly knows these classes: a fine-tuned or a larger model suggests better."
+        message += " It hardly knows these classes."
+        remedy = "Check with a fine-tuned or a larger model (--model), which suggests better."
     return Finding(
         kind="label-errors",
         severity="warning" if errors and is_reliable else "note",
         message=message,
+        remedy=remedy,
         count=len(errors),
         paths=tuple(image.path for image, _, _ in errors),
     )

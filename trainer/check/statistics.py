@@ -81,8 +81,9 @@ def describe_files(images: Sequence[LabeledImage], table: ImageTable) -> Iterato
         yield Finding(
             kind="unreadable",
             severity="error",
-            message=f"{len(unreadable)} of {len(images)} images cannot be read:{shown}{more}\nRepair, replace or "
-            "remove them, or train with --data.on_unreadable skip.",
+            message=f"{len(unreadable)} of {len(images)} images cannot be read:{shown}{more}",
+            remedy="Repair, replace or remove them, or train without them:",
+            options=("--data.on_unreadable skip",),
             count=len(unreadable),
             paths=tuple(path for path, _ in unreadable),
         )
@@ -93,7 +94,8 @@ def describe_files(images: Sequence[LabeledImage], table: ImageTable) -> Iterato
             kind="wrong-extension",
             severity="warning",
             message=f"files with the extension of another format: {len(wrong)}, such as {shown}. regraft reads them by "
-            "their content, other programs may not: rename them.",
+            "their content, other programs may not.",
+            remedy="Rename them.",
             count=len(wrong),
             paths=tuple(path for path, _ in wrong),
         )
@@ -103,8 +105,8 @@ def describe_files(images: Sequence[LabeledImage], table: ImageTable) -> Iterato
         yield Finding(
             kind="one-color",
             severity="warning",
-            message=f"images of one color only: {len(one_color)}, such as {escape_unprintable(one_color[0])}. Remove "
-            "them, unless the color is the class.",
+            message=f"images of one color only: {len(one_color)}, such as {escape_unprintable(one_color[0])}.",
+            remedy="Remove them, unless the color is the class.",
             count=len(one_color),
             paths=tuple(one_color),
         )
@@ -124,8 +126,8 @@ def describe_sizes(images: Sequence[LabeledImage], facts: Sequence[ImageFacts], 
         yield Finding(
             kind="small",
             severity="note",
-            message=f"images with a side below {size} pixels, which are enlarged: {len(small)} of {len(sides)}. If "
-            "most are small, a smaller data.image_size trains faster.",
+            message=f"images with a side below {size} pixels, which are enlarged: {len(small)} of {len(sides)}.",
+            remedy="If most are small, a smaller data.image_size trains faster.",
             count=len(small),
             paths=tuple(small),
         )
@@ -139,7 +141,9 @@ def describe_sizes(images: Sequence[LabeledImage], facts: Sequence[ImageFacts], 
             kind="large",
             severity="note",
             message=f"images of more than {_LARGE_PIXELS // 1_000_000} megapixels: {len(large)} of {len(sides)}, so "
-            "most of an epoch is decoding: data.cache_resize or smaller files make it faster.",
+            "most of an epoch is decoding.",
+            remedy="Smaller files make it faster, or a cache of reduced images:",
+            options=(f"--data.cache_resize {2 * size}",),
             count=len(large),
         )
 
@@ -155,8 +159,9 @@ def describe_classes(counts: Mapping[str, Mapping[str, int]]) -> Iterator[Findin
                 kind="imbalance",
                 severity="warning",
                 message=f"the class {escape_unprintable(largest)} has {train[largest]} training images, "
-                f"{escape_unprintable(smallest)} has {train[smallest]}: {ratio:.0f} times fewer. Compare the metrics "
-                "of each class, and consider --data.sampling balanced.",
+                f"{escape_unprintable(smallest)} has {train[smallest]}: {ratio:.0f} times fewer.",
+                remedy="Compare the metrics of each class, and show each class equally often:",
+                options=("--data.sampling balanced",),
                 count=sum(train[largest] >= _MAX_IMBALANCE * number for number in train.values()),
             )
         few = [name for name, number in train.items() if number < _MIN_TRAINING_IMAGES]
@@ -166,6 +171,7 @@ def describe_classes(counts: Mapping[str, Mapping[str, int]]) -> Iterator[Findin
                 severity="warning",
                 message=f"{len(few)} of {len(train)} classes have fewer than {_MIN_TRAINING_IMAGES} training images: "
                 f"{join_truncated(few, limit=5)}.",
+                remedy="Collect more images of them, or merge them with similar classes.",
                 count=len(few),
             )
     total = sum(counts.get("test", {}).values())
@@ -175,6 +181,7 @@ def describe_classes(counts: Mapping[str, Mapping[str, int]]) -> Iterator[Findin
             severity="note",
             message=f"the test split has {total} images, so an accuracy of 80 % has a 95 % interval of "
             f"{100 * half_width:.0f} points up and down. Smaller differences between models mean nothing.",
+            remedy="Collect more test images, or compare models over several seeds.",
             count=total,
         )
 
@@ -196,7 +203,8 @@ def _describe_crop(long: Sequence[tuple[str, float]], total: int, data: DataConf
     return Finding(
         kind="central-crop",
         severity="warning" if len(long) >= 0.01 * total else "note",
-        message=f"{what}. {effect}. Crop them to the object before training.",
+        message=f"{what}. {effect}.",
+        remedy="Crop them to the object before training.",
         count=len(long),
         paths=tuple(path for path, _ in long),
     )
@@ -219,7 +227,8 @@ def _describe_formats_by_class(images: Sequence[LabeledImage], facts: Sequence[I
             kind="format-by-class",
             severity="warning",
             message=f"classes have different file formats ({shown}): a model may learn the traces of compression "
-            "instead of the class. Convert all images to one format, from the originals.",
+            "instead of the class.",
+            remedy="Convert all images to one format, from the originals.",
             count=len(main),
         )
 

@@ -20,9 +20,10 @@ _STYLES: Mapping[Severity, str] = {"error": "bold red", "warning": "yellow", "no
 
 def print_result(console: Console, result: CheckResult) -> None:
     """Print counts, statistics, duplicates and findings."""
+    classes = len(result.classes)
+    unit = "class" if classes == 1 else "classes"
     console.print(
-        Text(f"{escape_unprintable(result.root)}: {result.num_images:,} images of {len(result.classes):,} classes"),
-        style="bold",
+        Text(f"{escape_unprintable(result.root)}: {result.num_images:,} images of {classes:,} {unit}"), style="bold"
     )
     for part in (
         _counts(result),
@@ -103,7 +104,7 @@ def _label_errors(result: CheckResult) -> Table:
         names = (image.label, suggested, image.split, relative_path(image.path, result.root))
         table.add_row(*(Text(escape_unprintable(name)) for name in names))
     if len(errors) > _MAX_ERRORS:
-        table.add_row("", "", "", f"... {len(errors) - _MAX_ERRORS:,} more (see --label-errors or --html)")
+        table.add_row("", "", "", f"... {len(errors) - _MAX_ERRORS:,} more (see --html or --json)")
     return table
 
 
@@ -126,6 +127,10 @@ def _findings(result: CheckResult) -> Table:
     table.add_column(overflow="fold")
     for finding in result.findings:
         text = Text.assemble((f"{finding.kind}: ", "bold"), finding.message)
+        if finding.remedy:
+            text.append(f"\n{finding.remedy}", style="bold")
+        for option in finding.options:
+            text.append(f"\n  {escape_unprintable(option)}")
         table.add_row(Text(finding.severity, style=_STYLES[finding.severity]), text)
     return table
 

@@ -150,7 +150,7 @@ class CheckpointManager:
         return bool(self._run.ctx.all_reduce_max([should_stop])[0])
 
     def __enter__(self) -> Self:
-        self._saver.save_position(
+        self._saver.begin_training(
             step=self._state.step,
             steps=self._schedule.total_steps,
             epoch=self._state.epoch,

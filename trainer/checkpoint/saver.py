@@ -63,10 +63,10 @@ class CheckpointSaver:
         """Finish the write in progress, and end the thread."""
         self._writer.close()
 
-    def save_position(self, **position: int) -> None:
+    def begin_training(self, **position: int) -> None:
         """Record the run's position in the attempt's file."""
         if self._run.lock is not None:
-            self._writer.submit(partial(self._run.lock.update, **position))
+            self._writer.submit(partial(self._run.lock.begin_training, **position))
 
     def save_checkpoint(
         self, saved: Mapping[str, Any], *, statistics: Tensors, metrics: str, best_row: Row | None, is_end: bool

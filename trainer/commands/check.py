@@ -1,4 +1,4 @@
-"""Check a dataset before training: `regraft check DATA [--model MODEL] [--json FILE] [--html FILE]`.
+"""Check a dataset before training: `regraft check DATA [--model MODEL] [--html FILE] [--exclude-csv FILE]`.
 
 Counts and describes its images, and looks for files that cannot be read, duplicates and leakage between its splits.
 """
@@ -14,7 +14,6 @@ if __name__ == "__main__":
     protect_imports()
 
 import argparse
-import json
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -23,13 +22,12 @@ from regraft.command_line import is_dataset, join_values
 from regraft.contract import DONE, FAILED, available_cores
 from trainer.check.findings import CheckResult
 from trainer.check.inspection import inspect, make_result
-from trainer.check.label_errors_csv import label_errors_csv
+from trainer.check.outputs import Outputs
 from trainer.check.terminal import print_result
 from trainer.cli import exit_after, run_cli
 from trainer.config.parse import parse, split_command
 from trainer.errors import UserError
 from trainer.report.progress import progress_hooks
-from trainer.run.atomic import write_atomically
 from trainer.text import escape_unprintable
 
 
@@ -49,9 +47,8 @@ def check(argv: Sequence[str]) -> tuple[CheckResult, bool]:
     data = parse(options).data
     if data.root is None:
         raise UserError("data.root is null in the config: name the dataset, as in regraft check DATA")
-    _check_outputs(own.json, own.html, own.label_errors)
-    if own.label_errors is not None and own.model is None:
-        raise UserError("--label-errors needs a model that finds them: add --model, such as --model resnet18")
+    outputs = Outputs(json=own.json, html=own.html, exclude_csv=own.exclude_csv, groups_csv=own.groups_csv)
+    outputs.check({"data.root": data.root, "data.exclude": data.exclude})
     progress = Console(stderr=True, highlight=False, markup=False, emoji=False)
     check_with_model = None
     if own.model is not None:
@@ -63,25 +60,30 @@ def check(argv: Sequence[str]) -> tuple[CheckResult, bool]:
     )
     found = None if check_with_model is None else check_with_model(inspection, data)
     result = make_result(inspection, data, found)
-    print_result(Console(highlight=False, markup=False, emoji=False), result)
-    if own.json is not None:
-        _write(own.json, json.dumps(result.to_json(), indent=1) + "\n")
-    if own.label_errors is not None:
-        index = inspection.listing.index
-        text = label_errors_csv(result.label_errors, "" if index is None else str(index.root))
-        _write(own.label_errors, text, errors="surrogateescape")  # as file names are
-    if own.html is not None:
-        from trainer.check.page import render_page  # noqa: PLC0415 (Jinja2 is imported only for a page)
-
-        _write(own.html, render_page(result, resize=data.resize))
+    written: list[str] = []
+    try:  # before anything is printed: the reader of a pipe may end early
+        written.extend(outputs.write(result, inspection, found))
+    finally:  # also if a file cannot be written
+        _print(result, written)
     return result, own.fail_on != "never" and result.has(own.fail_on)
+
+
+def _print(result: CheckResult, written: Sequence[str]) -> None:
+    try:
+        print_result(Console(highlight=False, markup=False, emoji=False), result)
+        for line in written:
+            print(escape_unprintable(line))
+    except BrokenPipeError:  # of `| head`
+        raise
+    except OSError as error:
+        raise UserError(f"standard output cannot be written ({error.strerror})") from None
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's own options."""
     own = argparse.ArgumentParser(
         prog="regraft check",
-        usage="regraft check DATA [--model MODEL] [--json FILE] [--html FILE] [--fail-on LEVEL] [--data.KEY VALUE ...]",
+        usage="regraft check DATA [--model MODEL] [--html FILE] [--exclude-csv FILE] [--data.KEY VALUE ...]",
         allow_abbrev=False,
         description="Check a dataset before training: classes, sizes and formats, unreadable and wrongly named files, "
         "duplicates and near-duplicates, leakage between its splits, and with --model likely label errors.",
@@ -91,7 +93,19 @@ def parser() -> argparse.ArgumentParser:
     )
     add = own.add_argument
     add("--json", type=Path, metavar="FILE", help="write all findings and groups of duplicates as JSON")
-    add("--html", type=Path, metavar="FILE", help="write a page with charts and thumbnails of the duplicates")
+    add("--html", type=Path, metavar="FILE", help="write a page: what is wrong, what to do, pictures and charts")
+    add(
+        "--exclude-csv",
+        type=Path,
+        metavar="FILE",
+        help="write the images to leave out as a CSV for --data.exclude: copies, and with --model label errors",
+    )
+    add(
+        "--groups-csv",
+        type=Path,
+        metavar="FILE",
+        help="write the dataset as a CSV whose groups keep near-duplicates in one split: regraft train FILE",
+    )
     add(
         "--fail-on",
         choices=("error", "warning", "never"),
@@ -112,28 +126,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--weights", default="DEFAULT", metavar="W", help="pretrained weights of a model name (default: DEFAULT)")
     add("--device", default="auto", metavar="NAME", help="device of the model: auto, cpu or cuda (default: auto)")
-    add("--label-errors", type=Path, metavar="FILE", help="write likely label errors as a CSV for --data.exclude")
     return own
-
-
-def _check_outputs(*files: Path | None) -> None:
-    """Raise a UserError before the long work if an output cannot be a file; a device or a pipe is not replaced."""
-    for file in filter(None, files):
-        if not file.parent.is_dir():
-            reason = "there is no such folder"
-        elif file.exists() and not file.is_file():
-            reason = "it is not a regular file"
-        else:
-            continue
-        raise UserError(f"{escape_unprintable(str(file))}: cannot be written: {reason}")
-
-
-def _write(file: Path, text: str, *, errors: str = "backslashreplace") -> None:
-    try:
-        write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8", errors, newline=""))
-    except OSError as error:
-        raise UserError(f"{escape_unprintable(str(file))}: cannot be written ({error.strerror})") from None
-    print(f"{escape_unprintable(str(file))}: written")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

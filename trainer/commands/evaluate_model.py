@@ -47,7 +47,9 @@ def evaluate_model(arguments: argparse.Namespace, data: DataConfig) -> None:
     kept = [(path, label) for path, name in labeled.images if (label := labels[name]) is not None]
     left_out = Counter(name for _, name in labeled.images if labels[name] is None)
     folder: Path = arguments.output or file.parent / _OUTPUT
-    prepare_folder(folder)
+    prepare_folder(folder, f"--output {escape_unprintable(str(folder))}:")
+    if arguments.store:
+        prepare_folder(file.parent, f"--store: {escape_unprintable(str(file.parent))}")
 
     source = escape_unprintable(arguments.data) if arguments.data else "the run's dataset"
     console.print(f"{file}: {len(kept)} images of {source}, split {labeled.split}")
@@ -94,8 +96,10 @@ def _list_images(arguments: argparse.Namespace, data: DataConfig, file: Path) ->
     config = file.parent / CONFIG
     try:
         is_run = config.read_bytes().startswith(CONFIG_HEADER.encode())
-    except OSError:
+    except FileNotFoundError:
         is_run = False
+    except OSError as error:
+        raise UserError(f"{escape_unprintable(str(config))}: cannot be read ({error.strerror})") from None
     if not is_run:
         raise UserError(f"{file}: is not in a run folder, so the images to evaluate on are not known: give DATA")
     return list_run_images(parse([f"--config={config}"]).data, arguments.split)

@@ -14,7 +14,7 @@ from trainer.errors import UserError
 from trainer.model.file import LoadedModel, load
 from trainer.model.images import Preprocess
 from trainer.pages.galleries import PICTURE_SIZE, Overlay, locate
-from trainer.pages.run_record import PredictedImage
+from trainer.pages.run_files import PredictedImage
 from trainer.pages.thumbnails import thumbnail
 
 _BATCH = 8

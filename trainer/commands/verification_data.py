@@ -53,7 +53,7 @@ def read_verification_data(root: str | None, run: Path, classes: Sequence[str], 
         try:
             index = list_examples(parse([f"--data.root={root}"]).data)
         except UserError as error:
-            raise UserError(f"--verify-data: {error}") from None
+            raise UserError(f"--verify-data {str(error).removeprefix('data.root ')}") from None
         # A split that is made here has no meaning: all images are new to the export.
         examples = (*index.train, *index.val, *index.test) if index.split_made else index.test
     else:

@@ -12,7 +12,7 @@ import yaml
 
 from regraft import yaml_file
 from regraft.files import CONFIGS, find_config
-from trainer.config.options import OPTIONS, SECTIONS, check_option
+from trainer.config.options import OPTIONS, SECTIONS, add_brackets, check_option
 from trainer.errors import UserError
 
 _Content = dict[str, Any]
@@ -117,7 +117,27 @@ def _read_config_file(path: Path, where: str) -> _Content:
             raise UserError(f"{where}: section {section!r} is {given}: expected options below it, indented by spaces")
     for key, value in _options_of(content):
         check_option(key, value, where)
-    return content
+    return {section: _with_lists(section, values) for section, values in content.items()}
+
+
+def _with_lists(section: str, values: Any) -> Any:
+    """Return the options of a section, with a list for a value without brackets: `trackers: tensorboard, mlflow`."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _as_list(f"{section}.{key}", value) for key, value in values.items()}
+
+
+def _as_list(option: str, value: Any) -> Any:
+    if not isinstance(value, str | int | float):
+        return value
+    text = str(value)
+    bracketed = add_brackets(option, text)
+    if bracketed == text:
+        return value
+    try:
+        return yaml.safe_load(bracketed)
+    except yaml.YAMLError:  # the check of the type names it
+        return value
 
 
 def _options_of(content: _Content) -> Iterator[tuple[str, object]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 from trainer.config.schema import Config
 from trainer.config.suggest import suggest
@@ -60,8 +60,24 @@ def keys(config_class: type = Config, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{field.name}"
 
 
+def _list_options() -> Iterator[str]:
+    """Yield the name of every option whose value is a list."""
+    for section, config_class in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(config_class):
+            for name, hint in get_type_hints(config_class).items():
+                if tuple in (get_origin(hint), *map(get_origin, get_args(hint))):
+                    yield f"{section}.{name}"
+
+
 OPTIONS = frozenset(keys())
+_LIST_OPTIONS = frozenset(_list_options())
 SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in keys() if "." in key))
+
+
+def add_brackets(option: str, text: str) -> str:
+    """Return the value of an option as typed; that of a list may be typed as `a` or `a,b`, and becomes `[a,b]`."""
+    is_bare = option in _LIST_OPTIONS and text.strip() not in ("", "null") and not text.lstrip().startswith("[")
+    return f"[{text}]" if is_bare else text
 
 
 def check_option(key: str, value: object, where: str) -> None:

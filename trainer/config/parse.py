@@ -19,7 +19,7 @@ from regraft.files import CONFIGS
 from trainer.config.config_files import insert_configs
 from trainer.config.dump import dump
 from trainer.config.help import describe_type, help_text, help_topic
-from trainer.config.options import COMMAND_LINE, OPTIONS, check_option, keys
+from trainer.config.options import COMMAND_LINE, OPTIONS, add_brackets, check_option, keys
 from trainer.config.schema import Config
 from trainer.errors import UserError
 
@@ -70,7 +70,7 @@ def normalize(argv: Sequence[str]) -> list[str]:
     words = [word for word in join_values(argv) if word != "--print_config"]
     words = ["--debug=true" if word == "--debug" else word for word in words]
     _check_options(words)
-    return _name_dataset(words)
+    return _name_dataset([_add_brackets(word) for word in words])
 
 
 def split_command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -100,6 +100,11 @@ def _check_options(words: Sequence[str]) -> None:
             raise UserError(f"command line: {word} is not a dataset: did you mean --{word}?")
         if option.startswith("-") and option != "--config":
             check_option(option.removeprefix("--"), value, COMMAND_LINE)
+
+
+def _add_brackets(word: str) -> str:
+    option, equals, value = word.partition("=")
+    return f"{option}{equals}{add_brackets(option.removeprefix('--'), value)}"
 
 
 def _name_dataset(words: Sequence[str]) -> list[str]:

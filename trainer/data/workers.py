@@ -12,7 +12,7 @@ from multiprocessing.queues import Queue
 from multiprocessing.util import Finalize
 from typing import NoReturn
 
-from regraft.contract import signal_on_parent_death
+from regraft.parent_death import signal_on_parent_death
 from trainer.distributed.signals import STOP_SIGNALS
 from trainer.errors import UserError
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-from regraft.contract import signal_on_parent_death
+from regraft.parent_death import signal_on_parent_death
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SECONDS_TO_SECOND_CTRL_C = 1.0

@@ -2,7 +2,7 @@
 
 The main thread ticks a `Heartbeat` between two updates, between two batches of an evaluation and between two batches of
 the linear probe's pass. A second thread reads the number of ticks every second. If it has not changed for too long
-(`StallDetector`), that thread writes every Python stack of the process to
+(`StallDetector`), that thread writes every Python stack of the process and of its loader workers to
 `RUN/hangs/ATTEMPT-rank-RANK.txt`, reports the hang to the launcher and the console, and exits with code 1. torchrun
 then ends the other processes and restarts all of them if it may.
 
@@ -13,7 +13,9 @@ the GIL, still writes the stacks, and the watchdogs of the other processes end t
 """
 
 import faulthandler
+import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
@@ -39,6 +41,9 @@ _POLL_SECONDS = 1.0
 _SECONDS_FOR_OTHER_RANKS = 15.0
 """How long a process waits after it has written its stacks: torchrun ends the other ranks as soon as it exits."""
 _SECONDS_TO_WRITE = 60.0
+_WORKER_SIGNAL = signal.SIGRTMIN + 9
+"""Lets a loader worker write its stacks. Workers inherit the handler when they are forked."""
+_SECONDS_FOR_WORKER = 0.2
 _EXIT_CODE = 1
 _ADVICE = """\
 The same command resumes from the newest checkpoint; torchrun --max-restarts restarts it automatically.
@@ -160,6 +165,7 @@ class Watchdog:
 
     def __enter__(self) -> Heartbeat:
         if self._detector is not None:
+            faulthandler.register(_WORKER_SIGNAL, file=self._file)
             self._thread.start()
         return self._heartbeat
 
@@ -171,6 +177,7 @@ class Watchdog:
         self._closed.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(_WORKER_SIGNAL)
         is_empty = os.fstat(self._file).st_size == self._header_size
         os.close(self._file)
         with suppress(OSError):  # a leftover file does no harm
@@ -213,6 +220,7 @@ class Watchdog:
             os.write(file, text.encode())
         except OSError:  # the disk is full
             file = sys.stderr.fileno()
+        _write_worker_stacks(self._file)
         faulthandler.dump_traceback(file=file, all_threads=True)
         write_error_file(Hang(message))
         prefix = f"[rank {self._rank}] " if self._world_size > 1 else ""
@@ -234,6 +242,17 @@ def _remove_empty(folder: Path, *, before: int) -> None:
         attempt = path.name.partition("-")[0]
         if attempt.isdigit() and int(attempt) < before and path.read_bytes().count(b"\n") == 1:
             path.unlink(missing_ok=True)
+
+
+def _write_worker_stacks(file: int) -> None:
+    """Let each worker process write its stacks into the open file."""
+    for worker in multiprocessing.active_children():
+        with suppress(OSError):  # the worker has ended, or the disk is full
+            os.write(file, f"\nworker process {worker.pid}\n".encode())
+            os.kill(worker.pid or 0, _WORKER_SIGNAL)
+            time.sleep(_SECONDS_FOR_WORKER)
+    with suppress(OSError):
+        os.write(file, b"\n")
 
 
 def _exit_after(seconds: float) -> None:

@@ -64,12 +64,14 @@ class CalibratedMetrics:
     log_loss: float
     ece: float
     """Expected calibration error."""
+    reliability: tuple[ReliabilityBin, ...]
 
 
 def calibrated_metrics(predictions: Predictions, temperature: float) -> CalibratedMetrics:
     """Return the metrics of predictions whose logits are divided by a temperature."""
     scaled = Predictions(predictions.logits / temperature, predictions.labels)
-    return CalibratedMetrics(scaled.evaluation().loss, expected_calibration_error(reliability_bins(scaled)))
+    bins = reliability_bins(scaled)
+    return CalibratedMetrics(scaled.evaluation().loss, expected_calibration_error(bins), bins)
 
 
 def fit_temperature(predictions: Predictions) -> float | None:

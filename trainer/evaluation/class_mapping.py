@@ -4,9 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 from trainer.errors import UserError
-from trainer.text import escape_unprintable, join_truncated
-
-_MAX_SHOWN = 10
+from trainer.text import escape_unprintable, join_truncated, list_lines
 
 
 def parse_mapping(texts: Sequence[str], names: Sequence[str], classes: Sequence[str]) -> dict[str, str | None]:
@@ -62,11 +60,10 @@ def map_classes(
     index = {name: number for number, name in enumerate(classes)}
     unmatched = [name for name in names if name not in mapping and name not in index]
     if unmatched:
-        lines = [f"\n  {escape_unprintable(name)}{_suggestion(name, classes)}" for name in unmatched[:_MAX_SHOWN]]
-        more = f"\n  and {len(unmatched) - _MAX_SHOWN} more" if len(unmatched) > _MAX_SHOWN else ""
+        lines = [f"{escape_unprintable(name)}{_suggestion(name, classes)}" for name in unmatched]
         raise UserError(
             f"{len(unmatched)} of {len(names)} classes of the data are not classes of the model:"
-            f"{''.join(lines)}{more}\nThe model's classes are {join_truncated(classes, limit=20)}. Give --map "
+            f"{list_lines(lines)}\nThe model's classes are {join_truncated(classes, limit=20)}. Give --map "
             "NAME=CLASS for each, or --map NAME= to leave its images out"
         )
     labels: dict[str, int | None] = {}

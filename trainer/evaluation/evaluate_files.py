@@ -14,13 +14,11 @@ from trainer.distributed.allocator import keep_freed_memory
 from trainer.errors import UserError
 from trainer.evaluation.predictions import Predictions
 from trainer.inference.file_logits import BatchOptions, FileLogits
-from trainer.inference.predictor import Predictor, eval_execution, find_device
+from trainer.inference.predictor import find_device, make_predictor
 from trainer.model.file import load
 from trainer.model.metadata import ModelMetadata
 from trainer.report.progress import counting
-from trainer.text import escape_unprintable
-
-_MAX_SHOWN = 10
+from trainer.text import escape_unprintable, list_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,7 @@ class FileEvaluator:
             torch.set_num_threads(physical_cores())
             keep_freed_memory(os.environ)
         self.metadata: ModelMetadata = loaded.metadata
-        predictor = Predictor(loaded, chosen, eval_execution(loaded.metadata, chosen))
+        predictor = make_predictor(loaded, chosen, warn=console.print)
         # While a thread computes a batch, the others decode the next ones.
         options = BatchOptions(batch_size=batch_size, threads=available_cores() + 1, one_forward_at_a_time=True)
         self._logits = FileLogits(predictor, loaded.metadata, options)
@@ -90,14 +88,15 @@ class FileEvaluator:
                 errors += batch.errors
                 if show is not None:
                     show(len(errors), len(paths))
-        unreadable = [(path, error) for path, error in zip(paths, errors, strict=True) if error is not None]
-        lines = [f"\n  {escape_unprintable(path)}: {error}" for path, error in unreadable[:_MAX_SHOWN]]
+        unreadable = [
+            f"{escape_unprintable(path)}: {error}"
+            for path, error in zip(paths, errors, strict=True)
+            if error is not None
+        ]
         if len(unreadable) == len(paths):
-            raise UserError(f"none of the {len(paths)} images can be read, such as {''.join(lines[:1]).strip()}")
+            raise UserError(f"none of the {len(paths)} images can be read, such as {unreadable[0]}")
         if unreadable:
-            more = len(unreadable) - _MAX_SHOWN
             self._console.print(
-                f"{len(unreadable)} of {len(paths)} images cannot be read and are left out:{''.join(lines)}"
-                + (f"\n  and {more} more" if more > 0 else "")
+                f"{len(unreadable)} of {len(paths)} images cannot be read and are left out:{list_lines(unreadable)}"
             )
         return torch.cat(parts), errors

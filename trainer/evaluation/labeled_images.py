@@ -84,7 +84,11 @@ def list_images(folder: Path, *, options: DataConfig) -> list[str]:
 
     """
     where = escape_unprintable(str(folder))
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+    if not is_folder:
         raise UserError(f"{where}: there is no such folder")
     paths, _ = Scan(_lower(options.extensions)).find_images(str(folder))
     if not paths:

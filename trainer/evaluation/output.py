@@ -16,8 +16,12 @@ from trainer.evaluation.table import class_table, describe_confusions, metric_ta
 from trainer.run.atomic import write_text_atomically
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path, name: str) -> None:
     """Create the folder, before the long work.
+
+    Args:
+        folder: will be written to.
+        name: how an error message begins.
 
     Raises:
         UserError: it cannot be written to.
@@ -29,7 +33,7 @@ def prepare_folder(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written to ({error.strerror}); choose another folder") from None
+        raise UserError(f"{name} cannot be written to ({error.strerror})") from None
 
 
 def print_report(console: Console, report: SplitReport, *, calibrated: CalibratedMetrics | None) -> None:

@@ -103,7 +103,7 @@ def to_json(fields: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping) and value:
             lines = (f"{pad} {json.dumps(key)}: {render(entry, depth + 1)}" for key, entry in value.items())
             return "{\n" + ",\n".join(lines) + f"\n{pad}}}"
-        if isinstance(value, list) and value and isinstance(value[0], list | Mapping):
+        if isinstance(value, list | tuple) and value and isinstance(value[0], list | Mapping):
             lines = (f"{pad} {json.dumps(entry, allow_nan=False)}" for entry in value)
             return "[\n" + ",\n".join(lines) + f"\n{pad}]"
         return json.dumps(value, allow_nan=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trainer.evaluation.ranking import auroc
-from trainer.model.metadata import UNKNOWN_SCORES, UnknownScore, UnknownThreshold
+from trainer.model.metadata import UNKNOWN_SCORES, UnknownScore, UnknownThreshold, compute_score
 
 KEPT = 0.95
 """Fraction of the images of the classes that the suggested threshold keeps."""
@@ -39,11 +39,6 @@ class ScoreReport:
     def suggestion(self) -> UnknownThreshold:
         """Return the threshold for the header of the model file."""
         return UnknownThreshold(score=self.score, threshold=self.threshold)
-
-
-def compute_score(logits: Tensor, score: UnknownScore) -> Tensor:
-    """Return the score of each example, float32 [N]: high for images of the classes. `logits` are float32 [N, K]."""
-    return logits.amax(1) if score == "max_logit" else logits.logsumexp(1)
 
 
 def rate_scores(known: Tensor, unknown: Tensor) -> tuple[ScoreReport, ...]:

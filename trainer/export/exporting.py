@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trainer.errors import UserError
-from trainer.text import escape_unprintable
+from trainer.text import first_line
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def exporting(architecture: str, target: str) -> Iterator[None]:
     except (UserError, MemoryError, OSError):
         raise
     except Exception as error:  # an exporter may raise anything
-        reason = escape_unprintable((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
-        raise UserError(f"{architecture} cannot be exported to {target}: {reason}. Nothing was written") from error
+        message = f"{architecture} cannot be exported to {target}: {first_line(error)}. Nothing was written"
+        raise UserError(message) from error
     finally:
         logging.disable(previous)

@@ -19,7 +19,7 @@ def check_output(paths: list[Path]) -> None:
     """Check that the files or folders of an export do not exist, and create their parent folder.
 
     Raises:
-        UserError: one exists, or the parent folder cannot be written.
+        UserError: one exists, or the parent folder cannot be created.
 
     """
     for path in paths:
@@ -28,13 +28,10 @@ def check_output(paths: list[Path]) -> None:
                 f"--output {_shown(path)} exists already: remove it, or choose another place by --output. Nothing was "
                 "written"
             )
-    parent = paths[0].parent
     try:
-        create_output_folder(parent)
+        create_output_folder(paths[0].parent)
     except OSError as error:
         raise UserError(f"--output {_shown(paths[0])}: its folder cannot be created ({error.strerror})") from None
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"--output {_shown(paths[0])}: no permission to write into its folder")
 
 
 @contextmanager

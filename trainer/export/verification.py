@@ -14,7 +14,7 @@ from trainer.errors import UserError
 from trainer.inference.file_logits import map_in_threads, read_image
 from trainer.model.file import LoadedModel
 from trainer.model.images import Preprocess
-from trainer.text import escape_unprintable
+from trainer.text import first_line
 
 TOLERANCE = 1e-4
 """Largest difference of two logits in fp32, relative to the largest logit of all images, or to 1 if that is less."""
@@ -106,9 +106,8 @@ def _run(run_exported: RunExported, images: Sequence[np.ndarray], inputs: Tensor
     try:
         return run_exported(images, inputs).float()
     except Exception as error:  # a runtime may raise anything
-        reason = escape_unprintable((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
         raise UserError(
-            f"the exported model cannot be run on a batch of {len(images)}: {reason}. Nothing was written"
+            f"the exported model cannot be run on a batch of {len(images)}: {first_line(error)}. Nothing was written"
         ) from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regraft.contract import CONFIG
 from trainer.errors import UserError
-from trainer.model.metadata import ModelMetadata, UnknownThreshold
+from trainer.model.metadata import ModelMetadata, UnknownThreshold, compute_score
 from trainer.text import escape_unprintable
 
 UNKNOWN = "unknown"
@@ -56,12 +56,11 @@ class AnswerOptions:
 def make_predictions(logits: Tensor, classes: Sequence[str], options: AnswerOptions) -> list[Prediction]:
     """Return the prediction of each row of logits, float32 [B, K]. Of equal logits, the first class comes first."""
     # Sorted by the logits: probabilities may be rounded to equal values.
-    ordered, indices = logits.sort(dim=1, descending=True, stable=True)
+    indices = logits.argsort(dim=1, descending=True, stable=True)
     probabilities = (logits / options.temperature).softmax(1).gather(1, indices[:, : options.topk])
     threshold = options.threshold
     if isinstance(threshold, UnknownThreshold):
-        score = ordered[:, 0] if threshold.score == "max_logit" else logits.logsumexp(1)
-        unknown = (score < threshold.threshold).tolist()
+        unknown = (compute_score(logits, threshold.score) < threshold.threshold).tolist()
     else:
         unknown = [False] * len(logits) if threshold is None else (probabilities[:, 0] < threshold).tolist()
     # The shortest decimal numbers that are these float32 values.

@@ -1,6 +1,7 @@
 """The Python API's model: `regraft.load` returns an `ImageClassifier`."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from trainer.errors import UserError
 from trainer.evaluate import choose_eval_batch_size
 from trainer.inference.answers import AnswerOptions, Prediction, make_predictions, require_temperature
-from trainer.inference.predictor import Predictor, eval_execution, find_device
+from trainer.inference.predictor import find_device, make_predictor
 from trainer.model.file import LoadedModel, find_model_file
 from trainer.model.file import load as load_file
 from trainer.model.images import ImageInput, Preprocess
@@ -31,7 +32,7 @@ class ImageClassifier:
 
     def __init__(self, loaded: LoadedModel, file: Path, device: torch.device) -> None:
         """Move the model of a file to a device."""
-        self._predictor = Predictor(loaded, device, eval_execution(loaded.metadata, device))
+        self._predictor = make_predictor(loaded, device, warn=warnings.warn)
         self._module, self._file = loaded.module, file
         self.metadata: ModelMetadata = loaded.metadata
         """Header of the model file: architecture, source of the weights, metrics, calibration."""

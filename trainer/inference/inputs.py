@@ -1,7 +1,7 @@
 """The images that a command names: files, folders, patterns, a list on standard input, a column of a CSV."""
 
 # Creating a Path for each of a million images would take longer than listing them.
-# ruff: noqa: PTH112, PTH118, PTH120, PTH100, PTH111, PTH207
+# ruff: noqa: PTH112, PTH118, PTH120, PTH100, PTH111, PTH113, PTH207
 
 import glob
 import itertools
@@ -67,7 +67,7 @@ class ImageLister:
         path = os.path.expanduser(word)
         if os.path.isdir(path):
             return self._list_folder(path)
-        if path.lower().endswith(TABLES) and Path(path).is_file():
+        if path.lower().endswith(TABLES) and os.path.isfile(path):
             return self._read_column(Path(path))
         try:
             os.lstat(path)  # a broken link is an image that cannot be read

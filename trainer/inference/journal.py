@@ -45,9 +45,10 @@ class Journal:
         """
         path = output.with_name(f"{output.name}.partial")
         shown = escape_unprintable(str(output))
-        if output.is_dir():
+        # These functions of os.path return False without permission: os.open tells it.
+        if os.path.isdir(output):  # noqa: PTH112
             raise UserError(f"--output {shown}: this is a folder; expected the name of a file")
-        if not path.exists() and os.path.lexists(output):
+        if not os.path.exists(path) and os.path.lexists(output):  # noqa: PTH110
             raise UserError(f"--output {shown}: exists, and is not overwritten; remove it or choose another name")
         try:
             file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import cast
@@ -15,6 +16,7 @@ from trainer.errors import UserError
 from trainer.model.autocast import with_cast_weights
 from trainer.model.file import LoadedModel
 from trainer.model.metadata import ModelMetadata
+from trainer.text import first_line
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,6 +41,8 @@ class Predictor:
         self._normalize = Normalize(loaded.metadata.preprocessing, device)
         self._features: nn.Module | None = None
         self._lock = threading.Lock()
+        self.slow_because: str | None = None
+        """Why autocast casts the weights in each forward pass; None if they are cast once, or need no cast."""
         if (dtype := _AUTOCAST.get(execution.precision)) is not None:
             self._cast_weights(dtype, loaded.metadata.preprocessing.image_size)
 
@@ -67,16 +71,20 @@ class Predictor:
     @torch.inference_mode()
     def _cast_weights(self, dtype: torch.dtype, image_size: int) -> None:
         """Cast the weights once, not in each forward pass, if the logits stay equal bit for bit."""
-        cast = with_cast_weights(self.module, dtype)
         generator = torch.Generator().manual_seed(0)  # PyTorch's own random state stays as it is
         images = torch.randint(256, (1, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
         images = images.to(self.device)
+        expected = self._forward(self.module, images)
         try:
-            is_equal = torch.equal(self._forward(cast, images), self._forward(self.module, images))
-        except RuntimeError:  # a layer computes with these weights outside of autocast
+            cast = with_cast_weights(self.module, dtype)
+            is_equal = torch.equal(self._forward(cast, images), expected)
+        except RuntimeError as error:  # a layer computes with these weights outside of autocast, or no memory is left
+            self.slow_because = first_line(error)
             return
         if is_equal:
             self.module = cast
+        else:
+            self.slow_because = "weights that are cast once change the logits"
 
     def _forward(self, module: nn.Module, images: Tensor) -> Tensor:
         inputs = self._normalize(images.contiguous(memory_format=self.execution.memory_format))
@@ -108,6 +116,23 @@ def eval_execution(metadata: ModelMetadata, device: torch.device) -> Execution:
         device.type == "cpu" and saved.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
     return saved if is_supported else Execution("fp32", saved.channels_last)
+
+
+def make_predictor(loaded: LoadedModel, device: torch.device, *, warn: Callable[[str], object]) -> Predictor:
+    """Return a predictor that computes as the run's evaluation did; `warn` is told what differs, or is slower."""
+    saved, execution = loaded.metadata.execution, eval_execution(loaded.metadata, device)
+    if saved is not None and saved.precision != execution.precision:
+        warn(
+            f"the run was evaluated in {saved.precision}, which this {device.type.upper()} lacks: the model is "
+            f"computed in {execution.precision}, so probabilities differ slightly"
+        )
+    predictor = Predictor(loaded, device, execution)
+    if predictor.slow_because is not None:
+        warn(
+            f"{execution.precision}: the weights are cast in each forward pass, which is slower than once "
+            f"({predictor.slow_because})"
+        )
+    return predictor
 
 
 def find_device(name: str | torch.device) -> torch.device:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -15,7 +16,7 @@ from trainer.distributed.allocator import keep_freed_memory
 from trainer.errors import UserError
 from trainer.inference.answers import AnswerOptions
 from trainer.inference.file_logits import BatchOptions, FileLogits
-from trainer.inference.predictor import Predictor, eval_execution
+from trainer.inference.predictor import make_predictor
 from trainer.inference.rows import Row
 from trainer.inference.stream import FilePredictor
 from trainer.model.file import load
@@ -49,7 +50,7 @@ class Job:
         elif device.index is None:
             device = torch.device(device.type, rank % torch.cuda.device_count())
         loaded = load(self.model)
-        predictor = Predictor(loaded, device, eval_execution(loaded.metadata, device))
+        predictor = make_predictor(loaded, device, warn=_warn if rank == 0 else lambda _: None)
         logits = FileLogits(predictor, loaded.metadata, self.batches, tta=self.options.tta)
         return FilePredictor(logits, loaded.metadata.classes, self.options)
 
@@ -93,6 +94,10 @@ def _predict_in_processes(job: Job, paths: Sequence[str], num_processes: int) ->
         for process in processes.values():
             process.kill()
             process.join()
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _check_exit(process: Any) -> None:

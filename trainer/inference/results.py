@@ -12,9 +12,7 @@ from trainer.errors import UserError
 from trainer.inference.journal import Journal
 from trainer.inference.rows import CsvColumns, Row, csv_writer
 from trainer.inference.sort_into import ImageSorter
-from trainer.text import escape_unprintable, join_truncated
-
-_MAX_SHOWN = 10
+from trainer.text import escape_unprintable, join_truncated, list_lines
 
 
 class Results(Protocol):
@@ -135,11 +133,9 @@ def consume(batches: Iterable[Sequence[Row]], results: Results, sorter: ImageSor
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
     """Yield lines with the images that cannot be read, and with the number of images of each class."""
-    errors = [row for row in rows if row.prediction is None]
+    errors = [f"{escape_unprintable(row.path)}: {row.error}" for row in rows if row.prediction is None]
     if errors:
-        shown = [f"\n  {escape_unprintable(row.path)}: {row.error}" for row in errors[:_MAX_SHOWN]]
-        more = f"\n  and {len(errors) - _MAX_SHOWN} more" if len(errors) > _MAX_SHOWN else ""
-        yield f"{len(errors)} of {len(rows)} images cannot be read:{''.join(shown)}{more}"
+        yield f"{len(errors)} of {len(rows)} images cannot be read:{list_lines(errors)}"
     labels = Counter(row.prediction.label for row in rows if row.prediction is not None)
     if labels:
         counts = join_truncated(f"{label} {count}" for label, count in labels.most_common())

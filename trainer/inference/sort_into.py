@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from trainer.errors import UserError
 from trainer.inference.answers import UNKNOWN
@@ -17,7 +17,6 @@ from trainer.inference.rows import Row
 from trainer.text import escape_unprintable
 
 Mode = Literal["copy", "symlink", "hardlink"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 _MAX_NAME_BYTES = 200  # file systems allow 255; a number may be added
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 

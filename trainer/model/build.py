@@ -16,6 +16,7 @@ from trainer.model.architectures import check_architecture, is_timm
 from trainer.model.head import trial_forward
 from trainer.model.meta_device import on_meta_device
 from trainer.model.torchvision_weights import find_enum, is_file
+from trainer.text import first_line
 
 _NUM_CLASSES = 1000  # of the published weights
 _MAX_IMAGE_SIZE = 8192
@@ -125,16 +126,12 @@ def _why_unsuitable(name: str, image_size: int) -> str | None:
     try:
         model = _construct_empty(name, image_size, _NUM_CLASSES)
     except (ValueError, RuntimeError, AssertionError, UserError) as error:
-        return _first_line(error.__cause__ or error)
+        return first_line(error.__cause__ or error).rstrip(".")
     try:
         trial_forward(model, image_size)
     except UserError as error:
-        return _first_line(error.__cause__ or error)
+        return first_line(error.__cause__ or error).rstrip(".")
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _patch_size(name: str) -> int:

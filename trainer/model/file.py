@@ -20,7 +20,7 @@ from trainer.model.head import find_heads, replace_head
 from trainer.model.load_state import load_state
 from trainer.model.load_weights import fits
 from trainer.model.metadata import ModelMetadata, read_metadata
-from trainer.text import join_truncated
+from trainer.text import escape_unprintable, join_truncated
 
 _EXPECTED = "expected a run folder or its model.safetensors"
 
@@ -67,16 +67,17 @@ def find_model_file(path: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"regraft.load was given a {type(path).__name__}: {_EXPECTED}, as str or Path")
+    file, when = Path(path), ""
     try:
-        file = Path(path).expanduser()
+        file = file.expanduser()
         if file.is_dir():
-            file /= MODEL
-            if not file.exists():
-                raise UserError(f"{file}: there is no such file; {_EXPECTED}, which it writes after its first epoch")
+            file, when = file / MODEL, ", which it writes after its first epoch"
+        is_file = file.is_file()
     except (OSError, RuntimeError) as error:  # no permission, or a misspelled ~user
-        raise UserError(f"{os.fspath(path)}: cannot be read ({error}); {_EXPECTED}") from None
-    if not file.is_file():
-        raise UserError(f"{file}: there is no such file; {_EXPECTED}")
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{escape_unprintable(str(file))}: cannot be read ({reason}); {_EXPECTED}") from None
+    if not is_file:
+        raise UserError(f"{escape_unprintable(str(file))}: there is no such file; {_EXPECTED}{when}")
     return file
 
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models import GoogLeNetOutputs, InceptionOutputs
 
 from trainer.errors import UserError
+from trainer.text import first_line
 
 # Weights of the auxiliary losses. GoogLeNet: Szegedy et al. 2014, section 5. Inception v3: the value that torchvision
 # and PyTorch's transfer-learning tutorial train it with.
@@ -61,7 +62,7 @@ def trial_forward(model: nn.Module, image_size: int, *, shapes: Mapping[str, tup
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         # Tensors that forward itself creates must be on the meta device too.
-        for context in (torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("meta"), _EmptyBatchNorm()):
+        for context in (torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("meta"), _EmptyOutputs()):
             stack.enter_context(context)
         try:
             for module in modes:
@@ -69,25 +70,31 @@ def trial_forward(model: nn.Module, image_size: int, *, shapes: Mapping[str, tup
             images = torch.empty(2, 3, image_size, image_size, dtype=dtype, device="meta")
             return functional_call(model, tensors, (images,), tie_weights=False)
         except Exception as error:  # a model's code may raise anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{type(model).__name__} cannot take images of {image_size} x {image_size} px: {reason}"
+                f"{type(model).__name__} cannot take images of {image_size} x {image_size} px: {first_line(error)}"
             ) from error
         finally:
             for module, mode in modes.items():
                 module.training = mode
 
 
-class _EmptyBatchNorm(TorchFunctionMode):
-    """Return an empty output of batch_norm, whose implementation on the meta device takes most of a trial forward."""
+class _EmptyOutputs(TorchFunctionMode):
+    """Return empty outputs of functions whose implementation on the meta device takes most of a trial forward."""
 
     def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not nn.functional.batch_norm:
-            return function(*args, **(kwargs or {}))
-        images, running_mean = args[:2]
-        if running_mean is not None and len(running_mean) != images.shape[1]:
-            raise RuntimeError(f"batch_norm of {len(running_mean)} channels on {images.shape[1]} channels")
-        return torch.empty_like(images)
+        if function is nn.functional.batch_norm:
+            inputs, running_mean = args[:2]
+            if running_mean is not None and len(running_mean) != inputs.shape[1]:
+                raise RuntimeError(f"batch_norm of {len(running_mean)} channels on {inputs.shape[1]} channels")
+            return torch.empty_like(inputs)
+        if function is nn.functional.layer_norm:
+            inputs, shape = args[:2]
+            if inputs.shape[-len(shape) :] != tuple(shape):
+                raise RuntimeError(f"layer_norm of shape {list(shape)} on inputs {list(inputs.shape)}")
+            return torch.empty_like(inputs)
+        if function is nn.functional.gelu:
+            return torch.empty_like(args[0])
+        return function(*args, **(kwargs or {}))
 
 
 def split_outputs(outputs: Any) -> tuple[Tensor, tuple[tuple[float, Tensor], ...]]:

@@ -41,6 +41,11 @@ class UnknownThreshold:
     threshold: float
 
 
+def compute_score(logits: Tensor, score: UnknownScore) -> Tensor:
+    """Return the score of each example, float32 [N]: high for images of the classes. `logits` are float32 [N, K]."""
+    return logits.amax(1) if score == "max_logit" else logits.logsumexp(1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelMetadata:
     """Header of a model file."""

@@ -5,6 +5,7 @@ import socket
 import urllib.error
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +17,6 @@ from trainer.model.torchvision_weights import cache_path, file_path, find_enum, 
 from trainer.model.weights_file import read_weights_file
 
 _STALL_SECONDS = 30.0
-_ADVICE = "download or save it again"
-_CACHE_ADVICE = "delete it, and it will be downloaded again"
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,11 @@ def read_weights(
         UserError: there are no such weights, the download fails, or the file is missing, damaged, unsafe or not finite.
 
     """
-    if is_file(weights):
-        path, source = file_path(weights), f"file {weights}"
-        content = read_weights_file(path)
+    path, source, advice = _locate(name, weights)
+    if is_file(weights) or path.exists():
+        content = read_weights_file(path, advice=advice)
     else:
-        entry = find_enum(name, weights)
-        path, source = cache_path(entry), f"torchvision {entry!r}"
-        content = _download(name, entry, on_progress)
+        content = _download(name, find_enum(name, weights), on_progress)
     return _select(content, expected, key=key, path=str(path), source=source, check_values=True)
 
 
@@ -72,16 +69,19 @@ def peek_weights(name: str, weights: str, expected: Collection[str], *, key: str
         UserError: as `read_weights`, except that values that are not finite are not noticed.
 
     """
-    if is_file(weights):
-        path, source = file_path(weights), f"file {weights}"
-    else:
-        entry = find_enum(name, weights)
-        path, source = cache_path(entry), f"torchvision {entry!r}"
-        if not path.exists():
-            return None
-    advice = _ADVICE if is_file(weights) else _CACHE_ADVICE
+    path, source, advice = _locate(name, weights)
+    if not is_file(weights) and not path.exists():
+        return None
     content = read_weights_file(path, advice=advice, mmap=True)
     return _select(content, expected, key=key, path=str(path), source=source, check_values=False)
+
+
+def _locate(name: str, weights: str) -> tuple[Path, str, str]:
+    """Return path and description of the weights, and what to do if the file is damaged."""
+    if is_file(weights):
+        return file_path(weights), f"file {weights}", "download or save it again"
+    entry = find_enum(name, weights)
+    return cache_path(entry), f"torchvision {entry!r}", "delete it, and it will be downloaded again"
 
 
 def _select(
@@ -93,10 +93,8 @@ def _select(
 
 
 def _download(name: str, entry: WeightsEnum, on_progress: Callable[[str], None] | None) -> Any:
-    """Return torchvision's state dict, from its cache or from the network (torch.hub checks the SHA-256)."""
+    """Download torchvision's state dict and return it. torch.hub checks its SHA-256 and keeps it in its cache."""
     path = cache_path(entry)
-    if path.exists():
-        return read_weights_file(path, advice=_CACHE_ADVICE)
     if on_progress is not None:
         on_progress(f"downloading {entry.url} ({entry.meta['_file_size']:.0f} MB) to {path}")
     default_timeout = socket.getdefaulttimeout()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainer.pages.render import percent
-from trainer.pages.run_record import RunRecord, number, points
-from trainer.pages.split_result import ClassResult, Confusion, SplitResult
+from trainer.pages.run_files import number, points
+from trainer.pages.run_record import RunRecord
+from trainer.pages.split_result import ClassResult, SplitResult
 
 _MAX_ADVICE = 4
 _SURE = 0.9
@@ -31,33 +32,16 @@ class Advice:
 
 
 def make_advice(run: RunRecord) -> list[Advice]:
-    """Return what to do next, the most urgent first."""
+    """Return what to do next, the most urgent first; the reason of the most frequent confusion is always among it."""
     result = run.reported
     if result is None:
         return []
-    found = [
-        advice
-        for rule in (_leakage, _selection, _fit, _pairs, _labels, _imbalance, _calibration, _interval)
-        for advice in rule(run, result)
-    ]
+    why = list(_pairs(run, result))
+    rules = (_leakage, _selection, _fit, _labels, _imbalance, _calibration, _interval)
+    others = [advice for rule in rules for advice in rule(run, result)]
     order = {"error": 0, "warning": 1, "note": 2, "good": 3}
-    return sorted(found, key=lambda advice: order[advice.severity])[:_MAX_ADVICE]
-
-
-def describe_pair(pair: Confusion) -> str:
-    """Return a sentence about a confusion."""
-    return f"{pair.count} of {pair.support} images of {pair.label} are predicted as {pair.predicted}"
-
-
-def data_wait(run: RunRecord) -> float | None:
-    """Return the fraction of the training time in which the model waited for images; None if it is not known."""
-    training = waiting = 0.0
-    for row in run.epochs:
-        seconds, seen, rate = (number(row, key) for key in ("seconds", "train_seen", "examples_per_sec_compute"))
-        if seconds and seen and rate:
-            training += seconds
-            waiting += max(0.0, seconds - seen / rate)
-    return waiting / training if training else None
+    others.sort(key=lambda advice: order[advice.severity])
+    return sorted([*why, *others[: _MAX_ADVICE - len(why)]], key=lambda advice: order[advice.severity])
 
 
 def _leakage(run: RunRecord, _: SplitResult) -> Iterator[Advice]:
@@ -65,7 +49,8 @@ def _leakage(run: RunRecord, _: SplitResult) -> Iterator[Advice]:
     findings = (run.check or {}).get("findings")
     for finding in findings if isinstance(findings, list) else ():
         if isinstance(finding, dict) and finding.get("severity") == "error":
-            yield Advice("error", str(finding.get("message", "")), "See the data check below.")
+            remedy = str(finding.get("remedy") or "See the data check below.")
+            yield Advice("error", str(finding.get("message", "")), remedy)
 
 
 def _selection(run: RunRecord, result: SplitResult) -> Iterator[Advice]:

@@ -1,16 +1,19 @@
-"""Line and column charts as inline SVG, with colors from the style of the page."""
+"""Line, column and bubble charts as inline SVG, with colors from the style of the page."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
+from trainer.pages.axis import make_axis
 from trainer.pages.render import render_markup
 
 WIDTH, HEIGHT = 400.0, 236.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 10.0, 38.0
 _MAX_POINTS = 400
+_MAX_RADIUS = 13.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,17 @@ class Column:
     value: float
     tooltip: str = ""
     tone: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bubbles:
+    """A group of circles of a chart."""
+
+    name: str
+    circles: Sequence[tuple[float, float, float, str]]
+    """x, y, weight (its area) and tooltip of each circle."""
+    tone: int = 1
+    is_filled: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,21 +72,13 @@ class _Bar:
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """Map of values to positions; values outside of the axis are at its ends."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    ticks: Sequence[float]
-    is_log: bool = False
-
-    def __call__(self, value: float) -> float:
-        """Return the position of a value."""
-        value = min(max(value, self.low), self.high)
-        low, high, value = (math.log10(entry) if self.is_log else entry for entry in (self.low, self.high, value))
-        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
+class _Circle:
+    x: float
+    y: float
+    radius: float
+    kind: str
+    """Its class in the style of the page."""
+    tooltip: str
 
 
 def line_chart(
@@ -83,7 +89,6 @@ def line_chart(
     y_range: tuple[float | None, float | None] = (None, None),
     y_log: bool = False,
     y_format: Callable[[float], str] | None = None,
-    diagonal: bool = False,
 ) -> Markup | None:
     """Return a chart of lines as a `<figure>`; None without points. Points that are not finite are left out.
 
@@ -94,7 +99,6 @@ def line_chart(
         y_range: lowest and highest value of the vertical axis; None takes it from the points.
         y_log: whether the vertical axis is logarithmic; values of 0 and below are left out.
         y_format: text of a value; by default a short number.
-        diagonal: whether to draw a line from the lower left to the upper right corner.
 
     """
     text = y_format or format_number
@@ -102,8 +106,8 @@ def line_chart(
     kept = [(entry, points) for entry, points in kept if points]
     if not kept:
         return None
-    x_axis = _make_axis([x for _, points in kept for x, _ in points], (None, None), (_LEFT, WIDTH - _RIGHT))
-    y_axis = _make_axis([y for _, points in kept for _, y in points], y_range, (HEIGHT - _BOTTOM, _TOP), is_log=y_log)
+    x_axis = make_axis([x for _, points in kept for x, _ in points], (None, None), (_LEFT, WIDTH - _RIGHT))
+    y_axis = make_axis([y for _, points in kept for _, y in points], y_range, (HEIGHT - _BOTTOM, _TOP), is_log=y_log)
     lines = []
     for entry, points in kept:
         thin = _thin(points)
@@ -112,18 +116,13 @@ def line_chart(
         dots = [(x, y, tip) for (x, y), tip in zip(placed, tips, strict=True)]
         lines.append(_Line(entry.name, entry.tone, "M" + "L".join(f"{x:g} {y:g}" for x, y in placed), dots))
     last = "; ".join(f"{entry.name} from {text(points[0][1])} to {text(points[-1][1])}" for entry, points in kept)
-    return render_markup(
-        "chart.html.jinja",
-        title=title,
-        description=f"{title} over {x_label}: {last}",
-        x_label=x_label,
-        x_ticks=[_Tick(x_axis(value), format_number(value)) for value in x_axis.ticks],
-        y_ticks=[_Tick(y_axis(value), text(value)) for value in y_axis.ticks],
+    return _render(
+        title,
+        f"{title} over {x_label}: {last}",
+        x_label,
+        [_Tick(x_axis(value), format_number(value)) for value in x_axis.ticks],
+        [_Tick(y_axis(value), text(value)) for value in y_axis.ticks],
         lines=lines,
-        bars=[],
-        diagonal=(_LEFT, HEIGHT - _BOTTOM, WIDTH - _RIGHT, _TOP) if diagonal else None,
-        frame=(_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM),
-        size=(WIDTH, HEIGHT),
     )
 
 
@@ -134,7 +133,6 @@ def column_chart(
     x_label: str,
     y_max: float | None = None,
     y_format: Callable[[float], str] | None = None,
-    diagonal: bool = False,
     max_labels: int = 8,
 ) -> Markup | None:
     """Return a chart of columns, such as a histogram, as a `<figure>`; None without columns.
@@ -145,14 +143,13 @@ def column_chart(
         x_label: label of the horizontal axis.
         y_max: highest value of the vertical axis, which begins at 0; None takes it from the columns.
         y_format: text of a value; by default a short number.
-        diagonal: whether to draw a line from the lower left to the upper right corner.
         max_labels: number of columns that are labeled, at most.
 
     """
     if not columns:
         return None
     text = y_format or format_number
-    y_axis = _make_axis([column.value for column in columns], (0, y_max), (HEIGHT - _BOTTOM, _TOP))
+    y_axis = make_axis([column.value for column in columns], (0, y_max), (HEIGHT - _BOTTOM, _TOP))
     step = (WIDTH - _LEFT - _RIGHT) / len(columns)
     gap = min(3.0, 0.15 * step)
     bars = []
@@ -167,18 +164,55 @@ def column_chart(
     every = math.ceil(len(columns) / max_labels)
     labeled = [(number, column) for number, column in enumerate(columns) if number % every == 0]
     highest = max(columns, key=lambda column: column.value)
+    return _render(
+        title,
+        f"{title} over {x_label}; the highest column is {text(highest.value)} at {highest.label}",
+        x_label,
+        [_Tick(round(_LEFT + (number + 0.5) * step, 1), column.label) for number, column in labeled],
+        [_Tick(y_axis(value), text(value)) for value in y_axis.ticks],
+        bars=bars,
+    )
+
+
+def bubble_chart(title: str, groups: Sequence[Bubbles], *, x_label: str, description: str) -> Markup:
+    """Return a chart of circles as a `<figure>`; both axes are fractions from 0 to 1, and the diagonal is drawn."""
+    x_axis = make_axis([0.0, 1.0], (0, 1), (_LEFT, WIDTH - _RIGHT))
+    y_axis = make_axis([0.0, 1.0], (0, 1), (HEIGHT - _BOTTOM, _TOP))
+    largest = max((weight for group in groups for _, _, weight, _ in group.circles), default=1.0)
+    circles = [
+        _Circle(
+            x_axis(x), y_axis(y), round(max(2.5, _MAX_RADIUS * math.sqrt(weight / largest)), 1),
+            f"{'f' if group.is_filled else 'ring s'}{group.tone}", f"{group.name}: {tooltip}",
+        )
+        for group in groups
+        for x, y, weight, tooltip in group.circles
+    ]  # fmt: skip
+    return _render(
+        title,
+        description,
+        x_label,
+        [_Tick(x_axis(value), f"{value:.0%}") for value in x_axis.ticks],
+        [_Tick(y_axis(value), f"{value:.0%}") for value in y_axis.ticks],
+        circles=circles,
+        groups=groups if len(groups) > 1 else (),
+        diagonal=(x_axis(0), y_axis(0), x_axis(1), y_axis(1)),
+    )
+
+
+def _render(
+    title: str, description: str, x_label: str, x_ticks: Sequence[_Tick], y_ticks: Sequence[_Tick], **marks: Any
+) -> Markup:
+    empty = {"lines": (), "bars": (), "circles": (), "groups": (), "diagonal": None}
     return render_markup(
         "chart.html.jinja",
         title=title,
-        description=f"{title} over {x_label}; the highest column is {text(highest.value)} at {highest.label}",
+        description=description,
         x_label=x_label,
-        x_ticks=[_Tick(round(_LEFT + (number + 0.5) * step, 1), column.label) for number, column in labeled],
-        y_ticks=[_Tick(y_axis(value), text(value)) for value in y_axis.ticks],
-        lines=[],
-        bars=bars,
-        diagonal=(_LEFT, HEIGHT - _BOTTOM, WIDTH - _RIGHT, _TOP) if diagonal else None,
+        x_ticks=x_ticks,
+        y_ticks=y_ticks,
         frame=(_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM),
         size=(WIDTH, HEIGHT),
+        **{**empty, **marks},
     )
 
 
@@ -201,33 +235,3 @@ def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]
     """Return every n-th point, and the last one, so that a long run has a small chart."""
     every = math.ceil(len(points) / _MAX_POINTS)
     return points if every == 1 else [*points[:-1:every], points[-1]]
-
-
-def _make_axis(
-    values: Sequence[float],
-    limits: tuple[float | None, float | None],
-    ends: tuple[float, float],
-    *,
-    is_log: bool = False,
-) -> _Axis:
-    """Return an axis that holds the values. It ends at its limits, or at round numbers where a limit is None."""
-    low, high = min(values), max(values)
-    low, high = (low if limits[0] is None else limits[0]), (high if limits[1] is None else limits[1])
-    ticks = _log_ticks(low, high) if is_log else _ticks(low, high, 5)
-    low, high = (ticks[0] if limits[0] is None else low), (ticks[-1] if limits[1] is None else high)
-    return _Axis(low, high, *ends, [value for value in ticks if low <= value <= high], is_log)
-
-
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Return about `count` round numbers from `low` or below to `high` or above."""
-    span = (high - low) or abs(high) or 1.0
-    raw = span / count
-    magnitude = 10 ** math.floor(math.log10(raw))
-    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    return [10.0**power for power in range(first, max(last, first + 1) + 1)]

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from markupsafe import Markup
 
 from trainer.pages.charts import Series, line_chart
-from trainer.pages.run_record import Row, RunRecord, points
+from trainer.pages.run_files import Row, points
+from trainer.pages.run_record import RunRecord
 
 TONES = {"train": 1, "test": 2, "val": 3}
 _MAX_GROUPS = 6
@@ -44,9 +45,8 @@ def _per_split(steps: Sequence[Row], evaluations: Sequence[Row], quantity: str) 
 def learning_rate_groups(steps: Sequence[Row]) -> dict[str, float]:
     """Return the parameter groups with their highest learning rate so far."""
     names = sorted({key for row in steps for key in row if key.startswith("lr_")})
-    return {
-        name.removeprefix("lr_"): max((value for _, value in points(steps, name)), default=0.0) for name in names
-    }  # fmt: skip
+    highest = {name: max((value for _, value in points(steps, name)), default=0.0) for name in names}
+    return {name.removeprefix("lr_"): value for name, value in highest.items()}
 
 
 def _learning_rates(steps: Sequence[Row]) -> Iterator[Series]:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.pages.run_record import PredictedImage
+from trainer.pages.run_files import PredictedImage
 from trainer.pages.split_result import Confusion
 from trainer.pages.thumbnails import PictureBudget
 
 PICTURE_SIZE = 176
-_WRONG, _UNSURE, _SURE = 12, 6, 6
+_WRONG, _UNSURE, _SURE, _PER_PAIR = 12, 6, 6, 4
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Picture:
 
     image: PredictedImage
     uri: str | None
-    """None if the image cannot be read."""
+    """None if the image cannot be read, or was left out."""
     heatmap: str | None = None
+    is_left_out: bool = False
+    """Whether the time or the size of the pictures was used up before."""
 
     @property
     def name(self) -> str:
@@ -100,7 +102,8 @@ def make_galleries(
         overlay = overlays.get(entry.path)
         if overlay is not None:
             return Picture(entry, overlay.picture, overlay.heatmap)
-        return Picture(entry, budget.thumbnail(locate(entry.path, root), PICTURE_SIZE))
+        is_left_out = budget.is_used_up
+        return Picture(entry, budget.thumbnail(locate(entry.path, root), PICTURE_SIZE), is_left_out=is_left_out)
 
     headings = {
         "wrong": (
@@ -115,22 +118,27 @@ def make_galleries(
     ]  # fmt: skip
 
 
+def describe_missing(galleries: Sequence[Gallery], root: Path | None) -> str:
+    """Return a sentence if no picture can be read because the dataset has moved; empty otherwise."""
+    pictures = [picture for gallery in galleries for picture in gallery.pictures]
+    if not pictures or any(picture.uri is not None for picture in pictures):
+        return ""
+    first = locate(pictures[0].image.path, root)
+    if first.exists():
+        return ""
+    return f"None of the pictures is there: {first} is missing. If the dataset has moved, put a link in its old place."
+
+
 def pair_thumbnails(
-    predictions: Sequence[PredictedImage],
-    split: str,
-    pair: Confusion,
-    count: int,
-    *,
-    budget: PictureBudget,
-    root: Path | None,
+    predictions: Sequence[PredictedImage], split: str, pair: Confusion, *, budget: PictureBudget, root: Path | None
 ) -> list[Picture]:
-    """Return up to `count` small pictures of a confused pair, the surest mistakes first."""
+    """Return a few small pictures of a confused pair, the surest mistakes first."""
     entries = [
         entry
         for entry in predictions
         if (entry.split, entry.label, entry.prediction) == (split, pair.label, pair.predicted)
     ]
-    entries = sorted(entries, key=lambda entry: -entry.probability)[:count]
+    entries = sorted(entries, key=lambda entry: -entry.probability)[:_PER_PAIR]
     made = [Picture(entry, budget.thumbnail(locate(entry.path, root), 96)) for entry in entries]
     return [picture for picture in made if picture.uri is not None]
 

@@ -1,44 +1,25 @@
 """One page that shows several runs beside each other: results, differing options, curves and classes."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from markupsafe import Markup
+
 from regraft.contract import own_version
 from trainer.pages.charts import Series, line_chart
+from trainer.pages.paired_test import paired_test
 from trainer.pages.render import duration, percent, render
 from trainer.pages.run_facts import describe_status
-from trainer.pages.run_record import RunRecord, number, points
+from trainer.pages.run_files import number, points
+from trainer.pages.run_record import RunRecord
 from trainer.pages.split_result import SplitResult
+from trainer.text import join_truncated
 
 _NOT_COMPARED = ("run.dir", "run.resume", "run.report")
 _MAX_CLASSES, _TONES = 300, 6
-_MAX_EXACT = 2000
-"""Up to this number of images on which two runs differ, the test is exact."""
 _LEVEL = 0.05
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """Two runs on the same images: on which of them one is right and the other is wrong (McNemar 1947)."""
-
-    images: int
-    only_first: int
-    """Images that only the first run predicts correctly."""
-    only_second: int
-
-    @property
-    def p_value(self) -> float:
-        """Return the probability of a difference of at least this size, if both runs are equally good."""
-        total, least = self.only_first + self.only_second, min(self.only_first, self.only_second)
-        if total == 0:
-            return 1.0
-        if total > _MAX_EXACT:
-            return math.erfc((abs(self.only_first - self.only_second) - 1) / math.sqrt(2 * total))
-        tail: int = sum(math.comb(total, count) for count in range(least + 1))
-        return float(min(1.0, 2 * tail / 2**total))
 
 
 @dataclass(frozen=True)
@@ -50,42 +31,38 @@ class _Interval:
     tone: int
 
 
+_Known = tuple[str, RunRecord, SplitResult]
+"""Name, run, and its result."""
+
+
 def render_comparison(runs: Sequence[RunRecord]) -> str:
     """Return the page of two or more runs, the most accurate first."""
     named = sorted(zip(_names(runs), runs, strict=True), key=lambda pair: -_accuracy(pair[1]))
-    results = [(name, run, run.reported) for name, run in named]
-    rated = [(name, run, result) for name, run, result in results if result is not None]
-    tones = {name: index % _TONES + 1 for index, (name, _) in enumerate(named)}
+    known = [(name, run, run.reported) for name, run in named if run.reported is not None]
+    comparable = _comparable(known)
+    first = {name for name, _, _ in comparable}
+    named.sort(key=lambda pair: pair[0] not in first)
+    tones = {name: min(position, _TONES) for position, (name, _) in enumerate(named, start=1)}
     return render(
         "comparison.html.jinja",
-        verdict=_verdict(rated),
-        notes=_notes(rated, len(runs)),
+        verdict=_verdict(comparable, len(runs)),
+        notes=_notes(known, comparable, len(runs)),
         intervals=[
-            _Interval(name, result.accuracy, *result.interval, tones[name]) for name, _, result in rated
+            _Interval(name, run.reported.accuracy, *run.reported.interval, tones[name])
+            for name, run in named
+            if run.reported is not None
         ],
-        rows=[_row(name, run, result) for name, run, result in results],
+        rows=[_row(name, run, run.reported) for name, run in named],
         options=_differing_options(named),
         names=[name for name, _ in named],
         charts=_charts(named, tones),
-        classes=_class_rows(rated),
-        class_names=[name for name, _, _ in rated],
+        num_drawn=min(len(named), _TONES - 1),
+        classes=_class_rows(comparable),
+        class_names=[name for name, _, _ in comparable],
         problems=[f"{name}: {problem}" for name, run in named for problem in run.problems],
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         version=own_version(),
-    )  # fmt: skip
-
-
-def paired_test(first: RunRecord, second: RunRecord) -> PairedTest | None:
-    """Return the comparison of two runs on the images that both have predicted; None if there are none."""
-    outcomes = []
-    for run in (first, second):
-        split = run.reported.split if run.reported is not None else ""
-        outcomes.append({entry.path: entry.is_correct for entry in run.predictions if entry.split == split})
-    common = outcomes[0].keys() & outcomes[1].keys()
-    if not common:
-        return None
-    pairs = [(outcomes[0][path], outcomes[1][path]) for path in common]
-    return PairedTest(len(common), pairs.count((True, False)), pairs.count((False, True)))
+    )
 
 
 def _names(runs: Sequence[RunRecord]) -> list[str]:
@@ -102,13 +79,26 @@ def _accuracy(run: RunRecord) -> float:
     return -1.0 if run.reported is None else run.reported.accuracy
 
 
-def _verdict(rated: Sequence[tuple[str, RunRecord, SplitResult]]) -> str:
-    """Return a sentence about the two best runs."""
-    if len(rated) < 2:
-        return "Fewer than two runs have a result yet."
-    (first, first_run, first_result), (second, second_run, second_result) = rated[:2]
+def _comparable(known: Sequence[_Known]) -> list[_Known]:
+    """Return the most runs whose results are of the same number of images of the same classes and split."""
+    groups: dict[Any, list[_Known]] = {}
+    for entry in known:
+        result = entry[2]
+        key = (result.split, result.examples, tuple(of_class.name for of_class in result.classes))
+        groups.setdefault(key, []).append(entry)
+    return max(groups.values(), key=len, default=[])
+
+
+def _verdict(comparable: Sequence[_Known], count: int) -> str:
+    """Return a sentence about the two best runs that can be compared."""
+    if not comparable:
+        return "No run has a result yet."
+    if len(comparable) < 2:
+        return f"{comparable[0][0]} has no other run to compare with: the others have no result, or other test images."
+    (first, first_run, first_result), (second, second_run, second_result) = comparable[:2]
     difference = first_result.accuracy - second_result.accuracy
     test = paired_test(first_run, second_run)
+    best = "the two best runs, " if count > 2 else ""
     if test is None:
         overlap = first_result.interval[0] <= second_result.interval[1]
         return (
@@ -116,26 +106,30 @@ def _verdict(rated: Sequence[tuple[str, RunRecord, SplitResult]]) -> str:
             f"{'overlap' if overlap else 'do not overlap'}."
         )
     counts = (
-        f"of {test.images:,} common images, {test.only_first} are right with {first} alone and {test.only_second} with "
-        f"{second} alone"
+        f"of {test.images:,} images that both have predicted, {test.only_first:,} are right with {first} alone and "
+        f"{test.only_second:,} with {second} alone (McNemar's test, p = {test.p_value:.2g})"
     )
     if test.p_value >= _LEVEL:
-        return (
-            f"The two best runs, {first} and {second}, do not differ beyond chance: {counts} (McNemar's test, "
-            f"p = {test.p_value:.2g})."
-        )
-    return f"{first} is better than {second}, beyond chance: {counts} (McNemar's test, p = {test.p_value:.2g})."
+        start = f"{best}{first} and {second}, do" if best else f"{first} and {second} do"
+        return f"{start[0].upper() if best else start[0]}{start[1:]} not differ beyond chance: {counts}."
+    return f"{first} is better than {second}, beyond chance: {counts}."
 
 
-def _notes(rated: Sequence[tuple[str, RunRecord, SplitResult]], count: int) -> list[str]:
+def _notes(known: Sequence[_Known], comparable: Sequence[_Known], count: int) -> list[str]:
     """Return what limits the comparison."""
     notes = []
-    if len({(result.split, result.examples) for _, _, result in rated}) > 1:
-        notes.append("The runs were evaluated on different images: their accuracies cannot be compared directly.")
-    if not all(run.is_evaluated for _, run, _ in rated) or len(rated) < count:
-        notes.append("Some runs are not finished: their result is that of the latest epoch.")
-    if count > 2:
-        notes.append("The best of many runs is better than its true accuracy: choose on a validation split.")
+    if len(comparable) < len(known):
+        others = [name for name, _, _ in known if name not in {name for name, _, _ in comparable}]
+        notes.append(
+            f"Other test images, so that the accuracies cannot be compared: {join_truncated(others, limit=6)}."
+        )
+    unfinished = [name for name, run, _ in known if not run.is_evaluated]
+    if unfinished:
+        notes.append(f"Without the final evaluation, so that the latest epoch counts: {join_truncated(unfinished)}.")
+    if len(known) < count:
+        notes.append(f"{count - len(known)} of {count} runs have no result.")
+    if len(comparable) > 2:
+        notes.append("The best of many runs is better by chance, too: choose it on a validation split.")
     return notes
 
 
@@ -164,43 +158,53 @@ def _row(name: str, run: RunRecord, result: SplitResult | None) -> list[Any]:
     ]
 
 
-def _differing_options(named: Sequence[tuple[str, RunRecord]]) -> list[tuple[str, list[str]]]:
-    """Return the options in which the runs differ, with the value of each run."""
+def _differing_options(named: Sequence[tuple[str, RunRecord]]) -> list[list[str]]:
+    """Return the rows of a table of the options in which the runs differ, the headings first; empty if there are none.
+
+    Its longer side goes down: the runs, or the options.
+    """
     keys = sorted({key for _, run in named for key in run.options} - {*_NOT_COMPARED})
-    rows = [(key, [str(run.option(key, "–")) for _, run in named]) for key in keys]
-    return [(key, values) for key, values in rows if len({*values}) > 1]
+    columns = [[key, *(str(run.option(key, "–")) for _, run in named)] for key in keys]
+    table = [["", *(name for name, _ in named)], *(column for column in columns if len({*column[1:]}) > 1)]
+    if len(table) == 1:
+        return []
+    return table if len(table) > len(table[0]) else [list(row) for row in zip(*table, strict=True)]
 
 
-def _charts(named: Sequence[tuple[str, RunRecord]], tones: dict[str, int]) -> list[Any]:
-    charts = []
-    for title, key, low in (
-        ("Accuracy", "{split}_accuracy", None),
-        ("Loss", "{split}_loss", 0.0),
-        ("Training loss", "train_loss", 0.0),
-    ):
+def _charts(named: Sequence[tuple[str, RunRecord]], tones: dict[str, int]) -> list[Markup]:
+    """Return the curves of the most accurate runs."""
+    shown = named[: _TONES - 1]
+
+    def chart(title: str, key: str, low: float | None) -> Markup | None:
         series = [
             Series(
                 name=name,
                 points=points([*([run.start] if run.start else []), *run.epochs], key.format(split=_split(run))),
                 tone=tones[name],
             )
-            for name, run in named
+            for name, run in shown
         ]
-        form = "{:.0%}".format if low is None else None
-        charts.append(line_chart(title, series, x_label="epoch", y_range=(low, None), y_format=form))
-    return [chart for chart in charts if chart is not None]
+        text = "{:.0%}".format if low is None else None
+        return line_chart(title, series, x_label="epoch", y_range=(low, None), y_format=text)
+
+    charts = (
+        chart("Accuracy", "{split}_accuracy", None),
+        chart("Loss", "{split}_loss", 0.0),
+        chart("Training loss", "train_loss", 0.0),
+    )
+    return [drawn for drawn in charts if drawn is not None]
 
 
 def _split(run: RunRecord) -> str:
     return run.reported.split if run.reported is not None else "test"
 
 
-def _class_rows(rated: Sequence[tuple[str, RunRecord, SplitResult]]) -> list[list[Any]]:
-    """Return the recall of each class in each run, the classes that differ most first; empty for other classes."""
-    if len({tuple(entry.name for entry in result.classes) for _, _, result in rated}) != 1:
+def _class_rows(comparable: Sequence[_Known]) -> list[list[Any]]:
+    """Return the recall of each class in each run, the classes that differ most first; empty for a single run."""
+    if len(comparable) < 2:
         return []
     rows: list[tuple[float, list[Any]]] = []
-    for entries in zip(*(result.classes for _, _, result in rated), strict=True):
+    for entries in zip(*(result.classes for _, _, result in comparable), strict=True):
         recalls = [entry.recall for entry in entries]
         spread = max(recalls) - min(recalls)
         cells = [(percent(value), value) for value in recalls]

@@ -1,13 +1,14 @@
-"""What a run's report states in words: state, time, command and environment."""
+"""What a run's report states in words: state, training, data, command and environment."""
 
 import shlex
-import time
-from dataclasses import dataclass
-from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from trainer.pages.advice import data_wait
-from trainer.pages.run_record import RunRecord, number
+from regraft.contract import MODEL
+from trainer.pages.render import decimal, duration, percent
+from trainer.pages.run_files import number
+from trainer.pages.run_record import RunRecord
+from trainer.pages.split_result import SplitResult
 
 
 def describe_status(run: RunRecord) -> str:
@@ -24,40 +25,73 @@ def describe_status(run: RunRecord) -> str:
     return f"{position}, {state}"
 
 
-@dataclass(frozen=True)
-class TimePart:
-    """A part of the time of a run."""
+def subtitle(run: RunRecord) -> list[str]:
+    """Return the model, the dataset, and which weights the result is of."""
+    strategy, result = run.option("transfer.strategy"), run.reported
+    dataset = Path(str(run.option("data.root") or "unknown data")).name
+    entries = [
+        str(run.model.architecture if run.model is not None else run.option("model.name", "unknown model")),
+        dataset if result is None else f"{dataset}: {len(result.classes):,} classes",
+        f"strategy {strategy}" if strategy else "",
+    ]
+    if run.is_evaluated and (epoch := number(run.evaluation, "epoch")) is not None:
+        entries.append(f"result of {MODEL}, which has the weights of epoch {epoch:g}")
+    elif run.epochs:
+        entries.append(f"result after epoch {run.epochs[-1]['epoch']:g}")
+    return [entry for entry in entries if entry]
 
-    name: str
-    seconds: float
-    tone: int
 
-
-def time_parts(run: RunRecord) -> list[TimePart]:
-    """Return where the time of a run went; empty if it is not known."""
-    training = sum(number(row, "seconds") or 0.0 for row in run.epochs)
-    waiting = (data_wait(run) or 0.0) * training
-    head = (number(run.start, "seconds") or 0.0) if run.start is not None else 0.0
-    total = sum(_attempt_seconds(attempt.began, attempt.ended) for attempt in run.attempts)
-    if training <= 0:
+def main_metrics(result: SplitResult | None, seconds: float) -> list[tuple[str, str]]:
+    """Return the metrics of a result that are known, and the time of the run."""
+    if result is None:
         return []
-    rest = 0.0 if run.has_phases else max(0.0, total - training - head)
-    parts = (
-        ("updates of the weights", training - waiting, 1),
-        ("waiting for images", waiting, 2),
-        ("fitting the output layer", head, 3),
-        ("start, evaluation and checkpoints", rest, 6),
-    )
-    return [TimePart(*part) for part in parts if part[1] > 0]
+    known = {name: value for name, value in result.metrics.items() if value is not None}
+    shown = [
+        ("Balanced accuracy", "balanced_accuracy", percent),
+        ("Top-5 accuracy", "top5_accuracy", percent),
+        ("F1 (macro)", "f1_macro", decimal),
+        ("Log loss", "log_loss", decimal),
+        ("AUROC (macro)", "auroc_macro", decimal),
+    ]
+    rows = [(label, text(known[name])) for label, name, text in shown if name in known]
+    return [*rows, ("Time", duration(seconds))] if seconds else rows
 
 
-def _attempt_seconds(began: str, ended: str | None) -> float:
-    try:
-        start = datetime.fromisoformat(began)
-        end = datetime.fromisoformat(ended) if ended else datetime.fromtimestamp(time.time(), start.tzinfo)
-        return max(0.0, (end - start).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+def training_facts(run: RunRecord) -> list[tuple[str, str]]:
+    """Return names and values of what was trained, and how."""
+    result, head = run.reported, str(run.option("model.head_init", "–"))
+    if run.start is not None and result is not None:
+        accuracy = number(run.start, f"{result.split}_accuracy")
+        head += "" if accuracy is None else f", {percent(accuracy)} on {result.split} before the first update"
+    entries = [
+        ("trained layers", run.option("transfer.trainable", "–")),
+        ("output layer", head),
+        ("BatchNorm", run.option("transfer.batch_norm", "–")),
+        (
+            "optimizer",
+            f"{run.option('optim.name', '–')}, weight decay {run.option('optim.weight_decay', '–')}, "
+            f"schedule {run.option('optim.schedule', '–')}",
+        ),
+        ("batch size", run.option("train.batch_size", "–")),
+        ("augmentation", run.option("data.augment", "–")),
+    ]
+    if run.model is not None:
+        parameters = f"{run.model.architecture}, {run.model.parameters:,} parameters"
+        entries = [("model", parameters), ("began from", run.model.source), *entries]
+    return [(name, str(value)) for name, value in entries]
+
+
+def data_facts(run: RunRecord) -> list[tuple[str, str]]:
+    """Return names and values of the data."""
+    seen = number(run.epochs[-1], "train_seen") if run.epochs else None
+    splits = [f"train {seen:,.0f}"] if seen is not None else []
+    splits += [f"{split} {result.examples:,}" for split, result in run.splits.items()]
+    return [
+        ("dataset", str(run.option("data.root", "–"))),
+        ("images", ", ".join(splits) or "–"),
+        ("classes", f"{len(run.reported.classes):,}" if run.reported is not None else "–"),
+        ("image size", f"{run.option('data.image_size', '–')} px"),
+    ]
 
 
 def command_line(run: RunRecord) -> str:

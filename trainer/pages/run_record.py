@@ -3,17 +3,12 @@
 It does not import torch.
 """
 
-import csv
-import io
-import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from regraft import yaml_file
 from regraft.contract import (
     BASELINE,
     BLOCKS,
@@ -27,38 +22,25 @@ from regraft.contract import (
     AttemptRecord,
     latest_attempt_number,
     read_attempts,
-    read_file,
 )
 from trainer.errors import UserError
 from trainer.pages.model_header import ModelHeader, read_model_header
+from trainer.pages.run_files import (
+    ERRORS,
+    PredictedImage,
+    Row,
+    read_blocks,
+    read_object,
+    read_options,
+    read_predictions,
+    read_rows,
+    read_text,
+)
 from trainer.pages.split_result import SplitResult, parse_classes_row, parse_split
+from trainer.text import join_truncated
 
 _CHECK = "check.json"
-BLOCK_COLUMNS = ("block", "trains", "parameters", "peak_lr", "weight_decay", "batch_norm")
-_MAX_BYTES = 1 << 28
-_CLASSES_ROW, _MAX_SPLITS = '{"kind": "classes"', 3
-_ERRORS = (*yaml_file.ERRORS, TypeError, LookupError, AttributeError)
-"""What reading a damaged file may raise."""
 T = TypeVar("T")
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class PredictedImage:
-    """One row of predictions.csv."""
-
-    path: str
-    split: str
-    label: str
-    prediction: str
-    probability: float
-    """Of the prediction."""
-    label_probability: float
-
-    @property
-    def is_correct(self) -> bool:
-        """Return whether the prediction is the label."""
-        return self.prediction == self.label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +85,11 @@ class RunRecord:
         return _reported(self.splits)
 
     @property
+    def root(self) -> Path:
+        """Return the run folder; `folder` may be that of a phase below it."""
+        return _root(self.folder)
+
+    @property
     def working_folder(self) -> Path | None:
         """Return the working folder of the latest start, which relative paths are relative to."""
         folder = self.environment.get("working_folder")
@@ -120,8 +107,7 @@ def read_run(folder: Path) -> RunRecord:
         UserError: it holds no run.
 
     """
-    if not any((folder / name).is_file() for name in (CONFIG, METRICS, EVALUATION)):
-        raise UserError(f"{folder}: not a run folder; expected one with {CONFIG} and {METRICS}")
+    _check_run_folder(folder)
     problems: list[str] = []
 
     def attempt(name: str, read: Callable[[Path], T], default: T) -> T:
@@ -130,27 +116,19 @@ def read_run(folder: Path) -> RunRecord:
             return default
         try:
             return read(path)
-        except (
-            OSError,
-            *yaml_file.ERRORS,
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except ERRORS as error:
             problems.append(f"{name} cannot be read ({' '.join(str(error).split())[:160] or type(error).__name__})")
             return default
 
-    config = attempt(CONFIG, _read_text, "")
-    options: dict[str, Any] = attempt(CONFIG, _read_options, {})
-    rows: list[Row] = attempt(METRICS, lambda path: _read_rows(path, problems), [])
-    evaluation: dict[str, Any] = attempt(EVALUATION, _read_object, {})
+    config = attempt(CONFIG, read_text, "")
+    options: dict[str, Any] = attempt(CONFIG, read_options, {})
+    rows: list[Row] = attempt(METRICS, lambda path: read_rows(path, problems), [])
+    evaluation: dict[str, Any] = attempt(EVALUATION, read_object, {})
     splits: dict[str, SplitResult] = {}
     if evaluation:
         splits = attempt(EVALUATION, lambda _: _parse_splits(evaluation), {})
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    root = folder.parent if folder.name in (PRETRAIN, BASELINE) else folder  # of the attempts of all phases
+    root = _root(folder)  # it has the attempts of all phases
     latest = f"{latest_attempt_number(root):04}.json"
     return RunRecord(
         folder=folder,
@@ -158,73 +136,44 @@ def read_run(folder: Path) -> RunRecord:
         config=config,
         attempts=read_attempts(root),
         has_phases=any((root / name).is_dir() for name in (PRETRAIN, BASELINE)),
-        environment=attempt(os.path.relpath(root / ENVIRONMENT / latest, folder), _read_object, {}),
+        environment=attempt(os.path.relpath(root / ENVIRONMENT / latest, folder), read_object, {}),
         start=next((row for row in rows if row["kind"] == "start"), None),
         steps=[row for row in rows if row["kind"] == "train"],
         epochs=epochs,
         splits=splits or attempt(METRICS, lambda _: _latest_splits(epochs, rows), {}),
         is_evaluated=bool(splits),
         evaluation=evaluation,
-        predictions=attempt(PREDICTIONS, _read_predictions, []) if splits else [],
+        predictions=attempt(PREDICTIONS, read_predictions, []) if splits else [],
         model=attempt(MODEL, read_model_header, None),
         baseline=attempt(f"{BASELINE}/{EVALUATION}", _read_reported, None),
-        blocks=attempt(BLOCKS, _read_blocks, []),
-        check=attempt(_CHECK, _read_object, None),
+        blocks=attempt(BLOCKS, read_blocks, []),
+        check=attempt(_CHECK, read_object, None),
         problems=problems,
     )
 
 
-def number(row: Mapping[str, Any], key: str) -> float | None:
-    """Return a column of a row if it is a finite number, else None."""
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+def _check_run_folder(folder: Path) -> None:
+    """Raise a UserError if a folder holds no run."""
+    try:
+        if _holds_run(folder):
+            return
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "there is no such folder"
+            raise UserError(f"{folder}: {what}; expected a run folder, which has {CONFIG} and {METRICS}")
+        runs = sorted(str(path) for path in folder.iterdir() if path.is_dir() and _holds_run(path))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror or error})") from None
+    if runs:
+        raise UserError(f"{folder}: not a run folder, but it holds runs; name one or more of {join_truncated(runs)}")
+    raise UserError(f"{folder}: not a run folder; expected one with {CONFIG} and {METRICS}")
 
 
-def points(rows: Sequence[Row], key: str) -> list[tuple[float, float]]:
-    """Return (epoch, value) of the rows that have a column."""
-    pairs = ((number(row, "epoch"), number(row, key)) for row in rows)
-    return [(epoch, value) for epoch, value in pairs if epoch is not None and value is not None]
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (CONFIG, METRICS, EVALUATION))
 
 
-def _read_text(path: Path) -> str:
-    return read_file(path, max_bytes=_MAX_BYTES).decode("utf-8", "replace")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    value = json.loads(_read_text(path))
-    if not isinstance(value, dict):
-        raise TypeError("not a JSON object")
-    return value
-
-
-def _read_options(path: Path) -> dict[str, Any]:
-    values = yaml_file.load(path)
-    if not isinstance(values, dict):
-        raise TypeError("not a mapping of sections")
-    return dict(yaml_file.flatten(values))
-
-
-def _read_rows(path: Path, problems: list[str]) -> list[Row]:
-    """Return the rows that are complete; a run that is killed may leave half a line."""
-    rows: list[Row] = []
-    damaged = 0
-    lines = [line for line in _read_text(path).split("\n") if line]
-    # Rows of kind `classes` are long; those of earlier epochs are not shown.
-    of_classes = [position for position, line in enumerate(lines) if line.startswith(_CLASSES_ROW)]
-    skipped = {*of_classes[:-_MAX_SPLITS]}
-    for line in (line for position, line in enumerate(lines) if position not in skipped):
-        try:
-            row = json.loads(line)
-            if not (isinstance(row, dict) and isinstance(row.get("kind"), str) and number(row, "epoch") is not None):
-                raise TypeError("not a row")
-            rows.append(row)
-        except (ValueError, TypeError, RecursionError):
-            damaged += 1
-    if damaged:
-        problems.append(f"{METRICS}: {damaged} of {len(rows) + damaged} lines are damaged and left out")
-    return rows
+def _root(folder: Path) -> Path:
+    return folder.parent if folder.name in (PRETRAIN, BASELINE) else folder
 
 
 def _parse_splits(evaluation: Mapping[str, Any]) -> dict[str, SplitResult]:
@@ -232,7 +181,7 @@ def _parse_splits(evaluation: Mapping[str, Any]) -> dict[str, SplitResult]:
 
 
 def _read_reported(path: Path) -> SplitResult | None:
-    return _reported(_parse_splits(_read_object(path)))
+    return _reported(_parse_splits(read_object(path)))
 
 
 def _reported(splits: Mapping[str, SplitResult]) -> SplitResult | None:
@@ -247,31 +196,3 @@ def _latest_splits(epochs: Sequence[Row], rows: Sequence[Row]) -> dict[str, Spli
     latest = epochs[-1]
     of_classes = [row for row in rows if row["kind"] == "classes" and row["epoch"] == latest["epoch"]]
     return {str(row["split"]): parse_classes_row(row, latest) for row in of_classes}
-
-
-def _read_blocks(path: Path) -> list[dict[str, str]]:
-    return [{key: str(row[key]) for key in BLOCK_COLUMNS} for row in json.loads(_read_text(path))]
-
-
-def _read_predictions(path: Path) -> list[PredictedImage]:
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"more than {_MAX_BYTES >> 20} MB")
-    # Names may hold bytes that are not UTF-8.
-    text = read_file(path, max_bytes=_MAX_BYTES).decode("utf-8", "surrogateescape")
-    try:
-        return [
-            PredictedImage(
-                row["path"], row["split"], row["label"], row["prediction"],
-                _probability(row["probability"]), _probability(row["label_probability"]),
-            )
-            for row in csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        ]  # fmt: skip
-    except csv.Error as error:
-        raise ValueError(str(error)) from None
-
-
-def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{text} is no probability")
-    return value

@@ -9,20 +9,31 @@ from pathlib import Path
 
 from regraft.contract import REPORT, own_version
 from trainer.errors import UserError
-from trainer.pages.advice import data_wait, describe_pair, make_advice
-from trainer.pages.curves import draw_curves, learning_rate_groups
-from trainer.pages.galleries import Explain, make_galleries, pair_thumbnails
+from trainer.pages.advice import make_advice
+from trainer.pages.calibration import describe_calibration
+from trainer.pages.curves import draw_curves
+from trainer.pages.galleries import Explain, describe_missing, make_galleries, pair_thumbnails
 from trainer.pages.render import render, write_page
-from trainer.pages.run_facts import command_line, describe_environment, describe_status, time_parts
+from trainer.pages.run_facts import (
+    command_line,
+    data_facts,
+    describe_environment,
+    describe_status,
+    main_metrics,
+    subtitle,
+    training_facts,
+)
 from trainer.pages.run_record import RunRecord, read_run
 from trainer.pages.run_sections import (
-    calibrated_metrics,
+    block_rows,
     check_findings,
     class_rows,
     confusion_matrix,
-    reliability_charts,
+    group_rows,
+    pair_rows,
     weakest_classes,
 )
+from trainer.pages.run_time import data_wait, time_parts
 from trainer.pages.thumbnails import PictureBudget
 
 _MAX_PICTURE_BYTES = 3_000_000
@@ -57,43 +68,42 @@ def render_report(run: RunRecord, *, budget: PictureBudget | None = None, explai
     budget = budget or PictureBudget(_MAX_PICTURE_BYTES)
     result = run.reported
     root = run.working_folder
+    times = time_parts(run)
+    seconds = sum(part.seconds for part in times)
     pairs = result.confusions() if result is not None else []
+    split = result.split if result is not None else ""
+    top_pairs = [
+        (pair, pair_thumbnails(run.predictions, split, pair, budget=budget, root=root))
+        for pair in pairs[:_PAIRS_ON_TOP]
+    ]  # before the galleries, which may use up the budget
+    galleries = make_galleries(run.predictions, split, budget=budget, root=root, explain=explain)
     return render(
         "report.html.jinja",
         run=run,
         name=run.folder.resolve().name,
         result=result,
         status=describe_status(run),
-        data_name=Path(str(run.option("data.root", "") or "unknown data")).name,
+        subtitle=subtitle(run),
+        metrics=main_metrics(result, seconds),
         advice=make_advice(run),
-        pairs=[
-            (
-                pair,
-                describe_pair(pair),
-                pair_thumbnails(
-                    run.predictions, result.split, pair, 4 if len(pairs) > 2 else 8, budget=budget, root=root
-                )
-                if result
-                else [],
-            )
-            for pair in pairs[:_PAIRS_ON_TOP]
-        ],
-        all_pairs=pairs[:_MAX_PAIRS],
+        pairs=top_pairs,
+        pair_rows=pair_rows(pairs[:_MAX_PAIRS]),
         num_pairs=len(pairs),
         weakest=weakest_classes(result),
         matrix=confusion_matrix(result),
-        galleries=[]
-        if result is None
-        else make_galleries(run.predictions, result.split, budget=budget, root=root, explain=explain),
+        galleries=galleries,
+        missing=describe_missing(galleries, root),
         has_heatmaps=explain is not None,
         class_rows=class_rows(result),
         curves=draw_curves(run),
-        groups=learning_rate_groups(run.steps),
-        reliability=reliability_charts(result),
-        calibrated=calibrated_metrics(run, result),
-        time_parts=time_parts(run),
+        training_facts=training_facts(run),
+        blocks=block_rows(run),
+        groups=group_rows(run),
+        calibration=describe_calibration(run, result),
+        time_parts=times,
+        total_time=seconds,
         data_wait=data_wait(run),
-        split_sizes=", ".join(f"{split} {entry.examples:,}" for split, entry in run.splits.items()) or "–",
+        data_facts=data_facts(run),
         checked=check_findings(run),
         command=command_line(run),
         environment=describe_environment(run),

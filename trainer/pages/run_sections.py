@@ -1,12 +1,13 @@
-"""Tables and charts of a run's result: confusion matrix, classes, calibration, findings of the data check."""
+"""Tables of a run: confusion matrix, confused pairs, classes, blocks of the model, findings of the data check."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.pages.charts import Column, column_chart
-from trainer.pages.run_record import RunRecord, number
-from trainer.pages.split_result import ClassResult, SplitResult
+from trainer.pages.curves import learning_rate_groups
+from trainer.pages.render import percent
+from trainer.pages.run_record import RunRecord
+from trainer.pages.split_result import ClassResult, Confusion, SplitResult
 
 _MAX_MATRIX, _MAX_CLASSES = 16, 1000
 _NUM_WEAKEST = 3
@@ -63,6 +64,33 @@ def confusion_matrix(result: SplitResult | None) -> _Matrix | None:
     return _Matrix(names, rows, len(labels) < len(result.classes))
 
 
+def pair_rows(pairs: Sequence[Confusion]) -> list[list[Any]]:
+    """Return the rows of the table of confused pairs."""
+    return [
+        [
+            pair.label, pair.predicted, (pair.count, pair.count), (percent(pair.fraction), pair.fraction),
+            (pair.reverse, pair.reverse),
+        ]
+        for pair in pairs
+    ]  # fmt: skip
+
+
+def block_rows(run: RunRecord) -> list[list[Any]]:
+    """Return the rows of the table of the model's blocks."""
+    return [
+        [
+            row["block"], row["trains"], (row["parameters"], row["parameters"].replace(",", "")), row["peak_lr"],
+            row["weight_decay"], row["batch_norm"],
+        ]
+        for row in run.blocks
+    ]  # fmt: skip
+
+
+def group_rows(run: RunRecord) -> list[list[Any]]:
+    """Return the rows of the table of parameter groups, for a run without a table of blocks."""
+    return [[group, (f"{rate:.3g}", rate)] for group, rate in learning_rate_groups(run.steps).items()]
+
+
 def class_rows(result: SplitResult | None) -> list[list[Any]]:
     """Return the rows of the table of classes, the lowest F1 first."""
     classes = sorted(result.classes, key=lambda entry: (not entry.support, entry.f1)) if result is not None else []
@@ -80,44 +108,11 @@ def class_rows(result: SplitResult | None) -> list[list[Any]]:
     ]
 
 
-def reliability_charts(result: SplitResult | None) -> list[Any]:
-    """Return the reliability diagram, and the histogram of the confidences."""
-    if result is None or not any(entry.count for entry in result.reliability):
-        return []
-    accuracies = [
-        Column(
-            f"{entry.high:.2f}", entry.accuracy or 0.0,
-            f"confidence {entry.low:.2f} to {entry.high:.2f}: accuracy "
-            f"{'–' if entry.accuracy is None else format(entry.accuracy, '.1%')} of {entry.count} images",
-        )
-        for entry in result.reliability
-    ]  # fmt: skip
-    counts = [
-        Column(f"{entry.high:.2f}", entry.count, f"{entry.count} images with {entry.low:.2f} to {entry.high:.2f}", 6)
-        for entry in result.reliability
-    ]
-    title = "Accuracy of the predictions of each confidence"
-    return [
-        column_chart(title, accuracies, x_label="confidence", y_max=1.0, y_format="{:.0%}".format, diagonal=True),
-        column_chart("Number of images of each confidence", counts, x_label="confidence"),
-    ]
-
-
-def calibrated_metrics(run: RunRecord, result: SplitResult | None) -> Mapping[str, float] | None:
-    """Return log loss and calibration error with the temperature of the model file, if it has one."""
-    calibrated = run.evaluation.get("calibrated")
-    fields = calibrated.get(result.split) if isinstance(calibrated, dict) and result is not None else None
-    if not isinstance(fields, dict):
-        return None
-    values = {key: value for key in ("log_loss", "ece") if (value := number(fields, key)) is not None}
-    return values if len(values) == 2 else None
-
-
 def check_findings(run: RunRecord) -> list[tuple[str, str]]:
     """Return severity and message of the findings of `regraft check`."""
     findings = (run.check or {}).get("findings")
     return [
-        (str(finding.get("severity", "note")), str(finding.get("message", "")))
+        (str(finding.get("severity", "note")), f"{finding.get('message', '')} {finding.get('remedy', '')}".strip())
         for finding in (findings if isinstance(findings, list) else [])
         if isinstance(finding, dict)
     ]

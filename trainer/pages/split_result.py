@@ -33,7 +33,7 @@ class ClassResult:
 
 
 @dataclass(frozen=True)
-class ReliabilityColumn:
+class ReliabilityBin:
     """The predictions in one interval of confidence."""
 
     low: float
@@ -75,7 +75,7 @@ class SplitResult:
     classes: Sequence[ClassResult]
     matrix: Sequence[Sequence[int]] | None = None
     """Confusion matrix: count of each label (row) and predicted class (column)."""
-    reliability: Sequence[ReliabilityColumn] = ()
+    reliability: Sequence[ReliabilityBin] = ()
 
     def confusions(self) -> list[Confusion]:
         """Return the pairs of classes that are confused, the most frequent first."""
@@ -113,14 +113,24 @@ def parse_split(split: str, fields: Mapping[str, Any]) -> SplitResult:
         metrics={name: _optional(fields.get(name)) for name in _OTHERS},
         classes=classes,
         matrix=matrix,
-        reliability=[
-            ReliabilityColumn(
-                _float(entry["low"]), _float(entry["high"]), _count(entry["count"]),
-                _optional(entry["confidence"]), _optional(entry["accuracy"]),
-            )
-            for entry in fields.get("reliability", ())
-        ],
-    )  # fmt: skip
+        reliability=parse_reliability(fields.get("reliability", ())),
+    )
+
+
+def parse_reliability(entries: Sequence[Mapping[str, Any]]) -> list[ReliabilityBin]:
+    """Return the bins of a reliability diagram.
+
+    Raises:
+        ValueError, TypeError, LookupError: one of them is damaged.
+
+    """
+    return [
+        ReliabilityBin(
+            _float(entry["low"]), _float(entry["high"]), _count(entry["count"]),
+            _optional(entry["confidence"]), _optional(entry["accuracy"]),
+        )
+        for entry in entries
+    ]  # fmt: skip
 
 
 def parse_classes_row(row: Mapping[str, Any], epoch: Mapping[str, Any]) -> SplitResult:

@@ -41,9 +41,14 @@ class PictureBudget:
         self.left = max_bytes
         self._seconds_left = math.inf if max_seconds is None else max_seconds
 
+    @property
+    def is_used_up(self) -> bool:
+        """Return whether no more thumbnails are made."""
+        return self.left <= 0 or self._seconds_left <= 0
+
     def thumbnail(self, image: str | os.PathLike[str] | np.ndarray, size: int = 192) -> str | None:
         """Return the data URI of an image; None if it cannot be read, or the budget is used up."""
-        if self.left <= 0 or self._seconds_left <= 0:
+        if self.is_used_up:
             return None
         began = time.perf_counter()
         try:
@@ -53,6 +58,7 @@ class PictureBudget:
         finally:
             self._seconds_left -= time.perf_counter() - began
         if len(uri) > self.left:
+            self.left = 0
             return None
         self.left -= len(uri)
         return uri

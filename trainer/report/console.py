@@ -141,6 +141,7 @@ class ProgressBar:
         self._header_printed = False
         self._last_line = time.monotonic()
         self._losses: list[float] = []
+        self._evaluation_seconds = 0.0  # of the epoch before
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -194,6 +195,7 @@ class ProgressBar:
         if is_due:
             self._last_line = time.monotonic()
             eta = (self.epochs * self.steps_per_epoch - row["step"]) * row["seconds"] / (step + 1)
+            eta += (self.epochs - epoch) * self._evaluation_seconds
             self.console.print(
                 f"  epoch {epoch + 1}/{self.epochs} step {step + 1}/{self.steps_per_epoch}  {loss}  {accuracy}  "
                 f"{speed}  {wait}  ETA {format_duration(eta)}"
@@ -204,5 +206,5 @@ class ProgressBar:
         if not self._header_printed:
             self.console.print(epoch_header(splits), style="bold")
             self._header_printed = True
-        self._last_line = time.monotonic()
+        self._last_line, self._evaluation_seconds = time.monotonic(), row["evaluation_seconds"]
         self.console.print(format_epoch(row, self.epochs, splits))

@@ -32,7 +32,7 @@ class ConsoleLogger:
     def draw_curves(self) -> None:
         """Do nothing."""
 
-    def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
+    def log_epoch(self, progress: Progress, evaluations: Evaluations, evaluation_seconds: float) -> None:
         """Print the evaluations."""
         for split, evaluation in evaluations.items():
             correct = sum(evaluation.correct)

@@ -15,7 +15,7 @@ from trainer.metrics import Progress
 from trainer.optim.schedule import TrainSchedule
 from trainer.report.console import ProgressBar, peak_memory
 from trainer.report.figures import draw_curves, try_write_figure
-from trainer.report.metrics import MetricsFile, Row, class_rows, epoch_row, epoch_rows, start_row, train_row
+from trainer.report.metrics import MetricsFile, Row, class_rows, epoch_row, epoch_rows, parse_rows, start_row, train_row
 from trainer.report.tracker_services import Service
 from trainer.report.trackers import Trackers
 from trainer.run.atomic import describe_missing
@@ -102,9 +102,10 @@ class RunLogger:
         self._progress_bar.show_metrics(row)
         self._append([row])
 
-    def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
+    def log_epoch(self, progress: Progress, evaluations: Evaluations, evaluation_seconds: float) -> None:
         """Log an epoch."""
-        row = epoch_row(progress, evaluations, peak_memory(self._device))
+        memory = peak_memory(self._device)
+        row = epoch_row(progress, evaluations, evaluation_seconds=evaluation_seconds, memory=memory)
         self._append([row, *class_rows(progress, evaluations, self._classes)])
         self._progress_bar.print_epoch(row, tuple(evaluations))
 
@@ -175,7 +176,7 @@ class NullLogger:
     def log_step(self, progress: Progress) -> None:
         """Do nothing."""
 
-    def log_epoch(self, progress: Progress, evaluations: Evaluations) -> None:
+    def log_epoch(self, progress: Progress, evaluations: Evaluations, evaluation_seconds: float) -> None:
         """Do nothing."""
 
     def draw_curves(self) -> None:
@@ -235,3 +236,28 @@ def make_logger(
         return logger
 
     return run.ctx.main_process_first(make), progress_bar, trackers
+
+
+def complete_trackers(run: OpenRun, services: Sequence[Service], project: str, *, metrics: str, step: int) -> None:
+    """Send what the trackers of a finished run lack: its last start may have ended before everything was sent.
+
+    Every process must call it.
+
+    Args:
+        run: the open run folder.
+        services: names of the experiment trackers.
+        project: project of the run in the trackers.
+        metrics: content of metrics.jsonl.
+        step: updates of the run.
+
+    Raises:
+        UserError: a tracker that the run did not have before cannot be started.
+
+    """
+
+    def complete() -> None:
+        trackers = Trackers(services if run.is_writer else (), project, run)
+        trackers.start(parse_rows(metrics, METRICS), finished_at=step)
+        trackers.finish(step)
+
+    run.ctx.main_process_first(complete)

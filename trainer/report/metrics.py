@@ -115,10 +115,10 @@ def train_row(progress: Progress, steps_per_epoch: int, memory: int) -> Row:
     return {"kind": "train", "epoch": epoch, **_train_columns(progress, memory)}
 
 
-def epoch_row(progress: Progress, evaluations: Evaluations, memory: int) -> Row:
+def epoch_row(progress: Progress, evaluations: Evaluations, *, evaluation_seconds: float, memory: int) -> Row:
     """Return the row of an epoch; `memory` is the peak memory of rank 0 [bytes]."""
     row: Row = {"kind": "epoch", "epoch": progress.epoch, **_train_columns(progress, memory)}
-    return row | _evaluation_columns(evaluations)
+    return row | {"evaluation_seconds": evaluation_seconds} | _evaluation_columns(evaluations)
 
 
 def _train_columns(progress: Progress, memory: int) -> Row:

@@ -48,6 +48,11 @@ def to_entries(rows: Iterable[Row]) -> list[Entry]:
     return entries
 
 
+def final_position(step: int) -> tuple[int, int]:
+    """Return the position of the last entry of a run of `step` updates."""
+    return step, _KINDS.index("final")
+
+
 def final_entry(step: int, evaluation: Any, pictures: dict[str, Path]) -> Entry:
     """Return the entry of evaluation.json, `evaluation`: the metrics of the model file on each split."""
     values = {

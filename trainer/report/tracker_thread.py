@@ -13,7 +13,7 @@ from accelerate.tracking import GeneralTracker
 
 from trainer.errors import UserError
 from trainer.report import tracker_services as services
-from trainer.report.tracker_entries import Entry
+from trainer.report.tracker_entries import Entry, final_position
 from trainer.run.atomic import write_text_atomically
 
 _START_TIMEOUT = 120.0
@@ -77,6 +77,10 @@ class TrackerThread:
         self._entries: SimpleQueue[Entry | None] = SimpleQueue()
         self._started, self._start_error = threading.Event(), ""
         self._thread: threading.Thread | None = None
+
+    def has_finished(self, step: int) -> bool:
+        """Return whether an earlier start has sent everything of a run that has ended after `step` updates."""
+        return self._sent_before >= final_position(step)
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Start the run in the tracker, or continue it, and wait until it has begun.

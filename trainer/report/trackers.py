@@ -37,11 +37,12 @@ class Trackers:
         self._folder = run.folder / TRACKERS
         self._threads: list[TrackerThread] = []
 
-    def start(self, rows: Sequence[Row]) -> None:
+    def start(self, rows: Sequence[Row], *, finished_at: int | None = None) -> None:
         """Start the run in each tracker, or continue it.
 
         Args:
             rows: rows of metrics.jsonl so far; none for a new run. Each tracker receives those that it lacks.
+            finished_at: updates of a run that is finished: a tracker that has received everything is left alone.
 
         Raises:
             UserError: a tracker could not be started.
@@ -57,10 +58,11 @@ class Trackers:
             raise UserError(f"{self._folder}: cannot be written ({error.strerror}); free some disk space") from None
         name = run.root.resolve().name + (f"-{run.folder.name}" if run.folder != run.root else "")
         tracker_run = TrackerRun(project=self._project, name=name, folder=self._folder, id=None)
-        self._threads = [
+        threads = [
             TrackerThread(service, tracker_run, resumed=bool(rows), check=run.check_lock, warn=run.console.print)
             for service in self._services
         ]
+        self._threads = [thread for thread in threads if finished_at is None or not thread.has_finished(finished_at)]
         with _no_output():
             for thread in self._threads:
                 thread.start(config)

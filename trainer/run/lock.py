@@ -111,6 +111,10 @@ class RunLock:
                 "and the same command resumes from there"
             ) from None
 
+    def begin_training(self, **position: int) -> None:
+        """Record the position of the run, and in the first phase the time; see `update`."""
+        self.update(**position, training_began=self.record.training_began or _now())
+
     def end(self, state: AttemptState, reason: str | None = None) -> None:
         """Record how the attempt ended, and stop its heartbeat. Later calls do nothing: the first cause counts."""
         if self._ended.is_set():

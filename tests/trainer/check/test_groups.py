@@ -50,21 +50,22 @@ def test_patterns_of_file_names(names: list[str], pattern: str | None, groups: i
 
 def test_divided_groups_are_a_warning_and_others_a_note() -> None:
     train = images(f"{c}/patient{p}_{i}.jpg" for c in "ab" for p in range(8) for i in range(3))
-    (note,) = describe_groups(train, ROOT, (), split_made=False)
+    (note,) = describe_groups(train, ROOT, (), dataset="set", split_made=False)
     assert note.severity == "note"
     assert "8 groups of images, such as patient0 of patient0_0.jpg" in note.message
     val = images((f"{c}/patient{p}_9.jpg" for c in "ab" for p in (6, 7, 8)), split="val")
-    (warning,) = describe_groups([*train, *val], ROOT, (), split_made=True)
+    (warning,) = describe_groups([*train, *val], ROOT, (), dataset="set", split_made=True)
     assert (warning.severity, warning.count) == ("warning", 2 * 2 * 4)
     assert "2 of them have images in more than one split" in warning.message
-    assert "--data.group_by '(patient[0-9]+)'" in warning.message
+    assert warning.options == ("--data.group_by '(patient[0-9]+)'",)
 
 
 def test_many_near_duplicates_suggest_groups() -> None:
     listed = images(f"{c}/{i:03}.jpg" for c in ("ant", "bee") for i in range(50))
     bursts = [DuplicateGroup(images=tuple(listed[k : k + 3]), digests=("a", "b", "c")) for k in (0, 3)]
-    (finding,) = describe_groups(listed, ROOT, bursts, split_made=True)
+    (finding,) = describe_groups(listed, ROOT, bursts, dataset="my set", split_made=True)
+    assert finding.options[0] == "regraft check 'my set' --groups-csv groups.csv"
     assert finding.message.startswith("6 of 100 images have near-duplicates")
-    assert describe_groups(listed, ROOT, bursts[:1], split_made=True) == []
+    assert describe_groups(listed, ROOT, bursts[:1], dataset="set", split_made=True) == []
     exact = [DuplicateGroup(images=tuple(listed[:50]), digests=("a",) * 50)]
-    assert describe_groups(listed, ROOT, exact, split_made=True) == []
+    assert describe_groups(listed, ROOT, exact, dataset="set", split_made=True) == []

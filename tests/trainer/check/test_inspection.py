@@ -3,11 +3,13 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.folders import image_folder, noise_image
 from tests.trainer.check.planted import picture, plant_copies
+from trainer.check import images
 from trainer.check.findings import CheckResult, Finding
 from trainer.check.inspection import inspect, make_result
 from trainer.config.sections.data import DataConfig
@@ -101,7 +103,7 @@ def test_unreadable_files_are_named_with_their_reasons(faulty: tuple[Path, Check
     assert unreadable.severity == "error"
     assert f"5 of {faulty[1].num_images} images cannot be read:\n" in unreadable.message
     assert "/a/empty.png: an empty file (0 bytes)\n" in unreadable.message
-    assert "\n  and 2 more\n" in unreadable.message
+    assert "\n  and 2 more" in unreadable.message
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,27 @@ def test_a_folder_without_images_and_one_that_cannot_be_read(tmp_path: Path, mon
     monkeypatch.setattr("os.scandir", scandir)
     result = check(root)
     assert result.num_images == 6
-    assert any("locked: the folder cannot be read (Permission denied)" in f.message for f in findings(result, "layout"))
+    messages = [finding.message for finding in findings(result, "layout")]
+    assert sum("locked: the folder cannot be read (Permission denied)" in message for message in messages) == 1
+
+
+def test_a_stop_reads_none_of_the_images_that_are_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(1).save(path := tmp_path / "a.jpg")
+    count = 0
+
+    def read(path: str, thumbnail: np.ndarray) -> images.ImageFacts:
+        nonlocal count
+        count += 1
+        return read_image(path, thumbnail)
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    read_image = images.read_image
+    monkeypatch.setattr(images, "read_image", read)
+    with pytest.raises(KeyboardInterrupt):
+        images.read_images([str(path)] * 3000, workers=2, on_progress=stop)
+    assert count < 1000
 
 
 def test_a_csv_with_a_broken_row(tmp_path: Path) -> None:

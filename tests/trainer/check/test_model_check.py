@@ -13,9 +13,9 @@ from torchvision import models
 
 from tests.trainer.check.planted import EDITS, picture
 from trainer.check import embeddings
+from trainer.check.csv_files import write_excluded
 from trainer.check.embeddings import Embedder, embed, load_embedder
 from trainer.check.inspection import Inspection, inspect, make_result
-from trainer.check.label_errors_csv import label_errors_csv
 from trainer.check.model_check import check_with_model
 from trainer.config.sections.data import DataConfig
 from trainer.data.prepare import exclude_images
@@ -109,10 +109,16 @@ def test_near_duplicates_and_label_errors_are_found(
     assert kinds["leakage"].count == 12
     assert len(result.to_json()["label_errors"]) == len(found.label_errors)
 
-    (file := tmp_path / "errors.csv").write_text(label_errors_csv(found.label_errors, data.root))
+    count = write_excluded(file := tmp_path / "exclude.csv", result, inspection.listing.root)
     assert inspection.listing.index is not None
     remaining = exclude_images(inspection.listing.index, file)
-    assert len(remaining.train) == 2 * OF_EACH - sum(error.image.split == "train" for error in found.label_errors)
+    copied = {f"train/{name}/{i + 12}.jpg" for name in COLORS for i in range(len(EDITS))} | {
+        f"train/{name}/0.jpg" for name in COLORS
+    }
+    wrong = {name for name in names([error.image.path for error in found.label_errors], data) if "train/" in name}
+    assert {*names([path for path, _ in remaining.train], data)}.isdisjoint(copied | wrong)
+    assert (count, len(remaining.train)) == (len(copied | wrong), 2 * OF_EACH - len(copied | wrong))
+    assert remaining.test == inspection.listing.index.test, "what is measured stays the same"
 
 
 def test_embeddings_are_kept_and_found_by_the_content_of_the_file(

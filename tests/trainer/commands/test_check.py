@@ -1,5 +1,6 @@
 """`regraft check`: its output, files and exit codes."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 
 from launch import completion
 from tests.folders import image_folder, noise_image
+from trainer.check import outputs
 from trainer.commands import check
+from trainer.data.csv import write as csv_write
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,7 @@ def test_exit_codes(data: Path, tmp_path: Path) -> None:
     clean = image_folder(tmp_path / "clean", {"train": {"a": 5, "b": 12}, "val": {"a": 2, "b": 2}}, seed=3)
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "list.txt").write_text("path\ntrain/a/000.png\n")
     for words, code in (
         ([tmp_path / "empty", "--html", tmp_path / "x.html", "--json", tmp_path / "x.json"], 1),
         ([data, "--fail-on", "never"], 0),
@@ -57,11 +61,40 @@ def test_exit_codes(data: Path, tmp_path: Path) -> None:
         ([clean, "--html", tmp_path], 2),
         ([clean, "--json", tmp_path / "pipe"], 2),
         ([clean, "--data.sede", "3"], 2),
-        ([clean, "--label-errors", tmp_path / "errors.csv"], 2),  # without a model
+        ([clean, "--data.exclude", tmp_path / "list.txt", "--exclude-csv", tmp_path / "list.txt"], 2),
+        ([clean, "--json", tmp_path / "x", "--html", tmp_path / "x"], 2),
+        ([tmp_path / "list.txt", "--groups-csv", tmp_path / "list.txt"], 2),
         ([clean, "--model", "resnet17"], 2),
     ):
         assert check.main(list(map(str, words))) == code, words
     assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "list.txt").read_text().startswith("path"), "an input is not replaced"
+
+
+def test_the_result_is_printed_if_a_file_cannot_be_written(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for module in (outputs, csv_write):
+        monkeypatch.setattr(module, "write_atomically", fail)
+    for option in ("--json", "--html", "--exclude-csv", "--groups-csv"):
+        assert check.main([str(data), option, str(tmp_path / "x"), "--duplicates=exact"]) == 2
+        out, err = capsys.readouterr()
+        assert "leakage: 2 of 6 test images" in out
+        assert err.endswith("/x: cannot be written (No space left on device)\n")
+
+
+def test_a_full_standard_output_is_an_error(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(check, "print_result", fail)
+    assert check.main([str(data), "--duplicates=exact"]) == 2
+    assert capsys.readouterr().err == "error: standard output cannot be written (No space left on device)\n"
 
 
 def test_the_shell_completes_its_options() -> None:
@@ -84,4 +117,4 @@ def test_json_and_html(data: Path, tmp_path: Path) -> None:
     assert "<img src=x" not in text
     assert "<b>bold" not in text
     assert "\\xff\\x1b[31m&lt;img src=x onerror=alert(1)&gt;.png" in text
-    assert text.count("data:image/webp") == 4
+    assert text.count("data:image/webp") == 12, "four images of duplicates, and eight beside the findings"

@@ -17,7 +17,7 @@ from trainer.model.build import build
 from trainer.model.file import LoadedModel
 from trainer.model.head import find_heads
 from trainer.model.metadata import ModelMetadata
-from trainer.pages.run_record import PredictedImage
+from trainer.pages.run_files import PredictedImage
 
 SIZE = 64
 

@@ -37,6 +37,26 @@ def test_word_alone_is_the_dataset() -> None:
         parse(["--data", "FOLDER"])
 
 
+@pytest.mark.parametrize(
+    ("option", "text", "expected"),
+    [
+        ("run.trackers", "tensorboard", ("tensorboard",)),
+        ("run.trackers", "tensorboard,mlflow", ("tensorboard", "mlflow")),
+        ("run.trackers", "tensorboard, mlflow", ("tensorboard", "mlflow")),
+        ("run.trackers", "[tensorboard, mlflow]", ("tensorboard", "mlflow")),
+        ("run.trackers", "[]", ()),
+        ("data.extensions", ".jpg,.PNG", (".jpg", ".PNG")),
+        ("data.crop_scale", "0.5,1", (0.5, 1.0)),
+        ("data.mean", "null", None),
+        ("run.dir", "a,b", "a,b"),
+    ],
+)
+def test_a_list_needs_no_brackets(option: str, text: str, expected: object, write_yaml: Callable[..., str]) -> None:
+    section, _, name = option.partition(".")
+    for argv in ([f"--{option}", text], ["--config", write_yaml(f"{section}:\n  {name}: {text}")]):
+        assert getattr(getattr(parse(["--data.root=x", *argv]), section), name) == expected, argv
+
+
 def test_recipe_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert parse(["--config", "configs/hotdog.yaml"]) == parse(["--config", str(CONFIGS / "hotdog.yaml")])

@@ -84,7 +84,7 @@ def test_ctrl_c_interrupts_a_stopping_run_after_a_second(first: str, clock: Simp
 
 HEAD = """
 import os, signal, subprocess, sys, time
-from regraft.contract import signal_on_parent_death
+from regraft.parent_death import signal_on_parent_death
 from trainer.distributed import signals as signals_module
 from trainer.distributed.signals import STOP_SIGNALS, Stopped, StopSignals, exit_with_parent
 """

@@ -23,8 +23,9 @@ from trainer.errors import UserError
 
 STACKS = f"{HANGS}/0003-rank-1.txt"
 PROGRAM = """
-import bdb, ctypes, sys, time
+import bdb, ctypes, multiprocessing, signal, sys, time
 from pathlib import Path
+from regraft.contract import signal_on_parent_death
 from trainer.distributed.watchdog import Heartbeat, Watchdog
 
 heartbeat, folder, action = Heartbeat(), Path(sys.argv[1]), sys.argv[2]
@@ -35,10 +36,15 @@ def work(seconds):
         heartbeat.tick(7)
         time.sleep(0.01)
 
+def stuck():
+    signal_on_parent_death(signal.SIGKILL)
+    time.sleep(60)
+
 with Watchdog(1.0, heartbeat, folder=folder, attempt=3, rank=1, world_size=2, lock=None):
     work(0.1)
     print("started", flush=True)
     exec(compile({"sleep": "time.sleep(60)", "GIL": "ctypes.PyDLL(None).usleep(60_000_000)", "work": "work(1.5)",
+                  "worker": "w = multiprocessing.get_context('fork').Process(target=stuck); w.start(); w.join()",
                   "debugger": "time.sleep(2)", "fail": "raise ValueError('its own')"}[action], "hang.py", "exec"),
          {**globals(), "__name__": "pdb" if action == "debugger" else "hang"})
     work(0.2)
@@ -73,6 +79,17 @@ def test_a_process_that_hangs_writes_its_stacks_and_exits(tmp_path: Path) -> Non
     assert any('File "hang.py", line 1 in <module>' in line for line in lines)
     message = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
     assert f"[rank 1] error: {message.removeprefix('Hang: ')}\n" == printed
+
+
+def test_the_stacks_of_its_workers_are_written_too(tmp_path: Path) -> None:
+    with watched(tmp_path, "worker") as process:
+        process.communicate(timeout=30)
+        assert process.returncode == 1
+    text = (tmp_path / STACKS).read_text()
+    worker, own = text.split("\nworker process ")[1].split("\n\n", 1)
+    assert " in stuck\n" in worker
+    assert " in stuck\n" not in own
+    assert "in wait\n" in own, "the main thread waits for its worker"
 
 
 def test_a_process_that_holds_the_gil_writes_its_stacks(tmp_path: Path) -> None:

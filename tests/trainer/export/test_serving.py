@@ -1,38 +1,48 @@
-"""The examples of docs/serving.md answer as `regraft.load` does: in Python, in JavaScript and behind FastAPI."""
+"""The examples of docs/serving.md answer as `regraft.load` does: in Python, in a browser and behind FastAPI."""
 
-import json
+import dataclasses
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 
 import regraft
-from tests.launching import REPOSITORY, free_port, run
+from regraft.contract import MODEL
+from tests.browser import Browser, chromium
+from tests.launching import REPOSITORY, free_port, run, wait_until
 from tests.trainer.inference.models import write_images
 from trainer.commands.export import main
+from trainer.data.preprocessing import Preprocessing
+from trainer.model.build import preset
+from trainer.model.create import build_model
+from trainer.model.metadata import ModelMetadata, write_model
+from trainer.model.source_classes import ClassMapping
 
 SERVING = REPOSITORY / "docs" / "serving.md"
 NODE_MODULES = REPOSITORY / "tests" / "serving" / "node_modules"
-CLASSIFY = """
-import { readFileSync } from "node:fs";
-import * as ort from "onnxruntime-web";
-import { PNG } from "pngjs";
-import { classify } from "./classify.mjs";
-
-const session = await ort.InferenceSession.create(readFileSync("runs/NAME/model.onnx"));
-const { classes } = JSON.parse(readFileSync("runs/NAME/model.json", "utf8"));
-for (const path of process.argv.slice(2)) {
-  const { label, score } = await classify(session, classes, PNG.sync.read(readFileSync(path)));
-  console.log(JSON.stringify([label, score]));
-}
-process.exit(0);  // the threads of WebAssembly would keep the process alive
+LOGITS = """
+const [names, done] = arguments;
+const logits = async () => {
+  const { computeLogits } = await import("/classify.js");
+  const load = async (name) => (await fetch(name)).blob();
+  return Promise.all(names.map(async (name) => [...(await computeLogits(await load(name)))]));
+};
+logits().then(done, (error) => done(String(error)));
 """
+"""Script that returns the logits of images on the server."""
+OUTPUT = "return document.querySelector('output').textContent"
 
 
 def example(heading: str, language: str) -> str:
@@ -53,6 +63,36 @@ def served(tmp_path_factory: pytest.TempPathFactory, model_file: Path, dataset: 
     for number, path in enumerate(write_images(folder / "images", 6)):
         Image.open(path).save(folder / f"{number}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
+    """Return a folder with the page, a pretrained model of ants and bees, and two photographs."""
+    folder, data = tmp_path_factory.mktemp("photographs"), shared / "data" / "hymenoptera" / "val"
+    weights = str(shared / "weights" / "squeezenet1_1-imagenet1k-fp16.safetensors")
+    built = build_model(
+        "squeezenet1_1", image_size=224, num_classes=2, weights=weights, head_init="source-labels",
+        class_mapping=ClassMapping(targets=("ants", "bees"), aliases={}),
+    )  # fmt: skip
+    metadata = ModelMetadata(
+        version="0", architecture="squeezenet1_1", classes=("ants", "bees"), source="", metrics={},
+        preprocessing=Preprocessing(**dataclasses.asdict(preset("squeezenet1_1", None))),
+    )  # fmt: skip
+    write_model(folder / MODEL, built.model.state_dict(), metadata)
+    options = ["--to", "onnx", "--preprocess", "--verify-data", str(data), "--verify-images", "8"]
+    assert main([str(folder / MODEL), *options]) == 0
+    for name in metadata.classes:
+        shutil.copy(min((data / name).glob("*.jpg")), folder / f"{name}.jpg")
+    (folder / "node_modules").symlink_to(NODE_MODULES)
+    for name, language in (("classify.js", "js"), ("index.html", "html")):
+        (folder / name).write_text(example("onnxruntime-web in JavaScript", language), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with chromium(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 def answers(served: Path) -> dict[str, tuple[str, float]]:
@@ -77,17 +117,38 @@ def test_the_example_in_python_answers_as_regraft(served: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_example_in_javascript_answers_as_regraft(served: Path) -> None:
-    if not shutil.which("node") or not NODE_MODULES.is_dir():
-        pytest.skip("this test needs Node and its packages: npm install --prefix tests/serving")
-    # A module finds its packages beside itself.
-    (served / "node_modules").symlink_to(NODE_MODULES)
-    (served / "classify.mjs").write_text(example("onnxruntime-web in JavaScript", "js"), encoding="utf-8")
-    (served / "main.mjs").write_text(CLASSIFY, encoding="utf-8")
-    expected = answers(served)
-    output = run(["node", "main.mjs", *expected], cwd=served)
-    printed = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
-    assert printed == [[label, pytest.approx(score, abs=1e-5)] for label, score in expected.values()]
+@pytest.mark.shared
+def test_the_page_in_javascript_answers_as_regraft_for_photographs(photographs: Path, browser: Browser) -> None:
+    model = regraft.load(photographs / MODEL)
+    paths = sorted(photographs.glob("*.jpg"))
+    with torch.inference_mode():
+        expected = model.module(model.preprocess(paths))
+    with file_server(photographs) as address:
+        browser.driver.get(address)
+        logits = browser.driver.execute_async_script(LOGITS, [path.name for path in paths])
+        torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=1e-4)
+        (prediction,) = model.predict(paths[0])
+        file_input = browser.driver.find_element("css selector", "input")
+        wait_until(file_input.is_enabled)
+        file_input.send_keys(str(paths[0]))
+        wait_until(lambda: browser.run(OUTPUT))
+        assert browser.run(OUTPUT) == f"{prediction.label} ({100 * prediction.score:.1f} %)"
+
+
+@contextmanager
+def file_server(folder: Path) -> Iterator[str]:
+    """Serve the files of a folder, as `python3 -m http.server` does; yield the address."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The object that `regraft.load` returns."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from trainer.distributed.context import init_distributed
 from trainer.distributed.precision import Execution
 from trainer.errors import UserError
 from trainer.inference import predictor
-from trainer.inference.predictor import Predictor, eval_execution
+from trainer.inference.predictor import Predictor, eval_execution, make_predictor
 from trainer.model.file import load
 from trainer.model.metadata import read_metadata
 
@@ -163,3 +164,39 @@ def test_the_execution_is_that_of_the_evaluation_if_the_device_has_it(
     metadata = read_metadata(write_model_file(path))
     assert metadata is not None
     assert eval_execution(metadata, cpu) == Execution("fp32", channels_last=False)
+
+
+def raise_other_dtype(*_: object) -> nn.Module:
+    raise RuntimeError("expected mat1 and mat2 to have the same dtype\ndetails")
+
+
+def with_other_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    other = copy.deepcopy(model)
+    nn.init.zeros_(next(other.parameters()))
+    return other
+
+
+@pytest.mark.parametrize(
+    ("precision", "cast", "message"),
+    [
+        ("bf16", None, None),
+        ("bf16", raise_other_dtype, "(expected mat1 and mat2 to have the same dtype)"),
+        ("bf16", with_other_weights, "(weights that are cast once change the logits)"),
+        ("fp16", None, "the run was evaluated in fp16, which this CPU lacks: the model is computed in fp32"),
+    ],
+)
+def test_another_or_a_slower_execution_is_not_silent(
+    precision: Any, cast: Any, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_model_file(tmp_path / "model.safetensors", execution=Execution(precision, channels_last=False))
+    monkeypatch.setattr(predictor.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+    if cast is not None:
+        monkeypatch.setattr(predictor, "with_cast_weights", cast)
+    messages: list[str] = []
+    made = make_predictor(load(path), torch.device("cpu"), warn=messages.append)
+    assert len(messages) == (message is not None)
+    assert all(message in text for text in messages if message)
+    if cast is not None:
+        assert {parameter.dtype for parameter in made.module.parameters()} == {torch.float32}
+        with pytest.warns(UserWarning, match="weights are cast in each forward pass"):
+            regraft.load(path)

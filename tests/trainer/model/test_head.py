@@ -135,10 +135,13 @@ def test_the_head_of_other_models_is_found_and_replaced(case: str) -> None:
 
 NOT_FOUND = {
     "used twice": (Net(lambda net, x: net.out(net.out(x)), out=nn.Linear(5, 5)), "has no output layer"),
-    "a norm after it": (
-        Net(lambda net, x: net.norm(net.out(x)), out=nn.Linear(5, 6), norm=nn.LayerNorm(6)),
-        "has no output layer",
-    ),
+    **{
+        f"a {type(norm).__name__} after it": (
+            Net(lambda net, x: net.norm(net.out(x)), out=nn.Linear(5, 6), norm=norm),
+            "has no output layer",
+        )
+        for norm in (nn.LayerNorm(6), nn.BatchNorm1d(6))
+    },
     "a fixed number of logits": (
         Net(lambda net, x: net.out(x)[:, :6], out=nn.Linear(5, 6)),
         "Net has no output layer that can be replaced: expected a Linear or Conv2d layer",

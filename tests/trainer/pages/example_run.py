@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from regraft.contract import (
     attempt_path,
 )
 from tests.folders import noise_image
+from trainer.evaluation.calibration import calibrated_metrics
 from trainer.evaluation.predictions import Predictions, write_predictions
 from trainer.evaluation.report import make_report, to_json
 from trainer.metrics import Metrics, Progress
@@ -77,7 +79,7 @@ def write_run(
                 lr={"backbone": 1e-4 / epoch, "head": 1e-3 / epoch},
             )  # fmt: skip
             rows.append(train_row(progress, STEPS, 1 << 30))
-        rows.append(epoch_row(progress, evaluation, 1 << 30))
+        rows.append(epoch_row(progress, evaluation, evaluation_seconds=2.0, memory=1 << 30))
         rows += class_rows(progress, evaluation, classes)
     (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = {
@@ -98,10 +100,12 @@ def write_run(
             if not Path(paths[number]).exists():
                 noise_image(number, size=(320, 240)).save(paths[number], "PNG")
         write_predictions(folder / PREDICTIONS, {"test": (paths, predictions)}, classes)
-        fields = {"epoch": epochs, "temperature": 1.2, "calibrated": {"test": {"log_loss": 0.5, "ece": 0.01}}}
+        calibrated = {"test": asdict(calibrated_metrics(predictions, 1.2))}
+        fields = {"epoch": epochs, "temperature": 1.2, "calibrated": calibrated}
         (folder / EVALUATION).write_text(to_json({**fields, "splits": {"test": report.to_fields()}}), encoding="utf-8")
     record = AttemptRecord(
         attempt=1, state="done" if finished else "running", began="2026-01-01T10:00:00+00:00",
+        training_began="2026-01-01T10:00:08+00:00",
         ended="2026-01-01T10:01:00+00:00" if finished else None, host="node", pid=1, started=1, pid_namespace="x",
         lease_id="y",
     )  # fmt: skip

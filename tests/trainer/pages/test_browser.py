@@ -7,8 +7,11 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from tests.browser import SCHEMES, WIDTHS, Browser, chromium
+from tests.trainer.check.example_result import example_result
 from tests.trainer.pages.example_run import write_run
 from tests.trainer.pages.test_pages import HOSTILE
+from trainer.check.findings import CheckResult
+from trainer.check.page import render_page as render_check
 from trainer.pages.render import write_page
 from trainer.pages.run_comparison import render_comparison
 from trainer.pages.run_record import read_run
@@ -16,7 +19,7 @@ from trainer.pages.run_report import render_report
 
 LONG = "a_very_long_class_name_without_any_space_that_could_break_a_page_" * 2
 
-AXE_RUNS = ({(1280, "light")}, {(1280, "light"), (1280, "dark"), (390, "light")})
+AXE_RUNS = {"hostile": {(1280, "light"), (1280, "dark"), (390, "light")}, "check": {(1280, "light"), (390, "dark")}}
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +42,15 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     records = {name: read_run(path) for name, path in runs.items()}
     pages = {name: render_report(record) for name, record in records.items()}
     pages["comparison"] = render_comparison([*records.values(), records["hostile"]])
+    names = ["<b>.png", '"on.png', "\udce9.png"]
+    pages["check"] = render_check(example_result(folder / "check", [*HOSTILE, LONG], files=names))
+    pages["check of nothing"] = render_check(CheckResult(root="nothing", classes=(), counts={}))
     for name, page in pages.items():
         write_page(folder / f"{name}.html", page)
     return {name: folder / f"{name}.html" for name in pages}
 
 
-@pytest.mark.parametrize("name", ["hostile", "many", "running", "empty", "comparison"])
+@pytest.mark.parametrize("name", ["hostile", "many", "running", "empty", "comparison", "check", "check of nothing"])
 def test_pages_have_no_errors_no_overflow_and_are_accessible(
     name: str, browser: Browser, pages: dict[str, Path]
 ) -> None:
@@ -53,9 +59,10 @@ def test_pages_have_no_errors_no_overflow_and_are_accessible(
             browser.open(pages[name], width=width, scheme=scheme)
             assert browser.errors() == []
             assert browser.overflow() == [], (width, scheme)
-            if (width, scheme) in AXE_RUNS[name == "hostile"]:  # it takes seconds
+            if (width, scheme) in AXE_RUNS.get(name, {(1280, "light")}):  # it takes seconds
                 assert browser.violations() == [], (width, scheme)
     assert browser.run("return document.querySelectorAll('main script, main img[onerror], [onclick]').length") == 0
+    assert browser.run("return performance.getEntriesByType('resource').filter((e) => !/^data:/.test(e.name))") == []
 
 
 def test_tables_sort_by_keyboard(browser: Browser, pages: dict[str, Path]) -> None:

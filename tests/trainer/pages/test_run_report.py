@@ -4,12 +4,13 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from scipy.stats import binomtest
 
-from regraft.contract import CONFIG, EVALUATION, METRICS, MODEL, PREDICTIONS, REPORT
+from regraft.contract import CONFIG, EVALUATION, METRICS, MODEL, PREDICTIONS, REPORT, attempt_path
 from tests.trainer.pages.example_run import random_predictions, write_run
 from tests.trainer.pages.test_pages import HOSTILE, Elements
 from trainer.commands import report
@@ -17,9 +18,11 @@ from trainer.errors import UserError
 from trainer.evaluation.report import make_report
 from trainer.pages import run_report
 from trainer.pages.advice import make_advice
-from trainer.pages.run_comparison import PairedTest, paired_test, render_comparison
+from trainer.pages.paired_test import PairedTest, paired_test
+from trainer.pages.run_comparison import render_comparison
 from trainer.pages.run_record import read_run
 from trainer.pages.run_report import render_report, try_write_report
+from trainer.pages.run_time import time_parts
 
 PLAIN = tuple(f"class {number}" for number in range(len(HOSTILE)))
 
@@ -34,12 +37,25 @@ def test_the_page_has_the_result_of_the_run_and_names_what_is_missing(tmp_path: 
     top = result.confusions()[0]
     for text in (
         f"<strong>{result.accuracy:.1%}".replace("%", " %"), f"{top.count} of {top.support} images", "learning rate",
-        "0:09 (15 %)", "a &lt;b&gt;", "node: a CPU, 8 cores", "finished after epoch 3 of 3",
-        "the picture cannot be read", "with changes", "calibrated: 0.500",
+        "a &lt;b&gt;", "node: a CPU, 8 cores", "finished after epoch 3 of 3", "the picture cannot be read",
+        "with changes", "The temperature 1.20", "with the temperature 1.20: ",
     ):  # fmt: skip
         assert text in page, text
     assert run.problems == []
     assert len(page) < 300_000
+
+
+def test_the_time_has_training_waiting_evaluation_start_up_and_the_rest(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ("cat", "dog"))
+    parts = {part.name.split(" ")[0]: part.seconds for part in time_parts(read_run(folder))}
+    assert parts == pytest.approx(
+        {"updates": 21, "waiting": 9, "evaluation": 6, "fitting": 1.5, "start:": 6.5, "checkpoints,": 16}
+    )
+    record = json.loads(attempt_path(folder, 1).read_text())
+    attempt_path(folder, 1).write_text(json.dumps({**record, "state": "running", "ended": None}))  # killed
+    began = datetime.fromisoformat(record["began"]).timestamp()
+    os.utime(attempt_path(folder, 1), (began + 50, began + 50))
+    assert sum(part.seconds for part in time_parts(read_run(folder))) == pytest.approx(50)
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -170,7 +186,9 @@ def test_command_writes_pages_and_rejects_what_is_no_run(tmp_path: Path, capsys:
     assert report.main([str(folder), str(folder), "--output", str(tmp_path / "both.html")]) == 0
     assert "run (2)" in (tmp_path / "both.html").read_text(encoding="utf-8")
     for argv, message in (
-        ([str(tmp_path)], "not a run folder"),
+        ([str(tmp_path)], f"not a run folder, but it holds runs; name one or more of {folder}"),
+        ([str(tmp_path / "images")], "not a run folder; expected one with config.yaml"),
+        ([str(folder / CONFIG)], "is not a folder"),
         ([str(folder), str(folder)], "--output FILE is missing"),
         ([str(folder), "--output", str(tmp_path)], "is a folder"),
         ([str(folder), "--output", str(tmp_path / "none" / "x.html")], "cannot be written"),
@@ -178,5 +196,5 @@ def test_command_writes_pages_and_rejects_what_is_no_run(tmp_path: Path, capsys:
         capsys.readouterr()
         assert report.main(argv) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(UserError, match="not a run folder"):
+    with pytest.raises(UserError, match="there is no such folder"):
         read_run(tmp_path / "missing")

@@ -18,7 +18,7 @@ from trainer.report.progress import counting, downloading
 ROW: dict[str, Any] = {
     "epoch": 3, "train_loss": 0.12345, "train_accuracy": 0.9, "test_accuracy": 0.935, "val_accuracy": 0.94,
     "examples_per_sec": 1234.5, "examples_per_sec_compute": 4390.0, "lr_backbone": 5e-5, "lr_head": 5e-4,
-    "memory_bytes": 3 * 2**30,
+    "memory_bytes": 3 * 2**30, "evaluation_seconds": 4.0,
 }  # fmt: skip
 
 

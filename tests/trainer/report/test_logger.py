@@ -38,12 +38,12 @@ def test_logged_rows_are_written_and_drawn(tmp_path: Path, progress: Progress, e
     logger.log_start({"test": evaluation}, 2.5)
     logger.log_progress(1, 1)
     logger.log_step(progress)
-    logger.log_epoch(progress, {"test": evaluation})
+    logger.log_epoch(progress, {"test": evaluation}, 1.5)
     logger.close()
     assert [row["kind"] for row in logger.rows] == ["start", "train", "epoch", "classes"]
     assert parse_rows((tmp_path / METRICS).read_text(), "m") == logger.rows == parse_rows(logger.text, "m")
     assert (tmp_path / CURVES).stat().st_size > 0
-    assert "The lowest recall so far" in (tmp_path / REPORT).read_text(encoding="utf-8")
+    assert "The classes that are found least often, so far" in (tmp_path / REPORT).read_text(encoding="utf-8")
     assert logger.failure is None
     resumed = make_logger(tmp_path, logger.text)
     assert resumed.rows == logger.rows
@@ -55,7 +55,7 @@ def test_picture_that_fails_is_one_warning(
 ) -> None:
     logger = make_logger(tmp_path)
     monkeypatch.setattr(figures, "write_figure", full_disk)
-    logger.log_epoch(progress, {"test": evaluation})
+    logger.log_epoch(progress, {"test": evaluation}, 1.5)
     logger.draw_curves()
     logger.close()
     assert logger.failure is None
@@ -67,7 +67,7 @@ def test_full_disk_is_stored_as_a_failure(
 ) -> None:
     logger = make_logger(tmp_path)
     monkeypatch.setattr(logger._metrics, "append", full_disk)
-    logger.log_epoch(progress, {"test": evaluation})
+    logger.log_epoch(progress, {"test": evaluation}, 1.5)
     logger.close()
     assert str(logger.failure) == (
         f"{tmp_path}: the metrics could not be written (No space left on device). Earlier checkpoints are complete: "

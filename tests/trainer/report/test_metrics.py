@@ -20,7 +20,7 @@ from trainer.report.metrics import (
 
 
 def test_rows_have_the_documented_keys(progress: Progress, evaluation: Evaluation) -> None:
-    epoch = epoch_row(progress, {"test": evaluation}, memory=1000)
+    epoch = epoch_row(progress, {"test": evaluation}, evaluation_seconds=1.5, memory=1000)
     start = start_row({"test": evaluation, "val": evaluation}, 4.5)
     train = train_row(progress, steps_per_epoch=4, memory=1000)
     assert epoch.items() >= {
@@ -51,7 +51,7 @@ def test_rows_have_the_documented_keys(progress: Progress, evaluation: Evaluatio
 
 @pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy", "f1_macro", "log_loss"])
 def test_a_row_has_the_score_of_its_evaluation(metric: SelectBy, progress: Progress, evaluation: Evaluation) -> None:
-    row = epoch_row(progress, {"val": evaluation}, memory=1)
+    row = epoch_row(progress, {"val": evaluation}, evaluation_seconds=1.5, memory=1)
     assert row_score(row, "val", metric) == evaluation.score(metric)
 
 

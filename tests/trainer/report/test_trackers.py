@@ -17,6 +17,7 @@ from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.schema import Config
 from trainer.config.sections.run import RunConfig
 from trainer.errors import UserError
+from trainer.evaluation.final import FinalEvaluation
 from trainer.report import tracker_services as services
 from trainer.report import tracker_thread
 from trainer.report.tracker_entries import Entry, class_names, final_entry, to_entries
@@ -204,7 +205,13 @@ def test_missing_package_and_wrong_options_are_named(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ResolvedConfig]:
-    """Return the config of a run of one epoch that was tracked, and resumed for a second epoch."""
+    """Return the config of a run of one epoch that was tracked, resumed for a second epoch, killed after it, and
+    resumed again.
+    """
+
+    def kill(*_: object, **__: object) -> None:
+        raise RuntimeError("killed")
+
     folder, threads = tmp_path_factory.mktemp("tracked"), torch.get_num_threads()
     splits = {"train": dict.fromkeys(CLASSES, 4), "test": dict.fromkeys(CLASSES, 2)}
     with pytest.MonkeyPatch.context() as patch:
@@ -225,7 +232,14 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ResolvedConfig
         _, printed = train(config)
         assert "trackers: tensorboard (" in printed
         config = with_options(config, train={"epochs": EPOCHS})
-        train(config)
+        with pytest.MonkeyPatch.context() as killed:
+            killed.setattr(FinalEvaluation, "write", kill)
+            with pytest.raises(RuntimeError, match="killed"):
+                train(config)
+        _, printed = train(config)
+        assert "trackers: tensorboard (" in printed
+        _, printed = train(config)
+        assert "trackers" not in printed  # they have everything
         yield config
     torch.set_num_threads(threads)
 
@@ -249,6 +263,8 @@ def test_tensorboard_has_curves_classes_config_and_pictures(tracked: ResolvedCon
     assert len(points("test_recall/猫 _x_1_")) == EPOCHS
     assert events.Images("confusion")[-1].width > 100
     assert [event.step for event in events.Images("curves")] == [STEPS, EPOCHS * STEPS]
+    final = [STEPS, EPOCHS * STEPS]  # the second one was sent by the start after the kill
+    assert [step for step, _ in points("final/test_ece")] == final
     assert "_hparams_/session_start_info" in events.summary_metadata
     options = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"optim.lr" in options
@@ -270,10 +286,12 @@ def test_wandb_and_trackio_continue_their_run(tracked: ResolvedConfig) -> None:
     folder = Path(tracked.run.dir) / TRACKERS
     run_id = json.loads((folder / "wandb.json").read_text())["id"]
     starts = sorted((folder / "wandb").glob("offline-run-*"))
-    assert [path.name.rpartition("-")[2] for path in starts] == [run_id] * 2
+    assert [path.name.rpartition("-")[2] for path in starts] == [run_id] * 3
+    content = (starts[2] / f"run-{run_id}.wandb").read_bytes()
+    assert all(name in content for name in (b"final/test_ece", b"optim.lr"))
     content = (starts[1] / f"run-{run_id}.wandb").read_bytes()
-    assert all(name in content for name in (b"train/loss", b"test_recall/b", b"final/test_ece", b"optim.lr"))
-    pictures = (starts[1] / "files" / "media" / "images").iterdir()
+    assert all(name in content for name in (b"train/loss", b"test_recall/b"))
+    pictures = (starts[2] / "files" / "media" / "images").iterdir()
     assert sorted(path.name.partition("_")[0] for path in pictures) == ["confusion", "curves"]
 
     from trackio.sqlite_storage import SQLiteStorage

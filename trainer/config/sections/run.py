@@ -29,7 +29,7 @@ class RunConfig:
     report: Literal["auto", "off"] = "auto"
     """HTML report in the run folder, report.html: written during the run and at its end (auto), or not (off)."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-    """Experiment trackers that receive config, metrics and pictures, such as [tensorboard, mlflow]; a resumed run continues theirs."""
+    """Experiment trackers that receive config, metrics and pictures, such as tensorboard or tensorboard,mlflow; a resumed run continues theirs."""
     tracker_project: str = "regraft"
     """Project of the run in wandb and trackio, and its experiment in mlflow."""
 

@@ -22,7 +22,7 @@ from trainer.data.csv.values import (
     is_true,
     read_split_column,
 )
-from trainer.data.csv.write import COLUMNS
+from trainer.data.csv.write import COLUMNS, GROUP_COLUMNS
 from trainer.data.split_names import split_kind
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
@@ -206,9 +206,9 @@ def _find_one_hot(file: Path, header: Sequence[str], roles: Mapping[str, int], c
 
 def _is_written_table(file: Path) -> bool:
     """Return whether `write_table` wrote the file: its labels are names of folders, and one may be `nan`."""
-    expected = (",".join(f'"{name}"' for name in COLUMNS) + "\n").encode()
+    headers = [(",".join(f'"{name}"' for name in columns) + "\n").encode() for columns in (COLUMNS, GROUP_COLUMNS)]
     with file.open("rb") as stream:
-        return stream.read(len(expected)) == expected
+        return stream.readline(max(map(len, headers))) in headers
 
 
 def _find_label_problem(label: str, *, may_be_nan: bool) -> str | None:
