@@ -6,7 +6,7 @@ from trainer.config.build_loaders import eval_batch_size, num_loader_workers
 from trainer.config.build_model import make_model, make_param_groups
 from trainer.config.dump import dump
 from trainer.config.resolve import ResolvedConfig, without_weights
-from trainer.config.run_data import RunData
+from trainer.config.run_data import RunData, make_schedule
 from trainer.data.index import DatasetIndex
 from trainer.data.sampler import EpochOrder
 from trainer.data.workers import check_shared_memory
@@ -33,6 +33,7 @@ def preflight(config: ResolvedConfig, data: RunData, ctx: DistributedContext | N
 
     """
     check_run_data(config, data, ctx)
+    make_schedule(config, data.order)  # `regraft compare` takes the data of another strategy
     index = data.index
     if config.model.head_init == "source-labels":
         check_targets(config.model.aliases, index.classes)

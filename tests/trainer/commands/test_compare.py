@@ -93,6 +93,8 @@ def test_strategy_wins_over_common_options_and_a_variants_options_win_over_it(op
         (["--strategies=lp-ft"], "strategy lp-ft: model.head_init is linear-probe"),
         (["--strategies=d2l,d2l@transfer.trainable=from:nowhere"],
          "strategy d2l@transfer.trainable=from:nowhere: transfer.trainable"),
+        (["--strategies=d2l,d2l@optim.warmup=9 epochs"],
+         "strategy d2l@optim.warmup=9 epochs: optim.warmup is '9 epochs', 18 steps, but the run has 2"),
         (["--strategies=d2l,OWN"], "own.yaml have different data"),
     ],
 )  # fmt: skip
