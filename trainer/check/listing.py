@@ -44,6 +44,17 @@ class ImageList:
         return {row: groups[image.path] for row, image in enumerate(self.images) if image.path in groups}
 
     @property
+    def excluded(self) -> list[LabeledImage]:
+        """Return the images that the option `data.exclude` leaves out."""
+        if self.index is None:
+            return []
+        return [
+            LabeledImage(path, self.index.classes[label], split)
+            for split, examples in self.index.excluded.items()
+            for path, label in examples
+        ]
+
+    @property
     def split_made(self) -> bool:
         """Return whether regraft divides the dataset itself."""
         return self.index is not None and self.index.split_made

@@ -109,7 +109,7 @@ def test_near_duplicates_and_label_errors_are_found(
     assert kinds["leakage"].count == 12
     assert len(result.to_json()["label_errors"]) == len(found.label_errors)
 
-    count = write_excluded(file := tmp_path / "exclude.csv", result, inspection.listing.root)
+    count = write_excluded(file := tmp_path / "exclude.csv", result, inspection.listing)
     assert inspection.listing.index is not None
     remaining = exclude_images(inspection.listing.index, file)
     copied = {f"train/{name}/{i + 12}.jpg" for name in COLORS for i in range(len(EDITS))} | {
