@@ -26,10 +26,10 @@ from trainer.commands.variants import PRETRAINED, folder_name, plan, variants
 from trainer.config.build_data import dataset_summary, load_run_data
 from trainer.config.execution import Workload, with_one_execution
 from trainer.config.parse import split_command
-from trainer.config.preflight import preflight
+from trainer.config.preflight import check_run_folder, preflight
 from trainer.config.resolve import ResolvedConfig, pretrain_config, resolve, with_pretrained
 from trainer.config.schema import Config
-from trainer.config.start import check_run_folder, create_parent_folder, start
+from trainer.config.start import create_parent_folder, start
 from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
 from trainer.pipeline import run
@@ -140,9 +140,11 @@ def _run_all(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regraft compare",
+        usage="regraft compare [FOLDER] --strategies NAME[@KEY=VALUE...],... [--seeds N]\n"
+        "                       [--config FILE] [--SECTION.KEY VALUE ...]",
         allow_abbrev=False,
         description="Compare strategies with several seeds under one budget; the same command resumes the comparison.",
-        epilog="All other options are those of regraft train: --config FILE, --section.key VALUE. They apply to all "
+        epilog="All other options are those of regraft train: --config FILE, --SECTION.KEY VALUE. They apply to all "
         "strategies. A strategy wins over them, and its options after @ win over the strategy.",
     )
     parser.add_argument(
