@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trainer.check.findings import CheckResult, DuplicateGroup, LabeledImage
-from trainer.data.csv_write import GROUP_COLUMNS, write_table
+from trainer.data.csv.write import GROUP_COLUMNS, write_table
 
 _COLUMNS = ("path", "label", "split", "reason", "kept", "suggested", "margin")
 _PREFERENCE = ("test", "val", "train")

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.check.findings import Finding, LabeledImage
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 from trainer.data.class_names import describe_difference, find_lookalikes
+from trainer.data.csv.table import TableFormat, read_table
+from trainer.data.folders.scan import DirEntries, Scan, scan_dir
+from trainer.data.folders.splits import find_split_folders
 from trainer.data.index import DatasetIndex
 from trainer.data.prepare import exclude_images, list_examples
 from trainer.data.progress import NO_PROGRESS, ProgressHooks
 from trainer.data.registry import cache_folder, resolve_root
-from trainer.data.scan import DirEntries, Scan, scan_dir
-from trainer.data.split_folders import find_split_folders
-from trainer.data.table import TableFormat, read_table
 from trainer.errors import UserError
 from trainer.text import join_truncated
 

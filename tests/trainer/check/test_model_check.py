@@ -17,9 +17,9 @@ from trainer.check.csv_files import write_excluded
 from trainer.check.embeddings import Embedder, embed, load_embedder
 from trainer.check.inspection import Inspection, inspect, make_result
 from trainer.check.model_check import check_with_model
-from trainer.config.schema import DataConfig
-from trainer.data.augment import Preprocessing
+from trainer.config.sections.data import DataConfig
 from trainer.data.prepare import exclude_images
+from trainer.data.preprocessing import Preprocessing
 from trainer.errors import UserError
 from trainer.inference.file_logits import BatchLogits
 from trainer.model.metadata import ModelMetadata, write_model
