@@ -31,6 +31,12 @@ def join_truncated(names: Iterable[str], *, limit: int = 10) -> str:
     return f"{shown} and {more} more" if more else shown
 
 
+def shorten(name: str, *, limit: int = 40) -> str:
+    """Return a name, escaped by `escape_unprintable`, with at most `limit` characters."""
+    shown = escape_unprintable(name)
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
+
+
 def list_lines(lines: Sequence[str], *, limit: int = 10) -> str:
     """Return the first `limit` lines, each indented on a line of its own, and the number of other lines."""
     shown = "".join(f"\n  {line}" for line in lines[:limit])

@@ -1,6 +1,6 @@
 import os
 
-from trainer.text import escape_unprintable, first_line, join_truncated, list_lines
+from trainer.text import escape_unprintable, first_line, join_truncated, list_lines, shorten
 
 
 def test_invalid_utf8_line_ends_and_control_characters_are_escaped_and_nothing_else() -> None:
@@ -17,6 +17,8 @@ def test_a_long_list_is_truncated_and_the_rest_counted() -> None:
     assert join_truncated([]) == ""
     assert list_lines(["a", "b"]) == "\n  a\n  b"
     assert list_lines(["a", "b", "c"], limit=1) == "\n  a\n  and 2 more"
+    assert shorten("a\nb") == r"a\nb"
+    assert shorten("x" * 300, limit=4) == "xxx…"
 
 
 def test_the_first_line_of_an_error() -> None:

@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         description="Evaluate a trained model on labeled images: accuracy, metrics of each class, confusion matrix, "
         "calibration. Writes evaluation.json, predictions.csv and pictures.",
         epilog="Options that describe DATA are those of regraft train: --data.csv_columns, csv_root, csv_suffix, "
-        "extensions and cache. Exit codes: 0: done; 2: an error that can be fixed.",
+        "extensions and cache. Exit codes: 0: done; 2: an error that can be fixed; 75: stopped by a signal.",
     )
     add = own.add_argument
     add_model(own)

@@ -18,9 +18,9 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from regraft.contract import DONE, INTERRUPTED, USER_ERROR
-from regraft.streams import prepare_streams
+from trainer.cli import exit_after, run_cli
 from trainer.commands.model_arguments import add_model, positive_int
+from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
 
 _TARGETS = {"onnx": "model.onnx", "torch-export": "model.pt2", "hf": "hf", "timm": "timm"}
@@ -38,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Export a model to another format, and compare the export with the original on real images. If "
         "they do not agree, nothing is written.",
+        epilog="Exit codes: 0: done; 2: an error that can be fixed; 75: stopped by a signal.",
     )
     add_model(parser)
     parser.add_argument(
@@ -80,8 +81,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def export(argv: Sequence[str]) -> Path:
-    """Export a model, print how it compares with the original, and return the path of the export.
+def export(argv: Sequence[str], signals: StopSignals) -> None:
+    """Export a model, and print how the export compares with the original.
 
     Raises:
         UserError: the model cannot be loaded or exported, the export does not agree, or it cannot be written.
@@ -89,14 +90,14 @@ def export(argv: Sequence[str]) -> Path:
     """
     options = make_parser().parse_args(argv)
     _check(options)
-    # torch takes seconds to import: a wrong option is reported without it.
-    from trainer.commands.export_model import export_model  # noqa: PLC0415
-    from trainer.model.file import find_model_file  # noqa: PLC0415
-
+    # torch takes seconds to import: a wrong option is reported without it. Signals are deferred, since an interrupted
+    # import would leave half a module behind.
+    with signals.deferred():
+        from trainer.commands.export_model import export_model  # noqa: PLC0415
+        from trainer.model.file import find_model_file  # noqa: PLC0415
     file = find_model_file(options.model)
     output: Path = options.output or file.parent / _TARGETS[options.to]
     export_model(options, file, output, is_folder=options.to in _FOLDERS)
-    return output
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -118,17 +119,9 @@ def _check(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return the exit code."""
-    prepare_streams()
-    try:
-        export(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return DONE
+    words = sys.argv[1:] if argv is None else argv
+    return run_cli(lambda signals: export(words, signals), on_restart="Nothing was written")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_after(main)

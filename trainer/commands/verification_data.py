@@ -100,7 +100,10 @@ def _read_command(run: Path) -> str:
     try:
         words = json.loads(read_file(record, max_bytes=_MAX_RECORD_BYTES))["argv"]
         program = next(number for number, word in enumerate(words) if word.endswith("main.py"))
-        return f"regraft train {shlex.join(words[program + 1 :])}".rstrip()
+        options = words[program + 1 :]
+        if options and options[-1].startswith("--run.dir="):  # which the launcher adds, as an absolute path
+            del options[-1]
+        return shlex.join(["regraft", "train", *options])
     # A damaged record, or one of an earlier version; the trainer may also have been called from Python.
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
         return ""

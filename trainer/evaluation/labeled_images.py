@@ -64,6 +64,11 @@ def list_labeled_images(data: Path, split: str | None, *, options: DataConfig) -
     try:
         if data.is_dir():
             splits = _read_folder(str(data), options.extensions)
+        elif data.suffix.lower() in _lower(options.extensions):
+            raise UserError(
+                f"{where}: an image without a label; expected a folder with one folder per class, or a CSV of path and "
+                "label. regraft predict predicts images without labels"
+            )
         elif data.is_file():
             table = TableFormat(columns=options.csv_columns, root=options.csv_root, suffix=options.csv_suffix)
             splits = _read_csv(data, table)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from trainer.evaluation.report import SplitReport
 from trainer.report.figures import set_title, try_write_figure
-from trainer.text import escape_unprintable
+from trainer.text import shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,5 +109,4 @@ def draw_classes(report: SplitReport, figure: "Figure", *, title: str) -> None:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    shown = (escape_unprintable(name) for name in names)
-    return [name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 1]}…" for name in shown]
+    return [shorten(name, limit=_MAX_NAME_LENGTH) for name in names]

@@ -5,7 +5,7 @@ from rich.table import Table
 
 from trainer.evaluation.calibration import CalibratedMetrics
 from trainer.evaluation.report import SplitReport
-from trainer.text import escape_unprintable
+from trainer.text import shorten
 
 _MAX_CLASSES, _MAX_CONFUSIONS = 20, 5
 
@@ -52,7 +52,7 @@ def class_table(report: SplitReport) -> Table:
     for label in sorted(shown):
         auroc, support = ranking.auroc[label], evaluation.support[label]
         table.add_row(
-            escape_unprintable(report.classes[label]),
+            shorten(report.classes[label]),
             f"{evaluation.precision[label]:.3f}",
             f"{evaluation.recall[label]:.3f}" if support else "-",
             f"{evaluation.f1[label]:.3f}" if support else "-",
@@ -65,7 +65,7 @@ def class_table(report: SplitReport) -> Table:
 
 def describe_confusions(report: SplitReport) -> list[str]:
     """Return a line for each of the most frequent confusions."""
-    names = [escape_unprintable(name) for name in report.classes]
+    names = [shorten(name) for name in report.classes]
     counts = [
         (count, label, predicted)
         for label, row in enumerate(report.confusion or ())

@@ -12,7 +12,7 @@ from trainer.errors import UserError
 from trainer.inference.journal import Journal
 from trainer.inference.rows import CsvColumns, Row, csv_writer
 from trainer.inference.sort_into import ImageSorter
-from trainer.text import escape_unprintable, join_truncated, list_lines
+from trainer.text import escape_unprintable, join_truncated, list_lines, shorten
 
 
 class Results(Protocol):
@@ -138,5 +138,5 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
         yield f"{len(errors)} of {len(rows)} images cannot be read:{list_lines(errors)}"
     labels = Counter(row.prediction.label for row in rows if row.prediction is not None)
     if labels:
-        counts = join_truncated(f"{label} {count}" for label, count in labels.most_common())
+        counts = join_truncated(f"{shorten(label)} {count}" for label, count in labels.most_common())
         yield f"{labels.total()} images predicted: {counts}"

@@ -83,7 +83,9 @@ def check_format(path: Path) -> None:
 
     """
     if path.suffix.lower() not in FORMATS:
-        raise UserError(f"--output {escape_unprintable(str(path))}: expected a name that ends in {', '.join(FORMATS)}")
+        raise UserError(
+            f"--output {escape_unprintable(str(path))}: expected a name that ends in .csv, .jsonl or .parquet"
+        )
     if path.suffix.lower() == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UserError(
             f"--output {escape_unprintable(str(path))}: Parquet needs the package pyarrow: pip install "

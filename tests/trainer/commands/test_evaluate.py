@@ -148,6 +148,7 @@ def test_calibration_and_threshold_are_stored_on_request(
     ("arguments", "message"),
     [
         (["MODEL", "missing"], "missing: there is no such folder or CSV file"),
+        (["MODEL", "x.jpg"], "x.jpg: an image without a label; expected a folder with one folder per class"),
         (["missing", "DATA"], "missing: there is no such file; expected a run folder or its model.safetensors"),
         (["DATA", "DATA"], "model.safetensors: there is no such file"),
         (["COPY"], "model.safetensors: is not in a run folder, so the images to evaluate on are not known: give DATA"),

@@ -1,7 +1,9 @@
 """`regraft export`: each export is loaded by the foreign library in a fresh process, and a wrong one is refused."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -155,7 +157,9 @@ def test_timm_loads_the_exported_folder_of_a_run_which_is_verified_on_the_runs_o
     config = parse(["--model.name=resnet18", f"--data.root={dataset}", "--data.test_fraction=0.34"])
     (run_folder / CONFIG).write_text(CONFIG_HEADER + dump(config), encoding="utf-8")
     (run_folder / ATTEMPTS / "0001.json").touch()
-    command = {"argv": ["python", "-u", "/somewhere/trainer/main.py", "--data.root", "my pictures"]}
+    command = {
+        "argv": ["python", "-u", "/somewhere/trainer/main.py", "--data.root", "my pictures", "--run.dir=/my/runs/x"]
+    }
     (run_folder / ENVIRONMENT / "0001.json").write_text(json.dumps(command))
 
     assert main([str(run_folder), "--to", "timm"]) == 0
@@ -315,7 +319,7 @@ def test_wrong_arguments_are_errors(model_file: Path, tmp_path: Path, capsys: py
         (["--to", "onnx", "--output", out], "is not a run folder, so there are no images to verify the export on"),
         (
             ["--to", "onnx", "--output", out, "--verify-data", "/no"],
-            "--verify-data: data.root is '/no': there is no such folder or CSV file",
+            "--verify-data is '/no': there is no such folder or CSV file",
         ),
         (
             ["--to", "onnx", "--output", out, "--verify-data", str(tmp_path / "other")],
@@ -368,6 +372,22 @@ def test_a_full_disk_is_an_error_and_leaves_no_file(
         assert export(model_file, "timm", root / "timm", dataset) == 2
         assert "No space left on device" in capsys.readouterr().err
         assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_export_leaves_no_file(
+    number: signal.Signals,
+    model_file: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("trainer.commands.export_model.verify", lambda *_, **__: os.kill(os.getpid(), number))
+    assert export(model_file, "torch-export", tmp_path / "model.pt2", dataset) == 75
+    message = f"stopped by {number.name}: there was nothing new to save. Nothing was written\n"
+    assert capsys.readouterr().err == message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_crop_of_timm_is_that_of_the_model_file() -> None:
