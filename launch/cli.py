@@ -25,18 +25,18 @@ from regraft.contract import COMMAND, DEFAULT_RUN_DIR, DONE, FAILED, INTERRUPTED
 from regraft.streams import discard_output, flush_output, prepare_streams
 
 _HELP = """\
-usage: regraft VERB [options] [FOLDER] [--config FILE] [--section.key VALUE ...]
+usage: regraft COMMAND [FOLDER] [options] [--config FILE] [--SECTION.KEY VALUE]
        regraft --version
 
 Fine-tune image classifiers on one machine or on a Slurm cluster.
 
 on this machine:
-  train       train through torchrun, one process per GPU; the same command resumes a run
+  train       train through torchrun, one process per GPU, or resume a run
   debug       train in one process, for use with a debugger
-  doctor      check whether this machine, or several nodes, can run the training
+  doctor      check whether this machine, or several nodes, can run a training
 
 data:
-  check       check a dataset: duplicates, leakage between splits, unreadable files, sizes, classes
+  check       find duplicates, leakage between splits and unreadable files
   preview     draw training images and their augmentations to one PNG
 
 on a Slurm cluster:
@@ -45,22 +45,23 @@ on a Slurm cluster:
 
 runs:
   status      show the progress of a run, from its folder
-  report      write the HTML report of a run, or compare several runs on one page
+  report      write the HTML report of a run, or compare several runs
 
 using a model:
   predict     predict the classes of images with a trained model
   evaluate    evaluate a trained model on labeled images
-  export      export a model to ONNX, torch.export, Hugging Face transformers or timm, and verify the export
+  export      export a model to ONNX, torch.export, transformers or timm
 
 experiments:
   lr-find     find a learning rate by a range test
   compare     train several strategies with several seeds, and compare them
 
 shell:
-  completion  print a script that completes verbs, options and values in bash or zsh
+  completion  print a script that completes commands and options in bash or zsh
 
-`regraft VERB --help` lists the options of a verb. All other options go to the trainer: see `regraft train --help`, or
-`regraft train --help SECTION` for those of one section. FOLDER is short for --data.root FOLDER.
+`regraft COMMAND --help` lists the options of a command. All other options go to
+the trainer: see `regraft train --help`, or `regraft train --help SECTION` for
+one section. FOLDER is short for --data.root FOLDER.
 """
 
 
@@ -94,7 +95,7 @@ def _run_verb(argv: Sequence[str] | None) -> int:
             *others, last = VERBS
             close = difflib.get_close_matches(verb.lower().replace("_", "-"), VERBS, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; expected {', '.join(others)} or {last}"
-            raise LaunchError(f"there is no verb {verb!r}{hint}")
+            raise LaunchError(f"there is no command {verb!r}{hint}")
         return VERBS[verb](rest)
     except LaunchError as error:
         print(f"error: {escape_lines(str(error))}", file=sys.stderr)
@@ -137,7 +138,8 @@ def _train(argv: list[str]) -> int:
 def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regraft train",
-        usage="regraft train [--nproc N] [--max-restarts K] [FOLDER] [--config FILE] [--section.key VALUE ...]",
+        usage="regraft train [FOLDER] [--nproc N] [--max-restarts K] [--config FILE]\n"
+        "                     [--SECTION.KEY VALUE ...]",
         allow_abbrev=False,
         description="Train on this machine through torchrun. All other options go to the trainer; they follow below.",
     )

@@ -1,8 +1,10 @@
-"""`regraft completion bash|zsh`: print a script that completes verbs, options, their values and file names.
+"""`regraft completion bash|zsh`: print a script that completes its commands.
 
-For bash, add this line to ~/.bashrc; for zsh, replace bash by zsh and add it to ~/.zshrc, after compinit:
+For bash, add this line to ~/.bashrc:
 
     eval "$(regraft completion bash)"
+
+For zsh, replace bash by zsh, and add the line to ~/.zshrc after compinit.
 """
 
 import argparse

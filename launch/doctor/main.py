@@ -83,7 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `doctor`, without the trainer's options."""
     parser = argparse.ArgumentParser(
         prog="regraft doctor",
-        usage="regraft doctor [--nodes N] [--nproc N] [--json] [--config FILE] [--section.key VALUE ...]",
+        usage="regraft doctor [--nodes N] [--nproc N] [--json] [--config FILE]\n"
+        "                      [--SECTION.KEY VALUE ...]",
         allow_abbrev=False,
         description="Check whether this machine, or several nodes, can run a training: versions, GPUs, memory, disk, "
         "network and speed. Exit code 1: a run would fail.",

@@ -127,7 +127,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
     }
     parser = argparse.ArgumentParser(
         prog=f"regraft {verb}",
-        usage=f"regraft {verb} [options] [--config FILE] [--section.key VALUE ...]",
+        usage=f"regraft {verb} [options] [--config FILE] [--SECTION.KEY VALUE ...]",
         allow_abbrev=False,
         description=descriptions[verb],
         epilog="All other options go to the trainer: see `regraft train --help`. docs/slurm.md explains jobs.",

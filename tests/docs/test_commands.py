@@ -214,20 +214,36 @@ def test_wrong_commands_are_found(command: str, folder: Path, monkeypatch: pytes
 
 
 @cache
-def option_names(verb: str) -> frozenset[str]:
-    """Return the options of a verb's own parser."""
+def own_parser(verb: str) -> argparse.ArgumentParser | None:
+    """Return the parser of a verb's own options, if it has some."""
     with stopped_parsers(read=False):
         try:
             launch.cli.main([verb])
         except Parsed as parsed:
-            return frozenset(parsed.parser._option_string_actions)
+            return parsed.parser
         except Executed as executed:
             path = Path(executed.words[0]).relative_to(REPOSITORY)
         if path == Path("trainer/main.py"):
-            return frozenset()
+            return None
         with pytest.raises(Parsed) as raised:
             import_module(".".join(path.with_suffix("").parts)).main([])
-    return frozenset(raised.value.parser._option_string_actions)
+    return raised.value.parser
+
+
+def option_names(verb: str) -> frozenset[str]:
+    parser = own_parser(verb)
+    return frozenset(parser._option_string_actions if parser else ())
+
+
+def test_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert launch.cli.main(["--help"]) == 0
+    assert launch.cli.main(["completion", "--help"]) == 0
+    texts = [capsys.readouterr().out]
+    parsers = [own_parser(verb) for verb in launch.cli.VERBS if verb not in ("completion", "debug")]
+    texts += [parser.format_help() for parser in parsers if parser is not None]
+    assert len(texts) == len(parsers) + 1
+    assert [line for text in texts for line in text.splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=name)

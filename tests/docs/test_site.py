@@ -70,6 +70,16 @@ def test_the_site_loads_nothing_from_other_hosts(site: Path) -> None:
         assert loading.findall(page.read_text(encoding="utf-8")) == [], page.name
 
 
+def test_the_page_for_unknown_addresses_leads_on(site: Path) -> None:
+    page = (site / "404.html").read_text(encoding="utf-8")
+    assert 'href="/configuration.html">the list of all options' in page
+
+
+def test_options_in_code_do_not_break_at_a_hyphen(site: Path) -> None:
+    page = (site / "failures.html").read_text(encoding="utf-8")
+    assert '<code><span class="option">--max-restarts</span></code>' in page
+
+
 def test_the_search_finds_options_and_pages(site: Path) -> None:
     index = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))
     locations = {entry["location"] for entry in index["docs"]}

@@ -23,8 +23,8 @@ def test_launcher_starts_without_slow_imports() -> None:
 
 def test_wrong_arguments_are_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, expected in (
-        (["fly"], "there is no verb 'fly'; expected train, debug, "),
-        (["trian"], "there is no verb 'trian'; did you mean train?"),
+        (["fly"], "there is no command 'fly'; expected train, debug, "),
+        (["trian"], "there is no command 'trian'; did you mean train?"),
         (["status", "/nowhere/at all"], "/nowhere/at all: there is no such folder"),
         (["completion", "fish"], "completion for 'fish': expected bash or zsh"),
     ):

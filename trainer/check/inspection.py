@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.check.duplicates import connect, describe_duplicates, find_exact, make_groups
+from trainer.check.file_findings import describe_files
 from trainer.check.findings import CheckResult, DuplicateGroup, Finding, ModelFindings, sort_findings
 from trainer.check.groups import describe_groups
 from trainer.check.images import ImageTable, read_images
 from trainer.check.listing import ImageList, list_images
 from trainer.check.perceptual_hash import find_near_duplicates
-from trainer.check.statistics import count_images, describe_classes, describe_files, describe_sizes, summarize
+from trainer.check.statistics import count_images, describe_classes, describe_sizes, summarize
 from trainer.config.sections.data import DataConfig
 from trainer.data.progress import NO_PROGRESS, ProgressHooks
 

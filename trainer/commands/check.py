@@ -83,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's own options."""
     own = argparse.ArgumentParser(
         prog="regraft check",
-        usage="regraft check DATA [--model MODEL] [--html FILE] [--exclude-csv FILE] [--data.KEY VALUE ...]",
+        usage="regraft check DATA [--model MODEL] [--html FILE] [--exclude-csv FILE]\n"
+        "                     [--data.KEY VALUE ...]",
         allow_abbrev=False,
         description="Check a dataset before training: classes, sizes and formats, unreadable and wrongly named files, "
         "duplicates and near-duplicates, leakage between its splits, and with --model likely label errors.",

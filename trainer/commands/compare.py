@@ -140,9 +140,11 @@ def _run_all(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regraft compare",
+        usage="regraft compare [FOLDER] --strategies NAME[@KEY=VALUE...],... [--seeds N]\n"
+        "                       [--config FILE] [--SECTION.KEY VALUE ...]",
         allow_abbrev=False,
         description="Compare strategies with several seeds under one budget; the same command resumes the comparison.",
-        epilog="All other options are those of regraft train: --config FILE, --section.key VALUE. They apply to all "
+        epilog="All other options are those of regraft train: --config FILE, --SECTION.KEY VALUE. They apply to all "
         "strategies. A strategy wins over them, and its options after @ win over the strategy.",
     )
     parser.add_argument(

@@ -43,6 +43,7 @@ def evaluate(argv: Sequence[str], signals: StopSignals) -> None:
     # import would leave half a module behind.
     with signals.deferred():
         from trainer.commands.evaluate_model import evaluate_model  # noqa: PLC0415
+    signals.raise_if_received()
     evaluate_model(arguments, data)
 
 

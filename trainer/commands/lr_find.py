@@ -87,9 +87,11 @@ def lr_find(argv: Sequence[str], signals: StopSignals) -> RangeTest:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regraft lr-find",
+        usage="regraft lr-find [FOLDER] [--from LR] [--to LR] [--steps N]\n"
+        "                       [--config FILE] [--SECTION.KEY VALUE ...]",
         allow_abbrev=False,
         description="Learning-rate range test: raise the learning rate until the loss diverges, and suggest one.",
-        epilog="All other options are those of regraft train: --config FILE, --section.key VALUE.",
+        epilog="All other options are those of regraft train: --config FILE, --SECTION.KEY VALUE.",
     )
     parser.add_argument(
         "--from",

@@ -40,10 +40,11 @@ def preview(argv: Sequence[str]) -> Path:
     """
     parser = argparse.ArgumentParser(
         prog="regraft preview",
-        usage="regraft preview [--output FILE] [FOLDER] [--config FILE] [--section.key VALUE ...]",
+        usage="regraft preview [FOLDER] [--output FILE] [--config FILE]\n"
+        "                       [--SECTION.KEY VALUE ...]",
         allow_abbrev=False,
         description="Draw training images of every class, and the same images augmented as the model sees them.",
-        epilog="All other options are those of regraft train: --config FILE, --section.key VALUE.",
+        epilog="All other options are those of regraft train: --config FILE, --SECTION.KEY VALUE.",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="PNG file to write (default: RUN_DIR/preview.png)")
     own, options = split_command(parser, argv)

@@ -43,13 +43,16 @@ def report(argv: Sequence[str], signals: StopSignals) -> None:
         for problem in run.problems:
             print(escape_unprintable(f"warning: {run.folder}: {problem}"), file=sys.stderr)
     output: Path = arguments.output or arguments.run[0] / REPORT
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a folder; expected a file")
+    if output.exists() and not output.is_file():  # a device would be replaced
+        raise UserError(
+            f"--output {output}: is {'a folder' if output.is_dir() else 'no regular file'}; expected a file"
+        )
     if len(runs) > 1:
         page = render_comparison(runs)
     else:
         with signals.deferred():  # an interrupted import would leave half a module behind
             explain = _explainer(runs[0]) if arguments.grad_cam else None
+        signals.raise_if_received()
         page = render_report(runs[0], explain=explain)
     save_page(output, page)
     print(escape_unprintable(f"{output}: {len(page.encode(errors='replace')) / 1e6:.1f} MB"))

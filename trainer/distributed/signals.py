@@ -69,6 +69,11 @@ class StopSignals:
         finally:
             self._deferred = False
 
+    def raise_if_received(self) -> None:
+        """Raise Stopped if a signal was received within a block of `deferred`."""
+        if self.received is not None:
+            raise Stopped(signal.Signals(self.received).name)
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self.received is not None:

@@ -93,6 +93,8 @@ def _fit(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
             "Train fewer epochs, or with a smaller learning rate.",
             "--data.val_fraction 0.1 --regularization.early_stopping 3",
         )
+    elif not run.is_evaluated:  # the run goes on
+        return
     elif len(losses) >= 3 and losses[-1][1] < 0.97 * losses[-2][1]:
         yield Advice(
             "note",
@@ -145,7 +147,7 @@ def _labels(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
             "warning" if sure >= 0.3 * len(wrong) else "note",
             f"{sure} of {len(wrong)} wrong predictions are made with a probability of {percent(_SURE, 0)} or more.",
             "Look at them first: a label may be wrong, or the picture shows several classes.",
-            "regraft check DATA --model RUN",
+            "regraft check {} --model {}".format(*run.words),
         )
 
 
@@ -189,7 +191,7 @@ def _interval(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
             f"The result is uncertain: with {result.examples} images, the true accuracy may be between {percent(low)} "
             f"and {percent(high)}.",
             "Evaluate on more images before two runs are compared by a few percent.",
-            "regraft evaluate RUN FOLDER",
+            f"regraft evaluate {run.words[1]} FOLDER",
         )
 
 

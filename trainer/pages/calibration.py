@@ -24,6 +24,12 @@ class Calibration:
     ece: tuple[float | None, float | None]
     """Expected calibration error without and with the temperature."""
 
+    @property
+    def is_worse(self) -> bool:
+        """Return whether the temperature has improved neither log loss nor calibration error."""
+        pairs = (self.log_loss, self.ece)
+        return all(before is not None and after is not None and after >= before for before, after in pairs)
+
 
 def describe_calibration(run: RunRecord, result: SplitResult | None) -> Calibration | None:
     """Return the calibration of a split; None if it is not known."""

@@ -59,6 +59,7 @@ def render_comparison(runs: Sequence[RunRecord]) -> str:
         num_drawn=min(len(named), _TONES - 1),
         classes=_class_rows(comparable),
         class_names=[name for name, _, _ in comparable],
+        is_sorted=len(comparable) == len(known),
         problems=[f"{name}: {problem}" for name, run in named for problem in run.problems],
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         version=own_version(),
@@ -94,7 +95,7 @@ def _verdict(comparable: Sequence[_Known], count: int) -> str:
     if not comparable:
         return "No run has a result yet."
     if len(comparable) < 2:
-        return f"{comparable[0][0]} has no other run to compare with: the others have no result, or other test images."
+        return "No two runs have results on the same test images, so that they cannot be compared."
     (first, first_run, first_result), (second, second_run, second_result) = comparable[:2]
     difference = first_result.accuracy - second_result.accuracy
     test = paired_test(first_run, second_run)
@@ -118,7 +119,7 @@ def _verdict(comparable: Sequence[_Known], count: int) -> str:
 def _notes(known: Sequence[_Known], comparable: Sequence[_Known], count: int) -> list[str]:
     """Return what limits the comparison."""
     notes = []
-    if len(comparable) < len(known):
+    if 1 < len(comparable) < len(known):
         others = [name for name, _, _ in known if name not in {name for name, _, _ in comparable}]
         notes.append(
             f"Other test images, so that the accuracies cannot be compared: {join_truncated(others, limit=6)}."

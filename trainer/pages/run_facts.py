@@ -1,14 +1,20 @@
 """What a run's report states in words: state, training, data, command and environment."""
 
 import shlex
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from regraft.contract import MODEL
+from regraft.contract import MODEL, last_heartbeat
 from trainer.pages.render import decimal, duration, percent
 from trainer.pages.run_files import number
 from trainer.pages.run_record import RunRecord
 from trainer.pages.split_result import SplitResult
+
+_MAX_REASON = 200
+_DEAD_AFTER_SECONDS = 45.0
+"""Seconds without a heartbeat (one is due every 10) after which a run counts as dead, as in `regraft status`."""
 
 
 def describe_status(run: RunRecord) -> str:
@@ -21,8 +27,12 @@ def describe_status(run: RunRecord) -> str:
     latest = run.attempts[-1] if run.attempts else None
     if latest is None or latest.state == "done":
         return position
-    state = "running when this page was written" if latest.state == "running" else latest.state
-    return f"{position}, {state}"
+    if latest.state == "running":
+        heartbeat = last_heartbeat(run.root, latest.attempt)
+        is_alive = heartbeat is not None and time.time() - heartbeat < _DEAD_AFTER_SECONDS
+        return f"{position}, {'running when this page was written' if is_alive else 'probably killed'}"
+    reason = (latest.reason or "").partition("\\n")[0]  # the trainer escapes the line breaks of a reason
+    return f"{position}, {latest.state}" + (f": {reason[:_MAX_REASON]}" if reason else "")
 
 
 def subtitle(run: RunRecord) -> list[str]:
@@ -117,5 +127,12 @@ def describe_environment(run: RunRecord) -> list[tuple[str, str]]:
         entries.append(("git commit", f"{git['commit']}{', with changes' if git.get('dirty') else ''}"))
     for attempt in run.attempts:
         reason = f" ({attempt.reason})" if attempt.reason else ""
-        entries.append((f"start {attempt.attempt}", f"{attempt.began}: {attempt.state}{reason}"))
+        entries.append((f"start {attempt.attempt}", f"{_format_time(attempt.began)}: {attempt.state}{reason}"))
     return [(name, str(value)) for name, value in entries if value is not None]
+
+
+def _format_time(text: str) -> str:
+    try:
+        return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M %Z").strip()
+    except ValueError:
+        return text

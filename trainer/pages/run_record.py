@@ -4,6 +4,7 @@ It does not import torch.
 """
 
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,11 @@ class RunRecord:
     def root(self) -> Path:
         """Return the run folder; `folder` may be that of a phase below it."""
         return _root(self.folder)
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """Return the dataset and the run folder as words of a command line."""
+        return shlex.quote(str(self.option("data.root") or "DATA")), shlex.quote(str(self.folder))
 
     @property
     def working_folder(self) -> Path | None:

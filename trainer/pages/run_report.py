@@ -29,15 +29,15 @@ from trainer.pages.run_sections import (
     check_findings,
     class_rows,
     confusion_matrix,
+    describe_errors,
     group_rows,
     pair_rows,
     weakest_classes,
 )
-from trainer.pages.run_time import data_wait, time_parts
+from trainer.pages.run_time import data_wait, grad_cam_seconds, time_parts
 from trainer.pages.thumbnails import PictureBudget
 
 _MAX_PICTURE_BYTES = 3_000_000
-_MAX_PAIRS = 30
 _PAIRS_ON_TOP = 3
 _SECONDS_IN_RUN = 1.0
 """Time that the pictures of a run's own page may take; `regraft report` takes as long as it needs."""
@@ -87,13 +87,15 @@ def render_report(run: RunRecord, *, budget: PictureBudget | None = None, explai
         metrics=main_metrics(result, seconds),
         advice=make_advice(run),
         pairs=top_pairs,
-        pair_rows=pair_rows(pairs[:_MAX_PAIRS]),
+        errors=describe_errors(result),
+        pair_rows=pair_rows(pairs),
         num_pairs=len(pairs),
         weakest=weakest_classes(result),
         matrix=confusion_matrix(result),
         galleries=galleries,
         missing=describe_missing(galleries, root),
         has_heatmaps=explain is not None,
+        grad_cam_seconds=grad_cam_seconds(run, sum(len(gallery.pictures) for gallery in galleries)),
         class_rows=class_rows(result),
         curves=draw_curves(run),
         training_facts=training_facts(run),

@@ -10,7 +10,7 @@ from trainer.pages.run_record import RunRecord
 from trainer.pages.split_result import ClassResult, Confusion, SplitResult
 
 _MAX_MATRIX, _MAX_CLASSES = 16, 1000
-_NUM_WEAKEST = 3
+_NUM_WEAKEST, _MAX_PAIRS, _PAIRS = 3, 30, 3
 
 
 def weakest_classes(result: SplitResult | None) -> list[ClassResult]:
@@ -64,14 +64,24 @@ def confusion_matrix(result: SplitResult | None) -> _Matrix | None:
     return _Matrix(names, rows, len(labels) < len(result.classes))
 
 
+def describe_errors(result: SplitResult | None) -> str:
+    """Return a sentence about the number of errors, and how many of them a few pairs of classes are."""
+    pairs = result.confusions() if result is not None else []
+    errors, top = (sum(pair.count for pair in part) for part in (pairs, pairs[:_PAIRS]))
+    if len(pairs) <= _PAIRS:
+        return f"{errors:,} errors in all." if pairs else ""
+    return f"{errors:,} errors in all; these {_PAIRS} pairs are {percent(top / errors, 0)} of them."
+
+
 def pair_rows(pairs: Sequence[Confusion]) -> list[list[Any]]:
-    """Return the rows of the table of confused pairs."""
+    """Return the rows of the table of confused pairs; of many, those that are confused more than once."""
+    shown = pairs if len(pairs) <= _MAX_PAIRS else [pair for pair in pairs if pair.count > 1] or pairs
     return [
         [
             pair.label, pair.predicted, (pair.count, pair.count), (percent(pair.fraction), pair.fraction),
             (pair.reverse, pair.reverse),
         ]
-        for pair in pairs
+        for pair in shown[:_MAX_PAIRS]
     ]  # fmt: skip
 
 

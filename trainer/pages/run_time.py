@@ -1,11 +1,15 @@
 """Where the time of a run went."""
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
 
 from regraft.contract import AttemptRecord, last_heartbeat
 from trainer.pages.run_files import number
 from trainer.pages.run_record import RunRecord
+
+_SECONDS_TO_IMPORT = 6.0
+"""Time in which the command imports torch and grad-cam, and loads the model."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,17 @@ def data_wait(run: RunRecord) -> float | None:
             training += seconds
             waiting += max(0.0, seconds - seen / rate)
     return waiting / training if training else None
+
+
+def grad_cam_seconds(run: RunRecord, pictures: int) -> int | None:
+    """Estimate the time in which `regraft report` draws Grad-CAM on the machine of the run; None if it cannot.
+
+    A picture takes about as long as in training: forward and backward.
+    """
+    rate = number(run.epochs[-1], "examples_per_sec_compute") if run.epochs else None
+    if run.model is None or not rate:
+        return None
+    return math.ceil(_SECONDS_TO_IMPORT + pictures / rate)
 
 
 def _sum(run: RunRecord, key: str) -> float:

@@ -96,13 +96,13 @@ def summary(run: TrainResult, *, alpha: float = 1.0) -> str:
         f"run folder {run.folder}",
         f"  model.safetensors  weights of the best epoch ({best['epoch']}){interpolation}; regraft.load reads it",
         "  checkpoints/       training state, to resume or extend the run",
-        "  evaluation.json    metrics of model.safetensors on each split; predictions.csv has each image",
+        "  evaluation.json    metrics on each split; predictions.csv has each image",
         "  metrics.jsonl      metrics of training",
         "  curves.png         plot of the metrics",
         "  config.yaml        all options; reproduces this run",
     ]
     if (run.folder / REPORT).exists():
-        lines.append("  report.html        the run on one page: result, confused classes, what to do next, curves")
+        lines.append("  report.html        result, confused classes, what to do next, curves")
     return "\n".join(lines)
 
 

@@ -36,6 +36,18 @@ EDITS: dict[str, Edit] = {
 }
 
 
+def burst(image: Image.Image, random: np.random.Generator, *, frames: int) -> list[Image.Image]:
+    """Return frames of a camera that moves by up to 1 % of a side between two, in changing light."""
+    size, position = np.array(image.size), np.full(2, 0.05)
+    shown: list[Image.Image] = []
+    for _ in range(frames):
+        position = (position + random.uniform(-0.01, 0.01, 2)).clip(0, 0.1)
+        left, top, right, bottom = (int(value) for value in (*(position * size), *((position + 0.9) * size)))
+        pixels = np.asarray(image.crop((left, top, right, bottom))) * random.uniform(0.9, 1.1)
+        shown.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
+    return shown
+
+
 def plant_copies(originals: list[Path], target: Path, *, of_each: int, seed: int = 0) -> dict[str, dict[Path, Path]]:
     """Write copies of `of_each` originals for each edit, and as many exact ones, to a folder.
 

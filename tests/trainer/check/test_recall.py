@@ -1,12 +1,14 @@
 """Recall and false alarms of the duplicate search on 1,000 images; prints them (`pytest -m soak -s`)."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.trainer.check.planted import plant_copies
+from tests.trainer.check.planted import burst, plant_copies
 from trainer.check.duplicates import DisjointSets, find_exact
 from trainer.check.images import read_images
 from trainer.check.inspection import find_near
@@ -67,3 +69,24 @@ def test_recall_and_false_alarms(source: Callable[[Path, Path], list[Path]], sha
     assert recall["exact"] == 1.0
     assert min(recall.values()) >= 0.95
     assert len(alarms) <= 0.005 * CLEAN
+
+
+@pytest.mark.soak
+@pytest.mark.shared
+def test_the_frames_of_a_burst_are_one_group(shared: Path, tmp_path: Path) -> None:
+    bursts, frames, random = 200, 5, np.random.default_rng(0)
+    paths = []
+    for number, original in enumerate(quarters_of_photographs(shared, tmp_path / "clean")[: 5 * bursts : 5]):
+        with Image.open(original) as image:
+            for position, frame in enumerate(burst(image.convert("RGB"), random, frames=frames)):
+                paths.append(tmp_path / f"{number}-{position}.jpg")
+                frame.save(paths[-1], quality=85)
+    sets = find_pairs(paths)
+    groups = [sets.find(position) for position in range(len(paths))]
+    largest = [max(Counter(groups[first : first + frames]).values()) for first in range(0, len(paths), frames)]
+    mixed = sum(len({position // frames for position in group}) > 1 for group in sets.groups())
+    print(
+        f"\nbursts whose {frames} frames are one group: {largest.count(frames)} of {bursts}; groups of several: {mixed}"
+    )
+    assert largest.count(frames) >= 0.95 * bursts
+    assert mixed <= 0.005 * bursts

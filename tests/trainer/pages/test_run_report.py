@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from regraft.contract import CONFIG, EVALUATION, METRICS, MODEL, PREDICTIONS, REPORT, attempt_path
+from regraft.contract import CONFIG, EVALUATION, METRICS, MODEL, PREDICTIONS, REPORT, STOPPED, attempt_path
 from tests.trainer.pages.example_run import random_predictions, write_run
 from tests.trainer.pages.test_pages import HOSTILE, Elements
 from trainer.commands import report
@@ -92,6 +93,12 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no YAML": (CONFIG, lambda path: path.write_text("a: [b"), CONFIG),
     "a pipe": (METRICS, lambda path: (path.unlink(), os.mkfifo(path)), METRICS),
     "a model without header": (MODEL, lambda path: path.write_bytes(b"x" * 20), MODEL),
+    "of an earlier version": (
+        EVALUATION, lambda path: path.write_text(path.read_text().replace("reliability", "unknown")), "",
+    ),
+    "an earlier attempt": (
+        "attempts/0001.json", lambda path: path.write_text(path.read_text().replace("training_began", "reason")), "",
+    ),
     "another check": ("check.json", lambda path: path.write_text('{"findings": [1, {"severity": {}}]}'), ""),
     "environment": ("environment/0001.json", lambda path: path.write_text('{"hosts": 3, "git": [], "argv": {}}'), ""),
 }  # fmt: skip
@@ -179,18 +186,57 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert "do not differ beyond chance" in page
 
 
+def test_runs_that_cannot_be_compared_are_listed_and_not_compared(tmp_path: Path) -> None:
+    best = write_run(tmp_path / "best", ("cat", "dog"))
+    unfinished = write_run(tmp_path / "unfinished", ("cat", "dog"), seed=1, finished=False)
+    os.utime(attempt_path(unfinished, 1), (0, 0))  # its last heartbeat
+    other = write_run(tmp_path / "other", ("cat", "dog", "owl"))
+    failed = write_run(tmp_path / "failed", ("cat", "dog"), epochs=0, finished=False)
+    record = json.loads(attempt_path(failed, 1).read_text())
+    attempt_path(failed, 1).write_text(json.dumps({**record, "state": "failed", "reason": "it diverged"}))
+    for folders, expected in (
+        ((best, other), ["No two runs have results on the same test images"]),
+        ((failed, failed), ["No run has a result yet", "epoch 0 of 2, failed: it diverged"]),
+        (
+            (other, failed, unfinished, best),
+            [
+                "% more accurate than ",
+                "1 of 4 runs have no result",
+                "latest epoch counts: unfinished.",
+                "compared: other.",
+                "probably killed",
+            ],
+        ),
+    ):
+        page = render_comparison([read_run(folder) for folder in folders])
+        for text in expected:
+            assert text in page, (folders, text)
+
+
+def test_a_signal_while_grad_cam_is_imported_stops_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run", ("cat", "dog"))
+    monkeypatch.setattr(report, "_explainer", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert report.main([str(folder)]) == STOPPED
+    assert capsys.readouterr().err.endswith("nothing new to save. The same command writes the page\n")
+    assert not (folder / REPORT).exists()
+
+
 def test_command_writes_pages_and_rejects_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run", ("cat", "dog"))
     assert report.main([str(folder), "--no-grad-cam"]) == 0
     assert (folder / REPORT).is_file()
     assert report.main([str(folder), str(folder), "--output", str(tmp_path / "both.html")]) == 0
     assert "run (2)" in (tmp_path / "both.html").read_text(encoding="utf-8")
+    os.mkfifo(tmp_path / "pipe")
     for argv, message in (
         ([str(tmp_path)], f"not a run folder, but it holds runs; name one or more of {folder}"),
         ([str(tmp_path / "images")], "not a run folder; expected one with config.yaml"),
         ([str(folder / CONFIG)], "is not a folder"),
         ([str(folder), str(folder)], "--output FILE is missing"),
         ([str(folder), "--output", str(tmp_path)], "is a folder"),
+        ([str(folder), "--output", str(tmp_path / "pipe")], "is no regular file"),
         ([str(folder), "--output", str(tmp_path / "none" / "x.html")], "cannot be written"),
     ):
         capsys.readouterr()

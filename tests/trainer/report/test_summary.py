@@ -37,6 +37,7 @@ def test_the_report_is_named_if_it_was_written(tmp_path: Path) -> None:
     assert "report.html" not in summary(run)
     (tmp_path / "report.html").touch()
     assert "report.html" in summary(run)
+    assert max(len(line) for line in summary(run).splitlines() if line.startswith("  ")) <= 80
 
 
 def test_with_selection_split_its_best_epoch_is_reported() -> None:
