@@ -67,7 +67,7 @@ def _call(name: str, root: Path, cache: Path) -> Callable[[], object]:
         from torchvision.datasets import ImageFolder  # noqa: PLC0415 (not in the processes of the others)
 
         return lambda: ImageFolder(str(root))
-    from trainer.config.schema import DataConfig  # noqa: PLC0415
+    from trainer.config.sections.data import DataConfig  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415
 
     data = DataConfig(root=str(root), cache=str(cache))
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Measure and print the medians."""
-    from trainer.data.folder_cache import MIN_AGE_SECONDS  # noqa: PLC0415
+    from trainer.data.folders.cache import MIN_AGE_SECONDS  # noqa: PLC0415
 
     files = arguments.files
     classes = arguments.classes or max(2, files // 1000)

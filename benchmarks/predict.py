@@ -31,7 +31,7 @@ from torchvision.models import get_model
 from benchmarks.images import write_photographs
 from benchmarks.measure import REPOSITORY, cores, median_interval, processor, versions
 from benchmarks.peers.common import MEAN, STD
-from trainer.data.augment import Preprocessing
+from trainer.data.preprocessing import Preprocessing
 from trainer.distributed.precision import Execution
 from trainer.model.metadata import ModelMetadata, write_model
 

@@ -74,6 +74,8 @@ def _step(attempt: AttemptRecord, rows: list[_Row]) -> int:
 
 
 def _position(attempt: AttemptRecord, rows: list[_Row]) -> str:
+    if not attempt.steps and not rows and attempt.state == "running":
+        return "before the first step: images, model and output layer are prepared"
     epoch = max([attempt.epoch, *(row["epoch"] for row in _epochs(rows))])
     return f"step {_step(attempt, rows)} of {attempt.steps or '?'}, epoch {epoch:g} of {attempt.epochs or '?'}"
 

@@ -47,6 +47,14 @@ def repository() -> Path:
     return REPOSITORY
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _restore_threads() -> Iterator[None]:
+    """Restore PyTorch's number of threads, which every run in this process sets."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep every test out of the user's cache."""

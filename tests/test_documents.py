@@ -191,7 +191,9 @@ def test_every_command_runs(document: Path, done: set[tuple[str, ...]]) -> None:
     done.update(map(tuple, shown))
     for number, words in enumerate(shown):
         own_folder = not {"--run.dir", "status"} & set(words) and bool(trainer_options(words))
-        check_command([*words, f"--run.dir=runs/{document.stem}-{number}"] if own_folder else words)
+        folder = f"runs/{document.stem}-{number}"
+        check_command([*words, f"--run.dir={folder}"] if own_folder else words)
+        shutil.rmtree(folder, ignore_errors=True)  # some have large models
 
 
 @pytest.mark.slow

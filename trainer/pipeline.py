@@ -1,20 +1,17 @@
 """The phases of a run: optional pretraining, fine-tuning, and an optional baseline from scratch."""
 
-from pathlib import Path
-
 from regraft.contract import BASELINE, PRETRAIN
 from trainer.config.build_data import load_run_data
-from trainer.config.dump import dump, given_options
 from trainer.config.preflight import preflight
 from trainer.config.resolve import ResolvedConfig, baseline_config, pretrain_config
+from trainer.config.run_folder import open_run_folder
 from trainer.config.schema import Config
-from trainer.config.start import hang_timeout, start
+from trainer.config.start import start
 from trainer.data.workers import full_shared_memory_as_user_error
 from trainer.distributed.context import shut_down
 from trainer.distributed.signals import StopSignals
 from trainer.report.summary import TrainResult, comparison, summary
-from trainer.run.environment import record_environment
-from trainer.run.session import OpenRun, open_run
+from trainer.run.session import OpenRun
 from trainer.train_run import train_run
 
 
@@ -27,21 +24,8 @@ def run(config: Config, signals: StopSignals) -> TrainResult:
 
     """
     resolved, ctx, console = start(config)
-    opened = open_run(
-        Path(resolved.run.dir),
-        dump(resolved),
-        resume=resolved.run.resume,
-        ctx=ctx,
-        console=console,
-        signals=signals,
-        hang_timeout=hang_timeout(resolved),
-        writes_report=resolved.run.report == "auto",
-    )
+    opened = open_run_folder(resolved, config, ctx, console, signals)
     try:
-        with signals.deferred():  # the first phase raises a Stopped for them
-            message = record_environment(opened.root, opened.lock, ctx, given_options(config))
-        if message is not None:
-            console.print(message)
         with full_shared_memory_as_user_error():
             result = _run_phases(resolved, opened)
     except BaseException as error:

@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 
 from trainer.config.build_checkpoints import find_resume_point, make_checkpoint_manager, make_model_metadata
-from trainer.config.build_data import check_images_unchanged, load_run_data, make_schedule, write_split_files
+from trainer.config.build_data import check_images_unchanged, load_run_data, write_split_files
 from trainer.config.build_features import (
     make_evaluator,
     make_frozen_layers,
@@ -49,8 +49,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     # 1. The examples, each of them checked, and the order of the updates.
     data = load_run_data(config, ctx, console)
     check_run_data(config, data, ctx)
-    schedule = make_schedule(config, data.order)
-    index = data.index
+    index, schedule = data.index, data.schedule
 
     # 2. Precision and memory layout, then the newest checkpoint, if there is one; every rank takes rank 0's.
     workload = Workload(
@@ -58,7 +57,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     )
     config, ctx = choose_execution(workload, ctx, console, saved=run.saved_execution)
     run = replace(run, ctx=ctx)
-    resume_point = find_resume_point(config, data, run, schedule)
+    resume_point = find_resume_point(config, data, run)
     checkpoint = resume_point.checkpoint
     if not resume_point.is_finished:
         check_images_unchanged(config, data, run, resumed=checkpoint is not None)
@@ -124,7 +123,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
     wise_ft.save_initial_weights(state.model, model_metadata, resumed=checkpoint is not None)
 
     # 7. The loader, from that position on; micro-batches that fit in the memory that is left; logger and checkpoints.
-    batches = make_train_batches(config, data, run, schedule, built.unfreeze_stages, features, start_step=state.step)
+    batches = make_train_batches(config, data, run, built.unfreeze_stages, features, start_step=state.step)
     train_step = micro_batches.limit(make_train_step(config, data.examples_per_class, ctx, l2_sp), state, unfreezing)
     train_step = replace(train_step, normalize=features.to_input)
     logger, progress_bar, trackers = make_logger(
@@ -137,9 +136,7 @@ def train_run(  # noqa: PLR0915 (one function that reads from top to bottom)
         services=config.run.trackers,
         project=config.run.tracker_project,
     )
-    checkpoints = make_checkpoint_manager(
-        config, data, run, state, schedule, model_metadata=model_metadata, logger=logger
-    )
+    checkpoints = make_checkpoint_manager(config, data, run, state, model_metadata=model_metadata, logger=logger)
     checkpoints.repair_best_model()
     if checkpoint is None and config.model.head_init in ("source-labels", "linear-probe"):
         with run.watchdog() as heartbeat:

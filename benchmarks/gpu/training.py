@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from benchmarks.gpu.workplace import CheckFailed, CheckSkipped, Details, Workplace
 
@@ -109,12 +109,10 @@ def difference(ones: Sequence[float], others: Sequence[float], tolerance: float)
 
 def require_option(section: str, name: str, value: object = None) -> None:
     """Raise CheckSkipped unless this version of regraft has the option, and accepts the value if one is given."""
-    from trainer.config import schema  # noqa: PLC0415 (needs regraft's dependencies)
+    from trainer.config.schema import Config  # noqa: PLC0415 (needs regraft's dependencies)
     from trainer.errors import UserError  # noqa: PLC0415
 
-    kind = getattr(schema, f"{section.capitalize()}Config")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if name not in fields:
+    if name not in get_type_hints(get_type_hints(Config)[section]):
         raise CheckSkipped(f"this version of regraft has no option {section}.{name}")
     if value is not None:
         from trainer.config.parse import parse  # noqa: PLC0415

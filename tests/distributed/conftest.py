@@ -1,6 +1,7 @@
 """Results of ranks.py, run once per session for each number of processes."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,8 @@ def rank_results(rank_inputs: Path, tmp_path_factory: pytest.TempPathFactory) ->
             program = ["-m", "tests.distributed.ranks", rank_inputs / "images", folder / "out"]
             launched = [sys.executable, *program] if world_size == 1 else torchrun(world_size, *program)
             run(launched, cwd=REPOSITORY, timeout=500)
+            for run_folder in filter(Path.is_dir, (folder / "out").iterdir()):
+                shutil.rmtree(run_folder)  # hundreds of megabytes of checkpoints
 
         out = once(tmp_path_factory, f"ranks-{world_size}", make) / "out"
         return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(world_size)]

@@ -230,20 +230,16 @@ def parity(images: Path, out: Path) -> dict[str, list[float]]:
     return result
 
 
-def cached_features(images: Path, out: Path) -> dict[str, list[float]]:
-    """Run three stages on two fixed views, with and without features of frozen layers; return the losses."""
+def cached_features(images: Path, out: Path, *, alone: bool) -> list[float]:
+    """Run three stages on two fixed views, as several processes with features of frozen layers; return the losses."""
     changes = {
         "model__name": "squeezenet1_1", "model__dropout": 0, "model__weights": images.parent / "source.safetensors",
         "transfer__trainable": "{0: head, 1: 'from:features.12', 2: all}", "data__views": 2,
         "train__epochs": 4, "train__logs_per_epoch": 100, "train__precision": "fp32",
     }  # fmt: skip
-    result = {}
-    for option in ("auto", "off"):
-        folder = out / f"features-{option}"
-        assert train(run_options(images, folder, train__cache_features=option, **changes)) == 0
-        tests = [row["test_loss"] for row in rows(folder, "epoch")]
-        result[option] = [*batch_losses(rows(folder, "train")), *tests]
-    return result
+    folder, option = out / "features", "off" if alone else "auto"
+    assert train(run_options(images, folder, train__cache_features=option, **changes)) == 0
+    return [*batch_losses(rows(folder, "train")), *(row["test_loss"] for row in rows(folder, "epoch"))]
 
 
 def early_stopping(images: Path, out: Path) -> dict[str, Any]:
@@ -335,11 +331,13 @@ def main(images: Path, out: Path) -> None:
     ctx.accelerator.free_memory()
     shut_down()
     results["parity"] = parity(images, out)
-    results["cached_features"] = cached_features(images, out)
+    results["cached_features"] = cached_features(images, out, alone=ctx.world_size == 1)
     if ctx.world_size < 3:
+        results["commands"] = commands(images, out)
+    if ctx.world_size == 2:
         results["compiled"] = compiled(images, out)
         results["frozen_dtype"] = frozen_dtype(images, out)
-        results |= {"early_stopping": early_stopping(images, out), "commands": commands(images, out)}
+        results["early_stopping"] = early_stopping(images, out)
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
     exit_process(0)
 

@@ -71,21 +71,19 @@ def test_every_rank_starts_with_the_same_output_layer(rank_results: RankResults)
         assert "the model's logits are not those of classifier.1" in result["refused"]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [2, 3])
 def test_training_on_features_of_frozen_layers_changes_no_loss(processes: int, rank_results: RankResults) -> None:
-    expected = rank_results(1)[0]["cached_features"]["off"]
+    expected = rank_results(1)[0]["cached_features"]
     for result in rank_results(processes):
-        for losses in result["cached_features"].values():
-            assert losses == pytest.approx(expected, rel=1e-5)
+        assert result["cached_features"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_dtype_of_frozen_weights_changes_no_loss(rank_results: RankResults) -> None:
-    for processes in (1, 2):
-        for result in rank_results(processes):
-            expected, losses = result["frozen_dtype"]
-            epoch = len(losses) // 2
-            assert losses[:epoch] == expected[:epoch], "autocast rounds the weights to the same values"
-            assert losses == pytest.approx(expected, rel=1e-2)  # layers that are unfrozen start from rounded weights
+    for result in rank_results(2):
+        expected, losses = result["frozen_dtype"]
+        epoch = len(losses) // 2
+        assert losses[:epoch] == expected[:epoch], "autocast rounds the weights to the same values"
+        assert losses == pytest.approx(expected, rel=1e-2)  # layers that are unfrozen start from rounded weights
 
 
 def test_early_stopping_ends_the_run_on_every_rank(rank_results: RankResults) -> None:
@@ -98,9 +96,8 @@ def test_early_stopping_ends_the_run_on_every_rank(rank_results: RankResults) ->
 
 
 def test_a_compiled_model_makes_the_same_updates(rank_results: RankResults) -> None:
-    for processes in (1, 2):
-        plain, compiled = rank_results(processes)[0]["compiled"]
-        assert compiled == pytest.approx(plain, rel=1e-5)
+    plain, compiled = rank_results(2)[0]["compiled"]
+    assert compiled == pytest.approx(plain, rel=1e-5)
 
 
 def test_lr_find_is_the_same_on_two_processes_and_ends_at_the_same_update(rank_results: RankResults) -> None:

@@ -1,10 +1,9 @@
 """A small data set, and the options of a run on it that takes a few seconds."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.folders import image_folder
 from tests.launching import command_line
@@ -35,7 +34,7 @@ def options(images: Path, tmp_path: Path) -> Options:
 
 
 @pytest.fixture
-def train(capsys: pytest.CaptureFixture[str]) -> Iterator[Train]:
+def train(capsys: pytest.CaptureFixture[str]) -> Train:
     """Return a function that trains in this process, checks the exit code, and returns the output."""
     from trainer.main import main
 
@@ -47,6 +46,4 @@ def train(capsys: pytest.CaptureFixture[str]) -> Iterator[Train]:
         assert "Traceback" not in output
         return output
 
-    threads = torch.get_num_threads()
-    yield train
-    torch.set_num_threads(threads)
+    return train

@@ -1,5 +1,6 @@
 """What `regraft check` writes, training reads: without the copies, or with copies in one split, there is no leakage."""
 
+import csv
 import json
 import os
 import shutil
@@ -26,6 +27,11 @@ def copied(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(errors="surrogateescape", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 def kinds(words: list[str], report: Path) -> dict[str, int]:
     """Return finding -> count of what `regraft check` finds."""
     assert check.main([*words, "--json", str(report), "--fail-on", "never"]) == 0
@@ -42,8 +48,11 @@ def test_without_the_images_of_exclude_csv_nothing_leaks(
     assert {"leakage", "repeated", "conflicting-labels"} <= found.keys()
     output = train(0, options(data__root=copied, data__exclude=excluded, train__epochs=1))
     assert "images left out by data.exclude" in output
-    found = kinds([str(copied), "--data.exclude", str(excluded)], tmp_path / "check.json")
-    assert not {"leakage", "repeated", "conflicting-labels"} & found.keys()
+    again = tmp_path / "again.csv"
+    words = [str(copied), "--data.exclude", str(excluded), "--exclude-csv", str(again)]
+    assert not {"leakage", "repeated", "conflicting-labels"} & kinds(words, tmp_path / "check.json").keys()
+    paths, again_paths = (sorted(row["path"] for row in rows(file)) for file in (excluded, again))
+    assert again_paths == paths, "one list takes the place of the other"
 
 
 def test_with_the_groups_of_groups_csv_nothing_leaks(

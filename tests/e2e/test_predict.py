@@ -13,7 +13,7 @@ from tests import runs
 from tests.launching import REPOSITORY, once, run
 from tests.trainer.inference.models import write_images, write_model_file
 
-IMAGES = 1000
+IMAGES = 400
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Real photographs and real pretrained weights (shared data): fine-tuning reaches the expected accuracy."""
 
-import dataclasses
 import io
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,8 +16,9 @@ from trainer.config.build_data import load_run_data
 from trainer.config.build_loaders import Evaluator, make_eval_loader
 from trainer.config.build_model import fit_linear_probe, make_model
 from trainer.config.resolve import resolve
-from trainer.config.schema import Config, DataConfig, ModelConfig
-from trainer.data.augment import Preprocessing
+from trainer.config.schema import Config
+from trainer.config.sections.data import DataConfig
+from trainer.config.sections.model import ModelConfig
 from trainer.distributed.context import init_distributed
 from trainer.evaluate import Evaluation
 from trainer.model.build import preset
@@ -98,7 +98,7 @@ def test_images_of_other_classes_are_not_taken_for_the_matched_class(shared: Pat
     )  # fmt: skip
     assert "  hotdog <- hotdog, row 934 (name)" in built.summary
     assert any("not-hotdog" in line for line in built.summary)
-    preprocess = Preprocess(Preprocessing(**dataclasses.asdict(preset("squeezenet1_1", None))))
+    preprocess = Preprocess(preset("squeezenet1_1", None))
     paths = [
         path
         for name in ("ants", "bees")

@@ -100,6 +100,7 @@ def test_running_run_within_its_first_epoch(tmp_path: Path) -> None:
 
 def test_run_before_its_first_epoch(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", steps=0, step=0, epoch=0)
+    assert describe(folder, now=NOW)[0].splitlines()[2].startswith("before the first step: images")
     write_metrics(folder, [{"kind": "start", "epoch": 0, "step": 0, "seconds": 3.0, "test_accuracy": 0.9}])
     text, code, _ = describe(folder, now=NOW)
     assert (code, text.splitlines()[2:]) == (0, ["step 0 of ?, epoch 0 of 10"])  # without a bar

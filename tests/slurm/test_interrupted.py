@@ -23,13 +23,17 @@ from tests.slurm.jobs import (
 )
 
 TIME_FOR_INTERRUPTIONS = """\
-import os, sys, time
+import os, select, signal, sys, time
 restart = os.environ.get("SLURM_RESTART_COUNT", "0")
 if "RANK" in os.environ and restart == "1":
     class DelayTraining:
         def find_spec(name, path=None, target=None):
             if name == "trainer.train_run":
-                time.sleep(20)
+                signaled, writing = os.pipe()
+                os.set_blocking(writing, False)
+                signal.set_wakeup_fd(writing)
+                select.select([signaled], [], [], 20)
+                signal.set_wakeup_fd(-1)
 
     sys.meta_path.insert(0, DelayTraining)
 elif "RANK" in os.environ and restart != "5":
@@ -37,7 +41,7 @@ elif "RANK" in os.environ and restart != "5":
 
     register_optimizer_step_post_hook(lambda *_: time.sleep(1))
 """
-"""A sitecustomize: the second start reaches training late, and all but the sixth train slowly."""
+"""A sitecustomize: the second start reaches training when a signal has come, and all but the sixth train slowly."""
 
 
 def preempt(cluster: Cluster, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Train one phase in this process, rewind its run folder as a kill leaves it, and compare run folders."""
 
 import io
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,12 +11,13 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from regraft.contract import ATTEMPTS, CHECKPOINTS, CONFIG
+from tests.folders import image_folder
 from tests.runs import assert_equal_results, metrics_rows
 from tests.trainer.checkpoint.checkpoints import contents as files_below
 from trainer.checkpoint import store
 from trainer.checkpoint.state import CheckpointId
 from trainer.config.parse import dump
-from trainer.config.resolve import ResolvedConfig
+from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.schema import Config
 from trainer.distributed.context import init_distributed
 from trainer.distributed.signals import StopSignals
@@ -25,6 +27,29 @@ from trainer.run.session import OpenRun, open_run
 from trainer.train_run import train_run
 
 _ConfigT = TypeVar("_ConfigT", bound=Config)
+
+
+EPOCHS, STEPS = 3, 2
+"""Epochs of `small_config`, and updates of an epoch."""
+
+
+def small_config(folder: Path) -> ResolvedConfig:
+    """Return the config of a run in `folder/run`: 5 images of one class and 2 of the other make 2 steps per epoch."""
+    splits = {"train": {"a": 5, "b": 2}, "val": {"a": 3, "b": 2}, "test": {"a": 1, "b": 1}}
+    return resolve(
+        with_options(
+            Config(),
+            run={"dir": str(folder / "run"), "device": "cpu", "audit": True},
+            data={
+                "root": str(image_folder(folder / "images", splits)), "image_size": 32, "num_workers": 0,
+                "random_erasing": 1.0, "sampling": "balanced",
+            },
+            model={"name": "squeezenet1_1", "weights": None},
+            optim={"lr": 0.02, "head_lr_scale": 1.0, "schedule": "constant"},
+            train={"epochs": EPOCHS, "batch_size": 4, "precision": "fp32", "logs_per_epoch": 2},
+            checkpoint={"every": "1 steps", "keep_last": 100},
+        )
+    )  # fmt: skip
 
 
 def train(config: ResolvedConfig, *, before: Callable[[OpenRun], object] = lambda run: None) -> tuple[TrainResult, str]:
@@ -77,6 +102,11 @@ def rewind(config: Config, step: int, epoch: int) -> None:
 def rows(config: Config, kind: str | None = None) -> list[Row]:
     """Return the rows of a run's metrics without times, by default of all kinds."""
     return [row for row in metrics_rows(Path(config.run.dir)) if kind in (None, row["kind"])]
+
+
+def audit_rows(config: Config) -> list[dict[str, Any]]:
+    path = Path(config.run.dir) / "audit" / "rank-0.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def contents(config: Config) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trainer.data.augment import Preprocessing
+from trainer.data.preprocessing import Preprocessing
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.signals import StopSignals
 from trainer.model.metadata import ModelMetadata

@@ -16,7 +16,6 @@ from trainer.model import compile as model_compile
 def test_a_compiled_run_in_stages_equals_the_plain_one_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads = torch.get_num_threads()
     monkeypatch.setattr(model_compile, "BACKEND", "eager")
     plain = resolve(
         with_options(
@@ -44,4 +43,3 @@ def test_a_compiled_run_in_stages_equals_the_plain_one_and_resumes(
     rewind(compiled, 2, 1)
     train(compiled)
     assert_equal_runs(plain, compiled)
-    torch.set_num_threads(threads)

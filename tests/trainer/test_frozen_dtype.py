@@ -12,7 +12,8 @@ from tests.folders import image_folder
 from tests.trainer.phases import assert_equal_runs, copy_run, rewind, rows, train, with_options
 from trainer.checkpoint import store
 from trainer.config.resolve import ResolvedConfig, resolve
-from trainer.config.schema import Config, TrainConfig
+from trainer.config.schema import Config
+from trainer.config.sections.train import TrainConfig
 from trainer.errors import UserError
 
 NAME = "squeezenet1_1"

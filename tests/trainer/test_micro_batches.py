@@ -1,7 +1,7 @@
 """The micro-batches of a run: found, kept, and halved after an attempt ran out of memory."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,10 +19,9 @@ from trainer.optim import micro_batch
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Iterator[ResolvedConfig]:
+def config(tmp_path: Path) -> ResolvedConfig:
     """Return the config of a run of 2 updates on 8 images each, with stages."""
-    threads = torch.get_num_threads()
-    yield resolve(
+    return resolve(
         with_options(
             Config(),
             run={"dir": str(tmp_path / "run"), "device": "cpu"},
@@ -37,7 +36,6 @@ def config(tmp_path: Path) -> Iterator[ResolvedConfig]:
             checkpoint={"keep_last": 9},
         )
     )  # fmt: skip
-    torch.set_num_threads(threads)
 
 
 def saved_size(config: Config) -> int:

@@ -1,11 +1,9 @@
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from regraft.contract import ATTEMPTS, BASELINE, CHECKPOINTS, PRETRAIN, REPORT, read_attempts
 from tests.folders import image_folder
@@ -17,13 +15,6 @@ from trainer.errors import UserError
 from trainer.pipeline import run
 from trainer.report.summary import TrainResult
 from trainer.run.session import OpenRun
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

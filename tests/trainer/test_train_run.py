@@ -1,183 +1,49 @@
+"""Runs of a small model: what they evaluate, how they stop, and how they resume."""
+
 import csv
 import json
-import re
-import shutil
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from rich.console import Console
-from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
-from torchvision import models
 
-import regraft
-from regraft.contract import CHECKPOINTS, EVALUATION, EXCLUDED, IMAGES, METRICS, MODEL, PREDICTIONS, STOP, read_attempts
-from tests.folders import image_folder, noise_image
-from tests.trainer.phases import assert_equal_runs, contents, copy_run, in_folder, rewind, rows, train, with_options
+from regraft.contract import CHECKPOINTS, EVALUATION, EXCLUDED, MODEL, PREDICTIONS, STOP, read_attempts
+from tests.trainer.phases import (
+    EPOCHS,
+    STEPS,
+    assert_equal_runs,
+    audit_rows,
+    contents,
+    copy_run,
+    in_folder,
+    rewind,
+    rows,
+    small_config,
+    train,
+    with_options,
+)
 from trainer.checkpoint import store
 from trainer.checkpoint.state import CheckpointId
-from trainer.config.build_data import load_run_data
-from trainer.config.build_loaders import make_train_transform
-from trainer.config.build_model import make_model
-from trainer.config.build_training import make_train_step
-from trainer.config.resolve import ResolvedConfig, resolve
-from trainer.config.schema import Config
-from trainer.data.augment import Normalize
-from trainer.data.decode import decode
-from trainer.data.sampler import SampleKey
-from trainer.distributed.context import DistributedContext
-from trainer.distributed.precision import Execution
+from trainer.config.resolve import ResolvedConfig
 from trainer.distributed.signals import Stopped
 from trainer.distributed.watchdog import Heartbeat
 from trainer.errors import UserError
-from trainer.model.metadata import read_metadata
-from trainer.optim.mixup import sample_params
 from trainer.report.summary import best_row
-from trainer.run.folder import FINE_TUNED, INITIAL, WISE
 from trainer.run.session import OpenRun
-from trainer.seeds import derive_seed
-from trainer.transfer.l2_sp import L2SP
-
-EPOCHS, STEPS = 3, 2
-ALPHAS = {"mixup": 0.5, "cutmix": 1.0}
-SMOOTHING = 0.1
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ResolvedConfig]:
-    """Return the config of a finished run of a model with BatchNorm and dropout, with every option that has a state.
-
-    Its 5 images of one class and 2 of the other make 2 steps per epoch.
-    """
-    folder, threads = tmp_path_factory.mktemp("finished"), torch.get_num_threads()
-    torch.manual_seed(11)
-    save_file(models.mobilenet_v3_small().state_dict(), folder / "source.safetensors")
-    splits = {"train": {"a": 5, "b": 2}, "val": {"a": 3, "b": 2}, "test": {"a": 1, "b": 1}}
-    config = resolve(
-        with_options(
-            Config(),
-            run={"dir": str(folder / "run"), "device": "cpu", "audit": True},
-            data={
-                "root": str(image_folder(folder / "images", splits)), "image_size": 32, "num_workers": 0,
-                "random_erasing": 1.0, "sampling": "balanced",
-            },
-            model={"name": "mobilenet_v3_small", "weights": str(folder / "source.safetensors")},
-            transfer={"l2_sp": 0.5, "wise_ft": True, "batch_norm": "train"},
-            optim={"lr": 0.02, "head_lr_scale": 1.0, "schedule": "constant"},
-            regularization={"ema": 0.9, "early_stopping": 9, "label_smoothing": SMOOTHING, **ALPHAS},
-            train={"epochs": EPOCHS, "batch_size": 4, "precision": "fp32", "logs_per_epoch": 2},
-            checkpoint={"every": "1 steps", "keep_last": 100},
-        )
-    )  # fmt: skip
-    train(config)
-    yield config
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def copy(finished: ResolvedConfig, tmp_path: Path) -> ResolvedConfig:
-    """Return the config of a copy of the finished run, which a test may change."""
-    return copy_run(finished, tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def quick(finished: ResolvedConfig) -> ResolvedConfig:
-    """Return the config of another finished run, of a smaller model and without these options."""
-    config = with_options(
-        replace(finished, transfer=Config().transfer, regularization=Config().regularization),
-        run={"dir": f"{finished.run.dir}-quick"},
-        model={"name": "squeezenet1_1", "weights": None},
-    )
+def finished(tmp_path_factory: pytest.TempPathFactory) -> ResolvedConfig:
+    """Return the config of a finished run."""
+    config = small_config(tmp_path_factory.mktemp("run"))
     train(config)
     return config
 
 
-def audit_rows(config: Config) -> list[dict[str, Any]]:
-    path = Path(config.run.dir) / "audit" / "rank-0.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_the_first_loss_is_that_of_balanced_augmented_erased_and_mixed_images(
-    finished: ResolvedConfig, ctx: DistributedContext
-) -> None:
-    index = load_run_data(finished, ctx, Console(quiet=True)).index
-    drawn = [example for row in audit_rows(finished)[:2] for example in row["examples"]]
-    classes = Counter(index.train[example].label for example in drawn)
-    assert sorted(classes.values()) == [3, 4], "balanced: of 5 and 2 images"
-
-    model = make_model(finished, "ab", finished.model.weights, on_progress=print).model.train()
-    transform, images, repeats = make_train_transform(finished.data), [], Counter[int]()
-    for example in drawn[:4]:
-        generator = SampleKey(0, example, repeats[example]).generator(0)
-        repeats[example] += 1
-        images.append(transform(np.asarray(decode(index.train[example].path)), generator))
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    labels = torch.tensor([index.train[example].label for example in drawn[:4]])
-    params = sample_params(mixup_alpha=ALPHAS["mixup"], cutmix_alpha=ALPHAS["cutmix"], seed=0, step=0, size=4)
-    others, other_labels = batch[list(params.permutation)], labels[list(params.permutation)]
-    assert params.box is None, "mixup; step 0 has no CutMix"
-    mixed, lam = (1 - params.lam) * batch + params.lam * others, params.lam
-    torch.manual_seed(derive_seed("masks", 0, 0, 0))
-    logits = model(Normalize(finished.data.preprocessing, torch.device("cpu"))(mixed))
-    own, other = (cross_entropy(logits, target, label_smoothing=SMOOTHING).item() for target in (labels, other_labels))
-    assert rows(finished, "train")[0]["train_loss"] == pytest.approx((1 - lam) * own + lam * other, rel=1e-4)
-    assert [row["train_seen"] for row in rows(finished) if row["kind"] != "classes"] == [4, 7, 7] * EPOCHS
-
-
-def test_balanced_class_weights_count_the_training_images(finished: ResolvedConfig, ctx: DistributedContext) -> None:
-    config = with_options(finished, data={"sampling": "shuffled"}, regularization={"class_weights": "balanced"})
-    counts = load_run_data(config, ctx, Console(quiet=True)).examples_per_class
-    weights = make_train_step(config, counts, ctx, L2SP([], 0.0, decoupled=False)).criterion.class_weights
-    assert weights is not None
-    assert weights.tolist() == pytest.approx([7 / (2 * 5), 7 / (2 * 2)])
-
-
-def best_average(config: Config) -> dict[str, torch.Tensor]:
-    """Return the moving average in the checkpoint of the best epoch."""
-    best = best_row(rows(config, "epoch"), "val")
-    checkpoint = CheckpointId(best["step"], best["epoch"])
-    return load_file(Path(config.run.dir) / CHECKPOINTS / checkpoint.name / store.EMA)
-
-
-def test_the_model_file_interpolates_the_initial_weights_and_the_best_epochs_average(finished: ResolvedConfig) -> None:
-    folder, ema = Path(finished.run.dir), best_average(finished)
-    initial, source = load_file(folder / INITIAL), load_file(str(finished.model.weights))
-    assert initial["classifier.3.weight"].shape[0] == 2
-    kept = [name for name in initial if not name.startswith("classifier.3.")]
-    assert all(torch.equal(initial[name], source[name]) for name in kept)
-
-    best, wise = best_row(rows(finished, "epoch"), "val"), json.loads((folder / WISE).read_text())
-    assert wise["val_accuracy_of_fine_tuned"] == best["val_accuracy"]
-    assert wise["val_loss_of_fine_tuned"] == pytest.approx(best["val_loss"], rel=1e-6)
-    for name, tensor in load_file(folder / MODEL).items():
-        if tensor.is_floating_point():
-            expected = (1 - wise["alpha"]) * initial[name].double() + wise["alpha"] * ema[name].double()
-            torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_the_weights_are_averaged_after_every_update(finished: ResolvedConfig) -> None:
-    folder = Path(finished.run.dir)
-    average = {name: tensor.double() for name, tensor in load_file(folder / INITIAL).items()}
-    checkpoints = reversed(store.list_checkpoints(folder / CHECKPOINTS))
-    for step, checkpoint in enumerate(checkpoints, start=1):
-        trained, ema = (load_file(folder / CHECKPOINTS / checkpoint.name / name) for name in (store.MODEL, store.EMA))
-        decay = min(0.9, (1 + step) / (10 + step))
-        for name in (name for name in average if name.endswith("weight")):
-            average[name] = decay * average[name] + (1 - decay) * trained[name].double()
-            torch.testing.assert_close(ema[name].double(), average[name], rtol=1e-4, atol=1e-6)
-            assert not torch.equal(trained[name], ema[name])
-
-
 def test_the_watchdog_covers_all_work_that_takes_long(
-    quick: ResolvedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: ResolvedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pass of the linear probe, the evaluation before the first step, training, and the eleven of WiSE-FT."""
     ticks: list[list[int]] = []
@@ -196,8 +62,8 @@ def test_the_watchdog_covers_all_work_that_takes_long(
     monkeypatch.setattr(OpenRun, "watchdog", watchdog)
     result, _ = train(
         with_options(
-            in_folder(quick, tmp_path / "run"),
-            model={"weights": str(Path(quick.run.dir) / MODEL), "head_init": "linear-probe"},
+            in_folder(finished, tmp_path / "run"),
+            model={"weights": str(Path(finished.run.dir) / MODEL), "head_init": "linear-probe"},
             transfer={"wise_ft": True},
             checkpoint={"every": None},
         )
@@ -209,10 +75,12 @@ def test_the_watchdog_covers_all_work_that_takes_long(
 
 @pytest.mark.parametrize("head_init", ["source-labels", "linear-probe"])
 def test_an_initialized_output_layer_is_evaluated_before_the_first_step_and_fitted_once(
-    head_init: str, quick: ResolvedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head_init: str, finished: ResolvedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = Path(quick.run.dir) / MODEL  # its header names the same classes
-    config = with_options(in_folder(quick, tmp_path / "run"), model={"weights": str(weights), "head_init": head_init})
+    weights = Path(finished.run.dir) / MODEL  # its header names the same classes
+    config = with_options(
+        in_folder(finished, tmp_path / "run"), model={"weights": str(weights), "head_init": head_init}
+    )
     _, printed = train(config)
     start = rows(config)[0]
     assert (start["kind"], start["epoch"], start["step"]) == ("start", 0, 0)
@@ -230,47 +98,9 @@ def test_an_initialized_output_layer_is_evaluated_before_the_first_step_and_fitt
     assert_equal_runs(resumed, config)
 
 
-def test_the_model_file_is_evaluated_at_the_end(
-    finished: ResolvedConfig, copy: ResolvedConfig, ctx: DistributedContext
-) -> None:
-    folder = Path(copy.run.dir)
-    saved, metadata = json.loads((folder / EVALUATION).read_text()), read_metadata(folder / MODEL)
-    wise = json.loads((folder / WISE).read_text())
-    assert metadata is not None
-    assert (saved["model"], saved["epoch"]) == (MODEL, metadata.metrics["epoch"])
-    for split in ("val", "test"):
-        assert saved["splits"][split]["accuracy"] == wise[f"{split}_accuracy"]
-        assert saved["splits"][split]["log_loss"] == pytest.approx(wise[f"{split}_loss"], rel=1e-6)
-    assert metadata.temperature == saved["temperature"]
-    assert metadata.execution == Execution("fp32", channels_last=True)
-
-    model, index = regraft.load(folder / MODEL), load_run_data(finished, ctx, Console(quiet=True)).index
-    with (folder / PREDICTIONS).open() as file:
-        table = list(csv.DictReader(file))
-    examples = [*index.val, *index.test]
-    assert [row["path"] for row in table] == [example.path for example in examples]
-    assert [row["split"] for row in table] == ["val"] * 5 + ["test"] * 2
-    for row, example, prediction in zip(table, examples, model.predict([row["path"] for row in table]), strict=True):
-        assert (row["label"], row["prediction"]) == ("ab"[example.label], prediction.label)
-        assert float(row["probability"]) == pytest.approx(prediction.score, rel=1e-4)
-
-    before = contents(copy)
-    (folder / EVALUATION).unlink()
-    with pytest.raises(Stopped) as stopped:
-        train(copy, before=lambda run: setattr(run.signals, "received", signal.SIGTERM))
-    assert stopped.value.saved == "the end of training, before the final evaluation"
-    assert not (folder / EVALUATION).exists()
-    train(copy)
-    assert contents(copy) == before
-    for name in (EVALUATION, PREDICTIONS):  # a kill before they were written
-        (folder / name).unlink()
-        assert "finished already" in train(copy)[1]
-        assert contents(copy) == before
-
-
-def test_the_evaluation_of_the_best_epoch_is_that_of_the_model_file(quick: ResolvedConfig, tmp_path: Path) -> None:
-    evaluated = copy_run(quick, tmp_path / "run")
-    best = best_row(rows(quick, "epoch"), "val")
+def test_the_evaluation_of_the_best_epoch_is_that_of_the_model_file(finished: ResolvedConfig, tmp_path: Path) -> None:
+    evaluated = copy_run(finished, tmp_path / "run")
+    best = best_row(rows(finished, "epoch"), "val")
     kept = contents(evaluated)
     saved = json.loads((tmp_path / "run" / EVALUATION).read_text())
     assert (saved["epoch"], saved["splits"]["val"]["accuracy"]) == (best["epoch"], best["val_accuracy"])
@@ -279,61 +109,25 @@ def test_the_evaluation_of_the_best_epoch_is_that_of_the_model_file(quick: Resol
     assert contents(evaluated) == kept
 
 
-def test_a_killed_run_resumes_bit_identically(copy: ResolvedConfig, finished: ResolvedConfig) -> None:
-    rewind(copy, 5, 2)
-    (Path(copy.run.dir) / METRICS).write_text("{")  # cut off by the kill
-    result, printed = train(copy)
-    assert "resuming after epoch 2 of 3 (step 5)" in printed
-    assert [row["epoch"] for row in result.rows] == [1, 2, 3]
-    assert_equal_runs(copy, finished)
-    *before, last = audit_rows(copy)
-    assert [row | {"attempt": 1} for row in (*before[:5], last)] == audit_rows(finished)
-    assert (last["step"], last["attempt"]) == (5, 2)
-
-
 def test_a_run_with_images_on_the_device_resumes_bit_identically(
-    quick: ResolvedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: ResolvedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.config.preflight._check_image_cache", lambda *_: None)  # it is refused on a CPU
-    config = with_options(in_folder(quick, tmp_path / "device"), data={"cache_images": "device"})
+    config = with_options(in_folder(finished, tmp_path / "device"), data={"cache_images": "device"})
     train(config)
     resumed = copy_run(config, tmp_path / "resumed")
     rewind(resumed, 3, 1)
     train(resumed)
     assert_equal_runs(resumed, config)
-    for row, on_host in zip(audit_rows(config), audit_rows(quick), strict=True):
+    for row, on_host in zip(audit_rows(config), audit_rows(finished), strict=True):
         assert row["examples"] == on_host["examples"]
-    last, on_host = rows(config, "epoch")[0], rows(quick, "epoch")[0]
+    last, on_host = rows(config, "epoch")[0], rows(finished, "epoch")[0]
     assert last["train_loss"] == pytest.approx(on_host["train_loss"], rel=0.02), "crops within 2 gray levels"
 
 
-def test_a_resumed_run_names_an_image_whose_content_has_changed(copy: ResolvedConfig, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(copy.data.root, tmp_path / "images"))
-    config = with_options(copy, data={"root": str(root)})
-    image, record = root / "train" / "a" / "000.png", Path(copy.run.dir) / IMAGES
-    content, recorded = image.read_bytes(), record.read_text()
-    noise_image(99).save(image)
-    assert "finished already" in train(config)[1], "no image is read any more"
-    rewind(config, 5, 2)
-    message = "1 of 14 images have another content than when this run began: .*/train/a/000.png"
-    with pytest.raises(UserError, match=rf"{message}\. Restore them; or .* --data\.on_changed continue; or"):
-        train(config)
-    record.write_text('{"blake2b": "12"}')
-    with pytest.raises(UserError, match=r"images cannot be read \(expected 14 hashes\)"):
-        train(config)
-    record.write_text(recorded)
-    image.write_bytes(content)  # with another modification time
-    assert "another content" not in train(config)[1]
-    assert record.read_text() == recorded
-    rewind(config, 5, 2)
-    noise_image(99).save(image)
-    assert re.search(message, train(with_options(config, data={"on_changed": "continue"}))[1])
-    assert record.read_text() != recorded
-
-
-def test_excluded_images_are_part_of_the_identity_of_the_data(quick: ResolvedConfig, tmp_path: Path) -> None:
+def test_excluded_images_are_part_of_the_identity_of_the_data(finished: ResolvedConfig, tmp_path: Path) -> None:
     (file := tmp_path / "exclude.csv").write_text("path,reason\ntrain/a/000.png,blurred\nval/a/001.png,twice\n")
-    config = with_options(in_folder(quick, tmp_path / "run"), data={"exclude": str(file)})
+    config = with_options(in_folder(finished, tmp_path / "run"), data={"exclude": str(file)})
     printed = train(config)[1]
     assert "images left out by data.exclude" in printed
     assert ": 2 (1 of train, 1 of val)" in printed
@@ -345,33 +139,9 @@ def test_excluded_images_are_part_of_the_identity_of_the_data(quick: ResolvedCon
         train(with_options(config, data={"exclude": None}))
 
 
-def test_a_finished_run_is_only_reported_and_can_be_extended(copy: ResolvedConfig) -> None:
-    before, folder = contents(copy), Path(copy.run.dir)
-    result, printed = train(copy)
-    assert f"finished already, after epoch {EPOCHS}" in printed
-    assert "alpha" not in printed
-    assert [row["epoch"] for row in result.rows] == [1, 2, 3]
-    assert contents(copy) == before
-
-    (folder / WISE).unlink()  # a kill after the last update, before WiSE-FT was done
-    (folder / METRICS).unlink()
-    _, printed = train(copy)
-    assert "alpha" in printed
-    assert contents(copy) == before
-
-    result, printed = train(with_options(copy, train={"epochs": EPOCHS + 1}))
-    assert "for 8 steps instead of 6: from here on, the learning rate is that of the longer run" in printed
-    assert "alpha" in printed, "WiSE-FT is done again, from the best epoch's own weights"
-    assert [row["epoch"] for row in result.rows] == [1, 2, 3, 4]
-    tuned = load_file(folder / (FINE_TUNED if (folder / FINE_TUNED).exists() else MODEL))
-    assert all(torch.equal(tensor, best_average(copy)[name]) for name, tensor in tuned.items())
-    with pytest.raises(UserError, match=r"train\.epochs: 4 there, 3 now"):
-        train(copy)
-
-
-def test_a_stopped_run_reports_its_position_and_resumes(quick: ResolvedConfig, tmp_path: Path) -> None:
+def test_a_stopped_run_reports_its_position_and_resumes(finished: ResolvedConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    config = with_options(in_folder(quick, folder), checkpoint={"every": None})
+    config = with_options(in_folder(finished, folder), checkpoint={"every": None})
 
     def signal_before_the_first_update(run: OpenRun) -> None:
         run.signals.received = signal.SIGTERM
@@ -387,15 +157,15 @@ def test_a_stopped_run_reports_its_position_and_resumes(quick: ResolvedConfig, t
         train(config, before=lambda run: (run.folder / STOP).touch())
     assert not (folder / STOP).exists()
     train(config)
-    assert_equal_runs(config, quick)
+    assert_equal_runs(config, finished)
 
 
-def test_early_stopping_ends_a_run_that_does_not_improve(quick: ResolvedConfig, tmp_path: Path) -> None:
+def test_early_stopping_ends_a_run_that_does_not_improve(finished: ResolvedConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
     def with_patience(patience: int) -> ResolvedConfig:
         return with_options(
-            in_folder(quick, folder),
+            in_folder(finished, folder),
             optim={"lr": 1e-30, "weight_decay": 0.0},  # nothing is learned: the first epoch is the best
             train={"epochs": 9, "logs_per_epoch": 1},
             checkpoint={"every": "1 epoch"},

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trainer.check.findings import CheckResult, DuplicateGroup, LabeledImage
-from trainer.data.csv_write import GROUP_COLUMNS, write_table
+from trainer.check.listing import ImageList
+from trainer.data.csv.write import GROUP_COLUMNS, write_table
 
 _COLUMNS = ("path", "label", "split", "reason", "kept", "suggested", "margin")
 _PREFERENCE = ("test", "val", "train")
@@ -18,7 +19,7 @@ class Excluded(NamedTuple):
     """An image that training should leave out."""
 
     image: LabeledImage
-    reason: Literal["copy", "conflicting-labels", "label-error"]
+    reason: Literal["copy", "conflicting-labels", "label-error", "data.exclude"]
     kept: str = ""
     """Of a copy, the path of the image that is kept."""
     suggested: str = ""
@@ -54,24 +55,27 @@ def _exclude_copies(group: DuplicateGroup) -> Iterator[Excluded]:
             yield Excluded(image, "copy", kept=kept.path if kept else "")
 
 
-def write_excluded(file: Path, result: CheckResult, root: Path) -> int:
+def write_excluded(file: Path, result: CheckResult, listing: ImageList) -> int:
     """Write the images to leave out as a CSV that the option `data.exclude` reads; return their number.
+
+    Images that `data.exclude` leaves out already are listed too, so that the CSV can take the place of that file.
 
     Args:
         file: the CSV.
         result: the result of the check.
-        root: folder of the dataset; paths inside of it are written relative to it.
+        listing: the images; paths inside of its root are written relative to it.
 
     Raises:
         UserError: the file cannot be written.
 
     """
-    prefix = os.path.join(root, "")  # noqa: PTH118 (adds a trailing slash)
+    prefix = os.path.join(listing.root, "")  # noqa: PTH118 (adds a trailing slash)
+    excluded = [*(Excluded(image, "data.exclude") for image in listing.excluded), *suggest_excluded(result)]
     rows = [
         (*image, reason, kept.removeprefix(prefix), suggested, "" if margin is None else f"{margin:.4f}")
-        for image, reason, kept, suggested, margin in suggest_excluded(result)
+        for image, reason, kept, suggested, margin in excluded
     ]
-    write_table(file, rows, columns=_COLUMNS, root=root)
+    write_table(file, rows, columns=_COLUMNS, root=listing.root)
     return len(rows)
 
 

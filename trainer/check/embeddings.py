@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from regraft.contract import available_cores, own_version, physical_cores
-from trainer.data.augment import Preprocessing
 from trainer.distributed.allocator import keep_freed_memory
 from trainer.errors import UserError
 from trainer.inference.file_logits import BatchOptions, FileLogits
@@ -71,7 +70,7 @@ def load_embedder(
 
 
 def _load_pretrained(name: str, weights: str, on_progress: Callable[[str], None] | None) -> LoadedModel:
-    preprocessing = Preprocessing(**asdict(preset(name, weights)))
+    preprocessing = preset(name, weights)
     built = build_model(
         name,
         image_size=preprocessing.image_size,

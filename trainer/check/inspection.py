@@ -13,7 +13,7 @@ from trainer.check.images import ImageTable, read_images
 from trainer.check.listing import ImageList, list_images
 from trainer.check.perceptual_hash import find_near_duplicates
 from trainer.check.statistics import count_images, describe_classes, describe_sizes, summarize
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 from trainer.data.progress import NO_PROGRESS, ProgressHooks
 
 Pair = tuple[int, int]

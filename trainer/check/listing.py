@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.check.findings import Finding, LabeledImage
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 from trainer.data.class_names import describe_difference, find_lookalikes
+from trainer.data.csv.table import TableFormat, read_table
+from trainer.data.folders.scan import DirEntries, Scan, scan_dir
+from trainer.data.folders.splits import find_split_folders
 from trainer.data.index import DatasetIndex
 from trainer.data.prepare import exclude_images, list_examples
 from trainer.data.progress import NO_PROGRESS, ProgressHooks
 from trainer.data.registry import cache_folder, resolve_root
-from trainer.data.scan import DirEntries, Scan, scan_dir
-from trainer.data.split_folders import find_split_folders
-from trainer.data.table import TableFormat, read_table
 from trainer.errors import UserError
 from trainer.text import join_truncated
 
@@ -42,6 +42,17 @@ class ImageList:
         """Return position -> group, such as a patient, for the images that have one."""
         groups = {} if self.index is None else self.index.groups
         return {row: groups[image.path] for row, image in enumerate(self.images) if image.path in groups}
+
+    @property
+    def excluded(self) -> list[LabeledImage]:
+        """Return the images that the option `data.exclude` leaves out."""
+        if self.index is None:
+            return []
+        return [
+            LabeledImage(path, self.index.classes[label], split)
+            for split, examples in self.index.excluded.items()
+            for path, label in examples
+        ]
 
     @property
     def split_made(self) -> bool:

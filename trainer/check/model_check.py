@@ -11,6 +11,7 @@ from trainer.check.findings import Finding, LabelError, ModelFindings
 from trainer.check.inspection import Inspection
 from trainer.check.label_errors import LabelScores, score_labels
 from trainer.check.near_duplicates import find_by_embeddings
+from trainer.check.neighbors import require_faiss
 from trainer.errors import UserError
 
 _MIN_ACCURACY = 0.5
@@ -35,13 +36,15 @@ def check_with_model(
         on_progress: called with (images embedded, total images).
 
     Raises:
-        UserError: no image can be read, or a feature is not finite.
+        UserError: fewer than two images can be read, a feature is not finite, or there are so many images that faiss
+            is needed, and it is not installed.
 
     """
     images, facts = inspection.listing.images, inspection.table.facts
     rows = np.array([row for row, each in enumerate(facts) if each.reason is None], dtype=np.int64)
     if len(rows) < 2:
         raise UserError(f"--model: {len(rows)} of {len(images)} images can be read; expected two or more")
+    require_faiss("--model", len(rows))
     digests = [facts[row].digest for row in rows]
     paths = [images[row].path for row in rows]
     features = embed(embedder, paths, digests, cache=cache, on_progress=on_progress)

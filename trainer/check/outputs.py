@@ -72,7 +72,7 @@ class Outputs:
             _write(self.html, render_page(result))
             yield f"{self.html}: written"
         if self.exclude_csv is not None:
-            count = write_excluded(self.exclude_csv, result, inspection.listing.root)
+            count = write_excluded(self.exclude_csv, result, inspection.listing)
             command = shlex.join(("regraft", "train", result.root, "--data.exclude", str(self.exclude_csv)))
             yield f"{self.exclude_csv}: {count:,} images to leave out: {command}"
         if self.groups_csv is not None:

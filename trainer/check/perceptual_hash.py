@@ -7,8 +7,7 @@ Source of the hash: C. Zauner, "Implementation and Benchmarking of Perceptual Im
 hash): the signs of the lowest frequencies of the discrete cosine transform, relative to their median.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -31,15 +30,6 @@ _DCT = np.cos(np.pi * (2 * _positions[None] + 1) * np.arange(_FREQUENCIES)[:, No
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow converts to gray
 _MIRROR = (-1.0) ** np.arange(_FREQUENCIES, dtype=np.float32)
 """Factor of each horizontal frequency that mirrors an image."""
-
-
-class Candidate(NamedTuple):
-    """Two images, by their positions."""
-
-    one: int
-    other: int
-    is_mirrored: bool
-    """Whether the hash of the first one is that of its mirrored image."""
 
 
 def hash_thumbnails(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,10 +65,10 @@ def find_near_duplicates(
         is_used &= mask
     hashes, mirrored = hash_thumbnails(thumbnails)
     groups = np.arange(len(thumbnails))  # of each image; those that show the same have the same number
-    queue: list[Candidate] = []
+    queue: list[tuple[int, int, bool]] = []
 
     def confirm() -> Iterator[tuple[int, int]]:
-        for one, other in confirm_candidates(thumbnails, queue):
+        for one, other in confirm_candidates(thumbnails, np.array(queue, dtype=np.int64).reshape(-1, 3)):
             if groups[one] != groups[other]:
                 groups[groups == groups[other]] = groups[one]
                 yield one, other
@@ -93,7 +83,7 @@ def find_near_duplicates(
             if len(found) > _MAX_CANDIDATES:
                 found = found[np.argsort(distances[found], kind="stable")[:_MAX_CANDIDATES]]
                 is_full = True
-            queue += [Candidate(one, other, is_mirrored) for other in (found + one + 1).tolist()]
+            queue += [(one, other, is_mirrored) for other in (found + one + 1).tolist()]
         if is_full or len(queue) >= _BATCH:
             yield from confirm()
         if on_progress is not None and one % _BATCH == 0:
@@ -121,13 +111,18 @@ def _hash_spectrum(spectrum: np.ndarray) -> np.ndarray:
     return packed[:, 0]
 
 
-def confirm_candidates(thumbnails: np.ndarray, candidates: Sequence[Candidate]) -> Iterator[tuple[int, int]]:
-    """Yield the pairs (one, other) whose thumbnails correlate."""
+def confirm_candidates(thumbnails: np.ndarray, candidates: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield the pairs (one, other) whose thumbnails correlate.
+
+    Args:
+        thumbnails: RGB images, uint8 [N, SIZE, SIZE, 3].
+        candidates: int64 [C, 3]: the positions of two images, and 1 if the first one is to be mirrored.
+
+    """
     for start in range(0, len(candidates), _BATCH):
-        ones, others, is_mirrored = (
-            np.array(column) for column in zip(*candidates[start : start + _BATCH], strict=True)
-        )
+        ones, others, mirrored = candidates[start : start + _BATCH].T
         images, targets = to_channels(thumbnails[ones]), to_channels(thumbnails[others])
+        is_mirrored = mirrored.astype(bool)
         images[is_mirrored] = images[is_mirrored][..., ::-1]
         correlation = correlate(images, targets)
         rows = np.flatnonzero((correlation >= _MIN_UNALIGNED) & (correlation < MIN_CORRELATION))

@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer.check.findings import Finding, LabeledImage
 from trainer.check.images import ImageFacts, ImageTable
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 from trainer.text import escape_unprintable, join_truncated
 
 SHORTER_SIDES = (0, 32, 64, 128, 224, 384, 512, 768, 1024, 2048, 4096)

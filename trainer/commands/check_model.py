@@ -9,8 +9,8 @@ from trainer.check.embeddings import load_embedder
 from trainer.check.findings import ModelFindings
 from trainer.check.inspection import Inspection
 from trainer.check.model_check import check_with_model
-from trainer.check.near_duplicates import require_scikit_learn
-from trainer.config.schema import DataConfig
+from trainer.check.neighbors import require_scikit_learn
+from trainer.config.sections.data import DataConfig
 from trainer.data.registry import cache_folder
 from trainer.report.progress import counting
 

@@ -26,10 +26,10 @@ from trainer.commands.variants import PRETRAINED, folder_name, plan, variants
 from trainer.config.build_data import dataset_summary, load_run_data
 from trainer.config.execution import Workload, with_one_execution
 from trainer.config.parse import split_command
-from trainer.config.preflight import preflight
+from trainer.config.preflight import check_run_folder, preflight
 from trainer.config.resolve import ResolvedConfig, pretrain_config, resolve, with_pretrained
 from trainer.config.schema import Config
-from trainer.config.start import check_run_folder, create_parent_folder, start
+from trainer.config.start import create_parent_folder, start
 from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
 from trainer.pipeline import run

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from trainer.commands.overfit import OVERFIT_STEPS, describe_losses, overfit
-from trainer.config.build_data import load_run_data, make_schedule
+from trainer.config.build_data import load_run_data
 from trainer.config.build_loaders import Evaluator, make_batches
 from trainer.config.build_model import make_l2_sp, make_model, make_optimizer, make_param_groups
 from trainer.config.build_training import make_train_state, make_train_step
@@ -92,9 +92,8 @@ def _run_steps(options: Config) -> None:
         optimizer = make_optimizer(groups, config)
         state, unfreezing = make_train_state(built, optimizer, config, ctx, console)
     train_step = make_train_step(config, data.examples_per_class, ctx, make_l2_sp(built, config))
-    schedule = make_schedule(config, data.order)
     schedule = replace(
-        schedule, batch_sizes=schedule.batch_sizes[:TRAIN_BATCHES], epochs=1, logs_per_epoch=TRAIN_BATCHES
+        data.schedule, batch_sizes=data.schedule.batch_sizes[:TRAIN_BATCHES], epochs=1, logs_per_epoch=TRAIN_BATCHES
     )
     batches = make_batches(config, data.index, data.order, ctx, epochs=1)
     with timed("first batch: read, decode, augment"):

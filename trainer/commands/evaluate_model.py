@@ -8,7 +8,7 @@ from typing import Any
 
 from regraft.contract import CONFIG, CONFIG_HEADER
 from trainer.config.parse import parse
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 from trainer.errors import UserError
 from trainer.evaluation.calibration import calibrated_metrics, fit_temperature
 from trainer.evaluation.class_mapping import map_classes, parse_mapping

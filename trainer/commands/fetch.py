@@ -35,11 +35,12 @@ def fetch(argv: Sequence[str]) -> None:
     """
     config = parse(argv)
     # torch takes seconds to import: a wrong option is reported without it.
-    from trainer.config.build_data import RunData, dataset_summary, make_epoch_order  # noqa: PLC0415
+    from trainer.config.build_data import dataset_summary  # noqa: PLC0415
     from trainer.config.build_model import make_model  # noqa: PLC0415
     from trainer.config.preflight import preflight  # noqa: PLC0415
     from trainer.config.pretrained import check_pretrained_weights  # noqa: PLC0415
     from trainer.config.resolve import pretrain_config, resolve  # noqa: PLC0415
+    from trainer.config.run_data import make_run_data  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415
     from trainer.report.console import make_console  # noqa: PLC0415
     from trainer.report.progress import progress_hooks  # noqa: PLC0415
@@ -53,7 +54,7 @@ def fetch(argv: Sequence[str]) -> None:
         console.print(dataset_summary(prepared))
         if phase is config:
             index = prepared.index
-            preflight(config, RunData(prepared=prepared, order=make_epoch_order(config, prepared.index)))
+            preflight(config, make_run_data(config, prepared))
     if config.model.weights is not None:
         built = make_model(config, index.classes, config.model.weights, on_progress=console.print)
         console.print(f"weights: {built.source}")

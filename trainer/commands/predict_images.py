@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from regraft.contract import available_cores
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
 from trainer.inference.answers import AnswerOptions, require_temperature, require_unknown_threshold

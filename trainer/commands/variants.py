@@ -4,11 +4,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from trainer.config.config_files import strategy_file
 from trainer.config.options import check_option
 from trainer.config.parse import QUICKSTART, normalize, parse
 from trainer.config.resolve import resolve
-from trainer.config.schema import BaselineConfig, Config
-from trainer.config.strategies import path_of
+from trainer.config.schema import Config
+from trainer.config.sections.baseline import BaselineConfig
 from trainer.errors import UserError
 
 PRETRAINED = "pretrained-model"
@@ -106,7 +107,7 @@ def plan(options: Sequence[str], chosen: Sequence[StrategyVariant]) -> tuple[Con
     messages: list[str] = []
     for variant in chosen:
         try:
-            strategy = [f"--config={path_of(variant.strategy)}", f"--transfer.strategy={variant.strategy}"]
+            strategy = [f"--config={strategy_file(variant.strategy)}", f"--transfer.strategy={variant.strategy}"]
             config = parse([*options, *strategy, *variant.options])
             resolve(config)
         except UserError as error:

@@ -8,12 +8,12 @@ from trainer.checkpoint.resume import ResumePoint
 from trainer.checkpoint.retention import RetentionPolicy
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.state import RunIdentity, RunMetadata
-from trainer.config.build_data import RunData
 from trainer.config.dump import dump
 from trainer.config.resolve import ResolvedConfig
+from trainer.config.run_data import RunData
 from trainer.model.built import BuiltModel
 from trainer.model.metadata import ModelMetadata
-from trainer.optim.schedule import Interval, TrainSchedule, parse_interval, to_steps, warmup_steps
+from trainer.optim.schedule import Interval, parse_interval, to_steps, warmup_steps
 from trainer.run.session import OpenRun
 from trainer.run.versions import own_version, versions
 from trainer.state import TrainState
@@ -75,7 +75,7 @@ def make_run_metadata(config: ResolvedConfig, data: RunData, run: OpenRun) -> Ru
     )
 
 
-def find_resume_point(config: ResolvedConfig, data: RunData, run: OpenRun, schedule: TrainSchedule) -> ResumePoint:
+def find_resume_point(config: ResolvedConfig, data: RunData, run: OpenRun) -> ResumePoint:
     """Return the newest checkpoint of the run, if there is one. Every process must call it.
 
     Raises:
@@ -84,7 +84,7 @@ def find_resume_point(config: ResolvedConfig, data: RunData, run: OpenRun, sched
     """
     return ResumePoint(
         run,
-        schedule,
+        data.schedule,
         metadata=make_run_metadata(config, data, run),
         early_stopping=make_early_stopping(config, data),
         config=dump(replace(config, run=replace(config.run, resume="auto"))),
@@ -97,13 +97,12 @@ def make_checkpoint_manager(
     data: RunData,
     run: OpenRun,
     state: TrainState,
-    schedule: TrainSchedule,
     *,
     model_metadata: ModelMetadata,
     logger: MetricsLog,
 ) -> CheckpointManager:
     """Return what saves and stops the run, from the state's position on."""
-    retention = make_retention_policy(config, schedule.steps_per_epoch)
+    retention = make_retention_policy(config, data.schedule.steps_per_epoch)
     early_stopping = make_early_stopping(config, data)
     saver = CheckpointSaver(
         run,
@@ -114,7 +113,7 @@ def make_checkpoint_manager(
         order_digest=data.order.digest,
     )
     return CheckpointManager(
-        run, state, schedule, saver=saver, retention=retention, early_stopping=early_stopping, logger=logger
+        run, state, data.schedule, saver=saver, retention=retention, early_stopping=early_stopping, logger=logger
     )
 
 

@@ -1,52 +1,23 @@
-"""From a config to its data: the checked examples, the order in which a run trains on them, and its schedule."""
+"""From a config to its data: load and check the images, and record them in the run folder."""
 
-from collections import Counter
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 from rich.console import Console
 
 from regraft.contract import EXCLUDED, IMAGES, SPLIT
 from trainer.config.build_image_cache import ImageCache
 from trainer.config.resolve import ResolvedConfig
+from trainer.config.run_data import RunData, make_run_data
 from trainer.data.digests import read_digests, write_digests
-from trainer.data.image_cache.cached import NOT_CACHED, CachedImages
-from trainer.data.index import DatasetIndex, write_excluded, write_split
+from trainer.data.image_cache.cached import NOT_CACHED
+from trainer.data.index import write_excluded, write_split
 from trainer.data.prepare import Prepared, list_examples, validate_examples
-from trainer.data.sampler import EpochOrder
 from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
-from trainer.optim.schedule import TrainSchedule, get_lr_multiplier, warmup_steps
 from trainer.report.progress import progress_hooks
 from trainer.run.folder import saving_to
 from trainer.run.session import OpenRun
 from trainer.text import escape_unprintable, join_truncated
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunData:
-    """The examples of a run, their cached images, and the order in which it trains on them."""
-
-    prepared: Prepared
-    order: EpochOrder
-    images: CachedImages = NOT_CACHED
-
-    @property
-    def index(self) -> DatasetIndex:
-        """Return the examples of each split."""
-        return self.prepared.index
-
-    @property
-    def train_groups(self) -> tuple[str | None, ...]:
-        """Return the group of each training example, or nothing if there are no groups."""
-        groups = self.index.groups
-        return tuple(groups.get(path) for path, _ in self.index.train) if groups else ()
-
-    @cached_property
-    def examples_per_class(self) -> tuple[int, ...]:
-        """Return the number of training examples of each class."""
-        counts = Counter(label for _, label in self.index.train)
-        return tuple(counts[label] for label in range(len(self.index.classes)))
 
 
 def load_run_data(config: ResolvedConfig, ctx: DistributedContext, console: Console, *, check: bool = True) -> RunData:
@@ -56,7 +27,7 @@ def load_run_data(config: ResolvedConfig, ctx: DistributedContext, console: Cons
     `check` decodes every image once, unless an earlier start did; without it, no image is cached.
 
     Raises:
-        UserError: see `data.prepare`; or the machines see different images.
+        UserError: see `data.prepare` and `make_run_data`; or the machines see different images.
 
     """
     hooks = progress_hooks(console)
@@ -82,7 +53,7 @@ def load_run_data(config: ResolvedConfig, ctx: DistributedContext, console: Cons
     if cache is not None:
         images, messages = cache.open(prepared.index, prepared.digests, ctx)
         console.print("\n".join(messages))
-    return RunData(prepared=prepared, order=make_epoch_order(config, prepared.index), images=images)
+    return make_run_data(config, prepared, images)
 
 
 def dataset_summary(prepared: Prepared) -> str:
@@ -95,40 +66,6 @@ def dataset_summary(prepared: Prepared) -> str:
     names = join_truncated(index.classes, limit=8)
     head = f"{escape_unprintable(str(index.root))}: {len(index.classes)} classes ({names}); {', '.join(counts)}"
     return "\n".join([head, *prepared.notes])
-
-
-def make_epoch_order(config: ResolvedConfig, index: DatasetIndex) -> EpochOrder:
-    """Return the order of the training examples."""
-    is_balanced = config.data.sampling == "balanced"
-    return EpochOrder(
-        examples=len(index.train),
-        batch_size=config.train.batch_size,
-        seed=config.run.seed,
-        labels=tuple(example.label for example in index.train) if is_balanced else None,
-    )
-
-
-def make_schedule(config: ResolvedConfig, order: EpochOrder) -> TrainSchedule:
-    """Return the updates of the run; durations become steps here.
-
-    Raises:
-        UserError: the warm-up is longer than the run.
-
-    """
-    steps = order.steps_per_epoch
-    total = steps * config.train.epochs
-    warmup = warmup_steps(config.optim.warmup, steps_per_epoch=steps, total_steps=total)
-    if warmup > total:
-        raise UserError(
-            f"optim.warmup is {config.optim.warmup!r}, {warmup} steps, but the run has {total}: the peak learning rate "
-            "would not be reached"
-        )
-    return TrainSchedule(
-        batch_sizes=order.batch_sizes,
-        epochs=config.train.epochs,
-        logs_per_epoch=config.train.logs_per_epoch,
-        lr_multiplier=partial(get_lr_multiplier, total_steps=total, warmup_steps=warmup, kind=config.optim.schedule),
-    )
 
 
 def check_images_unchanged(config: ResolvedConfig, data: RunData, run: OpenRun, *, resumed: bool) -> None:

@@ -7,7 +7,6 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from trainer.config.build_data import RunData
 from trainer.config.build_loaders import (
     Evaluator,
     eval_batch_size,
@@ -19,13 +18,13 @@ from trainer.config.build_loaders import (
     make_train_transform,
 )
 from trainer.config.resolve import ResolvedConfig
+from trainer.config.run_data import RunData
 from trainer.data.augment import Normalize
 from trainer.data.dataset import Batch, ImageDataset
 from trainer.data.loader import TrainBatches
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
 from trainer.distributed.context import DistributedContext
 from trainer.model.built import UnfreezeStage
-from trainer.optim.schedule import TrainSchedule
 from trainer.run.audit import with_audit
 from trainer.run.session import OpenRun
 from trainer.transfer.eval_features import EvalFeatures
@@ -95,11 +94,10 @@ def make_probe_loader(config: ResolvedConfig, data: RunData, ctx: DistributedCon
     return make_eval_loader(data.index.train, config, ctx, data.images)
 
 
-def make_train_batches(  # noqa: PLR0917 (each is another object)
+def make_train_batches(
     config: ResolvedConfig,
     data: RunData,
     run: OpenRun,
-    schedule: TrainSchedule,
     stages: Sequence[UnfreezeStage],
     features: StageFeatures,
     *,
@@ -109,7 +107,7 @@ def make_train_batches(  # noqa: PLR0917 (each is another object)
 
     They hold images, or in stages that train on features, these; no image is decoded then.
     """
-    ctx, index, order = run.ctx, data.index, data.order
+    ctx, index, order, schedule = run.ctx, data.index, data.order, data.schedule
     if isinstance(features, NoFeatures):
         batches = make_batches(
             config, index, order, ctx, epochs=schedule.epochs, start_step=start_step, images=data.images

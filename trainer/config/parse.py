@@ -16,11 +16,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from regraft.command_line import is_dataset, join_values
 from regraft.contract import own_version
 from regraft.files import CONFIGS
+from trainer.config.config_files import insert_configs
 from trainer.config.dump import dump
 from trainer.config.help import describe_type, help_text, help_topic
 from trainer.config.options import COMMAND_LINE, OPTIONS, add_brackets, check_option, keys
 from trainer.config.schema import Config
-from trainer.config.strategies import insert_configs
 from trainer.errors import UserError
 
 __all__ = ["QUICKSTART", "dump", "keys", "parse"]

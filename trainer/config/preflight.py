@@ -1,17 +1,26 @@
 """Checks before the long work: report errors before images are decoded or a job is queued."""
 
-from trainer.config.build_data import RunData, make_schedule
+from pathlib import Path
+
 from trainer.config.build_loaders import eval_batch_size, num_loader_workers
 from trainer.config.build_model import make_model, make_param_groups
+from trainer.config.dump import dump
 from trainer.config.resolve import ResolvedConfig, without_weights
+from trainer.config.run_data import RunData, make_schedule
 from trainer.data.index import DatasetIndex
 from trainer.data.sampler import EpochOrder
 from trainer.data.workers import check_shared_memory
 from trainer.distributed.context import DistributedContext
 from trainer.errors import UserError
 from trainer.model.source_classes import check_targets
+from trainer.run.folder import check_resumable
 from trainer.text import escape_unprintable
 from trainer.transfer.linear_probe import require_linear
+
+
+def check_run_folder(config: ResolvedConfig) -> None:
+    """Raise a UserError if the run folder contains a run with other options, before any long work."""
+    check_resumable(Path(config.run.dir), dump(config), resume=config.run.resume)
 
 
 def preflight(config: ResolvedConfig, data: RunData, ctx: DistributedContext | None = None) -> None:
@@ -24,7 +33,7 @@ def preflight(config: ResolvedConfig, data: RunData, ctx: DistributedContext | N
 
     """
     check_run_data(config, data, ctx)
-    make_schedule(config, data.order)
+    make_schedule(config, data.order)  # `regraft compare` takes the data of another strategy
     index = data.index
     if config.model.head_init == "source-labels":
         check_targets(config.model.aliases, index.classes)

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from regraft.contract import BASELINE, PRETRAIN
-from trainer.config.schema import BaselineConfig, Config, DataConfig, PretrainConfig, TransferConfig
-from trainer.data.augment import Preprocessing
+from trainer.config.schema import Config
+from trainer.config.sections.baseline import BaselineConfig
+from trainer.config.sections.data import DataConfig
+from trainer.config.sections.pretrain import PretrainConfig
+from trainer.config.sections.transfer import TransferConfig
+from trainer.data.preprocessing import Preprocessing
 from trainer.data.registry import cache_folder, is_known
 from trainer.errors import UserError
 from trainer.model.architectures import same_architecture
@@ -149,7 +153,7 @@ def _folder_option(data: DataConfig, key: str) -> str | None:
 
 
 def _preprocessing(name: str, weights: str | None) -> Preprocessing:
-    default = preset(name, weights)
+    published = preset(name, weights)
     metadata = read_weights_metadata(weights) if weights else None
     if metadata is not None:
         if not same_architecture(metadata.architecture, name):
@@ -158,7 +162,7 @@ def _preprocessing(name: str, weights: str | None) -> Preprocessing:
                 f"model.name to {metadata.architecture}"
             )
         return metadata.preprocessing
-    return Preprocessing(**dataclasses.asdict(default))
+    return published
 
 
 def pretrain_config(config: ResolvedConfig) -> ResolvedConfig:

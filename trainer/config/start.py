@@ -2,23 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
 from regraft.contract import create_output_folder
 from trainer.config.default_folder import default_run_folder
-from trainer.config.dump import dump
 from trainer.config.pretrained import check_pretrained_weights
 from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.schema import Config
 from trainer.distributed.context import DistributedContext, init_distributed
-from trainer.distributed.watchdog import EXTENDED_TIMEOUT
 from trainer.errors import UserError
 from trainer.model.compile import check_compiler
 from trainer.report.console import make_console
 from trainer.report.tracker_services import check_installed
-from trainer.run.folder import check_resumable
 
 
 def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
@@ -46,17 +42,6 @@ def start(config: Config) -> tuple[ResolvedConfig, DistributedContext, Console]:
     if resolved.train.compile:
         ctx.main_process_first(lambda: check_compiler(ctx.device) if is_first else None, local=True)
     return resolved, ctx, console
-
-
-def hang_timeout(config: ResolvedConfig) -> float | Literal["auto"] | None:
-    """Return run.hang_timeout; with `auto` and train.compile, which builds kernels within steps, a longer one."""
-    timeout = config.run.hang_timeout
-    return EXTENDED_TIMEOUT if timeout == "auto" and config.train.compile else timeout
-
-
-def check_run_folder(config: ResolvedConfig) -> None:
-    """Raise a UserError if the run folder contains a run with other options, before any long work."""
-    check_resumable(Path(config.run.dir), dump(config), resume=config.run.resume)
 
 
 def create_parent_folder(folder: Path, ctx: DistributedContext) -> None:

@@ -6,9 +6,8 @@ converted to floats and normalized on the device (`Normalize`).
 """
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from trainer.data.normalization import find_wrong_normalization
+from trainer.data.preprocessing import Preprocessing
 from trainer.data.random_crop import Box, flip, resized_crop, sample_crop, sample_erasing
 
 Augmentation = Literal["basic", "none", "trivialaugment", "randaugment", "augmix"]
@@ -33,52 +32,6 @@ class Transform(Protocol):
         """Return uint8 [S, S, 3] of an RGB image, uint8 [H, W, 3], which may be a read-only view."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """Resize, crop and normalization of an image; part of the metadata of a model file."""
-
-    image_size: int
-    """Height and width of the model's input [pixels]."""
-    resize_size: int
-    """Size of the resized image, before the central crop [pixels]."""
-    resize: Literal["squash", "shorter"]
-    """Whether both sides are resized to `resize_size`, or the shorter one."""
-    interpolation: Literal["bilinear", "bicubic"]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> "Preprocessing":
-        """Return the preprocessing of a file's metadata.
-
-        Raises:
-            ValueError, TypeError, KeyError: a field is missing, has the wrong type, or is out of range.
-
-        """
-        for key in ("image_size", "resize_size"):
-            if not (isinstance(fields[key], int) and 1 <= fields[key] <= 8192):
-                raise ValueError(f"{key} is {fields[key]!r}, expected 1 to 8192 pixels")
-        if fields["resize"] not in ("squash", "shorter"):
-            raise ValueError(f"resize is {fields['resize']!r}, expected squash or shorter")
-        rgb = {key: tuple(float(value) for value in fields[key]) for key in ("mean", "std")}
-        if wrong := find_wrong_normalization(rgb["mean"], rgb["std"]):
-            raise ValueError(wrong)
-        if fields["interpolation"] not in ("bilinear", "bicubic"):
-            raise ValueError(f"interpolation is {fields['interpolation']!r}, expected bilinear or bicubic")
-        return cls(
-            image_size=fields["image_size"],
-            resize_size=fields["resize_size"],
-            resize=fields["resize"],
-            interpolation=fields["interpolation"],
-            **rgb,  # type: ignore[arg-type]
-        )
-
-    @property
-    def mode(self) -> InterpolationMode:
-        """Return the interpolation as torchvision's enum."""
-        return InterpolationMode(self.interpolation)
-
-
 class EvalTransform:
     """Resize and central crop to [image_size, image_size], by Pillow."""
 
@@ -87,7 +40,7 @@ class EvalTransform:
         target = [size, size] if preprocessing.resize == "squash" else [size]
         self._transform = v2.Compose(
             [
-                v2.Resize(target, interpolation=preprocessing.mode, antialias=True),
+                v2.Resize(target, interpolation=InterpolationMode(preprocessing.interpolation), antialias=True),
                 v2.CenterCrop(preprocessing.image_size),
             ]
         )
@@ -139,7 +92,8 @@ class TrainTransform:
         """Red, green and blue of erased pixels, in 0 to 255."""
         self._crop_scale = crop_scale
         self._resize = EvalTransform(preprocessing) if augment == "none" else None
-        self._policy = _POLICIES[augment](interpolation=preprocessing.mode) if augment in _POLICIES else None
+        self._interpolation = InterpolationMode(preprocessing.interpolation)
+        self._policy = _POLICIES[augment](interpolation=self._interpolation) if augment in _POLICIES else None
 
     def sample(self, height: int, width: int, generator: torch.Generator) -> tuple[Box, bool, Box | None]:
         """Return what is drawn for an image if `augment` is "basic": crop, whether to flip, and erased rectangle."""
@@ -156,7 +110,7 @@ class TrainTransform:
         else:
             height, width, _ = image.shape
             box, flipped = sample_crop(height, width, self._crop_scale, generator)
-            image = resized_crop(image, box, self.preprocessing.image_size, self.preprocessing.mode)
+            image = resized_crop(image, box, self.preprocessing.image_size, self._interpolation)
             image = flip(image) if flipped else image
         if self._policy is not None:
             image = _apply_policy(self._policy, image, generator)

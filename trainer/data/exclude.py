@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from trainer.data.csv_records import read_records
+from trainer.data.csv.records import read_records
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
+from trainer.data.csv.table import TableFormat
 from trainer.data.exclude import describe, find_excluded
-from trainer.data.index import DatasetIndex, Example, read_index, without_images
+from trainer.data.index import DatasetIndex, Example, without_images
 from trainer.data.progress import NO_PROGRESS, ProgressHooks
+from trainer.data.read_index import read_index
 from trainer.data.registry import cache_folder, resolve_root
-from trainer.data.table import TableFormat
 from trainer.data.validation import OnDecoded, check_images, unreadable_error
 from trainer.data.validation_results import ValidationResults
 from trainer.text import escape_unprintable, join_truncated

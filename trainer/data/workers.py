@@ -1,5 +1,6 @@
 """Worker processes of a data loader: how they start and end, and the shared memory that their batches need."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -8,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.queues import Queue
+from multiprocessing.util import Finalize
 from typing import NoReturn
 
 from regraft.parent_death import signal_on_parent_death
@@ -38,6 +40,23 @@ def _exit_on_sigterm(trainer: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)
+
+
+def _end_workers() -> None:
+    """End the daemonic processes as Python does when it exits, but kill those that do not end.
+
+    A thread that libtorch starts in a worker before `init_worker` does not block SIGTERM. If it takes the signal,
+    which is ignored, `_exit_on_sigterm` never sees it, and Python would wait forever.
+    """
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(timeout=1)
+        worker.kill()
+
+
+Finalize(None, _end_workers, exitpriority=0)  # before Python ends them
 
 
 def _exit_on_failed_send(error: Exception, _: object) -> NoReturn:

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config.schema import DataConfig
-from trainer.data.layout import read_folder
+from trainer.config.sections.data import DataConfig
+from trainer.data.csv.table import TableFormat, read_table
+from trainer.data.folders.layout import read_folder
+from trainer.data.folders.scan import Scan
+from trainer.data.folders.splits import find_split_folders
 from trainer.data.prepare import list_examples
-from trainer.data.scan import Scan
-from trainer.data.split_folders import find_split_folders
-from trainer.data.table import TableFormat, read_table
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
 

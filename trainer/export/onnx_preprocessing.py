@@ -16,7 +16,7 @@ from onnxscript import FLOAT, UINT8, script
 from onnxscript import opset18 as op
 from packaging.version import Version
 
-from trainer.data.augment import Preprocessing
+from trainer.data.preprocessing import Preprocessing
 
 INPUT, OUTPUT = "images", "preprocessed"
 _UINT8, _FLOAT, _INT32, _INT64, _DOUBLE = (

@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from regraft.contract import MODEL
-from trainer.data.augment import Preprocessing
+from trainer.data.preprocessing import Preprocessing
 from trainer.errors import UserError
 from trainer.export.verification import RunExported
 from trainer.model.architectures import is_timm

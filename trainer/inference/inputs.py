@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from trainer.data.csv_columns import find_path_column
-from trainer.data.csv_records import read_records
-from trainer.data.scan import Scan
+from trainer.data.csv.columns import find_path_column
+from trainer.data.csv.records import read_records
+from trainer.data.folders.scan import Scan
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated
 

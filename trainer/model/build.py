@@ -9,12 +9,12 @@ from typing import Any, cast
 from torch import nn
 from torchvision import models
 
+from trainer.data.preprocessing import Preprocessing
 from trainer.errors import UserError
 from trainer.model import timm_models
 from trainer.model.architectures import check_architecture, is_timm
 from trainer.model.head import trial_forward
 from trainer.model.meta_device import on_meta_device
-from trainer.model.preset import Preset
 from trainer.model.torchvision_weights import find_enum, is_file
 from trainer.text import first_line
 
@@ -27,7 +27,7 @@ _MAX_SUGGESTIONS = 4
 """Sizes of timm's models that are tried to suggest one; a trial may take a second."""
 
 
-def preset(name: str, weights: str | None) -> Preset:
+def preset(name: str, weights: str | None) -> Preprocessing:
     """Return the preprocessing of published weights: the named ones, or for a file or None the default ones.
 
     Raises:
@@ -44,7 +44,7 @@ def preset(name: str, weights: str | None) -> Preset:
         )
     entry = find_enum(name, "DEFAULT" if weights is None or is_file(weights) else weights)
     transforms = entry.transforms()
-    return Preset(
+    return Preprocessing(
         image_size=int(transforms.crop_size[0]),
         resize_size=int(transforms.resize_size[0]),
         resize="squash",  # as in the D2L recipe: nothing of an image is lost before the center crop

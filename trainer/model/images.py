@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.data.augment import EvalTransform, Normalize, Preprocessing
+from trainer.data.augment import EvalTransform, Normalize
 from trainer.data.decode import UnreadableImage, decode, decode_file, upright_rgb
+from trainer.data.preprocessing import Preprocessing
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from trainer.data.augment import Preprocessing
+from trainer.data.preprocessing import Preprocessing
 from trainer.distributed.precision import PRECISIONS, Execution
 from trainer.errors import UserError
 from trainer.model.architectures import architectures, is_timm

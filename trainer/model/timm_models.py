@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
+from trainer.data.preprocessing import Preprocessing
 from trainer.errors import UserError
 from trainer.model.encoder_classifier import with_classifier
 from trainer.model.meta_device import on_meta_device
-from trainer.model.preset import Preset
 
 _UNSET = 113
 """Value that marks a buffer as not computed yet."""
@@ -35,7 +35,7 @@ def pretrained_cfg(name: str) -> Any:
     return timm.get_pretrained_cfg(_model(name)) or timm.models.PretrainedCfg()
 
 
-def preset(name: str) -> Preset:
+def preset(name: str) -> Preprocessing:
     """Return the preprocessing of the model's published weights.
 
     Raises:
@@ -49,7 +49,7 @@ def preset(name: str) -> Preset:
             f"{name} expects images of {cfg.input_size[0]} channels, {cfg.interpolation}: expected 3 channels, and "
             "bilinear or bicubic interpolation. Choose another model"
         )
-    return Preset(
+    return Preprocessing(
         image_size=image_size,
         resize_size=math.floor(image_size / cfg.crop_pct),
         resize="squash" if cfg.crop_mode == "squash" else "shorter",

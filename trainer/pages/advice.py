@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from regraft.contract import CONFIG
 from trainer.pages.render import percent
 from trainer.pages.run_files import number, points
 from trainer.pages.run_record import RunRecord
@@ -27,8 +28,10 @@ class Advice:
     """What was found, with its numbers."""
     action: str
     """What to do next; may be empty."""
-    options: str = ""
-    """Options or a command, as typed."""
+    command: str = ""
+    """The command that does it, as typed."""
+    section: str = ""
+    """Section of the page to look at."""
 
 
 def make_advice(run: RunRecord) -> list[Advice]:
@@ -64,7 +67,7 @@ def _selection(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
             f"{percent(result.accuracy)} is optimistic: the best epoch was selected on these {result.split} images. "
             f"The last epoch has {percent(last)}.",
             "Hold out training images for the selection.",
-            "--data.val_fraction 0.1",
+            _train_again(run, "--data.val_fraction 0.1"),
         )
 
 
@@ -84,14 +87,14 @@ def _fit(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
             "Use more images, stronger augmentation, or train fewer layers."
             if is_pretrained
             else "Begin with pretrained weights, or use more images and stronger augmentation.",
-            "--data.augment trivialaugment, --transfer.strategy head-only" if is_pretrained else "--model.weights",
+            _train_again(run, "--data.augment trivialaugment" if is_pretrained else "--model.weights DEFAULT"),
         )
     elif len(losses) >= 3 and losses[-1][1] > 1.15 * best[1]:
         yield Advice(
             "warning",
             f"The {split} loss has risen since epoch {best[0]:g}: later epochs made the probabilities worse.",
             "Train fewer epochs, or with a smaller learning rate.",
-            "--data.val_fraction 0.1 --regularization.early_stopping 3",
+            _train_again(run, "--data.val_fraction 0.1 --regularization.early_stopping 3"),
         )
     elif not run.is_evaluated:  # the run goes on
         return
@@ -99,15 +102,15 @@ def _fit(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
         yield Advice(
             "note",
             f"The {split} loss was still falling in the last epoch.",
-            "Train longer: the same command with more epochs continues this run.",
-            f"--train.epochs {2 * len(losses)}",
+            f"Train longer: {2 * len(losses)} epochs in all. This continues the run.",
+            f"regraft train --config {run.words[1]}/{CONFIG} --train.epochs {2 * len(losses)}",
         )
     elif train is not None and train < _FITTED:
         yield Advice(
             "note",
             f"The accuracy on training images is {percent(train)}: the model has not fitted them.",
             "Train longer, find a better learning rate, or train more layers.",
-            "regraft lr-find",
+            f"regraft lr-find --config {run.words[1]}/{CONFIG}",
         )
 
 
@@ -117,14 +120,14 @@ def _pairs(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
     if not pairs or pairs[0].count < 2:
         return
     top = pairs[0]
-    size = run.option("data.image_size")
     if top.reverse >= 0.5 * top.count:
         yield Advice(
             "note",
             f"{top.label} and {top.predicted} are confused in both directions ({top.count} and {top.reverse} images): "
             "they look alike to the model, or their labels are mixed up.",
-            "Look at the pictures below. If the difference is in small details, train with larger images.",
-            f"--data.image_size {size * 4 // 3 // 32 * 32}" if isinstance(size, int) else "--data.image_size",
+            "Look at the pictures. If the difference is in small details, train with larger images.",
+            _train_with_larger_images(run),
+            "pictures",
         )
     else:
         supports = {entry.name: entry.support for entry in result.classes}
@@ -134,7 +137,7 @@ def _pairs(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
             f"{top.label} is predicted as {top.predicted} more often ({top.count} images) than the reverse "
             f"({top.reverse}).",
             f"Add images of {top.label} that look like {top.predicted}{', or weigh the classes' if is_rare else ''}.",
-            "--regularization.class_weights balanced" if is_rare else "",
+            _train_again(run, "--regularization.class_weights balanced") if is_rare else "",
         )
 
 
@@ -145,9 +148,11 @@ def _labels(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
     if sure:
         yield Advice(
             "warning" if sure >= 0.3 * len(wrong) else "note",
-            f"{sure} of {len(wrong)} wrong predictions are made with a probability of {percent(_SURE, 0)} or more.",
-            "Look at them first: a label may be wrong, or the picture shows several classes.",
-            "regraft check {} --model {}".format(*run.words),
+            f"The model was sure (probability of {percent(_SURE, 0)} or more) of {sure} of its {len(wrong)} wrong "
+            "predictions.",
+            "Look at them: a label may be wrong, or the picture shows several classes.",
+            "regraft check {} --model {} --html check.html".format(*run.words),
+            "pictures",
         )
 
 
@@ -164,7 +169,7 @@ def _imbalance(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
             f"Rare classes are recognized worse: mean recall {percent(rare)} for the rarer half of the classes, "
             f"{percent(frequent)} for the other half.",
             "Show each class equally often, or weigh the loss.",
-            "--data.sampling balanced",
+            _train_again(run, "--data.sampling balanced"),
         )
 
 
@@ -178,7 +183,10 @@ def _calibration(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
         "note",
         f"The probabilities differ from the accuracy by {percent(ece)} on average.",
         "Calibrated probabilities are in the model file." if temperature else "Hold out images to calibrate them.",
-        "regraft predict --calibrated" if temperature else "--data.val_fraction 0.1",
+        f"regraft predict {run.words[1]} FOLDER --calibrated"
+        if temperature
+        else _train_again(run, "--data.val_fraction 0.1"),
+        "calibration",
     )
 
 
@@ -193,6 +201,17 @@ def _interval(run: RunRecord, result: SplitResult) -> Iterator[Advice]:
             "Evaluate on more images before two runs are compared by a few percent.",
             f"regraft evaluate {run.words[1]} FOLDER",
         )
+
+
+def _train_again(run: RunRecord, options: str) -> str:
+    """Return the command of a new run, like this one but for some options."""
+    folder = run.words[1]
+    return f"regraft train --config {folder}/{CONFIG} --run.dir {folder}-2 {options}"
+
+
+def _train_with_larger_images(run: RunRecord) -> str:
+    size = run.option("data.image_size")
+    return _train_again(run, f"--data.image_size {size * 4 // 3 // 32 * 32}") if isinstance(size, int) else ""
 
 
 def _mean_recall(classes: Sequence[ClassResult]) -> float:

@@ -64,7 +64,10 @@ def main_metrics(result: SplitResult | None, seconds: float) -> list[tuple[str, 
         ("AUROC (macro)", "auroc_macro", decimal),
     ]
     rows = [(label, text(known[name])) for label, name, text in shown if name in known]
-    return [*rows, ("Time", duration(seconds))] if seconds else rows
+    recalls = [entry.recall for entry in result.classes if entry.support]
+    if len(recalls) > 1:
+        rows.insert(0, ("Weakest class", f"{percent(min(recalls))} right"))
+    return [*rows, ("Time (min:s)" if seconds < 3600 else "Time (h:min:s)", duration(seconds))] if seconds else rows
 
 
 def training_facts(run: RunRecord) -> list[tuple[str, str]]:

@@ -77,9 +77,22 @@ def render_report(run: RunRecord, *, budget: PictureBudget | None = None, explai
         for pair in pairs[:_PAIRS_ON_TOP]
     ]  # before the galleries, which may use up the budget
     galleries = make_galleries(run.predictions, split, budget=budget, root=root, explain=explain)
+    matrix, classes, curves = confusion_matrix(result), class_rows(result), draw_curves(run)
+    calibration = describe_calibration(run, result)
+    sections = (
+        ("confusions", "Confusions", matrix),
+        ("pictures", "Pictures", galleries),
+        ("classes", "Classes", classes),
+        ("training", "Training", curves),
+        ("calibration", "Calibration", calibration),
+        ("data", "Data", True),
+        ("time", "Time", times),
+        ("reproduce", "Reproduce", True),
+    )
     return render(
         "report.html.jinja",
         run=run,
+        sections={section: heading for section, heading, content in sections if content},
         name=run.folder.resolve().name,
         result=result,
         status=describe_status(run),
@@ -91,17 +104,17 @@ def render_report(run: RunRecord, *, budget: PictureBudget | None = None, explai
         pair_rows=pair_rows(pairs),
         num_pairs=len(pairs),
         weakest=weakest_classes(result),
-        matrix=confusion_matrix(result),
+        matrix=matrix,
         galleries=galleries,
         missing=describe_missing(galleries, root),
         has_heatmaps=explain is not None,
         grad_cam_seconds=grad_cam_seconds(run, sum(len(gallery.pictures) for gallery in galleries)),
-        class_rows=class_rows(result),
-        curves=draw_curves(run),
+        class_rows=classes,
+        curves=curves,
         training_facts=training_facts(run),
         blocks=block_rows(run),
         groups=group_rows(run),
-        calibration=describe_calibration(run, result),
+        calibration=calibration,
         time_parts=times,
         total_time=seconds,
         data_wait=data_wait(run),

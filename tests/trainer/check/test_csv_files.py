@@ -1,9 +1,13 @@
-"""Which images `regraft check` suggests to leave out."""
+"""Which images `regraft check` suggests to leave out, and the groups that it writes."""
+
+import os
+from pathlib import Path
 
 import pytest
 
-from trainer.check.csv_files import suggest_excluded
+from trainer.check.csv_files import suggest_excluded, write_groups
 from trainer.check.findings import CheckResult, DuplicateGroup, LabeledImage, LabelError
+from trainer.data.csv.table import read_table
 
 
 def image(text: str) -> LabeledImage:
@@ -41,3 +45,18 @@ def test_label_errors_of_the_training_split_are_excluded_once() -> None:
     result = CheckResult(root="", classes=("a", "b"), counts={}, duplicates=(copies,), label_errors=errors)
     found = [(each.image.path, each.reason, each.suggested) for each in suggest_excluded(result)]
     assert found == [("train/a/1", "copy", ""), ("train/a/3", "label-error", "b")]
+
+
+def test_training_reads_the_groups_whatever_the_names(tmp_path: Path) -> None:
+    names = ['nan/1,"2".png', "nan/line\nbreak.png", os.fsdecode(b"caf\xe9/\xff.png"), "café/ 1 .png", "café/plain.png"]
+    images = []
+    for name in names:
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        images.append(LabeledImage(str(path), path.parent.name, "test"))
+    images[2] = images[2]._replace(label="nan")
+    assert write_groups(tmp_path / "groups.csv", images, [0, 0, 2, 3, 3]) == 2
+    rows, _ = read_table(tmp_path / "groups.csv")
+    assert [(row.path, row.label, row.split) for row in rows] == [(path, label, None) for path, label, _ in images]
+    assert [row.group for row in rows] == ["0", "0", "", "3", "3"]

@@ -12,7 +12,7 @@ from tests.trainer.check.planted import picture, plant_copies
 from trainer.check import images
 from trainer.check.findings import CheckResult, Finding
 from trainer.check.inspection import inspect, make_result
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 from trainer.errors import UserError
 
 OF_EACH = 8

@@ -17,9 +17,9 @@ from trainer.check.csv_files import write_excluded
 from trainer.check.embeddings import Embedder, embed, load_embedder
 from trainer.check.inspection import Inspection, inspect, make_result
 from trainer.check.model_check import check_with_model
-from trainer.config.schema import DataConfig
-from trainer.data.augment import Preprocessing
+from trainer.config.sections.data import DataConfig
 from trainer.data.prepare import exclude_images
+from trainer.data.preprocessing import Preprocessing
 from trainer.errors import UserError
 from trainer.inference.file_logits import BatchLogits
 from trainer.model.metadata import ModelMetadata, write_model
@@ -109,7 +109,7 @@ def test_near_duplicates_and_label_errors_are_found(
     assert kinds["leakage"].count == 12
     assert len(result.to_json()["label_errors"]) == len(found.label_errors)
 
-    count = write_excluded(file := tmp_path / "exclude.csv", result, inspection.listing.root)
+    count = write_excluded(file := tmp_path / "exclude.csv", result, inspection.listing)
     assert inspection.listing.index is not None
     remaining = exclude_images(inspection.listing.index, file)
     copied = {f"train/{name}/{i + 12}.jpg" for name in COLORS for i in range(len(EDITS))} | {

@@ -13,7 +13,7 @@ from trainer.check.inspection import Inspection, inspect
 from trainer.check.label_errors import score_labels
 from trainer.check.near_duplicates import find_by_embeddings
 from trainer.check.perceptual_hash import find_near_duplicates
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 
 pytestmark = [pytest.mark.soak, pytest.mark.shared]
 MODELS = {

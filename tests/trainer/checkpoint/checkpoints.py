@@ -2,14 +2,16 @@
 
 import copy
 import dataclasses
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
+from trainer.checkpoint import store
 from trainer.checkpoint.state import CheckpointId, CheckpointState, RunIdentity, RunMetadata
 from trainer.checkpoint.store import METRICS, MODEL, OPTIMIZER, STATE, STATISTICS
 from trainer.metrics import BestEpoch, MetricState
@@ -70,6 +72,54 @@ def make_files(checkpoint: CheckpointId) -> dict[str, bytes]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Return the content of each file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Checkpoints in a folder
+
+FILES = (MODEL, OPTIMIZER, STATISTICS, STATE, METRICS)
+OLDER, NEWER = CheckpointId(3, 1), CheckpointId(4, 1)
+QUARANTINED = f"damaged-1-{NEWER.name}"
+
+
+def write(folder: Path, *checkpoints: CheckpointId, files: Mapping[str, bytes] | None = None) -> None:
+    for checkpoint in checkpoints:
+        store.write(folder, checkpoint, files or make_files(checkpoint), check=lambda: None)
+
+
+def load_latest(folder: Path) -> tuple[store.LoadedCheckpoint | None, list[str]]:
+    """Return the newest valid checkpoint, and the lines that were logged."""
+    lines: list[str] = []
+    return store.load_latest(folder, log=lines.append), lines
+
+
+def check_equal(loaded: store.LoadedCheckpoint | None, checkpoint: CheckpointId) -> None:
+    assert loaded is not None
+    assert (loaded.path.name, loaded.state) == (checkpoint.name, make_state(*checkpoint))
+    files = make_files(checkpoint)
+    assert {name: (loaded.path / name).read_bytes() for name in files} == files
+    assert loaded.metrics.encode() == files[METRICS]
+
+
+def tree(folder: Path) -> dict[str, object]:
+    """Return everything below a folder: path -> content, target of a link, or kind."""
+    entries: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            entries[name] = ("link", str(path.readlink()))
+        else:
+            entries[name] = path.read_bytes() if path.is_file() else "folder" if path.is_dir() else "special"
+    return entries
+
+
+def entry_names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def manifest_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()
+    }
 
 
 # Damaged JSON

@@ -11,7 +11,7 @@ from launch import completion
 from tests.folders import image_folder, noise_image
 from trainer.check import outputs
 from trainer.commands import check
-from trainer.data import csv_write
+from trainer.data.csv import write as csv_write
 
 
 @pytest.fixture(scope="module")

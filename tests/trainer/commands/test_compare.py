@@ -17,7 +17,7 @@ from tests.launching import rows
 from trainer.commands import compare as module
 from trainer.commands.compare import compare
 from trainer.commands.variants import plan, variants
-from trainer.config.strategies import known
+from trainer.config.config_files import known_strategies
 from trainer.data.dataset import ImageReadError
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
@@ -93,6 +93,8 @@ def test_strategy_wins_over_common_options_and_a_variants_options_win_over_it(op
         (["--strategies=lp-ft"], "strategy lp-ft: model.head_init is linear-probe"),
         (["--strategies=d2l,d2l@transfer.trainable=from:nowhere"],
          "strategy d2l@transfer.trainable=from:nowhere: transfer.trainable"),
+        (["--strategies=d2l,d2l@optim.warmup=9 epochs"],
+         "strategy d2l@optim.warmup=9 epochs: optim.warmup is '9 epochs', 18 steps, but the run has 2"),
         (["--strategies=d2l,OWN"], "own.yaml have different data"),
     ],
 )  # fmt: skip
@@ -254,10 +256,10 @@ def test_every_strategy_trains_and_wise_ft_reports_the_selected_model(
     # WiSE-FT selects the initial weights: the comparison must report their accuracy.
     monkeypatch.setattr(wise_ft, "best_alpha", lambda results: results[0])
     wise = "lp-ft@transfer.wise_ft=true"
-    compare([*words, "--strategies", f"{','.join(known())},{wise}", "--seeds", "1"], StopSignals())
+    compare([*words, "--strategies", f"{','.join(known_strategies())},{wise}", "--seeds", "1"], StopSignals())
     strategies = json.loads((tmp_path / "run" / "compare.json").read_text())["strategies"]
     trials = {strategy["strategy"]: strategy["trials"] for strategy in strategies}
-    assert list(trials) == [*known(), wise]
+    assert list(trials) == [*known_strategies(), wise]
     assert all(len(of_strategy) == 1 for of_strategy in trials.values()), "no run failed"
     folder = tmp_path / "run" / wise / "seed-0"
     result = json.loads((folder / "wise.json").read_text())

@@ -12,7 +12,7 @@ from torch import nn
 
 from trainer.commands import grad_cam
 from trainer.commands.grad_cam import Explainer
-from trainer.data.augment import Preprocessing
+from trainer.data.preprocessing import Preprocessing
 from trainer.model.build import build
 from trainer.model.file import LoadedModel
 from trainer.model.head import find_heads

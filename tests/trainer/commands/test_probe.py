@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ Measure = Callable[..., dict[str, dict[str, Any]]]
 
 
 @pytest.fixture
-def run_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Measure]:
+def run_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Measure:
     """Return a function that measures a tiny run, and returns name -> values."""
 
     def run(root: str | Path, *options: str, processes: int = 1) -> dict[str, dict[str, Any]]:
@@ -28,9 +28,7 @@ def run_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
         return {line.pop("probe"): line for line in lines}
 
     monkeypatch.setattr(measure, "SECONDS", 0.05)
-    threads = torch.get_num_threads()
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def test_all_measurements_of_a_run_write_no_files(run_probe: Measure, tmp_path: Path) -> None:

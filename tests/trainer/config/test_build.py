@@ -14,12 +14,12 @@ from torchvision import models
 
 from trainer.config import build_loaders
 from trainer.config.build_checkpoints import make_retention_policy
-from trainer.config.build_data import RunData, make_schedule
 from trainer.config.build_loaders import Evaluator
 from trainer.config.build_model import make_model, make_param_groups
 from trainer.config.parse import parse
 from trainer.config.preflight import check_run_data
 from trainer.config.resolve import ResolvedConfig, resolve
+from trainer.config.run_data import RunData, make_schedule
 from trainer.data.index import DatasetIndex, Example
 from trainer.data.prepare import Prepared
 from trainer.data.sampler import EpochOrder
@@ -180,7 +180,11 @@ def synchronized(*options: str) -> ResolvedConfig:
 
 
 def check(config: ResolvedConfig, ctx: Any, order: EpochOrder = ORDER, **arguments: Any) -> None:
-    check_run_data(config, RunData(prepared=Prepared(index(**arguments), ()), order=order), ctx)
+    check_run_data(
+        config,
+        RunData(prepared=Prepared(index(**arguments), ()), order=order, schedule=make_schedule(config, order)),
+        ctx,
+    )
 
 
 @pytest.mark.parametrize(

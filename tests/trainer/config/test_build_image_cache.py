@@ -12,10 +12,11 @@ from rich.console import Console
 from tests.disks import disk
 from tests.folders import image_folder, noise_image
 from trainer.config import build_image_cache
-from trainer.config.build_data import RunData, load_run_data
+from trainer.config.build_data import load_run_data
 from trainer.config.build_loaders import make_batches, make_eval_loader
 from trainer.config.parse import parse
 from trainer.config.resolve import ResolvedConfig, resolve
+from trainer.config.run_data import RunData
 from trainer.data import dataset
 from trainer.data.dataset import Batch
 from trainer.data.decode import decode

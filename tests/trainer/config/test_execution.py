@@ -16,7 +16,11 @@ from tests.trainer.phases import with_options
 from trainer.config import execution
 from trainer.config.execution import FILE, Workload, choose_execution, with_one_execution
 from trainer.config.resolve import ResolvedConfig, resolve
-from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from trainer.config.schema import Config
+from trainer.config.sections.data import DataConfig
+from trainer.config.sections.model import ModelConfig
+from trainer.config.sections.run import RunConfig
+from trainer.config.sections.train import TrainConfig
 from trainer.data.prepare import prepare
 from trainer.distributed.context import DistributedContext
 from trainer.distributed.precision import Execution

@@ -13,7 +13,11 @@ from torchvision import models
 
 from regraft.contract import CHECKPOINTS
 from trainer.checkpoint.state import CheckpointId
-from trainer.config.schema import Config, DataConfig, ModelConfig, PretrainConfig, RunConfig
+from trainer.config.schema import Config
+from trainer.config.sections.data import DataConfig
+from trainer.config.sections.model import ModelConfig
+from trainer.config.sections.pretrain import PretrainConfig
+from trainer.config.sections.run import RunConfig
 from trainer.config.start import start
 from trainer.errors import UserError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.data.augment import Preprocessing
+from trainer.data.preprocessing import Preprocessing
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 
 from tests.folders import noise_image
-from trainer.data.augment import Augmentation, EvalTransform, Normalize, Preprocessing, TrainTransform
+from trainer.data.augment import Augmentation, EvalTransform, Normalize, TrainTransform
+from trainer.data.preprocessing import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 D2L = Preprocessing(image_size=224, resize_size=256, resize="squash", interpolation="bilinear", mean=MEAN, std=STD)

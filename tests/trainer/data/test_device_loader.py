@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from tests.folders import noise_image
-from trainer.data.augment import Augmentation, EvalTransform, Preprocessing, TrainTransform, Transform
+from trainer.data.augment import Augmentation, EvalTransform, TrainTransform, Transform
 from trainer.data.dataset import Batch, ImageDataset
 from trainer.data.device_loader import make_device_loader
 from trainer.data.loader import Collate
+from trainer.data.preprocessing import Preprocessing
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

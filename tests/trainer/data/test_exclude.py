@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.data.test_index import make_classes, read, sizes, touch
-from trainer.data.index import DatasetIndex, read_index, write_excluded
+from trainer.data.index import DatasetIndex, write_excluded
 from trainer.data.prepare import exclude_images
+from trainer.data.read_index import read_index
 from trainer.errors import UserError
 
 NOT_UTF8 = os.fsdecode(b"a/caf\xe9.jpg")

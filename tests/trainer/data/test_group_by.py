@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.data.test_index import has_note, read, touch
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 from trainer.data import group_by
 from trainer.data.group_by import check_pattern, find_groups
 from trainer.data.index import DatasetIndex

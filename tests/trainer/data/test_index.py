@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from torchvision.datasets import ImageFolder
 
-from trainer.data import scan
-from trainer.data.index import DatasetIndex, Example, read_index, without_images, write_split
+from trainer.data.folders import scan
+from trainer.data.index import DatasetIndex, Example, without_images, write_split
+from trainer.data.read_index import read_index
 from trainer.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

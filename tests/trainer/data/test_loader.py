@@ -9,11 +9,13 @@ from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data import DataLoader
 
 from tests.folders import image_folder
-from trainer.data.augment import Augmentation, EvalTransform, Preprocessing, TrainTransform
+from trainer.data.augment import Augmentation, EvalTransform, TrainTransform
 from trainer.data.dataset import Batch, ImageDataset
 from trainer.data.decode import decode
-from trainer.data.index import Example, read_index
+from trainer.data.index import Example
 from trainer.data.loader import Collate, make_dataloader
+from trainer.data.preprocessing import Preprocessing
+from trainer.data.read_index import read_index
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler, SampleKey
 from trainer.errors import UserError
 

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from tests.folders import image_folder, noise_image
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 from trainer.data import validation
 from trainer.data.decode import decode
-from trainer.data.index import read_index
 from trainer.data.prepare import ProgressHooks, prepare
+from trainer.data.read_index import read_index
 from trainer.errors import UserError
 
 

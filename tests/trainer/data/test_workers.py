@@ -52,6 +52,26 @@ def test_a_worker_ignores_stop_signals_and_ends_with_its_trainer(
     assert worker.exitcode == 0
 
 
+EXIT_WITH_A_WORKER_THAT_MISSES_SIGTERM = """
+import multiprocessing, signal, time
+import trainer.data.workers
+
+def work(started):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    started.set()
+    time.sleep(60)
+
+started = multiprocessing.Event()
+multiprocessing.Process(target=work, args=(started,), daemon=True).start()
+started.wait()
+"""
+
+
+def test_a_worker_that_misses_its_signal_does_not_keep_python_from_its_exit(repository: Path) -> None:
+    program = [sys.executable, "-c", EXIT_WITH_A_WORKER_THAT_MISSES_SIGTERM]
+    subprocess.run(program, cwd=repository, check=True, timeout=20)
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     ("number", "error", "message"),

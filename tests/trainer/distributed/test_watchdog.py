@@ -16,7 +16,7 @@ import pytest
 
 from regraft.contract import ERROR_FILE, HANG_WAITING, HANGS
 from tests.launching import REPOSITORY
-from trainer.config.schema import RunConfig
+from trainer.config.sections.run import RunConfig
 from trainer.distributed import watchdog
 from trainer.distributed.watchdog import EXTENDED_TIMEOUT, MIN_TIMEOUT, Heartbeat, StallDetector, Watchdog
 from trainer.errors import UserError

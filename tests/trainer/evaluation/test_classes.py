@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.folders import image_folder
-from trainer.config.schema import DataConfig
+from trainer.config.sections.data import DataConfig
 from trainer.errors import UserError
 from trainer.evaluation.class_mapping import map_classes, parse_mapping
 from trainer.evaluation.labeled_images import list_images, list_labeled_images

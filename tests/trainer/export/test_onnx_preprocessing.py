@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.folders import noise_image
-from trainer.data.augment import EvalTransform, Normalize, Preprocessing
+from trainer.data.augment import EvalTransform, Normalize
+from trainer.data.preprocessing import Preprocessing
 from trainer.export.onnx_preprocessing import INPUT, OUTPUT, preprocessing_model
 
 SIZES = [

@@ -24,7 +24,7 @@ from tests.browser import Browser, chromium
 from tests.launching import REPOSITORY, free_port, run, wait_until
 from tests.trainer.inference.models import write_images
 from trainer.commands.export import main
-from trainer.data.augment import Preprocessing
+from trainer.data.preprocessing import Preprocessing
 from trainer.model.build import preset
 from trainer.model.create import build_model
 from trainer.model.metadata import ModelMetadata, write_model

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tests.folders import noise_image
-from trainer.data.augment import Preprocessing
+from trainer.data.preprocessing import Preprocessing
 from trainer.model.create import build_model
 from trainer.model.metadata import ModelMetadata, write_model
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.data.augment import EvalTransform, Normalize, Preprocessing
+from trainer.data.augment import EvalTransform, Normalize
 from trainer.data.dataset import ImageDataset
 from trainer.data.loader import Collate
+from trainer.data.preprocessing import Preprocessing
 from trainer.data.sampler import EvalBatchSampler
 from trainer.distributed.precision import Execution
 from trainer.errors import UserError

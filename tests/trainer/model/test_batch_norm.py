@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from tests.trainer.training import same_tensors
 from trainer.errors import UserError
 from trainer.model.batch_norm import (
     allow_single_value_batches,
@@ -56,10 +57,6 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def update(model: nn.Module) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.train()(torch.randn(4, 3, 8, 8)).square().sum().backward()
@@ -104,7 +101,7 @@ def test_frozen_statistics_stay_bit_identical_while_weights_train(copied: Copy, 
     parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     update(model)
     update(model)
-    assert same(statistics(model), before)
+    assert same_tensors(statistics(model), before)
     for name, parameter in model.named_parameters():
         assert not torch.equal(parameter, parameters[name]), name
 
@@ -136,7 +133,7 @@ def test_larger_batches_are_normalized_as_by_torch(momentum: float | None) -> No
     for size in (2, 5):
         images = torch.randn(size, 3, 8, 8)
         assert torch.equal(expected(images), model(images))
-    assert same(statistics(expected), statistics(model))
+    assert same_tensors(statistics(expected), statistics(model))
     assert torch.equal(expected.eval()(images), model.eval()(images))
 
 
@@ -164,7 +161,7 @@ def test_a_copy_does_not_change_the_original(copied: Copy, change: Callable[[nn.
     assert all(vars(layer)[attribute].args == (layer,) for layer in batch_norms(other))
     before = copy.deepcopy(model.state_dict())
     update(other)
-    assert same(dict(model.state_dict()), dict(before))
+    assert same_tensors(dict(model.state_dict()), dict(before))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -183,7 +180,7 @@ def test_batch_norm_in_eval_restores_modes_after_an_error() -> None:
     with pytest.raises(InterruptedError):
         run_in_block()
     assert [layer.training for layer in batch_norms(model)] == [True, False]
-    assert same(statistics(model), before)
+    assert same_tensors(statistics(model), before)
 
 
 # Statistics of several processes. tests/distributed gathers and averages them with real processes.
@@ -209,7 +206,7 @@ def test_no_collective_is_called_without_need(kind: str) -> None:
     for rank in range(world_size):
         restore_batch_norm_statistics(model, {}, rank=rank, world_size=world_size)
     restore_batch_norm_statistics(model, {}, rank=1, world_size=3)  # a checkpoint of one process
-    assert same(statistics(model), before)
+    assert same_tensors(statistics(model), before)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -224,7 +221,7 @@ def test_each_process_gets_its_own_statistics_back_and_another_number_of_process
             torch.testing.assert_close(buffer.double(), torch.stack(of_ranks).mean(0), rtol=1e-6, atol=1e-7)
     # At the end of an epoch the statistics are equal on all processes; they stay bit-identical.
     restore_batch_norm_statistics(model, gathered(*[make_net(1)] * 3), rank=0, world_size=2)
-    assert same(statistics(model), statistics(make_net(1)))
+    assert same_tensors(statistics(model), statistics(make_net(1)))
 
 
 def test_statistics_of_frozen_layers_are_not_restored() -> None:
@@ -257,4 +254,4 @@ def test_statistics_of_another_model_change_nothing(damage: Callable[[dict[str, 
     before = statistics(model)
     with pytest.raises(UserError, match=r"those of another model: expected 6 tensors .* --run\.resume never"):
         restore_batch_norm_statistics(model, tensors, rank=1, world_size=2)
-    assert same(statistics(model), before)
+    assert same_tensors(statistics(model), before)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 import regraft
-from trainer.data.augment import Preprocessing
+from trainer.data.preprocessing import Preprocessing
 from trainer.distributed.precision import Execution
 from trainer.errors import UserError
 from trainer.model.batch_norm import freeze_batch_norm

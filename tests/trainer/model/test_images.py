@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-from trainer.data.augment import EvalTransform, Normalize, Preprocessing
+from trainer.data.augment import EvalTransform, Normalize
 from trainer.data.dataset import ImageDataset
+from trainer.data.preprocessing import Preprocessing
 from trainer.data.sampler import SampleKey
 from trainer.errors import UserError
 from trainer.model.images import Preprocess

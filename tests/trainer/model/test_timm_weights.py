@@ -8,7 +8,7 @@ from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainer.data.augment import Preprocessing
+from trainer.data.preprocessing import Preprocessing
 from trainer.errors import UserError
 from trainer.model.build import build
 from trainer.model.create import build_model, check_weights

@@ -25,13 +25,13 @@ HOSTILE = (
     "{{ 7 * 7 }}",
 )
 PAGE = """{% extends "base.html.jinja" %}
-{% from "macros.html.jinja" import section, card, stat, finding, sortable_table, facts, bars, picture, navigation %}
+{% from "macros.html.jinja" import section, stat, finding, sortable_table, facts, bars, strip, navigation %}
 {% block title %}{{ name }}{% endblock %}
 {% block nav %}{{ navigation([("a", name)]) }}{% endblock %}
 {% block main %}{% call section("a", name, name) %}
 {{ sortable_table(name, [(name, "text"), ("n", "number")], [[name, ("50.0 %", 0.5)], ["b", 3]], sorted_by=1) }}
 {{ bars(name, [(name, [(0.5, 1, name)], name)], [(1, name)]) }}{{ finding("warning", name) }}{{ facts([(name, name)]) }}
-{% call card(name) %}{{ stat(name, name, name) }}{% endcall %}{{ picture(none, name) }}
+{{ stat(name, name, name) }}{{ strip(name, [{"name": name, "seconds": 1, "fraction": 1, "tone": 1}]) }}
 <pre>{{ text|preformatted }}</pre>
 {{ chart }}{{ columns }}{% endcall %}{% endblock %}"""
 

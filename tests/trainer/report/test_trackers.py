@@ -14,7 +14,8 @@ from regraft.contract import TRACKERS
 from tests.folders import image_folder
 from tests.trainer.phases import rows, train, with_options
 from trainer.config.resolve import ResolvedConfig, resolve
-from trainer.config.schema import Config, RunConfig
+from trainer.config.schema import Config
+from trainer.config.sections.run import RunConfig
 from trainer.errors import UserError
 from trainer.evaluation.final import FinalEvaluation
 from trainer.report import tracker_services as services

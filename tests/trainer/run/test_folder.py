@@ -9,7 +9,8 @@ import yaml
 from regraft.contract import ATTEMPTS, CHECKPOINTS, CONFIG, CURVES, LOG_FOLDER, METRICS, MODEL, SPLIT, attempt_path
 from tests.launching import attempt
 from trainer.config.parse import dump, keys
-from trainer.config.schema import Config, DataConfig
+from trainer.config.schema import Config
+from trainer.config.sections.data import DataConfig
 from trainer.errors import UserError
 from trainer.run import folder as folder_module
 from trainer.run.folder import (

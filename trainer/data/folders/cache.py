@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from trainer.data.scan import DirEntries, scan_dir
+from trainer.data.folders.scan import DirEntries, scan_dir
 from trainer.run.atomic import write_text_atomically
 
 FORMAT = 1

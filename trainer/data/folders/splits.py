@@ -6,7 +6,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from trainer.data.scan import DirEntries, scan_dir
+from trainer.data.folders.scan import DirEntries, scan_dir, top_folder
 from trainer.data.split_names import is_wrapper, share_names, split_kinds
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
@@ -70,7 +70,7 @@ def _find_by_name(
     kinds = split_kinds(top.folders)
     named: dict[str, list[str]] = {}
     for name, kind in kinds.items():
-        if kind not in given and name not in map(_top_folder, given.values()):
+        if kind not in given and name not in map(top_folder, given.values()):
             named.setdefault(kind, []).append(_unwrap(root, name))
     entries = {folder: scan_dir(os.path.join(root, folder)) for folders in named.values() for folder in folders}
     eval_folders = [*named.get("val", ()), *named.get("test", ())]
@@ -96,7 +96,7 @@ def _find_by_name(
             )
     splits = {split: folders[0] for split, folders in named.items() if folders}
     classes = entries[splits["train"]].folders
-    others = [_unwrap(root, name) for name in top.folders if name not in (*kinds, *map(_top_folder, given.values()))]
+    others = [_unwrap(root, name) for name in top.folders if name not in (*kinds, *map(top_folder, given.values()))]
     _check_other_folders(root, splits["train"], classes, others, is_image)
     return splits
 
@@ -108,10 +108,6 @@ def _unwrap(root: str, folder: str) -> str:
         if len(entries.folders) != 1 or not is_wrapper(entries.folders[0], os.path.basename(folder)):
             return folder
         folder = os.path.join(folder, entries.folders[0])
-
-
-def _top_folder(folder: str) -> str:
-    return folder.split(os.sep, maxsplit=1)[0]
 
 
 def _option(split: str) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from regraft.contract import ATTEMPTS, CONFIG, CONFIG_HEADER, create_output_folder
-from trainer.config.schema import DataConfig
-from trainer.data.index import DatasetIndex, read_index
-from trainer.data.table import TableFormat
+from trainer.config.sections.data import DataConfig
+from trainer.data.csv.table import TableFormat
+from trainer.data.index import DatasetIndex
+from trainer.data.read_index import read_index
 from trainer.errors import UserError
 
 

@@ -172,6 +172,11 @@ def file_extension(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "without an extension"
 
 
+def top_folder(folder: str) -> str:
+    """Return the first folder of a relative path."""
+    return folder.split(os.sep, maxsplit=1)[0]
+
+
 def _is_dir(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()

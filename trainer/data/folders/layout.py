@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from trainer.data.layout_check import Parent, check_class_folders, table_hint, unlabeled_error
-from trainer.data.scan import DirEntries, Scan, file_extension
+from trainer.data.folders.check import Parent, check_class_folders, table_hint, unlabeled_error
+from trainer.data.folders.scan import DirEntries, Scan, file_extension, top_folder
 from trainer.data.split import PathsByClass
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, has_invalid_utf8, join_truncated
@@ -61,7 +61,7 @@ def read_folder(root: str, top: DirEntries, scan: Scan, folders: Mapping[str, st
     for split, folder in sorted(folders.items(), key=lambda item: item[0] != "train"):
         path = root if folder == "." else os.path.join(root, folder)
         entries = top if folder == "." else scan.scan_parent(path)
-        inside = {_top_folder(os.path.relpath(os.path.join(root, other), path)) for other in folders.values()}
+        inside = {top_folder(os.path.relpath(os.path.join(root, other), path)) for other in folders.values()}
         entries = entries._replace(folders=[name for name in entries.folders if name not in inside])
         if not entries.folders:
             raise unlabeled_error(root, top.files, path, entries.files, sources["train"])
@@ -73,7 +73,7 @@ def read_folder(root: str, top: DirEntries, scan: Scan, folders: Mapping[str, st
         listed = ", ".join(f"{split} is {source}" for split, source in sources.items())
         notes.append(f"splits of the folder: {listed}")
     if "." not in folders.values():
-        others = sorted({*top.folders} - {_top_folder(folder) for folder in folders.values()})
+        others = sorted({*top.folders} - {top_folder(folder) for folder in folders.values()})
         if others:
             names = join_truncated(f"{name}/" for name in others)
             notes.append(f"folders beside {sources['train']} that are ignored: {names}")
@@ -127,10 +127,6 @@ def _read_classes(
     if without_images:
         notes.append(f"folders in {source} without images, which are no classes: {join_truncated(without_images)}")
     return images
-
-
-def _top_folder(folder: str) -> str:
-    return folder.split(os.sep, maxsplit=1)[0]
 
 
 def _note_stray_files(source: str, entries: DirEntries) -> list[str]:

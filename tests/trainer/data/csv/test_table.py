@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from trainer.data.index import DatasetIndex, read_index
-from trainer.data.table import TableFormat, read_table
+from trainer.data.csv.table import TableFormat, read_table
+from trainer.data.index import DatasetIndex
+from trainer.data.read_index import read_index
 from trainer.errors import UserError
 
 HEADER = "path,label,split\n"

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from tests.folders import image_folder
-from trainer.data import folder_cache
-from trainer.data.index import DatasetIndex, read_index
-from trainer.data.scan import DirEntries, scan_dir
+from trainer.data.folders import cache as folder_cache
+from trainer.data.folders.scan import DirEntries, scan_dir
+from trainer.data.index import DatasetIndex
+from trainer.data.read_index import read_index
 
 Scanned = Callable[[], list[str]]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.layout_folders import Folder, find_images_and_masks, find_leftovers, summarize
+from trainer.data.folders.contents import Folder, find_images_and_masks, find_leftovers, summarize
 from trainer.data.split_names import are_dates_or_sessions, are_numbered_parts, share_names, split_kind, split_kinds
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trainer.config.config_files import STRATEGIES, known_strategies, strategy_file
 from trainer.config.parse import QUICKSTART, dump, parse
-from trainer.config.strategies import FOLDER, known, path_of
 from trainer.errors import UserError
 
 NAMES = ("d2l", "from-scratch", "gradual-unfreezing", "head-only", "lp-ft", "strong-regularization")
@@ -38,7 +38,7 @@ def test_strategy_of_the_command_line_comes_after_the_last_file(file: str, write
     other = write_yaml("optim: {lr: 2, momentum: 0.5}", "other.yaml")
     optim = parse(["--config", file, "--transfer.strategy", "d2l", "--config", other]).optim
     assert (optim.lr, optim.momentum) == (5e-5, 0)
-    plain = parse(["--config", file, "--config", str(FOLDER / "lp-ft.yaml")])
+    plain = parse(["--config", file, "--config", str(STRATEGIES / "lp-ft.yaml")])
     assert plain.optim.lr == 3e-5, "a strategy is a config file"
 
 
@@ -87,8 +87,8 @@ def test_invalid_strategy_file_is_reported(text: str, words: list[str], write_ya
 
 @pytest.mark.parametrize("name", NAMES)
 def test_strategy_is_documented_and_leaves_the_budget_unchanged(name: str, write_yaml: Callable[..., str]) -> None:
-    assert known() == NAMES
-    text = path_of(name).read_text(encoding="utf-8")
+    assert known_strategies() == NAMES
+    text = strategy_file(name).read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert f"--transfer.strategy {name}\n" in text
     # Each strategy sets these options: it does not depend on a strategy or on options below it.

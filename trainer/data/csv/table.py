@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.csv_columns import columns_error, describe_columns, find_columns
-from trainer.data.csv_images import ImageFiles
-from trainer.data.csv_records import check_utf8, location, read_records
-from trainer.data.csv_values import (
+from trainer.data.csv.columns import columns_error, describe_columns, find_columns
+from trainer.data.csv.images import ImageFiles
+from trainer.data.csv.records import check_utf8, location, read_records
+from trainer.data.csv.values import (
     Counts,
     SplitColumns,
     count_values,
@@ -22,7 +22,7 @@ from trainer.data.csv_values import (
     is_true,
     read_split_column,
 )
-from trainer.data.csv_write import COLUMNS, GROUP_COLUMNS
+from trainer.data.csv.write import COLUMNS, GROUP_COLUMNS
 from trainer.data.split_names import split_kind
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated

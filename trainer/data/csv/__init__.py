@@ -1,0 +1,1 @@
+"""Datasets that a CSV file lists: read and write it."""

@@ -1,0 +1,1 @@
+"""Datasets in folders: find the splits, the classes and the images."""
