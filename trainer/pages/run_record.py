@@ -92,8 +92,13 @@ class RunRecord:
 
     @property
     def words(self) -> tuple[str, str]:
-        """Return the dataset and the run folder as words of a command line."""
-        return shlex.quote(str(self.option("data.root") or "DATA")), shlex.quote(str(self.folder))
+        """Return the dataset and the run folder as words of a command line, as seen from the working folder."""
+        return self._word(str(self.option("data.root") or "DATA")), self._word(str(self.folder))
+
+    def _word(self, path: str) -> str:
+        folder = str(self.working_folder or "")
+        inside = folder and path.startswith(f"{folder.rstrip('/')}/")
+        return shlex.quote(os.path.relpath(path, folder) if inside else path)
 
     @property
     def working_folder(self) -> Path | None:

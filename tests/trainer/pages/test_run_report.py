@@ -167,6 +167,14 @@ def test_advice_states_its_evidence(options: dict, epochs: int, expected: str, t
     )
 
 
+@pytest.mark.parametrize(("root", "word"), [("my images", "'my images'"), ("/elsewhere/images", "/elsewhere/images")])
+def test_commands_name_paths_as_seen_from_the_working_folder(root: str, word: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ("cat", "dog"), options={"data": {"root": str(tmp_path / root)}})
+    assert read_run(folder).words == (word, "run")
+    commands = [entry.command for entry in make_advice(read_run(folder))]
+    assert any("--config run/config.yaml" in command for command in commands), commands
+
+
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (5, 0), (9, 2), (40, 31), (1500, 1400)])
 def test_the_paired_test_agrees_with_scipy(first: int, second: int) -> None:
     expected = binomtest(first, first + second).pvalue if first + second else 1.0
