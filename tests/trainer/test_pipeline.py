@@ -52,7 +52,7 @@ def test_all_phases_are_one_attempt_that_ends_done(small: Config, folder: Path) 
         assert (folder / phase / ATTEMPTS).exists() == (phase == ".")
         page = (folder / phase / REPORT).read_text(encoding="utf-8")
         assert "finished after epoch" in page
-        assert ("From scratch: " in page) == (phase == ".")
+        assert ("The same model from scratch: " in page) == (phase == ".")
         assert "data:image/webp" in page
 
 

@@ -25,7 +25,7 @@ STACKS = f"{HANGS}/0003-rank-1.txt"
 PROGRAM = """
 import bdb, ctypes, multiprocessing, signal, sys, time
 from pathlib import Path
-from regraft.contract import signal_on_parent_death
+from regraft.parent_death import signal_on_parent_death
 from trainer.distributed.watchdog import Heartbeat, Watchdog
 
 heartbeat, folder, action = Heartbeat(), Path(sys.argv[1]), sys.argv[2]

@@ -54,7 +54,7 @@ def test_json_lines_and_parquet_have_the_same_fields(tmp_path: Path) -> None:
 
 def test_a_name_of_another_format_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("x.txt", "x", "x.csv.gz"):
-        with pytest.raises(UserError, match=r"expected a name that ends in .csv, .jsonl, .parquet"):
+        with pytest.raises(UserError, match=r"expected a name that ends in .csv, .jsonl or .parquet"):
             check_format(tmp_path / name)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'regraft\[parquet\]'"):
