@@ -23,6 +23,7 @@ from trainer.distributed.context import DistributedContext
 from trainer.distributed.precision import PRECISIONS, Execution, Precision, asked_precision, supported_precisions
 from trainer.errors import UserError
 from trainer.optim.autotune import autotune
+from trainer.optim.core_wait import MAX_FRACTION, CoreWait
 from trainer.run.atomic import write_text_atomically
 from trainer.run.folder import saved_execution
 from trainer.text import escape_unprintable
@@ -116,8 +117,10 @@ def choose_execution(
         elif len(workload.examples) < 2 * _batch_size(ctx) or workload.cost < min_images:
             chosen, reason = default, f"runs of less than {min_images:,} images are not measured"
         else:
-            chosen, reason = _measure(workload, ctx, console, precisions, layouts)
-            if ctx.is_main_process and (problem := _write(file, keys[-1], chosen, reason)):
+            chosen, reason, is_disturbed = _measure(workload, ctx, console, precisions, layouts)
+            if is_disturbed:
+                reason += "; not cached, because other processes used the cores"
+            elif ctx.is_main_process and (problem := _write(file, keys[-1], chosen, reason)):
                 console.print(problem)
         if asked is not None:
             reason = f"as {asked_by} asks; {reason}"
@@ -156,8 +159,11 @@ def _measure(
     console: Console,
     precisions: Sequence[Precision],
     layouts: Sequence[bool],
-) -> tuple[Execution, str]:
-    """Return the best execution of a throw-away model, and the figures. All processes measure at the same time."""
+) -> tuple[Execution, str, bool]:
+    """Return the best execution of a throw-away model, the figures, and whether other processes disturbed them.
+
+    All processes measure at the same time.
+    """
     config = workload.config
     built = ctx.main_process_first(
         lambda: make_model(
@@ -170,6 +176,7 @@ def _measure(
     local_batch = -(-config.train.batch_size // (ctx.world_size * config.train.grad_accum_steps))
     if isinstance(config.train.micro_batch_size, int):
         local_batch = min(local_batch, config.train.micro_batch_size)
+    wait = CoreWait()
     best, *others = autotune(
         built.model,
         _load_batches(workload, ctx),
@@ -178,11 +185,12 @@ def _measure(
         layouts=layouts,
         max_across_ranks=ctx.max_across_ranks,
     )
+    is_disturbed = not on_gpu and ctx.max_across_ranks(wait.fraction()) > MAX_FRACTION
     del built
     if on_gpu:
         torch.cuda.empty_cache()
     figures = ", ".join(str(measurement) for measurement in (best, *others))
-    return best.execution, f"measured, images/s of forward and backward: {figures}"
+    return best.execution, f"measured, images/s of forward and backward: {figures}", is_disturbed
 
 
 def _batch_size(ctx: DistributedContext) -> int:

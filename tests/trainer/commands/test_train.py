@@ -77,7 +77,10 @@ def test_ctrl_c_saves_and_the_same_call_resumes(images: Path, tmp_path: Path) ->
         (None, {"debug": True}, "use the command regraft debug"),
     ],
 )
-def test_wrong_arguments_are_errors(config: Any, arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_errors(
+    config: Any, arguments: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         regraft.train(config, **arguments)
 

@@ -26,6 +26,7 @@ from trainer.distributed.context import DistributedContext
 from trainer.distributed.precision import Execution
 from trainer.errors import UserError
 from trainer.optim.autotune import Measurement
+from trainer.optim.core_wait import CoreWait
 
 BF16 = Execution("bf16", channels_last=False)
 
@@ -56,6 +57,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return [Measurement(fastest, 30.0, 0.0, 0.01), Measurement(Execution("fp32", True), 15.0, 0.0, 0.0)]
 
     monkeypatch.setattr(execution, "autotune", autotune)
+    monkeypatch.setattr(CoreWait, "fraction", lambda self: 0.0)
     return calls
 
 
@@ -101,6 +103,15 @@ def test_short_runs_do_not_measure_the_layout_but_use_an_earlier_measurement(
         config, _, _ = choose(workload, ctx, epochs=epochs)
         assert (config.train.precision, config.train.channels_last) == BF16
     assert [call["layouts"] for call in measured] == [(True,), (True, False)]
+
+
+def test_a_measurement_beside_other_processes_is_not_cached(
+    workload: Workload, ctx: DistributedContext, measured: Sequence[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CoreWait, "fraction", lambda self: 1.0)
+    for _ in range(2):
+        assert choose(workload, ctx)[2].endswith("; not cached, because other processes used the cores\n")
+    assert len(measured) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_reported(

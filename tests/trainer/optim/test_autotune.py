@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trainer.distributed.precision import Execution
 from trainer.optim import autotune as autotune_module
 from trainer.optim.autotune import Measurement, autotune
+from trainer.optim.core_wait import CoreWait
 
 LABELS = torch.tensor([0, 1, 0, 1])
 BATCHES = tuple(
@@ -24,6 +25,7 @@ clock = SimpleNamespace(now=0.0)
 @pytest.fixture(autouse=True)
 def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(CoreWait, "fraction", lambda self: 0.0)
 
 
 class Model(nn.Module):
@@ -38,7 +40,8 @@ class Model(nn.Module):
         assert self.training
         is_half = torch.is_autocast_enabled("cpu")
         is_channels_last = images.is_contiguous(memory_format=torch.channels_last)
-        clock.now += SLOW if self._slow(is_half, is_channels_last) else FAST
+        seconds = SLOW if self._slow(is_half, is_channels_last) else FAST
+        clock.now += seconds
         logits: Tensor = self.fc(self.dropout(images.mean(dim=(2, 3))))
         return self._change(logits) if is_half else logits
 
@@ -66,6 +69,21 @@ def test_fastest_execution_is_first(slow: Callable[[bool, bool], bool], chosen: 
     # A precision that is far slower in the first layout is not measured in the other one.
     assert len({one.execution for one in others} - {chosen}) == len(others) in (2, 3)
     assert all(one.is_accurate for one in others), "dropout is turned off: its masks depend on the layout"
+
+
+@pytest.mark.parametrize(("fraction", "chosen"), [(0.0, "fp32"), (1.0, "bf16")])
+def test_a_short_disturbance_by_other_processes_decides_nothing(
+    fraction: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CoreWait, "fraction", lambda self: fraction)
+    in_bf16: list[bool] = []
+
+    def slow(is_half: bool, _: bool) -> bool:
+        in_bf16.extend([True] if is_half else [])
+        clock.now += 10 if is_half and len(in_bf16) <= 3 else 0  # the third update is the first one that is timed
+        return not is_half
+
+    assert measure(slow)[0].execution.precision == chosen
 
 
 @pytest.mark.parametrize(
