@@ -89,8 +89,8 @@ def parser() -> argparse.ArgumentParser:
         description="Check a dataset before training: classes, sizes and formats, unreadable and wrongly named files, "
         "duplicates and near-duplicates, leakage between its splits, and with --model likely label errors.",
         epilog="DATA and all other options are those of regraft train: a folder, a CSV or a dataset name, --config "
-        "FILE, --data.KEY VALUE. Exit codes: 0: nothing of the severity --fail-on; 1: a finding of it; 2: an error "
-        "that can be fixed.",
+        "FILE, --data.KEY VALUE. Exit codes: 0 if no finding has the "
+        "severity of --fail-on, 1 if one has, 2 after an error that can be fixed.",
     )
     add = own.add_argument
     add("--json", type=Path, metavar="FILE", help="write all findings and groups of duplicates as JSON")

@@ -50,7 +50,7 @@ def describe_calibration(run: RunRecord, result: SplitResult | None) -> Calibrat
         charts=[
             bubble_chart(
                 "How often predictions are right",
-                [*groups[:-1], groups[-1]],
+                groups,
                 x_label="confidence: probability of the predicted class",
                 description=_describe(result.reliability),
             ),
