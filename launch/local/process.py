@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from regraft.parent_death import signal_on_parent_death
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _GRACE_SECONDS = 5.0
 """Seconds between SIGTERM and SIGKILL."""
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals whose handlers may raise KeyboardInterrupt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +49,16 @@ def run_with_timeout(
         OSError: the command cannot be started.
 
     """
-    parent = os.getpid()
-    process = subprocess.Popen(
-        command,
-        env=dict(os.environ if environment is None else environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        process_group=0,  # Ctrl-C reaches only this process, which then ends the child
-        preexec_fn=lambda: terminate_with_parent(parent),  # noqa: PLW1509 (there are no other threads)
-    )
+    # Python prints and drops an exception that a signal handler raises in a function of os.register_at_fork (logging
+    # has one). So signals wait until the process exists and `try` can end it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
     try:
+        process = _start(command, dict(os.environ if environment is None else environment), mask)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # raises what a waiting signal raises
         stdout, stderr = process.communicate(timeout=seconds)
         return ProcessResult(code=process.returncode, stdout=stdout, stderr=stderr)
     except subprocess.TimeoutExpired:
@@ -70,6 +69,27 @@ def run_with_timeout(
         _terminate_tree(process)
         process.communicate()
         raise
+
+
+def _start(command: Sequence[str], environment: dict[str, str], mask: Set[int]) -> subprocess.Popen[str]:
+    """Start a process in a group of its own that ends with this one; `mask` has the signals that it blocks."""
+    parent = os.getpid()
+
+    def prepare() -> None:
+        terminate_with_parent(parent)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        process_group=0,  # Ctrl-C reaches only this process, which then ends the child
+        preexec_fn=prepare,  # noqa: PLW1509 (there are no other threads)
+    )
 
 
 def terminate_with_parent(parent: int) -> None:

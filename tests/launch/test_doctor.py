@@ -268,6 +268,32 @@ def test_process_is_killed_at_its_time_limit_with_its_descendants(monkeypatch: p
         assert ProcessResult(code=code, stdout="", stderr=stderr).failure_reason(1) == reason, "the last error"
 
 
+def test_signal_while_a_process_is_started_ends_it() -> None:
+    """Python drops an exception that a handler raises in a function of os.register_at_fork."""
+    mark = str(uuid.uuid4())
+    script = (
+        "import os, signal, sys\n"
+        "from launch.local.process import run_with_timeout\n"
+        "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "try:\n"
+        "    run_with_timeout([sys.executable, '-c', 'import time; time.sleep(60)'], seconds=50)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted', signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "REGRAFT_TEST_MARK": mark}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("interrupted set()\n", "")
+    assert marked_processes(mark) == []
+
+
+def test_started_process_blocks_no_signals_and_a_failed_start_leaves_none_blocked() -> None:
+    blocked = "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
+    assert run_with_timeout([sys.executable, "-c", blocked], seconds=30).stdout == "set()\n"
+    with pytest.raises(OSError, match="nonexistent"):
+        run_with_timeout(["/nonexistent"], seconds=30)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[list[str]]]:
     """Replace the processes of the doctor by the output of a good machine; yields their commands."""
