@@ -103,6 +103,8 @@ def _results(arguments: argparse.Namespace, options: AnswerOptions, paths: Seque
     if arguments.output is None:
         return PrintedResults(paths, columns)
     words = {"paths": arguments.paths, "column": arguments.column}
+    if arguments.output.is_absolute():  # relative paths may name other images in another working folder
+        words["working folder"] = str(Path.cwd())
     return SavedResults(arguments.output, paths, columns, {"model": _digest(model), **asdict(options), **words})
 
 

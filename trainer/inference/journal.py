@@ -48,8 +48,9 @@ class Journal:
         # These functions of os.path return False without permission: os.open tells it.
         if os.path.isdir(output):  # noqa: PTH112
             raise UserError(f"--output {shown}: this is a folder; expected the name of a file")
+        exists = UserError(f"--output {shown}: exists, and is not overwritten; remove it or choose another name")
         if not os.path.exists(path) and os.path.lexists(output):  # noqa: PTH110
-            raise UserError(f"--output {shown}: exists, and is not overwritten; remove it or choose another name")
+            raise exists
         try:
             file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")
         except OSError as error:
@@ -57,6 +58,10 @@ class Journal:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             content = file.readall()
+            if not content and os.path.lexists(output):  # another command has written it just now
+                path.unlink()
+            if not os.fstat(file.fileno()).st_nlink:
+                raise exists
             rows, end = _read(content, dict(identity), path)
             file.truncate(end)
             file.seek(end)

@@ -100,6 +100,25 @@ def test_two_commands_do_not_write_one_output(tmp_path: Path) -> None:
     Journal.open(tmp_path / "x.csv", IDENTITY).close()
 
 
+@pytest.mark.parametrize("opens", ["before", "after"])
+def test_an_output_that_another_command_finishes_just_now_is_not_overwritten(
+    opens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other command removes its journal before or after this one opens it."""
+    output, journal = tmp_path / "x.csv", tmp_path / "x.csv.partial"
+    journal.write_bytes(b"" if opens == "after" else b"{}\n")
+
+    def finish(*_: object) -> None:
+        output.write_text("of the other command")
+        if opens == "before":
+            journal.unlink()
+
+    monkeypatch.setattr("fcntl.flock", finish)
+    with pytest.raises(UserError, match=r"x.csv: exists, and is not overwritten"):
+        Journal.open(output, IDENTITY)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of the other command"]
+
+
 def test_an_output_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     for name, message in (("folder.csv", "this is a folder"), ("none/x.csv", "No such file or directory")):
