@@ -48,6 +48,11 @@ def evaluate_model(arguments: argparse.Namespace, data: DataConfig) -> None:
     left_out = Counter(name for _, name in labeled.images if labels[name] is None)
     folder: Path = arguments.output or file.parent / _OUTPUT
     prepare_folder(folder, f"--output {escape_unprintable(str(folder))}:")
+    if (folder / CONFIG).is_file():
+        raise UserError(
+            f"--output {escape_unprintable(str(folder))}: is a run folder, whose own evaluation.json would be "
+            "replaced; name another folder"
+        )
     if arguments.store:
         prepare_folder(file.parent, f"--store: {escape_unprintable(str(file.parent))}")
 

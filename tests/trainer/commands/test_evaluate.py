@@ -160,6 +160,7 @@ def test_calibration_and_threshold_are_stored_on_request(
         (["MODEL", "--data.image_size", "32"], "--data.image_size: does not apply; expected csv_columns"),
         (["MODEL", "DATA", "--data.csv_columns={nothing: x}"], "data.csv_columns has"),
         (["MODEL", "DATA", "--device", "tpu"], "device is 'tpu': expected auto, cpu or cuda"),
+        (["MODEL", "DATA", "--output", "MODEL"], "is a run folder, whose own evaluation.json would be replaced"),
         (["MODEL", "DATA", "--output", "/proc/x"], "--output /proc/x: cannot be written to"),
     ],
 )
