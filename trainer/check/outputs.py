@@ -45,6 +45,8 @@ class Outputs:
                 reason = "it is not a regular file"
             elif not os.access(file.parent, os.W_OK):
                 reason = "its folder is not writable"
+            elif name in ("json", "html") and file.suffix.lower() != f".{name}":  # such as an image or a model file
+                reason = f"expected a name that ends in .{name}"
             elif (other := taken.setdefault(file.resolve(), option)) != option:
                 reason = f"it is the file of {other}; name another one"
             else:

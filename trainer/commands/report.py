@@ -47,6 +47,8 @@ def report(argv: Sequence[str], signals: StopSignals) -> None:
         raise UserError(
             f"--output {output}: is {'a folder' if output.is_dir() else 'no regular file'}; expected a file"
         )
+    if output.suffix.lower() != ".html":  # such as a model file, which would be replaced
+        raise UserError(f"--output {output}: expected a name that ends in .html")
     if len(runs) > 1:
         page = render_comparison(runs)
     else:

@@ -62,7 +62,8 @@ def test_exit_codes(data: Path, tmp_path: Path) -> None:
         ([clean, "--json", tmp_path / "pipe"], 2),
         ([clean, "--data.sede", "3"], 2),
         ([clean, "--data.exclude", tmp_path / "list.txt", "--exclude-csv", tmp_path / "list.txt"], 2),
-        ([clean, "--json", tmp_path / "x", "--html", tmp_path / "x"], 2),
+        ([clean, "--exclude-csv", tmp_path / "x.json", "--json", tmp_path / "x.json"], 2),
+        ([clean, "--json", tmp_path / "list.txt"], 2),
         ([tmp_path / "list.txt", "--groups-csv", tmp_path / "list.txt"], 2),
         ([clean, "--model", "resnet17"], 2),
     ):
@@ -79,11 +80,11 @@ def test_the_result_is_printed_if_a_file_cannot_be_written(
 
     for module in (outputs, csv_write):
         monkeypatch.setattr(module, "write_atomically", fail)
-    for option in ("--json", "--html", "--exclude-csv", "--groups-csv"):
-        assert check.main([str(data), option, str(tmp_path / "x"), "--duplicates=exact"]) == 2
+    for option, name in (("--json", "x.json"), ("--html", "x.html"), ("--exclude-csv", "x"), ("--groups-csv", "x")):
+        assert check.main([str(data), option, str(tmp_path / name), "--duplicates=exact"]) == 2
         out, err = capsys.readouterr()
         assert "leakage: 2 of 6 test images" in out
-        assert err.endswith("/x: cannot be written (No space left on device)\n")
+        assert err.endswith(f"/{name}: cannot be written (No space left on device)\n")
 
 
 def test_a_full_standard_output_is_an_error(

@@ -246,6 +246,7 @@ def test_command_writes_pages_and_rejects_what_is_no_run(tmp_path: Path, capsys:
         ([str(folder), str(folder)], "--output FILE is missing"),
         ([str(folder), "--output", str(tmp_path)], "is a folder"),
         ([str(folder), "--output", str(tmp_path / "pipe")], "is no regular file"),
+        ([str(folder), "--output", str(folder / CONFIG)], "expected a name that ends in .html"),
         ([str(folder), "--output", str(tmp_path / "none" / "x.html")], "cannot be written"),
     ):
         capsys.readouterr()
