@@ -16,7 +16,7 @@ from regraft.contract import available_cores
 from trainer.config.sections.data import DataConfig
 from trainer.distributed.signals import Stopped, StopSignals
 from trainer.errors import UserError
-from trainer.inference.answers import AnswerOptions, require_temperature, require_unknown_threshold
+from trainer.inference.answers import UNKNOWN, AnswerOptions, require_temperature, require_unknown_threshold
 from trainer.inference.file_logits import BatchOptions
 from trainer.inference.inputs import ImageLister
 from trainer.inference.predictor import find_device
@@ -29,6 +29,9 @@ from trainer.report.console import format_duration, make_console
 from trainer.report.progress import counting
 
 _MAX_GPU_THREADS = 16
+_AMBIGUOUS = (
+    f"the model has a class {UNKNOWN}: --threshold gives this label to other images, too; label_1 has their class"
+)
 
 
 def predict_images(arguments: argparse.Namespace, signals: StopSignals) -> None:
@@ -60,7 +63,8 @@ def predict_images(arguments: argparse.Namespace, signals: StopSignals) -> None:
     job = Job(model=model, device=device, options=options, batches=batches)
     lister = ImageLister(DataConfig().extensions, arguments.column, excluded=arguments.sort_into)
     paths, notes = lister.find(arguments.paths, sys.stdin.buffer if sys.stdin is not None else None)
-    for note in notes:
+    is_ambiguous = UNKNOWN in metadata.classes and options.threshold is not None
+    for note in notes + [_AMBIGUOUS] * is_ambiguous:
         console.print(note)
     with _results(arguments, options, paths, model) as results:
         if results.rows:

@@ -193,15 +193,15 @@ def test_the_completion_has_all_options() -> None:
 def test_hostile_class_names_are_quoted_and_become_one_folder_each(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ("../up", 'two\nlines, "quoted"', "/etc/passwd", "broken \udcff")
+    names = ("../up", 'two\nlines, "quoted"', "/etc/passwd", "broken \udcff", "unknown")
     path = write_model_file(tmp_path / "hostile.safetensors", classes=names)
     words = [path, photos / "sub", "--output", tmp_path / "x.csv", "--sort-into", tmp_path / "sorted" / "in"]
-    predict(capsys, *words)
+    assert "the model has a class unknown" in predict(capsys, *words, "--threshold", "0")[1]
     with (tmp_path / "x.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
         labels = {row["label"] for row in csv.DictReader(stream)}
     assert labels <= set(names)
     folders = {path.name for path in (tmp_path / "sorted" / "in").iterdir()}
-    assert folders <= {"__up", 'two_lines, "quoted"', "_etc_passwd", "broken \udcff"}
+    assert folders <= {"__up", 'two_lines, "quoted"', "_etc_passwd", "broken \udcff", "unknown"}
     assert [entry.name for entry in (tmp_path / "sorted").iterdir()] == ["in"]
 
 
