@@ -21,7 +21,7 @@ from trainer.data.random_crop import Box, flip, resized_crop, sample_crop, sampl
 Augmentation = Literal["basic", "none", "trivialaugment", "randaugment", "augmix"]
 
 _POLICIES = {"trivialaugment": v2.TrivialAugmentWide, "randaugment": v2.RandAugment, "augmix": v2.AugMix}
-_ELONGATED = 100
+_ELONGATED = 1000
 """Ratio of the sides of an image to which its ends are removed, if the shorter side is resized."""
 _global_generator = threading.Lock()
 """Held by the thread whose policy draws from PyTorch's global generator."""
@@ -54,7 +54,7 @@ class EvalTransform:
 
 
 def _without_ends(image: np.ndarray) -> np.ndarray:
-    """Return the center of an image whose sides differ by a factor above 100, and other images as they are.
+    """Return the center of an image whose sides differ by a factor above 1000, and other images as they are.
 
     A file of a few hundred bytes may hold 65535 x 1 pixels: resized to 256 pixels of height, they would take 17 GB. An
     even multiple of the shorter side is removed at both ends, so the central crop is the same up to rounding.

@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +139,7 @@ def _valid_utf8(fields: dict[str, Any]) -> dict[str, Any]:
 
     def convert(value: Any) -> Any:
         if isinstance(value, str):
-            return os.fsencode(value).decode("utf-8", "backslashreplace")
+            return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         return [convert(item) for item in value] if isinstance(value, list) else value
 
     return {key: convert(value) for key, value in fields.items()}

@@ -40,7 +40,7 @@ def test_resize_shorter_keeps_the_aspect_ratio(size: tuple[int, int], interpolat
     assert np.array_equal(EvalTransform(shorter)(np.asarray(image)), reference(image))
 
 
-@pytest.mark.parametrize("size", [(2030, 10), (10, 2030), (533, 5)])
+@pytest.mark.parametrize("size", [(5045, 5), (5, 5045), (3301, 3)])
 def test_the_ends_of_an_elongated_image_are_not_resized(size: tuple[int, int]) -> None:
     image = noise_image(2, size=size)
     shorter = replace(SMALL, resize_size=40, resize="shorter")
