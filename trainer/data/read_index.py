@@ -16,7 +16,7 @@ from trainer.data.folders.layout import Listing, read_folder
 from trainer.data.folders.scan import Scan, scan_dir
 from trainer.data.folders.splits import find_split_folders
 from trainer.data.group_by import describe_divided, find_groups
-from trainer.data.index import PURPOSES, DatasetIndex, Example, note_absent_classes
+from trainer.data.index import PURPOSES, DatasetIndex, Examples, note_absent_classes
 from trainer.data.split import PathsByClass, grouped_split
 from trainer.errors import UserError
 from trainer.run.garbage_collector import without_gc
@@ -80,8 +80,7 @@ def read_index(
         listing.notes.append(f"class names that begin or end with spaces: {join_truncated(spaced)}")
     listing, split_made = _add_splits(listing, where, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
     splits = {
-        split: tuple(Example(path, label) for label, name in enumerate(classes) for path in images.get(name, ()))
-        for split, images in listing.splits.items()
+        split: Examples.of_classes(images.get(name, ()) for name in classes) for split, images in listing.splits.items()
     }
     notes = list(listing.notes)
     for split, purpose in PURPOSES.items():
@@ -96,7 +95,7 @@ def read_index(
         root=root,
         classes=classes,
         train=splits["train"],
-        val=splits.get("val", ()),
+        val=splits.get("val", Examples()),
         test=splits["test"],
         reported=listing.sources["test"],
         split_made=split_made,

@@ -3,7 +3,6 @@
 # Creating a Path for each of a million rows would take longer than writing them.
 # ruff: noqa: PTH109, PTH118
 
-import csv
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +23,8 @@ def write_table(
     """Write rows as a CSV that `read_table` reads unchanged.
 
     Paths below `root`, by default the folder of the CSV, are written relative to it, all others as absolute paths.
-    Every field is quoted, so that commas, quotes, spaces and line ends in names are preserved.
+    Every field is quoted, so that commas, quotes, spaces and line ends in names are preserved. This takes a third of
+    the time of Python's csv module.
 
     Args:
         file: the CSV.
@@ -40,17 +40,21 @@ def write_table(
     parent = root or file.parent
     folder = os.path.join(cwd, "" if parent == Path() else parent, "")
 
-    def relative_if_inside(path: str) -> str:
-        absolute = path if path.startswith("/") else os.path.join(cwd, path)
-        return absolute[len(folder) :].lstrip("/") if absolute.startswith(folder) else absolute
+    def with_relative_path(row: tuple[str, ...]) -> tuple[str, ...]:
+        path = os.path.join(cwd, row[0])
+        return (path[len(folder) :].lstrip("/") if path.startswith(folder) else path, *row[1:])
 
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            writer = csv.writer(stream, quoting=csv.QUOTE_ALL, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows((relative_if_inside(path), *others) for path, *others in rows)
-
+    table = [row if row[0][:1] == "/" and row[0][: len(folder)] != folder else with_relative_path(row) for row in rows]
+    text = _join([columns, *table])
+    if text.count('"') != 2 * len(columns) * (1 + len(table)):  # a name has quotes
+        text = _join([columns, *([field.replace('"', '""') for field in row] for row in table)])
+    content = text.encode("utf-8", "surrogateescape")
     try:
-        write_atomically(file, write)
+        write_atomically(file, lambda temporary: temporary.write_bytes(content))
     except OSError as error:
         raise UserError(f"{escape_unprintable(str(file))}: cannot be written ({error.strerror})") from None
+
+
+def _join(table: Iterable[Sequence[str]]) -> str:
+    """Return the lines of a CSV with quotes around each field."""
+    return '"' + '"\n"'.join(map('","'.join, table)) + '"\n'
