@@ -18,7 +18,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +67,9 @@ class DeferredChecks:
     digests: np.ndarray
     """uint64 [N]: the hash of the content of each."""
 
-    def select(self, rows: np.ndarray) -> "DeferredChecks":
+    def select(self, rows: np.ndarray | slice) -> "DeferredChecks":
         """Return the checks of some images, or of all in another order."""
-        arrays = (self.is_deferred[rows], self.versions[rows], self.digests[rows])
-        return replace(self, **dict(zip(("is_deferred", "versions", "digests"), arrays, strict=True)))
+        return DeferredChecks(self.times_file, self.is_deferred[rows], self.versions[rows], self.digests[rows])
 
     def compare_all_at_next_start(self) -> None:
         """Remove the record of the folders."""

@@ -6,6 +6,7 @@ list.csv                 columns path, label and optionally split; any other nam
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from trainer.data.class_names import describe_difference, find_lookalikes
 from trainer.data.csv.table import TableFormat, read_table
 from trainer.data.folders.cache import FolderCache
 from trainer.data.folders.layout import Listing, read_folder
-from trainer.data.folders.scan import Scan, scan_dir
+from trainer.data.folders.scan import Scan
 from trainer.data.folders.splits import find_split_folders
 from trainer.data.group_by import describe_divided, find_groups
 from trainer.data.index import PURPOSES, DatasetIndex, Examples, note_absent_classes
@@ -106,10 +107,9 @@ def read_index(
 
 def _read_folder(root: str, extensions: Sequence[str], given: Mapping[str, str], cache: Path | None) -> Listing:
     folder_cache = FolderCache.read(cache, root) if cache is not None else None
-    scan = Scan(
-        tuple(extension.lower() for extension in extensions),
-        scan_dir if folder_cache is None else folder_cache.scan_dir,
-    )
+    scan = Scan(tuple(extension.lower() for extension in extensions))
+    if folder_cache is not None:
+        scan = replace(scan, scan_dir=folder_cache.scan_dir, has_files=folder_cache.has_files)
     top = scan.scan_parent(root)
     folders = find_split_folders(root, top, scan.is_image, given)
     listing = read_folder(root, top, scan, folders, check="train" not in given)

@@ -143,7 +143,7 @@ def _relative_names(paths: Sequence[str]) -> tuple[str, set[str], str]:
 
 def _find_rows(names: str, cached_names: str) -> np.ndarray:
     """Return the position of each name among the cached names: int64 [N], -1 if it is not cached."""
-    if f"{cached_names}{SEPARATOR}".startswith(f"{names}{SEPARATOR}"):  # as after every complete check
+    if cached_names.startswith(names) and cached_names[len(names) :][:1] in ("", SEPARATOR):  # after a complete check
         return np.arange(names.count(SEPARATOR) + 1)
     positions = {name: row for row, name in enumerate(split_names(cached_names))} if cached_names else {}
     return np.array([positions.get(name, -1) for name in split_names(names)], dtype=np.int64)

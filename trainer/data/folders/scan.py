@@ -10,7 +10,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import NamedTuple
 
 from regraft.contract import (
@@ -20,6 +19,7 @@ from regraft.contract import (
     OUTPUT_MARK,
     RUN_SUBFOLDERS,
     holds_only_output,
+    is_in_default_run_folder,
     is_run_folder,
 )
 from trainer.data.system_files import is_hidden
@@ -73,6 +73,8 @@ class Scan:
     """File extensions of images, in lower case with their dot."""
     scan_dir: Callable[[str], DirEntries] = scan_dir
     """Returns the entries of a class folder; raises a UserError if it cannot be read."""
+    has_files: Callable[[str], bool] = lambda folder: False
+    """Returns whether a folder is known to have files that are not hidden, without reading it."""
     ignored: Counter[str] = field(default_factory=Counter)
     """File extension in lower case -> number of files ignored because of it."""
     hidden: int = 0
@@ -94,7 +96,7 @@ class Scan:
         self._owners[_identity(folder)] = ""
         entries = scan_dir(folder)
         self.hidden += entries.hidden
-        outputs = [name for name in entries.folders if holds_only_output(os.path.join(folder, name))]
+        outputs = [name for name in entries.folders if self._is_output(os.path.join(folder, name))]
         for name in outputs:
             self._check_output(os.path.join(folder, name))
         if is_run_folder(folder):  # run.dir is the folder of the dataset
@@ -137,6 +139,12 @@ class Scan:
         self.ignored += ignored
         return [path for _, images in sorted(found) for path in images], ignored
 
+    def _is_output(self, folder: str) -> bool:
+        """Return whether regraft wrote all of a folder, without reading a large folder that is known to have files."""
+        if self.has_files(folder) and not is_in_default_run_folder(folder):
+            return is_run_folder(folder)
+        return holds_only_output(folder)
+
     def _check_output(self, folder: str) -> None:
         """Raise a UserError if a folder that regraft writes to, but has not created, holds other images: a class."""
         if not is_run_folder(folder) or OUTPUT_MARK in os.listdir(folder):
@@ -154,8 +162,12 @@ class Scan:
         return name.lower().endswith(self.extensions)
 
     def are_images(self, names: Sequence[str]) -> bool:
-        """Return whether `is_image` is true for all file names, in a third of the time."""
-        return all(map(str.endswith, "/".join(names).lower().split("/") if names else (), repeat(self.extensions)))
+        """Return whether `is_image` is true for all file names; fast if they have the same extension."""
+        first = names[0].lower() if names else ""
+        extension = next((extension for extension in self.extensions if first.endswith(extension)), None)
+        if extension is not None and f"{'/'.join(names)}/".lower().count(f"{extension}/") == len(names):
+            return True
+        return all(map(self.is_image, names))
 
     def _enter(self, folder: str, class_folder: str) -> bool:
         """Return whether `folder` is seen for the first time."""

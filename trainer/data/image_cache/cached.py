@@ -85,12 +85,12 @@ class CachedImages:
     def _cached_reader(self, entries: np.ndarray, paths: Sequence[str], fallback: ReadImage) -> ReadImage:
         return CachedReader(self.store, entries[self._rows(paths)], fallback) if len(entries) else fallback
 
-    def _rows(self, paths: Sequence[str]) -> np.ndarray:
+    def _rows(self, paths: Sequence[str]) -> np.ndarray | slice:
         """Return the position of each image among the examples of all splits."""
         start = 0
         for of_split in self.paths:
             if of_split == paths:
-                return np.arange(start, start + len(paths))
+                return slice(start, start + len(paths))
             start += len(of_split)
         positions = {path: position for position, path in enumerate(chain.from_iterable(self.paths))}
         return np.array([positions[path] for path in paths], dtype=np.int64)
