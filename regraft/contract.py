@@ -194,11 +194,16 @@ def is_run_folder(folder: str) -> bool:
         return False
 
 
+def is_in_default_run_folder(folder: str) -> bool:
+    """Return whether a folder or its parent has the name of the folder that runs are in by default."""
+    return Path(DEFAULT_RUN_DIR).parts[0] in Path(folder).parts[-2:]
+
+
 def holds_only_output(folder: str, *, depth: int = 5) -> bool:
     """Return whether regraft wrote all of a folder: it is a run folder, or holds nothing but run folders (`runs/`)."""
     if is_run_folder(folder):
         return True
-    in_default_folder = Path(DEFAULT_RUN_DIR).parts[0] in Path(folder).parts[-2:]
+    in_default_folder = is_in_default_run_folder(folder)
     is_empty = True
     try:
         with os.scandir(folder) as entries:

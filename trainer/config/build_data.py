@@ -1,7 +1,9 @@
 """From a config to its data: load and check the images, and record them in the run folder."""
 
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 from rich.console import Console
 
 from regraft.contract import EXCLUDED, IMAGES, SPLIT
@@ -53,6 +55,8 @@ def load_run_data(config: ResolvedConfig, ctx: DistributedContext, console: Cons
     if cache is not None:
         images, messages = cache.open(prepared.index, prepared.digests, ctx)
         console.print("\n".join(messages))
+    splits = (prepared.index.train, prepared.index.val, prepared.index.test)
+    images = replace(images, paths=tuple(split.paths for split in splits), deferred=prepared.deferred)
     return make_run_data(config, prepared, images)
 
 
@@ -81,14 +85,11 @@ def check_images_unchanged(config: ResolvedConfig, data: RunData, run: OpenRun, 
         if not run.is_writer:
             return
         saved = read_digests(path, count=len(prepared.digests)) if resumed else None
-        if saved == prepared.digests:
+        if saved is not None and (saved == prepared.digests).all():
             return
         if saved is not None:
-            changed = [
-                escape_unprintable(example.path)
-                for example, before, now in zip(prepared.examples, saved, prepared.digests, strict=True)
-                if before != now
-            ]
+            rows = np.flatnonzero(saved != prepared.digests).tolist()
+            changed = [escape_unprintable(prepared.examples[row].path) for row in rows]
             message = (
                 f"{len(changed)} of {len(saved)} images have another content than when this run began: "
                 f"{join_truncated(changed, limit=5)}"

@@ -1,7 +1,7 @@
 """From a config to the image cache: which images are cached in which form, where, and up to which size."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from trainer.data.image_cache.cached import CachedImages
 from trainer.data.image_cache.folder import PackFolder
 from trainer.data.image_cache.memory import PackMemory, open_packs
 from trainer.data.image_cache.pack import Pack
-from trainer.data.image_cache.store import MISSING, ImageStore, parse_digests, variant
+from trainer.data.image_cache.store import MISSING, ImageStore, variant
 from trainer.data.image_cache.writer import ImageWriter
 from trainer.data.index import DatasetIndex
 from trainer.distributed.context import DistributedContext
@@ -75,7 +75,7 @@ class ImageCache:
             packs, self._messages = self._folder.read_packs()
         self._store = store = ImageStore(packs)
         writer = ImageWriter(_memory if self._mode == "ram" else self._folder)
-        paths = _paths(index)
+        paths = index.paths
         builder = CacheBuilder(
             {form: paths[part] for form, part in self._forms(index).items()},
             original=self._original,
@@ -102,14 +102,12 @@ class ImageCache:
                     "with room, or set data.cache_images to auto"
                 )
 
-    def by_form(self, index: DatasetIndex, digests: Sequence[str]) -> dict[CacheForm, tuple[list[str], Sequence[str]]]:
-        """Return paths and digests of the images that are cached in each form; `digests` are those of all examples."""
-        paths = _paths(index)
+    def by_form(self, index: DatasetIndex, digests: np.ndarray) -> dict[CacheForm, tuple[list[str], np.ndarray]]:
+        """Return paths and digests of the images that are cached in each form; `digests` has those of all examples."""
+        paths = index.paths
         return {form: (paths[part], digests[part]) for form, part in self._forms(index).items()}
 
-    def open(
-        self, index: DatasetIndex, digests: Sequence[str], ctx: DistributedContext
-    ) -> tuple[CachedImages, list[str]]:
+    def open(self, index: DatasetIndex, digests: np.ndarray, ctx: DistributedContext) -> tuple[CachedImages, list[str]]:
         """Return the cached images of the run, and the lines to print about them. Every process must call it.
 
         Raises:
@@ -118,11 +116,10 @@ class ImageCache:
         """
         in_memory = _open_memory(ctx) if self._mode == "ram" else None
         store = self._store or ImageStore(self._folder.read_packs()[0] if in_memory is None else in_memory)
-        hashes = parse_digests(digests)
-        entries = {form: np.full(len(hashes), MISSING) for form in (self._output, self._train)}
+        entries = {form: np.full(len(digests), MISSING) for form in (self._output, self._train)}
         room = self._limit
         for form, part in self._forms(index).items():
-            found = store.locate(hashes[part], form.variant)
+            found = store.locate(digests[part], form.variant)
             sizes = store.sizes(found)
             if sizes.sum() > room:
                 _, first = np.unique(found, return_index=True)
@@ -136,12 +133,7 @@ class ImageCache:
             self._open_pack(pack)
         if self._mode == "ram":
             _memory.keep_only({pack.path for pack in packs})
-        images = CachedImages(
-            store,
-            paths=tuple([path for path, _ in split] for split in (index.train, index.val, index.test)),
-            originals=originals,
-            outputs=outputs,
-        )
+        images = CachedImages(store, originals=originals, outputs=outputs)
         return images, [*self._messages, self._describe(images)]
 
     @property
@@ -169,10 +161,6 @@ class ImageCache:
             problem = self._problem or f"they do not fit into half of the available memory, {decimal(self._limit)}"
             text += f". The others are decoded in every epoch: {problem}"
         return text
-
-
-def _paths(index: DatasetIndex) -> list[str]:
-    return [path for split in (index.train, index.val, index.test) for path, _ in split]
 
 
 def _open_memory(ctx: DistributedContext) -> list[Pack]:

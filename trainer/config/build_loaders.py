@@ -8,10 +8,10 @@ from torch import nn
 
 from trainer.config.resolve import ResolvedConfig, ResolvedDataConfig
 from trainer.data.augment import EvalTransform, Normalize, ResizeShorter, TrainTransform, Transform
-from trainer.data.dataset import Batch, FileReader, ImageDataset
+from trainer.data.dataset import Batch, ComparingReader, FileReader, ImageDataset
 from trainer.data.device_loader import make_device_loader
 from trainer.data.image_cache.cached import NOT_CACHED, CachedImages, TransformedReader, unchanged
-from trainer.data.index import DatasetIndex, Example
+from trainer.data.index import DatasetIndex, Example, Examples
 from trainer.data.loader import TrainBatches, make_dataloader
 from trainer.data.sampler import DistributedBatchSampler, EpochOrder, EvalBatchSampler
 from trainer.distributed.context import DistributedContext
@@ -37,13 +37,15 @@ def make_dataset(
     images: CachedImages = NOT_CACHED,
 ) -> ImageDataset:
     """Return the images of a split under a transform."""
-    paths, size = [path for path, _ in examples], config.data.cache_resize
+    paths, size = Examples.of(examples).paths, config.data.cache_resize
     decode = FileReader(paths)
     if isinstance(transform, EvalTransform):
         originals = images.reader(paths, decode) if size is None else decode
         reader, transform = images.output_reader(paths, originals, transform), unchanged
     else:
         reader = images.reader(paths, decode if size is None else TransformedReader(decode, ResizeShorter(size)))
+    if (checks := images.deferred_checks(paths)) is not None:
+        reader = ComparingReader(reader, paths, checks)
     threads = decoding_threads(config.data.num_workers, ctx)
     return ImageDataset(examples, transform, seed=config.run.seed, threads=threads, reader=reader)
 

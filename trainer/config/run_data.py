@@ -1,8 +1,9 @@
 """The data of a run: the checked examples, the order in which it trains on them, and the schedule of its updates."""
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, partial
+
+import numpy as np
 
 from trainer.config.resolve import ResolvedConfig
 from trainer.data.image_cache.cached import NOT_CACHED, CachedImages
@@ -31,13 +32,12 @@ class RunData:
     def train_groups(self) -> tuple[str | None, ...]:
         """Return the group of each training example, or nothing if there are no groups."""
         groups = self.index.groups
-        return tuple(groups.get(path) for path, _ in self.index.train) if groups else ()
+        return tuple(map(groups.get, self.index.train.paths)) if groups else ()
 
     @cached_property
     def examples_per_class(self) -> tuple[int, ...]:
         """Return the number of training examples of each class."""
-        counts = Counter(label for _, label in self.index.train)
-        return tuple(counts[label] for label in range(len(self.index.classes)))
+        return tuple(np.bincount(self.index.train.labels, minlength=len(self.index.classes)).tolist())
 
 
 def make_run_data(config: ResolvedConfig, prepared: Prepared, images: CachedImages = NOT_CACHED) -> RunData:
@@ -58,7 +58,7 @@ def _make_epoch_order(config: ResolvedConfig, index: DatasetIndex) -> EpochOrder
         examples=len(index.train),
         batch_size=config.train.batch_size,
         seed=config.run.seed,
-        labels=tuple(example.label for example in index.train) if is_balanced else None,
+        labels=tuple(index.train.labels.tolist()) if is_balanced else None,
     )
 
 

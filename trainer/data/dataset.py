@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from trainer.data.augment import Transform
-from trainer.data.decode import UnreadableImage, decode
+from trainer.data.decode import UnreachableImage, UnreadableImage, decode, hash_file, open_image_file
+from trainer.data.deferred_checks import DeferredChecks
+from trainer.data.file_versions import read_versions
+from trainer.data.index import Examples
 from trainer.data.sampler import SampleKey
 from trainer.errors import UserError
 from trainer.text import escape_unprintable
@@ -60,6 +63,40 @@ class FileReader:
             ) from None
 
 
+class ComparingReader:
+    """Compares the file of an image with its validation result before another reader first reads it."""
+
+    def __init__(self, read: ReadImage, paths: Sequence[str], checks: DeferredChecks) -> None:
+        self._read, self._paths, self._checks = read, paths, checks
+        self._is_pending = checks.is_deferred.copy()
+
+    def __call__(self, example: int) -> np.ndarray:
+        """Return the image of an example, as the other reader; raises ImageReadError if its content has changed."""
+        if self._is_pending[example]:
+            self._compare(example)
+            self._is_pending[example] = False
+        return self._read(example)
+
+    def _compare(self, example: int) -> None:
+        path, checks = self._paths[example], self._checks
+        (version,) = read_versions([path])
+        if (version == checks.versions[example]).all():
+            return
+        try:
+            with open_image_file(path) as file:
+                is_equal = int(hash_file(file), 16) == checks.digests[example]  # touched or copied
+        except UnreachableImage:  # gone since the start; it may be in the image cache
+            return
+        except UnreadableImage:
+            is_equal = False
+        if not is_equal:
+            checks.compare_all_at_next_start()
+            raise ImageReadError(
+                f"{escape_unprintable(path)}: this image has another content than when it was validated. The next "
+                "start compares all images with their validation results: start the same command again"
+            )
+
+
 class ImageDataset(Dataset[Item]):
     """Images of a split, indexed by `SampleKey`."""
 
@@ -82,8 +119,7 @@ class ImageDataset(Dataset[Item]):
             reader: reads the image of an example; None decodes its file.
 
         """
-        self.paths = [path for path, _ in examples]
-        self.labels = np.array([label for _, label in examples], dtype=np.int64)
+        self.paths, self.labels = Examples.of(examples).paths, Examples.of(examples).labels
         self.transform = transform
         self.seed = seed
         self.threads = threads

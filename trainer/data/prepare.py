@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from trainer.config.sections.data import DataConfig
 from trainer.data.csv.table import TableFormat
+from trainer.data.deferred_checks import DeferredChecks
+from trainer.data.digests import to_hex
 from trainer.data.exclude import describe, find_excluded
 from trainer.data.index import DatasetIndex, Example, without_images
 from trainer.data.progress import NO_PROGRESS, ProgressHooks
@@ -28,8 +30,10 @@ class Prepared:
     index: DatasetIndex
     notes: tuple[str, ...]
     """Messages about ignored files, splits, skipped images and conversions of pixels."""
-    digests: tuple[str, ...] = ()
-    """Hash of the content of each image, in the order of `examples`; empty if the images were not checked."""
+    digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    """uint64 [N]: hash of the content of each image, in the order of `examples`; empty if they were not checked."""
+    deferred: DeferredChecks | None = None
+    """Checks of the files that were not compared with their validation results yet, in the order of `examples`."""
 
     @cached_property
     def examples(self) -> tuple[Example, ...]:
@@ -43,17 +47,20 @@ class Prepared:
         Paths are relative to the dataset folder, so the hash does not change if the folder is moved.
         """
         root = os.path.join(self.index.root, "")  # noqa: PTH118 (adds a trailing slash)
+        labels = [*map(str, range(len(self.index.classes)))]
         digest = hashlib.sha256()
         for split in (self.index.train, self.index.val, self.index.test):
-            for path, label in split:
-                digest.update(f"{path.removeprefix(root)}\0{label}\0".encode("utf-8", "surrogateescape"))
-            digest.update(b"\0")
+            fields = [""] * 2 * len(split)
+            fields[::2], fields[1::2] = split.paths, map(labels.__getitem__, split.labels.tolist())
+            # Every field begins after a NUL, which no path has.
+            text = "\0".join(["", *fields, ""]).replace(f"\0{root}", "\0").removeprefix("\0")
+            digest.update(f"{text}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:32]
 
     @cached_property
     def content_digest(self) -> str:
         """Return a hash of the contents of all images in order."""
-        return hashlib.sha256("".join(self.digests).encode("ascii")).hexdigest()[:32]
+        return hashlib.sha256(to_hex(self.digests).encode("ascii")).hexdigest()[:32]
 
 
 def prepare(data: DataConfig, *, workers: int, displays: ProgressHooks = NO_PROGRESS, check: bool = True) -> Prepared:
@@ -112,10 +119,8 @@ def exclude_images(index: DatasetIndex, file: Path) -> DatasetIndex:
 
     """
     splits = {"train": index.train, "val": index.val, "test": index.test}
-    paths = find_excluded(file, index.root, (path for examples in splits.values() for path, _ in examples))
-    excluded = {
-        split: tuple(example for example in examples if example.path in paths) for split, examples in splits.items()
-    }
+    paths = find_excluded(file, index.root, index.paths)
+    excluded = {split: examples.only(paths) for split, examples in splits.items()}
     counts = ", ".join(f"{len(examples)} of {split}" for split, examples in excluded.items() if examples)
     remaining = without_images(index, paths, absent=f"is left by {describe(file)}", remedy="shorten the list")
     note = f"images left out by {describe(file)}: {len(paths)}" + (f" ({counts})" if counts else "")
@@ -143,7 +148,7 @@ def validate_examples(
         UserError: unreadable images.
 
     """
-    paths = [example.path for example in Prepared(index, ()).examples]
+    paths = index.paths
     with displays.checking() as on_checked:
         results = check_images(
             paths, cache=cache_folder(data.cache), workers=workers, on_progress=on_checked, on_decoded=on_decoded
@@ -156,9 +161,11 @@ def validate_examples(
         index = without_images(index, unreadable)
         skipped = "".join(f"\n  {escape_unprintable(path)}: {reason}" for path, reason in sorted(unreadable.items()))
         notes.append(f"{len(unreadable)} of {len(paths)} images cannot be read and are skipped:{skipped}")
-    digests = results.digests[results.where(lambda outcome: outcome.reason is None)]
+    readable = results.where(lambda outcome: outcome.reason is None)
+    digests = results.digests[readable]
     notes += [*_describe_repeats(index, digests), *_describe_pixels(paths, results)]
-    return Prepared(index, tuple(notes), tuple(map("{:016x}".format, digests.tolist())))
+    deferred = None if results.deferred is None else results.deferred.select(readable)
+    return Prepared(index, tuple(notes), digests, deferred)
 
 
 def _describe_pixels(paths: Sequence[str], results: ValidationResults) -> Iterator[str]:
@@ -183,7 +190,7 @@ def _describe_repeats(index: DatasetIndex, digests: np.ndarray) -> Iterator[str]
     """
     in_train = digests[: len(index.train)]
     first_digests, first = np.unique(in_train, return_index=True)
-    labels = np.array([label for _, label in index.train])
+    labels = index.train.labels
     conflicts: list[tuple[Example, Example]] = []
     start = 0
     for examples, purpose in (
@@ -196,7 +203,7 @@ def _describe_repeats(index: DatasetIndex, digests: np.ndarray) -> Iterator[str]
         places = np.searchsorted(first_digests, searched).clip(max=len(first_digests) - 1)
         repeated = np.flatnonzero(first_digests[places] == searched)
         others = first[places[repeated]]  # the first training image of the same content
-        differs = labels[others] != np.array([label for _, label in examples], dtype=np.int64)[repeated]
+        differs = labels[others] != examples.labels[repeated]
         conflicts += [
             (examples[row], index.train[other])
             for row, other in zip(repeated[differs].tolist(), others[differs].tolist(), strict=True)

@@ -6,6 +6,7 @@ list.csv                 columns path, label and optionally split; any other nam
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +14,10 @@ from trainer.data.class_names import describe_difference, find_lookalikes
 from trainer.data.csv.table import TableFormat, read_table
 from trainer.data.folders.cache import FolderCache
 from trainer.data.folders.layout import Listing, read_folder
-from trainer.data.folders.scan import Scan, scan_dir
+from trainer.data.folders.scan import Scan
 from trainer.data.folders.splits import find_split_folders
 from trainer.data.group_by import describe_divided, find_groups
-from trainer.data.index import PURPOSES, DatasetIndex, Example, note_absent_classes
+from trainer.data.index import PURPOSES, DatasetIndex, Examples, note_absent_classes
 from trainer.data.split import PathsByClass, grouped_split
 from trainer.errors import UserError
 from trainer.run.garbage_collector import without_gc
@@ -80,8 +81,7 @@ def read_index(
         listing.notes.append(f"class names that begin or end with spaces: {join_truncated(spaced)}")
     listing, split_made = _add_splits(listing, where, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
     splits = {
-        split: tuple(Example(path, label) for label, name in enumerate(classes) for path in images.get(name, ()))
-        for split, images in listing.splits.items()
+        split: Examples.of_classes(images.get(name, ()) for name in classes) for split, images in listing.splits.items()
     }
     notes = list(listing.notes)
     for split, purpose in PURPOSES.items():
@@ -96,7 +96,7 @@ def read_index(
         root=root,
         classes=classes,
         train=splits["train"],
-        val=splits.get("val", ()),
+        val=splits.get("val", Examples()),
         test=splits["test"],
         reported=listing.sources["test"],
         split_made=split_made,
@@ -107,10 +107,9 @@ def read_index(
 
 def _read_folder(root: str, extensions: Sequence[str], given: Mapping[str, str], cache: Path | None) -> Listing:
     folder_cache = FolderCache.read(cache, root) if cache is not None else None
-    scan = Scan(
-        tuple(extension.lower() for extension in extensions),
-        scan_dir if folder_cache is None else folder_cache.scan_dir,
-    )
+    scan = Scan(tuple(extension.lower() for extension in extensions))
+    if folder_cache is not None:
+        scan = replace(scan, scan_dir=folder_cache.scan_dir, has_files=folder_cache.has_files)
     top = scan.scan_parent(root)
     folders = find_split_folders(root, top, scan.is_image, given)
     listing = read_folder(root, top, scan, folders, check="train" not in given)

@@ -24,15 +24,15 @@ from trainer.data.decode import (
     hash_file,
     open_image_file,
 )
+from trainer.data.deferred_checks import DeferredChecks, FolderTimes, read_some_versions
+from trainer.data.file_versions import FileVersion, read_versions
 from trainer.data.pixels import is_one_color
 from trainer.data.validation_results import (
     SEPARATOR,
-    FileVersion,
     ValidationResult,
     ValidationResults,
     join_names,
     read_results,
-    read_versions,
     split_names,
     write_results,
 )
@@ -56,7 +56,8 @@ def check_images(
     """Return the validation result of each image, in the order of the paths.
 
     Results are cached in `cache`/validation, in one file per dataset folder. An image is read again if its size or one
-    of its times has changed, and decoded again if its content has. The results so far are saved on an interruption.
+    of its times has changed, and decoded again if its content has. The results so far are saved on an interruption. Of
+    a large dataset, most files are compared with their results later, see `deferred_checks`.
 
     Args:
         paths: paths of the images.
@@ -69,20 +70,28 @@ def check_images(
         UserError: the cache cannot be written.
 
     """
-    results = ValidationResults.empty(read_versions(paths))
+    results = ValidationResults.empty(np.full((len(paths), 3), -1, dtype=np.int64))
     if not paths:
         return results
-    folder, names = _relative_names(paths)
+    folder, parents, names = _relative_names(paths)
     cache_file = cache / "validation" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.safetensors"
     metadata = {"rules": decoder_version(), "folder": folder}
     cached_names, cached = read_results(cache_file, metadata)
     rows = _find_rows(names, cached_names)
-    is_valid = np.zeros(len(paths), dtype=bool)
     found = np.flatnonzero(rows >= 0)
-    is_valid[found] = (cached.versions[rows[found]] == results.versions[found]).all(axis=1)
-    results.copy_rows(np.flatnonzero(is_valid), cached, rows[is_valid])
+    results.copy_rows(found, cached, rows[found])
+    times = FolderTimes(cache_file.with_suffix(".folders"), parents, images=len(paths))
+    is_readable = np.zeros(len(paths), dtype=bool)
+    is_readable[results.where(lambda outcome: outcome.reason is None)] = times.are_unchanged()
+    versions, is_deferred = read_some_versions(paths, results.versions, is_readable)
+    is_valid = (rows >= 0) & (versions == results.versions).all(axis=1)
+    results.versions = versions
+    if is_deferred.any():
+        results.deferred = DeferredChecks(times.file, is_deferred, versions, results.digests)
     pending = np.flatnonzero(~is_valid).tolist()
     if not pending:
+        if results.deferred is None:
+            times.write()
         return results
     _check_writable(cache_file.parent)
     tasks = (
@@ -102,6 +111,7 @@ def check_images(
         finally:
             kept_names, kept = _merge((names, results, is_valid), (cached_names, cached, rows), folder)
             _write_cache(cache_file, kept_names, kept, metadata)
+    times.write()
     return results
 
 
@@ -114,21 +124,26 @@ def unreadable_error(unreadable: Mapping[str, str], total: int) -> UserError:
     )
 
 
-def _relative_names(paths: Sequence[str]) -> tuple[str, str]:
-    """Return the deepest folder that has all images, with a trailing slash, and the joined paths relative to it."""
-    ends = [path.rfind("/") + 1 for path in paths]
-    parents = {path[:end] for path, end in zip(paths, ends, strict=True)}
+def _relative_names(paths: Sequence[str]) -> tuple[str, set[str], str]:
+    """Return the deepest folder that has all images, with a trailing slash; the folders of the images; and the
+    joined paths relative to the first.
+    """
+    parents = {path[: path.rfind("/") + 1] for path in paths}
     absolute = {parent: os.path.join(os.path.abspath(parent), "") for parent in parents}
     # The common prefix of the first and the last folder in sorted order is common to all.
     folders = absolute.values()
     folder = os.path.commonprefix([min(folders), max(folders)]).rpartition("/")[0] + "/"  # noqa: RUF071
+    if all(parent == path for parent, path in absolute.items()):
+        joined = join_names(["", *paths]).replace(SEPARATOR + folder, SEPARATOR)
+        return folder, parents, joined.removeprefix(SEPARATOR)
     relative = {parent: path[len(folder) :] for parent, path in absolute.items()}
-    return folder, join_names(relative[path[:end]] + path[end:] for path, end in zip(paths, ends, strict=True))
+    ends = [path.rfind("/") + 1 for path in paths]
+    return folder, parents, join_names(relative[path[:end]] + path[end:] for path, end in zip(paths, ends, strict=True))
 
 
 def _find_rows(names: str, cached_names: str) -> np.ndarray:
     """Return the position of each name among the cached names: int64 [N], -1 if it is not cached."""
-    if f"{cached_names}{SEPARATOR}".startswith(f"{names}{SEPARATOR}"):  # as after every complete check
+    if cached_names.startswith(names) and cached_names[len(names) :][:1] in ("", SEPARATOR):  # after a complete check
         return np.arange(names.count(SEPARATOR) + 1)
     positions = {name: row for row, name in enumerate(split_names(cached_names))} if cached_names else {}
     return np.array([positions.get(name, -1) for name in split_names(names)], dtype=np.int64)

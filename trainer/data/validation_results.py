@@ -1,11 +1,7 @@
 """Validation results as arrays, and the file that caches them: 36 bytes for each image, and its name."""
 
-# Creating a Path for each of a million images would take longer than the cache lookup.
-# ruff: noqa: PTH116
-
 import json
 import os
-from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -14,22 +10,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from trainer.data.deferred_checks import DeferredChecks
+from trainer.data.file_versions import MISSING_VERSION, FileVersion
 from trainer.run.atomic import write_atomically
 
-_INT64_MAX = 2**63 - 1
-_MISSING = (-1, -1, -1)
 SEPARATOR = "\0"  # the only character that no path has
-
-
-class FileVersion(NamedTuple):
-    """What the file system says about the content of a file."""
-
-    size: int
-    """Size of the file [bytes]."""
-    mtime_ns: int
-    """Time of the last modification [ns], which `touch`, `cp -p` and `rsync -t` set to any value."""
-    ctime_ns: int
-    """Time of the last change of the file or its metadata [ns], which only the file system sets."""
 
 
 class Outcome(NamedTuple):
@@ -75,6 +60,8 @@ class ValidationResults:
         """
         self.versions, self.digests, self.codes = versions, digests, codes
         self.outcomes = list(outcomes)
+        self.deferred: DeferredChecks | None = None
+        """What the files have to be that were not compared at this start; None if all were compared."""
         self._code_of = {outcome: code for code, outcome in enumerate(self.outcomes)}
 
     @classmethod
@@ -92,7 +79,7 @@ class ValidationResults:
         )
 
     def __setitem__(self, row: int, result: ValidationResult) -> None:
-        self.versions[row] = _MISSING if result.version is None else result.version
+        self.versions[row] = MISSING_VERSION if result.version is None else result.version
         self.digests[row] = int(result.digest or "0", 16)
         self.codes[row] = self._code(Outcome(result.reason, result.conversions, result.is_one_color))
 
@@ -123,20 +110,6 @@ class ValidationResults:
             self._code_of[outcome] = len(self.outcomes)
             self.outcomes.append(outcome)
         return self._code_of[outcome]
-
-
-def read_versions(paths: Iterable[str]) -> np.ndarray:
-    """Return the `FileVersion` of each file, int64 [N, 3]; -1 for a file that cannot be reached."""
-    numbers = array("q")
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError:
-            numbers.extend(_MISSING)
-        else:  # a time may be in a year that 64 bits do not hold
-            times = (status.st_mtime_ns & _INT64_MAX, status.st_ctime_ns & _INT64_MAX)
-            numbers.extend((status.st_size, *times))
-    return np.frombuffer(numbers, dtype=np.int64).reshape(-1, 3)
 
 
 def read_results(file: Path, metadata: Mapping[str, str]) -> tuple[str, ValidationResults]:

@@ -17,8 +17,8 @@ from trainer.config.build_loaders import make_batches, make_eval_loader
 from trainer.config.parse import parse
 from trainer.config.resolve import ResolvedConfig, resolve
 from trainer.config.run_data import RunData
-from trainer.data import dataset
-from trainer.data.dataset import Batch
+from trainer.data import dataset, deferred_checks
+from trainer.data.dataset import Batch, ImageReadError
 from trainer.data.decode import decode
 from trainer.data.image_cache import build
 from trainer.data.image_cache.store import MISSING
@@ -240,3 +240,27 @@ def test_ram_is_kept_for_the_next_phase_and_freed_for_other_images(
     other = image_folder(tmp_path / "other" / "data", {"train": {"a": 3, "b": 3}, "val": {"a": 2, "b": 2}}, seed=1)
     load(config(other, "ram"), ctx)
     assert len(memory.paths) == 1
+
+
+@pytest.mark.parametrize("mode", ["auto", "device", "off"])
+def test_an_image_that_was_overwritten_is_noticed_when_it_is_read(
+    root: Path, ctx: DistributedContext, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """In a large data set, most files are compared with their validation results when they are read."""
+    monkeypatch.setattr(deferred_checks, "MAX_COMPARED", 2)
+    options = config(root, mode)
+    load(options, ctx)
+    noise_image(99).save(root / "val" / "b" / "003.png")
+    data, _ = load(options, ctx)
+    with pytest.raises(ImageReadError, match=r"^.*/val/b/003\.png: .* another content .* the same command again$"):
+        batches(options, data, ctx)
+    data, _ = load(options, ctx)
+    changed = batches(options, data, ctx)
+    data, _ = load(options, ctx)
+    assert data.images.deferred is not None
+    assert_equal(batches(options, data, ctx), changed)
+    monkeypatch.setattr(deferred_checks, "MAX_COMPARED", 100)
+    data, _ = load(config(root, "off"), ctx)
+    assert data.images.deferred is None
+    if mode == "off":
+        assert_equal(batches(options, data, ctx), changed)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
-from trainer.data.split import grouped_split, split_counts, stratified_split
+from trainer.data.split import _shuffle, grouped_split, split_counts, stratified_split
 
 
 def images(counts: dict[str, int]) -> dict[str, list[str]]:
@@ -106,3 +106,11 @@ def test_large_groups(groups: dict[str, list[str]], held_out: int) -> None:
     left, cut = grouped_split(given, of, 0.2, seed=0, purpose="test")
     assert all(left.values())
     assert len({of[path] for paths in cut.values() for path in paths}) == held_out
+
+
+def test_shuffle_is_that_of_the_standard_library() -> None:
+    for count in (0, 1, 2, 3, 17, 1000):
+        positions, expected = [*range(count)], [*range(count)]
+        _shuffle(positions, count)
+        random.Random(count).shuffle(expected)
+        assert positions == expected

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from tests.folders import noise_image
-from trainer.data import decode, validation, validation_results
+from trainer.data import decode, file_versions, validation, validation_results
 from trainer.data.decode import DecodedImage, decode_file
+from trainer.data.file_versions import read_versions
 from trainer.data.validation import check_images, unreadable_error
-from trainer.data.validation_results import read_versions, split_names
+from trainer.data.validation_results import split_names
 from trainer.errors import UserError
 
 
@@ -229,7 +230,7 @@ def test_damaged_cache_file_is_replaced(
 
 def test_times_that_64_bits_do_not_hold_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     far = SimpleNamespace(st_size=7, st_mtime_ns=2**64, st_ctime_ns=-1)
-    monkeypatch.setattr(validation_results.os, "stat", lambda path: far)
+    monkeypatch.setattr(file_versions.os, "stat", lambda path: far)
     assert read_versions(["a"]).tolist() == [[7, 0, 2**63 - 1]]
 
 

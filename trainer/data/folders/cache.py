@@ -79,6 +79,11 @@ class FolderCache:
             self._current[name] = _Cached(version, "/".join(entries.folders), "/".join(entries.files), entries.hidden)
         return entries
 
+    def has_files(self, folder: str) -> bool:
+        """Return whether a folder is cached, has not changed, and has files that are not hidden."""
+        cached = self._cached.get(folder.removeprefix(self._root))
+        return cached is not None and cached.files != "" and cached.version == _read_version(folder)
+
     def write(self) -> None:
         """Write the entries of the folders that were scanned, if any of them has changed."""
         if self._current == self._cached:

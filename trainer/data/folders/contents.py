@@ -51,8 +51,10 @@ class Folder(NamedTuple):
         return len(self.inner) > 1 and not self.is_flat
 
 
-def summarize(path: str, name: str, paths: Iterable[str]) -> Folder:
+def summarize(path: str, name: str, paths: Sequence[str]) -> Folder:
     """Return what the folder `path` of a class holds, from the paths of its images."""
+    if "".join(paths).count(os.sep) == len(paths) * (path.count(os.sep) + 1):  # as in most folders
+        return Folder(name, len(paths), wrappers=(), inner=(), is_flat=True)
     counts = Counter(image[: image.rfind(os.sep)] for image in paths)
     folders = [tuple(folder[len(path) + 1 :].split(os.sep)) if folder != path else () for folder in counts]
     depth = 0

@@ -8,7 +8,7 @@ Paths are plain strings from `os.scandir`: a million files are listed in seconds
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from regraft.contract import (
     OUTPUT_MARK,
     RUN_SUBFOLDERS,
     holds_only_output,
+    is_in_default_run_folder,
     is_run_folder,
 )
 from trainer.data.system_files import is_hidden
@@ -72,6 +73,8 @@ class Scan:
     """File extensions of images, in lower case with their dot."""
     scan_dir: Callable[[str], DirEntries] = scan_dir
     """Returns the entries of a class folder; raises a UserError if it cannot be read."""
+    has_files: Callable[[str], bool] = lambda folder: False
+    """Returns whether a folder is known to have files that are not hidden, without reading it."""
     ignored: Counter[str] = field(default_factory=Counter)
     """File extension in lower case -> number of files ignored because of it."""
     hidden: int = 0
@@ -93,7 +96,7 @@ class Scan:
         self._owners[_identity(folder)] = ""
         entries = scan_dir(folder)
         self.hidden += entries.hidden
-        outputs = [name for name in entries.folders if holds_only_output(os.path.join(folder, name))]
+        outputs = [name for name in entries.folders if self._is_output(os.path.join(folder, name))]
         for name in outputs:
             self._check_output(os.path.join(folder, name))
         if is_run_folder(folder):  # run.dir is the folder of the dataset
@@ -127,13 +130,20 @@ class Scan:
                 self.hidden += 1
                 continue
             pending += [os.path.join(folder, name) for name in reversed(entries.folders)]
-            images = [name for name in entries.files if self.is_image(name)]
-            if len(images) < len(entries.files):
+            images = entries.files
+            if not self.are_images(images):
+                images = [name for name in entries.files if self.is_image(name)]
                 ignored.update(file_extension(name) for name in entries.files if not self.is_image(name))
             prefix = os.path.join(folder, "")
             found.append((folder, [prefix + name for name in images]))
         self.ignored += ignored
         return [path for _, images in sorted(found) for path in images], ignored
+
+    def _is_output(self, folder: str) -> bool:
+        """Return whether regraft wrote all of a folder, without reading a large folder that is known to have files."""
+        if self.has_files(folder) and not is_in_default_run_folder(folder):
+            return is_run_folder(folder)
+        return holds_only_output(folder)
 
     def _check_output(self, folder: str) -> None:
         """Raise a UserError if a folder that regraft writes to, but has not created, holds other images: a class."""
@@ -150,6 +160,14 @@ class Scan:
     def is_image(self, name: str) -> bool:
         """Return whether the file name has the extension of an image."""
         return name.lower().endswith(self.extensions)
+
+    def are_images(self, names: Sequence[str]) -> bool:
+        """Return whether `is_image` is true for all file names; fast if they have the same extension."""
+        first = names[0].lower() if names else ""
+        extension = next((extension for extension in self.extensions if first.endswith(extension)), None)
+        if extension is not None and f"{'/'.join(names)}/".lower().count(f"{extension}/") == len(names):
+            return True
+        return all(map(self.is_image, names))
 
     def _enter(self, folder: str, class_folder: str) -> bool:
         """Return whether `folder` is seen for the first time."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from trainer.data.decode import UnreadableImage, decode_file, hash_file, open_image_file
 from trainer.data.image_cache.pack import Pack
-from trainer.data.image_cache.store import MISSING, ImageStore, parse_digests
+from trainer.data.image_cache.store import MISSING, ImageStore
 from trainer.data.image_cache.writer import ImageWriter
 
 _BATCH_SIZE = 8  # images that a thread decodes per task
@@ -82,7 +82,7 @@ class CacheBuilder:
 
     def add_missing(
         self,
-        images: Mapping[CacheForm, tuple[Sequence[str], Sequence[str]]],
+        images: Mapping[CacheForm, tuple[Sequence[str], np.ndarray]],
         *,
         workers: int,
         display: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext,
@@ -90,7 +90,7 @@ class CacheBuilder:
         """Decode and store what is not cached yet.
 
         Args:
-            images: paths and digests of the images to store in each form; the first forms take precedence.
+            images: paths and digests (uint64 [N]) of the images to store in each form; the first forms take precedence.
             workers: number of threads.
             display: opens a progress display, which yields a callback for (images stored, images to store).
 
@@ -117,21 +117,22 @@ class CacheBuilder:
         number = int(digest, 16)
         return path in self._path_sets[form] and number not in self._known[form] and number not in self._added[form]
 
-    def _missing(self, form: CacheForm, paths: Sequence[str], digests: Sequence[str]) -> list[_Task]:
+    def _missing(self, form: CacheForm, paths: Sequence[str], digests: np.ndarray) -> list[_Task]:
         """Return a task for each image that is not cached, and subtract those that are from the limit."""
-        hashes = parse_digests(digests)
-        entries = self._store.locate(hashes, form.variant)
+        entries = self._store.locate(digests, form.variant)
         self._free -= self._store.total_size(entries)
         for pack in self._store.packs_of(entries):
             self._open_pack(pack)
         (positions,) = np.nonzero(entries == MISSING)
-        _, first = np.unique(hashes[positions], return_index=True)
+        _, first = np.unique(digests[positions], return_index=True)
         positions = positions[first]
-        originals = self._store.locate(hashes[positions], self._original.variant)
+        originals = self._store.locate(digests[positions], self._original.variant)
         return [
-            _Task(paths[position], digests[position], form, original)
-            for position, original in zip(positions.tolist(), originals.tolist(), strict=True)
-            if int(digests[position], 16) not in self._added[form]
+            _Task(paths[position], f"{digest:016x}", form, original)
+            for position, digest, original in zip(
+                positions.tolist(), digests[positions].tolist(), originals.tolist(), strict=True
+            )
+            if digest not in self._added[form]
         ]
 
     def _store_batches(self, tasks: Sequence[_Task], workers: int) -> Generator[int, None, None]:

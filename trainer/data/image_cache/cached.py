@@ -6,6 +6,7 @@ from itertools import chain
 
 import numpy as np
 
+from trainer.data.deferred_checks import DeferredChecks
 from trainer.data.image_cache.store import MISSING, ImageStore
 
 ReadImage = Callable[[int], np.ndarray]
@@ -58,6 +59,8 @@ class CachedImages:
     """Entry of the decoded (and resized) image of each example of all splits in the store, or `MISSING`."""
     outputs: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """Entry of the output of the evaluation transform of each example of all splits, or `MISSING`."""
+    deferred: DeferredChecks | None = None
+    """Checks of the files that were not compared with their validation results at the start."""
 
     def reader(self, paths: Sequence[str], fallback: ReadImage) -> ReadImage:
         """Return a reader of images before a random transform.
@@ -67,23 +70,30 @@ class CachedImages:
             fallback: reads an image that is not cached.
 
         """
-        return CachedReader(self.store, self._select(self.originals, paths), fallback) if self.paths else fallback
+        return self._cached_reader(self.originals, paths, fallback)
 
     def output_reader(
         self, paths: Sequence[str], originals: ReadImage, transform: Callable[[np.ndarray], np.ndarray]
     ) -> ReadImage:
         """Return a reader of the evaluation transform's outputs; `originals` reads decoded images."""
-        fallback = TransformedReader(originals, transform)
-        return CachedReader(self.store, self._select(self.outputs, paths), fallback) if self.paths else fallback
+        return self._cached_reader(self.outputs, paths, TransformedReader(originals, transform))
 
-    def _select(self, entries: np.ndarray, paths: Sequence[str]) -> np.ndarray:
+    def deferred_checks(self, paths: Sequence[str]) -> DeferredChecks | None:
+        """Return the checks of images that are examples of the run; None if their files were compared."""
+        return None if self.deferred is None else self.deferred.select(self._rows(paths))
+
+    def _cached_reader(self, entries: np.ndarray, paths: Sequence[str], fallback: ReadImage) -> ReadImage:
+        return CachedReader(self.store, entries[self._rows(paths)], fallback) if len(entries) else fallback
+
+    def _rows(self, paths: Sequence[str]) -> np.ndarray | slice:
+        """Return the position of each image among the examples of all splits."""
         start = 0
         for of_split in self.paths:
             if of_split == paths:
-                return entries[start : start + len(paths)]
+                return slice(start, start + len(paths))
             start += len(of_split)
         positions = {path: position for position, path in enumerate(chain.from_iterable(self.paths))}
-        return entries[[positions[path] for path in paths]]
+        return np.array([positions[path] for path in paths], dtype=np.int64)
 
 
 NOT_CACHED = CachedImages()

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -110,8 +110,3 @@ class ImageStore:
 def variant(*parts: object) -> int:
     """Return a hash of what was done to images: the version of the decoder, and a transform if there is one."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
-
-
-def parse_digests(digests: Sequence[str]) -> np.ndarray:
-    """Return hashes of 16 hexadecimal digits as uint64."""
-    return np.frombuffer(bytes.fromhex("".join(digests)), ">u8").astype(np.uint64)

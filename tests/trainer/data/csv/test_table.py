@@ -194,7 +194,7 @@ IDS = "id;breed\na1;a\na2;a\nb1;b\nb2;b\n"
 def test_csv_of_another_form_is_read(tmp_path: Path, text: str, options: dict[str, Any], note: str) -> None:
     (tmp_path / "img").mkdir()
     index = read(make_csv(tmp_path / "img", text), table=TableFormat(**options))
-    assert (index.classes, sorted(names(index.train + index.test))) == (("a", "b"), ["a1", "a2", "b1", "b2"])
+    assert (index.classes, sorted(names((*index.train, *index.test)))) == (("a", "b"), ["a1", "a2", "b1", "b2"])
     assert any(note in text for text in index.notes)
 
 

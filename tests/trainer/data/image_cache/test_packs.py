@@ -20,7 +20,7 @@ from trainer.data.image_cache.build import CacheBuilder, CacheForm
 from trainer.data.image_cache.cached import CachedReader
 from trainer.data.image_cache.folder import PackFolder
 from trainer.data.image_cache.memory import PackMemory, open_packs
-from trainer.data.image_cache.store import MISSING, ImageStore, parse_digests
+from trainer.data.image_cache.store import MISSING, ImageStore
 from trainer.data.image_cache.writer import ImageWriter
 
 COUNT = 40
@@ -70,8 +70,13 @@ def images_of(data: Path) -> list[tuple[str, str]]:
     return images
 
 
-def columns(images: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    return [path for path, _ in images], [digest for _, digest in images]
+def columns(images: list[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
+    """Return paths, and digests as numbers."""
+    return [path for path, _ in images], parse([digest for _, digest in images])
+
+
+def parse(digests: list[str]) -> np.ndarray:
+    return np.array([int(digest, 16) for digest in digests], dtype=np.uint64)
 
 
 def make_builder(files: PackFolder | PackMemory, store: ImageStore, limit: int = 2**40) -> CacheBuilder:
@@ -97,7 +102,7 @@ def build(cache: Path, data: Path, *, max_bytes: int = 5_000_000) -> CacheBuilde
 
 def locate(cache: Path, data: Path) -> tuple[ImageStore, np.ndarray]:
     store = ImageStore(PackFolder(cache).read_packs()[0])
-    return store, store.locate(parse_digests([digest for _, digest in images_of(data)]), ORIGINAL.variant)
+    return store, store.locate(columns(images_of(data))[1], ORIGINAL.variant)
 
 
 def assert_pixels_are_those_of_the_files(store: ImageStore, entries: np.ndarray, data: Path) -> int:
@@ -127,8 +132,8 @@ def test_images_of_a_pack_are_read_only_views_in_any_process(tmp_path: Path, dat
     assert image is not None
     assert not image.flags.writeable
     assert image.flags.c_contiguous
-    assert (store.locate(parse_digests(["0" * 16]), 1) == MISSING).all()
-    assert (store.locate(parse_digests([images_of(data)[0][1]]), 2) == MISSING).all(), "another variant"
+    assert (store.locate(parse(["0" * 16]), 1) == MISSING).all()
+    assert (store.locate(parse([images_of(data)[0][1]]), 2) == MISSING).all(), "another variant"
 
 
 def start(cache: Path, data: Path, *, kill_at: int = 0) -> subprocess.Popen[str]:
@@ -194,7 +199,7 @@ def test_a_damaged_pack_is_removed_and_its_images_are_decoded(
     pack.write_bytes(DAMAGES[damage](bytearray(pack.read_bytes())))
     packs, messages = PackFolder(tmp_path).read_packs()
     store = ImageStore(packs)
-    entries = store.locate(parse_digests([digest for _, digest in images_of(data)]), ORIGINAL.variant)
+    entries = store.locate(columns(images_of(data))[1], ORIGINAL.variant)
     decoded = assert_pixels_are_those_of_the_files(store, entries, data)
     messages += capfd.readouterr().err.splitlines()
     assert len(messages) == 1
@@ -307,7 +312,7 @@ def test_packs_in_memory_are_shared_with_other_processes_and_freed(data: Path) -
     (path,) = memory.paths
     store = ImageStore(open_packs(memory.paths))
     memory.keep_only(set())
-    entries = store.locate(parse_digests([digest for _, digest in images_of(data)]), ORIGINAL.variant)
+    entries = store.locate(columns(images_of(data))[1], ORIGINAL.variant)
     assert assert_pixels_are_those_of_the_files(store, entries, data) == 0, "mapped by this process"
     with pytest.raises(OSError, match="No such file"):
         open_packs([path])
@@ -316,5 +321,5 @@ def test_packs_in_memory_are_shared_with_other_processes_and_freed(data: Path) -
 def test_a_file_that_changed_after_its_validation_is_not_cached(tmp_path: Path, data: Path) -> None:
     (path, _), (_, digest), *_ = images_of(data)
     builder = make_builder(PackFolder(tmp_path), ImageStore())
-    builder.add_missing({ORIGINAL: ([path], [digest])}, workers=1)
+    builder.add_missing({ORIGINAL: ([path], parse([digest]))}, workers=1)
     assert builder._writer._pack is None
