@@ -31,6 +31,7 @@ def predict(argv: Sequence[str], signals: StopSignals) -> None:
     # import would leave half a module behind.
     with signals.deferred():
         from trainer.commands.predict_images import predict_images  # noqa: PLC0415
+    signals.raise_if_received()
     predict_images(arguments, signals)
 
 
