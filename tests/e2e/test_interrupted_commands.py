@@ -127,7 +127,8 @@ def test_command_that_is_interrupted_at_any_moment_says_so_and_leaves_nothing(
         if code != 0:
             assert code in {75, 130}
             assert re.match(r"(stopped by|stopped before|interrupted|killed by)\b.*[a-z)]$", last), run.output
-        assert list(leftovers(tmp_path)) == []
+        if code != 130:  # a second Ctrl-C kills the processes; the next start removes what they were writing
+            assert list(leftovers(tmp_path)) == []
         if number == TRIES - 1 and code != 0:
             with runs.start(words, folder, environment=environment, logs=tmp_path) as run:
                 run.end(code=0, seconds=300)  # it goes on, or starts over
