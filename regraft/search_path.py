@@ -22,8 +22,8 @@ PACKAGES = ("trainer", "launch")
 def protect_imports() -> None:
     """Put regraft's folder in its place on the search path, and protect the processes that this one starts.
 
-    Exits with a sentence at a stop signal from now on, until the command sets its own handlers; and with an error if
-    another distribution has installed a package `trainer` or `launch`.
+    Exits with an error if another distribution has installed a package `trainer` or `launch`, or if the working folder
+    is gone; from now on until the command sets its own handlers, also at a stop signal.
     """
     exit_on_signals()
     root = str(_ROOT)
@@ -31,7 +31,12 @@ def protect_imports() -> None:
         sys.path.insert(0, root)
     elif not IS_CHECKOUT and sys.path[0] == root and root in sys.path[1:]:
         del sys.path[0]  # the folder of all packages must come after the standard library
-    if Path(os.path.realpath(os.curdir)) != _ROOT:  # a checkout that is not installed is found in the working folder
+    try:
+        folder = os.path.realpath(os.curdir)
+    except FileNotFoundError:
+        print("error: the working folder was deleted or moved: change to another one (cd)", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    if Path(folder) != _ROOT:  # a checkout that is not installed is found in the working folder
         os.environ["PYTHONSAFEPATH"] = "1"
     for name in PACKAGES:
         if problem := find_conflict(name):

@@ -34,6 +34,7 @@ def fit(state, batches, *args, **named):
 train_run.fit = fit
 sys.exit(main(sys.argv[1:]))
 """
+ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ("data", "--model.name=squeezenet1_1", "--model.weights=null", "--data.image_size=64", "--run.threads=1")
 
 
@@ -64,3 +65,12 @@ def test_the_launcher_imports_no_torch() -> None:
     modules = "launch.cli, launch.local.run, launch.trainer_options, trainer.commands.run_folder"
     code = f"import sys, {modules}; print([name for name in ('torch', 'accelerate', 'numpy') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_working_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    script = f'cd "$1" && rmdir "$1" && PYTHONPATH={ROOT} exec {sys.executable} -m regraft status'
+    done = subprocess.run(["sh", "-c", script, "sh", tmp_path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: the working folder was deleted or moved: change to another one (cd)\n",
+    )

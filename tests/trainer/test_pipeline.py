@@ -112,7 +112,7 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # another machine, or another launcher
     run(with_options(small, train={"epochs": 2}), StopSignals())
     output = capsys.readouterr().out
-    assert "precision fp32: as this run began with" in output
+    assert "precision fp32: as at the start of this run" in output
     assert "resuming after epoch 1 of 2" in output
     assert "finished after epoch 2 of 2" in (folder / REPORT).read_text(encoding="utf-8")
     run(with_options(small, run={"resume": "never"}, train={"channels_last": True}), StopSignals())

@@ -1,7 +1,7 @@
 """Preview the data: `regraft preview --config FILE [--output FILE]`.
 
 Draws the first training images of every class, and the same images with the augmentation of epoch 1. Terminals that can
-show pictures show it.
+show pictures show them.
 """
 
 import os
@@ -27,9 +27,9 @@ from trainer.config.resolve import resolve
 from trainer.data.prepare import prepare
 from trainer.errors import UserError
 from trainer.report.console import make_console
-from trainer.report.image_grid import write_image_grid
+from trainer.report.image_grid import make_strip, write_image_grid
 from trainer.report.progress import progress_hooks
-from trainer.report.terminal_image import show_image
+from trainer.report.terminal_image import find_image_terminal
 
 
 def preview(argv: Sequence[str]) -> Path:
@@ -72,7 +72,12 @@ def preview(argv: Sequence[str]) -> Path:
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
     print(dataset_summary(prepared))
-    show_image(output)
+    terminal = find_image_terminal()
+    if terminal is not None:
+        print(title)
+        for row in samples:
+            print(row.caption)
+            terminal.show(make_strip(row, terminal.width))
     print(f"{output}: {shown}")
     return output
 

@@ -64,9 +64,10 @@ def read_verification_data(root: str | None, run: Path, classes: Sequence[str], 
             raise UserError(f"{error}. Or name another dataset by --verify-data FOLDER") from None
         examples = index.test
     is_whole = root is not None and index.split_made
-    step = max(1, len(examples) // count)
+    count = min(count, len(examples))
+    spread = [examples[number * len(examples) // count] for number in range(count)]
     return VerificationData(
-        examples=_with_labels_of(classes, index, examples[::step][:count]),
+        examples=_with_labels_of(classes, index, spread),
         name=f"{escape_unprintable(str(index.root))} ({'all of it' if is_whole else index.reported})",
         training=Training(data=_describe(index) if root is None else "", command=_read_command(run)),
     )

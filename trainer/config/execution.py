@@ -94,15 +94,15 @@ def choose_execution(
     layouts = (True, False) if train.channels_last == "auto" else (train.channels_last,)
     default = Execution(precisions[0], layouts[0])
     asked_by = "train.precision" if train.precision != "auto" else "accelerate launch --mixed_precision"
-    if saved is not None:  # its values of options that are not auto were compared with this run's
-        chosen, reason = saved, "as this run began with"
-        if saved.precision not in supported_precisions(ctx.device):
-            raise UserError(
-                f"this run began in precision {saved.precision}, which {ctx.device} does not have: resume on a machine "
-                "that has it, or start anew by --run.resume never, which archives the run"
-            )
-    elif len(precisions) * len(layouts) == 1:
+    if saved is not None and saved.precision not in supported_precisions(ctx.device):
+        raise UserError(
+            f"this run began in precision {saved.precision}, which {ctx.device} does not have: resume on a machine "
+            "that has it, or start anew by --run.resume never, which archives the run"
+        )
+    if len(precisions) * len(layouts) == 1 and saved in (None, default):
         chosen, reason = default, f"as {asked_by} asks"
+    elif saved is not None:  # its values of options that are not auto were compared with this run's
+        chosen, reason = saved, "as at the start of this run"
     else:
         file, min_images = Path(workload.config.data.cache) / FILE, MIN_IMAGES
         keys = [_key(workload, ctx, precisions, layouts)]

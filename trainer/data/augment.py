@@ -21,6 +21,8 @@ from trainer.data.random_crop import Box, flip, resized_crop, sample_crop, sampl
 Augmentation = Literal["basic", "none", "trivialaugment", "randaugment", "augmix"]
 
 _POLICIES = {"trivialaugment": v2.TrivialAugmentWide, "randaugment": v2.RandAugment, "augmix": v2.AugMix}
+_ELONGATED = 1000
+"""Ratio of the sides of an image to which its ends are removed, if the shorter side is resized."""
 _global_generator = threading.Lock()
 """Held by the thread whose policy draws from PyTorch's global generator."""
 
@@ -37,7 +39,8 @@ class EvalTransform:
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         size = preprocessing.resize_size
-        target = [size, size] if preprocessing.resize == "squash" else [size]
+        self._squash = preprocessing.resize == "squash"
+        target = [size, size] if self._squash else [size]
         self._transform = v2.Compose(
             [
                 v2.Resize(target, interpolation=InterpolationMode(preprocessing.interpolation), antialias=True),
@@ -47,7 +50,19 @@ class EvalTransform:
 
     def __call__(self, image: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
         """Return uint8 [image_size, image_size, 3]; nothing is drawn from the generator."""
-        return np.asarray(self._transform(Image.fromarray(image)))
+        return np.asarray(self._transform(Image.fromarray(image if self._squash else _without_ends(image))))
+
+
+def _without_ends(image: np.ndarray) -> np.ndarray:
+    """Return the center of an image whose sides differ by a factor above 1000, and other images as they are.
+
+    A file of a few hundred bytes may hold 65535 x 1 pixels: resized to 256 pixels of height, they would take 17 GB. An
+    even multiple of the shorter side is removed at both ends, so the central crop is the same up to rounding.
+    """
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    top, left = (max(0, side // shorter - _ELONGATED) // 4 * 2 * shorter for side in (height, width))
+    return image[top : height - top, left : width - left]
 
 
 @dataclass(frozen=True)

@@ -194,8 +194,8 @@ def open_image_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         reason = "a broken symbolic link" if os.path.islink(path) else "no such file"  # noqa: PTH114
         raise UnreachableImage(reason) from None
-    except OSError as error:
-        raise UnreachableImage(f"cannot be opened ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte, or a character that no file name can have
+        raise UnreachableImage(f"cannot be opened ({getattr(error, 'strerror', None) or error})") from None
     with file:
         yield file
 

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 
+from trainer.data.class_names import describe_difference, find_lookalikes
 from trainer.errors import UserError
 from trainer.text import escape_unprintable, join_truncated, list_lines
 
@@ -38,6 +39,8 @@ def parse_mapping(texts: Sequence[str], names: Sequence[str], classes: Sequence[
                 f"--map {escape_unprintable(text)}: the model has no class {escape_unprintable(target)}"
                 f"{_suggestion(target, classes)}; its classes are {join_truncated(classes, limit=20)}"
             )
+        if mapping.get(name, target or None) != (target or None):
+            raise UserError(f"--map: {escape_unprintable(name)} is given twice, with different classes; give it once")
         mapping[name] = target or None
     return mapping
 
@@ -76,6 +79,9 @@ def map_classes(
 
 
 def _suggestion(name: str, classes: Sequence[str]) -> str:
+    alike = next((other for other in classes if find_lookalikes([name, other])), None)
+    if alike is not None and alike.lower() != name.lower():  # a person could not see the difference
+        return f" ({describe_difference(name, alike)})"
     by_lower = {other.lower(): other for other in reversed(classes)}
     similar = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return f" (did you mean {escape_unprintable(by_lower[similar[0]])}?)" if similar else ""

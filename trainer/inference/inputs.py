@@ -3,6 +3,7 @@
 # Creating a Path for each of a million images would take longer than listing them.
 # ruff: noqa: PTH112, PTH118, PTH120, PTH100, PTH111, PTH113, PTH207
 
+import codecs
 import glob
 import itertools
 import os
@@ -104,7 +105,7 @@ class ImageLister:
 
 def _read_list(stdin: BinaryIO | None) -> list[str]:
     """Return the lines of standard input, or its parts between null bytes, as `find -print0` writes them."""
-    content = stdin.read() if stdin is not None else b""
+    content = stdin.read().removeprefix(codecs.BOM_UTF8) if stdin is not None else b""
     separator = b"\0" if b"\0" in content else b"\n"
     lines = content.split(separator)
     return [os.fsdecode(line.removesuffix(b"\r") if separator == b"\n" else line) for line in lines if line.strip()]

@@ -10,7 +10,7 @@ from typing import Protocol, Self
 from regraft.streams import discard_output
 from trainer.errors import UserError
 from trainer.inference.journal import Journal
-from trainer.inference.rows import CsvColumns, Row, csv_writer
+from trainer.inference.rows import CsvColumns, Row, write_csv_rows
 from trainer.inference.sort_into import ImageSorter
 from trainer.text import escape_unprintable, join_truncated, list_lines, shorten
 
@@ -58,7 +58,7 @@ class PrintedResults:
 
     def _print(self, rows: Iterable[Sequence[object]]) -> None:
         try:
-            csv_writer(sys.stdout).writerows(rows)
+            write_csv_rows(sys.stdout, rows)
             sys.stdout.flush()
         except OSError as error:
             if isinstance(error, BrokenPipeError):

@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +69,13 @@ class CsvColumns:
         return [row.path, found.label, found.score, *itertools.chain.from_iterable(pairs), ""]
 
 
-def csv_writer(stream: IO[str]) -> Any:
-    """Return a writer of CSV rows; fields with commas, quotes or line ends are quoted."""
-    return csv.writer(stream, lineterminator="\n")
+def write_csv_rows(stream: IO[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write rows of a CSV; fields with commas, quotes or line ends are quoted."""
+    minimal = csv.writer(stream, lineterminator="\n")
+    quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in rows:
+        # Python's writer does not quote a carriage return, which its reader takes for the end of the row.
+        (quoted if any("\r" in str(field) for field in row) else minimal).writerow(row)
 
 
 def check_format(path: Path) -> None:
@@ -107,9 +110,8 @@ def write_rows(path: Path, rows: Sequence[Row], columns: CsvColumns) -> None:
 def _write_csv(path: Path, rows: Iterable[Row], columns: CsvColumns) -> None:
     # File and class names may hold bytes that are not UTF-8, which Python represents as surrogates.
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
-        writer = csv_writer(stream)
-        writer.writerow(columns.header())
-        writer.writerows(map(columns.fields, rows))
+        write_csv_rows(stream, [columns.header()])
+        write_csv_rows(stream, map(columns.fields, rows))
 
 
 def _write_jsonl(path: Path, rows: Iterable[Row], _: CsvColumns) -> None:
@@ -137,7 +139,7 @@ def _valid_utf8(fields: dict[str, Any]) -> dict[str, Any]:
 
     def convert(value: Any) -> Any:
         if isinstance(value, str):
-            return os.fsencode(value).decode("utf-8", "backslashreplace")
+            return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         return [convert(item) for item in value] if isinstance(value, list) else value
 
     return {key: convert(value) for key, value in fields.items()}

@@ -56,17 +56,18 @@ class ImageSorter:
             return
         folder = self._folder / self._names[row.prediction.label]
         source = Path(row.path)
-        stem = _shorten(source.stem, _MAX_NAME_BYTES - len(os.fsencode(source.suffix)))
+        stem = _shorten(source.stem, _MAX_NAME_BYTES - _size(source.suffix))
         try:
             folder.mkdir(exist_ok=True)
             for number in itertools.count(1):
                 target = folder / (stem + (f"-{number}" if number > 1 else "") + source.suffix)
                 if _create(source, target, self._mode) or _is_same(source, target, self._mode):
                     return
-        except OSError as error:
+        except (OSError, UnicodeEncodeError) as error:  # UnicodeEncodeError: a locale whose encoding lacks a character
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
                 f"--sort-into: {escape_unprintable(row.path)} cannot be written to {escape_unprintable(str(folder))} "
-                f"({error.strerror})"
+                f"({reason})"
             ) from None
 
 
@@ -86,9 +87,14 @@ def class_folders(classes: Iterable[str]) -> dict[str, str]:
 
 def _shorten(name: str, size: int) -> str:
     """Return the start of a name that has at most `size` bytes."""
-    while len(os.fsencode(name)) > size:
+    while name and _size(name) > size:
         name = name[:-1]
     return name
+
+
+def _size(name: str) -> int:
+    """Return the number of bytes, which does not depend on the locale."""
+    return len(name.encode("utf-8", "surrogateescape"))
 
 
 def _create(source: Path, target: Path, mode: Mode) -> bool:

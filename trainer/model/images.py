@@ -15,7 +15,7 @@ from trainer.data.augment import EvalTransform, Normalize
 from trainer.data.decode import UnreadableImage, decode, decode_file, upright_rgb
 from trainer.data.preprocessing import Preprocessing
 from trainer.errors import UserError
-from trainer.text import escape_unprintable
+from trainer.text import escape_unprintable, first_line
 
 ImageInput: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | np.ndarray | Image.Image
 """An image: a path, the content of a file, an open file, an array or a PIL image."""
@@ -75,8 +75,10 @@ def _read_image(image: ImageInput, name: str) -> np.ndarray:
     if isinstance(image, Image.Image):
         try:
             return upright_rgb(image)
-        except ValueError as error:  # a closed image
-            raise UserError(f"{name} cannot be read ({error}): {_EXPECTED}") from None
+        except UnreadableImage:
+            raise
+        except Exception as error:  # noqa: BLE001 (a closed image, or a damaged file, which Pillow reads only now)
+            raise UserError(f"{name} cannot be read ({first_line(error)}): {_EXPECTED}") from None
     if isinstance(image, str | os.PathLike):
         return decode(Path(image).expanduser())
     if isinstance(image, bytes | bytearray | memoryview):

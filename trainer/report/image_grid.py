@@ -18,6 +18,9 @@ _INCHES = 1.5
 """Width and height of an image, with its margin."""
 _TITLE_HEIGHT, _CAPTION_HEIGHT = 0.2, 0.15
 """Height of the title, and of the caption of a class, in rows."""
+_STRIP_CELL = (80, 165)
+"""Minimum and maximum width and height of an image of a strip, with its margin [pixels]."""
+_STRIP_MARGIN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,27 @@ def write_image_grid(samples: Sequence[ClassSamples], path: Path, *, title: str)
 
     height = _TITLE_HEIGHT + len(samples) * (_CAPTION_HEIGHT + 2.0)
     write_figure(path, draw, size=(IMAGES_PER_CLASS * _INCHES, height * _INCHES), dpi=110)
+
+
+def make_strip(samples: ClassSamples, width: int) -> Image.Image:
+    """Return the images of a class, and below them the augmented ones, on a transparent background.
+
+    Args:
+        samples: the class. The strip has fewer of its images if they would be too small.
+        width: maximum width [pixels].
+
+    """
+    smallest, largest = _STRIP_CELL
+    columns = min(max(1, width // smallest), IMAGES_PER_CLASS)
+    cell = min(width // columns, largest)
+    strip = Image.new("RGBA", (min(columns, len(samples.originals)) * cell, 2 * cell))
+    for row, images in enumerate((samples.originals, samples.augmented)):
+        for column, image in enumerate(images[:columns]):
+            scale = (cell - _STRIP_MARGIN) / max(image.size)
+            fitted = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+            left, top = ((cell - size) // 2 for size in fitted.size)
+            strip.paste(fitted, (column * cell + left, row * cell + top))
+    return strip
 
 
 def _draw_images(strip: "SubFigure", row: ClassSamples) -> None:

@@ -140,7 +140,13 @@ def test_a_damaged_cache_is_replaced(
     [
         ({"precision": "bf16", "channels_last": True}, None, ("bf16", True), "as train.precision asks"),
         ({"precision": "fp32", "channels_last": False}, None, ("fp32", False), "as train.precision asks"),
-        ({}, Execution("fp32", channels_last=False), ("fp32", False), "as this run began with"),
+        ({}, Execution("fp32", channels_last=False), ("fp32", False), "as at the start of this run"),
+        (
+            {"precision": "bf16", "channels_last": True},
+            Execution("bf16", channels_last=True),
+            ("bf16", True),
+            "as train.p",
+        ),
         ({"epochs": 14}, None, ("fp32", True), "runs of less than 256 images are not measured"),
         ({"epochs": 15}, None, ("bf16", True), "measured"),
         ({"epochs": 57}, None, BF16, "measured"),

@@ -40,6 +40,15 @@ def test_resize_shorter_keeps_the_aspect_ratio(size: tuple[int, int], interpolat
     assert np.array_equal(EvalTransform(shorter)(np.asarray(image)), reference(image))
 
 
+@pytest.mark.parametrize("size", [(5045, 5), (5, 5045), (3301, 3)])
+def test_the_ends_of_an_elongated_image_are_not_resized(size: tuple[int, int]) -> None:
+    image = noise_image(2, size=size)
+    shorter = replace(SMALL, resize_size=40, resize="shorter")
+    expected = np.asarray(v1.Compose([v1.Resize(40), v1.CenterCrop(32)])(image), dtype=np.int16)
+    assert np.abs(EvalTransform(shorter)(np.asarray(image)) - expected).max() <= 1, "gray level"
+    assert EvalTransform(shorter)(np.zeros((10_000_000, 1, 3), np.uint8)).shape == (32, 32, 3), "400 million pixels"
+
+
 @pytest.mark.parametrize("size", [(500, 375), (256, 256), (224, 100), (1, 1), (30, 1000)])
 def test_transforms_are_those_of_the_d2l_recipe(size: tuple[int, int]) -> None:
     image = noise_image(3, size=size)

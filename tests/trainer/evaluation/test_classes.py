@@ -11,7 +11,7 @@ from trainer.errors import UserError
 from trainer.evaluation.class_mapping import map_classes, parse_mapping
 from trainer.evaluation.labeled_images import list_images, list_labeled_images
 
-MODEL = ("ant", "bee", "a=b", "cat, small\n")
+MODEL = ("ant", "bee", "a=b", "cat, small\n", "caf\xe9")
 OPTIONS = DataConfig()
 
 
@@ -35,10 +35,16 @@ def test_labels_are_found_by_name(names: list[str], texts: list[str], expected: 
     ("names", "texts", "message"),
     [
         (["ant", "Bee"], [], r"1 of 2 classes of the data are not classes of the model:\n  Bee \(did you mean bee\?\)"),
-        (["ant", "w\n"], [], r"\n  w\\n\nThe model's classes are ant, bee, a=b, cat, small\\n\. Give --map NAME=CLASS"),
+        (["ant", "w\n"], [], r"\n  w\\n\nThe model's classes are ant, bee, a=b, cat, small\\n, café\. Give --map"),
         (["ant"], ["ant"], "--map ant: expected NAME=CLASS, or NAME= to leave a class out"),
         (["ant"], ["wasp=bee"], "--map wasp=bee: the data have no class wasp; their classes are ant"),
         (["wasp"], ["wasp=Be"], r"--map wasp=Be: the model has no class Be \(did you mean bee\?\)"),
+        (["ant"], ["ant=bee", "ant="], "--map: ant is given twice, with different classes"),
+        (
+            ["cafe\u0301"],
+            [],
+            r"\n  caf.* \('cafe\\u0301' and 'caf\\xe9' differ only in the Unicode encoding of accents",
+        ),
         (["ant"], ["ant="], "--map leaves out every class of the data"),
         ([str(number) for number in range(12)], [], r"12 of 12 classes .*\n  9\n  and 2 more"),
     ],

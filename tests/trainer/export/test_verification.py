@@ -1,8 +1,12 @@
 """When an export counts as equal to the original."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.folders import image_folder
+from trainer.commands.verification_data import read_verification_data
 from trainer.export.verification import _compare
 
 LOGITS = torch.tensor([[5.0, -5.0], [-5.0, 5.0], [0.1, 0.0]]).repeat(100, 1)
@@ -31,3 +35,10 @@ def test_an_export_is_equal_if_its_logits_and_its_clear_predictions_are(
     assert verification.correct == verification.images == 300
     if not torch.isnan(exported).any():
         assert verification.changed == changed
+
+
+@pytest.mark.parametrize(("count", "expected"), [(6, [0, 0, 0, 1, 1, 1]), (3, [0, 0, 1]), (99, [0] * 5 + [1] * 5)])
+def test_the_images_are_spread_over_the_classes(count: int, expected: list[int], tmp_path: Path) -> None:
+    data = image_folder(tmp_path, {"train": {"a": 1, "b": 1}, "test": {"a": 5, "b": 5}})
+    examples = read_verification_data(str(data), tmp_path, ["a", "b"], count=count).examples
+    assert [example.label for example in examples] == expected

@@ -47,7 +47,7 @@ ALL = ["photos/a.PNG", "photos/b.jpg", "photos/sub/c.jpg", "photos/sub/deep/d [1
     ids=str,
 )
 def test_words_name_images(words: Sequence[str], expected: list[str], photos: Path) -> None:
-    stdin = io.BytesIO(b"photos/b.jpg\r\n\nno such file.jpg\nw\xff.jpg")
+    stdin = io.BytesIO(b"\xef\xbb\xbfphotos/b.jpg\r\n\nno such file.jpg\nw\xff.jpg")
     paths, _ = ImageLister(EXTENSIONS).find(words, stdin)
     assert paths == expected
     assert photos.is_dir()

@@ -88,3 +88,10 @@ def test_what_cannot_be_written_is_an_error(sources: list[Path], tmp_path: Path)
     with pytest.raises(UserError, match=r"gone.jpg cannot be written to .*\(No such file or directory\)"):
         sorter.add(row(tmp_path / "gone.jpg"))
     assert not [path for path in (tmp_path / "sorted").rglob("*") if path.is_file()]
+
+
+def test_a_name_that_is_almost_all_extension_is_kept(tmp_path: Path) -> None:
+    source = tmp_path / f"x.{'y' * 240}"
+    source.write_text("one")
+    ImageSorter(tmp_path / "sorted", ["a"], "copy").add(row(source))
+    assert [path.read_text() for path in (tmp_path / "sorted" / "a").iterdir()] == ["one"]

@@ -120,8 +120,14 @@ def test_anything_else_is_an_error_that_lists_what_is_taken(kind: str, preproces
     assert str(error.value) == f"{name} is {what}: {EXPECTED}"
 
 
-def test_a_closed_file_or_image_is_an_error(preprocess: Preprocess, tmp_path: Path) -> None:
+def test_a_closed_or_damaged_file_or_image_is_an_error(preprocess: Preprocess, tmp_path: Path) -> None:
     make_image(1).save(tmp_path / "image.png")
+    content = (tmp_path / "image.png").read_bytes()
+    with pytest.raises(UserError, match=r"images\[1\] cannot be read \(.*truncated.*expected a path"):
+        preprocess([content, Image.open(io.BytesIO(content[: len(content) // 2]))])  # which Pillow has not read yet
+    for path in ("null\0byte.png", "\ud800.png"):
+        with pytest.raises(UserError, match=r"png: cannot be opened \(.*expected an image file"):
+            preprocess(path)
     for closed in (io.BytesIO(), Image.open(tmp_path / "image.png")):
         closed.close()
         with pytest.raises(UserError, match=r"the image cannot be read \(.* closed .*expected a path"):
