@@ -51,7 +51,7 @@ def run_cli(work: Callable[[StopSignals], object], *, on_restart: str = RESUMES)
             _print_error(f"stopped by {stop.reason}: {saved}. {on_restart}")
         return stopped_exit_code(os.environ)
     except KeyboardInterrupt:
-        _print_error(f"interrupted before the state could be saved: what was saved earlier is intact. {on_restart}")
+        _print_error(f"interrupted by a second Ctrl-C: what was saved earlier is intact. {on_restart}")
         return INTERRUPTED
     except BrokenPipeError:
         if has_reader():  # another pipe
