@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
     return run_cli(
-        lambda signals: predict(words, signals), on_restart="With --output, the same command goes on from there"
+        lambda signals: predict(words, signals), on_restart="With --output, the same command goes on after these images"
     )
 
 
