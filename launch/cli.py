@@ -15,13 +15,15 @@ import difflib
 import errno
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from launch import machine
 from launch.errors import LaunchError
+from launch.interrupts import blocked_signals, interruptible
 from launch.options import nonnegative_int, process_count, split_options
 from launch.text import escape_lines
 from launch.trainer_options import choose_run_folder, new_logs, trainer_folder
-from regraft.contract import COMMAND, DEFAULT_RUN_DIR, DONE, FAILED, INTERRUPTED, USER_ERROR, own_version
+from regraft.contract import COMMAND, DEFAULT_RUN_DIR, DONE, FAILED, STOPPED, USER_ERROR, own_version
 from regraft.streams import discard_output, flush_output, prepare_streams
 
 _HELP = """\
@@ -64,12 +66,27 @@ the trainer: see `regraft train --help`, or `regraft train --help SECTION` for
 one section. FOLDER is short for --data.root FOLDER.
 """
 
+_AFTER_STOP = {
+    "train": "training had not started, and there was nothing to save. Run the same command again",
+    "submit": "nothing was submitted. Run the same command again",
+    "status": "this ends the display, not the run",
+}
+"""What the message of a stop says; otherwise, to run the same command again."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb on the command line, and return the exit code."""
     prepare_streams()
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = words[0] if words else ""
     try:
-        code = _run_verb(argv)
+        with interruptible():
+            code = _run_verb(words)
+    except KeyboardInterrupt as interrupt:
+        (after_stop,) = getattr(interrupt, "__notes__", [_AFTER_STOP.get(verb, "run the same command again")])
+        with suppress(OSError):  # the terminal may be closed
+            print(f"stopped by {interrupt}: {after_stop}", file=sys.stderr, flush=True)
+        return STOPPED
     except OSError as error:
         if error.filename is not None or error.errno != errno.ENOSPC:  # not of standard output
             raise
@@ -79,9 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code if flush_output() else FAILED
 
 
-def _run_verb(argv: Sequence[str] | None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    verb, rest = (words[0], words[1:]) if words else ("--help", [])
+def _run_verb(words: Sequence[str]) -> int:
+    verb, rest = (words[0], [*words[1:]]) if words else ("--help", [])
     try:
         if verb in ("-h", "--help", "help"):
             verb, rest = (rest[0], ["--help"]) if rest[:1] and rest[0] in VERBS else (verb, [])
@@ -100,8 +116,6 @@ def _run_verb(argv: Sequence[str] | None) -> int:
     except LaunchError as error:
         print(f"error: {escape_lines(str(error))}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has closed it, as `| head` does
         discard_output()
         return FAILED
@@ -165,7 +179,8 @@ def _exec_trainer(verb: str, file: str, options: Sequence[str]) -> int:
     os.environ[COMMAND] = f"regraft {verb}"
     program = str(trainer_folder() / file)
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, program, *options])
+    with blocked_signals():  # until the program calls `protect_imports`
+        os.execv(sys.executable, [sys.executable, program, *options])
 
 
 def _submit(argv: list[str]) -> int:

@@ -1,13 +1,13 @@
 """The trainer's options as far as the launcher reads them: the run folder, and values given on the command line."""
 
 import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
 from launch.errors import LaunchError
+from launch.local.process import run_trainer_program
 from regraft import yaml_file
 from regraft.command_line import is_dataset, join_values
 from regraft.contract import CONFIG, DEFAULT_RUN_DIR, LOGS, latest_attempt_number
@@ -50,8 +50,8 @@ def choose_run_folder(options: Sequence[str]) -> Path | None:
     is_default = folder == absolute_path("run.dir", DEFAULT_RUN_DIR) and option_value(options, "run", "dir") is None
     if not is_default or not (folder / CONFIG).exists():
         return folder
-    command = [sys.executable, str(trainer_folder() / "commands" / "run_folder.py"), *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    program = trainer_folder() / "commands" / "run_folder.py"
+    done = run_trainer_program(program, options, stdout=subprocess.PIPE)
     return Path(done.stdout.rstrip("\n")) if done.returncode == 0 else None
 
 

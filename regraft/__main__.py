@@ -7,11 +7,14 @@ if __name__ == "__main__":
     # Before all other imports: see regraft/search_path.py.
     sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[1])]
 
-from regraft.search_path import protect_imports
+from regraft.startup_signals import exit_on_signals
 
 
 def main() -> int:
     """Run the verb on the command line, and return the exit code."""
+    exit_on_signals()
+    from regraft.search_path import protect_imports  # noqa: PLC0415 (only after `exit_on_signals`)
+
     protect_imports()
     from launch.cli import main as run  # noqa: PLC0415 (only after `protect_imports`)
 

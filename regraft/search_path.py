@@ -1,4 +1,4 @@
-"""Python's search path for modules: other modules must not shadow those that regraft imports.
+"""The imports of a program: other modules must not shadow those of regraft, and a signal must not interrupt them.
 
 A program that is run by its path has its folder first on the search path, and one that is run by `python -m` has the
 working folder, which may contain a `yaml.py` or a `trainer.py`. Each program replaces this entry by regraft's folder,
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from regraft.contract import USER_ERROR
 from regraft.files import IS_CHECKOUT
+from regraft.startup_signals import exit_on_signals
 
 _ROOT = Path(__file__).resolve().parents[1]
 """Folder of the packages `trainer`, `launch` and `regraft`."""
@@ -22,8 +23,9 @@ def protect_imports() -> None:
     """Put regraft's folder in its place on the search path, and protect the processes that this one starts.
 
     Exits with an error if another distribution has installed a package `trainer` or `launch`, or if the working folder
-    is gone.
+    is gone; from now on until the command sets its own handlers, also at a stop signal.
     """
+    exit_on_signals()
     root = str(_ROOT)
     if IS_CHECKOUT and sys.path[0] != root:
         sys.path.insert(0, root)

@@ -10,10 +10,11 @@ from contextlib import suppress
 from typing import NoReturn
 
 from regraft.contract import DONE, FAILED, INTERRUPTED, STOPPED, USER_ERROR
+from regraft.startup_signals import handled_by
 from regraft.streams import discard_output, flush_output, has_reader, prepare_streams
 from trainer.data.workers import full_shared_memory_as_user_error
 from trainer.distributed.error_file import write_error_file
-from trainer.distributed.signals import STOP_SIGNALS, Stopped, StopSignals, exit_with_parent, has_launcher
+from trainer.distributed.signals import Stopped, StopSignals, exit_with_parent, has_launcher
 from trainer.errors import OutOfMemory, UserError
 
 RESUMES = "The same command (without --run.resume never) resumes from the run folder's newest checkpoint"
@@ -29,34 +30,34 @@ def run_cli(work: Callable[[StopSignals], object], *, on_restart: str = RESUMES)
 
     """
     prepare_streams()
-    with StopSignals() as signals:
-        if has_launcher(os.environ):
-            exit_with_parent()
-        try:
-            with full_shared_memory_as_user_error():
-                work(signals)
-            flush_output()
-        except UserError as error:
-            write_error_file(error)
-            _print_error("\n".join([f"error: {error}", *getattr(error, "__notes__", []), *_launcher_note()]))
-            return USER_ERROR
-        except OutOfMemory as error:
-            write_error_file(error)
-            _print_error(f"failed: {error}")
-            return FAILED
-        except Stopped as stop:
-            if _rank() == 0:  # all ranks stop together
-                saved = f"saved at {stop.saved}" if stop.saved else "there was nothing new to save"
-                _print_error(f"stopped by {stop.reason}: {saved}. {on_restart}")
-            return stopped_exit_code(os.environ)
-        except KeyboardInterrupt:
-            _print_error(f"interrupted before the state could be saved: what was saved earlier is intact. {on_restart}")
-            return INTERRUPTED
-        except BrokenPipeError:
-            if has_reader():  # another pipe
-                raise
-            discard_output()
-            return FAILED
+    try:
+        # Within `try`, since the handlers raise from their first moment on. After it, a signal changes nothing.
+        with StopSignals() as signals, full_shared_memory_as_user_error():
+            if has_launcher(os.environ):
+                exit_with_parent()
+            work(signals)
+        flush_output()
+    except UserError as error:
+        write_error_file(error)
+        _print_error("\n".join([f"error: {error}", *getattr(error, "__notes__", []), *_launcher_note()]))
+        return USER_ERROR
+    except OutOfMemory as error:
+        write_error_file(error)
+        _print_error(f"failed: {error}")
+        return FAILED
+    except Stopped as stop:
+        if _rank() == 0:  # all ranks stop together
+            saved = f"saved at {stop.saved}" if stop.saved else "there was nothing new to save"
+            _print_error(f"stopped by {stop.reason}: {saved}. {on_restart}")
+        return stopped_exit_code(os.environ)
+    except KeyboardInterrupt:
+        _print_error(f"interrupted by a second Ctrl-C: what was saved earlier is intact. {on_restart}")
+        return INTERRUPTED
+    except BrokenPipeError:
+        if has_reader():  # another pipe
+            raise
+        discard_output()
+        return FAILED
     return DONE
 
 
@@ -84,15 +85,14 @@ def _rank() -> int:
 
 def _print_error(text: str) -> None:
     """Print to standard error: rank 0 at once; other ranks only if the launcher does not end them within 5 seconds."""
-    for number in STOP_SIGNALS:  # a repeated signal must not interrupt the message
-        signal.signal(number, signal.SIG_IGN)
-    rank = _rank()
-    if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher sends it after rank 0 has failed
-        time.sleep(_SECONDS_FOR_RANK_0)
-        text = f"[rank {rank}] {text}"
-    with suppress(OSError):  # the terminal may be closed
-        print(text, file=sys.stderr, flush=True)
+    with handled_by(signal.SIG_IGN):  # a repeated signal must not interrupt the message
+        rank = _rank()
+        if rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher sends it after rank 0 has failed
+            time.sleep(_SECONDS_FOR_RANK_0)
+            text = f"[rank {rank}] {text}"
+        with suppress(OSError):  # the terminal may be closed
+            print(text, file=sys.stderr, flush=True)
 
 
 def exit_process(code: int) -> NoReturn:

@@ -26,13 +26,12 @@ if __name__ == "__main__":
     protect_imports()
 
 import gc
-import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from trainer.cli import exit_after, run_cli
 from trainer.config.parse import parse
-from trainer.distributed.signals import Stopped, StopSignals
+from trainer.distributed.signals import StopSignals
 from trainer.run.garbage_collector import without_gc
 
 
@@ -54,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 work = partial(run, config, signals)
             gc.freeze()  # later collections skip what was imported
-        if signals.received:
-            raise Stopped(signal.Signals(signals.received).name)
+        signals.raise_if_received()
         work()
 
     return run_cli(train)

@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -53,15 +52,14 @@ def main(argv: Sequence[str]) -> int:
         nodes=arguments.nodes or int(os.environ.get("SLURM_JOB_NUM_NODES", "1")),
         options=tuple(options),
     )
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # they clean up as Ctrl-C does
     try:
         with suppress(OSError):  # the check of the run folder reports it
             parent = host.nearest_existing(context.run)
             context.scratch = Path(tempfile.mkdtemp(prefix=".regraft-doctor-", dir=parent))
         findings = list(run_checks(context))
     except KeyboardInterrupt:
-        print("interrupted: all files and processes of the doctor are removed", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be closed
+            print("interrupted: all files and processes of the doctor are removed", file=sys.stderr, flush=True)
         return INTERRUPTED
     finally:
         if context.scratch is not None:

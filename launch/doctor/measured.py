@@ -106,6 +106,7 @@ def all_reduce(context: DoctorContext) -> list[Finding]:
     single, processes = context.processes == 1, max(2, context.processes)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"),
+        *([f"--log-dir={context.scratch}"] if context.scratch is not None else []),
         f"--nproc-per-node={processes}",
         *all_reduce_program(context),
         *(["cpu"] if single else []),

@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
         rdzv_id=Path(folder).name,
         logs=Path(folder),
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--log-dir={folder}"]
     command = [*torchrun, *rendezvous_options(task, node=node), *program]
     result = measured.run_without_launcher(command, seconds=measured.ALL_REDUCE_SECONDS)
     print(result.stdout, end="", flush=True)

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
@@ -11,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.parent_death import signal_on_parent_death
+from regraft.startup_signals import STOP_SIGNALS
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _GRACE_SECONDS = 5.0
 """Seconds between SIGTERM and SIGKILL."""
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals whose handlers may raise KeyboardInterrupt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def run_with_timeout(
     """
     # Python prints and drops an exception that a signal handler raises in a function of os.register_at_fork (logging
     # has one). So signals wait until the process exists and `try` can end it.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         process = _start(command, dict(os.environ if environment is None else environment), mask)
     except BaseException:
@@ -68,6 +68,26 @@ def run_with_timeout(
     except BaseException:
         _terminate_tree(process)
         process.communicate()
+        raise
+
+
+def run_trainer_program(
+    program: Path, arguments: Sequence[str], *, stdout: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of the trainer that shares the terminal; at a stop signal, stop it and wait for it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the program unblocks them: `exit_on_signals`
+    try:
+        process = subprocess.Popen([sys.executable, str(program), *arguments], stdout=stdout, text=True)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        output, _ = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, output)
+    except BaseException:
+        _terminate_tree(process)
+        process.wait()
         raise
 
 

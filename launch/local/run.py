@@ -22,6 +22,7 @@ from regraft.contract import (
     latest_attempt,
     latest_attempt_number,
 )
+from regraft.startup_signals import handled_by
 
 
 def run(config: TorchrunConfig, run_folder: Path) -> int:
@@ -47,12 +48,16 @@ def run(config: TorchrunConfig, run_folder: Path) -> int:
         )
     except OSError as error:
         raise LaunchError(f"run.dir {run_folder}: cannot be written to ({error}); choose another folder") from None
-    attempt = latest_attempt(run_folder)
-    if attempt is not None and attempt.attempt <= last_number:
-        attempt = None
-    code = _report(result, attempt, config.logs)
-    if attempt is None and code in (STOPPED, USER_ERROR):  # the logs contain nothing of use
+    except KeyboardInterrupt:  # before torchrun was started
         _remove_logs(config.logs, run_folder if is_new_folder else None)
+        raise
+    with handled_by(lambda _number, _frame: None):  # the run has ended
+        attempt = latest_attempt(run_folder)
+        if attempt is not None and attempt.attempt <= last_number:
+            attempt = None
+        code = _report(result, attempt, config.logs)
+        if attempt is None and code in (STOPPED, USER_ERROR):  # the logs contain nothing of use
+            _remove_logs(config.logs, run_folder if is_new_folder else None)
     return code
 
 

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launch.errors import LaunchError
+from launch.local.process import run_trainer_program
 from launch.options import split_options
 from launch.slurm.allocation import to_folder_name
 from launch.slurm.sbatch import SIGNAL_SECONDS, JobSpec, render, sbatch_options
@@ -87,12 +88,16 @@ def submit_job(argv: Sequence[str]) -> int:
         script = render(spec)
         _check_script(script)
         (run / SCRIPT).write_text(script, encoding="utf-8", errors="surrogateescape")
-        job = _submit(spec, run, os.environ)
+        try:
+            job = _submit(spec, run, os.environ)
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note("`squeue --me` shows whether the job was submitted")
+            raise
         (run / JOB_ID).write_text(f"{job}\n", encoding="ascii")
     except OSError as error:
         raise LaunchError(f"run.dir {run}: cannot be written to ({error}); choose another folder") from None
-    except LaunchError:
-        if is_new_folder:
+    except (LaunchError, KeyboardInterrupt) as error:
+        if is_new_folder and not getattr(error, "__notes__", ()):
             shutil.rmtree(run, ignore_errors=True)
         raise
     _print_job(spec, run, job)
@@ -151,7 +156,7 @@ def _fetch(runs: Sequence[Sequence[str]]) -> int:
     """Have the trainer check the options of each run and download weights and data; return its exit code."""
     program = trainer_folder() / "commands" / "fetch.py"
     argv = [word for options in runs for word in ("--next", *options)]
-    return subprocess.run([sys.executable, str(program), *argv[1:]], check=False).returncode
+    return run_trainer_program(program, argv[1:]).returncode
 
 
 def _check_script(script: str) -> None:

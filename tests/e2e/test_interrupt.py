@@ -178,7 +178,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_update(tmp_path: Path, tmp_path_f
         time.sleep(1.5)  # within a second, it would count as a launcher's echo
         os.kill(run.process.pid, signal.SIGINT)
         output = run.end(code=130)
-    assert "interrupted before the state could be saved" in output
+    assert "interrupted by a second Ctrl-C: what was saved earlier is intact" in output
     assert "Traceback" not in output
     assert runs.attempts(folder)[-1]["state"] == "failed"
     assert store.read(runs.latest_checkpoint(folder)).state.step == 1

@@ -1,5 +1,6 @@
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from launch import cli, completion
 from launch.errors import LaunchError
 from launch.slurm.settings import OPTION_NAMES
+from regraft.startup_signals import STOP_SIGNALS
 from tests.launching import REPOSITORY, attempt
 
 SLOW_IMPORTS = {"torch", "torchvision", "accelerate", "trainer", "rich", "numpy", "jsonargparse"}
@@ -44,6 +46,32 @@ def test_wrong_numbers_are_refused_before_anything_is_started(
     assert exit_.value.code == 2
     assert "expected" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_signal_ends_a_command_with_one_sentence_and_a_second_one_does_not_interrupt_its_clean_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleaned_up: list[str] = []
+
+    def wait(argv: list[str]) -> int:
+        try:
+            signal.raise_signal(signal.Signals[argv[0]])
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            cleaned_up.append(argv[0])
+        return 0
+
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for verb, name, after_stop in (
+        ("train", "SIGTERM", "training had not started, and there was nothing to save. Run the same command again"),
+        ("submit", "SIGINT", "nothing was submitted. Run the same command again"),
+        ("render", "SIGHUP", "run the same command again"),
+    ):
+        monkeypatch.setitem(cli.VERBS, verb, wait)
+        assert cli.main([verb, name]) == 75
+        assert capsys.readouterr().err == f"stopped by {name}: {after_stop}\n"
+    assert cleaned_up == ["SIGTERM", "SIGINT", "SIGHUP"]
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == handlers, "restored"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

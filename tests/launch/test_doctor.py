@@ -20,8 +20,9 @@ from launch import machine
 from launch.doctor import host, measured, nodes, software
 from launch.doctor import main as doctor
 from launch.doctor.finding import DoctorContext, Finding, format_bytes
+from launch.interrupts import Interrupted, interruptible
 from launch.local import process
-from launch.local.process import ProcessResult, run_with_timeout
+from launch.local.process import ProcessResult, run_trainer_program, run_with_timeout
 from tests.folders import image_folder
 from tests.launch.helpers import restored_handlers
 from tests.launching import REPOSITORY, wait_until
@@ -284,6 +285,21 @@ def test_signal_while_a_process_is_started_ends_it() -> None:
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("interrupted set()\n", "")
     assert marked_processes(mark) == []
+
+
+def test_program_of_the_trainer_stops_with_the_launcher(tmp_path: Path) -> None:
+    program, done = tmp_path / "program.py", tmp_path / "done"
+    program.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path({str(done)!r}).touch()))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "time.sleep(60)\n"
+    )
+    with pytest.raises(Interrupted, match="SIGINT"), interruptible():
+        run_trainer_program(program, ())
+    assert done.exists(), "it could clean up"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 def test_started_process_blocks_no_signals_and_a_failed_start_leaves_none_blocked() -> None:

@@ -1,6 +1,7 @@
 import os
 import shlex
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,23 @@ def test_submit_writes_the_script_of_render_and_makes_the_run_folder(
     assert capsys.readouterr().out == render(replace(spec, options=(f"--run.dir={run}", "--run.dir", "a b")))
     assert not (login / "argv").exists(), "render submits nothing"
     assert not (login / "a b").exists()
+
+
+def test_interrupted_submission_leaves_no_folder_and_says_when_slurm_may_have_the_job(
+    login: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    after_stop = {"_check_script": "nothing was submitted. Run the same command again"}
+    after_stop["_submit"] = "`squeue --me` shows whether the job was submitted"
+    for function, message in after_stop.items():
+        monkeypatch.setattr(submit, function, interrupt)
+        assert cli.main(["submit", "--no-fetch", "--run.dir=run"]) == 75
+        assert capsys.readouterr().err == f"stopped by SIGTERM: {message}\n"
+        assert (login / "run").exists() == (function == "_submit"), "a job writes its output there"
+        monkeypatch.undo()
+        monkeypatch.chdir(login)
 
 
 def test_sweep_file_is_copied_to_the_run_folder(login: Path, capsys: pytest.CaptureFixture[str]) -> None:

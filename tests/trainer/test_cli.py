@@ -113,7 +113,7 @@ def test_a_second_ctrl_c_interrupts_a_run_that_is_saving() -> None:
         process.send_signal(signal.SIGINT)
         code, errors = end(process)
     assert code == 130
-    assert errors.startswith("interrupted before the state could be saved: what was saved earlier is intact")
+    assert errors.startswith("interrupted by a second Ctrl-C: what was saved earlier is intact")
     assert "Traceback" not in errors
 
 

@@ -26,12 +26,13 @@ from trainer.check.outputs import Outputs
 from trainer.check.terminal import print_result
 from trainer.cli import exit_after, run_cli
 from trainer.config.parse import parse, split_command
+from trainer.distributed.signals import StopSignals
 from trainer.errors import UserError
 from trainer.report.progress import progress_hooks
 from trainer.text import escape_unprintable
 
 
-def check(argv: Sequence[str]) -> tuple[CheckResult, bool]:
+def check(argv: Sequence[str], signals: StopSignals) -> tuple[CheckResult, bool]:
     """Check a dataset, print the result and write its files.
 
     Returns:
@@ -52,8 +53,9 @@ def check(argv: Sequence[str]) -> tuple[CheckResult, bool]:
     progress = Console(stderr=True, highlight=False, markup=False, emoji=False)
     check_with_model = None
     if own.model is not None:
-        from trainer.commands.check_model import load_model  # noqa: PLC0415 (torch takes seconds to import)
-
+        with signals.deferred():  # an interrupted import would leave half a module behind
+            from trainer.commands.check_model import load_model  # noqa: PLC0415 (torch takes seconds to import)
+        signals.raise_if_received()
         check_with_model = load_model(own, progress)
     inspection = inspect(
         data, workers=available_cores(), near=own.duplicates == "near", displays=progress_hooks(progress)
@@ -90,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         "duplicates and near-duplicates, leakage between its splits, and with --model likely label errors.",
         epilog="DATA and all other options are those of regraft train: a folder, a CSV or a dataset name, --config "
         "FILE, --data.KEY VALUE. Exit codes: 0 if no finding has the "
-        "severity of --fail-on, 1 if one has, 2 after an error that can be fixed.",
+        "severity of --fail-on, 1 if one has, 2 after an error that can be fixed, 75 after a stop signal.",
     )
     add = own.add_argument
     add("--json", type=Path, metavar="FILE", help="write all findings and groups of duplicates as JSON")
@@ -135,11 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     has_failed = False
 
-    def run() -> None:
+    def run(signals: StopSignals) -> None:
         nonlocal has_failed
-        _, has_failed = check(words)
+        _, has_failed = check(words, signals)
 
-    code = run_cli(lambda _: run(), on_restart="The same command checks all images again")
+    code = run_cli(run, on_restart="The same command checks all images again")
     return FAILED if code == DONE and has_failed else code
 
 

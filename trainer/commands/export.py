@@ -95,6 +95,7 @@ def export(argv: Sequence[str], signals: StopSignals) -> None:
     with signals.deferred():
         from trainer.commands.export_model import export_model  # noqa: PLC0415
         from trainer.model.file import find_model_file  # noqa: PLC0415
+    signals.raise_if_received()
     file = find_model_file(options.model)
     output: Path = options.output or file.parent / _TARGETS[options.to]
     export_model(options, file, output, is_folder=options.to in _FOLDERS)

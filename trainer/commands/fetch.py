@@ -18,14 +18,15 @@ if __name__ == "__main__":
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from trainer.cli import exit_after, run_cli
 from trainer.config.parse import parse
-from trainer.errors import UserError
+from trainer.distributed.signals import StopSignals
 
 NEXT = "--next"
 """The word between the options of two runs."""
 
 
-def fetch(argv: Sequence[str]) -> None:
+def fetch(argv: Sequence[str], signals: StopSignals) -> None:
     """Check the options of a run, download its dataset and weights, and print a summary.
 
     Raises:
@@ -34,16 +35,19 @@ def fetch(argv: Sequence[str]) -> None:
 
     """
     config = parse(argv)
-    # torch takes seconds to import: a wrong option is reported without it.
-    from trainer.config.build_data import dataset_summary  # noqa: PLC0415
-    from trainer.config.build_model import make_model  # noqa: PLC0415
-    from trainer.config.preflight import preflight  # noqa: PLC0415
-    from trainer.config.pretrained import check_pretrained_weights  # noqa: PLC0415
-    from trainer.config.resolve import pretrain_config, resolve  # noqa: PLC0415
-    from trainer.config.run_data import make_run_data  # noqa: PLC0415
-    from trainer.data.prepare import prepare  # noqa: PLC0415
-    from trainer.report.console import make_console  # noqa: PLC0415
-    from trainer.report.progress import progress_hooks  # noqa: PLC0415
+    # torch takes seconds to import: a wrong option is reported without it. Signals are deferred, since an interrupted
+    # import would leave half a module behind.
+    with signals.deferred():
+        from trainer.config.build_data import dataset_summary  # noqa: PLC0415
+        from trainer.config.build_model import make_model  # noqa: PLC0415
+        from trainer.config.preflight import preflight  # noqa: PLC0415
+        from trainer.config.pretrained import check_pretrained_weights  # noqa: PLC0415
+        from trainer.config.resolve import pretrain_config, resolve  # noqa: PLC0415
+        from trainer.config.run_data import make_run_data  # noqa: PLC0415
+        from trainer.data.prepare import prepare  # noqa: PLC0415
+        from trainer.report.console import make_console  # noqa: PLC0415
+        from trainer.report.progress import progress_hooks  # noqa: PLC0415
+    signals.raise_if_received()
 
     console = make_console(enabled=True)
     config = resolve(config)
@@ -71,14 +75,13 @@ def runs(words: Sequence[str]) -> Iterator[list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return the exit code."""
-    try:
+
+    def fetch_all(signals: StopSignals) -> None:
         for options in runs(sys.argv[1:] if argv is None else argv):
-            fetch(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+            fetch(options, signals)
+
+    return run_cli(fetch_all, on_restart="The same command downloads what is missing")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_after(main)

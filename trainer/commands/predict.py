@@ -31,6 +31,7 @@ def predict(argv: Sequence[str], signals: StopSignals) -> None:
     # import would leave half a module behind.
     with signals.deferred():
         from trainer.commands.predict_images import predict_images  # noqa: PLC0415
+    signals.raise_if_received()
     predict_images(arguments, signals)
 
 
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
     return run_cli(
-        lambda signals: predict(words, signals), on_restart="With --output, the same command goes on from there"
+        lambda signals: predict(words, signals), on_restart="With --output, the same command goes on after these images"
     )
 
 

@@ -19,6 +19,7 @@ import argparse
 from collections.abc import Sequence
 
 from regraft.contract import available_cores, create_output_folder
+from trainer.cli import exit_after, run_cli
 from trainer.commands.class_samples import MAX_CLASSES, sample_classes
 from trainer.config.build_data import dataset_summary
 from trainer.config.parse import parse, split_command
@@ -83,13 +84,9 @@ def preview(argv: Sequence[str]) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return the exit code."""
-    try:
-        preview(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    words = sys.argv[1:] if argv is None else argv
+    return run_cli(lambda _: preview(words), on_restart="The same command draws the images")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_after(main)

@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         description="Write the HTML report of a run, from its folder alone: result, confused classes, pictures with "
         "Grad-CAM, curves, calibration, time and environment. Of several runs, write one page that compares them.",
         epilog="The page is one file that loads nothing from the network. Exit codes: 0: done; 2: an error "
-        "that can be fixed.",
+        "that can be fixed; 75: stopped by a signal.",
     )
     add = own.add_argument
     add("run", metavar="RUN", nargs="+", type=Path, help="run folder")

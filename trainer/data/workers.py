@@ -13,7 +13,7 @@ from multiprocessing.util import Finalize
 from typing import NoReturn
 
 from regraft.parent_death import signal_on_parent_death
-from trainer.distributed.signals import STOP_SIGNALS
+from regraft.startup_signals import STOP_SIGNALS
 from trainer.errors import UserError
 
 PREFETCH_FACTOR = 4

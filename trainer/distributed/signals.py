@@ -7,19 +7,21 @@ two updates. Before and after training there is nothing to save, and they end th
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from regraft.parent_death import signal_on_parent_death
+from regraft.startup_signals import STOP_SIGNALS, handler_after_command
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SECONDS_TO_SECOND_CTRL_C = 1.0
 """A second Ctrl-C ends the run at once, but only this long after the first: a launcher may forward the first again."""
+_SECONDS_TO_RAISE_AGAIN = 0.05
 SECONDS_AFTER_LAUNCHER = 30.0
 """How long a trainer whose launcher has died may take to save and exit."""
 
@@ -45,20 +47,30 @@ class StopSignals:
         """Number of the first stop signal received, or None."""
         self._deferred = False
         self._received_at = 0.0
-        self._previous_handlers: dict[int, object] = {}
+        self._dropped: BaseException | None = None
+        """Exception of the handler that Python has dropped."""
+        self._timer: threading.Timer | None = None
+        self._pid = os.getpid()
+        self._previous_handlers: dict[int, Any] = {}
+        self._previous_hook = sys.unraisablehook
 
     def __enter__(self) -> Self:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
-                self._previous_handlers[number] = signal.signal(number, self._handle)
+                self._previous_handlers[number] = handler_after_command(signal.signal(number, self._handle))
+        self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._deferred = True  # the command has ended
+        if self._timer is not None:
+            self._timer.cancel()
         for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
         self._previous_handlers.clear()
+        sys.unraisablehook = self._previous_hook
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -75,6 +87,13 @@ class StopSignals:
             raise Stopped(signal.Signals(self.received).name)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a loader worker that has not set its own handlers yet; the trainer ends it
+            return
+        if self._dropped is not None:
+            dropped, self._dropped = self._dropped, None
+            if not self._deferred or isinstance(dropped, KeyboardInterrupt):
+                raise dropped
+            return
         now = time.monotonic()
         if self.received is not None:
             if number == signal.SIGINT and now - self._received_at > SECONDS_TO_SECOND_CTRL_C:
@@ -83,6 +102,21 @@ class StopSignals:
         self.received, self._received_at = number, now
         if not self._deferred:
             raise Stopped(signal.Signals(number).name)
+
+    def _on_unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Raise the exception of a stop again if it was raised where Python drops exceptions.
+
+        Such places are `__del__`, callbacks of weak references, and functions of `os.register_at_fork`.
+        """
+        error = unraisable.exc_value
+        if not isinstance(error, Stopped | KeyboardInterrupt):
+            self._previous_hook(unraisable)
+        elif os.getpid() == self._pid and self.received is not None:
+            self._dropped = error.with_traceback(None)
+            # Later, since an exception of this function would be dropped, too.
+            arguments = (threading.main_thread().ident, self.received)
+            self._timer = threading.Timer(_SECONDS_TO_RAISE_AGAIN, signal.pthread_kill, arguments)
+            self._timer.start()
 
 
 def exit_with_parent() -> None:

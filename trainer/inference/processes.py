@@ -5,12 +5,14 @@ import os
 import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from regraft.startup_signals import blocked_signals
 from trainer.data.workers import init_worker
 from trainer.distributed.allocator import keep_freed_memory
 from trainer.errors import UserError
@@ -69,12 +71,14 @@ def predict_files(job: Job, paths: Sequence[str], *, num_processes: int) -> Gene
 
 def _predict_in_processes(job: Job, paths: Sequence[str], num_processes: int) -> Generator[list[Row], None, None]:
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # otherwise the first start does it, and unblocks signals
     processes: dict[Connection, Any] = {}
     try:
         for rank in range(num_processes):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(job, rank, paths[rank::num_processes], sender), daemon=True)
-            process.start()
+            with blocked_signals():  # an interrupt would be a traceback of the imports before `init_worker`
+                process.start()
             sender.close()
             processes[receiver] = process
         running = dict(processes)

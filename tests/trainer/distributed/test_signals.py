@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,50 @@ def test_an_ignored_signal_stays_ignored() -> None:
         send("SIGHUP")
         assert signals.received is None
     assert signal.signal(signal.SIGHUP, previous) is signal.SIG_IGN
+
+
+class RaisesSignal:
+    def __del__(self) -> None:
+        send("SIGINT")
+
+
+def drop_in_del() -> None:
+    RaisesSignal()
+
+
+def drop_in_weakref_callback() -> None:
+    target: set[int] = set()
+    reference = weakref.ref(target, lambda _: send("SIGTERM"))
+    del target
+    assert reference() is None
+
+
+@pytest.mark.parametrize(("drop", "name"), [(drop_in_del, "SIGINT"), (drop_in_weakref_callback, "SIGTERM")])
+def test_stop_is_raised_again_where_python_drops_exceptions(
+    drop: Callable[[], None], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hook = sys.unraisablehook
+    with StopSignals() as signals:
+        drop()
+        with pytest.raises(Stopped, match=name):
+            time.sleep(20)
+        assert signals.received == getattr(signal, name)
+    with StopSignals() as signals:  # a command that ends first has not been stopped
+        drop()
+    time.sleep(0.1)
+    assert sys.unraisablehook is hook
+    assert capsys.readouterr().err == "", "no `Exception ignored in`"
+
+
+def test_forked_worker_without_handlers_of_its_own_ignores_signals() -> None:
+    with StopSignals():
+        worker = os.fork()
+        if worker == 0:
+            with suppress(BaseException):
+                send("SIGINT")
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(worker, 0) == (worker, 0)
 
 
 @pytest.fixture
