@@ -52,8 +52,7 @@ class MeasuredRun:
             images = f"synthetic JPEG files of 500 x 375 instead of {config.data.root}"
         else:
             index = prepare(config.data, workers=1, check=False).index
-            every = max(1, len(index.train) // _MAX_IMAGES)
-            self._examples, self._classes = index.train[::every][:_MAX_IMAGES], index.classes
+            self._examples, self._classes = index.train.spread(_MAX_IMAGES), index.classes
             images = f"{len(self._examples)} of {len(index.train)} images in {config.data.root}"
         self._images = ImageDataset(self._examples, make_train_transform(config.data), seed=0)
         self.description = {"model": config.model.name, "images": images}

@@ -9,7 +9,7 @@ from pathlib import Path
 from regraft.contract import CONFIG, ENVIRONMENT, latest_attempt_number, read_file
 from trainer.config.parse import parse
 from trainer.config.schema import Config
-from trainer.data.index import DatasetIndex, Example
+from trainer.data.index import DatasetIndex, Example, Examples
 from trainer.data.prepare import list_examples
 from trainer.errors import UserError
 from trainer.export.model_card import Training
@@ -55,7 +55,7 @@ def read_verification_data(root: str | None, run: Path, classes: Sequence[str], 
         except UserError as error:
             raise UserError(f"--verify-data {str(error).removeprefix('data.root ')}") from None
         # A split that is made here has no meaning: all images are new to the export.
-        examples = (*index.train, *index.val, *index.test) if index.split_made else index.test
+        examples = Examples.of((*index.train, *index.val, *index.test)) if index.split_made else index.test
     else:
         assert config is not None  # for mypy
         try:
@@ -64,10 +64,8 @@ def read_verification_data(root: str | None, run: Path, classes: Sequence[str], 
             raise UserError(f"{error}. Or name another dataset by --verify-data FOLDER") from None
         examples = index.test
     is_whole = root is not None and index.split_made
-    count = min(count, len(examples))
-    spread = [examples[number * len(examples) // count] for number in range(count)]
     return VerificationData(
-        examples=_with_labels_of(classes, index, spread),
+        examples=_with_labels_of(classes, index, examples.spread(count)),
         name=f"{escape_unprintable(str(index.root))} ({'all of it' if is_whole else index.reported})",
         training=Training(data=_describe(index) if root is None else "", command=_read_command(run)),
     )

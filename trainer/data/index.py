@@ -71,6 +71,12 @@ class Examples(Sequence[Example]):
     def __repr__(self) -> str:
         return f"Examples{tuple(self)}"
 
+    def spread(self, count: int) -> "Examples":
+        """Return at most `count` of them, at equal distances, so that they are of all classes if there are enough."""
+        count = min(count, len(self))
+        positions = np.arange(count) * len(self) // max(1, count)
+        return Examples([self.paths[position] for position in positions.tolist()], self.labels[positions])
+
     def only(self, paths: Collection[str]) -> "Examples":
         """Return those whose path is one of `paths`."""
         return self._where([path in paths for path in self.paths])
@@ -108,12 +114,8 @@ class DatasetIndex:
     """Path -> what several images share, such as a patient, for images that have such a group."""
 
     def with_few_to_evaluate(self, count: int) -> "DatasetIndex":
-        """Return the index with about `count` examples in each evaluated split, spread over the classes."""
-
-        def spread(split: Examples) -> Examples:
-            return split[:: max(1, len(split) // count)][:count]
-
-        return replace(self, val=spread(self.val), test=spread(self.test))
+        """Return the index with at most `count` examples in each evaluated split, spread over the classes."""
+        return replace(self, val=self.val.spread(count), test=self.test.spread(count))
 
     @property
     def eval_splits(self) -> dict[str, Examples]:

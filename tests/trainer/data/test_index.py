@@ -8,7 +8,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from trainer.data.folders import scan
-from trainer.data.index import DatasetIndex, Example, without_images, write_split
+from trainer.data.index import DatasetIndex, Example, Examples, without_images, write_split
 from trainer.data.read_index import read_index
 from trainer.errors import UserError
 
@@ -303,3 +303,12 @@ def test_written_split_may_be_moved_with_or_without_its_images(tmp_path: Path, m
     assert relative_paths(Path("elsewhere"), read(Path("elsewhere/split.csv")).train) == train
     with pytest.raises(UserError, match="cannot be written"):
         write_split(index, tmp_path / "nowhere" / "split.csv")
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(6, "acegik"), (7, "abdfgik"), (12, "abcdefghijkl"), (50, "abcdefghijkl"), (0, "")]
+)
+def test_examples_are_spread_evenly(count: int, expected: str) -> None:
+    spread = Examples("abcdefghijkl", range(12)).spread(count)
+    assert "".join(spread.paths) == expected
+    assert ["abcdefghijkl"[label] for label in spread.labels] == spread.paths
