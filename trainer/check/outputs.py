@@ -36,7 +36,7 @@ class Outputs:
         """
         taken = {Path(file).resolve(): option for option, file in inputs.items() if file}
         for name, file in asdict(self).items():
-            option = f"--{name.replace('_', '-')}"
+            option, extension = f"--{name.replace('_', '-')}", f".{name.rpartition('_')[2]}"
             if file is None:
                 continue
             if not file.parent.is_dir():
@@ -45,8 +45,8 @@ class Outputs:
                 reason = "it is not a regular file"
             elif not os.access(file.parent, os.W_OK):
                 reason = "its folder is not writable"
-            elif name in ("json", "html") and file.suffix.lower() != f".{name}":  # such as an image or a model file
-                reason = f"expected a name that ends in .{name}"
+            elif file.suffix.lower() != extension:  # such as an image or a model file
+                reason = f"expected a name that ends in {extension}"
             elif (other := taken.setdefault(file.resolve(), option)) != option:
                 reason = f"it is the file of {other}; name another one"
             else:

@@ -188,8 +188,8 @@ def _parse_execution(fields: Any) -> Execution | None:
 
 
 def _parse_temperature(value: Any) -> float | None:
-    if value is not None and not (_is_number(value) and value > 0):
-        raise ValueError(f"temperature is {value!r}, expected a number above 0")
+    if value is not None and not (_is_number(value) and 1e-3 <= value <= 1e3):
+        raise ValueError(f"temperature is {value!r}, expected a number from 0.001 to 1000")
     return value if value is None else float(value)
 
 

@@ -48,7 +48,7 @@ def test_exit_codes(data: Path, tmp_path: Path) -> None:
     clean = image_folder(tmp_path / "clean", {"train": {"a": 5, "b": 12}, "val": {"a": 2, "b": 2}}, seed=3)
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "list.txt").write_text("path\ntrain/a/000.png\n")
+    (tmp_path / "list.csv").write_text("path\ntrain/a/000.png\n")
     for words, code in (
         ([tmp_path / "empty", "--html", tmp_path / "x.html", "--json", tmp_path / "x.json"], 1),
         ([data, "--fail-on", "never"], 0),
@@ -61,15 +61,16 @@ def test_exit_codes(data: Path, tmp_path: Path) -> None:
         ([clean, "--html", tmp_path], 2),
         ([clean, "--json", tmp_path / "pipe"], 2),
         ([clean, "--data.sede", "3"], 2),
-        ([clean, "--data.exclude", tmp_path / "list.txt", "--exclude-csv", tmp_path / "list.txt"], 2),
-        ([clean, "--exclude-csv", tmp_path / "x.json", "--json", tmp_path / "x.json"], 2),
-        ([clean, "--json", tmp_path / "list.txt"], 2),
-        ([tmp_path / "list.txt", "--groups-csv", tmp_path / "list.txt"], 2),
+        ([clean, "--data.exclude", tmp_path / "list.csv", "--exclude-csv", tmp_path / "list.csv"], 2),
+        ([clean, "--exclude-csv", tmp_path / "x.csv", "--groups-csv", tmp_path / "x.csv"], 2),
+        ([clean, "--json", tmp_path / "list.csv"], 2),
+        ([clean, "--exclude-csv", tmp_path / "model.safetensors"], 2),
+        ([tmp_path / "list.csv", "--groups-csv", tmp_path / "list.csv"], 2),
         ([clean, "--model", "resnet17"], 2),
     ):
         assert check.main(list(map(str, words))) == code, words
     assert (tmp_path / "pipe").is_fifo()
-    assert (tmp_path / "list.txt").read_text().startswith("path"), "an input is not replaced"
+    assert (tmp_path / "list.csv").read_text().startswith("path"), "an input is not replaced"
 
 
 def test_the_result_is_printed_if_a_file_cannot_be_written(
@@ -80,7 +81,12 @@ def test_the_result_is_printed_if_a_file_cannot_be_written(
 
     for module in (outputs, csv_write):
         monkeypatch.setattr(module, "write_atomically", fail)
-    for option, name in (("--json", "x.json"), ("--html", "x.html"), ("--exclude-csv", "x"), ("--groups-csv", "x")):
+    for option, name in (
+        ("--json", "x.json"),
+        ("--html", "x.html"),
+        ("--exclude-csv", "x.csv"),
+        ("--groups-csv", "x.csv"),
+    ):
         assert check.main([str(data), option, str(tmp_path / name), "--duplicates=exact"]) == 2
         out, err = capsys.readouterr()
         assert "leakage: 2 of 6 test images" in out
