@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import signal
 import sys
 import time
@@ -107,9 +108,16 @@ def _results(arguments: argparse.Namespace, options: AnswerOptions, paths: Seque
     if arguments.output is None:
         return PrintedResults(paths, columns)
     words = {"paths": arguments.paths, "column": arguments.column}
-    if arguments.output.is_absolute():  # relative paths may name other images in another working folder
-        words["working folder"] = str(Path.cwd())
-    return SavedResults(arguments.output, paths, columns, {"model": _digest(model), **asdict(options), **words})
+    folder = working_folder(arguments.paths, arguments.output)
+    return SavedResults(
+        arguments.output, paths, columns, {"model": _digest(model), **asdict(options), **words, **folder}
+    )
+
+
+def working_folder(words: Sequence[str], output: Path) -> dict[str, str]:
+    """Return the working folder relative to that of the output, if relative paths name other images in another one."""
+    is_absolute = all(map(os.path.isabs, words))
+    return {} if is_absolute else {"working folder": os.path.relpath(Path.cwd(), output.parent)}
 
 
 def _digest(file: Path) -> str:

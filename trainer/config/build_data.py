@@ -50,7 +50,13 @@ def load_run_data(config: ResolvedConfig, ctx: DistributedContext, console: Cons
 
     prepared = ctx.main_process_first(load, local=True)
     console.print(dataset_summary(prepared))
-    ctx.check_equal_across_ranks((prepared.fingerprint, prepared.content_digest), "the images")
+    try:
+        ctx.check_equal_across_ranks((prepared.fingerprint, prepared.content_digest), "the images")
+    except UserError as error:
+        if prepared.deferred is not None:
+            prepared.deferred.compare_all_at_next_start()
+            error.add_note("This start has not compared all of them, the next one does: start the same command again")
+        raise
     images = NOT_CACHED
     if cache is not None:
         images, messages = cache.open(prepared.index, prepared.digests, ctx)

@@ -93,7 +93,8 @@ class ComparingReader:
             checks.compare_all_at_next_start()
             raise ImageReadError(
                 f"{escape_unprintable(path)}: this image has another content than when it was validated. The next "
-                "start compares all images with their validation results: start the same command again"
+                "start compares all images with their validation results: start the same command again, if there is "
+                "a checkpoint, with --data.on_changed continue"
             )
 
 
@@ -119,7 +120,8 @@ class ImageDataset(Dataset[Item]):
             reader: reads the image of an example; None decodes its file.
 
         """
-        self.paths, self.labels = Examples.of(examples).paths, Examples.of(examples).labels
+        examples = Examples.of(examples)
+        self.paths, self.labels = examples.paths, examples.labels
         self.transform = transform
         self.seed = seed
         self.threads = threads

@@ -31,14 +31,28 @@ MAX_COMPARED = 50_000
 
 
 class FolderTimes:
-    """A record of the times that the folders of a large dataset had when all of its files were last compared."""
+    """A record of the times that the folders of a large dataset had when all of its files were last compared.
 
-    def __init__(self, file: Path, folders: Iterable[str], *, images: int) -> None:
-        """Read the times that the folders have now, if there are many images; `file` has the recorded ones."""
-        self.file = file
-        names = sorted(folders) if images > MAX_COMPARED else []
-        content = read_versions(names).tobytes() + os.fsencode("\0".join(names))
-        self._now = hashlib.sha256(content).hexdigest() if names else ""
+    It is valid for these images alone: a CSV may name others of the same folders.
+    """
+
+    def __init__(self, file: Path, folders: Iterable[str], images: str, *, count: int) -> None:
+        """Read the times that the folders have now, if there are many images.
+
+        Args:
+            file: the record.
+            folders: paths of the folders.
+            images: names of the images.
+            count: their number.
+
+        """
+        self.file, self._now = file, ""
+        if count > MAX_COMPARED:
+            names = sorted(folders)
+            content = hashlib.sha256(read_versions(names))
+            for part in (*names, images):
+                content.update(os.fsencode(f"{part}\0"))
+            self._now = content.hexdigest()
 
     def are_unchanged(self) -> bool:
         """Return whether no folder has changed since all files were compared."""

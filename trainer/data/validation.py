@@ -80,7 +80,7 @@ def check_images(
     rows = _find_rows(names, cached_names)
     found = np.flatnonzero(rows >= 0)
     results.copy_rows(found, cached, rows[found])
-    times = FolderTimes(cache_file.with_suffix(".folders"), parents, images=len(paths))
+    times = FolderTimes(cache_file.with_suffix(".folders"), parents, names, count=len(paths))
     is_readable = np.zeros(len(paths), dtype=bool)
     is_readable[results.where(lambda outcome: outcome.reason is None)] = times.are_unchanged()
     versions, is_deferred = read_some_versions(paths, results.versions, is_readable)
@@ -125,8 +125,9 @@ def unreadable_error(unreadable: Mapping[str, str], total: int) -> UserError:
 
 
 def _relative_names(paths: Sequence[str]) -> tuple[str, set[str], str]:
-    """Return the deepest folder that has all images, with a trailing slash; the folders of the images; and the
-    joined paths relative to the first.
+    """Return the deepest folder of all images, with a trailing slash, their own folders, and their joined names.
+
+    A name is a path relative to the first of these.
     """
     parents = {path[: path.rfind("/") + 1] for path in paths}
     absolute = {parent: os.path.join(os.path.abspath(parent), "") for parent in parents}

@@ -149,7 +149,7 @@ def _read(content: bytes, identity: dict[str, object], path: Path) -> tuple[dict
             raise ValueError("format")
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         raise UserError(f"{shown}: not a partial output of this version of regraft predict; move it away") from None
-    differing = [key for key in identity if header.get(key) != identity[key]]
+    differing = [key for key in identity | header if header.get(key) != identity.get(key)]
     if differing:
         raise UserError(
             f"{shown}: was begun with another {', '.join(differing)}; remove it to begin again, or choose another "

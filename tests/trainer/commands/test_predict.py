@@ -19,6 +19,7 @@ from launch import completion
 from tests.folders import image_folder, noise_image
 from tests.trainer.inference.models import write_images, write_model_file
 from trainer.commands.predict import main, parser
+from trainer.commands.predict_images import working_folder
 from trainer.model.metadata import UnknownThreshold
 
 
@@ -227,3 +228,16 @@ def test_predictions_of_a_run_are_those_of_its_evaluation(tmp_path: Path, capsys
         other = evaluated[row["path"]]
         assert row["label"] == other["prediction"]
         assert float(row["score"]) == pytest.approx(float(other["probability"]), rel=2e-6)
+
+
+def test_relative_paths_belong_to_a_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders, found = [tmp_path / "a", tmp_path / "b"], []
+    for folder in folders:
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        found.append(
+            [working_folder(["x"], Path(output)) for output in ("../out/p.csv", tmp_path / "out/p.csv", "p.csv")]
+        )
+        assert working_folder([str(tmp_path)], Path("p.csv")) == {}
+    assert found[0] == [{"working folder": "../a"}, {"working folder": "../a"}, {"working folder": "."}]
+    assert found[1] == [{"working folder": "../b"}, {"working folder": "../b"}, {"working folder": "."}]

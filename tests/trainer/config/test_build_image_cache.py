@@ -247,15 +247,30 @@ def test_an_image_that_was_overwritten_is_noticed_when_it_is_read(
     root: Path, ctx: DistributedContext, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     """In a large data set, most files are compared with their validation results when they are read."""
+
+    def fail(*_: object) -> None:
+        raise UserError("the processes disagree")
+
     monkeypatch.setattr(deferred_checks, "MAX_COMPARED", 2)
     options = config(root, mode)
     load(options, ctx)
     noise_image(99).save(root / "val" / "b" / "003.png")
     data, _ = load(options, ctx)
-    with pytest.raises(ImageReadError, match=r"^.*/val/b/003\.png: .* another content .* the same command again$"):
+    with pytest.raises(
+        ImageReadError, match=r"^.*/val/b/003\.png: .* another content .* the same command again, .*continue$"
+    ):
         batches(options, data, ctx)
     data, _ = load(options, ctx)
     changed = batches(options, data, ctx)
+    with monkeypatch.context() as patched:  # as if another machine, with a cache of its own, had noticed a change
+        patched.setattr(DistributedContext, "check_equal_across_ranks", fail)
+        with pytest.raises(UserError) as error:
+            load(options, ctx)
+    assert error.value.__notes__ == [
+        "This start has not compared all of them, the next one does: start the same command again"
+    ]
+    data, _ = load(options, ctx)
+    assert data.images.deferred is None
     data, _ = load(options, ctx)
     assert data.images.deferred is not None
     assert_equal(batches(options, data, ctx), changed)

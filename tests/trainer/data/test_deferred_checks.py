@@ -171,3 +171,16 @@ def test_an_interrupted_comparison_is_repeated(root: Path) -> None:
     (file,) = root.parent.glob("cache/validation/*.folders")
     file.write_bytes(b"\xff")
     assert check(root).deferred is None, "the record is damaged"
+
+
+def test_the_record_is_of_one_list_of_images(root: Path, decoded: list[str]) -> None:
+    lists = [paths_of(root)[0::2], paths_of(root)[1::2]]
+    for paths in (*lists, lists[1]):
+        results = check_images(paths, cache=root.parent / "cache", workers=1, on_progress=None)
+    assert results.deferred is not None
+    decoded.clear()
+    replace(root, 3)
+    for paths in lists:
+        results = check_images(paths, cache=root.parent / "cache", workers=1, on_progress=None)
+        assert results.deferred is None
+    assert decoded == ["03.png"]
