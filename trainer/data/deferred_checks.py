@@ -49,7 +49,7 @@ class FolderTimes:
         self.file, self._now = file, ""
         if count > MAX_COMPARED:
             names = sorted(folders)
-            content = hashlib.sha256(read_versions(names))
+            content = hashlib.sha256(read_versions(names).tobytes())
             for part in (*names, images):
                 content.update(os.fsencode(f"{part}\0"))
             self._now = content.hexdigest()
