@@ -19,11 +19,12 @@ from contextlib import suppress
 
 from launch import machine
 from launch.errors import LaunchError
-from launch.interrupts import blocked_signals, interruptible
+from launch.interrupts import interruptible
 from launch.options import nonnegative_int, process_count, split_options
 from launch.text import escape_lines
 from launch.trainer_options import choose_run_folder, new_logs, trainer_folder
 from regraft.contract import COMMAND, DEFAULT_RUN_DIR, DONE, FAILED, STOPPED, USER_ERROR, own_version
+from regraft.startup_signals import blocked_signals
 from regraft.streams import discard_output, flush_output, prepare_streams
 
 _HELP = """\
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interruptible():
             code = _run_verb(words)
     except KeyboardInterrupt as interrupt:
-        (after_stop,) = getattr(interrupt, "__notes__", [_AFTER_STOP.get(verb, "run the same command again")])
+        after_stop = getattr(interrupt, "__notes__", [_AFTER_STOP.get(verb, "run the same command again")])[-1]
         with suppress(OSError):  # the terminal may be closed
             print(f"stopped by {interrupt}: {after_stop}", file=sys.stderr, flush=True)
         return STOPPED

@@ -35,7 +35,10 @@ def blocked_signals() -> Iterator[None]:
 
 @contextmanager
 def handled_by(handler: Any) -> Iterator[None]:
-    """Handle the stop signals that are not ignored by `handler` within a block."""
+    """Handle the stop signals that are not ignored by `handler` within a block.
+
+    The previous handlers are restored, or signals are ignored if the command has ended: see `handler_after_command`.
+    """
     numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in numbers}
     try:

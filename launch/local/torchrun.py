@@ -114,6 +114,7 @@ def run_torchrun(
     logs: Path,
     *,
     keep_running: Callable[[], bool] = lambda: True,
+    on_start: Callable[[], None] = lambda: None,
 ) -> TorchrunResult:
     """Run torchrun to its end.
 
@@ -122,6 +123,7 @@ def run_torchrun(
         environment: complete environment of torchrun.
         logs: folder for `rank-0.log` (output of rank 0) and `torchrun.log` (messages of torchrun).
         keep_running: called every half second; once it returns False, torchrun is terminated.
+        on_start: called once torchrun is started, and signals are forwarded to it.
 
     """
     logs.mkdir(parents=True, exist_ok=True)
@@ -145,6 +147,7 @@ def run_torchrun(
             )
             os.close(child_output)
             forwarder.forward_to(process, output if on_terminal else None)
+            on_start()
             reader = threading.Thread(target=_copy_output, args=(output, logs / "rank-0.log"), daemon=True)
             reader.start()
             terminated = False
