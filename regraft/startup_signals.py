@@ -4,6 +4,7 @@
 the program exits at once.
 """
 
+import atexit
 import os
 import signal
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ def exit_on_signals() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
             signal.signal(number, _exit)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # see `blocked_signals`
+    # Registered first, so it is called last. Python then resets its handlers, and a signal would change the exit code.
+    atexit.register(_ignore_signals)
 
 
 @contextmanager
@@ -56,9 +59,13 @@ def handler_after_command(previous: Any) -> Any:
     return signal.SIG_IGN if previous is _exit else previous
 
 
+def _ignore_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _exit(number: int, _: FrameType | None) -> NoReturn:
-    for other in STOP_SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
+    _ignore_signals()
     if os.environ.get("RANK", "0") == "0":
         name = signal.Signals(number).name
         with suppress(OSError):  # the terminal may be closed
