@@ -7,7 +7,7 @@ the program exits at once.
 import atexit
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
@@ -27,11 +27,14 @@ def exit_on_signals() -> None:
 
 
 @contextmanager
-def blocked_signals() -> Iterator[None]:
-    """Let stop signals wait within a block; a program that is started there begins with blocked signals, too."""
+def blocked_signals() -> Iterator[Set[int]]:
+    """Let stop signals wait within a block; a program that is started there begins with blocked signals, too.
+
+    The value of the block is the signals that were blocked before.
+    """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        yield
+        yield mask
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

@@ -25,8 +25,8 @@ from typing import BinaryIO, NamedTuple, Self
 
 from launch.local.process import descendants, terminate_with_parent
 from regraft.contract import LOG_FOLDER
+from regraft.startup_signals import STOP_SIGNALS
 
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SECOND_INTERRUPT_SECONDS = 1.0
 """A second Ctrl-C counts only this long after the first, since one key press may arrive twice."""
 _POLL_SECONDS = 0.5
@@ -181,7 +181,7 @@ class _SignalForwarder:
         self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in FORWARDED_SIGNALS:
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._previous_handlers[number] = signal.signal(number, self._handle)
         self._previous_handlers[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, self._resize)
