@@ -70,6 +70,7 @@ one section. FOLDER is short for --data.root FOLDER.
 _AFTER_STOP = {
     "train": "training had not started, and there was nothing to save. Run the same command again",
     "submit": "nothing was submitted. Run the same command again",
+    "doctor": "all its processes and files are removed. Run the same command again",
     "status": "this ends the display, not the run",
 }
 """What the message of a stop says; otherwise, to run the same command again."""
@@ -210,7 +211,7 @@ def _status_parser() -> argparse.ArgumentParser:
         description="Show the state of a run from its folder: attempt, step, accuracy, ETA and last failure. Of a "
         "folder with several runs, show each, and the options in which they differ.",
         epilog="Exit codes: 0: every run is done, or still runs or waits; 2: there is no run, or a wrong option; "
-        "3: a run has ended before it was done.",
+        "3: a run has ended before it was done; 75: stopped by a signal.",
     )
     parser.add_argument(
         "run",

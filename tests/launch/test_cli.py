@@ -70,12 +70,13 @@ def test_signal_ends_a_command_with_one_sentence_and_a_second_one_does_not_inter
     for verb, name, after_stop in (
         ("train", "SIGTERM", "training had not started, and there was nothing to save. Run the same command again"),
         ("submit", "SIGINT", "nothing was submitted. Run the same command again"),
+        ("doctor", "SIGUSR1", "all its processes and files are removed. Run the same command again"),
         ("render", "SIGHUP", "run the same command again"),
     ):
         monkeypatch.setitem(cli.VERBS, verb, wait)
         assert cli.main([verb, name]) == 75
         assert capsys.readouterr().err == f"stopped by {name}: {after_stop}\n"
-    assert cleaned_up == ["SIGTERM", "SIGINT", "SIGHUP"]
+    assert cleaned_up == ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"]
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == handlers, "restored"
 
 
