@@ -16,15 +16,15 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 from launch import machine
 from launch.errors import LaunchError
-from launch.interrupts import interruptible
+from launch.interrupts import exec_python, interruptible
 from launch.options import nonnegative_int, process_count, split_options
 from launch.text import escape_lines
 from launch.trainer_options import choose_run_folder, new_logs, trainer_folder
 from regraft.contract import COMMAND, DEFAULT_RUN_DIR, DONE, FAILED, STOPPED, USER_ERROR, own_version
-from regraft.startup_signals import blocked_signals
 from regraft.streams import discard_output, flush_output, prepare_streams
 
 _HELP = """\
@@ -176,13 +176,12 @@ def _train_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _exec_trainer(verb: str, file: str, options: Sequence[str]) -> int:
+def _exec_trainer(verb: str, file: str, options: Sequence[str]) -> NoReturn:
     """Replace this process by a program of the trainer, which then has the terminal for its debugger and Ctrl-C."""
     os.environ[COMMAND] = f"regraft {verb}"
     program = str(trainer_folder() / file)
     sys.stdout.flush()
-    with blocked_signals():  # until the program calls `protect_imports`
-        os.execv(sys.executable, [sys.executable, program, *options])
+    exec_python([program, *options])
 
 
 def _submit(argv: list[str]) -> int:

@@ -4,13 +4,16 @@ While a run trains, `regraft train` forwards them instead: see launch/local/torc
 """
 
 import math
+import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
-from regraft.startup_signals import handled_by
+from regraft.startup_signals import blocked_signals, handled_by
 
 SECONDS_TO_NEXT_INTERRUPT = 1.0
 """A further signal interrupts the clean-up only this long after the one before: a key press may arrive twice."""
@@ -54,3 +57,9 @@ def interruptible() -> Iterator[None]:
 def ignore_signals() -> None:
     """Do nothing at stop signals until the block of `interruptible` ends: the result of the command is certain."""
     _interrupter.is_active = False
+
+
+def exec_python(arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by a program in Python; signals wait until it calls `protect_imports`."""
+    with blocked_signals():
+        os.execv(sys.executable, [sys.executable, *arguments])
