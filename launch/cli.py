@@ -16,10 +16,11 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 from launch import machine
 from launch.errors import LaunchError
-from launch.interrupts import blocked_signals, interruptible
+from launch.interrupts import exec_python, interruptible
 from launch.options import nonnegative_int, process_count, split_options
 from launch.text import escape_lines
 from launch.trainer_options import choose_run_folder, new_logs, trainer_folder
@@ -69,6 +70,7 @@ one section. FOLDER is short for --data.root FOLDER.
 _AFTER_STOP = {
     "train": "training had not started, and there was nothing to save. Run the same command again",
     "submit": "nothing was submitted. Run the same command again",
+    "doctor": "all its processes and files are removed. Run the same command again",
     "status": "this ends the display, not the run",
 }
 """What the message of a stop says; otherwise, to run the same command again."""
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interruptible():
             code = _run_verb(words)
     except KeyboardInterrupt as interrupt:
-        (after_stop,) = getattr(interrupt, "__notes__", [_AFTER_STOP.get(verb, "run the same command again")])
+        after_stop = getattr(interrupt, "__notes__", [_AFTER_STOP.get(verb, "run the same command again")])[-1]
         with suppress(OSError):  # the terminal may be closed
             print(f"stopped by {interrupt}: {after_stop}", file=sys.stderr, flush=True)
         return STOPPED
@@ -174,13 +176,12 @@ def _train_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _exec_trainer(verb: str, file: str, options: Sequence[str]) -> int:
+def _exec_trainer(verb: str, file: str, options: Sequence[str]) -> NoReturn:
     """Replace this process by a program of the trainer, which then has the terminal for its debugger and Ctrl-C."""
     os.environ[COMMAND] = f"regraft {verb}"
     program = str(trainer_folder() / file)
     sys.stdout.flush()
-    with blocked_signals():  # until the program calls `protect_imports`
-        os.execv(sys.executable, [sys.executable, program, *options])
+    exec_python([program, *options])
 
 
 def _submit(argv: list[str]) -> int:
@@ -209,7 +210,7 @@ def _status_parser() -> argparse.ArgumentParser:
         description="Show the state of a run from its folder: attempt, step, accuracy, ETA and last failure. Of a "
         "folder with several runs, show each, and the options in which they differ.",
         epilog="Exit codes: 0: every run is done, or still runs or waits; 2: there is no run, or a wrong option; "
-        "3: a run has ended before it was done.",
+        "3: a run has ended before it was done; 75: stopped by a signal.",
     )
     parser.add_argument(
         "run",

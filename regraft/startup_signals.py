@@ -4,9 +4,10 @@
 the program exits at once.
 """
 
+import atexit
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
@@ -21,21 +22,29 @@ def exit_on_signals() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
             signal.signal(number, _exit)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # see `blocked_signals`
+    # Registered first, so it is called last. Python then resets its handlers, and a signal would change the exit code.
+    atexit.register(_ignore_signals)
 
 
 @contextmanager
-def blocked_signals() -> Iterator[None]:
-    """Let stop signals wait within a block; a program that is started there begins with blocked signals, too."""
+def blocked_signals() -> Iterator[Set[int]]:
+    """Let stop signals wait within a block; a program that is started there begins with blocked signals, too.
+
+    The value of the block is the signals that were blocked before.
+    """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        yield
+        yield mask
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextmanager
 def handled_by(handler: Any) -> Iterator[None]:
-    """Handle the stop signals that are not ignored by `handler` within a block."""
+    """Handle the stop signals that are not ignored by `handler` within a block.
+
+    The previous handlers are restored, or signals are ignored if the command has ended: see `handler_after_command`.
+    """
     numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -53,9 +62,13 @@ def handler_after_command(previous: Any) -> Any:
     return signal.SIG_IGN if previous is _exit else previous
 
 
+def _ignore_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _exit(number: int, _: FrameType | None) -> NoReturn:
-    for other in STOP_SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
+    _ignore_signals()
     if os.environ.get("RANK", "0") == "0":
         name = signal.Signals(number).name
         with suppress(OSError):  # the terminal may be closed

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from regraft.contract import DONE, FAILED, INTERRUPTED, STOPPED, USER_ERROR
-from regraft.startup_signals import handled_by
+from regraft.startup_signals import STOP_SIGNALS, handled_by
 from regraft.streams import discard_output, flush_output, has_reader, prepare_streams
 from trainer.data.workers import full_shared_memory_as_user_error
 from trainer.distributed.error_file import write_error_file
@@ -96,7 +96,7 @@ def _print_error(text: str) -> None:
 
 
 def exit_process(code: int) -> NoReturn:
-    """Exit. In a process group, or after an unexpected error, skip Python's own clean-up.
+    """Exit; a stop signal ends a clean-up that hangs. In a group, or after an unexpected error, skip Python's clean-up.
 
     All files are written by then. But gloo's threads sometimes abort a process during clean-up (pytorch issue 190489),
     and the launcher would report a finished run as failed. After an unexpected error the traceback keeps the data
@@ -106,6 +106,9 @@ def exit_process(code: int) -> NoReturn:
     for worker in multiprocessing.active_children():
         worker.kill()
     if os.environ.get("WORLD_SIZE", "1") == "1" and code != FAILED:
+        # Python waits for threads, and one may hang in a file system that does not answer.
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: os._exit(code))
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):

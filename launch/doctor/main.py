@@ -19,7 +19,6 @@ from launch.doctor import host, measured, nodes, software
 from launch.doctor.finding import DoctorContext, Finding
 from launch.options import positive_int, process_count, split_options
 from launch.trainer_options import run_folder
-from regraft.contract import INTERRUPTED
 
 CHECKS: tuple[tuple[str, Callable[[DoctorContext], list[Finding]]], ...] = (
     ("versions", software.check_versions),
@@ -57,10 +56,6 @@ def main(argv: Sequence[str]) -> int:
             parent = host.nearest_existing(context.run)
             context.scratch = Path(tempfile.mkdtemp(prefix=".regraft-doctor-", dir=parent))
         findings = list(run_checks(context))
-    except KeyboardInterrupt:
-        with suppress(OSError):  # the terminal may be closed
-            print("interrupted: all files and processes of the doctor are removed", file=sys.stderr, flush=True)
-        return INTERRUPTED
     finally:
         if context.scratch is not None:
             shutil.rmtree(context.scratch, ignore_errors=True)

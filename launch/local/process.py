@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.parent_death import signal_on_parent_death
-from regraft.startup_signals import STOP_SIGNALS
+from regraft.startup_signals import blocked_signals
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _GRACE_SECONDS = 5.0
@@ -49,45 +49,47 @@ def run_with_timeout(
         OSError: the command cannot be started.
 
     """
-    # Python prints and drops an exception that a signal handler raises in a function of os.register_at_fork (logging
-    # has one). So signals wait until the process exists and `try` can end it.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        process = _start(command, dict(os.environ if environment is None else environment), mask)
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        raise
-    try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # raises what a waiting signal raises
-        stdout, stderr = process.communicate(timeout=seconds)
-        return ProcessResult(code=process.returncode, stdout=stdout, stderr=stderr)
-    except subprocess.TimeoutExpired:
-        _terminate_tree(process)
-        stdout, stderr = process.communicate()
-        return ProcessResult(code=None, stdout=stdout, stderr=stderr)
-    except BaseException:
-        _terminate_tree(process)
-        process.communicate()
-        raise
+    variables = dict(os.environ if environment is None else environment)
+    with _started(lambda mask: _start(command, variables, mask)) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=seconds)
+            return ProcessResult(code=process.returncode, stdout=stdout, stderr=stderr)
+        except subprocess.TimeoutExpired:
+            _terminate_tree(process)
+            stdout, stderr = process.communicate()
+            return ProcessResult(code=None, stdout=stdout, stderr=stderr)
 
 
 def run_trainer_program(
     program: Path, arguments: Sequence[str], *, stdout: int | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of the trainer that shares the terminal; at a stop signal, stop it and wait for it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the program unblocks them: `exit_on_signals`
-    try:
-        process = subprocess.Popen([sys.executable, str(program), *arguments], stdout=stdout, text=True)
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        raise
-    try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    command = [sys.executable, str(program), *arguments]  # it unblocks signals: `exit_on_signals`
+    with _started(lambda _: subprocess.Popen(command, stdout=stdout, text=True)) as process:
         output, _ = process.communicate()
         return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
+@contextmanager
+def _started(start: Callable[[Set[int]], subprocess.Popen[str]]) -> Iterator[subprocess.Popen[str]]:
+    """Start a process, and end it with its descendants at an exception within the block.
+
+    Python prints and drops an exception that a signal handler raises in a function of os.register_at_fork (logging has
+    one). So signals wait until the process exists and can be ended.
+
+    Args:
+        start: starts the process; its argument is the signals that this process blocks.
+
+    """
+    process = None
+    try:
+        with blocked_signals() as mask:
+            process = start(mask)
+        yield process
     except BaseException:
-        _terminate_tree(process)
-        process.wait()
+        if process is not None:
+            _terminate_tree(process)
+            process.communicate()
         raise
 
 
@@ -145,13 +147,15 @@ def _terminate_tree(process: subprocess.Popen[str]) -> None:
     pids = {process.pid, *descendants(process.pid)}
     process.terminate()
     deadline = time.monotonic() + _GRACE_SECONDS
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_GRACE_SECONDS)
-    while time.monotonic() < deadline and any(map(_is_alive, pids)):
-        time.sleep(0.05)
-    for pid in filter(_is_alive, pids):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+        while time.monotonic() < deadline and any(map(_is_alive, pids)):
+            time.sleep(0.05)
+    finally:  # also at a further signal
+        for pid in filter(_is_alive, pids):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _is_alive(pid: int) -> bool:

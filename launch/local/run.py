@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch.errors import LaunchError
 from launch.failures import find_user_error, first_failure, format_failure, lost_logs, restart_dirs, was_requested_stop
+from launch.interrupts import ignore_signals
 from launch.local.torchrun import TorchrunConfig, TorchrunResult, run_torchrun, torchrun_command, trainer_environment
 from launch.stop_signal import write_stop_signal
 from regraft.contract import (
@@ -22,7 +23,6 @@ from regraft.contract import (
     latest_attempt,
     latest_attempt_number,
 )
-from regraft.startup_signals import handled_by
 
 
 def run(config: TorchrunConfig, run_folder: Path) -> int:
@@ -45,19 +45,19 @@ def run(config: TorchrunConfig, run_folder: Path) -> int:
             trainer_environment(config, os.environ),
             config.logs,
             keep_running=monitor.keep_running,
+            on_start=ignore_signals,  # torchrun gets them; once it has ended, the run has
         )
     except OSError as error:
         raise LaunchError(f"run.dir {run_folder}: cannot be written to ({error}); choose another folder") from None
-    except KeyboardInterrupt:  # before torchrun was started
+    except KeyboardInterrupt:  # only before torchrun is started
         _remove_logs(config.logs, run_folder if is_new_folder else None)
         raise
-    with handled_by(lambda _number, _frame: None):  # the run has ended
-        attempt = latest_attempt(run_folder)
-        if attempt is not None and attempt.attempt <= last_number:
-            attempt = None
-        code = _report(result, attempt, config.logs)
-        if attempt is None and code in (STOPPED, USER_ERROR):  # the logs contain nothing of use
-            _remove_logs(config.logs, run_folder if is_new_folder else None)
+    attempt = latest_attempt(run_folder)
+    if attempt is not None and attempt.attempt <= last_number:
+        attempt = None
+    code = _report(result, attempt, config.logs)
+    if attempt is None and code in (STOPPED, USER_ERROR):  # the logs contain nothing of use
+        _remove_logs(config.logs, run_folder if is_new_folder else None)
     return code
 
 

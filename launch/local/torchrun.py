@@ -25,8 +25,8 @@ from typing import BinaryIO, NamedTuple, Self
 
 from launch.local.process import descendants, terminate_with_parent
 from regraft.contract import LOG_FOLDER
+from regraft.startup_signals import STOP_SIGNALS
 
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SECOND_INTERRUPT_SECONDS = 1.0
 """A second Ctrl-C counts only this long after the first, since one key press may arrive twice."""
 _POLL_SECONDS = 0.5
@@ -114,6 +114,7 @@ def run_torchrun(
     logs: Path,
     *,
     keep_running: Callable[[], bool] = lambda: True,
+    on_start: Callable[[], None] = lambda: None,
 ) -> TorchrunResult:
     """Run torchrun to its end.
 
@@ -122,6 +123,7 @@ def run_torchrun(
         environment: complete environment of torchrun.
         logs: folder for `rank-0.log` (output of rank 0) and `torchrun.log` (messages of torchrun).
         keep_running: called every half second; once it returns False, torchrun is terminated.
+        on_start: called once torchrun is started, and signals are forwarded to it.
 
     """
     logs.mkdir(parents=True, exist_ok=True)
@@ -145,6 +147,7 @@ def run_torchrun(
             )
             os.close(child_output)
             forwarder.forward_to(process, output if on_terminal else None)
+            on_start()
             reader = threading.Thread(target=_copy_output, args=(output, logs / "rank-0.log"), daemon=True)
             reader.start()
             terminated = False
@@ -178,7 +181,7 @@ class _SignalForwarder:
         self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in FORWARDED_SIGNALS:
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._previous_handlers[number] = signal.signal(number, self._handle)
         self._previous_handlers[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, self._resize)

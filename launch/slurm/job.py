@@ -18,7 +18,6 @@ from types import FrameType
 from launch import machine
 from launch.errors import LaunchError
 from launch.failures import Failure, first_failure, first_of, format_failure, lost_logs
-from launch.local.torchrun import FORWARDED_SIGNALS
 from launch.options import split_options
 from launch.slurm import allocation, container, node
 from launch.slurm.allocation import Allocation
@@ -28,6 +27,7 @@ from launch.stop_signal import write_stop_signal
 from launch.text import escape_unprintable
 from launch.trainer_options import new_logs, option_value
 from regraft.contract import DONE, FAILED, LOGS, USER_ERROR, read_attempts
+from regraft.startup_signals import STOP_SIGNALS
 
 
 class SignalForwarder:
@@ -37,7 +37,7 @@ class SignalForwarder:
         self.signal: str | None = None
         """Name of the first signal."""
         self._step: subprocess.Popen[bytes] | None = None
-        for number in FORWARDED_SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
     def forward_to(self, step: subprocess.Popen[bytes]) -> None:

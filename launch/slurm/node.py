@@ -22,9 +22,10 @@ from launch import machine
 from launch.errors import LaunchError
 from launch.failures import find_user_error, restart_dirs
 from launch.local.process import become_subreaper
-from launch.local.torchrun import FORWARDED_SIGNALS, TorchrunConfig, run_torchrun, torchrun_command, trainer_environment
+from launch.local.torchrun import TorchrunConfig, run_torchrun, torchrun_command, trainer_environment
 from launch.trainer_options import option_value, trainer_folder
 from regraft.contract import DONE, FAILED, LOG_FOLDER, USER_ERROR
+from regraft.startup_signals import STOP_SIGNALS
 
 JOIN_SECONDS = 600
 """How long nodes wait for each other: they start at different times, and load torch from a shared disk."""
@@ -217,7 +218,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.interrupt = True
-        for number in FORWARDED_SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: FrameType | None) -> None:

@@ -77,6 +77,7 @@ def submit_job(argv: Sequence[str]) -> int:
     run = absolute_path("run.dir", option_value(spec.options, "run", "dir") or default)
     is_new_folder = not run.exists()
     spec = replace(spec, options=(*spec.options, f"--run.dir={run}"))
+    job = None
     try:
         create_output_folder(run)
         (run / LOGS).mkdir(parents=True, exist_ok=True)  # Slurm does not create it for the job's output
@@ -90,17 +91,21 @@ def submit_job(argv: Sequence[str]) -> int:
         (run / SCRIPT).write_text(script, encoding="utf-8", errors="surrogateescape")
         try:
             job = _submit(spec, run, os.environ)
+            (run / JOB_ID).write_text(f"{job}\n", encoding="ascii")
+            _print_job(spec, run, job)
         except KeyboardInterrupt as interrupt:
-            interrupt.add_note("`squeue --me` shows whether the job was submitted")
+            submitted = f"job {job} was submitted" if job else "`squeue --me` shows whether the job was submitted"
+            interrupt.add_note(submitted)
             raise
-        (run / JOB_ID).write_text(f"{job}\n", encoding="ascii")
     except OSError as error:
+        if job:
+            unwritten = f"{run / JOB_ID} or standard output cannot be written ({error})"
+            raise LaunchError(f"job {job} was submitted, but {unwritten}") from None
         raise LaunchError(f"run.dir {run}: cannot be written to ({error}); choose another folder") from None
     except (LaunchError, KeyboardInterrupt) as error:
         if is_new_folder and not getattr(error, "__notes__", ()):
             shutil.rmtree(run, ignore_errors=True)
         raise
-    _print_job(spec, run, job)
     return 0
 
 

@@ -3,14 +3,19 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from launch import cli, completion
 from launch.errors import LaunchError
+from launch.interrupts import Interrupted, interruptible
 from launch.slurm.settings import OPTION_NAMES
+from regraft import startup_signals
 from regraft.startup_signals import STOP_SIGNALS
+from tests.launch.helpers import restored_handlers
 from tests.launching import REPOSITORY, attempt
 
 SLOW_IMPORTS = {"torch", "torchvision", "accelerate", "trainer", "rich", "numpy", "jsonargparse"}
@@ -65,13 +70,45 @@ def test_signal_ends_a_command_with_one_sentence_and_a_second_one_does_not_inter
     for verb, name, after_stop in (
         ("train", "SIGTERM", "training had not started, and there was nothing to save. Run the same command again"),
         ("submit", "SIGINT", "nothing was submitted. Run the same command again"),
+        ("doctor", "SIGUSR1", "all its processes and files are removed. Run the same command again"),
         ("render", "SIGHUP", "run the same command again"),
     ):
         monkeypatch.setitem(cli.VERBS, verb, wait)
         assert cli.main([verb, name]) == 75
         assert capsys.readouterr().err == f"stopped by {name}: {after_stop}\n"
-    assert cleaned_up == ["SIGTERM", "SIGINT", "SIGHUP"]
+    assert cleaned_up == ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"]
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == handlers, "restored"
+
+
+def test_later_signal_raises_again_and_one_at_the_end_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dropping:
+        def __del__(self) -> None:
+            with suppress(KeyboardInterrupt):  # as Python does in a destructor
+                signal.raise_signal(signal.SIGTERM)
+
+    now = 5.0
+
+    def stop_twice() -> None:
+        nonlocal now
+        Dropping()
+        signal.raise_signal(signal.SIGINT)  # may be the same key press
+        now += 1.0
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with pytest.raises(Interrupted, match="SIGINT"), interruptible():
+        stop_twice()
+    assert now == 6.0
+
+    def restore(previous: object) -> object:
+        signal.raise_signal(signal.SIGTERM)  # its handler is still that of the block at the first call
+        return previous
+
+    with restored_handlers(*STOP_SIGNALS):
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        monkeypatch.setattr(startup_signals, "handler_after_command", restore)
+        monkeypatch.setitem(cli.VERBS, "render", lambda _: 3)
+        assert cli.main(["render"]) == 3
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from launch.errors import LaunchError
-from launch.local.torchrun import FORWARDED_SIGNALS
 from launch.slurm import job
 from launch.slurm.allocation import Allocation, choose_port, is_port_free, read_allocation, resolve_node_addresses
 from launch.slurm.container import apptainer_argv, mounted_folders, pyxis_options
 from launch.slurm.job import resolve_run_dir, step_environment
 from launch.slurm.node import node_logs
 from launch.slurm.settings import JobSettings, task_options
+from regraft.startup_signals import STOP_SIGNALS
 from tests.launch.helpers import executable, restored_handlers, write_failure
 from tests.launching import free_port
 
@@ -180,7 +180,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, value in {**ENVIRONMENT, "SLURM_JOB_ID": "5"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    with restored_handlers(*FORWARDED_SIGNALS):
+    with restored_handlers(*STOP_SIGNALS):
         yield tmp_path
 
 

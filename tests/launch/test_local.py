@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from launch.interrupts import Interrupted, interruptible
 from launch.local import run as local_run
 from launch.local.torchrun import TorchrunConfig, TorchrunResult
 from tests import runs
@@ -120,6 +121,29 @@ def test_user_error_is_not_restarted(tmp_path_factory: pytest.TempPathFactory) -
     output = runs.finish(regraft("train", f"--run.dir={other}", "--optim.lrr=1"), other, code=2)
     assert output.startswith("error: command line: there is no option 'optim.lrr'")
     assert not other.exists(), "a wrong command leaves no run folder behind"
+
+
+def test_signal_after_torchrun_changes_nothing_and_one_before_it_leaves_no_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_torchrun(*_: object, on_start: Callable[[], None], **__: object) -> TorchrunResult:
+        logs.mkdir(parents=True)
+        if is_started:
+            on_start()
+        signal.raise_signal(signal.SIGTERM)
+        return TorchrunResult(0, None)
+
+    monkeypatch.setattr(local_run, "run_torchrun", run_torchrun)
+    folder, logs = tmp_path / "run", tmp_path / "run" / "logs" / "0001"
+    config = TorchrunConfig(processes=2, threads=1, max_restarts=0, trainer=tmp_path, options=(), logs=logs)
+    is_started = False
+    with pytest.raises(Interrupted), interruptible():
+        local_run.run(config, folder)
+    assert not folder.exists()
+    is_started = True
+    with interruptible():
+        assert local_run.run(config, folder) == 0
+    assert logs.exists()
 
 
 def test_stop_caused_by_another_ranks_failure_is_a_failure(

@@ -10,6 +10,7 @@ import pytest
 from launch import cli
 from launch.slurm import submit
 from launch.slurm.sbatch import JobSpec, render
+from regraft.contract import JOB_ID
 from tests.folders import image_folder
 from tests.launch.helpers import executable
 
@@ -61,13 +62,37 @@ def test_interrupted_submission_leaves_no_folder_and_says_when_slurm_may_have_th
 
     after_stop = {"_check_script": "nothing was submitted. Run the same command again"}
     after_stop["_submit"] = "`squeue --me` shows whether the job was submitted"
+    after_stop["_print_job"] = "job 42 was submitted"
     for function, message in after_stop.items():
+        original = getattr(submit, function)
         monkeypatch.setattr(submit, function, interrupt)
         assert cli.main(["submit", "--no-fetch", "--run.dir=run"]) == 75
         assert capsys.readouterr().err == f"stopped by SIGTERM: {message}\n"
-        assert (login / "run").exists() == (function == "_submit"), "a job writes its output there"
-        monkeypatch.undo()
-        monkeypatch.chdir(login)
+        assert (login / "run").exists() == (function != "_check_script"), "a job writes its output there"
+        shutil.rmtree(login / "run", ignore_errors=True)
+        monkeypatch.setattr(submit, function, original)
+
+
+def test_failed_write_of_the_job_id_does_not_hide_the_job(
+    login: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text, raised = Path.write_text, list[BaseException]()
+
+    def fail(path: Path, *arguments: str, **options: str) -> int:
+        if path.name == JOB_ID:
+            raise raised[-1]
+        return write_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    for error, code, message in (
+        (OSError(28, "No space left on device"), 2, "error: job 42 was submitted, but "),
+        (KeyboardInterrupt("SIGINT"), 75, "stopped by SIGINT: job 42 was submitted"),
+    ):
+        raised.append(error)
+        assert cli.main(["submit", "--no-fetch", "--run.dir=run"]) == code
+        assert capsys.readouterr().err.startswith(message)
+        assert (login / "run" / "job.sh").exists()
+        shutil.rmtree(login / "run")
 
 
 def test_sweep_file_is_copied_to_the_run_folder(login: Path, capsys: pytest.CaptureFixture[str]) -> None:

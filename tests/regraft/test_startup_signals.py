@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,23 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     os.kill(os.getpid(), number)
 sys.exit(code)
 """
+EXITING = """\
+import os, signal, sys, threading, time
+from regraft.startup_signals import exit_on_signals
+exit_on_signals()
+from trainer.cli import exit_process
+
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, signal.SIGTERM)
+
+if sys.argv[1] == "hangs":
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+else:
+    last = Last()
+exit_process(3)
+"""
 
 
 def run_script(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -75,6 +93,14 @@ def test_signal_during_the_imports_ends_a_program_with_one_sentence() -> None:
 def test_signal_after_the_command_does_not_change_how_it_ended(package: str) -> None:
     done = run_script(ENDED, package)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("exit_", ["hangs", "ends"])
+def test_signal_during_the_exit_keeps_the_exit_code_and_ends_an_exit_that_hangs(exit_: str) -> None:
+    start = time.monotonic()
+    done = run_script(EXITING, exit_)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert time.monotonic() - start < 50
 
 
 def test_constants_agree() -> None:

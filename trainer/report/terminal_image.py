@@ -15,6 +15,7 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal
@@ -57,7 +58,8 @@ class ImageTerminal:
         except BaseException:
             # The terminal would take all that follows, as the prompt of the shell, for a part of the image.
             end = "\x1b\\\x1b_Gm=0,q=2;\x1b\\" if self.protocol == "kitty" else "\x1b\\"
-            os.write(sys.stdout.fileno(), f"{end}\n".encode("ascii"))
+            with suppress(OSError):  # the terminal may be closed
+                os.write(sys.stdout.fileno(), f"{end}\n".encode("ascii"))
             raise
 
 
@@ -110,9 +112,10 @@ def ask_terminal(query: str) -> str:
                 break
             answer += os.read(handle, 1024)
     finally:
-        termios.tcsetattr(handle, termios.TCSAFLUSH, settings)  # with what is typed meanwhile
-        sys.stdout.write(_ERASE_LINE)  # some terminals print the query for kitty's protocol
-        sys.stdout.flush()
+        with suppress(OSError, termios.error):  # the terminal may be closed
+            termios.tcsetattr(handle, termios.TCSAFLUSH, settings)  # with what is typed meanwhile
+            sys.stdout.write(_ERASE_LINE)  # some terminals print the query for kitty's protocol
+            sys.stdout.flush()
     return answer.decode("ascii", "replace")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,7 +21,14 @@ from PIL import Image
 
 from trainer.report import terminal_image
 from trainer.report.image_grid import ClassSamples, make_strip
-from trainer.report.terminal_image import ImageTerminal, Protocol, detect_protocol, encode_image, find_image_terminal
+from trainer.report.terminal_image import (
+    ImageTerminal,
+    Protocol,
+    ask_terminal,
+    detect_protocol,
+    encode_image,
+    find_image_terminal,
+)
 
 PICTURE = Image.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(7, 5, 3) * 2).convert("RGBA")
 PICTURE.putpixel((2, 6), (0, 0, 0, 0))
@@ -141,6 +149,23 @@ def test_a_query_leaves_the_terminal_as_it_was(kind: str, monkeypatch: pytest.Mo
         assert termios.tcgetattr(sys.stdin) == settings
         assert not select.select([sys.stdin], [], [], 0)[0], "the shell would read the rest of the answer"
         assert os.read(other_end, 1024) == b"\r\x1b[K", "some terminals print the query for kitty's protocol"
+
+
+def test_a_stop_on_a_terminal_that_is_closed_stays_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StopError(Exception):
+        pass
+
+    image = Image.new("RGBA", (8, 8))
+    with terminal("kitty", monkeypatch), monkeypatch.context() as patched:
+        patched.setattr(select, "select", Mock(side_effect=StopError))
+        patched.setattr(termios, "tcsetattr", Mock(side_effect=termios.error))
+        with pytest.raises(StopError):
+            ask_terminal("\x1b[c")
+    with (tmp_path / "screen").open("w") as screen, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", screen)
+        patched.setattr(os, "write", Mock(side_effect=[StopError, OSError]))
+        with pytest.raises(StopError):
+            ImageTerminal(protocol="kitty", width=80).show(image)
 
 
 def test_a_process_in_the_background_does_not_use_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
