@@ -277,9 +277,9 @@ def is_training(folder: Path, *, world_size: int, after: int) -> bool:
 
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of all attempts in order."""
-    paths = sorted((folder / "attempts").glob("*.json"))
-    return [json.loads(path.read_text(encoding="ascii")) for path in paths]
+    """Return the records of all attempts in order, without one that is created but not yet written."""
+    texts = (path.read_text(encoding="ascii") for path in sorted((folder / "attempts").glob("*.json")))
+    return [json.loads(text) for text in texts if text]
 
 
 def latest_checkpoint(folder: Path) -> Path:
