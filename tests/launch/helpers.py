@@ -1,9 +1,9 @@
-"""Logs of failures as the trainer and torchrun write them, and shell scripts."""
+"""Logs of failures as the trainer and torchrun write them, shell scripts, and processes that a test has marked."""
 
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TORCHRUN_REPORT = """
@@ -59,3 +59,13 @@ def restored_handlers(*numbers: int) -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Return the processes with this text in their environment."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (path / "environ").read_bytes():
+                pids.append(int(path.name))
+    return pids
