@@ -13,10 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from regraft.startup_signals import blocked_signals, handled_by
-
-SECONDS_TO_NEXT_INTERRUPT = 1.0
-"""A further signal interrupts the clean-up only this long after the one before: a key press may arrive twice."""
+from regraft.startup_signals import SECONDS_TO_NEXT_SIGNAL, blocked_signals, handled_by
 
 
 class Interrupted(KeyboardInterrupt):
@@ -32,7 +29,7 @@ class _Interrupter:
 
     def handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if self.is_active and now - self.raised_at >= SECONDS_TO_NEXT_INTERRUPT:
+        if self.is_active and now - self.raised_at >= SECONDS_TO_NEXT_SIGNAL:
             self.raised_at = now
             raise Interrupted(signal.Signals(number).name)
 

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """Signals that ask a command to stop."""
+SECONDS_TO_NEXT_SIGNAL = 1.0
+"""A further signal counts only this long after the first: a key press may arrive twice, and a launcher forwards it."""
 
 
 def exit_on_signals() -> None:

@@ -25,10 +25,8 @@ from typing import BinaryIO, NamedTuple, Self
 
 from launch.local.process import descendants, terminate_with_parent
 from regraft.contract import LOG_FOLDER
-from regraft.startup_signals import STOP_SIGNALS
+from regraft.startup_signals import SECONDS_TO_NEXT_SIGNAL, STOP_SIGNALS
 
-SECOND_INTERRUPT_SECONDS = 1.0
-"""A second Ctrl-C counts only this long after the first, since one key press may arrive twice."""
 _POLL_SECONDS = 0.5
 _LAUNCHER_PREFIXES = ("PET_", "TORCHELASTIC_", "ACCELERATE_")
 _LAUNCHER_VARIABLES = (
@@ -205,9 +203,7 @@ class _SignalForwarder:
             self.signal, self._signal_time = number, now
             if self._process is not None:
                 self._process.terminate()  # SIGUSR1 and SIGUSR2 would kill torchrun, so all become SIGTERM
-        elif (
-            number == signal.SIGINT and now - self._signal_time > SECOND_INTERRUPT_SECONDS and self._process is not None
-        ):
+        elif number == signal.SIGINT and now - self._signal_time > SECONDS_TO_NEXT_SIGNAL and self._process is not None:
             self.killed = True
             for pid in [*descendants(self._process.pid), self._process.pid]:
                 with suppress(ProcessLookupError):

@@ -17,10 +17,8 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from regraft.parent_death import signal_on_parent_death
-from regraft.startup_signals import STOP_SIGNALS, handler_after_command
+from regraft.startup_signals import SECONDS_TO_NEXT_SIGNAL, STOP_SIGNALS, handler_after_command
 
-SECONDS_TO_SECOND_CTRL_C = 1.0
-"""A second Ctrl-C ends the run at once, but only this long after the first: a launcher may forward the first again."""
 _SECONDS_TO_RAISE_AGAIN = 0.05
 SECONDS_AFTER_LAUNCHER = 30.0
 """How long a trainer whose launcher has died may take to save and exit."""
@@ -96,7 +94,7 @@ class StopSignals:
             return
         now = time.monotonic()
         if self.received is not None:
-            if number == signal.SIGINT and now - self._received_at > SECONDS_TO_SECOND_CTRL_C:
+            if number == signal.SIGINT and now - self._received_at > SECONDS_TO_NEXT_SIGNAL:
                 raise KeyboardInterrupt
             return
         self.received, self._received_at = number, now
